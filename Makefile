@@ -1,0 +1,44 @@
+# Two commands: `make demo` and `make test`. Both build .venv when it is missing or out of date, and reuse it otherwise.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py constraints.txt
+
+.PHONY: help demo test lint bench clean
+help:
+	@echo "make demo   install into .venv, then SFT, reward model and DPO from nothing in a few minutes (runs/demo/report.html)"
+	@echo "make test   install into .venv with the test tools, then lint, types and all tests"
+	@echo "make lint   ruff and mypy alone"
+	@echo "make bench  the CPU kernel benchmark against eager and TRL (benchmarks/results/)"
+	@echo "make clean  remove .venv and runs/demo"
+
+$(VENV)/.installed: $(SOURCES)
+	$(PYTHON) -c 'import sys; sys.exit("onecard needs Python 3.10 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 10) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/onecard demo
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest tests
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks.kernels --device cpu
+
+clean:
+	rm -rf $(VENV) runs/demo

@@ -1,0 +1,3 @@
+"""onecard: SFT, reward models, DPO and PPO for language models on one card."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,9 @@
+"""Two source roots in one distribution: `engine/onecard` and `kernels/onecard_kernels`. All else is in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    package_dir={"onecard": "engine/onecard", "onecard_kernels": "kernels/onecard_kernels"},
+    packages=[*find_packages("engine"), *find_packages("kernels")],
+    package_data={"onecard": ["py.typed", "*.html"], "onecard_kernels": ["py.typed"]},
+)
