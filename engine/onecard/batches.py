@@ -1,0 +1,147 @@
+"""The records that flow through training, and the one place where a hidden state is paired with the token it predicts.
+
+Everything is flat: sequences lie end to end with no padding, and `cu_seqlens` says where each begins. Padding is a layout
+that `models/layout.py` makes at the model's door for those who ask for it; no record holds a pad token.
+
+A worked example, two sequences `[7 8 | 9 2]` and `[7 | 5 2]` (prompt | response):
+
+    tokens         7  8  9  2  7  5  2
+    positions      0  1  2  3  0  1  2
+    cu_seqlens     0           4        7
+    response_mask  .  .  x  x  .  x  x
+
+`response_targets` of it: row t is a place whose hidden state predicts `targets`, so it is one before the token.
+
+    rows           1  2  4  5
+    targets        9  2  5  2
+    sequence_ids   0  0  1  1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One tokenized text. `response_mask[t]` is True where token t is to be learned or scored."""
+
+    tokens: tuple[int, ...]
+    response_mask: tuple[bool, ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """Two answers to one prompt; `margin` is by how much the chosen one is better, in reward units, where known."""
+
+    chosen: TokenSequence
+    rejected: TokenSequence
+    margin: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.chosen) + len(self.rejected)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Sequences end to end. `tokens`, `positions` int64 [n]; `cu_seqlens` int32 [S + 1]; `response_mask` bool [n]."""
+
+    tokens: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    response_mask: Tensor
+    lengths: tuple[int, ...]  # of each sequence: plain integers, so that no step waits for the device to learn a shape
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """B pairs as 2B sequences: the chosen ones first (0..B-1), the rejected ones after (B..2B-1). `margins` fp32 [B].
+
+    Pairs (a+, a-) and (b+, b-) lie as `a+ b+ a- b-`, so sequence i and sequence B + i answer the same prompt.
+    """
+
+    sequences: TokenBatch
+    margins: Tensor
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.sequences.lengths) // 2
+
+
+@dataclass(frozen=True)
+class ResponseTargets:
+    """Which flat row predicts which token. `rows`, `targets`, `sequence_ids`: int64 [r], in flat order."""
+
+    rows: Tensor
+    targets: Tensor
+    sequence_ids: Tensor
+
+
+def pack(sequences: Sequence[TokenSequence]) -> TokenBatch:
+    """Lay sequences end to end (CPU tensors)."""
+    lengths = tuple(len(sequence) for sequence in sequences)
+    bounds = torch.tensor((0, *lengths)).cumsum(0)
+    return TokenBatch(
+        tokens=torch.tensor([token for sequence in sequences for token in sequence.tokens], dtype=torch.int64),
+        positions=torch.cat([torch.arange(length) for length in lengths]),
+        cu_seqlens=bounds.to(torch.int32),
+        response_mask=torch.tensor([flag for sequence in sequences for flag in sequence.response_mask]),
+        lengths=lengths,
+    )
+
+
+def pack_pairs(pairs: Sequence[PreferencePair]) -> PreferenceBatch:
+    """Lay pairs end to end, chosen first, rejected after (CPU tensors)."""
+    return PreferenceBatch(
+        sequences=pack([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]),
+        margins=torch.tensor([pair.margin for pair in pairs], dtype=torch.float32),
+    )
+
+
+def response_targets(batch: TokenBatch) -> ResponseTargets:
+    """Pair each response token with the row before it. The only shift by one in onecard.
+
+    A response token that opens its sequence has nothing before it and is not predicted.
+    """
+    predicted = batch.response_mask & (batch.positions > 0)
+    places = predicted.nonzero().squeeze(1)
+    sequence_of = torch.bucketize(places, batch.cu_seqlens[1:-1].to(places.dtype), right=True)
+    return ResponseTargets(rows=places - 1, targets=batch.tokens[places], sequence_ids=sequence_of)
+
+
+def predicted_tokens(sequence: TokenSequence) -> int:
+    """How many rows `response_targets` gives this sequence: what a step's normaliser counts."""
+    return sum(sequence.response_mask[1:])
+
+
+def last_rows(batch: TokenBatch) -> Tensor:
+    """The flat row of each sequence's last token, int64 [S]: where a scalar head reads its score."""
+    return batch.cu_seqlens[1:].to(torch.int64) - 1
+
+
+def to_device(record: T, device: torch.device) -> T:
+    """The same record with every tensor on `device`."""
+    moved = {}
+    for item in fields(record):  # type: ignore[arg-type]
+        value = getattr(record, item.name)
+        if isinstance(value, Tensor):
+            moved[item.name] = value.to(device, non_blocking=True)
+        elif isinstance(value, TokenBatch):
+            moved[item.name] = to_device(value, device)
+        else:
+            moved[item.name] = value
+    return type(record)(**moved)

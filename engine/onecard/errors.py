@@ -1,0 +1,20 @@
+"""The one exception that a person is meant to read."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class OnecardError(Exception):
+    """Something the user can put right. The command line prints it as one line and exits with code 2.
+
+    The message names the thing, what came, and what was expected; it never contains a line break.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the nearest known name, or an empty string."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{match[0]}'?" if match else ""
