@@ -1,7 +1,7 @@
-"""The records that flow through training, and the one place where a hidden state is paired with the token it predicts.
+"""The records that flow through training, and the one place that pairs a hidden state with the token it predicts.
 
-Everything is flat: sequences lie end to end with no padding, and `cu_seqlens` says where each begins. Padding is a layout
-that `models/layout.py` makes at the model's door for those who ask for it; no record holds a pad token.
+Everything is flat: sequences lie end to end with no padding, and `cu_seqlens` says where each begins. Padding is a
+layout that `models/layout.py` makes at the model's door for those who ask for it; no record holds a pad token.
 
 A worked example, two sequences `[7 8 | 9 2]` and `[7 | 5 2]` (prompt | response):
 
@@ -135,7 +135,7 @@ def last_rows(batch: TokenBatch) -> Tensor:
 
 def to_device(record: T, device: torch.device) -> T:
     """The same record with every tensor on `device`."""
-    moved = {}
+    moved: dict[str, object] = {}
     for item in fields(record):  # type: ignore[arg-type]
         value = getattr(record, item.name)
         if isinstance(value, Tensor):

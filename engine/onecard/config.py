@@ -15,11 +15,12 @@ Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
 
-def option(default: Any, help: str) -> Any:
-    """A field with its help text; a list default is copied for each instance."""
+def option(default: Any, help: str, least: float | None = None) -> Any:
+    """A field with its help text and the least value it takes; a list default is copied for each instance."""
+    metadata = {"help": help, "least": least}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +28,15 @@ class ModelConfig:
     """Which weights, and how they are held in memory."""
 
     model: str = option("", "Hugging Face model: a hub name, a folder, or an adapter folder that onecard wrote.")
-    dtype: Dtype = option("auto", "Weights' type. auto: bfloat16 on a GPU that has it, float32 on CPU.")
+    dtype: Dtype = option(
+        "auto",
+        "Weights' type. auto: float32 on CPU and where all weights are trained, else bfloat16 (float16 without it).",
+    )
     load_in_4bit: bool = option(
         False, "Hold the base in NF4 with double quantization (head and embeddings stay 16-bit)."
     )
     attn_implementation: str = option(
-        "sdpa", "Attention: sdpa, eager, or flash_attention_2 where flash-attn is installed."
+        "auto", "sdpa, eager or flash_attention_2. auto: flash-attn on a GPU where it is installed, else sdpa."
     )
     trust_remote_code: bool = option(False, "Run code that comes with the model. Only for sources you trust.")
 
@@ -46,10 +50,10 @@ class TrainConfig(ModelConfig):
     eval_dataset: str = option("", "Held-out rows. Empty: test_size of the training rows are held out.")
     dataset_test_split: str = option("test", "Split to use when eval_dataset is a hub dataset.")
     test_size: float = option(
-        0.05, "Rows to hold out when there is no eval_dataset: a share below 1, or a count; 0: none."
+        0.05, "Rows to hold out when there is no eval_dataset: a share below 1, or a count; 0: none.", least=0
     )
     skip_bad_rows: bool = option(False, "Count and list bad rows and go on, instead of stopping at the first.")
-    max_length: int = option(1024, "Longest sequence in tokens; a longer response is cut at its end.")
+    max_length: int = option(1024, "Longest sequence in tokens; a longer response is cut at its end.", least=2)
     padding_free: bool = option(True, "Pack sequences end to end. Off: pad to the longest of the micro-batch.")
 
     output_dir: str = option("", "Run folder. Empty: runs/<command>.")
@@ -60,34 +64,34 @@ class TrainConfig(ModelConfig):
     seed: int = option(42, "Seed of the data order and of every new weight.")
 
     use_peft: bool = option(True, "Train a LoRA adapter. Off: train all weights (no 4-bit).")
-    lora_r: int = option(16, "Rank of the adapter.")
-    lora_alpha: int = option(32, "Scale of the adapter: its output is multiplied by lora_alpha / lora_r.")
+    lora_r: int = option(16, "Rank of the adapter.", least=1)
+    lora_alpha: int = option(32, "Scale of the adapter: its output is multiplied by lora_alpha / lora_r.", least=1)
     lora_target_modules: list[str] = option(["all-linear"], "Layers that get an adapter; all-linear: all but the head.")
 
     optim: Optim = option("adamw_torch", "Optimizer: adamw_torch, or bitsandbytes' 8-bit AdamW, plain or paged.")
-    learning_rate: float = option(1e-4, "Peak learning rate.")
+    learning_rate: float = option(1e-4, "Peak learning rate.", least=0)
     lr_scheduler_type: Scheduler = option("linear", "How the learning rate falls after the warm-up.")
-    warmup_steps: float = option(0.0, "Steps of linear warm-up; below 1: that share of all steps.")
-    weight_decay: float = option(0.0, "Decoupled weight decay.")
-    adam_beta1: float = option(0.9, "Decay of the first moment.")
-    adam_beta2: float = option(0.999, "Decay of the second moment.")
-    adam_epsilon: float = option(1e-8, "Term in the denominator of Adam.")
-    max_grad_norm: float = option(1.0, "Gradient norm is clipped to this; 0: not clipped.")
-    num_train_epochs: float = option(1.0, "Passes over the training rows.")
+    warmup_steps: float = option(0.0, "Steps of linear warm-up; below 1: that share of all steps.", least=0)
+    weight_decay: float = option(0.0, "Decoupled weight decay.", least=0)
+    adam_beta1: float = option(0.9, "Decay of the first moment.", least=0)
+    adam_beta2: float = option(0.999, "Decay of the second moment.", least=0)
+    adam_epsilon: float = option(1e-8, "Term in the denominator of Adam.", least=0)
+    max_grad_norm: float = option(1.0, "Gradient norm is clipped to this; 0: not clipped.", least=0)
+    num_train_epochs: float = option(1.0, "Passes over the training rows.", least=0)
     max_steps: int = option(-1, "Optimizer steps; overrides num_train_epochs when above 0.")
-    per_device_train_batch_size: int = option(8, "Sequences (pairs for reward and dpo) in one micro-batch.")
-    gradient_accumulation_steps: int = option(1, "Micro-batches in one optimizer step.")
-    per_device_eval_batch_size: int = option(16, "Sequences (pairs) in one evaluation micro-batch.")
+    per_device_train_batch_size: int = option(8, "Sequences (pairs for reward and dpo) in one micro-batch.", least=1)
+    gradient_accumulation_steps: int = option(1, "Micro-batches in one optimizer step.", least=1)
+    per_device_eval_batch_size: int = option(16, "Sequences (pairs) in one evaluation micro-batch.", least=1)
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass: less memory, a third slower."
     )
 
-    logging_steps: int = option(1, "Optimizer steps between rows of metrics.jsonl.")
+    logging_steps: int = option(1, "Optimizer steps between rows of metrics.jsonl.", least=1)
     eval_steps: int = option(
-        0, "Optimizer steps between evaluations on held-out rows; 0: only before and after training."
+        0, "Optimizer steps between evaluations on held-out rows; 0: only before and after training.", least=0
     )
-    save_steps: int = option(100, "Optimizer steps between checkpoints; 0: only after the last step.")
-    save_total_limit: int = option(2, "Checkpoints to keep, newest first.")
+    save_steps: int = option(100, "Optimizer steps between checkpoints; 0: only after the last step.", least=0)
+    save_total_limit: int = option(2, "Checkpoints to keep, newest first.", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +107,7 @@ class RewardConfig(TrainConfig):
     """A reward adapter with a scalar head, from `prompt`, `chosen`, `rejected` (and `margin`) rows."""
 
     center_rewards_coefficient: float = option(
-        0.0, "Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0."
+        0.0, "Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0.", least=0
     )
 
 
@@ -111,11 +115,11 @@ class RewardConfig(TrainConfig):
 class DPOConfig(TrainConfig):
     """Direct preference optimization from `prompt`, `chosen`, `rejected` rows."""
 
-    learning_rate: float = option(5e-5, "Peak learning rate.")
-    beta: float = option(0.1, "Strength of the pull towards the reference; larger stays closer.")
+    learning_rate: float = option(5e-5, "Peak learning rate.", least=0)
+    beta: float = option(0.1, "Strength of the pull towards the reference; larger stays closer.", least=0)
     loss_type: list[str] = option(["sigmoid"], "sigmoid, ipo or hinge; several are added up with loss_weights.")
     loss_weights: list[float] = option([], "One weight for each loss_type; empty: 1 each.")
-    label_smoothing: float = option(0.0, "Probability that a label is flipped (cDPO).")
+    label_smoothing: float = option(0.0, "Probability that a label is flipped (cDPO).", least=0)
     f_divergence_type: Divergence = option("reverse_kl", "Divergence to the reference.")
     f_alpha_divergence_coef: float = option(0.5, "alpha of alpha_divergence.")
 
@@ -128,12 +132,12 @@ class GenerateConfig(ModelConfig):
     dataset: str = option("", "Rows with a `prompt` column, instead of --prompt.")
     dataset_split: str = option("test", "Split to use when dataset is a hub dataset.")
     output: str = option("", "Write JSONL rows `prompt, completion` here. Empty: print them.")
-    num_generations: int = option(1, "Responses to each prompt.")
-    max_new_tokens: int = option(128, "Longest response in tokens.")
-    temperature: float = option(1.0, "Divides the logits; 0: the likeliest token each time.")
-    top_p: float = option(1.0, "Sample from the smallest set of tokens with this much probability.")
-    top_k: int = option(0, "Sample from this many likeliest tokens; 0: all.")
-    batch_size: int = option(16, "Prompts generated together.")
+    num_generations: int = option(1, "Responses to each prompt.", least=1)
+    max_new_tokens: int = option(128, "Longest response in tokens.", least=1)
+    temperature: float = option(1.0, "Divides the logits; 0: the likeliest token each time.", least=0)
+    top_p: float = option(1.0, "Sample from the smallest set of tokens with this much probability.", least=0)
+    top_k: int = option(0, "Sample from this many likeliest tokens; 0: all.", least=0)
+    batch_size: int = option(16, "Prompts generated together.", least=1)
     seed: int = option(42, "Seed of the sampling.")
 
 

@@ -1,0 +1,5 @@
+"""`python -m onecard` is `onecard`."""
+
+from onecard.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Each file reads from top to bottom: rows -> record -> loss, metrics."""

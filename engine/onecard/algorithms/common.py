@@ -1,0 +1,91 @@
+"""What every training command does before its first step and after its last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from onecard import checkpoint, report, runs
+from onecard.batches import TokenSequence, pack, response_targets, to_device
+from onecard.config import TrainConfig
+from onecard.data import Row, Tokenized, hold_out, load_rows
+from onecard.errors import OnecardError
+from onecard.metrics import say
+from onecard.models.head import check_head
+from onecard.models.load import context_length
+from onecard.models.roles import Roles
+from onecard.runs import Run
+from onecard.trainer import Task, train
+
+E = TypeVar("E")
+
+
+def longest_sequence(config: TrainConfig) -> int:
+    """`max_length`, or the model's own limit where that is less."""
+    limit = context_length(config)
+    if limit is None or config.max_length <= limit:
+        return config.max_length
+    say(f"max_length: {limit} instead of {config.max_length}, which is all that the model was made for.")
+    return limit
+
+
+def load_examples(
+    config: TrainConfig, tokenize: Callable[[Sequence[Row]], Tokenized[E]]
+) -> tuple[Sequence[E], Sequence[E]]:
+    """Training and held-out examples; what was cut, skipped or odd is said in numbers."""
+    if not config.dataset:
+        raise OnecardError("--dataset is missing: give a .jsonl, .json, .csv or .parquet file, or a hub dataset name.")
+    parts = [tokenize(load_rows(config.dataset, split=config.dataset_train_split))]
+    if config.eval_dataset:
+        parts.append(tokenize(load_rows(config.eval_dataset, split=config.dataset_test_split)))
+        training, heldout = parts[0].examples, parts[1].examples
+    else:
+        training, heldout = hold_out(parts[0].examples, test_size=config.test_size, seed=config.seed)
+    for part in parts:
+        for note in part.notes:
+            say(f"data: {note}")
+    say(f"data: {len(training)} examples to train on, {len(heldout)} held out.")
+    return training, heldout
+
+
+@torch.no_grad()
+def check_model(roles: Roles) -> None:
+    """Stop, or pad, where the model would not do what this code takes for granted. Costs two tiny forward passes."""
+    model = roles.causal_model()
+    check_head(model, model.get_decoder(), roles.head())
+    if roles.layout != "packed":
+        return
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    tokens = [(7919 * place + 13) % vocabulary for place in range(24)]
+    pieces = [TokenSequence(tuple(piece), (True,) * len(piece)) for piece in (tokens[:15], tokens[15:])]
+    batch = to_device(pack(pieces), roles.device)
+    targets = response_targets(batch)
+    together = roles.logprobs(batch, targets)
+    roles.layout = "padded"
+    apart = roles.logprobs(batch, targets)
+    limit = 1e-3 if model.dtype == torch.float32 else 0.3  # a 16-bit model's own rounding differs between layouts
+    if (together - apart).abs().max().item() <= limit:
+        roles.layout = "packed"
+    else:
+        say(f"model: {type(model).__name__} mixes packed sequences up, so batches are padded (--no_padding_free).")
+
+
+def finish(config: TrainConfig, roles: Roles, tokenizer: Any, run: Run) -> Path:
+    """Export the trained role, write the report, and say where things are."""
+    exported = run.folder / roles.trained
+    checkpoint.replace_folder(exported, lambda folder: roles.export(folder, tokenizer))
+    written = report.write_run_report(run.folder)
+    say(f"weights: {exported}    metrics: {run.folder / runs.METRICS}    plots: {written}")
+    return exported
+
+
+def run_task(config: TrainConfig, task: Task[Any, Any], roles: Roles, tokenizer: Any, run: Run) -> Path:
+    """Train, export, report. Returns the exported folder."""
+    check_model(roles)
+    trained = sum(parameter.numel() for parameter in roles.trained_parameters().values())
+    say(f"model: {trained:,} trained parameters on {roles.device}, {roles.layout} batches.")
+    train(config, task, roles, run)
+    return finish(config, roles, tokenizer, run)

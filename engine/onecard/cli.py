@@ -1,0 +1,178 @@
+"""The command line: `onecard sft | reward | dpo | generate | demo`.
+
+Each command's flags are the fields of its config dataclass. Nothing heavy is imported before a command really runs, so
+`--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import click
+import yaml
+
+from onecard import __version__, config
+from onecard.errors import OnecardError, nearest
+
+# command -> (config class, module:function that runs it, example shown under --help)
+COMMANDS: dict[str, tuple[type, str, str]] = {
+    "sft": (
+        config.SFTConfig,
+        "onecard.algorithms.sft:run",
+        "onecard sft --model Qwen/Qwen2.5-0.5B --dataset stories.jsonl --output_dir runs/sft",
+    ),
+    "reward": (
+        config.RewardConfig,
+        "onecard.algorithms.reward:run",
+        "onecard reward --model Qwen/Qwen2.5-0.5B --dataset pairs.jsonl --output_dir runs/reward",
+    ),
+    "dpo": (
+        config.DPOConfig,
+        "onecard.algorithms.dpo:run",
+        "onecard dpo --model Qwen/Qwen2.5-0.5B-Instruct --dataset trl-lib/ultrafeedback_binarized --load_in_4bit",
+    ),
+    "generate": (
+        config.GenerateConfig,
+        "onecard.rollout:run",
+        "onecard generate --model runs/dpo/policy --prompt 'Once upon a time'",
+    ),
+    "demo": (config.DemoConfig, "onecard.demo.flow:run", "onecard demo"),
+}
+
+SCALARS: dict[Any, click.ParamType] = {str: click.STRING, int: click.INT, float: click.FLOAT}
+
+
+RANGES: dict[Any, Callable[..., click.ParamType]] = {int: click.IntRange, float: click.FloatRange}
+
+
+def field_option(item: Field[Any], hint: Any) -> click.Option:
+    """One dataclass field as one click option."""
+    default = item.default if item.default_factory is MISSING else item.default_factory()
+    flag, least = f"--{item.name}", item.metadata["least"]
+    common: dict[str, Any] = {
+        "default": default,
+        "help": item.metadata["help"],
+        "show_default": default not in ("", []),
+    }
+    if hint is bool:
+        return click.Option([f"{flag}/--no_{item.name}", item.name], **common)
+    if get_origin(hint) is Literal:
+        return click.Option([flag, item.name], type=click.Choice(get_args(hint)), **common)
+    if get_origin(hint) is list:
+        return click.Option([flag, item.name], type=SCALARS[get_args(hint)[0]], multiple=True, **common)
+    kind = SCALARS[hint] if least is None else RANGES[hint](min=least)
+    return click.Option([flag, item.name], type=kind, **common)
+
+
+def read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
+    """A YAML mapping whose keys are all in `known`."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+    except OSError as error:
+        raise OnecardError(f"--config: cannot read {path}: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise OnecardError(f"--config: {path} is not YAML: {error}") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise OnecardError(f"--config: {path} holds a {type(values).__name__}, expected `key: value` lines.")
+    for key in values:
+        if key not in known:
+            raise OnecardError(f"--config: {path} has an unknown key '{key}'.{nearest(str(key), known)}")
+    return values
+
+
+def load_config_file(context: click.Context, parameter: click.Parameter, path: str | None) -> None:
+    """Make a file's values this command's defaults, so that flags still win."""
+    if path is None:
+        return
+    known = {option.name: option for option in context.command.params if option.name not in ("config", "help")}
+    values = read_yaml(path, [name for name in known if name])
+    for name, value in values.items():
+        option = known[name]
+        if isinstance(option, click.Option) and option.multiple and not isinstance(value, list):
+            values[name] = [value]
+        try:  # a value of the wrong type is the file's fault, and the message should say so
+            option.type_cast_value(context, values[name])
+        except click.BadParameter as error:
+            raise OnecardError(f"--config: {path}: {name}: {error.format_message()}") from None
+    context.default_map = values
+
+
+def make_command(name: str, settings: type, target: str, example: str) -> click.Command:
+    """A click command with a flag for each field of `settings`."""
+    hints = get_type_hints(settings)
+    params: list[click.Parameter] = [
+        click.Option(
+            ["--config"],
+            type=click.Path(),
+            is_eager=True,
+            expose_value=False,
+            callback=load_config_file,
+            help="YAML file with any of these settings.",
+        )
+    ]
+    params += [field_option(item, hints[item.name]) for item in fields(settings)]
+
+    def run(**values: Any) -> None:
+        lists = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        module, function = target.split(":")
+        entry: Callable[[Any], object] = getattr(importlib.import_module(module), function)
+        entry(settings(**lists))
+
+    summary = (settings.__doc__ or "").strip()
+    return click.Command(name, params=params, callback=run, help=f"{summary}\n\n\b\nExample:\n  {example}")
+
+
+def make_cli() -> click.Group:
+    """All commands. `--learning-rate` is taken for `--learning_rate`."""
+    settings = {
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 120,
+        "token_normalize_func": lambda token: token.replace("-", "_"),
+    }
+    group = click.Group(
+        "onecard",
+        context_settings=settings,
+        help="SFT, reward models and DPO for language models on one card. Start with: onecard demo",
+    )
+    for name, (config_class, target, example) in COMMANDS.items():
+        group.add_command(make_command(name, config_class, target, example))
+    return click.version_option(__version__, prog_name="onecard")(group)
+
+
+def fail(message: str) -> int:
+    """One line on standard error; 2 is the exit code of whatever the user can put right."""
+    click.echo(f"onecard: error: {message}", err=True)
+    return 2
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `onecard` command."""
+    # A closed pipe (`onecard ... | head`) ends the program quietly, as other tools do.
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Advice from one library to another about its next major release is of no use to who runs a command.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
+    try:
+        code = make_cli().main(args=arguments, prog_name="onecard", standalone_mode=False)
+    except OnecardError as error:
+        code = fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        code = 2
+    except click.ClickException as error:
+        place = f"{error.ctx.command_path}: " if isinstance(error, click.UsageError) and error.ctx else ""
+        code = fail(f"{place}{' '.join(error.format_message().split())}")
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("onecard: interrupted. The same command with --resume goes on from the last checkpoint.", err=True)
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)

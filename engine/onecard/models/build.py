@@ -1,0 +1,110 @@
+"""Putting roles together: base, adapters, heads, as a command's settings ask for them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from onecard.config import ModelConfig, TrainConfig
+from onecard.errors import OnecardError
+from onecard.models.load import find_source, load_base, reason
+from onecard.models.roles import HEAD_WEIGHTS, Roles
+
+
+def scalar_head(hidden_size: int, device: torch.device) -> nn.Linear:
+    """A reward head: weights N(0, 1/sqrt(D + 1)), bias 0 (Stiennon et al., 2020, https://arxiv.org/abs/2009.01325)."""
+    head = nn.Linear(hidden_size, 1, device=device, dtype=torch.float32)
+    nn.init.normal_(head.weight, std=1 / math.sqrt(hidden_size + 1))
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def lora_config(config: TrainConfig) -> Any:
+    """PEFT's record of our LoRA settings. Dropout stays 0: it would make old and new log-probs differ."""
+    from peft import LoraConfig
+
+    modules = config.lora_target_modules
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        target_modules="all-linear" if modules == ["all-linear"] else modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def add_adapters(base: Any, config: TrainConfig, trained: str, reference: bool) -> tuple[Any, dict[str, str | None]]:
+    """`base` with the adapter of the trained role, new or read from the folder that `config.model` names.
+
+    An adapter that training starts from is also what the reference is: a frozen second copy of it.
+    """
+    from peft import PeftModel, get_peft_model
+
+    source = find_source(config.model).adapter
+    adapters: dict[str, str | None] = {trained: trained}
+    try:
+        if source is None:
+            model = get_peft_model(base, lora_config(config), adapter_name=trained)
+        else:
+            model = PeftModel.from_pretrained(base, str(source), adapter_name=trained, is_trainable=True)
+            if reference:
+                model.load_adapter(str(source), adapter_name="reference", is_trainable=False)
+    except Exception as error:  # PEFT raises ValueError, KeyError or RuntimeError as its parsers do
+        name = "lora_target_modules" if source is None else f"model: adapter {source}"
+        raise OnecardError(f"{name}: {reason(error)}") from error
+    if reference:
+        adapters["reference"] = None if source is None else "reference"
+    return model, adapters
+
+
+def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, scalar: bool = False) -> Roles:
+    """The weights of a training run: the trained role, a reference if asked for, a scalar head if asked for."""
+    source = find_source(config.model)
+    if not config.use_peft and (config.load_in_4bit or source.adapter is not None):
+        what = "a 4-bit base" if config.load_in_4bit else f"the adapter {source.adapter}"
+        raise OnecardError(f"use_peft: all weights cannot be trained on {what}; leave --no_use_peft out.")
+    base = load_base(config, train_all=not config.use_peft)
+    adapters: dict[str, str | None] = {trained: None}
+    frozen = copy.deepcopy(base).requires_grad_(False) if reference and not config.use_peft else None
+    if config.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    torch.manual_seed(config.seed)  # new weights depend on the seed alone, not on what loading drew
+    model = base
+    if config.use_peft:
+        model, adapters = add_adapters(base, config, trained, reference)
+    roles = Roles(model, trained, adapters, "packed" if config.padding_free else "padded")
+    if frozen is not None:
+        roles.copies["reference"] = frozen
+        roles.adapters["reference"] = None
+    if scalar:
+        roles.heads[trained] = scalar_head(base.config.get_text_config().hidden_size, roles.device)
+        head_file = source.adapter / HEAD_WEIGHTS if source.adapter else None
+        if head_file is not None and head_file.is_file():
+            roles.heads[trained].load_state_dict(load_file(str(head_file)))
+    return roles
+
+
+def load_player(config: ModelConfig, *, role: str, head: bool = False) -> Roles:
+    """A frozen role for generating or scoring: the model or adapter that `config.model` names, nothing trained."""
+    from peft import PeftModel
+
+    source = find_source(config.model)
+    base = load_base(config)
+    adapters: dict[str, str | None] = {role: None}
+    model = base
+    if source.adapter is not None:
+        model = PeftModel.from_pretrained(base, str(source.adapter), adapter_name=role)
+        adapters = {role: role}
+    roles = Roles(model, role, adapters, "packed").eval().requires_grad_(False)
+    if head:
+        folder = source.adapter or Path(source.base)
+        if not (folder / HEAD_WEIGHTS).is_file():
+            raise OnecardError(f"model: {folder} is no reward model of onecard: it has no {HEAD_WEIGHTS}.")
+        roles.heads[role] = scalar_head(base.config.get_text_config().hidden_size, roles.device).requires_grad_(False)
+        roles.heads[role].load_state_dict(load_file(str(folder / HEAD_WEIGHTS)))
+    return roles

@@ -1,0 +1,157 @@
+"""From a name or folder to a tokenizer and a base model, with one clear line where that cannot be done."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onecard.config import ModelConfig
+from onecard.errors import OnecardError
+
+# bitsandbytes warns on CPU that an optional faster kernel is not installed; the one it falls back to is exact.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights come from: a base, and the adapter folder that was named if one was."""
+
+    base: str
+    adapter: Path | None = None
+
+
+def find_source(model: str) -> Source:
+    """Tell a hub name, a model folder and an adapter folder apart."""
+    if not model:
+        raise OnecardError("--model is missing: give a Hugging Face name or a folder.")
+    path = Path(model)
+    if (path / "adapter_config.json").is_file():
+        try:
+            base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
+        except (ValueError, KeyError):
+            raise OnecardError(f"model: {path}/adapter_config.json does not name its base model.") from None
+        return Source(base=find_source(base).base, adapter=path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise OnecardError(f"model: folder {model} has neither config.json nor adapter_config.json.")
+        # An absolute path, so that an adapter made from here finds its base from any other folder too.
+        return Source(base=os.path.abspath(path))
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise OnecardError(f"model: no folder {model}; expected a model folder or a Hugging Face name.")
+    return Source(base=model)
+
+
+def reason(error: Exception) -> str:
+    """The first line of a library's message: the rest is advice about the library."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer of the adapter folder if it holds one, else of the base."""
+    from transformers import AutoTokenizer
+
+    source = find_source(config.model)
+    own = source.adapter is not None and (source.adapter / "tokenizer_config.json").is_file()
+    name = str(source.adapter) if own else source.base
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # the loaders below raise whatever their parsers raise
+        raise OnecardError(f"model: cannot load the tokenizer of '{name}': {reason(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise OnecardError(f"model: the tokenizer of '{name}' has no EOS token, so no response could end.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masks, never ids, decide what is padding
+    return tokenizer
+
+
+def context_length(config: ModelConfig) -> int | None:
+    """How many positions the base was made for, where its config says so."""
+    from transformers import AutoConfig
+
+    name = find_source(config.model).base
+    try:
+        found = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    except Exception as error:
+        raise OnecardError(f"model: cannot load '{name}': {reason(error)}") from error
+    return getattr(found.get_text_config(), "max_position_embeddings", None)
+
+
+def pick_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(config: ModelConfig, *, train_all: bool) -> torch.dtype:
+    """`auto`: 16 bit for a frozen base on a GPU; float32 on CPU, and where small updates must not be rounded away."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    if train_all or not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def pick_attention(config: ModelConfig, dtype: torch.dtype) -> str:
+    """`auto`: flash-attn where it can run, else PyTorch's own attention."""
+    if config.attn_implementation != "auto":
+        return config.attn_implementation
+    can_flash = torch.cuda.is_available() and dtype != torch.float32 and importlib.util.find_spec("flash_attn")
+    return "flash_attention_2" if can_flash else "sdpa"
+
+
+def without_dropout(model_config: Any) -> Any:
+    """The same config with every dropout at 0: with dropout, old and new log-probs of one policy would differ."""
+    for owner in {id(c): c for c in (model_config, model_config.get_text_config())}.values():
+        for name, value in owner.to_dict().items():
+            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+                setattr(owner, name, 0.0)
+    return model_config
+
+
+def keep_differentiable(model: Any) -> Any:
+    """Forbid bitsandbytes' inference-only weight layout on CPU, and give the model back.
+
+    On a CPU with AVX512-BF16, a 4-bit layer that runs once in evaluation mode repacks its weights for good, rounds its
+    inputs to bf16 from then on, and no longer passes any gradient back.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def load_base(config: ModelConfig, *, train_all: bool = False) -> Any:
+    """The base model on its device, frozen unless `train_all`."""
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+    source = find_source(config.model)
+    dtype = pick_dtype(config, train_all=train_all)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    remote = {"trust_remote_code": config.trust_remote_code}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.base,
+            config=without_dropout(AutoConfig.from_pretrained(source.base, **remote)),
+            dtype=dtype,
+            attn_implementation=pick_attention(config, dtype),
+            device_map={"": pick_device()},
+            quantization_config=quantization if config.load_in_4bit else None,
+            **remote,
+        )
+    except Exception as error:  # the loaders raise whatever their parsers raise
+        raise OnecardError(f"model: cannot load '{source.base}': {reason(error)}") from error
+    return keep_differentiable(model).requires_grad_(train_all)

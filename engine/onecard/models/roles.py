@@ -1,0 +1,158 @@
+"""One base plays several parts: policy, reference, reward. A role is an adapter on the base, or the base without one.
+
+| role      | weights                                                                       |
+|-----------|-------------------------------------------------------------------------------|
+| policy    | base + LoRA adapter `policy` (or the base itself when all weights are trained)  |
+| reference | adapters off; or a frozen copy of the adapter or the base that training began from |
+| reward    | base + LoRA adapter `reward` + a scalar head                                  |
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
+
+from onecard.batches import ResponseTargets, TokenBatch, last_rows
+from onecard.models.head import LanguageHead, read_head
+from onecard.models.layout import LAYOUTS
+from onecard_kernels import linear_logprobs
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MODEL_WEIGHTS = "model.safetensors"
+HEAD_WEIGHTS = "head.safetensors"
+
+
+class Roles(nn.Module):
+    """The weights of a run. `adapters[role]` is the name of its adapter, or None for the base with adapters off.
+
+    Exactly one role is active at a time: `current`, the one that is trained, except inside `with roles.playing(other)`.
+    """
+
+    def __init__(self, model: Any, trained: str, adapters: dict[str, str | None], layout: str) -> None:
+        super().__init__()
+        self.model = model
+        self.trained = trained
+        self.adapters = adapters
+        self.layout = layout
+        self.heads = nn.ModuleDict()
+        self.copies = nn.ModuleDict()  # role -> a whole frozen model; only where all weights are trained
+        self.current = ""
+        self.activate(trained)
+
+    @property
+    def has_adapters(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def activate(self, role: str) -> None:
+        """Switch adapters, and leave what is trained trainable.
+
+        PEFT's own switch freezes every adapter but the active one, so a loss of the trained role recorded before the
+        switch would silently give no gradient at all.
+        """
+        if role == self.current:
+            return
+        if self.has_adapters:
+            adapter, tuner = self.adapters[role], self.model.base_model
+            if adapter is None:
+                tuner.disable_adapter_layers()
+            else:
+                tuner.enable_adapter_layers()
+                tuner.set_adapter(adapter)
+            for name in self.model.peft_config:
+                self.model.set_requires_grad(name, name == self.adapters[self.trained])
+        self.current = role
+
+    @contextmanager
+    def playing(self, role: str) -> Iterator[None]:
+        """`with roles.playing("reference"): ...`, then back to the role before."""
+        before = self.current
+        self.activate(role)
+        try:
+            yield
+        finally:
+            self.activate(before)
+
+    def causal_model(self) -> Any:
+        """The Hugging Face model of the current role, adapters injected."""
+        if self.current in self.copies:
+            return self.copies[self.current]
+        return self.model.get_base_model() if self.has_adapters else self.model
+
+    def head(self) -> LanguageHead:
+        """The current role's language model head."""
+        return read_head(self.causal_model())
+
+    def hidden(self, batch: TokenBatch, rows: Tensor) -> Tensor:
+        """Hidden states [r, D] of the current role at flat `rows`."""
+        layout = LAYOUTS[self.layout](batch)
+        states = self.causal_model().get_decoder()(**layout.inputs).last_hidden_state
+        return states.flatten(0, 1).index_select(0, layout.places[rows])
+
+    def logprobs(self, batch: TokenBatch, targets: ResponseTargets) -> Tensor:
+        """Log-probabilities [r] of the response tokens under the current role, fp32, nats."""
+        head = self.head()
+        return linear_logprobs(
+            self.hidden(batch, targets.rows), head.weight, targets.targets, **head.keywords()
+        ).logprobs
+
+    def scores(self, batch: TokenBatch) -> Tensor:
+        """The current role's scalar head on each sequence's last token: fp32 [S]."""
+        hidden = self.hidden(batch, last_rows(batch))
+        return self.heads[self.current](hidden.float()).squeeze(-1)
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter that the optimizer changes, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def write(self, folder: Path) -> None:
+        """Write the trained role's weights into `folder`: a PEFT adapter or all weights, and its scalar head."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.has_adapters:
+            from peft import get_peft_model_state_dict
+
+            name = self.trained
+            weights = get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)
+            save_file({key: value.contiguous() for key, value in weights.items()}, str(folder / ADAPTER_WEIGHTS))
+            settings = copy.copy(self.model.peft_config[name])
+            settings.inference_mode = True
+            settings.save_pretrained(str(folder))
+        else:
+            save_model(self.model, str(folder / MODEL_WEIGHTS))
+        if self.trained in self.heads:
+            save_file(self.heads[self.trained].state_dict(), str(folder / HEAD_WEIGHTS))
+
+    def save(self, folder: Path) -> None:
+        """Write the trained role to `folder/<role>/`."""
+        self.write(folder / self.trained)
+
+    def restore(self, folder: Path) -> None:
+        """Read back what `save` wrote, bit for bit."""
+        source = folder / self.trained
+        if self.has_adapters:
+            from peft import set_peft_model_state_dict
+
+            weights = load_file(str(source / ADAPTER_WEIGHTS))
+            set_peft_model_state_dict(self.model, weights, adapter_name=self.trained)
+        else:
+            load_model(self.model, str(source / MODEL_WEIGHTS))
+        if self.trained in self.heads:
+            self.heads[self.trained].load_state_dict(load_file(str(source / HEAD_WEIGHTS)))
+
+    def export(self, folder: Path, tokenizer: Any) -> None:
+        """Write the trained role so that PEFT or transformers loads `folder` as it is, tokenizer included."""
+        self.write(folder)
+        if not self.has_adapters:
+            (folder / MODEL_WEIGHTS).unlink()  # transformers writes its own, with its config, in its own layout
+            self.model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))

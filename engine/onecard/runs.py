@@ -1,0 +1,109 @@
+"""The run folder: what may be started there, its `config.yaml`, and its `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from onecard import checkpoint
+from onecard.checkpoint import Checkpoint
+from onecard.config import TrainConfig
+from onecard.errors import OnecardError
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+OUTPUTS = (CONFIG, METRICS, "report.html", "plots", "policy", "reward")
+# Settings that a resumed run may change: they decide when to look, not what is learned.
+FREE = {"output_dir", "resume", "overwrite", "logging_steps", "eval_steps", "save_steps", "save_total_limit"}
+
+C = TypeVar("C", bound=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder that is ready for a run, the checkpoint to go on from, and what the user should know of it."""
+
+    folder: Path
+    checkpoint: Checkpoint | None
+    notes: tuple[str, ...]
+
+
+def with_folder(config: C, command: str) -> C:
+    """The same settings with `output_dir` filled in."""
+    return config if config.output_dir else replace(config, output_dir=f"runs/{command}")
+
+
+def check_same_settings(config: TrainConfig, folder: Path) -> None:
+    """A run goes on under the settings it began with, or its two halves would be different experiments."""
+    before = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    now = asdict(config)
+    for name, value in now.items():
+        if name not in FREE and name in before and before[name] != value:
+            raise OnecardError(
+                f"--resume: {name} is {value!r} here and {before[name]!r} in {folder / CONFIG}; "
+                "go on with the same settings, or start anew in another output_dir."
+            )
+
+
+def open_run(config: TrainConfig) -> Run:
+    """Decide what a command may do in its folder. Writes nothing."""
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise OnecardError(f"output_dir: {folder} is a file, expected a folder or a new name.")
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(parent, os.W_OK):
+        raise OnecardError(f"output_dir: {parent} cannot be written to.")
+    holds_run = (folder / CONFIG).exists() or bool(checkpoint.checkpoint_folders(folder))
+    if config.resume and holds_run and (folder / CONFIG).exists():
+        check_same_settings(config, folder)
+        found, torn = checkpoint.newest_checkpoint(folder)
+        return Run(folder, found, tuple(resume_notes(found, torn)))
+    if holds_run and not (config.overwrite or config.resume):
+        raise OnecardError(
+            f"output_dir: {folder} holds a run already; add --resume to go on with it, "
+            "--overwrite to replace it, or choose another folder."
+        )
+    return Run(folder, None, ())
+
+
+def resume_notes(found: Checkpoint | None, torn: tuple[Path, ...]) -> list[str]:
+    """What `--resume` tells the user."""
+    notes = [f"{folder.name} is torn (files are missing or damaged) and is passed over." for folder in torn]
+    notes.append(
+        f"going on from {found.folder}." if found else "no whole checkpoint to go on from: starting at step 0."
+    )
+    return notes
+
+
+def begin(run: Run, config: TrainConfig) -> None:
+    """Make the folder, write `config.yaml`, and bring `metrics.jsonl` back to where the checkpoint stands."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if run.checkpoint is None:
+        checkpoint.forget(run.folder, OUTPUTS)
+    keep_metrics(run.folder / METRICS, run.checkpoint.step if run.checkpoint else -1)
+    settings = yaml.safe_dump({**asdict(config), "resume": False, "overwrite": False}, sort_keys=False)
+    checkpoint.write_text(run.folder / CONFIG, settings)
+
+
+def keep_metrics(path: Path, step: int) -> None:
+    """Drop the rows after `step`, and a last row that was cut off in the middle."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    checkpoint.write_text(path, "".join(kept))
+
+
+def log(folder: Path, row: dict[str, Any]) -> None:
+    """Append one row to `metrics.jsonl`."""
+    with open(folder / METRICS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")

@@ -1,0 +1,185 @@
+"""Layouts, roles and heads on real models: random weights hide most of what can go wrong here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from onecard.batches import TokenSequence, pack, response_targets
+from onecard.config import DPOConfig, RewardConfig
+from onecard.errors import OnecardError
+from onecard.models import head as heads
+from onecard.models.build import load_roles
+from onecard.models.layout import LAYOUTS
+from onecard.models.load import load_base, load_tokenizer
+
+TEXTS = ("Once upon a time there was a dog.", "Lily likes to play in the park with her friends", "One day a big cat")
+
+
+def texts_of(model) -> list[TokenSequence]:
+    tokenizer = load_tokenizer(DPOConfig(model=str(model)))
+    ids = [tuple(tokenizer(text)["input_ids"]) for text in TEXTS]
+    return [TokenSequence(tokens, (False, *(True,) * (len(tokens) - 1))) for tokens in ids]
+
+
+def logprobs(roles, sequences, layout: str) -> torch.Tensor:
+    roles.layout = layout
+    batch = pack(sequences)
+    return roles.logprobs(batch, response_targets(batch))
+
+
+@pytest.mark.parametrize("model", ["tinystories", "stories260k"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_padded_and_one_by_one_give_the_same_logprobs(model, attention, request):
+    """On pretrained weights, where a sequence that sees its neighbour changes by whole nats."""
+    folder = request.getfixturevalue(model)
+    roles = load_roles(DPOConfig(model=str(folder), attn_implementation=attention), trained="policy")
+    texts = texts_of(folder)
+    alone = torch.cat([logprobs(roles, [text], "packed") for text in texts])
+    own = []
+    for text in texts:  # the judge: transformers' own logits of one sequence at a time
+        ids = torch.tensor([text.tokens])
+        logits = load_base(DPOConfig(model=str(folder)))(input_ids=ids).logits[0].double().log_softmax(-1)
+        own.append(logits[:-1].gather(-1, ids[0, 1:, None]).squeeze(-1))
+    torch.testing.assert_close(alone.double(), torch.cat(own), atol=2e-5, rtol=0)
+    for layout in LAYOUTS:
+        torch.testing.assert_close(logprobs(roles, texts, layout), alone, atol=2e-5, rtol=0)
+
+
+def test_packing_needs_the_cache_off(tinystories):
+    """The trap that the packed layout avoids is real: with a cache the second sequence sees the first."""
+    roles = load_roles(DPOConfig(model=str(tinystories)), trained="policy")
+    trunk = roles.causal_model().get_decoder()
+    layout = LAYOUTS["packed"](pack(texts_of(tinystories)))
+    right = trunk(**layout.inputs).last_hidden_state
+    wrong = trunk(**{**layout.inputs, "use_cache": True}).last_hidden_state
+    assert (right - wrong).abs().max() > 0.1
+
+
+def test_reference_is_the_base_with_adapters_off(tinystories):
+    roles = load_roles(DPOConfig(model=str(tinystories)), trained="policy", reference=True)
+    texts = texts_of(tinystories)
+    before = logprobs(roles, texts, "packed").detach()
+    with torch.no_grad():
+        for parameter in roles.trained_parameters().values():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    with roles.playing("reference"):
+        reference = logprobs(roles, texts, "packed")
+    assert torch.equal(reference, before)
+    assert (logprobs(roles, texts, "packed") - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("four_bit", [False, True], ids=["fp32", "nf4"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+def test_playing_another_role_takes_no_gradient_away(tinystories, four_bit, checkpointing):
+    """Policy forward, then the reference, then the backward: the policy's gradients are those without the detour."""
+    config = DPOConfig(model=str(tinystories), load_in_4bit=four_bit, gradient_checkpointing=checkpointing)
+    gradients = []
+    for detour in (False, True):
+        roles = load_roles(config, trained="policy", reference=True)
+        roles.train()
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in roles.trained_parameters().values():
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+        loss = logprobs(roles, texts_of(tinystories), "packed").sum()
+        if detour:
+            with torch.no_grad(), roles.playing("reference"):
+                logprobs(roles, texts_of(tinystories), "packed")
+        loss.backward()
+        gradients.append([parameter.grad for parameter in roles.trained_parameters().values()])
+    assert all(torch.equal(with_detour, without) for without, with_detour in zip(*gradients, strict=True))
+    assert all(gradient.abs().max() > 0 for gradient in gradients[0])
+
+
+def test_a_4bit_base_passes_gradients_back_after_an_evaluation_pass(tinystories):
+    """bitsandbytes repacks 4-bit weights in evaluation mode on some CPUs; the first layer's gradient then vanishes."""
+    gradients = []
+    for evaluated_before in (False, True):
+        roles = load_roles(DPOConfig(model=str(tinystories), load_in_4bit=True), trained="policy")
+        if evaluated_before:
+            roles.eval()
+            with torch.no_grad():
+                logprobs(roles, texts_of(tinystories), "packed")
+        roles.train()
+        logprobs(roles, texts_of(tinystories), "packed").sum().backward()
+        gradients.append({name: p.grad for name, p in roles.trained_parameters().items() if "lora_B" in name})
+    first = next(iter(gradients[0]))
+    assert "layers.0." in first
+    assert gradients[0][first].abs().max() > 0
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name])
+
+
+def test_all_weights_trained_has_a_frozen_copy_as_reference(tinystories):
+    roles = load_roles(DPOConfig(model=str(tinystories), use_peft=False), trained="policy", reference=True)
+    assert all(not name.startswith("copies") for name in roles.trained_parameters())
+    texts = texts_of(tinystories)
+    with torch.no_grad():
+        before = logprobs(roles, texts, "packed")
+        next(iter(roles.trained_parameters().values())).mul_(1.1)
+        with roles.playing("reference"):
+            assert torch.equal(logprobs(roles, texts, "packed"), before)
+        assert not torch.equal(logprobs(roles, texts, "packed"), before)
+
+
+def test_reward_head_starts_as_the_paper_says(tinystories):
+    """N(0, 1/sqrt(D+1)), bias 0; D = 128 here. 3 standard errors of a standard deviation of 128 draws are 19 %."""
+    roles = load_roles(RewardConfig(model=str(tinystories)), trained="reward", scalar=True)
+    weight = roles.heads["reward"].weight
+    assert weight.shape == (1, 128)
+    assert weight.std().item() == pytest.approx(1 / 129**0.5, rel=0.19)
+    assert roles.heads["reward"].bias.item() == 0.0
+
+
+def test_scores_do_not_depend_on_the_layout(tinystories):
+    roles = load_roles(RewardConfig(model=str(tinystories)), trained="reward", scalar=True)
+    batch = pack(texts_of(tinystories))
+    scores = {}
+    for layout in LAYOUTS:
+        roles.layout = layout
+        scores[layout] = roles.scores(batch)
+    torch.testing.assert_close(scores["packed"], scores["padded"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("GemmaLike", "final_logit_softcapping", 3.0),
+        ("CohereLike", "logit_scale", 0.25),
+        ("Granite", "logits_scaling", 4.0),
+    ],
+)
+def test_head_settings_are_read_from_the_config(tinystories, name, setting, value):
+    """Each family's transform of the logits is in the record with its own meaning."""
+    model = load_base(DPOConfig(model=str(tinystories)))
+    setattr(model.config, setting, value)
+    head = heads.read_head(model)
+    assert (head.softcap, head.logit_scale) == ((3.0, 1.0) if "softcap" in setting else (None, 0.25))
+
+
+def test_a_head_that_makes_its_logits_otherwise_is_refused(tinystories):
+    """A config that promises a scale which the model does not apply: the check sees it on a few tokens."""
+    model = load_base(DPOConfig(model=str(tinystories)))
+    heads.check_head(model, model.get_decoder(), heads.read_head(model))
+    with pytest.raises(OnecardError, match="makes its logits in a way that onecard does not know"):
+        heads.check_head(model, model.get_decoder(), replace(heads.read_head(model), logit_scale=0.9))
+
+
+def test_an_adapter_on_the_head_is_trained_and_not_ignored(tinystories):
+    config = DPOConfig(model=str(tinystories), lora_target_modules=["lm_head", "q_proj"])
+    roles = load_roles(config, trained="policy", reference=True)
+    model = roles.causal_model()
+    with torch.no_grad():
+        for name, parameter in roles.trained_parameters().items():
+            if "lm_head.lora_B" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+    heads.check_head(model, model.get_decoder(), roles.head())
+    logprobs(roles, texts_of(tinystories), "packed").sum().backward()
+    trained = {name: p.grad for name, p in roles.trained_parameters().items() if "lm_head" in name}
+    assert len(trained) == 2
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in trained.values())
+    with roles.playing("reference"):
+        assert torch.equal(roles.head().weight, model.get_output_embeddings().get_base_layer().weight)
