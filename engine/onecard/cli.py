@@ -7,6 +7,7 @@ Each command's flags are the fields of its config dataclass. Nothing heavy is im
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import signal
 import sys
@@ -46,10 +47,21 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
     "demo": (config.DemoConfig, "onecard.demo.flow:run", "onecard demo"),
 }
 
-SCALARS: dict[Any, click.ParamType] = {str: click.STRING, int: click.INT, float: click.FLOAT}
+
+class FiniteFloat(click.FloatRange):
+    """A float that is a number: nan compares false with every bound and would pass them all."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
 
 
-RANGES: dict[Any, Callable[..., click.ParamType]] = {int: click.IntRange, float: click.FloatRange}
+SCALARS: dict[Any, click.ParamType] = {str: click.STRING, int: click.INT, float: FiniteFloat()}
+RANGES: dict[Any, Callable[..., click.ParamType]] = {int: click.IntRange, float: FiniteFloat}
 
 
 def field_option(item: Field[Any], hint: Any) -> click.Option:
@@ -93,12 +105,15 @@ def load_config_file(context: click.Context, parameter: click.Parameter, path: s
     """Make a file's values this command's defaults, so that flags still win."""
     if path is None:
         return
-    known = {option.name: option for option in context.command.params if option.name not in ("config", "help")}
-    values = read_yaml(path, [name for name in known if name])
+    options = (item for item in context.command.params if isinstance(item, click.Option))
+    known = {option.name: option for option in options if option.name and option.name != "config"}
+    values = read_yaml(path, list(known))
     for name, value in values.items():
         option = known[name]
-        if isinstance(option, click.Option) and option.multiple and not isinstance(value, list):
+        if option.multiple and not isinstance(value, list):
             values[name] = [value]
+        if option.is_flag and not isinstance(value, bool):
+            raise OnecardError(f"--config: {path}: {name}: {value!r}, expected true or false.")
         try:  # a value of the wrong type is the file's fault, and the message should say so
             option.type_cast_value(context, values[name])
         except click.BadParameter as error:

@@ -1,13 +1,14 @@
 """Prompts -> responses, sampled from the model itself.
 
 The model's own `generation_config` (top-k, top-p, repetition penalty) is not used: what is sampled is the policy, at
-the temperature that was asked for. Prompts are sorted by length, so that little is padded, and given back in their order.
+the temperature that was asked for. Prompts are sorted by length, so that little is padded, and given back in order.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class Sampling:
     top_k: int = 0
 
     def generation_config(self, eos: int | list[int], pad: int) -> Any:
-        """transformers' record of it, complete, so that nothing is taken from the model's own."""
+        """transformers' record of it."""
         from transformers import GenerationConfig
 
         draws: dict[str, Any] = {"do_sample": False}
@@ -49,6 +50,19 @@ def end_tokens(roles: Roles, tokenizer: Any) -> list[int]:
     return sorted({tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])})
 
 
+@contextmanager
+def bare_generation_config(model: Any) -> Iterator[None]:
+    """transformers fills whatever a request leaves open from the model's own generation config: give it an empty one."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 @torch.no_grad()
 def sample(roles: Roles, tokenizer: Any, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
     """One response to each prompt, as token ids without the one that ended it."""
@@ -57,12 +71,9 @@ def sample(roles: Roles, tokenizer: Any, prompts: Sequence[Sequence[int]], sampl
     pad = tokenizer.pad_token_id
     tokens = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=roles.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=roles.device)
-    out = roles.causal_model().generate(
-        input_ids=tokens,
-        attention_mask=mask,
-        generation_config=sampling.generation_config(ends, pad),
-        use_model_defaults=False,
-    )
+    model, settings = roles.causal_model(), sampling.generation_config(ends, pad)
+    with bare_generation_config(model):
+        out = model.generate(input_ids=tokens, attention_mask=mask, generation_config=settings)
     responses = []
     for row in out[:, width:].tolist():
         stop = next((place for place, token in enumerate(row) if token in ends), len(row))

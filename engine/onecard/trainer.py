@@ -145,6 +145,22 @@ class Trainer(Generic[E, B]):
             keep=self.config.save_total_limit,
         )
 
+    def diverged(self, what: str) -> OnecardError:
+        """The error of a run whose numbers are none any more."""
+        return OnecardError(
+            f"{self.task.name}: {what} at step {self.step}; a lower learning_rate or max_grad_norm usually helps. "
+            "The last checkpoint is from before this step."
+        )
+
+    def loss_of(self, batch: B, normalizer: int) -> Loss:
+        """The task's loss. The kernels refuse NaN by name, which here means that the last update broke the weights."""
+        try:
+            return self.task.loss(batch, normalizer)
+        except ValueError as error:
+            if "NaN" in str(error):
+                raise self.diverged(str(error)) from error
+            raise
+
     def optimize(self, indices: Sequence[int]) -> dict[str, float]:
         """One optimizer step. The result does not depend on how it is cut into micro-batches, to rounding."""
         began = time.perf_counter()
@@ -153,7 +169,7 @@ class Trainer(Generic[E, B]):
         losses = []
         size = self.config.per_device_train_batch_size
         for batch in micro_batches(self.task, examples, size, self.weights.device):
-            loss = self.task.loss(batch, normalizer)
+            loss = self.loss_of(batch, normalizer)
             loss.loss.backward()
             losses.append(Loss(loss.loss.detach(), loss.metrics))
         limit = self.config.max_grad_norm or math.inf
@@ -167,10 +183,7 @@ class Trainer(Generic[E, B]):
         self.num_tokens += tokens
         self.step += 1
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-            raise OnecardError(
-                f"{self.task.name}: loss {row['loss']} and gradient norm {row['grad_norm']} at step {self.step}; "
-                "a lower learning_rate or max_grad_norm usually helps. The last checkpoint is from before this step."
-            )
+            raise self.diverged(f"loss {row['loss']}, gradient norm {row['grad_norm']}")
         return {**row, "time/tokens_per_second": tokens / (time.perf_counter() - began)}
 
     def log_step(self, epoch: float, row: dict[str, float]) -> None:

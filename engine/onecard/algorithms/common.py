@@ -41,7 +41,7 @@ def load_examples(
     parts = [tokenize(load_rows(config.dataset, split=config.dataset_train_split))]
     if config.eval_dataset:
         parts.append(tokenize(load_rows(config.eval_dataset, split=config.dataset_test_split)))
-        training, heldout = parts[0].examples, parts[1].examples
+        training, heldout = list(parts[0].examples), list(parts[1].examples)
     else:
         training, heldout = hold_out(parts[0].examples, test_size=config.test_size, seed=config.seed)
     for part in parts:

@@ -1,0 +1,141 @@
+"""A run that was stopped goes on as if it had not been: the same metrics and the same weights, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from onecard import trainer
+
+STEPS = 8
+
+
+def arguments(model: Path, pairs: Path, folder: Path, *more: object) -> list[str]:
+    settings = ["--test_size", 4, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]
+    settings += [
+        "--max_steps",
+        STEPS,
+        "--save_steps",
+        2,
+        "--eval_steps",
+        3,
+        "--logging_steps",
+        3,
+        "--learning_rate",
+        1e-2,
+    ]
+    settings += ["--lr_scheduler_type", "cosine", "--warmup_steps", 2, "--max_length", 64]
+    return [str(word) for word in ("--model", model, "--dataset", pairs, "--output_dir", folder, *settings, *more)]
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    """Every tensor of the exported role, as bytes."""
+    files = sorted(folder.glob("*/*.safetensors"))
+    assert files
+    return {
+        f"{file.name}:{name}": tensor.flatten().view(-1).numpy().tobytes()
+        for file in files
+        for name, tensor in load_file(str(file)).items()
+    }
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl without what the clock and the machine put into them."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Interrupt the run in the middle of optimizer step `step`, after its gradients and before its update."""
+    whole = trainer.Trainer.optimize
+
+    def interrupted(self, indices):
+        if self.step == step:
+            self.optimizer.step = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+        return whole(self, indices)
+
+    monkeypatch.setattr(trainer.Trainer, "optimize", interrupted)
+
+
+VARIANTS = {
+    "dpo, LoRA": ("dpo",),
+    "dpo, 8-bit AdamW": ("dpo", "--optim", "adamw_8bit", "--lora_r", "64"),
+    "dpo, paged 8-bit AdamW, 4-bit base, checkpointing": (
+        "dpo", "--optim", "paged_adamw_8bit", "--lora_r", "64", "--load_in_4bit", "--gradient_checkpointing",
+    ),
+    "dpo, all weights, padded": ("dpo", "--no_use_peft", "--no_padding_free"),
+    "reward": ("reward",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_interrupted_and_resumed_equals_uninterrupted(onecard, monkeypatch, tmp_path, tiny_model, pairs, variant):
+    command, *more = VARIANTS[variant]
+    whole = onecard(command, *arguments(tiny_model, pairs, tmp_path / "whole", *more))
+    assert whole.code == 0, whole.err
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        stopped = onecard(command, *arguments(tiny_model, pairs, tmp_path / "stopped", *more))
+        assert stopped.code == 130
+        assert "--resume" in stopped.err
+    assert (tmp_path / "stopped" / "checkpoint-4").is_dir()
+    resumed = onecard(command, *arguments(tiny_model, pairs, tmp_path / "stopped", *more, "--resume"))
+    assert resumed.code == 0, resumed.err
+    assert "going on from" in resumed.err
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+    assert [row["step"] for row in metrics(tmp_path / "whole")] == [0, 3, 3, 6, 6, 8, 8]
+
+
+def test_a_torn_checkpoint_is_said_and_passed_over(onecard, tmp_path, tiny_model, pairs):
+    assert onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "run")).code == 0
+    finished = weights(tmp_path / "run")
+    torn = tmp_path / "run" / "checkpoint-8" / "policy" / "adapter_model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:100])
+    result = onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "run", "--resume"))
+    assert result.code == 0, result.err
+    assert "checkpoint-8 is torn" in result.err
+    assert "going on from" in result.err
+    assert "checkpoint-6" in result.err
+    assert weights(tmp_path / "run") == finished
+
+
+def test_resuming_a_finished_run_changes_nothing(onecard, tmp_path, tiny_model, pairs):
+    assert onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "run")).code == 0
+    before = weights(tmp_path / "run"), metrics(tmp_path / "run")
+    assert onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "run", "--resume")).code == 0
+    assert (weights(tmp_path / "run"), metrics(tmp_path / "run")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 4])
+def test_kill_9_and_resume(tmp_path, tiny_model, pairs, rows):
+    """A real SIGKILL of a real process, as soon as its metrics show so many rows."""
+
+    def command(folder: str, *more: str) -> list[str]:
+        flags = arguments(tiny_model, pairs, tmp_path / folder, *more)
+        flags[flags.index("--logging_steps") + 1] = "1"
+        return [sys.executable, "-m", "onecard", "dpo", *flags]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command("whole"), check=True, capture_output=True, env=environment)
+    process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    path, deadline = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 60
+    while not (path.exists() and path.read_text().count("\n") >= rows):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "policy").exists()
+    subprocess.run(command("killed", "--resume"), check=True, capture_output=True, env=environment)
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")

@@ -1,0 +1,175 @@
+"""The loop: one normaliser for a step, every example once an epoch, schedules, optimizers, failures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from onecard.algorithms import dpo, reward, sft
+from onecard.batches import PreferencePair, TokenSequence, pack, pack_pairs
+from onecard.config import DPOConfig, RewardConfig, SFTConfig, TrainConfig
+from onecard.errors import OnecardError
+from onecard.metrics import Window, add_up
+from onecard.models.build import load_roles
+from onecard.optim import make_optimizer, make_scheduler
+from onecard.trainer import make_plan
+from onecard_kernels import Loss
+
+
+def random_pairs(count: int) -> list[PreferencePair]:
+    """Pairs of many lengths, so that a mean of means differs from the mean."""
+    generator = torch.Generator().manual_seed(0)
+
+    def text(prompt: tuple[int, ...], length: int) -> TokenSequence:
+        response = tuple(torch.randint(3, 300, (length,), generator=generator).tolist())
+        return TokenSequence(prompt + response, (False,) * len(prompt) + (True,) * length)
+
+    prompts = [tuple(torch.randint(3, 300, (1 + 2 * i,), generator=generator).tolist()) for i in range(count)]
+    return [PreferencePair(text(p, 2 + 3 * i), text(p, 9 - i)) for i, p in enumerate(prompts)]
+
+
+def algorithm(name: str, model: str, layout: str):
+    """`(roles, loss of some pairs, count)` of each algorithm on the same material."""
+    kind = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}[name]
+    config = kind(model=model, padding_free=layout == "packed")
+    trained = "reward" if name == "reward" else "policy"
+    roles = load_roles(config, trained=trained, reference=name == "dpo", scalar=name == "reward")
+    keywords = {"beta": 0.5, "loss_type": ["sigmoid", "ipo"]}
+    table = {
+        "sft": (
+            lambda p, n: sft.sft_loss(roles, pack([x.chosen for x in p]), n),
+            lambda p: sft.count_tokens([x.chosen for x in p]),
+        ),
+        "reward": (lambda p, n: reward.reward_loss(roles, pack_pairs(p), config, n), len),
+        "dpo": (lambda p, n: dpo.preference_loss(roles, pack_pairs(p), keywords, n), len),
+    }
+    return roles, *table[name]
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "dpo"])
+def test_any_cut_into_micro_batches_gives_the_same_loss_metrics_and_gradient(tiny_model, name):
+    """1x8, 2x4, 8x1 and uneven, packed and padded: equal to rounding in fp32."""
+    pairs, results = random_pairs(8), []
+    for layout, cuts in [("packed", [8]), ("packed", [4, 4]), ("packed", [1] * 8), ("packed", [3, 5]), ("padded", [8])]:
+        roles, loss_of, count = algorithm(name, str(tiny_model), layout)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in roles.trained_parameters().values():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        start, losses = 0, []
+        for size in cuts:
+            loss = loss_of(pairs[start : start + size], count(pairs))
+            loss.loss.backward()
+            losses.append(loss)
+            start += size
+        gradient = torch.cat([parameter.grad.flatten() for parameter in roles.trained_parameters().values()])
+        results.append((add_up(losses), gradient))
+    first_metrics, first_gradient = results[0]
+    assert first_gradient.abs().max() > 0
+    for metrics, gradient in results[1:]:
+        assert metrics == pytest.approx(first_metrics, rel=1e-5, abs=1e-6)
+        error = (gradient - first_gradient).abs().max() / first_gradient.abs().max()
+        assert error < 3e-6
+
+
+def test_sft_loss_is_transformers_own(tiny_model):
+    """On one text: the loss that transformers computes from `labels`."""
+    roles, loss_of, count = algorithm("sft", str(tiny_model), "packed")
+    pair = random_pairs(3)[2]
+    ids = torch.tensor([pair.chosen.tokens])
+    labels = ids.masked_fill(~torch.tensor([pair.chosen.response_mask]), -100)
+    own = roles.causal_model()(input_ids=ids, labels=labels).loss
+    assert loss_of([pair], count([pair])).loss.item() == pytest.approx(own.item(), rel=1e-5)
+
+
+def test_dpo_starts_at_log_2_with_margin_0(tiny_model):
+    """The policy is the reference before the first step."""
+    roles = load_roles(DPOConfig(model=str(tiny_model)), trained="policy", reference=True)
+    loss = dpo.preference_loss(roles, pack_pairs(random_pairs(3)), {"beta": 0.5}, 3)
+    assert loss.loss.item() == pytest.approx(math.log(2), rel=1e-6)
+    assert loss.metrics["rewards/margins"].item() == 0.0
+
+
+def test_bradley_terry_by_hand():
+    """Differences 2 and -1, margins 1 and 0: (log(1 + e^-1) + log(1 + e)) / 2 = 0.81326; centering: 0.1 * 5 / 2."""
+    chosen, rejected, margins = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
+    loss = reward.bradley_terry_loss(chosen, rejected, margins, center_rewards_coefficient=0.1, normalizer=2)
+    assert loss.loss.item() == pytest.approx(0.8132617 + 0.25, rel=1e-6)
+    assert {name: value.item() for name, value in loss.metrics.items()} == {
+        "accuracy": 0.5,
+        "margin": 0.5,
+        "mean_reward": 0.75,
+    }
+
+
+def test_the_plan_sees_every_example_once_an_epoch():
+    config = TrainConfig(per_device_train_batch_size=3, gradient_accumulation_steps=2, num_train_epochs=2)
+    plan = make_plan(config, 20)
+    assert (plan.steps_per_epoch, plan.total_steps) == (4, 8)
+    steps = list(plan.batches(0))
+    for epoch in (steps[:4], steps[4:]):
+        assert sorted(index for _, indices in epoch for index in indices) == list(range(20))
+    assert steps[:4] != steps[4:]
+    assert steps[-1][0] == 2.0
+    assert list(plan.batches(3)) == steps[3:]
+    assert list(plan.batches(4)) == steps[4:]
+    assert make_plan(TrainConfig(max_steps=5), 20).total_steps == 5
+    with pytest.raises(OnecardError, match="num_train_epochs"):
+        make_plan(TrainConfig(num_train_epochs=0), 20)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit"])
+def test_optimizers_take_their_settings_and_descend(optim):
+    weight = torch.nn.Parameter(torch.ones(8192))
+    config = TrainConfig(optim=optim, learning_rate=0.01, weight_decay=0.1, adam_beta1=0.8, adam_epsilon=1e-6)
+    optimizer = make_optimizer(config, [weight])
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"], tuple(group["betas"]), group["eps"]) == (0.01, 0.1, (0.8, 0.999), 1e-6)
+    weight.grad = torch.full_like(weight, 3.0)
+    optimizer.step()
+    # Adam's first step is the learning rate against the sign of the gradient, after the decay of lr * weight_decay
+    torch.testing.assert_close(weight.data, torch.full_like(weight, 1 - 0.01 * 0.1 - 0.01), atol=1e-5, rtol=0)
+    if optim != "adamw_torch":
+        state = optimizer.state[weight]
+        assert {state["state1"].dtype, state["state2"].dtype} == {torch.uint8}
+
+
+def test_a_beta_out_of_range_is_named():
+    with pytest.raises(OnecardError, match=r"adam_beta2: 1\.0, expected"):
+        make_optimizer(TrainConfig(adam_beta2=1.0), [torch.nn.Parameter(torch.ones(1))])
+
+
+def test_schedule_by_hand():
+    """Two steps of warm-up, then linear to 0 over the eight that are left."""
+    config = TrainConfig(learning_rate=1.0, warmup_steps=0.2)
+    optimizer = make_optimizer(config, [torch.nn.Parameter(torch.ones(1))])
+    scheduler, rates = make_scheduler(config, optimizer, 10), []
+    for _ in range(10):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0, 0.5, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+
+
+def test_metrics_of_micro_batches_add_up_and_of_steps_average():
+    losses = [Loss(torch.tensor(0.25), {"a": torch.tensor(1.0)}), Loss(torch.tensor(0.5), {"a": torch.tensor(2.0)})]
+    assert add_up(losses) == {"loss": 0.75, "a": 3.0}
+    window = Window()
+    window.add({"loss": 1.0})
+    again = Window(**window.state())
+    again.add({"loss": 2.0})
+    assert again.take() == {"loss": 1.5}
+    assert again.state() == {"sums": {}, "steps": 0}
+
+
+def test_a_loss_that_is_no_number_stops_the_run_in_one_line(onecard, tmp_path, tiny_model, pairs):
+    result = onecard(
+        "dpo", "--model", tiny_model, "--dataset", pairs, "--output_dir", tmp_path / "run", "--learning_rate", "1e30",
+        "--max_grad_norm", 0, "--max_steps", 5,
+    )  # fmt: skip
+    assert result.code == 2
+    assert "at step" in result.err.splitlines()[-1]
+    assert "learning_rate" in result.err.splitlines()[-1]
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
