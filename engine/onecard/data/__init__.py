@@ -1,0 +1,41 @@
+"""Files or datasets -> validated examples -> tokens and masks.
+
+    from onecard.data import hold_out, load_rows, preference_examples, step_indices
+
+    rows = load_rows("pairs.jsonl", split="train")       # {"prompt": "Hello", "chosen": " you", "rejected": " no"}
+    pairs = preference_examples(rows, tokenizer, max_length=512, skip_bad_rows=True)
+    for note in pairs.notes:
+        print(note)                                      # 2 of 1094 responses were cut at max_length 512
+    train, held = hold_out(pairs.examples, test_size=0.05, seed=42)
+    for indices in step_indices(len(train), 8, seed=42, epoch=0):
+        batch = pack_pairs([train[i] for i in indices])  # of onecard.batches
+
+The first pair, where the tokenizer writes `<s>` = 1, `Hello` = 7, ` you` = 9, ` no` = 4 and `</s>` = 2:
+
+    pairs.examples[0].chosen     tokens (1, 7, 9, 2)   response_mask (False, False, True, True)
+    pairs.examples[0].rejected   tokens (1, 7, 4, 2)   response_mask (False, False, True, True)
+
+Whatever cannot be used is an `OnecardError` of one line, `pairs.jsonl:3: chosen is null`; with `skip_bad_rows` the rows
+are listed in `bad_rows` and counted in `notes` instead.
+"""
+
+from onecard.data.files import Row, load_rows, prompt_rows
+from onecard.data.order import hold_out, step_indices
+from onecard.data.tokenized import BadRow, Prompt, Tokenized, preference_examples, prompt_examples, sft_examples
+from onecard.data.tokens import prompt_text, prompt_tokens
+
+__all__ = [
+    "BadRow",
+    "Prompt",
+    "Row",
+    "Tokenized",
+    "hold_out",
+    "load_rows",
+    "preference_examples",
+    "prompt_examples",
+    "prompt_rows",
+    "prompt_text",
+    "prompt_tokens",
+    "sft_examples",
+    "step_indices",
+]

@@ -1,0 +1,203 @@
+"""Every bad row is one line that says which row it is and what is wrong with it."""
+
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from onecard.data import Row, preference_examples, prompt_examples, sft_examples
+from onecard.errors import OnecardError
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FORGETFUL = CHATML.replace(
+    "{{ m['content'] }}", "{{ m['content'] if loop.last or m['role'] == 'user' else '...' }}"
+)  # as Qwen3's thoughts
+STRICT = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system\nhere') }}{% endif %}" + CHATML
+
+
+def byte_tokenizer(template: str = CHATML) -> Any:
+    """One id for each byte, and no BOS."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def rows(*records: dict[str, Any]) -> list[Row]:
+    return [Row("x.jsonl", number, record) for number, record in enumerate(records, start=1)]
+
+
+def sft(*records: dict[str, Any], template: str = CHATML) -> Any:
+    return sft_examples(
+        rows(*records),
+        byte_tokenizer(template),
+        max_length=64,
+        completion_only_loss=True,
+        assistant_only_loss=True,
+        skip_bad_rows=False,
+    )
+
+
+def say(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+USER, BOT = say("user", "Hello"), say("assistant", "fine")
+
+BAD_SFT = {
+    "nothing known": (
+        {"label": 0, "sentence": "a"},
+        "no column 'messages', 'prompt' + 'completion', or 'text'; there are label, sentence.",
+    ),
+    "misspelt": (
+        {"txt": "a"},
+        "no column 'messages', 'prompt' + 'completion', or 'text'; there are txt. Did you mean 'txt'?",
+    ),
+    "empty row": ({}, "no column 'messages', 'prompt' + 'completion', or 'text'; the row is empty."),
+    "half": (
+        {"prompt": "a", "completions": "b"},
+        "no column 'completion'; there are prompt, completions. Did you mean 'completions'?",
+    ),
+    "other half": ({"completion": "b"}, "no column 'prompt'; there are completion."),
+    "preferences": (
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        "no column 'completion'; there are prompt, chosen, rejected.",
+    ),
+    "null": ({"text": None}, "text is null"),
+    "number": ({"text": 3}, "text: expected text or a list of messages, got a number"),
+    "truth": ({"text": True}, "text: expected text or a list of messages, got true or false"),
+    "messages in text": (
+        {"text": [USER]},
+        "text: expected text, got a list; a list of messages belongs in 'messages'",
+    ),
+    "text in messages": ({"messages": "a"}, "messages: expected a list of messages, got text"),
+    "no messages": ({"messages": []}, "messages: the list of messages is empty"),
+    "message is text": (
+        {"messages": [USER, "fine"]},
+        "messages[1]: expected an object with role and content, got text",
+    ),
+    "ShareGPT": (
+        {"messages": [{"from": "human", "value": "a"}]},
+        "messages[0]: no 'role'; there are from, value",
+    ),
+    "no content": ({"messages": [USER, {"role": "assistant"}]}, "messages[1]: no 'content'; there are role"),
+    "null content": ({"messages": [USER, say("assistant", None)]}, "messages[1]: content is null"),
+    "content in parts": (
+        {"messages": [say("user", [{"type": "text"}])]},
+        "messages[0]: content: expected text, got a list",
+    ),
+    "unknown role": (
+        {"messages": [USER, say("asistant", "a")]},
+        "messages[1]: unknown role 'asistant'; expected one of system, developer, user, assistant, tool. "
+        "Did you mean 'assistant'?",
+    ),
+    "nobody answers": ({"messages": [USER]}, "messages: no assistant's message to learn"),
+    "answer first": (
+        {"messages": [BOT, USER, BOT]},
+        "messages: the assistant speaks first, so nothing can be told apart as its prompt",
+    ),
+    "mixed": ({"prompt": "a", "completion": [BOT]}, "completion is messages but prompt is text"),
+    "mixed the other way": ({"prompt": [USER], "completion": "a"}, "completion is text but prompt is messages"),
+    "prompt ends with an answer": (
+        {"prompt": [USER, BOT], "completion": [BOT]},
+        "prompt: its last message is the assistant's, which leaves nothing to answer",
+    ),
+    "completion by the user": (
+        {"prompt": [USER], "completion": [BOT, USER]},
+        "completion: expected to open and end with the assistant's message, got assistant, user",
+    ),
+    "half a surrogate": ({"text": "ab\ud800"}, "text: not valid Unicode at character 3"),
+    "half a surrogate in chat": (
+        {"messages": [say("user", "\udfff")]},
+        "messages[0]: not valid Unicode at character 1",
+    ),
+    "nothing to predict": ({"text": ""}, "nothing to learn: no token of the response has one before it"),
+    "nothing at all": (
+        {"prompt": "", "completion": ""},
+        "nothing to learn: no token of the response has one before it",
+    ),
+}
+
+
+@pytest.mark.parametrize(("record", "message"), BAD_SFT.values(), ids=BAD_SFT)
+def test_bad_sft_rows(record: dict[str, Any], message: str) -> None:
+    with pytest.raises(OnecardError) as error:
+        sft({"prompt": "a", "completion": "b"}, record)
+    assert str(error.value) == f"x.jsonl:2: {message}"
+
+
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+BAD_PAIRS = {
+    "no prompt": ({"chosen": "b", "rejected": "c"}, "no column 'prompt'; there are chosen, rejected."),
+    "misspelt prompt": (
+        {"promt": "a", "chosen": "b", "rejected": "c"},
+        "no column 'prompt'; there are promt, chosen, rejected. Did you mean 'promt'?",
+    ),
+    "no rejected": ({"prompt": "a", "chosen": "b"}, "no column 'rejected'; there are prompt, chosen."),
+    "null rejected": (PAIR | {"rejected": None}, "rejected is null"),
+    "null prompt": (PAIR | {"prompt": None}, "prompt is null"),
+    "null prompt in chat": ({"prompt": None, "chosen": [USER, BOT], "rejected": [USER, BOT]}, "prompt is null"),
+    "object": (PAIR | {"chosen": {"a": 1}}, "chosen: expected text or a list of messages, got an object"),
+    "mixed": (PAIR | {"rejected": [BOT]}, "rejected is messages but chosen is text"),
+    "chat prompt, text answers": (PAIR | {"prompt": [USER]}, "chosen is text but prompt is messages"),
+    "nothing shared": (
+        {"chosen": [BOT], "rejected": [BOT]},
+        "no prompt: 'prompt' holds no messages, and chosen and rejected share no message at their start",
+    ),
+    "text margin": (PAIR | {"margin": "2"}, "margin: expected a number, got text"),
+    "null margin": (PAIR | {"margin": None}, "margin is null"),
+    "truth as margin": (PAIR | {"margin": True}, "margin: expected a number, got true or false"),
+    "nan margin": (PAIR | {"margin": float("nan")}, "margin: expected a finite number, got nan"),
+    "endless margin": (PAIR | {"margin": float("-inf")}, "margin: expected a finite number, got -inf"),
+    "huge margin": (PAIR | {"margin": 10**400}, "margin: expected a finite number, got inf"),
+}
+
+
+@pytest.mark.parametrize(("record", "message"), BAD_PAIRS.values(), ids=BAD_PAIRS)
+def test_bad_pairs(record: dict[str, Any], message: str) -> None:
+    with pytest.raises(OnecardError) as error:
+        preference_examples(rows(PAIR, record), byte_tokenizer(), max_length=64, skip_bad_rows=False)
+    assert str(error.value) == f"x.jsonl:2: {message}"
+
+
+BAD_PROMPTS = {
+    "missing": ({"promts": "a"}, "no column 'prompt'; there are promts. Did you mean 'promts'?"),
+    "null": ({"prompt": None}, "prompt is null"),
+    "no tokens": ({"prompt": ""}, "prompt: it has no tokens, so there is nothing to go on from"),
+    "answered already": (
+        {"prompt": [USER, BOT]},
+        "prompt: its last message is the assistant's, which leaves nothing to answer",
+    ),
+}
+
+
+@pytest.mark.parametrize(("record", "message"), BAD_PROMPTS.values(), ids=BAD_PROMPTS)
+def test_bad_prompts(record: dict[str, Any], message: str) -> None:
+    with pytest.raises(OnecardError) as error:
+        prompt_examples(rows({"prompt": "a"}, record), byte_tokenizer())
+    assert str(error.value) == f"x.jsonl:2: {message}"
+
+
+BAD_TEMPLATES = {
+    "rewrites earlier turns": (
+        FORGETFUL,
+        [USER, BOT, USER, BOT],
+        "chat template: up to messages[3] it writes the conversation differently when it goes on, "
+        "so the assistant's part cannot be told apart",
+    ),
+    "refuses": (STRICT, [say("system", "a"), USER, BOT], "chat template: No system"),
+}
+
+
+@pytest.mark.parametrize(("template", "messages", "message"), BAD_TEMPLATES.values(), ids=BAD_TEMPLATES)
+def test_templates_that_do_not_fit_the_row(template: str, messages: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(OnecardError) as error:
+        sft({"messages": messages}, template=template)
+    assert str(error.value) == f"x.jsonl:1: {message}"

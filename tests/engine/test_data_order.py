@@ -1,0 +1,118 @@
+"""Holding out and shuffling: nothing lost, nothing twice, and no prompt on both sides."""
+
+import pytest
+
+from onecard.batches import PreferencePair, TokenSequence
+from onecard.data import Prompt, hold_out, step_indices
+from onecard.errors import OnecardError
+
+
+def sequence(*tokens: int, prompt: int) -> TokenSequence:
+    return TokenSequence(tokens, tuple(place >= prompt for place in range(len(tokens))))
+
+
+def pair(prompt: int, answer: int) -> PreferencePair:
+    return PreferencePair(sequence(1, prompt, answer, prompt=2), sequence(1, prompt, 0, prompt=2))
+
+
+@pytest.mark.parametrize(
+    ("count", "test_size", "held"),
+    [(100, 0.05, 5), (100, 0.07, 7), (10, 0.05, 1), (100, 1, 1), (100, 30, 30), (100, 0, 0), (3, 2, 2), (1, 0, 0)],
+)
+def test_sizes(count: int, test_size: float, held: int) -> None:
+    train, test = hold_out(list(range(count)), test_size=test_size, seed=1)
+    assert len(test) == held
+    assert sorted(train + test) == list(range(count))
+    assert train == sorted(train)
+    assert test == sorted(test)
+
+
+def test_depends_on_the_seed_alone() -> None:
+    splits = [tuple(hold_out(list(range(50)), test_size=0.2, seed=seed)[1]) for seed in (0, 0, 1, 2)]
+    assert splits[0] == splits[1]
+    assert len(set(splits)) == 3
+
+
+def test_no_prompt_of_a_pair_is_on_both_sides() -> None:
+    pairs = [pair(prompt=10 + index % 20, answer=100 + index) for index in range(60)]
+    train, test = hold_out(pairs, test_size=0.25, seed=3)
+    prompts = [{item.chosen.tokens[1] for item in side} for side in (train, test)]
+    assert not prompts[0] & prompts[1]
+    assert (len(train), len(test)) == (45, 15)
+
+
+def test_prompts_keep_together_in_sft_and_texts_without_one_stand_alone() -> None:
+    answers = [sequence(1, 7 + index // 2, 50 + index, prompt=2) for index in range(8)]
+    train, test = hold_out(answers, test_size=1, seed=0)
+    assert len(test) == 2  # no prompt has fewer than two examples
+    assert test[0].tokens[:2] == test[1].tokens[:2]
+    for prompt in (0, 1):  # text rows, and completions of an empty prompt
+        texts = [sequence(1, 50 + index, prompt=prompt) for index in (0, 1, 2, 2)]
+        train, test = hold_out(texts, test_size=2, seed=0)
+        assert not {item.tokens for item in train} & {item.tokens for item in test}
+        assert len(test) == 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_where_every_prompt_is_too_large_the_rarest_is_held_out(seed: int) -> None:
+    train, test = hold_out(list("aaabbbccddd"), test_size=1, seed=seed)
+    assert ("".join(train), "".join(test)) == ("aaabbbddd", "cc")
+
+
+def test_prompts_are_their_own_group() -> None:
+    prompts = [Prompt("a", (1, 2)), Prompt("b", (1, 3)), Prompt("a", (1, 2))]
+    train, test = hold_out(prompts, test_size=1, seed=0)
+    assert ([item.text for item in train], [item.text for item in test]) == (["a", "a"], ["b"])
+
+
+@pytest.mark.parametrize(
+    ("examples", "test_size", "message"),
+    [
+        ([1, 2], 2, "test_size: 2 of 2 examples with 2 different prompts would leave nothing to train on; "),
+        ([1], 0.05, "test_size: 0.05 of 1 examples with 1 different prompts would leave nothing to train on; "),
+        ([7, 7, 7], 1, "test_size: 1 of 3 examples with 1 different prompts would leave nothing to train on; "),
+    ],
+)
+def test_nothing_left_to_train_on(examples: list[int], test_size: float, message: str) -> None:
+    with pytest.raises(OnecardError) as error:
+        hold_out(examples, test_size=test_size, seed=0)
+    assert str(error.value) == message + "give fewer, or 0, or an eval_dataset."
+
+
+@pytest.mark.parametrize(
+    ("test_size", "message"),
+    [
+        (-1, "test_size: expected a share below 1, a count, or 0; got -1."),
+        (float("nan"), "test_size: expected a share below 1, a count, or 0; got nan."),
+        (2.5, "test_size: from 1 on it is a count of examples, so 2.5 is not one."),
+    ],
+)
+def test_sizes_that_mean_nothing(test_size: float, message: str) -> None:
+    with pytest.raises(OnecardError) as error:
+        hold_out([1, 2, 3, 4], test_size=test_size, seed=0)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(("count", "size"), [(10, 3), (9, 3), (1, 8), (0, 4), (257, 16)])
+def test_an_epoch_visits_every_index_once(count: int, size: int) -> None:
+    steps = step_indices(count, size, seed=5, epoch=2)
+    assert sorted(index for step in steps for index in step) == list(range(count))
+    assert all(len(step) == size for step in steps[:-1])
+    assert len(steps) == -(-count // size)
+
+
+def test_order_follows_seed_and_epoch() -> None:
+    orders = {(seed, epoch): step_indices(40, 8, seed=seed, epoch=epoch) for seed in range(3) for epoch in range(3)}
+    assert len({str(order) for order in orders.values()}) == 9
+    assert orders[1, 2] == step_indices(40, 8, seed=1, epoch=2)
+    assert orders[0, 0] != [list(range(start, start + 8)) for start in range(0, 40, 8)]
+
+
+def test_order_is_the_same_on_every_machine() -> None:
+    assert step_indices(8, 3, seed=42, epoch=1) == [[6, 0, 3], [4, 1, 5], [7, 2]]
+
+
+@pytest.mark.parametrize(("count", "size"), [(-1, 2), (4, 0)])
+def test_impossible_batches(count: int, size: int) -> None:
+    with pytest.raises(ValueError, match="batch_size >= 1"):
+        step_indices(count, size, seed=0, epoch=0)
