@@ -52,7 +52,7 @@ def end_tokens(roles: Roles, tokenizer: Any) -> list[int]:
 
 @contextmanager
 def bare_generation_config(model: Any) -> Iterator[None]:
-    """transformers fills whatever a request leaves open from the model's own generation config: give it an empty one."""
+    """Without this, transformers fills what a request leaves open from the model's own generation config."""
     from transformers import GenerationConfig
 
     own = model.generation_config

@@ -1,0 +1,36 @@
+"""Scores from a reward adapter and its scalar head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from onecard.batches import pack, to_device
+from onecard.data import Row, sft_examples
+from onecard.models.roles import Roles
+
+
+@torch.no_grad()
+def score(
+    roles: Roles, tokenizer: Any, prompts: Sequence[str], responses: Sequence[str], *, max_length: int, batch_size: int
+) -> list[float]:
+    """One reward for each prompt with its response, tokenized as the training pairs were."""
+    rows = [
+        Row("responses", place, {"prompt": prompt, "completion": response})
+        for place, (prompt, response) in enumerate(zip(prompts, responses, strict=True), start=1)
+    ]
+    examples = sft_examples(
+        rows,
+        tokenizer,
+        max_length=max_length,
+        completion_only_loss=True,
+        assistant_only_loss=True,
+        skip_bad_rows=False,
+    ).examples
+    scores: list[float] = []
+    for start in range(0, len(examples), batch_size):
+        batch = to_device(pack(examples[start : start + batch_size]), roles.device)
+        scores += roles.scores(batch).tolist()
+    return scores
