@@ -1,0 +1,152 @@
+"""Errors that name the argument, what came and what was expected, raised before any work is done.
+
+Shapes, dtypes, devices and Python numbers are always checked. The *values* inside tensors are looked at on CPU, and
+on other devices only with ONECARD_CHECK=1: reading them there would wait for the device. Never under torch.compile.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .records import Head
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def values_are_checked(device: torch.device) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return device.type == "cpu" or os.environ.get("ONECARD_CHECK") == "1"
+
+
+def tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor")
+
+
+def floating(name: str, value: Tensor) -> None:
+    tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} has dtype {value.dtype}, expected a floating point dtype")
+
+
+def integer(name: str, value: Tensor) -> None:
+    tensor(name, value)
+    if value.dtype not in INTEGERS:
+        raise TypeError(f"{name} has dtype {value.dtype}, expected an integer dtype")
+
+
+def shape(name: str, value: Tensor, expected: Iterable[int], like: str) -> None:
+    expected = tuple(expected)
+    if tuple(value.shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected}, {like}")
+
+
+def device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, expected {like.device} like {like_name}")
+
+
+def positive(name: str, value: float) -> None:
+    if not _is_number(value) or not value > 0 or math.isinf(value):
+        raise ValueError(f"{name} is {value!r}, expected a finite number above 0")
+
+
+def within(name: str, value: float, low: float, high: float) -> None:
+    if not _is_number(value) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}, expected a number from {low:g} to {high:g}")
+
+
+def finite(name: str, value: float) -> None:
+    if not _is_number(value) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}, expected a finite number")
+
+
+def one_of(name: str, value: object, known: Iterable[str]) -> None:
+    known = tuple(known)
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")
+
+
+def no_nan(name: str, value: Tensor) -> None:
+    if values_are_checked(value.device) and bool(value.isnan().any()):
+        raise ValueError(f"{name} has {int(value.isnan().sum())} NaN among {value.numel()} values, expected none")
+
+
+def mask(value: Tensor | None, like_name: str, like: Tensor) -> None:
+    if value is None:
+        return
+    tensor("mask", value)
+    if value.dtype.is_complex:
+        raise TypeError(f"mask has dtype {value.dtype}, expected bool, or numbers that are 0 or 1")
+    shape("mask", value, like.shape, f"the shape of {like_name}")
+    device("mask", value, like_name, like)
+    if value.dtype != torch.bool and values_are_checked(value.device):
+        odd = value[(value != 0) & (value != 1)]
+        if odd.numel():
+            raise ValueError(f"mask holds {odd[0].item()}, expected only 0 and 1")
+
+
+def targets(value: Tensor, vocabulary: int, valid: Tensor | None) -> None:
+    """Targets are token ids in [0, vocabulary) wherever they count; anything may stand where the mask is 0."""
+    if not values_are_checked(value.device):
+        return
+    outside = (value < 0) | (value >= vocabulary)
+    if valid is not None:
+        outside &= valid.bool()
+    if bool(outside.any()):
+        raise ValueError(
+            f"targets holds {value[outside][0].item()}, expected ids from 0 to {vocabulary - 1} wherever mask is 1"
+        )
+
+
+def head(value: Head, vocabulary: int, like: Tensor) -> None:
+    positive("temperature", value.temperature)
+    finite("logit_scale", value.logit_scale)
+    if value.softcap is not None:
+        positive("softcap", value.softcap)
+    expected = f"one per row of weight ({vocabulary})"
+    if value.bias is not None:
+        floating("bias", value.bias)
+        shape("bias", value.bias, (vocabulary,), expected)
+        device("bias", value.bias, "hidden", like)
+        if values_are_checked(like.device) and not bool(value.bias.isfinite().all()):
+            raise ValueError("bias holds inf or NaN, expected finite values; forbid tokens with `forbidden`")
+    if value.forbidden is not None:
+        tensor("forbidden", value.forbidden)
+        if value.forbidden.dtype != torch.bool:
+            raise TypeError(f"forbidden has dtype {value.forbidden.dtype}, expected torch.bool")
+        shape("forbidden", value.forbidden, (vocabulary,), expected)
+        device("forbidden", value.forbidden, "hidden", like)
+        if values_are_checked(like.device) and bool(value.forbidden.all()):
+            raise ValueError(f"forbidden is True for all {vocabulary} tokens, expected at least one allowed token")
+
+
+def linear(hidden: Tensor, weight: Tensor, targets_: Tensor, head_: Head, mask_: Tensor | None) -> None:
+    """The arguments that every function from hidden states takes."""
+    floating("hidden", hidden)
+    floating("weight", weight)
+    integer("targets", targets_)
+    if hidden.dim() < 1:
+        raise ValueError("hidden has shape (), expected [..., D]")
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [V, D] with V above 0")
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}, expected [V, {hidden.shape[-1]}] for hidden {tuple(hidden.shape)}"
+        )
+    shape("targets", targets_, hidden.shape[:-1], "hidden's shape without its last dimension")
+    device("weight", weight, "hidden", hidden)
+    device("targets", targets_, "hidden", hidden)
+    head(head_, weight.shape[0], hidden)
+    mask(mask_, "targets", targets_)
+    targets(targets_, weight.shape[0], mask_)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

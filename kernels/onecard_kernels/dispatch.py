@@ -1,0 +1,43 @@
+"""Which implementation runs: `backend="auto" | "triton" | "torch"`.
+
+Entries are strings, imported when first asked for: a backend that is not used is not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch")
+
+TABLE: dict[str, dict[str, str]] = {
+    "linear_logprobs": {"torch": "onecard_kernels.logprob.chunked:linear_logprobs"},
+    "selective_log_softmax": {"torch": "onecard_kernels.logprob.selective:selective_log_softmax"},
+}
+
+# What "auto" tries, in this order, by device type; the first one that the function has is taken.
+PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton", "torch")}
+ANYWHERE = ("torch",)
+
+
+def implementation(function: str, backend: str, device: torch.device) -> Callable[..., Any]:
+    """The callable behind `function` for this backend and device."""
+    available = TABLE[function]
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
+    if backend == "auto":
+        backend = next(b for b in PREFERENCE.get(device.type, ANYWHERE) if b in available)
+    if backend not in available:
+        raise ValueError(f"backend is {backend!r}, but {function} has only: {', '.join(sorted(available))}")
+    return _load(available[backend])
+
+
+@cache
+def _load(address: str) -> Callable[..., Any]:
+    module, name = address.split(":")
+    loaded: Callable[..., Any] = getattr(import_module(module), name)
+    return loaded

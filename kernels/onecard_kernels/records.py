@@ -1,0 +1,67 @@
+"""The records that cross the library's borders, and the head's transform of logits that both paths share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LogProbs(NamedTuple):
+    """Per-token results, all of the targets' shape; the last two are None unless they were asked for."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    log_sum_sq_probs: Tensor | None
+
+
+class Loss(NamedTuple):
+    """A 0-d loss with a gradient, and 0-d detached metrics on the same device."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Head:
+    """What lies between the product `h @ W.T` and the softmax.
+
+    z = (h @ W.T + bias) * logit_scale;  z = softcap * tanh(z / softcap);  z = z / temperature;  z[forbidden] = -inf
+    """
+
+    bias: Tensor | None = None
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    forbidden: Tensor | None = None
+
+    @property
+    def factor(self) -> float:
+        """The constant part of dz/d(h @ W.T)."""
+        return self.logit_scale / self.temperature
+
+    def transform(self, z: Tensor) -> Tensor:
+        """The transform as a formula, for autograd to differentiate."""
+        if self.bias is not None:
+            z = z + self.bias.to(z.dtype)
+        z = z * self.logit_scale
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        z = z / self.temperature
+        return z if self.forbidden is None else z.masked_fill(self.forbidden, float("-inf"))
+
+    def transform_(self, z: Tensor, slope: Tensor | None = None) -> None:
+        """The same in place. `slope` receives 1 - tanh^2, the part of the derivative that differs between logits."""
+        if self.bias is not None:
+            z.add_(self.bias)
+        if self.softcap is not None:
+            z.mul_(self.logit_scale / self.softcap).tanh_()
+            if slope is not None:
+                torch.mul(z, z, out=slope).neg_().add_(1.0)
+            z.mul_(self.softcap / self.temperature)
+        elif self.factor != 1.0:
+            z.mul_(self.factor)
+        if self.forbidden is not None:
+            z.masked_fill_(self.forbidden, float("-inf"))

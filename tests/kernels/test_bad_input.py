@@ -1,0 +1,169 @@
+"""Bad input is refused before any work, with the argument's name, what came and what was expected."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from onecard_kernels import (
+    checks,
+    dispatch,
+    dpo_loss,
+    linear_dpo_loss,
+    linear_logprobs,
+    selective_log_softmax,
+    sequence_sums,
+    token_kl,
+)
+
+N, D, V = 4, 8, 31
+NAN = float("nan")
+
+
+def filled(value: float, *shape: int) -> torch.Tensor:
+    return torch.full(shape, value, dtype=torch.float32)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor of another device, wherever the tests run."""
+    return torch.zeros(shape, dtype=dtype, device="meta")
+
+
+GOOD: dict[Callable[..., Any], dict[str, Any]] = {
+    linear_logprobs: {"hidden": filled(1, N, D), "weight": filled(1, V, D), "targets": torch.arange(N)},
+    selective_log_softmax: {"logits": filled(1, N, V), "targets": torch.arange(N)},
+    token_kl: {"logprobs": filled(-1, N), "ref_logprobs": filled(-1, N)},
+    dpo_loss: {
+        "chosen_logps": filled(-1, N),
+        "rejected_logps": filled(-2, N),
+        "ref_chosen_logps": filled(-1, N),
+        "ref_rejected_logps": filled(-1, N),
+    },
+    linear_dpo_loss: {
+        "hidden": filled(1, N, D),
+        "weight": filled(1, V, D),
+        "targets": torch.arange(N),
+        "sequence_ids": torch.tensor([0, 0, 1, -1]),
+        "ref_logps": filled(-1, 2),
+    },
+    sequence_sums: {"values": filled(1, N), "sequence_ids": torch.tensor([0, 0, 1, -1]), "num_sequences": 2},
+}
+
+# function, what is wrong, error, words of its message: the argument first, then what came, then what was expected
+BAD: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], tuple[str, ...]]] = [
+    (linear_logprobs, {"hidden": torch.ones(N, D).long()}, TypeError, ("hidden", "int64", "floating")),
+    (linear_logprobs, {"hidden": [1.0]}, TypeError, ("hidden", "list", "tensor")),
+    (linear_logprobs, {"hidden": filled(1, N, D + 1)}, ValueError, ("weight", "(31, 8)", "[V, 9]")),
+    (linear_logprobs, {"weight": filled(1, D)}, ValueError, ("weight", "(8,)", "[V, D]")),
+    (linear_logprobs, {"weight": meta(V, D)}, ValueError, ("weight", "meta", "cpu", "hidden")),
+    (linear_logprobs, {"targets": torch.arange(N - 1)}, ValueError, ("targets", "(3,)", "(4,)")),
+    (linear_logprobs, {"targets": torch.arange(N).view(N, 1)}, ValueError, ("targets", "(4, 1)", "(4,)")),
+    (linear_logprobs, {"targets": filled(1, N)}, TypeError, ("targets", "float32", "integer")),
+    (linear_logprobs, {"targets": torch.tensor([0, 1, 2, V])}, ValueError, ("targets", "31", "0 to 30")),
+    (linear_logprobs, {"targets": torch.tensor([0, 1, 2, -100])}, ValueError, ("targets", "-100", "mask")),
+    (linear_logprobs, {"targets": meta(N, dtype=torch.long)}, ValueError, ("targets", "meta", "cpu")),
+    (linear_logprobs, {"mask": filled(1, N, 1)}, ValueError, ("mask", "(4, 1)", "(4,)")),
+    (linear_logprobs, {"mask": torch.tensor([0, 1, 2, 1])}, ValueError, ("mask", "2", "0 and 1")),
+    (linear_logprobs, {"mask": torch.ones(N, dtype=torch.complex64)}, TypeError, ("mask", "complex64", "bool")),
+    (linear_logprobs, {"bias": filled(1, V, 1)}, ValueError, ("bias", "(31, 1)", "(31,)")),
+    (linear_logprobs, {"bias": filled(float("-inf"), V)}, ValueError, ("bias", "inf", "finite", "forbidden")),
+    (linear_logprobs, {"bias": torch.ones(V).int()}, TypeError, ("bias", "int32", "floating")),
+    (linear_logprobs, {"forbidden": filled(0, V)}, TypeError, ("forbidden", "float32", "torch.bool")),
+    (linear_logprobs, {"forbidden": filled(0, D).bool()}, ValueError, ("forbidden", "(8,)", "(31,)")),
+    (linear_logprobs, {"forbidden": filled(1, V).bool()}, ValueError, ("forbidden", "31", "at least one")),
+    (linear_logprobs, {"temperature": 0.0}, ValueError, ("temperature", "0.0", "above 0")),
+    (linear_logprobs, {"temperature": -1.0}, ValueError, ("temperature", "-1.0", "above 0")),
+    (linear_logprobs, {"temperature": NAN}, ValueError, ("temperature", "nan", "above 0")),
+    (linear_logprobs, {"softcap": 0.0}, ValueError, ("softcap", "0.0", "above 0")),
+    (linear_logprobs, {"logit_scale": float("inf")}, ValueError, ("logit_scale", "inf", "finite")),
+    (linear_logprobs, {"backend": "cuda"}, ValueError, ("backend", "'cuda'", "'auto', 'triton', 'torch'")),
+    (selective_log_softmax, {"logits": torch.ones(N, V).int()}, TypeError, ("logits", "int32", "floating")),
+    (selective_log_softmax, {"logits": filled(1, N, 0)}, ValueError, ("logits", "(4, 0)", "[..., V]")),
+    (selective_log_softmax, {"targets": torch.arange(N + 1)}, ValueError, ("targets", "(5,)", "(4,)")),
+    (selective_log_softmax, {"targets": torch.arange(N) + V}, ValueError, ("targets", "31", "0 to 30")),
+    (selective_log_softmax, {"mask": filled(1, 1)}, ValueError, ("mask", "(1,)", "(4,)")),
+    (selective_log_softmax, {"temperature": 0}, ValueError, ("temperature", "0", "above 0")),
+    (
+        selective_log_softmax,
+        {"logits": torch.ones(1, V).expand(N, V), "inplace_backward": True},
+        ValueError,
+        ("logits", "expanded", "memory of its own"),
+    ),
+    (token_kl, {"estimator": "k4"}, ValueError, ("estimator", "'k4'", "'k1', 'k2', 'k3'")),
+    (token_kl, {"ref_logprobs": filled(-1, N, 1)}, ValueError, ("ref_logprobs", "(4, 1)", "(4,)")),
+    (token_kl, {"ref_logprobs": filled(NAN, N)}, ValueError, ("ref_logprobs", "4 NaN", "none")),
+    (token_kl, {"logprobs": torch.ones(N).int()}, TypeError, ("logprobs", "int32", "floating")),
+    (dpo_loss, {"chosen_logps": filled(-1, N, 1)}, ValueError, ("chosen_logps", "(4, 1)", "[B]")),
+    (dpo_loss, {"ref_rejected_logps": filled(-1, 1)}, ValueError, ("ref_rejected_logps", "(1,)", "(4,)")),
+    (dpo_loss, {"rejected_logps": filled(NAN, N)}, ValueError, ("rejected_logps", "4 NaN", "none")),
+    (dpo_loss, {"rejected_logps": meta(N)}, ValueError, ("rejected_logps", "meta", "cpu")),
+    (dpo_loss, {"beta": 0.0}, ValueError, ("beta", "0.0", "above 0")),
+    (dpo_loss, {"loss_type": "sigmod"}, ValueError, ("loss_type", "'sigmod'", "'sigmoid', 'ipo', 'hinge', 'discopop'")),
+    (dpo_loss, {"loss_type": []}, ValueError, ("loss_type", "empty", "'sigmoid'")),
+    (dpo_loss, {"loss_type": ["ipo", "hinge"], "loss_weights": [1.0]}, ValueError, ("loss_weights", "(1.0,)", "2")),
+    (dpo_loss, {"loss_weights": [NAN]}, ValueError, ("loss_weights", "nan", "finite")),
+    (dpo_loss, {"label_smoothing": 0.6}, ValueError, ("label_smoothing", "0.6", "0 to 0.5")),
+    (dpo_loss, {"f_divergence_type": "kl"}, ValueError, ("f_divergence_type", "'kl'", "'reverse_kl', 'forward_kl'")),
+    (dpo_loss, {"f_alpha_divergence_coef": NAN}, ValueError, ("f_alpha_divergence_coef", "nan", "finite")),
+    (dpo_loss, {"discopop_tau": 0.0}, ValueError, ("discopop_tau", "0.0", "above 0")),
+    (dpo_loss, {"chosen_lengths": torch.ones(N)}, ValueError, ("rejected_lengths", "None", "both")),
+    (
+        dpo_loss,
+        {"chosen_lengths": torch.ones(N), "rejected_lengths": torch.ones(1)},
+        ValueError,
+        ("rejected_lengths", "(1,)", "(4,)"),
+    ),
+    (dpo_loss, {"weights": filled(1, 1)}, ValueError, ("weights", "(1,)", "(4,)")),
+    (dpo_loss, {"weights": filled(NAN, N)}, ValueError, ("weights", "NaN", "none")),
+    (dpo_loss, {"normalizer": 0}, ValueError, ("normalizer", "0", "above 0")),
+    (dpo_loss, {"normalizer": filled(1, N)}, ValueError, ("normalizer", "(4,)", "()")),
+    (linear_dpo_loss, {"ref_logps": filled(-1, 3)}, ValueError, ("ref_logps", "(3,)", "[2B]")),
+    (linear_dpo_loss, {"ref_logps": filled(NAN, 2)}, ValueError, ("ref_logps", "2 NaN", "none")),
+    (linear_dpo_loss, {"sequence_ids": torch.tensor([0, 0, 1, 2])}, ValueError, ("sequence_ids", "2", "0 to 1")),
+    (linear_dpo_loss, {"sequence_ids": torch.tensor([0, 0, 1, -2])}, ValueError, ("sequence_ids", "-2", "-1")),
+    (linear_dpo_loss, {"sequence_ids": torch.zeros(1).long()}, ValueError, ("sequence_ids", "(1,)", "(4,)")),
+    (linear_dpo_loss, {"sequence_ids": torch.zeros(N)}, TypeError, ("sequence_ids", "float32", "integer")),
+    (linear_dpo_loss, {"softcap": -1.0}, ValueError, ("softcap", "-1.0", "above 0")),
+    (linear_dpo_loss, {"loss_type": "dpo"}, ValueError, ("loss_type", "'dpo'", "'sigmoid'")),
+    (sequence_sums, {"num_sequences": 2.0}, ValueError, ("num_sequences", "2.0", "integer")),
+    (sequence_sums, {"values": torch.ones(N).int()}, TypeError, ("values", "int32", "floating")),
+]
+
+
+@pytest.mark.parametrize(("function", "wrong", "kind", "words"), BAD)
+def test_bad_input(
+    function: Callable[..., Any], wrong: dict[str, Any], kind: type[Exception], words: tuple[str, ...]
+) -> None:
+    with pytest.raises(kind) as caught:
+        function(**{**GOOD[function], **wrong})
+    message = str(caught.value)
+    assert message.startswith(words[0]), message
+    assert re.search(".*".join(map(re.escape, words)), message), message
+
+
+@pytest.mark.parametrize("function", GOOD)
+def test_the_same_without_the_fault_is_accepted(function: Callable[..., Any]) -> None:
+    function(**GOOD[function])
+
+
+@pytest.mark.parametrize("function", [linear_logprobs, selective_log_softmax, linear_dpo_loss])
+def test_a_backend_that_is_not_there_says_what_is(
+    function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for available in ("linear_logprobs", "selective_log_softmax"):
+        monkeypatch.setitem(dispatch.TABLE, available, {"torch": dispatch.TABLE[available]["torch"]})
+    with pytest.raises(ValueError, match=r"backend is 'triton', but .* has only: torch"):
+        function(**GOOD[function], backend="triton")
+
+
+def test_values_are_looked_at_on_cpu_and_elsewhere_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda", 0)
+    monkeypatch.delenv("ONECARD_CHECK", raising=False)
+    assert checks.values_are_checked(torch.device("cpu"))
+    assert not checks.values_are_checked(cuda)
+    monkeypatch.setenv("ONECARD_CHECK", "1")
+    assert checks.values_are_checked(cuda)

@@ -1,0 +1,54 @@
+"""onecard_kernels stands alone: torch and the standard library, nothing of the engine or of the libraries around it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import onecard_kernels
+
+PROGRAM = """
+import sys
+
+BLOCKED = {"transformers", "peft", "triton", "datasets", "accelerate", "bitsandbytes", "trl", "onecard"}
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in BLOCKED:
+            raise ImportError(name + " is blocked")
+
+sys.meta_path.insert(0, Block())
+
+import torch
+import onecard_kernels as k
+import onecard_kernels.modules
+
+hidden = torch.randn(4, 8, requires_grad=True)
+weight = torch.randn(31, 8)
+k.linear_dpo_loss(hidden, weight, torch.arange(4), torch.tensor([0, 0, 1, -1]), torch.zeros(2)).loss.backward()
+logps = k.selective_log_softmax(hidden @ weight.T, torch.arange(4), return_entropy=True).logprobs
+k.token_kl(logps, logps.detach()).sum().backward()
+assert hidden.grad.isfinite().all()
+assert not BLOCKED & {name.split(".")[0] for name in sys.modules}
+print("ran")
+"""
+
+
+def test_imports_and_runs_with_everything_else_blocked() -> None:
+    root = Path(onecard_kernels.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={"PYTHONPATH": str(root), "PATH": "", "OMP_NUM_THREADS": "2"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "ran"
+
+
+def test_public_names() -> None:
+    assert sorted(onecard_kernels.__all__) == onecard_kernels.__all__
+    assert all(hasattr(onecard_kernels, name) for name in onecard_kernels.__all__)

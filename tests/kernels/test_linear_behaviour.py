@@ -1,0 +1,273 @@
+"""What linear_logprobs does besides the numbers: masks, layouts, repeated backwards, autocast, memory, determinism."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from onecard_kernels import linear_logprobs
+from onecard_kernels.logprob import chunked, products, reference
+from tests.closeness import LOGPROB_BARS, assert_within
+
+BAR = LOGPROB_BARS[torch.float32, 4]
+B, T, D, V = 3, 5, 8, 131  # 131: prime, so no block or tile divides it
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "CPU_CHUNK_BYTES", 4 * V * 4)
+    monkeypatch.setattr(chunked, "MIN_CHUNK_ROWS", 4)
+    monkeypatch.setattr("onecard_kernels.logprob.passes.BLOCK_BYTES", 3 * V * 4)
+
+
+def inputs(train: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden = torch.randn(B, T, D, requires_grad=True)
+    weight = (torch.randn(V, D) * 1.4).requires_grad_(train)
+    return hidden, weight, torch.randint(V, (B, T))
+
+
+MASKS = {
+    "none valid": torch.zeros(B, T),
+    "one row": torch.tensor([[0] * T, [1] * T, [0] * T]),
+    "one fully masked row": torch.tensor([[1] * T, [0] * T, [1] * T]),
+    "last token": torch.tensor([[0] * T, [0] * T, [0] * (T - 1) + [1]]).bool(),
+    "first token": torch.tensor([[1] + [0] * (T - 1), [0] * T, [0] * T]).bool(),
+    "checkered": torch.arange(B * T).reshape(B, T) % 2,
+    "all": torch.ones(B, T, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("pattern", MASKS)
+def test_masks(pattern: str, train: bool) -> None:
+    """Masked tokens give exact zeros in value and gradient, whatever stands in their hidden states and targets."""
+    mask = MASKS[pattern]
+    hidden, weight, targets = inputs(train)
+    grad, valid = torch.randn(B, T), mask.bool()
+    truth = reference.linear_logprobs(hidden.double(), weight.double(), targets, mask=mask, entropy_requires_grad=True)
+    leaves = (hidden, weight) if train else (hidden,)
+    true_grads = torch.autograd.grad((truth.logprobs * grad + truth.entropy).sum(), leaves)
+
+    dirty = hidden.detach().masked_fill(~valid.unsqueeze(-1), float("nan")).requires_grad_()
+    got = linear_logprobs(dirty, weight, targets.masked_fill(~valid, -100), mask=mask, entropy_requires_grad=True)
+    grads = torch.autograd.grad((got.logprobs * grad + got.entropy).sum(), (dirty, weight) if train else (dirty,))
+    assert torch.equal(got.logprobs[~valid], torch.zeros(int((~valid).sum())))
+    assert torch.equal(grads[0][~valid], torch.zeros(int((~valid).sum()), D))
+    assert_within(got.logprobs, truth.logprobs, BAR)
+    for mine, true in zip(grads, true_grads, strict=True):
+        assert_within(mine, true, 2e-5)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_flat_and_batched_shapes_agree(train: bool) -> None:
+    hidden, weight, targets = inputs(train)
+    batched = linear_logprobs(hidden, weight, targets).logprobs
+    flat = linear_logprobs(hidden.reshape(-1, D), weight, targets.reshape(-1)).logprobs
+    one = linear_logprobs(hidden[0, 0], weight, targets[0, 0]).logprobs
+    assert batched.shape == (B, T)
+    assert one.shape == ()
+    assert_within(flat.view(B, T), batched, 0.0)
+    assert_within(one, batched[0, 0], BAR)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_zero_tokens(train: bool) -> None:
+    hidden = torch.randn(0, 4, D, requires_grad=True)
+    weight = torch.randn(V, D, requires_grad=train)
+    out = linear_logprobs(hidden, weight, torch.zeros(0, 4, dtype=torch.long)).logprobs
+    assert out.shape == (0, 4)
+    out.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.shape == hidden.shape
+    if train:
+        assert torch.equal(weight.grad, torch.zeros(V, D))
+
+
+def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same values in other memory."""
+    return {
+        "transposed": x.transpose(0, -1).contiguous().transpose(0, -1),
+        "sliced": torch.cat([x, x], dim=-2).narrow(-2, 0, x.shape[-2]),
+        "strided": torch.stack([x, x], dim=-1)[..., 0],
+    }
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "strided"])
+def test_memory_layouts(layout: str, masked: bool) -> None:
+    hidden, weight, targets = inputs()
+    mask = MASKS["checkered"] if masked else None
+    grad = torch.randn(B, T)
+    expected = linear_logprobs(hidden, weight, targets, mask=mask).logprobs
+    expected_grad = torch.autograd.grad((expected * grad).sum(), hidden)[0]
+    other = layouts(hidden.detach())[layout].requires_grad_()
+    got = linear_logprobs(other, layouts(weight)[layout], layouts(targets)["transposed"], mask=mask).logprobs
+    assert_within(got, expected, BAR)
+    assert_within(torch.autograd.grad((got * grad).sum(), other)[0], expected_grad, 1e-5)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_second_backward_is_equal_and_outputs_may_be_used_twice(train: bool) -> None:
+    hidden, weight, targets = inputs(train)
+    leaves = (hidden, weight) if train else (hidden,)
+    out = linear_logprobs(hidden, weight, targets).logprobs
+    loss = (out * torch.randn(B, T)).sum() + out.square().sum()
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(loss, leaves)
+    truth = reference.linear_logprobs(hidden, weight, targets).logprobs
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    once = torch.autograd.grad(truth.square().sum(), leaves)
+    again = linear_logprobs(hidden, weight, targets).logprobs
+    for a, b in zip(torch.autograd.grad((again * again).sum(), leaves), once, strict=True):
+        assert_within(a, b, 1e-3 * float(b.detach().abs().max()))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_changing_an_output_in_place_leaves_the_gradient_alone(train: bool) -> None:
+    hidden, weight, targets = inputs(train)
+    plain = torch.autograd.grad(linear_logprobs(hidden, weight, targets).logprobs.sum() * 2, hidden)[0]
+    assert torch.equal(
+        torch.autograd.grad(linear_logprobs(hidden, weight, targets).logprobs.mul_(2).sum(), hidden)[0], plain
+    )
+
+
+def test_tied_embedding_gets_both_gradients() -> None:
+    """One parameter as embedding and as head: its gradient is the sum of both uses."""
+    table = torch.randn(V, D, dtype=torch.float64)
+    tokens, targets = torch.randint(V, (B, T)), torch.randint(V, (B, T))
+
+    def grad(fn: Any, dtype: torch.dtype) -> torch.Tensor:
+        tied = table.to(dtype, copy=True).requires_grad_()
+        fn(torch.tanh(tied[tokens]), tied, targets).logprobs.sum().backward()
+        assert tied.grad is not None
+        return tied.grad
+
+    assert_within(grad(linear_logprobs, torch.float32), grad(reference.linear_logprobs, torch.float64), 1e-5)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_autocast_changes_nothing(train: bool) -> None:
+    hidden, weight, targets = inputs(train)
+    leaves = (hidden, weight) if train else (hidden,)
+    plain = linear_logprobs(hidden, weight, targets, entropy_requires_grad=True)
+    expected = torch.autograd.grad((plain.logprobs + plain.entropy).sum(), leaves)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = linear_logprobs(hidden, weight, targets, entropy_requires_grad=True)
+        grads = torch.autograd.grad((out.logprobs + out.entropy).sum(), leaves)
+    assert torch.equal(out.logprobs, plain.logprobs)
+    for a, b in zip(grads, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_chunk_size_does_not_matter(train: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, targets = inputs(train)
+    results = []
+    for rows in (1, 2, 7, 1000):
+        monkeypatch.setattr(chunked, "CPU_CHUNK_BYTES", rows * V * 4)
+        monkeypatch.setattr(chunked, "MIN_CHUNK_ROWS", 1)
+        monkeypatch.setattr(products, "TILE", rows + 3)
+        out = linear_logprobs(hidden, weight, targets, entropy_requires_grad=True)
+        leaves = (hidden, weight) if train else (hidden,)
+        results.append((out.logprobs, *torch.autograd.grad((out.logprobs + out.entropy).sum(), leaves)))
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            assert_within(a, b, 16 * torch.finfo(torch.float32).eps * float(b.detach().abs().max()))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_two_runs_are_equal(train: bool) -> None:
+    hidden, weight, targets = inputs(train)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        out = linear_logprobs(hidden, weight, targets, mask=MASKS["checkered"], entropy_requires_grad=True)
+        leaves = (hidden, weight) if train else (hidden,)
+        return (*out[:2], *torch.autograd.grad((out.logprobs + out.entropy).sum(), leaves))
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_forbidden_target_is_impossible_and_has_no_gradient(train: bool) -> None:
+    hidden, weight, targets = inputs(train)
+    forbidden = torch.zeros(V, dtype=torch.bool)
+    forbidden[3] = forbidden[V - 1] = True
+    targets[targets == 3] = 4
+    targets[targets == V - 1] = 4
+    targets[0, 0], targets[2, 1] = 3, V - 1
+    out = linear_logprobs(hidden, weight, targets, forbidden=forbidden, softcap=3.0, return_entropy=True)
+    hit = torch.zeros(B, T, dtype=torch.bool)
+    hit[0, 0] = hit[2, 1] = True
+    assert torch.equal(out.logprobs == float("-inf"), hit)
+    assert out.entropy is not None
+    assert out.entropy.isfinite().all()
+    out.logprobs.exp().sum().backward()
+    for leaf in (hidden, weight) if train else (hidden,):
+        assert leaf.grad.isfinite().all()
+    loss = linear_logprobs(hidden, weight, targets, forbidden=forbidden).logprobs  # and of an infinite derivative:
+    grad = torch.autograd.grad(loss, hidden, torch.full((B, T), 1.0).masked_fill(hit, float("inf")))[0]
+    assert torch.equal(grad[hit], torch.zeros(2, D))
+    assert grad.isfinite().all()
+
+
+def test_entropy_without_gradient_is_detached() -> None:
+    hidden, weight, targets = inputs(train=True)
+    out = linear_logprobs(hidden, weight, targets, return_entropy=True, return_log_sum_sq_probs=True)
+    assert not out.entropy.requires_grad
+    assert not out.log_sum_sq_probs.requires_grad
+    assert linear_logprobs(hidden, weight, targets)[1:] == (None, None)
+    assert linear_logprobs(hidden, weight, targets, entropy_requires_grad=True).entropy.requires_grad
+    with torch.no_grad():
+        assert not linear_logprobs(hidden, weight, targets, entropy_requires_grad=True).logprobs.requires_grad
+
+
+class Watch(TorchDispatchMode):
+    """Largest output, in elements, of any operator, and the number of products with the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+        self.products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, list | tuple) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.numel())
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("train", [False, True])
+def test_no_tensor_of_tokens_by_vocabulary(train: bool, dtype: torch.dtype) -> None:
+    n, v = 96, 1031
+    hidden = torch.randn(2, n // 2, D, dtype=dtype, requires_grad=True)
+    weight = torch.randn(v, D, dtype=dtype, requires_grad=train)
+    mask = torch.ones(2, n // 2).index_fill_(1, torch.tensor([3, 5]), 0)
+    with Watch() as watch:
+        out = linear_logprobs(
+            hidden, weight, torch.randint(v, (2, n // 2)), mask=mask, softcap=9.0, entropy_requires_grad=True
+        )
+        (out.logprobs + out.entropy).sum().backward()
+    assert watch.largest < n * v / 8
+    assert watch.largest >= v * 4
+
+
+def test_frozen_head_takes_two_products_and_no_gradient_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One chunk: logits and direction; the backward multiplies with no head at all."""
+    monkeypatch.setattr(chunked, "CPU_CHUNK_BYTES", 1 << 20)
+    hidden, weight, targets = inputs()
+    with Watch() as forward:
+        out = linear_logprobs(hidden, weight, targets, return_entropy=True)
+    with Watch() as backward:
+        out.logprobs.sum().backward()
+    with Watch() as scoring, torch.no_grad():
+        linear_logprobs(hidden, weight, targets)
+    with Watch() as detached:
+        linear_logprobs(hidden.detach(), weight, targets)
+    assert [w.products for w in (forward, backward, scoring, detached)] == [2, 0, 1, 1]

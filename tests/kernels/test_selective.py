@@ -1,0 +1,168 @@
+"""selective_log_softmax against the reference in fp64, and what it does to memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from onecard_kernels import linear_logprobs, selective_log_softmax
+from onecard_kernels.logprob import passes, reference
+from tests.closeness import LOGPROB_BARS, assert_like_eager, assert_within
+
+# Prime vocabularies, and one above the block of the fixture, so that blocks hold from one row to several.
+SHAPES = [((), 5), ((3,), 1), ((2, 7), 127), ((4, 5), 1031)]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onecard_kernels.logprob.selective.BLOCK_BYTES", 3 * 127 * 4)
+
+
+def run(
+    fn: Any, logits: torch.Tensor, targets: torch.Tensor, grad: torch.Tensor, **kw: Any
+) -> tuple[Any, torch.Tensor]:
+    leaf = logits.detach().clone().requires_grad_()
+    out = fn(leaf, targets, **kw)
+    total = (out.logprobs * grad.to(out.logprobs)).sum()
+    if kw.get("entropy_requires_grad"):
+        total = total + (out.entropy * (grad + 1).to(out.entropy)).sum()
+    total.backward()
+    assert leaf.grad is not None
+    return out, leaf.grad
+
+
+@pytest.mark.parametrize("entropy", [None, "return_entropy", "entropy_requires_grad"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_value_and_gradient(shape: tuple[tuple[int, ...], int], dtype: torch.dtype, entropy: str | None) -> None:
+    rows, v = shape
+    logits = (torch.randn(*rows, v) * 4).to(dtype)
+    targets, grad = torch.randint(v, rows), torch.randn(rows)
+    kw: dict[str, Any] = {"temperature": 0.8, **({entropy: True} if entropy else {})}
+    truth, true_grad = run(reference.selective_log_softmax, logits.double(), targets, grad, **kw)
+    _, eager_grad = run(reference.selective_log_softmax, logits, targets, grad, **kw)
+    got, mine = run(selective_log_softmax, logits, targets, grad, **kw)
+    assert got.logprobs.dtype == torch.float32
+    assert mine.dtype == dtype
+    assert_within(got.logprobs, truth.logprobs, LOGPROB_BARS[torch.float32, 4])
+    if entropy:
+        assert_within(got.entropy, truth.entropy, LOGPROB_BARS[torch.float32, 4])
+    assert_like_eager(mine, eager_grad, true_grad)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_masked_rows_give_zeros(inplace: bool) -> None:
+    logits = torch.randn(2, 5, 31)
+    mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 0]])
+    targets = torch.randint(31, (2, 5)).masked_fill(mask == 0, -100)
+    grad = torch.randn(2, 5)
+    dirty = logits.masked_fill(mask.unsqueeze(-1) == 0, float("nan"))
+    truth, true_grad = run(reference.selective_log_softmax, logits.double(), targets, grad, mask=mask)
+    got, mine = run(selective_log_softmax, dirty, targets, grad, mask=mask, inplace_backward=inplace)
+    assert torch.equal(got.logprobs[mask == 0], torch.zeros(7))
+    assert torch.equal(mine[mask == 0], torch.zeros(7, 31))
+    assert_within(got.logprobs, truth.logprobs, 2e-5)
+    assert_within(mine, true_grad, 1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_non_contiguous_logits(inplace: bool, masked: bool) -> None:
+    """`logits[:, :-1]` cannot be viewed as rows; the gradient must still land in the right ones."""
+    full = torch.randn(3, 6, 17)
+    mask = torch.arange(15).reshape(3, 5) % 2 if masked else None
+    targets, grad = torch.randint(17, (3, 5)), torch.randn(3, 5)
+
+    def run_slice(fn: Any, dtype: torch.dtype, **kw: Any) -> torch.Tensor:
+        leaf = full.to(dtype, copy=True).requires_grad_()
+        out = fn((leaf * 1)[:, :-1], targets, mask=mask, **kw).logprobs
+        (out * grad).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    truth = run_slice(reference.selective_log_softmax, torch.float64)
+    assert_within(run_slice(selective_log_softmax, torch.float32, inplace_backward=inplace), truth, 1e-6)
+
+
+def test_inplace_backward_reuses_the_logits_and_runs_once() -> None:
+    leaf = torch.randn(4, 31, requires_grad=True)
+    logits = leaf * 1
+    seen: list[torch.Tensor] = []
+    logits.register_hook(seen.append)
+    loss = selective_log_softmax(logits, torch.arange(4), inplace_backward=True).logprobs.sum()
+    loss.backward(retain_graph=True)
+    assert seen[0].data_ptr() == logits.data_ptr()
+    with pytest.raises(RuntimeError, match="inplace_backward=False"):
+        loss.backward()
+
+
+def test_inplace_backward_is_loud_for_others_who_saved_the_logits() -> None:
+    logits = torch.randn(4, 31, requires_grad=True) * 1
+    other = logits.square().sum()
+    selective_log_softmax(logits, torch.arange(4), inplace_backward=True).logprobs.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+def test_second_backward_is_equal() -> None:
+    logits = torch.randn(4, 31, requires_grad=True)
+    out = selective_log_softmax(logits, torch.arange(4), entropy_requires_grad=True)
+    loss = out.logprobs.square().sum() + out.entropy.sum()
+    first = torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(loss, logits)[0])
+
+
+def test_confident_tokens_keep_their_gradient() -> None:
+    logits = torch.full((4, 63), -3.0)
+    logits[:, 7] += torch.tensor([8.0, 12.0, 16.0, 20.0])
+    targets, grad = torch.full((4,), 7), torch.ones(4)
+    truth, true_grad = run(reference.selective_log_softmax, logits.double(), targets, grad)
+    got, mine = run(selective_log_softmax, logits, targets, grad)
+    assert float((got.logprobs / truth.logprobs - 1).detach().abs().max()) < 1e-5
+    assert float((mine / true_grad - 1).abs().max()) < 1e-5
+
+
+def test_a_target_of_minus_infinity_has_no_gradient() -> None:
+    logits = torch.randn(2, 9)
+    logits[0, 4] = float("-inf")
+    got, mine = run(selective_log_softmax, logits, torch.tensor([4, 4]), torch.ones(2), return_entropy=True)
+    assert got.logprobs[0] == float("-inf")
+    assert got.entropy.isfinite().all()
+    assert torch.equal(mine[0], torch.zeros(9))
+    assert mine.isfinite().all()
+
+
+def test_gradcheck() -> None:
+    logits = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    targets, mask = torch.randint(7, (2, 3)), torch.tensor([[1, 1, 0], [0, 1, 1]])
+    for fn in (selective_log_softmax, reference.selective_log_softmax):
+
+        def outputs(x: torch.Tensor, fn: Any = fn) -> tuple[torch.Tensor, torch.Tensor]:
+            return fn(x, targets, temperature=0.7, mask=mask, entropy_requires_grad=True)[:2]
+
+        assert torch.autograd.gradcheck(outputs, (logits,))
+
+
+def test_saves_the_logits_and_no_softmax() -> None:
+    logits = torch.randn(8, 1031, requires_grad=True)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        selective_log_softmax(logits, torch.arange(8), entropy_requires_grad=True)
+    large = [x for x in saved if x.numel() >= logits.numel()]
+    assert [x.data_ptr() for x in large] == [logits.data_ptr()]
+
+
+def test_equals_the_linear_function_of_its_logits() -> None:
+    hidden, weight, targets = torch.randn(6, 8), torch.randn(101, 8), torch.randint(101, (6,))
+    linear = linear_logprobs(hidden, weight, targets, temperature=0.5, return_entropy=True)
+    direct = selective_log_softmax(hidden @ weight.T, targets, temperature=0.5, return_entropy=True)
+    assert_within(linear.logprobs, direct.logprobs, 2e-5)
+    assert_within(linear.entropy, direct.entropy, 2e-5)
+
+
+def test_the_block_covers_all_rows() -> None:
+    pieces = [p for p in passes.blocks(10, 1 << 19, 4)]
+    assert [p.start for p in pieces] == [0, 2, 4, 6, 8]
+    assert pieces[-1].stop == 10
