@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -173,3 +174,29 @@ def test_a_loss_that_is_no_number_stops_the_run_in_one_line(onecard, tmp_path, t
     assert "at step" in result.err.splitlines()[-1]
     assert "learning_rate" in result.err.splitlines()[-1]
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_accumulated_micro_batches_train_as_one_batch_does(onecard, tmp_path, tiny_model, pairs):
+    """The whole loop, three steps of 8 pairs: 1 x 8, 4 x 2 and padded 8 x 1 log the same losses and gradient norms."""
+    rows = []
+    for name, size, count, layout in [("a", 8, 1, ()), ("b", 2, 4, ()), ("c", 1, 8, ("--no_padding_free",))]:
+        result = onecard(
+            "dpo", "--model", tiny_model, "--dataset", pairs, "--output_dir", tmp_path / name, "--max_steps", 3,
+            "--per_device_train_batch_size", size, "--gradient_accumulation_steps", count, "--learning_rate", 1e-3,
+            *layout,
+        )  # fmt: skip
+        assert result.code == 0, result.err
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        rows.append(
+            [
+                {
+                    k: v
+                    for k, v in json.loads(line).items()
+                    if k in ("loss", "grad_norm", "rewards/margins", "num_tokens")
+                }
+                for line in lines
+            ]
+        )
+    for other in rows[1:]:
+        for expected, row in zip(rows[0], other, strict=True):
+            assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
