@@ -94,6 +94,24 @@ def test_playing_another_role_takes_no_gradient_away(tinystories, four_bit, chec
     assert all(gradient.abs().max() > 0 for gradient in gradients[0])
 
 
+@pytest.mark.parametrize("started_from", ["base", "adapter"])
+def test_a_backward_while_another_role_plays_reaches_the_trained_adapter_alone(tinystories, tmp_path, started_from):
+    """PEFT freezes whatever is not active; here the policy stays trainable, and the frozen reference stays frozen."""
+    config = DPOConfig(model=str(tinystories))
+    if started_from == "adapter":
+        load_roles(config, trained="policy").write(tmp_path / "policy")
+        config = replace(config, model=str(tmp_path / "policy"))
+    roles = load_roles(config, trained="policy", reference=True)
+    trained = set(roles.trained_parameters())
+    loss = logprobs(roles, texts_of(tinystories), "packed").sum()
+    with roles.playing("reference"):
+        assert set(roles.trained_parameters()) == trained
+        loss.backward()
+    assert set(roles.trained_parameters()) == trained
+    assert all(".policy." in name for name in trained)
+    assert all(parameter.grad is not None for parameter in roles.trained_parameters().values())
+
+
 def test_a_4bit_base_passes_gradients_back_after_an_evaluation_pass(tinystories):
     """bitsandbytes repacks 4-bit weights in evaluation mode on some CPUs; the first layer's gradient then vanishes."""
     gradients = []

@@ -1,0 +1,166 @@
+"""What a run leaves: one JSON file that says where, when and from which code every number came."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+LIMIT = "limit"  # the role of bare GEMMs and copies; candidates are "ours" or "peer"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate in one case (shape and mode). Without times when it could not run: then `reason` says why."""
+
+    shape: str
+    tokens: int
+    hidden: int
+    vocab: int
+    mode: str
+    candidate: str
+    role: str  # ours | peer | limit
+    reason: str | None = None
+    seconds: tuple[float, ...] = ()  # every timed call, in the order of the rounds
+    median: float | None = None  # seconds
+    q1: float | None = None
+    q3: float | None = None
+    peak_bytes: int | None = None  # above the inputs
+    error_logprobs: float | None = None  # nats
+    error_hidden: float | None = None  # relative
+    error_weight: float | None = None
+    gemms: int | None = None  # of the limit: how many this case cannot do without
+    rate: float | None = None  # of the limits: FLOP/s of the GEMMs, bytes/s of the copy
+    of_limit: float | None = None  # share of the measured limit that was reached: 1 is perfect
+
+
+@dataclass(frozen=True)
+class Report:
+    benchmark: str
+    device: str  # cpu | cuda
+    machine: str
+    folder: str  # the name of this machine's results
+    dtype: str
+    quick: bool
+    clock: str  # what a second is: of the wall, or of one processor
+    repeats: int
+    date: str
+    commit: str
+    dirty: bool
+    load: float  # of the machine when the run began: how many processes wanted a core
+    versions: dict[str, str]
+    rows: tuple[Row, ...]
+    schema: int = SCHEMA
+
+
+def git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def commit() -> tuple[str, bool]:
+    """(hash, dirty). Results are no part of what was measured; outside a repository nobody knows, so it is dirty."""
+    head, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return head or "unknown", head is None or changes != ""
+
+
+def processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1) if found else platform.machine()
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine(device: torch.device) -> tuple[str, str]:
+    """(the machine in a line, the folder name of its results)."""
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        line = (
+            f"{card.name}, {card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}, CUDA {torch.version.cuda}"
+        )
+        return line, slug(card.name)
+    threads = torch.get_num_threads()
+    # Flags decide which BLAS kernels run, and many clouds give the model name without a number
+    line = f"{processor()}, cores: {cores()}, threads: {threads}, {torch.backends.cpu.get_cpu_capability()}"
+    return line, f"cpu-{cores()}-cores"
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ")
+
+
+def file_name(report: Report) -> str:
+    """Sorts by date, and names the code; quick runs and dirty trees are told apart in a directory listing."""
+    stamp = re.sub(r"[-:]", "", report.date)
+    marks = "".join(mark for mark, on in (("-dirty", report.dirty), ("-quick", report.quick)) if on)
+    return f"{report.benchmark}-{stamp}-{report.commit[:7]}{marks}.json"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Whole or not at all: a reader, or a run that is cut off, never leaves half a file under the name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's files are private
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save(report: Report, path: Path) -> None:
+    write_atomically(path, (json.dumps(asdict(report), indent=1, allow_nan=False) + "\n").encode())
+
+
+def load(path: Path) -> Report:
+    """Raises ValueError with the file's name for anything that is not such a report."""
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("schema") != SCHEMA:
+            raise ValueError(f"schema {values.get('schema')!r}, expected {SCHEMA}")
+        rows = tuple(Row(**{**row, "seconds": tuple(row["seconds"])}) for row in values.pop("rows"))
+        return Report(rows=rows, **values)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no benchmark report: {error}") from None

@@ -1,0 +1,121 @@
+"""From rows to the cells of a table. The terminal, the Markdown file and the README print the same strings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from benchmarks.candidates import OURS
+from benchmarks.measure import Spread, spread
+from benchmarks.records import LIMIT, Report, Row
+
+HEADINGS = (
+    "",
+    "time, ms",
+    "quartiles",
+    f"time / {OURS}",
+    "of limit",
+    "peak, MiB",
+    "error logp",
+    "error dHidden",
+    "error dW",
+)
+# For a terminal of 80 columns: one number a cell
+BRIEF_HEADINGS = ("", "ms", f"/ {OURS}", "limit", "MiB", "e(logp)", "e(dH)", "e(dW)")
+NONE = "–"
+
+Case = tuple[str, str]  # (shape's name, mode)
+
+
+def cases(rows: Iterable[Row]) -> dict[Case, list[Row]]:
+    found: dict[Case, list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.shape, row.mode), []).append(row)
+    return found
+
+
+def ours_of(rows: Iterable[Row]) -> Row:
+    return next(row for row in rows if row.role == "ours")
+
+
+def ratio(row: Row, ours: Row) -> Spread | None:
+    """Time over our time, round by round: what slowed both in a round cancels."""
+    if row.role == LIMIT and not row.gemms:
+        return None  # a copy does other work
+    if not row.seconds or len(row.seconds) != len(ours.seconds):
+        return None
+    return spread([theirs / mine for theirs, mine in zip(row.seconds, ours.seconds, strict=True)])
+
+
+def number(value: float | None, form: str = ".3g") -> str:
+    return NONE if value is None else format(value, form)
+
+
+def milliseconds(seconds: float | None) -> str:
+    if seconds is None:
+        return NONE
+    value = seconds * 1e3
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def mebibytes(count: int | None) -> str:
+    return NONE if count is None else f"{count / 2**20:.1f}" if count < 100 << 20 else f"{count / 2**20:.0f}"
+
+
+def rate(row: Row) -> str:
+    """The limits' names carry what was measured with them."""
+    if row.rate is None:
+        return row.candidate
+    scale, unit = (1e12, "TFLOP/s") if row.gemms else (1e9, "GB/s")
+    return f"{row.candidate} ({row.rate / scale:.3g} {unit})"
+
+
+def cells(row: Row, ours: Row) -> list[str]:
+    """One cell for each of `HEADINGS`; a row that did not run has its reason in the second cell alone."""
+    if row.reason is not None:
+        return [row.candidate, row.reason, *[""] * (len(HEADINGS) - 2)]
+    against = ratio(row, ours)
+    return [
+        rate(row),
+        milliseconds(row.median),
+        f"{milliseconds(row.q1)} to {milliseconds(row.q3)}",
+        NONE if against is None else f"{against.median:.2f}x ({against.q1:.2f} to {against.q3:.2f})",
+        NONE if row.of_limit is None else f"{row.of_limit:.0%}",
+        mebibytes(row.peak_bytes),
+        number(row.error_logprobs, ".1e"),
+        number(row.error_hidden, ".1e"),
+        number(row.error_weight, ".1e"),
+    ]
+
+
+def brief(row: Row, ours: Row) -> list[str]:
+    """One cell for each of `BRIEF_HEADINGS`, of a row that ran."""
+    against = ratio(row, ours)
+    return [
+        row.candidate,
+        milliseconds(row.median),
+        NONE if against is None else f"{against.median:.2f}x",
+        NONE if row.of_limit is None else f"{row.of_limit:.0%}",
+        mebibytes(row.peak_bytes),
+        number(row.error_logprobs, ".0e"),
+        number(row.error_hidden, ".0e"),
+        number(row.error_weight, ".0e"),
+    ]
+
+
+def provenance(report: Report) -> str:
+    """One line: where, when, and from which code. A tree with changes and a run for show are said first."""
+    warnings = [
+        text
+        for text, on in (
+            ("DIRTY TREE: these numbers belong to no commit", report.dirty),
+            ("QUICK RUN: too small to conclude from", report.quick),
+            ("CPU: read the ratios, not the times", report.device == "cpu"),
+        )
+        if on
+    ]
+    libraries = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    facts = (
+        f"{report.machine}; {report.dtype}; commit {report.commit[:12]}; {report.date}; median of {report.repeats} "
+        f"interleaved calls, {report.clock}; load {report.load:.1f} at the start; {libraries}"
+    )
+    return ". ".join([*warnings, facts]) + "."
