@@ -43,6 +43,12 @@ def politeness() -> Path:
 
 
 @pytest.fixture(scope="session")
+def stories() -> Path:
+    """187 short stories."""
+    return shared_path("text/tinystories.jsonl")
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder: a random two-layer Llama and a small byte-level BPE tokenizer."""
     import torch

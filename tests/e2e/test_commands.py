@@ -20,12 +20,9 @@ def first_and_last(folder: Path, name: str) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-def test_sft_lowers_heldout_loss(onecard, tmp_path, stories260k, request):
-    from conftest import shared_path
-
-    text = shared_path("text/tinystories.jsonl")
+def test_sft_lowers_heldout_loss(onecard, tmp_path, stories260k, stories):
     result = onecard(
-        "sft", "--model", stories260k, "--dataset", text, "--output_dir", tmp_path / "run", "--max_length", 128,
+        "sft", "--model", stories260k, "--dataset", stories, "--output_dir", tmp_path / "run", "--max_length", 128,
         "--learning_rate", 2e-3, "--max_steps", 20, "--test_size", 30,
     )  # fmt: skip
     assert result.code == 0, result.err
