@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,13 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from onecard_kernels import Loss
 
-# What the progress bar shows when a row has it: name -> (label, format)
+# What the progress bar shows when a row has it. Short, so that all of it fits into 80 columns.
 SHOWN = {
-    "loss": ("loss", "{:.3f}"),
-    "rewards/accuracies": ("accuracy", "{:.2f}"),
-    "rewards/margins": ("margin", "{:.2f}"),
-    "time/tokens_per_second": ("tokens/s", "{:,.0f}"),
-    "memory/peak_gib": ("peak GiB", "{:.2f}"),
+    "loss": "loss {:.3f}",
+    "accuracy": "acc {:.2f}",
+    "rewards/accuracies": "acc {:.2f}",
+    "rewards/margins": "margin {:.2f}",
+    "time/tokens_per_second": "{:,.0f} tok/s",
+    "memory/peak_gib": "{:.1f} GiB",
 }
 
 
@@ -74,47 +75,40 @@ def say(message: str) -> None:
     console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
-def progress(label: str, total: int) -> Bar:
-    """A progress bar with the metrics of `SHOWN` at its end."""
-    return Bar(label, total)
+class Bar:
+    """One line of a progress display: `bar.advance(row)` after each step."""
 
-
-class Bar(AbstractContextManager["Bar"]):
-    """`with progress("dpo", 100) as bar: bar.advance(row)`."""
-
-    def __init__(self, label: str, total: int) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[shown]}"),
-        )
-        self.rich = Progress(*columns, console=console)
-        self.task = self.rich.add_task(label, total=total, shown="")
-
-    def __enter__(self) -> Bar:
-        self.rich.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.rich.stop()
-
-    @contextmanager
-    def part(self, label: str, total: int) -> Iterator[Bar]:
-        """A second line for a job within the job; it goes when that job is done."""
-        part = Bar.__new__(Bar)
-        part.rich = self.rich
-        part.task = self.rich.add_task(label, total=total, shown="")
-        try:
-            yield part
-        finally:
-            self.rich.remove_task(part.task)
+    def __init__(self, rich: Progress, label: str, total: int) -> None:
+        self.rich = rich
+        self.task = rich.add_task(label, total=total, shown="")
 
     def advance(self, row: dict[str, float] | None = None, by: int = 1) -> None:
         """Move on; `row` replaces the metrics shown."""
         if row is None:
             self.rich.update(self.task, advance=by)
             return
-        shown = "  ".join(f"{label} {form.format(row[name])}" for name, (label, form) in SHOWN.items() if name in row)
+        shown = " ".join(form.format(row[name]) for name, form in SHOWN.items() if name in row)
         self.rich.update(self.task, advance=by, shown=shown)
+
+    @contextmanager
+    def part(self, label: str, total: int) -> Iterator[Bar]:
+        """A second line for a job within the job; it goes when that job is done."""
+        part = Bar(self.rich, label, total)
+        try:
+            yield part
+        finally:
+            self.rich.remove_task(part.task)
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Bar]:
+    """`with progress("dpo", 100) as bar: ...`: a progress bar with the metrics of `SHOWN` at its end."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=10),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[shown]}"),
+    )
+    with Progress(*columns, console=console) as rich:
+        yield Bar(rich, label, total)

@@ -153,11 +153,17 @@ def test_sampling_is_from_the_model_itself(tinystories):
 
     config = GenerateConfig(model=str(tinystories))
     tokenizer, roles = load_tokenizer(config), load_player(config, role="policy")
+    prompts = prompt_examples(prompt_rows(["Once upon a time"] * 8), tokenizer).examples
+
+    def sampled() -> list[str]:
+        torch.manual_seed(0)
+        return generate(roles, tokenizer, prompts, Sampling(max_new_tokens=24), batch_size=8)
+
+    plain = sampled()
     own = roles.causal_model().generation_config
     own.top_k, own.repetition_penalty, own.do_sample = 1, 5.0, True
-    prompts = prompt_examples(prompt_rows(["Once upon a time"] * 8), tokenizer).examples
-    torch.manual_seed(0)
-    assert len(set(generate(roles, tokenizer, prompts, Sampling(max_new_tokens=8), batch_size=8))) > 1
+    assert sampled() == plain
+    assert len(set(plain)) > 1
     assert roles.causal_model().generation_config is own
 
 
