@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -28,7 +28,7 @@ from onecard.optim import make_optimizer, make_scheduler
 from onecard.runs import Run
 from onecard_kernels import Loss
 
-E = TypeVar("E")  # one example
+E = TypeVar("E", bound=Sized)  # one example; its length is its number of tokens
 B = TypeVar("B")  # a record of several
 
 
@@ -45,7 +45,6 @@ class Task(Generic[E, B]):
     heldout: Sequence[E]
     collate: Callable[[Sequence[E]], B]
     count: Callable[[Sequence[E]], int]
-    tokens: Callable[[E], int]
     loss: Callable[[B, int], Loss]
 
 
@@ -179,7 +178,7 @@ class Trainer(Generic[E, B]):
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         row = {**add_up(losses), "grad_norm": float(norm), "learning_rate": rate}
-        tokens = sum(self.task.tokens(example) for example in examples)
+        tokens = sum(map(len, examples))
         self.num_tokens += tokens
         self.step += 1
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):

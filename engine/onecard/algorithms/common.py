@@ -1,26 +1,57 @@
-"""What every training command does before its first step and after its last."""
+"""The walk that every training command takes, and the record of what differs between them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from onecard import checkpoint, report, runs
-from onecard.batches import TokenSequence, pack, response_targets, to_device
+from onecard.batches import PreferencePair, TokenSequence, pack, response_targets, to_device
 from onecard.config import TrainConfig
-from onecard.data import Row, Tokenized, hold_out, load_rows
+from onecard.data import Row, Tokenized, hold_out, load_rows, preference_examples
 from onecard.errors import OnecardError
 from onecard.metrics import say
+from onecard.models.build import load_roles
 from onecard.models.head import check_head
-from onecard.models.load import context_length
+from onecard.models.load import context_length, load_tokenizer
 from onecard.models.roles import Roles
-from onecard.runs import Run
+from onecard.runs import Run, open_run, with_folder
 from onecard.trainer import Task, train
+from onecard_kernels import Loss
 
-E = TypeVar("E")
+E = TypeVar("E", bound=Sized)  # one example
+B = TypeVar("B")  # a record of several
+
+
+@dataclass(frozen=True)
+class Recipe(Generic[E, B]):
+    """What one training command is made of.
+
+    rows -> `tokenize(rows, tokenizer, max_length)` -> examples -> `collate` -> record -> `loss(roles, record, n)`,
+    where n, the normaliser, is `count` of the whole step's examples. `trained` is the role whose weights change.
+    """
+
+    command: str
+    trained: str
+    tokenize: Callable[[Sequence[Row], Any, int], Tokenized[E]]
+    collate: Callable[[Sequence[E]], B]
+    count: Callable[[Sequence[E]], int]
+    loss: Callable[[Roles, B, int], Loss]
+    reference: bool = False  # a frozen reference beside the trained role
+    scalar: bool = False  # a scalar head on the trained role
+
+
+def pair_tokenizer(config: TrainConfig) -> Callable[[Sequence[Row], Any, int], Tokenized[PreferencePair]]:
+    """`Recipe.tokenize` of the commands that learn from pairs."""
+
+    def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Tokenized[PreferencePair]:
+        return preference_examples(rows, tokenizer, max_length=max_length, skip_bad_rows=config.skip_bad_rows)
+
+    return tokenize
 
 
 def longest_sequence(config: TrainConfig) -> int:
@@ -73,7 +104,7 @@ def check_model(roles: Roles) -> None:
         say(f"model: {type(model).__name__} mixes packed sequences up, so batches are padded (--no_padding_free).")
 
 
-def finish(config: TrainConfig, roles: Roles, tokenizer: Any, run: Run) -> Path:
+def finish(roles: Roles, tokenizer: Any, run: Run) -> Path:
     """Export the trained role, write the report, and say where things are."""
     exported = run.folder / roles.trained
     checkpoint.replace_folder(exported, lambda folder: roles.export(folder, tokenizer))
@@ -82,10 +113,24 @@ def finish(config: TrainConfig, roles: Roles, tokenizer: Any, run: Run) -> Path:
     return exported
 
 
-def run_task(config: TrainConfig, task: Task[Any, Any], roles: Roles, tokenizer: Any, run: Run) -> Path:
-    """Train, export, report. Returns the exported folder."""
+def run_recipe(config: TrainConfig, recipe: Recipe[E, B]) -> Path:
+    """A training command from its settings to its exported weights. Nothing is written before all of it is loaded."""
+    config = with_folder(config, recipe.command)
+    run = open_run(config)
+    tokenizer = load_tokenizer(config)
+    max_length = longest_sequence(config)
+    training, heldout = load_examples(config, lambda rows: recipe.tokenize(rows, tokenizer, max_length))
+    roles = load_roles(config, trained=recipe.trained, reference=recipe.reference, scalar=recipe.scalar)
     check_model(roles)
     trained = sum(parameter.numel() for parameter in roles.trained_parameters().values())
     say(f"model: {trained:,} trained parameters on {roles.device}, {roles.layout} batches.")
+    task = Task(
+        name=recipe.command,
+        train=training,
+        heldout=heldout,
+        collate=recipe.collate,
+        count=recipe.count,
+        loss=lambda batch, normalizer: recipe.loss(roles, batch, normalizer),
+    )
     train(config, task, roles, run)
-    return finish(config, roles, tokenizer, run)
+    return finish(roles, tokenizer, run)

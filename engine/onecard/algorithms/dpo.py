@@ -14,16 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.algorithms.common import load_examples, longest_sequence, run_task
+from onecard.algorithms.common import Recipe, pair_tokenizer, run_recipe
 from onecard.batches import PreferenceBatch, ResponseTargets, pack_pairs, response_targets
 from onecard.config import DPOConfig
-from onecard.data import preference_examples
 from onecard.errors import OnecardError
-from onecard.models.build import load_roles
-from onecard.models.load import load_tokenizer
 from onecard.models.roles import Roles
-from onecard.runs import open_run, with_folder
-from onecard.trainer import Task
 from onecard_kernels import Loss, dpo_loss, linear_dpo_loss, sequence_sums
 
 
@@ -71,23 +66,14 @@ def preference_loss(roles: Roles, batch: PreferenceBatch, keywords: dict[str, An
 
 def run(config: DPOConfig) -> Path:
     """`onecard dpo`. Returns the folder of the trained policy."""
-    config = with_folder(config, "dpo")
-    run = open_run(config)
     keywords = loss_keywords(config)
-    tokenizer = load_tokenizer(config)
-    max_length = longest_sequence(config)
-    training, heldout = load_examples(
-        config,
-        lambda rows: preference_examples(rows, tokenizer, max_length=max_length, skip_bad_rows=config.skip_bad_rows),
-    )
-    roles = load_roles(config, trained="policy", reference=True)
-    task = Task(
-        name="dpo",
-        train=training,
-        heldout=heldout,
+    recipe = Recipe(
+        command="dpo",
+        trained="policy",
+        tokenize=pair_tokenizer(config),
         collate=pack_pairs,
         count=len,
-        tokens=len,
-        loss=lambda batch, normalizer: preference_loss(roles, batch, keywords, normalizer),
+        loss=lambda roles, batch, normalizer: preference_loss(roles, batch, keywords, normalizer),
+        reference=True,
     )
-    return run_task(config, task, roles, tokenizer, run)
+    return run_recipe(config, recipe)

@@ -14,15 +14,10 @@ from pathlib import Path
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from onecard.algorithms.common import load_examples, longest_sequence, run_task
+from onecard.algorithms.common import Recipe, pair_tokenizer, run_recipe
 from onecard.batches import PreferenceBatch, pack_pairs
 from onecard.config import RewardConfig
-from onecard.data import preference_examples
-from onecard.models.build import load_roles
-from onecard.models.load import load_tokenizer
 from onecard.models.roles import Roles
-from onecard.runs import open_run, with_folder
-from onecard.trainer import Task
 from onecard_kernels import Loss
 
 
@@ -54,22 +49,13 @@ def reward_loss(roles: Roles, batch: PreferenceBatch, config: RewardConfig, norm
 
 def run(config: RewardConfig) -> Path:
     """`onecard reward`. Returns the folder of the reward adapter."""
-    config = with_folder(config, "reward")
-    run = open_run(config)
-    tokenizer = load_tokenizer(config)
-    max_length = longest_sequence(config)
-    training, heldout = load_examples(
-        config,
-        lambda rows: preference_examples(rows, tokenizer, max_length=max_length, skip_bad_rows=config.skip_bad_rows),
-    )
-    roles = load_roles(config, trained="reward", scalar=True)
-    task = Task(
-        name="reward",
-        train=training,
-        heldout=heldout,
+    recipe = Recipe(
+        command="reward",
+        trained="reward",
+        tokenize=pair_tokenizer(config),
         collate=pack_pairs,
         count=len,
-        tokens=len,
-        loss=lambda batch, normalizer: reward_loss(roles, batch, config, normalizer),
+        loss=lambda roles, batch, normalizer: reward_loss(roles, batch, config, normalizer),
+        scalar=True,
     )
-    return run_task(config, task, roles, tokenizer, run)
+    return run_recipe(config, recipe)

@@ -10,16 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from onecard.algorithms.common import load_examples, longest_sequence, run_task
+from onecard.algorithms.common import Recipe, run_recipe
 from onecard.batches import TokenBatch, TokenSequence, pack, predicted_tokens, response_targets
 from onecard.config import SFTConfig
-from onecard.data import sft_examples
-from onecard.models.build import load_roles
-from onecard.models.load import load_tokenizer
+from onecard.data import Row, Tokenized, sft_examples
 from onecard.models.roles import Roles
-from onecard.runs import open_run, with_folder
-from onecard.trainer import Task
 from onecard_kernels import Loss
 
 
@@ -36,29 +33,16 @@ def count_tokens(sequences: Sequence[TokenSequence]) -> int:
 
 def run(config: SFTConfig) -> Path:
     """`onecard sft`. Returns the folder of the trained policy."""
-    config = with_folder(config, "sft")
-    run = open_run(config)
-    tokenizer = load_tokenizer(config)
-    max_length = longest_sequence(config)
-    training, heldout = load_examples(
-        config,
-        lambda rows: sft_examples(
+
+    def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Tokenized[TokenSequence]:
+        return sft_examples(
             rows,
             tokenizer,
             max_length=max_length,
             completion_only_loss=config.completion_only_loss,
             assistant_only_loss=config.assistant_only_loss,
             skip_bad_rows=config.skip_bad_rows,
-        ),
-    )
-    roles = load_roles(config, trained="policy")
-    task = Task(
-        name="sft",
-        train=training,
-        heldout=heldout,
-        collate=pack,
-        count=count_tokens,
-        tokens=len,
-        loss=lambda batch, normalizer: sft_loss(roles, batch, normalizer),
-    )
-    return run_task(config, task, roles, tokenizer, run)
+        )
+
+    recipe = Recipe(command="sft", trained="policy", tokenize=tokenize, collate=pack, count=count_tokens, loss=sft_loss)
+    return run_recipe(config, recipe)
