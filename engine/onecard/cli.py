@@ -175,6 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():  # in a log file, the loaders' bars are lines of noise
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Advice from one library to another about its next major release is of no use to who runs a command.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
     try:

@@ -22,6 +22,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from onecard.checkpoint import write_text
@@ -32,8 +33,9 @@ EVAL_ROWS = 240
 HELD_OUT_SHARE = 0.2  # of the (topic, detail) combinations of each family
 # Of the SFT rows: most have a flaw, so that preference training has something to improve.
 SFT_SHARES = {"good": 0.4, "rude": 0.16, "rambling": 0.14, "unfinished": 0.14, "off topic": 0.08, "wrong detail": 0.08}
-# Of the pairs: more of what takes the prompt to tell, because it takes more pairs to learn.
+# Of the pairs: more of what takes the prompt to tell, because it takes more pairs to learn. Held out: all kinds alike.
 PAIR_SHARES = {"rude": 0.14, "rambling": 0.13, "unfinished": 0.13, "off topic": 0.25, "wrong detail": 0.35}
+EVAL_SHARES = dict.fromkeys(PAIR_SHARES, 1.0)
 
 Row = dict[str, str]
 Combination = tuple[str, str]  # topic, detail
@@ -343,9 +345,9 @@ def _sft_row(request: Request, rng: random.Random) -> Row:
     return {"prompt": request.prompt, "completion": f" {answer(request, rng, rng)}"}
 
 
-def _pair_row(request: Request, rng: random.Random) -> Row:
+def _pair_row(shares: Mapping[str, float], request: Request, rng: random.Random) -> Row:
     """Both answers draw their style from the same seed, so that they differ where one is wrong and little elsewhere."""
-    flawed, style = FLAWS[_choose(PAIR_SHARES, rng)], rng.random()
+    flawed, style = FLAWS[_choose(shares, rng)], rng.random()
     return {
         "prompt": request.prompt,
         "chosen": f" {_good(request, random.Random(style), rng)}",
@@ -372,7 +374,9 @@ def write_corpus(folder: str | os.PathLike[str], seed: int) -> CorpusPaths:
     return CorpusPaths(
         sft=_write(place / "sft.jsonl", rows("sft", _sft_row, train, SFT_ROWS)),
         sft_eval=_write(place / "sft_eval.jsonl", rows("sft_eval", _sft_row, flat, EVAL_ROWS)),
-        pairs=_write(place / "pairs.jsonl", rows("pairs", _pair_row, train, PAIR_ROWS)),
-        pairs_eval=_write(place / "pairs_eval.jsonl", rows("pairs_eval", _pair_row, flat, EVAL_ROWS)),
+        pairs=_write(place / "pairs.jsonl", rows("pairs", partial(_pair_row, PAIR_SHARES), train, PAIR_ROWS)),
+        pairs_eval=_write(
+            place / "pairs_eval.jsonl", rows("pairs_eval", partial(_pair_row, EVAL_SHARES), flat, EVAL_ROWS)
+        ),
         prompts=_write(place / "prompts.jsonl", [{"prompt": combination[0].prompt} for combination in held_out]),
     )

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import logging
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,10 +130,6 @@ def keep_differentiable(model: Any) -> Any:
 def load_base(config: ModelConfig, *, train_all: bool = False) -> Any:
     """The base model on its device, frozen unless `train_all`."""
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.utils import logging as transformers_logging
-
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
 
     source = find_source(config.model)
     dtype = pick_dtype(config, train_all=train_all)
