@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.table import Table
 
 from onecard import runs
@@ -34,6 +35,7 @@ from onecard.rollout import Sampling, generate
 MAX_LENGTH = 128
 LAYOUT = {"padding_free": False}  # on a CPU, attention over a block mask costs more than a little padding
 SHOWN_SAMPLES = 4
+ANSWERS_EACH = 4  # answers sampled to each held-out prompt, for means with less noise
 STAGES = ("sft", "reward", "dpo")
 
 
@@ -93,6 +95,17 @@ def is_done(config: TrainConfig, stage: str) -> bool:
         return False
     runs.check_same_settings(config, folder)
     return True
+
+
+def check_seed(folder: Path, seed: int) -> None:
+    """A demo goes on with the seed it began with: a mixture of two would be neither."""
+    for stage in STAGES:
+        written = folder / stage / runs.CONFIG
+        before = yaml.safe_load(written.read_text(encoding="utf-8"))["seed"] if written.is_file() else seed
+        if before != seed:
+            raise OnecardError(
+                f"--seed: {seed} here and {before} in {written}; --fresh starts over, or give another folder."
+            )
 
 
 def answer(model: Path, reward_model: Path, prompts: list[str], seed: int) -> Answers:
@@ -166,6 +179,7 @@ def run(config: DemoConfig) -> Path:
     if config.fresh:
         for name in ("data", "model", *STAGES):
             shutil.rmtree(folder / name, ignore_errors=True)
+    check_seed(folder, config.seed)
     corpus = write_corpus(folder / "data", config.seed)
     rows = [json.loads(line) for file in (corpus.sft, corpus.pairs) for line in file.read_text().splitlines()]
     model = make_tiny_model(folder / "model", [text for row in rows for text in row.values()], config.seed)
@@ -176,7 +190,7 @@ def run(config: DemoConfig) -> Path:
         else:
             say(f"\n{stage}: {stage_config.dataset}")
             command(stage_config)
-    prompts = [json.loads(line)["prompt"] for line in corpus.prompts.read_text().splitlines()]
+    prompts = ANSWERS_EACH * [json.loads(line)["prompt"] for line in corpus.prompts.read_text().splitlines()]
     judge = folder / "reward" / "reward"
     before, after = (answer(folder / stage / "policy", judge, prompts, config.seed) for stage in ("sft", "dpo"))
     samples = [

@@ -1,0 +1,60 @@
+"""The demo's flow with a few steps in each stage: what it writes, what a second run keeps, what --fresh starts over."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from onecard.demo import flow
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Three steps a stage."""
+    whole = flow.settings
+
+    def settings(*arguments):
+        return {name: (replace(c, max_steps=3, eval_steps=0), run) for name, (c, run) in whole(*arguments).items()}
+
+    monkeypatch.setattr(flow, "settings", settings)
+
+
+def test_demo_runs_all_stages_once(onecard, short, tmp_path):
+    first = onecard("demo", "--output_dir", tmp_path / "demo")
+    assert first.code == 0, first.err
+    for words in (
+        "held-out loss",
+        "held-out accuracy",
+        "held-out margin",
+        "mean reward",
+        "without a flaw",
+        "SFT + DPO",
+    ):
+        assert words in first.err
+    for path in ("report.html", "plots/curves.png", "sft/policy", "reward/reward/head.safetensors", "dpo/policy"):
+        assert (tmp_path / "demo" / path).exists(), path
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "held-out margin" in page
+    metrics = (tmp_path / "demo" / "dpo" / "metrics.jsonl").read_bytes()
+
+    again = onecard("demo", "--output_dir", tmp_path / "demo")
+    assert again.code == 0, again.err
+    assert again.err.count("done already") == 3
+    assert (tmp_path / "demo" / "dpo" / "metrics.jsonl").read_bytes() == metrics
+
+    fresh = onecard("demo", "--output_dir", tmp_path / "demo", "--fresh")
+    assert fresh.code == 0, fresh.err
+    assert "done already" not in fresh.err
+
+
+def test_another_seed_in_the_same_folder_is_refused(onecard, short, tmp_path):
+    """A mixture of two demos would be neither; the message says how to start over."""
+    assert onecard("demo", "--output_dir", tmp_path / "demo").code == 0
+    corpus = (tmp_path / "demo" / "data" / "sft.jsonl").read_bytes()
+    other = onecard("demo", "--output_dir", tmp_path / "demo", "--seed", 7)
+    assert other.code == 2
+    assert "--seed: 7 here and 42 in" in other.err.splitlines()[-1]
+    assert "--fresh" in other.err.splitlines()[-1]
+    assert (tmp_path / "demo" / "data" / "sft.jsonl").read_bytes() == corpus
