@@ -13,18 +13,21 @@ help:
 	@echo "make clean  remove .venv and runs/demo"
 
 $(VENV)/.installed: $(SOURCES)
-	$(PYTHON) -c 'import sys; sys.exit("onecard needs Python 3.10 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 10) else None'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit("onecard needs Python 3.10 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 10) else None'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a minute or two the first time)"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
-	touch $@
+	@echo "installing the test tools into $(VENV)"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
-	touch $@
+	@echo "installing the bench tools into $(VENV)"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	@touch $@
 
 demo: $(VENV)/.installed
 	$(BIN)/onecard demo

@@ -1,4 +1,4 @@
-"""Two source roots in one distribution: `engine/onecard` and `kernels/onecard_kernels`. All else is in pyproject.toml."""
+"""Two source roots in one distribution: engine/onecard and kernels/onecard_kernels. The rest is in pyproject.toml."""
 
 from setuptools import find_packages, setup
 

@@ -18,6 +18,7 @@ def short(monkeypatch):
         return {name: (replace(c, max_steps=3, eval_steps=0), run) for name, (c, run) in whole(*arguments).items()}
 
     monkeypatch.setattr(flow, "settings", settings)
+    monkeypatch.setattr(flow, "ANSWERS_EACH", 1)
 
 
 def test_demo_runs_all_stages_once(onecard, short, tmp_path):
