@@ -189,6 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         place = f"{error.ctx.command_path}: " if isinstance(error, click.UsageError) and error.ctx else ""
         code = fail(f"{place}{' '.join(error.format_message().split())}")
+    except OSError as error:  # a full disk, a folder that may not be written: the system names the file
+        code = fail(" ".join(str(error).split()))
     except (click.Abort, KeyboardInterrupt):
         click.echo("onecard: interrupted. The same command with --resume goes on from the last checkpoint.", err=True)
         code = 130

@@ -40,9 +40,15 @@ def with_folder(config: C, command: str) -> C:
 
 def check_same_settings(config: TrainConfig, folder: Path) -> None:
     """A run goes on under the settings it began with, or its two halves would be different experiments."""
-    before = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    now = asdict(config)
-    for name, value in now.items():
+    try:
+        before = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        before = None
+    if not isinstance(before, dict):
+        raise OnecardError(
+            f"--resume: {folder} holds checkpoints but no readable {CONFIG} that says how they came about."
+        )
+    for name, value in asdict(config).items():
         if name not in FREE and name in before and before[name] != value:
             raise OnecardError(
                 f"--resume: {name} is {value!r} here and {before[name]!r} in {folder / CONFIG}; "
@@ -59,7 +65,7 @@ def open_run(config: TrainConfig) -> Run:
     if not os.access(parent, os.W_OK):
         raise OnecardError(f"output_dir: {parent} cannot be written to.")
     holds_run = (folder / CONFIG).exists() or bool(checkpoint.checkpoint_folders(folder))
-    if config.resume and holds_run and (folder / CONFIG).exists():
+    if config.resume and holds_run:
         check_same_settings(config, folder)
         found, torn = checkpoint.newest_checkpoint(folder)
         return Run(folder, found, tuple(resume_notes(found, torn)))

@@ -74,3 +74,13 @@ def test_an_output_dir_that_is_a_file_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OnecardError, match=r"output_dir: .*file is a file"):
         runs.open_run(DPOConfig(output_dir=str(tmp_path / "file")))
+
+
+def test_resume_without_the_settings_of_the_run_touches_nothing(config, tmp_path):
+    (tmp_path / "run" / "checkpoint-5").mkdir(parents=True)
+    with pytest.raises(OnecardError, match=r"holds checkpoints but no readable config\.yaml"):
+        runs.open_run(replace(config, resume=True))
+    (tmp_path / "run" / "config.yaml").write_text("learning_rate: [1")
+    with pytest.raises(OnecardError, match=r"holds checkpoints but no readable config\.yaml"):
+        runs.open_run(replace(config, resume=True))
+    assert (tmp_path / "run" / "checkpoint-5").is_dir()

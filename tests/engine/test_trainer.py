@@ -200,3 +200,17 @@ def test_accumulated_micro_batches_train_as_one_batch_does(onecard, tmp_path, ti
     for other in rows[1:]:
         for expected, row in zip(rows[0], other, strict=True):
             assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_a_disk_that_is_full_is_one_line(onecard, monkeypatch, tmp_path, tiny_model, pairs):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "training.pt")
+
+    monkeypatch.setattr(torch, "save", full)
+    result = onecard(
+        "dpo", "--model", tiny_model, "--dataset", pairs, "--output_dir", tmp_path / "run", "--max_steps", 1
+    )
+    assert result.code == 2
+    assert "No space left on device: 'training.pt'" in result.err.splitlines()[-1]
+    assert not list((tmp_path / "run").glob("*checkpoint*"))
+    assert not list((tmp_path / "run").glob(".checkpoint*"))
