@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+
+from onecard.errors import OnecardError
 
 MANIFEST = "manifest.json"
 TRAINING = "training.pt"
@@ -66,6 +69,9 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(target)
         os.replace(temporary, target)
         sync(target.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk looks like from Python, torch and Rust
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OnecardError(f"{target}: cannot be written ({error}); what was there before is unchanged.") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -80,15 +86,15 @@ def write_text(path: Path, text: str) -> None:
 
 def random_states() -> dict[str, Any]:
     """Every random state that training may draw from."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None  # of the one card that trains
     return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
 
 
 def set_random_states(states: dict[str, Any]) -> None:
     """Put back what `random_states` gave."""
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
     random.setstate(states["python"])
 
 
@@ -113,19 +119,20 @@ def write_checkpoint(
 
     target = run_dir / f"checkpoint-{step}"
     replace_folder(target, fill)
-    for old in checkpoint_folders(run_dir)[keep:]:
+    for old in [folder for folder in checkpoint_folders(run_dir) if step_of(folder) <= step][keep:]:
         shutil.rmtree(old)
     return target
 
 
+def step_of(folder: Path) -> int:
+    """7 of `checkpoint-7`."""
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
 def checkpoint_folders(run_dir: Path) -> list[Path]:
     """All `checkpoint-N` folders, newest first, torn ones included."""
-    found = [
-        (int(match[1]), path)
-        for path in run_dir.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    ]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [path for path in run_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def is_whole(folder: Path) -> bool:
@@ -145,7 +152,7 @@ def newest_checkpoint(run_dir: Path) -> tuple[Checkpoint | None, tuple[Path, ...
     torn: list[Path] = []
     for folder in checkpoint_folders(run_dir):
         if is_whole(folder):
-            return Checkpoint(folder, int(folder.name.removeprefix("checkpoint-"))), tuple(torn)
+            return Checkpoint(folder, step_of(folder)), tuple(torn)
         torn.append(folder)
     return None, tuple(torn)
 
@@ -165,3 +172,12 @@ def forget(run_dir: Path, names: tuple[str, ...]) -> None:
         else:
             with suppress(FileNotFoundError):
                 path.unlink()
+
+
+def forget_after(run_dir: Path, step: int) -> None:
+    """Remove checkpoints later than `step` (torn, where a run goes on), and what a killed save left half-written."""
+    for path in run_dir.glob(".*.tmp"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for folder in checkpoint_folders(run_dir):
+        if step_of(folder) > step:
+            shutil.rmtree(folder)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import math
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -90,7 +89,9 @@ def read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
             values = yaml.safe_load(file)
     except OSError as error:
         raise OnecardError(f"--config: cannot read {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:  # a date that is none, bytes that are no text
+        raise OnecardError(f"--config: {path} is not YAML: {error}") from None
+    except yaml.YAMLError as error:
         raise OnecardError(f"--config: {path} is not YAML: {error}") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
@@ -110,6 +111,8 @@ def load_config_file(context: click.Context, parameter: click.Parameter, path: s
     values = read_yaml(path, list(known))
     for name, value in values.items():
         option = known[name]
+        if any(part is None or isinstance(part, dict) for part in (value if isinstance(value, list) else [value])):
+            raise OnecardError(f"--config: {path}: {name} has no plain value; leave it out for its default.")
         if option.multiple and not isinstance(value, list):
             values[name] = [value]
         if option.is_flag and not isinstance(value, bool):
@@ -118,6 +121,8 @@ def load_config_file(context: click.Context, parameter: click.Parameter, path: s
             option.type_cast_value(context, values[name])
         except click.BadParameter as error:
             raise OnecardError(f"--config: {path}: {name}: {error.format_message()}") from None
+        except (TypeError, ValueError):
+            raise OnecardError(f"--config: {path}: {name}: {value!r} is not a value for it.") from None
     context.default_map = values
 
 
@@ -171,9 +176,6 @@ def fail(message: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `onecard` command."""
-    # A closed pipe (`onecard ... | head`) ends the program quietly, as other tools do.
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():  # in a log file, the loaders' bars are lines of noise
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -189,9 +191,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         place = f"{error.ctx.command_path}: " if isinstance(error, click.UsageError) and error.ctx else ""
         code = fail(f"{place}{' '.join(error.format_message().split())}")
+    except BrokenPipeError:  # `onecard ... | head`: whoever read has gone, and nothing more can be said
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except OSError as error:  # a full disk, a folder that may not be written: the system names the file
         code = fail(" ".join(str(error).split()))
     except (click.Abort, KeyboardInterrupt):
-        click.echo("onecard: interrupted. The same command with --resume goes on from the last checkpoint.", err=True)
+        click.echo(
+            "onecard: interrupted. Training goes on from the last checkpoint with the same command and --resume.",
+            err=True,
+        )
         code = 130
     sys.exit(code if isinstance(code, int) else 0)

@@ -13,7 +13,7 @@ from onecard.errors import OnecardError
 
 
 def adamw_torch(parameters: Iterable[torch.nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
-    """PyTorch's AdamW (fused where the device has it)."""
+    """PyTorch's AdamW."""
     return torch.optim.AdamW(parameters, **settings)
 
 

@@ -108,8 +108,8 @@ def run(config: GenerateConfig) -> None:
         say(f"data: {note}")
     prompts = [prompt for prompt in tokenized.examples for _ in range(config.num_generations)]
     output = Path(config.output) if config.output else None
-    if output is not None and not output.parent.is_dir():
-        raise OnecardError(f"output: no folder {output.parent} to write {output.name} into.")
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise OnecardError(f"output: {output} cannot be written: it is a folder, or its own folder is not there.")
     roles = load_player(config, role="policy")
     torch.manual_seed(config.seed)
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from array import array
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,13 +14,15 @@ from typing import Any, TypeVar
 import yaml
 
 from onecard import checkpoint
+from onecard.batches import PreferencePair, TokenSequence
 from onecard.checkpoint import Checkpoint
 from onecard.config import TrainConfig
 from onecard.errors import OnecardError
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
-OUTPUTS = (CONFIG, METRICS, "report.html", "plots", "policy", "reward")
+IDENTITY = "run.json"
+OUTPUTS = (CONFIG, METRICS, IDENTITY, "report.html", "plots", "policy", "reward")
 # Settings that a resumed run may change: they decide when to look, not what is learned.
 FREE = {"output_dir", "resume", "overwrite", "logging_steps", "eval_steps", "save_steps", "save_total_limit"}
 
@@ -38,16 +43,20 @@ def with_folder(config: C, command: str) -> C:
     return config if config.output_dir else replace(config, output_dir=f"runs/{command}")
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What a run's `config.yaml` says."""
+    try:
+        settings = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise OnecardError(f"{folder} holds a run but no readable {CONFIG} that says how it came about.")
+    return settings
+
+
 def check_same_settings(config: TrainConfig, folder: Path) -> None:
     """A run goes on under the settings it began with, or its two halves would be different experiments."""
-    try:
-        before = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        before = None
-    if not isinstance(before, dict):
-        raise OnecardError(
-            f"--resume: {folder} holds checkpoints but no readable {CONFIG} that says how they came about."
-        )
+    before = read_settings(folder)
     for name, value in asdict(config).items():
         if name not in FREE and name in before and before[name] != value:
             raise OnecardError(
@@ -64,8 +73,9 @@ def open_run(config: TrainConfig) -> Run:
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not os.access(parent, os.W_OK):
         raise OnecardError(f"output_dir: {parent} cannot be written to.")
-    holds_run = (folder / CONFIG).exists() or bool(checkpoint.checkpoint_folders(folder))
-    if config.resume and holds_run:
+    saved = bool(checkpoint.checkpoint_folders(folder))
+    holds_run = saved or (folder / CONFIG).exists()
+    if config.resume and saved:
         check_same_settings(config, folder)
         found, torn = checkpoint.newest_checkpoint(folder)
         return Run(folder, found, tuple(resume_notes(found, torn)))
@@ -74,7 +84,27 @@ def open_run(config: TrainConfig) -> Run:
             f"output_dir: {folder} holds a run already; add --resume to go on with it, "
             "--overwrite to replace it, or choose another folder."
         )
-    return Run(folder, None, ())
+    check_nothing_is_lost(config, folder, holds_run)
+    notes = resume_notes(None, ()) if config.resume and holds_run else []
+    return Run(folder, None, tuple(notes))
+
+
+def check_nothing_is_lost(config: TrainConfig, folder: Path, holds_run: bool) -> None:
+    """A new run takes the place of an old run's files. They must be an old run's, and not what the new one reads."""
+    for name in OUTPUTS:
+        if not holds_run and (folder / name).exists():
+            raise OnecardError(
+                f"output_dir: {folder} holds no run, but '{name}', which a run would replace; choose another folder."
+            )
+    removed = [
+        path.resolve() for path in (*checkpoint.checkpoint_folders(folder), *(folder / name for name in OUTPUTS))
+    ]
+    for setting in ("model", "dataset", "eval_dataset"):
+        value = getattr(config, setting)
+        if value and any(Path(value).resolve().is_relative_to(path) for path in removed):
+            raise OnecardError(
+                f"{setting}: {value} is part of the run in {folder} that would be replaced; choose another output_dir."
+            )
 
 
 def resume_notes(found: Checkpoint | None, torn: tuple[Path, ...]) -> list[str]:
@@ -86,13 +116,40 @@ def resume_notes(found: Checkpoint | None, torn: tuple[Path, ...]) -> list[str]:
     return notes
 
 
-def begin(run: Run, config: TrainConfig) -> None:
-    """Make the folder, write `config.yaml`, and bring `metrics.jsonl` back to where the checkpoint stands."""
+def fingerprint(examples: Iterable[TokenSequence | PreferencePair]) -> str:
+    """SHA-256 of tokenized examples: changes with the data, their order, and the tokenizer."""
+    state = hashlib.sha256()
+    for example in examples:
+        for sequence in (example.chosen, example.rejected) if isinstance(example, PreferencePair) else (example,):
+            state.update(array("q", [len(sequence), *sequence.tokens]).tobytes() + bytes(sequence.response_mask))
+    return state.hexdigest()
+
+
+def check_same_run(folder: Path, identity: dict[str, str]) -> None:
+    """Settings are not all that makes a run: the command and what its files held then count too."""
+    try:
+        before = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = {}
+    for name, value in identity.items():
+        if before.get(name) != value:
+            raise OnecardError(f"--resume: the {name} of the run in {folder} was another one ({folder / IDENTITY}).")
+
+
+def begin(run: Run, config: TrainConfig, identity: dict[str, str]) -> None:
+    """Make the folder, write `config.yaml`, and bring `metrics.jsonl` back to where the checkpoint stands.
+
+    `identity` says what the run is beyond its settings; a run that is gone on with must have the same.
+    """
+    if run.checkpoint is not None:
+        check_same_run(run.folder, identity)
     run.folder.mkdir(parents=True, exist_ok=True)
     if run.checkpoint is None:
         checkpoint.forget(run.folder, OUTPUTS)
+    checkpoint.forget_after(run.folder, run.checkpoint.step if run.checkpoint else -1)
     keep_metrics(run.folder / METRICS, run.checkpoint.step if run.checkpoint else -1)
     settings = yaml.safe_dump({**asdict(config), "resume": False, "overwrite": False}, sort_keys=False)
+    checkpoint.write_text(run.folder / IDENTITY, json.dumps(identity, indent=1) + "\n")
     checkpoint.write_text(run.folder / CONFIG, settings)
 
 

@@ -98,18 +98,6 @@ def micro_batches(task: Task[E, B], examples: Sequence[E], size: int, device: to
         yield to_device(task.collate(examples[start : start + size]), device)
 
 
-@torch.no_grad()
-def evaluate(task: Task[E, B], weights: Weights, batch_size: int, bar: Bar) -> dict[str, float]:
-    """The task's loss and metrics over all held-out examples, named `eval_...`."""
-    normalizer = task.count(task.heldout)
-    losses = []
-    with bar.part("evaluate", len(task.heldout)) as part:
-        for batch in micro_batches(task, task.heldout, batch_size, weights.device):
-            losses.append(task.loss(batch, normalizer))
-            part.advance(by=batch_size)
-    return {f"eval_{name}": value for name, value in add_up(losses).items()}
-
-
 class Trainer(Generic[E, B]):
     """One run of one task: optimizer, schedule, running metrics, checkpoints."""
 
@@ -134,7 +122,9 @@ class Trainer(Generic[E, B]):
         self.window = Window(**state["window"])
 
     def save(self) -> None:
-        """Write a checkpoint of this step."""
+        """Write a checkpoint of this step, unless its update has broken the weights."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
+            raise self.diverged("weights that are no numbers")
         checkpoint.write_checkpoint(
             self.run.folder,
             self.step,
@@ -147,8 +137,8 @@ class Trainer(Generic[E, B]):
     def diverged(self, what: str) -> OnecardError:
         """The error of a run whose numbers are none any more."""
         return OnecardError(
-            f"{self.task.name}: {what} at step {self.step}; a lower learning_rate or max_grad_norm usually helps. "
-            "The last checkpoint is from before this step."
+            f"{self.task.name}: {what} after step {self.step}; a lower learning_rate or max_grad_norm usually helps. "
+            "The last checkpoint is from before that."
         )
 
     def loss_of(self, batch: B, normalizer: int) -> Loss:
@@ -173,16 +163,15 @@ class Trainer(Generic[E, B]):
             losses.append(Loss(loss.loss.detach(), loss.metrics))
         limit = self.config.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        rate = self.scheduler.get_last_lr()[0]
+        row = {**add_up(losses), "grad_norm": float(norm), "learning_rate": self.scheduler.get_last_lr()[0]}
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+            raise self.diverged(f"loss {row['loss']}, gradient norm {row['grad_norm']}")
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        row = {**add_up(losses), "grad_norm": float(norm), "learning_rate": rate}
         tokens = sum(map(len, examples))
         self.num_tokens += tokens
         self.step += 1
-        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-            raise self.diverged(f"loss {row['loss']}, gradient norm {row['grad_norm']}")
         return {**row, "time/tokens_per_second": tokens / (time.perf_counter() - began)}
 
     def log_step(self, epoch: float, row: dict[str, float]) -> None:
@@ -194,10 +183,18 @@ class Trainer(Generic[E, B]):
     def log(self, values: dict[str, Any]) -> None:
         runs.log(self.run.folder, {"step": self.step, **values})
 
+    @torch.no_grad()
     def evaluate(self, bar: Bar) -> None:
-        """Write a row of held-out metrics, if anything is held out."""
-        if self.task.heldout:
-            self.log(evaluate(self.task, self.weights, self.config.per_device_eval_batch_size, bar))
+        """Write a row of loss and metrics over all held-out examples, named `eval_...`, if anything is held out."""
+        heldout, size = self.task.heldout, self.config.per_device_eval_batch_size
+        if not heldout:
+            return
+        normalizer, losses = self.task.count(heldout), []
+        with bar.part("evaluate", len(heldout)) as part:
+            for batch in micro_batches(self.task, heldout, size, self.weights.device):
+                losses.append(self.loss_of(batch, normalizer))
+                part.advance(by=size)
+        self.log({f"eval_{name}": value for name, value in add_up(losses).items()})
 
     def is_due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and after the last, happens now."""
@@ -223,10 +220,10 @@ class Trainer(Generic[E, B]):
                     self.save()
 
 
-def train(config: TrainConfig, task: Task[E, B], weights: Weights, run: Run) -> None:
+def train(config: TrainConfig, task: Task[E, B], weights: Weights, run: Run, identity: dict[str, str]) -> None:
     """Run `task` to its last step in `run.folder`."""
     trainer = Trainer(config, task, weights, run)
     for note in run.notes:
         say(note)
-    runs.begin(run, config)
+    runs.begin(run, config, identity)
     trainer.train()

@@ -56,6 +56,15 @@ def test_another_seed_in_the_same_folder_is_refused(onecard, short, tmp_path):
     corpus = (tmp_path / "demo" / "data" / "sft.jsonl").read_bytes()
     other = onecard("demo", "--output_dir", tmp_path / "demo", "--seed", 7)
     assert other.code == 2
-    assert "--seed: 7 here and 42 in" in other.err.splitlines()[-1]
+    assert "--seed: 7 here and 4 in" in other.err.splitlines()[-1]
     assert "--fresh" in other.err.splitlines()[-1]
     assert (tmp_path / "demo" / "data" / "sft.jsonl").read_bytes() == corpus
+
+
+def test_a_folder_with_other_things_is_left_alone(onecard, short, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.jsonl").write_text("{}")
+    result = onecard("demo", "--output_dir", tmp_path, "--fresh")
+    assert result.code == 2
+    assert "holds other things than a demo" in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]

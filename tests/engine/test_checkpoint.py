@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from onecard import checkpoint
+from onecard.errors import OnecardError
 
 
 def write(run_dir: Path, step: int, keep: int = 3) -> Path:
@@ -52,6 +53,12 @@ def test_checkpoint_10_is_newer_than_9_and_old_ones_go(tmp_path):
     for step in (8, 9, 10):
         write(tmp_path, step, keep=2)
     assert [folder.name for folder in checkpoint.checkpoint_folders(tmp_path)] == ["checkpoint-10", "checkpoint-9"]
+
+
+def test_a_later_torn_checkpoint_does_not_push_out_the_one_just_written(tmp_path):
+    (tmp_path / "checkpoint-40").mkdir()
+    write(tmp_path, 20, keep=1)
+    assert checkpoint.is_whole(tmp_path / "checkpoint-20")
 
 
 def cut_short(folder: Path) -> None:
@@ -101,7 +108,7 @@ def test_a_save_that_fails_leaves_nothing_new_and_keeps_what_was_there(tmp_path)
     def full_disk(_: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OnecardError, match="No space left"):
         checkpoint.write_checkpoint(tmp_path, 2, save_weights=full_disk, training={}, state={}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert checkpoint.is_whole(tmp_path / "checkpoint-1")

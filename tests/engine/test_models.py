@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -201,3 +202,51 @@ def test_an_adapter_on_the_head_is_trained_and_not_ignored(tinystories):
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in trained.values())
     with roles.playing("reference"):
         assert torch.equal(roles.head().weight, model.get_output_embeddings().get_base_layer().weight)
+
+
+def test_an_adapter_that_came_with_dropout_has_none_here(tinystories, tmp_path):
+    """Two passes in training mode agree, and the reference that starts from it equals the policy."""
+    from peft import LoraConfig, get_peft_model
+
+    other = get_peft_model(
+        load_base(DPOConfig(model=str(tinystories))),
+        LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5, init_lora_weights=False),
+    )
+    other.save_pretrained(str(tmp_path / "adapter"))
+    roles = load_roles(DPOConfig(model=str(tmp_path / "adapter")), trained="policy", reference=True)
+    roles.train()
+    texts = texts_of(tinystories)
+    first = logprobs(roles, texts, "packed")
+    assert torch.equal(first, logprobs(roles, texts, "packed"))
+    with roles.playing("reference"):
+        assert torch.equal(first, logprobs(roles, texts, "packed"))
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_training_goes_on_with_the_head_of_a_reward_model(tinystories, tmp_path, use_peft):
+    config = RewardConfig(model=str(tinystories), use_peft=use_peft)
+    roles = load_roles(config, trained="reward", scalar=True)
+    with torch.no_grad():
+        roles.heads["reward"].weight.fill_(0.5)
+    roles.export(tmp_path / "reward", load_tokenizer(config))
+    again = load_roles(replace(config, model=str(tmp_path / "reward"), seed=1), trained="reward", scalar=True)
+    assert (again.heads["reward"].weight == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"base_model_name_or_path": "{base}"}, "has no adapter_model.safetensors"),
+        ({"base_model_name_or_path": None}, "does not name its base model"),
+        ([1], "does not name its base model"),
+    ],
+)
+def test_an_adapter_folder_that_is_none(tinystories, tmp_path, content, expected):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content).replace("{base}", str(tinystories)))
+    with pytest.raises(OnecardError, match=expected):
+        load_roles(DPOConfig(model=str(tmp_path)), trained="policy")
+
+
+def test_all_weights_in_float16_are_refused(tinystories):
+    with pytest.raises(OnecardError, match="dtype: all weights cannot be trained in float16"):
+        load_roles(DPOConfig(model=str(tinystories), use_peft=False, dtype="float16"), trained="policy")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 
-from onecard import runs
+from onecard import checkpoint, runs
+from onecard.batches import PreferencePair, TokenSequence
 from onecard.config import DPOConfig
 from onecard.errors import OnecardError
+
+SAME = {"command": "dpo", "training data": "abc"}
 
 
 @pytest.fixture
@@ -20,7 +24,7 @@ def config(tmp_path):
 def test_opening_writes_nothing_and_beginning_writes_a_whole_config(config):
     run = runs.open_run(config)
     assert not run.folder.exists()
-    runs.begin(run, config)
+    runs.begin(run, config, SAME)
     written = yaml.safe_load((run.folder / "config.yaml").read_text())
     assert DPOConfig(**written) == config
 
@@ -31,34 +35,87 @@ def test_the_default_folder_is_named_after_the_command():
 
 
 def test_a_folder_that_holds_a_run_is_not_started_over_by_accident(config):
-    runs.begin(runs.open_run(config), config)
+    runs.begin(runs.open_run(config), config, SAME)
     with pytest.raises(OnecardError, match="holds a run already; add --resume"):
         runs.open_run(config)
     assert runs.open_run(replace(config, overwrite=True)).checkpoint is None
 
 
 def test_overwriting_takes_the_old_run_away_only_when_the_new_one_begins(config):
-    runs.begin(runs.open_run(config), config)
+    runs.begin(runs.open_run(config), config, SAME)
     folder = runs.open_run(config := replace(config, overwrite=True)).folder
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     (folder / "notes.txt").write_text("mine")
     run = runs.open_run(config)
     assert (folder / "metrics.jsonl").read_text()
-    runs.begin(run, config)
+    runs.begin(run, config, SAME)
     assert (folder / "metrics.jsonl").read_text() == ""
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+def saved(config) -> None:
+    """A run with one whole checkpoint."""
+    runs.begin(runs.open_run(config), config, SAME)
+    folder = Path(config.output_dir)
+    checkpoint.write_checkpoint(folder, 5, save_weights=lambda _: None, training={}, state={}, keep=2)
+
+
 def test_resume_under_other_settings_names_the_first_that_differs(config):
-    runs.begin(runs.open_run(config), config)
+    saved(config)
     with pytest.raises(OnecardError, match=r"learning_rate is 0\.001 here and 5e-05 in"):
         runs.open_run(replace(config, resume=True, learning_rate=1e-3))
 
 
 def test_resume_may_look_more_often(config):
-    runs.begin(runs.open_run(config), config)
-    run = runs.open_run(replace(config, resume=True, save_steps=1, eval_steps=5))
-    assert run.notes == ("no whole checkpoint to go on from: starting at step 0.",)
+    runs.begin(runs.open_run(config), config, SAME)
+    more = replace(config, resume=True, save_steps=1, eval_steps=5)
+    assert runs.open_run(more).notes == ("no whole checkpoint to go on from: starting at step 0.",)
+    saved(replace(config, overwrite=True))
+    found = runs.open_run(more).checkpoint
+    assert found is not None
+    assert found.step == 5
+
+
+@pytest.mark.parametrize("other", [{**SAME, "command": "sft"}, {**SAME, "training data": "abd"}])
+def test_another_command_or_other_data_does_not_go_on(config, other):
+    saved(config)
+    run = runs.open_run(replace(config, resume=True))
+    name = next(name for name in SAME if SAME[name] != other[name])
+    with pytest.raises(OnecardError, match=f"--resume: the {name} of the run in .* was another one"):
+        runs.begin(run, config, other)
+
+
+def test_the_fingerprint_knows_data_order_and_masks():
+    one, two = TokenSequence((1, 2), (False, True)), TokenSequence((1, 2), (True, True))
+    apart = [TokenSequence((1,), (True,)), TokenSequence((2,), (True,))]
+    prints = [[one], [two], [one, two], [two, one], apart]
+    assert len({runs.fingerprint(examples) for examples in prints}) == len(prints)
+    assert runs.fingerprint([PreferencePair(one, two)]) != runs.fingerprint([PreferencePair(two, one)])
+
+
+def test_a_folder_with_things_of_another_is_left_alone(config, tmp_path):
+    (tmp_path / "run" / "reward").mkdir(parents=True)
+    with pytest.raises(OnecardError, match="holds no run, but 'reward'"):
+        runs.open_run(config)
+
+
+@pytest.mark.parametrize("setting", ["model", "dataset"])
+def test_overwriting_does_not_take_away_what_the_new_run_reads(config, tmp_path, setting):
+    saved(config)
+    inside = str(tmp_path / "run" / "policy" / "x")
+    with pytest.raises(OnecardError, match=f"{setting}: .* is part of the run in"):
+        runs.open_run(replace(config, overwrite=True, **{setting: inside}))
+
+
+def test_going_on_removes_what_is_later_than_the_checkpoint(config):
+    saved(config)
+    folder = Path(config.output_dir)
+    (folder / "checkpoint-9").mkdir()
+    (folder / ".checkpoint-7.tmp").mkdir()
+    run = runs.open_run(replace(config, resume=True))
+    runs.begin(run, config, SAME)
+    assert sorted(path.name for path in folder.glob("*checkpoint*")) == ["checkpoint-5"]
+    assert not (folder / ".checkpoint-7.tmp").exists()
 
 
 def test_metrics_go_back_to_the_step_of_the_checkpoint(tmp_path):
@@ -78,9 +135,9 @@ def test_an_output_dir_that_is_a_file_is_named(tmp_path):
 
 def test_resume_without_the_settings_of_the_run_touches_nothing(config, tmp_path):
     (tmp_path / "run" / "checkpoint-5").mkdir(parents=True)
-    with pytest.raises(OnecardError, match=r"holds checkpoints but no readable config\.yaml"):
+    with pytest.raises(OnecardError, match=r"holds a run but no readable config\.yaml"):
         runs.open_run(replace(config, resume=True))
     (tmp_path / "run" / "config.yaml").write_text("learning_rate: [1")
-    with pytest.raises(OnecardError, match=r"holds checkpoints but no readable config\.yaml"):
+    with pytest.raises(OnecardError, match=r"holds a run but no readable config\.yaml"):
         runs.open_run(replace(config, resume=True))
     assert (tmp_path / "run" / "checkpoint-5").is_dir()

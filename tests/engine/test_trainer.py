@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import signal
 
 import pytest
 import torch
@@ -171,7 +173,7 @@ def test_a_loss_that_is_no_number_stops_the_run_in_one_line(onecard, tmp_path, t
         "--max_grad_norm", 0, "--max_steps", 5,
     )  # fmt: skip
     assert result.code == 2
-    assert "at step" in result.err.splitlines()[-1]
+    assert "after step" in result.err.splitlines()[-1]
     assert "learning_rate" in result.err.splitlines()[-1]
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
@@ -202,15 +204,38 @@ def test_accumulated_micro_batches_train_as_one_batch_does(onecard, tmp_path, ti
             assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def test_a_disk_that_is_full_is_one_line(onecard, monkeypatch, tmp_path, tiny_model, pairs):
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device", "training.pt")
-
-    monkeypatch.setattr(torch, "save", full)
-    result = onecard(
-        "dpo", "--model", tiny_model, "--dataset", pairs, "--output_dir", tmp_path / "run", "--max_steps", 1
-    )
+@pytest.mark.parametrize("limit", [2_000, 200_000], ids=["weights", "optimizer"])
+def test_a_disk_that_is_full_is_one_line(onecard, tmp_path, tiny_model, pairs, limit):
+    """Files may not grow past a limit, as on a full disk: safetensors meets the small one, torch.save the large one."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        result = onecard(
+            "dpo", "--model", tiny_model, "--dataset", pairs, "--output_dir", tmp_path / "run", "--max_steps", 1
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
     assert result.code == 2
-    assert "No space left on device: 'training.pt'" in result.err.splitlines()[-1]
+    assert "checkpoint-1: cannot be written" in result.err.splitlines()[-1]
     assert not list((tmp_path / "run").glob("*checkpoint*"))
-    assert not list((tmp_path / "run").glob(".checkpoint*"))
+
+
+def test_an_update_that_breaks_the_weights_is_not_saved(onecard, monkeypatch, tmp_path, tiny_model, pairs):
+    """The loss before the last update was fine; the weights after it are not."""
+    step = torch.optim.AdamW.step
+
+    def poison(self, *arguments, **keywords):
+        step(self, *arguments, **keywords)
+        self.param_groups[0]["params"][0].data.fill_(math.nan)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", poison)
+    result = onecard(
+        "dpo", "--model", tiny_model, "--dataset", pairs, "--output_dir", tmp_path / "run", "--max_steps", 1,
+        "--test_size", 0,
+    )  # fmt: skip
+    assert result.code == 2
+    assert "weights that are no numbers after step 1" in result.err.splitlines()[-1]
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    assert not (tmp_path / "run" / "policy").exists()

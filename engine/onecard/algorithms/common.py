@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -23,7 +23,7 @@ from onecard.runs import Run, open_run, with_folder
 from onecard.trainer import Task, train
 from onecard_kernels import Loss
 
-E = TypeVar("E", bound=Sized)  # one example
+E = TypeVar("E", TokenSequence, PreferencePair)  # one example
 B = TypeVar("B")  # a record of several
 
 
@@ -132,5 +132,7 @@ def run_recipe(config: TrainConfig, recipe: Recipe[E, B]) -> Path:
         count=recipe.count,
         loss=lambda batch, normalizer: recipe.loss(roles, batch, normalizer),
     )
-    train(config, task, roles, run)
+    data = {"training data": training, "held-out data": heldout}
+    identity = {"command": recipe.command, **{name: runs.fingerprint(examples) for name, examples in data.items()}}
+    train(config, task, roles, run, identity)
     return finish(roles, tokenizer, run)

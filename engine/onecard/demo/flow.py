@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.table import Table
 
 from onecard import runs
 from onecard.algorithms import dpo, reward, sft
+from onecard.checkpoint import write_text
 from onecard.config import DemoConfig, DPOConfig, ModelConfig, RewardConfig, SFTConfig, TrainConfig
 from onecard.data import prompt_examples, prompt_rows
 from onecard.demo.corpus import CorpusPaths, flaws, write_corpus
@@ -36,6 +36,7 @@ MAX_LENGTH = 128
 LAYOUT = {"padding_free": False}  # on a CPU, attention over a block mask costs more than a little padding
 SHOWN_SAMPLES = 4
 ANSWERS_EACH = 4  # answers sampled to each held-out prompt, for means with less noise
+MARKER = "demo.txt"
 STAGES = ("sft", "reward", "dpo")
 
 
@@ -101,7 +102,7 @@ def check_seed(folder: Path, seed: int) -> None:
     """A demo goes on with the seed it began with: a mixture of two would be neither."""
     for stage in STAGES:
         written = folder / stage / runs.CONFIG
-        before = yaml.safe_load(written.read_text(encoding="utf-8"))["seed"] if written.is_file() else seed
+        before = runs.read_settings(folder / stage).get("seed", seed) if written.is_file() else seed
         if before != seed:
             raise OnecardError(
                 f"--seed: {seed} here and {before} in {written}; --fresh starts over, or give another folder."
@@ -176,6 +177,11 @@ def run(config: DemoConfig) -> Path:
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise OnecardError(f"output_dir: {folder} is a file, expected a folder or a new name.")
+    marker = folder / MARKER
+    if folder.exists() and any(folder.iterdir()) and not marker.is_file():
+        raise OnecardError(f"output_dir: {folder} holds other things than a demo; give an empty or a new folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(marker, "This folder belongs to `onecard demo`, which replaces what is in it.\n")
     if config.fresh:
         for name in ("data", "model", *STAGES):
             shutil.rmtree(folder / name, ignore_errors=True)

@@ -57,9 +57,19 @@ def add_adapters(base: Any, config: TrainConfig, trained: str, reference: bool) 
     except Exception as error:  # PEFT raises ValueError, KeyError or RuntimeError as its parsers do
         name = "lora_target_modules" if source is None else f"model: adapter {source}"
         raise OnecardError(f"{name}: {reason(error)}") from error
+    remove_adapter_dropout(model)
     if reference:
         adapters["reference"] = None if source is None else "reference"
     return model, adapters
+
+
+def remove_adapter_dropout(model: Any) -> None:
+    """An adapter that came with dropout would make old and new log-probs of one policy differ."""
+    for name, module in model.named_modules():
+        if ".lora_dropout." in name and isinstance(module, nn.Dropout):
+            module.p = 0.0
+    for settings in model.peft_config.values():
+        settings.lora_dropout = 0.0
 
 
 def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, scalar: bool = False) -> Roles:
@@ -68,6 +78,8 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
     if not config.use_peft and (config.load_in_4bit or source.adapter is not None):
         what = "a 4-bit base" if config.load_in_4bit else f"the adapter {source.adapter}"
         raise OnecardError(f"use_peft: all weights cannot be trained on {what}; leave --no_use_peft out.")
+    if not config.use_peft and config.dtype == "float16":
+        raise OnecardError("dtype: all weights cannot be trained in float16, where small updates vanish; use float32.")
     base = load_base(config, train_all=not config.use_peft)
     adapters: dict[str, str | None] = {trained: None}
     frozen = copy.deepcopy(base).requires_grad_(False) if reference and not config.use_peft else None
@@ -83,8 +95,8 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
         roles.adapters["reference"] = None
     if scalar:
         roles.heads[trained] = scalar_head(base.config.get_text_config().hidden_size, roles.device)
-        head_file = source.adapter / HEAD_WEIGHTS if source.adapter else None
-        if head_file is not None and head_file.is_file():
+        head_file = (source.adapter or Path(source.base)) / HEAD_WEIGHTS
+        if head_file.is_file():  # training goes on with a reward model
             roles.heads[trained].load_state_dict(load_file(str(head_file)))
     return roles
 
@@ -98,7 +110,10 @@ def load_player(config: ModelConfig, *, role: str, head: bool = False) -> Roles:
     adapters: dict[str, str | None] = {role: None}
     model = base
     if source.adapter is not None:
-        model = PeftModel.from_pretrained(base, str(source.adapter), adapter_name=role)
+        try:
+            model = PeftModel.from_pretrained(base, str(source.adapter), adapter_name=role)
+        except Exception as error:  # as in add_adapters
+            raise OnecardError(f"model: adapter {source.adapter}: {reason(error)}") from error
         adapters = {role: role}
     roles = Roles(model, role, adapters, "packed").eval().requires_grad_(False)
     if head:

@@ -35,8 +35,13 @@ def find_source(model: str) -> Source:
     if (path / "adapter_config.json").is_file():
         try:
             base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
-        except (ValueError, KeyError):
-            raise OnecardError(f"model: {path}/adapter_config.json does not name its base model.") from None
+        except (ValueError, KeyError, TypeError):
+            base = None
+        if not isinstance(base, str) or not base:
+            raise OnecardError(f"model: {path}/adapter_config.json does not name its base model.")
+        # Without this, a folder named like a hub repository would be looked up there.
+        if not any((path / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
+            raise OnecardError(f"model: adapter {path} has no adapter_model.safetensors.")
         return Source(base=find_source(base).base, adapter=path)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -102,7 +107,8 @@ def pick_attention(config: ModelConfig, dtype: torch.dtype) -> str:
     """`auto`: flash-attn where it can run, else PyTorch's own attention."""
     if config.attn_implementation != "auto":
         return config.attn_implementation
-    can_flash = torch.cuda.is_available() and dtype != torch.float32 and importlib.util.find_spec("flash_attn")
+    new_enough = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    can_flash = new_enough and dtype != torch.float32 and importlib.util.find_spec("flash_attn")
     return "flash_attention_2" if can_flash else "sdpa"
 
 
