@@ -38,7 +38,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.kernels --device cpu

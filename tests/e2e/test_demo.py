@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from onecard.demo import flow
+
+
+@pytest.mark.slow
+def test_the_whole_demo_reaches_its_bars(onecard, tmp_path):
+    """What the README shows is what a person gets: all stages at their real length."""
+    result = onecard("demo", "--output_dir", tmp_path / "demo")
+    assert result.code == 0, result.err
+
+    def last(stage: str, name: str) -> float:
+        return flow.last_metric(tmp_path / "demo" / stage, name)
+
+    assert last("sft", "eval_loss") < 0.5
+    assert last("reward", "eval_accuracy") >= 0.9
+    assert last("dpo", "eval_rewards/accuracies") >= 0.85
+    rewards = next(line for line in result.err.splitlines() if "mean reward" in line)
+    before, after = (float(word) for word in re.findall(r"-?\d+\.\d+", rewards))
+    assert after > before
 
 
 @pytest.fixture
