@@ -7,6 +7,7 @@ tied to the embedding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from .records import LogProbs, Loss
 class _Face(nn.Module):
     """Keeps the keywords that every call gets."""
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
         self.options = options
 
@@ -48,7 +49,7 @@ class SelectiveLogSoftmax(_Face):
         )
 
     def forward(self, logits: Tensor, targets: Tensor, *, mask: Tensor | None = None) -> LogProbs:
-        return selective_log_softmax(logits, targets, mask=mask, **self.options)  # type: ignore[arg-type]
+        return selective_log_softmax(logits, targets, mask=mask, **self.options)
 
 
 class LinearLogProbs(_Face):
@@ -85,7 +86,7 @@ class LinearLogProbs(_Face):
         forbidden: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> LogProbs:
-        return linear_logprobs(hidden, weight, targets, bias=bias, forbidden=forbidden, mask=mask, **self.options)  # type: ignore[arg-type]
+        return linear_logprobs(hidden, weight, targets, bias=bias, forbidden=forbidden, mask=mask, **self.options)
 
 
 class TokenKL(_Face):
@@ -95,7 +96,7 @@ class TokenKL(_Face):
         super().__init__(estimator=estimator)
 
     def forward(self, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-        return token_kl(logprobs, ref_logprobs, **self.options)  # type: ignore[arg-type]
+        return token_kl(logprobs, ref_logprobs, **self.options)
 
 
 class DPOLoss(_Face):
@@ -143,7 +144,7 @@ class DPOLoss(_Face):
             rejected_lengths=rejected_lengths,
             weights=weights,
             normalizer=normalizer,
-            **self.options,  # type: ignore[arg-type]
+            **self.options,
         )
 
 
@@ -157,9 +158,9 @@ class LinearDPOLoss(DPOLoss):
         logit_scale: float = 1.0,
         softcap: float | None = None,
         backend: str = "auto",
-        **dpo: object,
+        **dpo: Any,
     ) -> None:
-        super().__init__(**dpo)  # type: ignore[arg-type]
+        super().__init__(**dpo)
         self.options.update(temperature=temperature, logit_scale=logit_scale, softcap=softcap, backend=backend)
 
     def forward(  # type: ignore[override]
@@ -189,5 +190,5 @@ class LinearDPOLoss(DPOLoss):
             rejected_lengths=rejected_lengths,
             weights=weights,
             normalizer=normalizer,
-            **self.options,  # type: ignore[arg-type]
+            **self.options,
         )

@@ -1,134 +1,32 @@
 """Tokens and masks: what a response is, to the token, on tokenizers that disagree about everything around it."""
 
-from collections.abc import Iterator, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from onecard.batches import TokenSequence
 from onecard.data import (
-    Row,
-    load_rows,
     preference_examples,
     prompt_examples,
     prompt_tokens,
-    sft_examples,
 )
 from onecard.errors import OnecardError
-
-REAL = Path(__file__).parents[2].parent / "shared" / "data"
-SENTENCES = ["Hello there, how are you today?", "user assistant system tool", "I am fine, thank you.\n\nAnd you?"] * 4
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+from tests.engine.data_material import (
+    BOT,
+    CHATML,
+    USER,
+    answer,
+    built,
+    every_tokenizer,
+    pairs,
+    real,
+    real_rows,
+    rows,
+    say,
+    sft,
+    spelled,
+    split,
 )
-PLAIN = (  # no special token at all, and a border inside a word: "Bot:" + " hi"
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
-
-
-@cache
-def real(name: str) -> Any:
-    path = REAL / "models" / name
-    if not path.exists():
-        pytest.skip(f"no tokenizer at {path}")
-    return AutoTokenizer.from_pretrained(path)
-
-
-def real_rows(name: str) -> list[Row]:
-    path = REAL / name
-    if not path.exists():
-        pytest.skip(f"no real data at {path}")
-    return load_rows(str(path), split="train")
-
-
-@cache
-def built(form: str = "$A", eos: str = "</s>", template: str | None = None) -> Any:
-    """Byte-level BPE; `form` is what the tokenizer makes of a text, such as `<s> $A </s>`."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=330,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(SENTENCES, trainer)
-    if form != "$A":
-        core.post_processor = processors.TemplateProcessing(
-            single=form, special_tokens=[(token, core.token_to_id(token)) for token in special]
-        )
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token=eos, name_or_path="built")
-    wrapped.chat_template = template
-    return wrapped
-
-
-def all_tokenizers() -> Iterator[Any]:
-    for name in ("TinyStories-656K", "stories260K"):
-        yield pytest.param(lambda name=name: real(name), id=name)
-    for form, eos in (
-        ("$A", "</s>"),
-        ("<s> $A", "</s>"),
-        ("<s> $A </s>", "</s>"),
-        ("$A </s>", "</s>"),
-        ("<s> $A", "<s>"),
-        ("<s> $A <s>", "<s>"),
-    ):
-        yield pytest.param(lambda form=form, eos=eos: built(form, eos), id=f"{form} eos={eos}")
-
-
-every_tokenizer = pytest.mark.parametrize("make", list(all_tokenizers()))
-
-
-def rows(*records: dict[str, Any]) -> list[Row]:
-    return [Row("x.jsonl", number, record) for number, record in enumerate(records, start=1)]
-
-
-def sft(records: Sequence[dict[str, Any]], tokenizer: Any, **settings: Any) -> Any:
-    defaults = {
-        "max_length": 64,
-        "completion_only_loss": True,
-        "assistant_only_loss": True,
-        "skip_bad_rows": False,
-    }
-    return sft_examples(rows(*records), tokenizer, **{**defaults, **settings})
-
-
-def pairs(records: Sequence[dict[str, Any]], tokenizer: Any, max_length: int = 64, skip_bad_rows: bool = False) -> Any:
-    return preference_examples(rows(*records), tokenizer, max_length=max_length, skip_bad_rows=skip_bad_rows)
-
-
-def answer(prompt: Any, completion: Any, tokenizer: Any) -> TokenSequence:
-    [sequence] = sft([{"prompt": prompt, "completion": completion}], tokenizer, max_length=1000).examples
-    return sequence
-
-
-def split(sequence: TokenSequence) -> tuple[list[int], list[int]]:
-    """Prompt and response ids; the mask must be off before the border and on behind it."""
-    border = sequence.response_mask.index(True)
-    assert sequence.response_mask == (False,) * border + (True,) * (len(sequence) - border)
-    return list(sequence.tokens[:border]), list(sequence.tokens[border:])
-
-
-def spelled(ids: Sequence[int], tokenizer: Any) -> str:
-    return tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
-
-
-def say(role: str, content: str, **more: Any) -> dict[str, Any]:
-    return {"role": role, "content": content, **more}
-
-
-USER, BOT = say("user", "Hello"), say("assistant", "fine")
-
-
-# --- text ---
 
 BORDERS = [  # prompt, response: a space on neither side, on one, on both; inside a word; line breaks; nothing
     ("Hello there,", " how are you?"),
@@ -272,90 +170,6 @@ def test_completion_only_loss_off_learns_the_prompt_too() -> None:
 # --- chat ---
 
 
-def test_chat_template_is_applied_once_and_answers_end_at_the_eos() -> None:
-    tokenizer = built("<s> $A </s>", "<|im_end|>", CHATML)
-    prompt = [say("system", "I am fine"), say("user", "Hello")]
-    fed = prompt_tokens(prompt, tokenizer)
-    assert fed == tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
-    before, after = split(answer(prompt, [say("assistant", "fine")], tokenizer))
-    assert before == fed
-    assert spelled(after, tokenizer) == "fine<|im_end|>"  # the template's line break is never generated
-    assert tokenizer.bos_token_id not in before
-
-
-def test_a_template_without_eos_gets_one_and_a_border_inside_a_word_is_kept() -> None:
-    tokenizer = built("<s> $A", "</s>", PLAIN)
-    prompt = [say("user", "Hello")]
-    fed = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
-    whole = tokenizer("user: Hello\nassistant: fine", add_special_tokens=False)["input_ids"]
-    assert whole[: len(fed)] != fed  # " fine" is one token, of which the prompt has the space
-    before, after = split(answer(prompt, [say("assistant", "fine")], tokenizer))
-    assert before == fed
-    assert spelled(after, tokenizer) == "fine\n</s>"
-
-
-def test_every_assistant_turn_is_learned_through_its_eos() -> None:
-    tokenizer = built("$A", "<|im_end|>", CHATML)
-    messages = [
-        say("user", "Hello"),
-        say("assistant", "fine"),
-        say("user", "And you?"),
-        say("assistant", "thank you"),
-        say("user", "Hello"),  # behind the last answer: nothing to learn
-    ]
-    [sequence] = sft([{"messages": messages}], tokenizer).examples
-    whole = tokenizer.apply_chat_template(messages[:4], tokenize=True, return_dict=False)
-    assert list(sequence.tokens) == whole[: len(sequence)]
-    assert spelled(whole[len(sequence) :], tokenizer) == "\n"
-    learned = [token for token, flag in zip(sequence.tokens, sequence.response_mask, strict=True) if flag]
-    assert spelled(learned, tokenizer) == "fine<|im_end|>thank you<|im_end|>"
-    [everything] = sft([{"messages": messages[:4]}], tokenizer, assistant_only_loss=False).examples
-    assert everything.tokens == sequence.tokens
-    assert all(everything.response_mask)
-
-
-def test_a_template_without_eos_gets_one_behind_the_last_turn_only() -> None:
-    tokenizer = built("$A", "</s>", PLAIN)
-    [sequence] = sft([{"messages": [USER, BOT, USER, BOT]}], tokenizer).examples
-    assert spelled(sequence.tokens, tokenizer) == "user: Hello\nassistant: fine\n" * 2 + "</s>"
-    learned = [token for token, flag in zip(sequence.tokens, sequence.response_mask, strict=True) if flag]
-    assert spelled(learned, tokenizer) == "fine\nfine\n</s>"
-
-
-def test_tools_inside_a_completion_are_not_learned() -> None:
-    tokenizer = built("$A", "<|im_end|>", CHATML)
-    completion = [say("assistant", "how"), say("tool", "today"), say("assistant", "fine")]
-    sequence = answer([say("user", "Hello")], completion, tokenizer)
-    learned = [token for token, flag in zip(sequence.tokens, sequence.response_mask, strict=True) if flag]
-    assert spelled(learned, tokenizer) == "how<|im_end|>fine<|im_end|>"
-
-
-@pytest.mark.parametrize("with_text_prompt", [False, True])
-def test_the_prompt_that_chat_answers_share(with_text_prompt: bool) -> None:
-    tokenizer = built("$A", "<|im_end|>", CHATML)
-    prompt = [say("system", "I am fine"), say("user", "Hello")]
-    good, bad = [say("assistant", "thank you")], [say("assistant", "how")]
-    explicit = pairs([{"prompt": prompt, "chosen": good, "rejected": bad}], tokenizer)
-    record = {"chosen": prompt + good, "rejected": prompt + bad} | ({"prompt": "Hello"} if with_text_prompt else {})
-    assert pairs([record], tokenizer) == explicit
-    before, after = split(explicit.examples[0].rejected)
-    assert before == prompt_tokens(prompt, tokenizer)
-    assert spelled(after, tokenizer) == "how<|im_end|>"
-    # of an identical pair the last message is the answer, not all of it the prompt
-    same = pairs([{"chosen": prompt + good, "rejected": prompt + good}], tokenizer)
-    assert same.examples[0].chosen == explicit.examples[0].chosen
-    assert same.notes == ("1 of 1 pairs have the same tokens on both sides",)
-
-
-def test_null_entries_of_messages_do_not_reach_the_template() -> None:
-    """Parquet gives every message the keys of all; a template that asks `is defined` must not find a null."""
-    name = "{% if messages[0].name is defined %}{{ messages[0].name }}{% endif %}"
-    tokenizer = built("$A", "<|im_end|>", CHATML + name)
-    messages = [[say("user", "Hello", name=None)], [say("user", "Hello", name="you")]]
-    made = prompt_examples(rows(*({"prompt": prompt} for prompt in messages)), tokenizer).examples
-    assert [prompt.text.rpartition("assistant\n")[2] for prompt in made] == ["", "you"]
-
-
 def test_prompts() -> None:
     tokenizer = built("<s> $A </s>", "<|im_end|>", CHATML)
     made = prompt_examples(rows({"prompt": "Hello"}, {"prompt": [say("user", "Hello")]}), tokenizer)
@@ -365,15 +179,6 @@ def test_prompts() -> None:
     ]
     assert made.examples[0].tokens == tuple(prompt_tokens("Hello", tokenizer))
     assert spelled(made.examples[1].tokens, tokenizer) == made.examples[1].text
-
-
-def test_no_chat_template_is_an_error_that_no_skipping_hides() -> None:
-    with pytest.raises(OnecardError) as error:
-        sft([{"messages": [say("user", "a"), say("assistant", "b")]}], built(), skip_bad_rows=True)
-    assert str(error.value).startswith("the tokenizer 'built' has no chat template, which rows of chat messages need: ")
-
-
-# --- length, and what is said about it ---
 
 
 def test_a_response_is_cut_at_its_end_and_counted() -> None:

@@ -3,8 +3,6 @@
 Logits of one chunk at a time. With a frozen head the forward overwrites them by `p - onehot`, multiplies back by the
 head and keeps the direction dlogp/dh [valid tokens, D]; the backward of any loss is then a row scaling. A trained head
 (weight or bias) recomputes each chunk in the backward, because its gradient needs the loss's coefficients.
-
-On CPU the two GEMMs are about nine tenths of the time and the passes the rest; entropy adds about 5 %.
 """
 
 from __future__ import annotations
@@ -20,11 +18,8 @@ from ..records import Head, LogProbs
 from . import products
 from .passes import Rows, blocks, result_dtype, softmax_pass_
 
-# Forward and backward in fp32, frozen head, as shares of eager log-softmax and of TRL 1.16's chunked function. The same
-# operators in a bare loop, two quiet cores, 1024 x 512 x 32000: 0.61-0.68 and 0.24-0.27 for 128 to 512 rows a chunk,
-# 0.72-0.76 and 0.29-0.30 for 64. This function, CPU time of one core on a busy machine, 2048 x 1024 x 50257: 0.90 and
-# 0.41 at 48 MiB, 1.2 and 0.55 at 32 MiB, where reading the head once per chunk shows; peak extra memory there is
-# 11-13 % of the logits at 48 MiB after the first call.
+# On CPU a smaller chunk keeps the passes nearer to the caches and holds less; a larger one reads the whole head less
+# often. Measured against eager and the other libraries in benchmarks/results/.
 CPU_CHUNK_BYTES = 48 << 20
 CUDA_CHUNK_BYTES = 512 << 20
 CUDA_CHUNK_ROWS = 1024  # at 256 rows the second GEMM fills a quarter of a large chip
