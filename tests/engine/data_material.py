@@ -123,6 +123,3 @@ def say(role: str, content: str, **more: Any) -> dict[str, Any]:
 
 
 USER, BOT = say("user", "Hello"), say("assistant", "fine")
-
-
-# --- text ---
