@@ -98,6 +98,3 @@ def test_no_chat_template_is_an_error_that_no_skipping_hides() -> None:
     with pytest.raises(OnecardError) as error:
         sft([{"messages": [say("user", "a"), say("assistant", "b")]}], built(), skip_bad_rows=True)
     assert str(error.value).startswith("the tokenizer 'built' has no chat template, which rows of chat messages need: ")
-
-
-# --- length, and what is said about it ---

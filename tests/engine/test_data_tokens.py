@@ -167,7 +167,7 @@ def test_completion_only_loss_off_learns_the_prompt_too() -> None:
     assert all(both.response_mask)
 
 
-# --- chat ---
+# --- prompts, length, and what is said about it ---
 
 
 def test_prompts() -> None:
