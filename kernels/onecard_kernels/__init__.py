@@ -1,17 +1,27 @@
 """Losses for language models on one card: fused, exact in fp32, and never holding `[tokens, vocab]` logits."""
 
+from .advantages import gae, group_advantages, masked_whiten
 from .dpo import dpo_loss, linear_dpo_loss, sequence_sums
 from .kl import token_kl
 from .logprob import linear_logprobs, selective_log_softmax
-from .records import LogProbs, Loss
+from .ppo import linear_ppo_loss, logits_ppo_loss, ppo_loss, value_loss
+from .records import Advantages, LogProbs, Loss
 
 __all__ = [
+    "Advantages",
     "LogProbs",
     "Loss",
     "dpo_loss",
+    "gae",
+    "group_advantages",
     "linear_dpo_loss",
     "linear_logprobs",
+    "linear_ppo_loss",
+    "logits_ppo_loss",
+    "masked_whiten",
+    "ppo_loss",
     "selective_log_softmax",
     "sequence_sums",
     "token_kl",
+    "value_loss",
 ]

@@ -53,8 +53,7 @@ def device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
 
 
 def positive(name: str, value: float) -> None:
-    if not _is_number(value) or not value > 0 or math.isinf(value):
-        raise ValueError(f"{name} is {value!r}, expected a finite number above 0")
+    above(name, value, 0.0)
 
 
 def within(name: str, value: float, low: float, high: float) -> None:
@@ -67,15 +66,46 @@ def finite(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value!r}, expected a finite number")
 
 
+def at_least(name: str, value: float, low: float) -> None:
+    if not _is_number(value) or not value >= low or math.isinf(value):
+        raise ValueError(f"{name} is {value!r}, expected a finite number of {low:g} or more")
+
+
+def above(name: str, value: float, low: float) -> None:
+    if not _is_number(value) or not value > low or math.isinf(value):
+        raise ValueError(f"{name} is {value!r}, expected a finite number above {low:g}")
+
+
 def one_of(name: str, value: object, known: Iterable[str]) -> None:
     known = tuple(known)
     if value not in known:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, known))}")
 
 
-def no_nan(name: str, value: Tensor) -> None:
-    if values_are_checked(value.device) and bool(value.isnan().any()):
-        raise ValueError(f"{name} has {int(value.isnan().sum())} NaN among {value.numel()} values, expected none")
+def no_nan(name: str, value: Tensor, valid: Tensor | None = None) -> None:
+    """No NaN, or none where `valid` is 1."""
+    if not values_are_checked(value.device):
+        return
+    found = value.isnan() if valid is None else value.isnan() & valid.bool()
+    if bool(found.any()):
+        where = "" if valid is None else " wherever mask is 1"
+        raise ValueError(f"{name} has {int(found.sum())} NaN among {value.numel()} values, expected none{where}")
+
+
+def alike(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    """A floating point tensor of another one's shape, on its device."""
+    floating(name, value)
+    shape(name, value, like.shape, f"the shape of {like_name}")
+    device(name, value, like_name, like)
+
+
+def normalizer(value: float | Tensor | None) -> None:
+    if isinstance(value, Tensor):
+        shape("normalizer", value, (), "a number or a 0-d tensor")
+        if values_are_checked(value.device):
+            positive("normalizer", value.item())
+    elif value is not None:
+        positive("normalizer", value)
 
 
 def mask(value: Tensor | None, like_name: str, like: Tensor) -> None:

@@ -15,8 +15,11 @@ import torch
 BACKENDS = ("auto", "triton", "torch")
 
 TABLE: dict[str, dict[str, str]] = {
+    "gae": {"torch": "onecard_kernels.advantages.reference:gae"},
     "linear_logprobs": {"torch": "onecard_kernels.logprob.chunked:linear_logprobs"},
+    "ppo_loss": {"torch": "onecard_kernels.ppo.reference:ppo_loss"},
     "selective_log_softmax": {"torch": "onecard_kernels.logprob.selective:selective_log_softmax"},
+    "value_loss": {"torch": "onecard_kernels.ppo.reference:value_loss"},
 }
 
 # What "auto" tries, in this order, by device type; the first one that the function has is taken.

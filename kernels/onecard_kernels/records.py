@@ -1,4 +1,4 @@
-"""The records that cross the library's borders, and the head's transform of logits that both paths share."""
+"""The records that cross the library's borders, the head's transform of logits, and the divisor of losses."""
 
 from __future__ import annotations
 
@@ -22,6 +22,13 @@ class Loss(NamedTuple):
 
     loss: Tensor
     metrics: dict[str, Tensor]
+
+
+class Advantages(NamedTuple):
+    """`[B, T]` each, detached: what the policy is pushed by, and what the value function is fitted to."""
+
+    advantages: Tensor
+    returns: Tensor
 
 
 @dataclass(frozen=True)
@@ -65,3 +72,10 @@ class Head:
             z.mul_(self.factor)
         if self.forbidden is not None:
             z.masked_fill_(self.forbidden, float("-inf"))
+
+
+def divisor_of(normalizer: float | Tensor | None, default: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """What a loss and its metrics are divided by."""
+    chosen = default if normalizer is None else normalizer
+    # Between two 0-d tensors torch promotes: an fp64 count would turn an fp32 loss into fp64.
+    return chosen.detach().to(dtype) if isinstance(chosen, Tensor) else chosen

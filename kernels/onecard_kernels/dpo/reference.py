@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import checks
 from ..kl.reference import log_ratio
-from ..records import Loss
+from ..records import Loss, divisor_of
 
 EXPONENT_LIMIT = 80.0  # e^80 is 6e34, just inside fp32; the gradient is zero above
 
@@ -86,10 +86,11 @@ def dpo_loss(
         {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths},
         weights,
     )
-    divisor = _divisor(normalizer, chosen_logps.shape[0])
+    checks.normalizer(normalizer)
 
     chosen_ratio = log_ratio(chosen_logps, ref_chosen_logps)
     rejected_ratio = log_ratio(rejected_logps, ref_rejected_logps)
+    divisor = divisor_of(normalizer, float(max(chosen_logps.shape[0], 1)), chosen_ratio.dtype)
     score = DIVERGENCES[f_divergence_type]
     pairs = Pairs(
         score(chosen_ratio, f_alpha_divergence_coef),
@@ -246,13 +247,3 @@ def _check_pairs(logps: dict[str, Tensor], lengths: dict[str, Tensor | None], we
 def _check_like(name: str, value: Tensor, like: Tensor) -> None:
     checks.shape(name, value, like.shape, "the shape of chosen_logps")
     checks.device(name, value, "chosen_logps", like)
-
-
-def _divisor(normalizer: float | Tensor | None, pairs: int) -> float | Tensor:
-    if normalizer is None:
-        return float(max(pairs, 1))
-    if isinstance(normalizer, Tensor):
-        checks.shape("normalizer", normalizer, (), "a number or a 0-d tensor")
-        return normalizer
-    checks.positive("normalizer", normalizer)
-    return normalizer

@@ -1,0 +1,107 @@
+"""Faces of the preference losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..dpo import dpo_loss, linear_dpo_loss
+from ..records import Loss
+from .face import Face
+
+
+class DPOLoss(Face):
+    """`dpo_loss` as a module."""
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.1,
+        loss_type: str | Sequence[str] = "sigmoid",
+        loss_weights: Sequence[float] | None = None,
+        label_smoothing: float = 0.0,
+        f_divergence_type: str = "reverse_kl",
+        f_alpha_divergence_coef: float = 0.5,
+        discopop_tau: float = 0.05,
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            loss_type=loss_type,
+            loss_weights=loss_weights,
+            label_smoothing=label_smoothing,
+            f_divergence_type=f_divergence_type,
+            f_alpha_divergence_coef=f_alpha_divergence_coef,
+            discopop_tau=discopop_tau,
+        )
+
+    def forward(
+        self,
+        chosen_logps: Tensor,
+        rejected_logps: Tensor,
+        ref_chosen_logps: Tensor,
+        ref_rejected_logps: Tensor,
+        *,
+        chosen_lengths: Tensor | None = None,
+        rejected_lengths: Tensor | None = None,
+        weights: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Loss:
+        return dpo_loss(
+            chosen_logps,
+            rejected_logps,
+            ref_chosen_logps,
+            ref_rejected_logps,
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+            weights=weights,
+            normalizer=normalizer,
+            **self.options,
+        )
+
+
+class LinearDPOLoss(DPOLoss):
+    """`linear_dpo_loss` as a module."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        backend: str = "auto",
+        **dpo: Any,
+    ) -> None:
+        super().__init__(**dpo)
+        self.options.update(temperature=temperature, logit_scale=logit_scale, softcap=softcap, backend=backend)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        sequence_ids: Tensor,
+        ref_logps: Tensor,
+        *,
+        bias: Tensor | None = None,
+        forbidden: Tensor | None = None,
+        chosen_lengths: Tensor | None = None,
+        rejected_lengths: Tensor | None = None,
+        weights: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+    ) -> Loss:
+        return linear_dpo_loss(
+            hidden,
+            weight,
+            targets,
+            sequence_ids,
+            ref_logps,
+            bias=bias,
+            forbidden=forbidden,
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+            weights=weights,
+            normalizer=normalizer,
+            **self.options,
+        )

@@ -1,0 +1,139 @@
+"""PPO's clipped policy loss from log-probabilities."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import checks, dispatch
+from ..kl.reference import ESTIMATORS
+from ..records import Loss
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    backend: str = "auto",
+) -> Loss:
+    """Clipped policy loss of tokens, from their log-probabilities under the policy that learns and the one that acted.
+
+    d = logp - old_logp;  ratio = e^d;  pg = max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high))
+    with dual_clip c, where A < 0:  pg = min(pg, -c A)
+    loss = sum_tokens mask * weight * (pg - entropy_coef * entropy + kl_coef * token_kl(logp, ref_logp)) / normalizer
+
+    "Proximal Policy Optimization Algorithms", https://arxiv.org/abs/1707.06347. clip_low unlike clip_high: "DAPO",
+    https://arxiv.org/abs/2503.14476. dual_clip: "Mastering Complex Control in MOBA Games with Deep Reinforcement
+    Learning", https://arxiv.org/abs/1912.09729.
+
+    Args:
+        logprobs: `[...]`, the policy's, `[B, T]` or packed `[tokens]`, in nats.
+        old_logprobs: `[...]`, those of the policy that sampled the tokens.
+        advantages: `[...]`, one per token.
+        mask: `[...]`, bool or 0/1. Masked tokens count nowhere and have zero gradient, whatever any input holds there
+            (NaN too).
+        clip_low: 0 to 1; the ratio is clipped below at 1 - clip_low.
+        clip_high: 0 or more; the ratio is clipped above at 1 + clip_high.
+        dual_clip: above 1; bounds the loss of a token with a negative advantage and a large ratio. None: no bound.
+        entropy: `[...]`, the policy's, in nats; with its gradient if entropy_coef is to have an effect.
+        entropy_coef: nats of loss per nat of entropy; not 0 needs entropy.
+        ref_logprobs: `[...]`, the reference policy's.
+        kl_coef: nats of loss per nat of divergence; not 0 needs ref_logprobs.
+        kl_estimator: "k1", "k2" or "k3", see `token_kl`.
+        weights: `[...]`, a factor for each token's loss (not for the metrics).
+        normalizer: divides the sums of loss and metrics, the mask's sum by default. Given the whole batch's number of
+            tokens, micro-batches add up to the batch in loss, gradient and metrics.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        Loss, fp32 (fp64 if any of the per-token inputs is). d is clamped to +-20 with zero gradient outside, so that
+        log-ratios of +-200 are finite; `-inf - -inf` counts as d = 0. No valid token: 0 with zero gradient. The
+        gradient goes to logprobs and entropy; the other inputs are constants.
+        Metrics: policy/approxkl (half of d^2), policy/clipfrac (share of tokens where the clip range cuts the gradient;
+        what dual_clip cuts is not counted), val/ratio; policy/entropy and policy/kl if their inputs are given.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    check_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator, normalizer)
+    if entropy_coef != 0.0 and entropy is None:
+        raise ValueError(f"entropy is None, expected a tensor like logprobs because entropy_coef is {entropy_coef!r}")
+    checks.floating("logprobs", logprobs)
+    check_tokens("logprobs", logprobs, old_logprobs, advantages, mask, ref_logprobs, weights, kl_coef)
+    checks.no_nan("logprobs", logprobs, mask)
+    if entropy is not None:
+        checks.alike("entropy", entropy, "logprobs", logprobs)
+        checks.no_nan("entropy", entropy, mask)
+    result: Loss = dispatch.implementation("ppo_loss", backend, logprobs.device)(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        entropy=entropy,
+        entropy_coef=entropy_coef,
+        ref_logprobs=ref_logprobs,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+        weights=weights,
+        normalizer=normalizer,
+    )
+    return result
+
+
+def check_options(
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    entropy_coef: float,
+    kl_coef: float,
+    kl_estimator: str,
+    normalizer: float | Tensor | None,
+) -> None:
+    checks.within("clip_low", clip_low, 0.0, 1.0)
+    checks.at_least("clip_high", clip_high, 0.0)
+    if dual_clip is not None:
+        checks.above("dual_clip", dual_clip, 1.0)
+    checks.finite("entropy_coef", entropy_coef)
+    checks.finite("kl_coef", kl_coef)
+    checks.one_of("kl_estimator", kl_estimator, ESTIMATORS)
+    checks.normalizer(normalizer)
+
+
+def check_tokens(
+    like_name: str,
+    like: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    kl_coef: float,
+) -> None:
+    """What every policy loss takes per token, against the tensor that says which tokens there are."""
+    checks.tensor("mask", mask)
+    checks.mask(mask, like_name, like)
+    if kl_coef != 0.0 and ref_logprobs is None:
+        raise ValueError(f"ref_logprobs is None, expected a tensor like {like_name} because kl_coef is {kl_coef!r}")
+    given = {
+        "old_logprobs": old_logprobs,
+        "advantages": advantages,
+        **({} if ref_logprobs is None else {"ref_logprobs": ref_logprobs}),
+        **({} if weights is None else {"weights": weights}),
+    }
+    for name, value in given.items():
+        checks.alike(name, value, like_name, like)
+        checks.no_nan(name, value, mask)
