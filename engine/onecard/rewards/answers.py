@@ -1,0 +1,50 @@
+"""What a reward function looks at: the texts, the tokens, and whatever else the dataset's rows hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Answers:
+    """B responses, each with its prompt; every field has one entry per response.
+
+    Two answers to the row `{"prompt": "2 + 2 =", "solution": "4"}`:
+
+        prompts          ("2 + 2 =", "2 + 2 =")
+        completions      (" 4", " five")             text without special tokens
+        completion_ids   ((604, 2), (1936,))         as sampled: the end of sequence too, where there is one
+        columns          {"solution": ("4", "4")}
+    """
+
+    prompts: tuple[str, ...]
+    completions: tuple[str, ...]
+    completion_ids: tuple[tuple[int, ...], ...]
+    columns: Mapping[str, tuple[Any, ...]]
+
+    def __post_init__(self) -> None:
+        for name, values in self.keywords().items():
+            if len(values) != len(self):
+                raise ValueError(f"{name}: {len(values)} entries for {len(self)} prompts.")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def only(self, place: int) -> Answers:
+        """One of the answers, as a batch of its own."""
+        return Answers(
+            self.prompts[place : place + 1],
+            self.completions[place : place + 1],
+            self.completion_ids[place : place + 1],
+            {name: values[place : place + 1] for name, values in self.columns.items()},
+        )
+
+    def keywords(self) -> dict[str, list[Any]]:
+        """TRL's keyword arguments of a reward function, as lists that it may change; a column cannot replace a text."""
+        return {name: list(values) for name, values in self.columns.items()} | {
+            "prompts": list(self.prompts),
+            "completions": list(self.completions),
+            "completion_ids": [list(ids) for ids in self.completion_ids],
+        }

@@ -1,0 +1,117 @@
+"""Calling a reward function, and believing nothing that it returns."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onecard.errors import OnecardError, nearest
+from onecard.rewards.answers import Answers
+from onecard.rewards.functions import RewardFunction, described, shortened
+
+LARGEST = torch.finfo(torch.float32).max  # scores become fp32
+SHOWN = 80  # characters of a prompt or a response that fit a line which is still read
+
+
+def call_function(function: RewardFunction, answers: Answers) -> list[float]:
+    """One score for each answer.
+
+    The protocol is that of TRL's GRPO: keywords `prompts`, `completions`, `completion_ids`, and the dataset's other
+    columns, all of them lists; a function without `**kwargs` gets those that it names. What it returns must be one
+    finite number for each answer. (TRL lets a function return None for "does not apply"; here that is an error.)
+    """
+    keywords = accepted(function, answers.keywords())
+    try:
+        returned = function.call(**keywords)
+    except (Exception, SystemExit) as error:  # whatever a function does; not a KeyboardInterrupt, which ends the run
+        what = f"reward function {function.name} raised {described(error)}{line(error)}"
+        raise OnecardError(f"{what}; {culprit(function, answers, error)}") from error
+    values = as_list(returned)
+    expected = f"expected a list of {len(answers)}, one number for each response"
+    if values is None:
+        raise OnecardError(f"reward function {function.name} returned {described_value(returned)}; {expected}.")
+    if len(values) != len(answers):
+        raise OnecardError(f"reward function {function.name} returned a list of {len(values)}; {expected}.")
+    return [checked(function, answers, place, value) for place, value in enumerate(values)]
+
+
+def accepted(function: RewardFunction, keywords: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The keywords that the function takes."""
+    try:
+        parameters = inspect.signature(function.call).parameters.values()
+    except (TypeError, ValueError):  # some callables written in C have none
+        return keywords
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    for name, parameter in named.items():
+        if parameter.default is parameter.empty and name not in keywords:
+            raise OnecardError(
+                f"reward function {function.name} asks for '{name}', and there is only {', '.join(sorted(keywords))}."
+                f"{nearest(name, keywords)}"
+            )
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return keywords
+    return {name: values for name, values in keywords.items() if name in named}
+
+
+def culprit(function: RewardFunction, answers: Answers, error: BaseException) -> str:
+    """The first answer that raises the same kind of error alone; if none does, how many were judged together."""
+    if len(answers) > 1:
+        for place in range(len(answers)):
+            alone = answers.only(place)
+            try:
+                function.call(**accepted(function, alone.keywords()))
+            except (Exception, SystemExit) as again:
+                if type(again) is type(error):
+                    return shown(alone, 0)
+        return f"for a batch of {len(answers)} answers, and for none of them alone"
+    return shown(answers, 0) if len(answers) else "for no answers at all"
+
+
+def line(error: BaseException) -> str:
+    """Where in the function's own file it was, since the one-line message leaves no traceback."""
+    frame = error.__traceback__ and error.__traceback__.tb_next  # the first frame is ours
+    return f" ({Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno})" if frame else ""
+
+
+def as_list(returned: Any) -> Sequence[Any] | None:
+    """A list, tuple, numpy array or tensor as a sequence of Python values; None for anything else."""
+    values = returned.tolist() if hasattr(returned, "tolist") else returned
+    return values if isinstance(values, list | tuple) else None
+
+
+def checked(function: RewardFunction, answers: Answers, place: int, value: Any) -> float:
+    """One returned value as a float, or an error that names its answer."""
+    if getattr(value, "ndim", None) == 0:  # a numpy number, a tensor of one number
+        value = value.item()
+    if isinstance(value, bool | int | float):
+        if abs(value) <= LARGEST:  # false for NaN
+            return float(value)
+        wrong = f"{written(value)}, which is no finite 32-bit number"
+    elif isinstance(value, list | tuple) or hasattr(value, "tolist"):
+        wrong = f"{described_value(value)} for one response: dense rewards (one per token) are not supported yet"
+    else:
+        wrong = f"{described_value(value)}, which is no number"
+    raise OnecardError(f"reward function {function.name} returned {wrong}; {shown(answers, place)}")
+
+
+def described_value(value: Any) -> str:
+    """`None`, or the value and what it is."""
+    return "None" if value is None else f"{written(value)} ({type(value).__name__})"
+
+
+def written(value: Any) -> str:
+    """A value as Python writes it, in a few words; some cannot be written (an integer of thousands of digits)."""
+    try:
+        return shortened(" ".join(repr(value).split()), SHOWN)
+    except Exception:  # whatever a `__repr__` does
+        return "something"
+
+
+def shown(answers: Answers, place: int) -> str:
+    """`prompt '...', response '...'`, on one line whatever is in them."""
+    prompt, response = shortened(answers.prompts[place], SHOWN), shortened(answers.completions[place], SHOWN)
+    return f"prompt {prompt!r}, response {response!r}"
