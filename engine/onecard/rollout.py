@@ -1,126 +1,277 @@
-"""Prompts -> responses, sampled from the model itself.
+"""Prompts -> responses, sampled from the model itself: each token with the log-probability it was drawn with.
 
-The model's own `generation_config` (top-k, top-p, repetition penalty) is not used: what is sampled is the policy, at
-the temperature that was asked for. Prompts are sorted by length, so that little is padded, and given back in order.
+    prompts  longest first -> batches, padded on the left -> one pass for each token -> rows that ended leave
+
+The model's own `generation_config` (top-k, top-p, repetition penalty) is not used, but for the ids that end a response:
+what is sampled is the policy, at the temperature that was asked for. Masks, never ids, say what is padding: a pad token
+may be the EOS, the EOS may be the BOS, and all of them may stand inside a prompt.
+
+Left out: rows that leave are not replaced from the next batch, and there is no beam search.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+import inspect
+import time
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from onecard import checkpoint
-from onecard.config import GenerateConfig
-from onecard.data import Prompt, load_rows, prompt_examples, prompt_rows
+from onecard.data import Prompt
 from onecard.errors import OnecardError
-from onecard.metrics import progress, say
-from onecard.models.build import load_player
-from onecard.models.load import load_tokenizer
+from onecard.metrics import Bar, progress
 from onecard.models.roles import Roles
+
+# Finished rows leave when they are this share of those held. To leave costs one copy of the cache of the rows that
+# stay, as much as every step spends on growing it, and saves the same share of all steps to come: it soon pays.
+LEAVING_SHARE = 1 / 8
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn. `temperature` 0 takes the likeliest token."""
+    """How tokens are drawn. `temperature` 0 takes the likeliest one; `top_k` 0 and `top_p` 1 leave all of them in."""
 
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
 
-    def generation_config(self, eos: int | list[int], pad: int) -> Any:
-        """transformers' record of it."""
-        from transformers import GenerationConfig
 
-        draws: dict[str, Any] = {"do_sample": False}
-        if self.temperature > 0:
-            draws = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        return GenerationConfig(max_new_tokens=self.max_new_tokens, eos_token_id=eos, pad_token_id=pad, **draws)
+@dataclass(frozen=True)
+class Response:
+    """What was drawn behind one prompt: k tokens, and `logprobs` fp32 [k] (CPU), of each in what it was drawn from.
+
+    That is `log_softmax(logits / temperature)` in fp32, after top-k and top-p where they are asked for, and with
+    undivided logits at temperature 0. `finished`: the last token is one that ends a response, and it is among `tokens`;
+    else the response was cut at `max_new_tokens`.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: Tensor
+    finished: bool
+
+    @property
+    def body(self) -> tuple[int, ...]:
+        """The tokens without the one that ended it."""
+        return self.tokens[:-1] if self.finished else self.tokens
 
 
-def end_tokens(roles: Roles, tokenizer: Any) -> list[int]:
-    """Every id that ends a response: the tokenizer's EOS, and those of the model's generation config (chat models)."""
-    own = getattr(roles.causal_model().generation_config, "eos_token_id", None)
-    return sorted({tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])})
+@dataclass(frozen=True)
+class Rollout:
+    """Responses in the order of their prompts, and the seconds they took."""
+
+    responses: tuple[Response, ...]
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Response tokens, ending ones included; prompt tokens do not count."""
+        return sum(len(response.tokens) for response in self.responses) / self.seconds
+
+
+def end_tokens(roles: Roles, tokenizer: Any, stop: Sequence[str] = ()) -> frozenset[int]:
+    """Every id that ends a response: the tokenizer's EOS, those of the model's generation config (chat models), and
+    those of the `stop` texts.
+    """
+    own = getattr(getattr(roles.causal_model(), "generation_config", None), "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *([own] if isinstance(own, int) else own or [])}
+    return frozenset(ends.union(*(stop_ids(text, tokenizer) for text in stop)))
+
+
+def stop_ids(text: str, tokenizer: Any) -> set[int]:
+    """The ids of a text that is one token: as a word of its own, and as the vocabulary writes it.
+
+    With SentencePiece these are two (`▁.` and `.`), and the second is the one that follows a word.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    found = {tokenizer.get_vocab()[text]} if text in tokenizer.get_vocab() else set()
+    # Unknown characters become the unknown token, or nothing at all: then one id is left that is not the text.
+    if len(ids) == 1 and tokenizer.decode(ids).strip() == text.strip():
+        found.add(ids[0])
+    if not found and len(ids) == 1:
+        raise OnecardError(f"stop_token: {text!r} is not in the tokenizer's vocabulary.")
+    if not found:
+        pieces = " ".join(tokenizer.convert_ids_to_tokens(ids))
+        raise OnecardError(f"stop_token: {text!r} is {len(ids)} tokens ({pieces}), expected text that is one token.")
+    return found
 
 
 @contextmanager
-def bare_generation_config(model: Any) -> Iterator[None]:
-    """Without this, transformers fills what a request leaves open from the model's own generation config."""
-    from transformers import GenerationConfig
-
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, then each module as it was. In training mode, checkpointed layers silently keep no cache."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
         yield
     finally:
-        model.generation_config = own
+        for module in training:
+            module.training = True
 
 
-@torch.no_grad()
-def sample(roles: Roles, tokenizer: Any, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
-    """One response to each prompt, as token ids without the one that ended it."""
-    ends = end_tokens(roles, tokenizer)
-    width = max(len(prompt) for prompt in prompts)
-    pad = tokenizer.pad_token_id
-    tokens = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=roles.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=roles.device)
-    model, settings = roles.causal_model(), sampling.generation_config(ends, pad)
-    with bare_generation_config(model):
-        out = model.generate(input_ids=tokens, attention_mask=mask, generation_config=settings)
-    responses = []
-    for row in out[:, width:].tolist():
-        stop = next((place for place, token in enumerate(row) if token in ends), len(row))
-        responses.append(row[:stop])
-    return responses
+class Held:
+    """The rows of a batch that the model still runs on. `rows[i]` says which prompt of the batch place i belongs to.
+
+    Two prompts `7 8 9` and `5`, after each has drawn one token:
+
+        mask       1 1 1 1      tokens  4      positions  3
+                   0 0 1 1              6                 1
+    """
+
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> None:
+        from transformers import DynamicCache
+
+        width = max(len(prompt) for prompt in prompts)
+        padding = [width - len(prompt) for prompt in prompts]
+        self.model = model
+        self.rows = torch.arange(len(prompts), device=device)
+        self.tokens = torch.tensor(
+            [[pad] * more + list(prompt) for more, prompt in zip(padding, prompts, strict=True)], device=device
+        )
+        self.mask = torch.tensor([[0] * more + [1] * (width - more) for more in padding], device=device)
+        self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
+        self.cache = DynamicCache(config=model.config)
+        known = inspect.signature(model.forward).parameters
+        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        self.takes_positions = "position_ids" in known  # not so where attention itself knows distances (ALiBi)
+
+    def logits(self) -> Tensor:
+        """One pass over the newest tokens: fp32 [rows, V], of the token to come."""
+        positions = {"position_ids": self.positions} if self.takes_positions else {}
+        output = self.model(
+            input_ids=self.tokens,
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+            **positions,
+            **self.last_only,
+        )
+        return output.logits[:, -1].float()
+
+    def extend(self, tokens: Tensor) -> None:
+        """Each row goes on with one token."""
+        self.tokens = tokens.unsqueeze(1)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        self.positions = self.positions[:, -1:] + 1
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Only these rows stay."""
+        index = torch.tensor(places, device=self.mask.device)
+        self.rows, self.tokens = self.rows[index], self.tokens[index]
+        self.mask, self.positions = self.mask[index], self.positions[index]
+        self.cache.reorder_cache(index)  # unlike `batch_select_indices`, every kind of layer has it
+
+
+def warpers(sampling: Sampling) -> list[Any]:
+    """transformers' top-k and top-p, in its order."""
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    if sampling.temperature == 0:
+        return []
+    top_k = [TopKLogitsWarper(sampling.top_k)] if sampling.top_k > 0 else []
+    top_p = [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+    return [*top_k, *top_p]
+
+
+def draw(logits: Tensor, sampling: Sampling, filters: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """One token for each row of logits [b, V], and its log-probability: int64 [b], fp32 [b]."""
+    if sampling.temperature > 0:
+        logits = logits / sampling.temperature
+    for only_top in filters:
+        logits = only_top(None, logits)
+    logprobs = logits.log_softmax(-1)
+    if logprobs[:, 0].isnan().any():  # one bad logit makes its whole row nan, and a GPU would stop without a word
+        raise OnecardError(
+            "model: its logits are not finite, so nothing can be sampled: it has diverged, or its dtype overflows."
+        )
+    tokens = torch.multinomial(logprobs.exp(), 1) if sampling.temperature > 0 else logits.argmax(-1, keepdim=True)
+    return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
+
+
+def sample_batch(held: Held, sampling: Sampling, ends: Collection[int]) -> Iterator[tuple[int, Response]]:
+    """(which prompt, its response), as they end."""
+    filters = warpers(sampling)
+    size = len(held.rows)
+    rows = list(range(size))  # of `held`, on the host
+    drawn: list[list[int]] = [[] for _ in range(size)]
+    logprobs = torch.zeros(size, sampling.max_new_tokens, device=held.mask.device)
+    finished = [False] * size
+
+    def response(row: int) -> tuple[int, Response]:
+        kept = logprobs[row, : len(drawn[row])].to("cpu", copy=True)
+        return row, Response(tuple(drawn[row]), kept, finished[row])
+
+    for step in range(sampling.max_new_tokens):
+        tokens, logprobs[held.rows, step] = draw(held.logits(), sampling, filters)
+        held.extend(tokens)
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            if not finished[row]:
+                drawn[row].append(token)
+                finished[row] = token in ends
+                if finished[row]:
+                    yield response(row)
+        staying = [place for place, row in enumerate(rows) if not finished[row]]
+        if not staying:
+            return
+        if len(rows) - len(staying) >= LEAVING_SHARE * len(rows):
+            held.keep(staying)
+            rows = [rows[place] for place in staying]
+    for row in range(size):
+        if not finished[row]:
+            yield response(row)
+
+
+def sample_responses(
+    roles: Roles,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    ends: Collection[int],
+    pad: int,
+    batch_size: int,
+    bar: Bar | None = None,
+) -> Rollout:
+    """One response of the current role to each prompt, in the prompts' order. `bar` moves with each response.
+
+    Draws come from torch's global generator. Whether prompt and response fit into the model's context is for callers
+    to check.
+    """
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise OnecardError(f"prompt {index} has no tokens, so there is nothing to go on from.")
+    model = roles.causal_model()
+    began = time.perf_counter()
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # if memory lacks, then at once
+    found: dict[int, Response] = {}
+    total = 0
+    with torch.no_grad(), evaluating(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            held = Held(model, [prompts[index] for index in chosen], pad, roles.device)
+            for row, response in sample_batch(held, sampling, ends):
+                found[chosen[row]] = response
+                total += len(response.tokens)
+                if bar is not None:
+                    bar.advance({"time/tokens_per_second": total / (time.perf_counter() - began)})
+    return Rollout(tuple(found[index] for index in range(len(prompts))), time.perf_counter() - began)
 
 
 def generate(
     roles: Roles, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling, *, batch_size: int
 ) -> list[str]:
     """One response text to each prompt, in the prompts' order."""
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].tokens))
-    texts = [""] * len(prompts)
     with progress("generate", len(prompts)) as bar:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            responses = sample(roles, tokenizer, [prompts[index].tokens for index in chosen], sampling)
-            for index, response in zip(chosen, responses, strict=True):
-                texts[index] = tokenizer.decode(response, skip_special_tokens=True)
-            bar.advance(by=len(chosen))
-    return texts
-
-
-def run(config: GenerateConfig) -> None:
-    """`onecard generate`: responses to standard output, or JSONL rows to `output`."""
-    if bool(config.prompt) == bool(config.dataset):
-        raise OnecardError("--prompt or --dataset: give one of them.")
-    tokenizer = load_tokenizer(config)
-    rows = load_rows(config.dataset, split=config.dataset_split) if config.dataset else prompt_rows(config.prompt)
-    tokenized = prompt_examples(rows, tokenizer)
-    for note in tokenized.notes:
-        say(f"data: {note}")
-    prompts = [prompt for prompt in tokenized.examples for _ in range(config.num_generations)]
-    output = Path(config.output) if config.output else None
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise OnecardError(f"output: {output} cannot be written: it is a folder, or its own folder is not there.")
-    roles = load_player(config, role="policy")
-    torch.manual_seed(config.seed)
-    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
-    texts = generate(roles, tokenizer, prompts, sampling, batch_size=config.batch_size)
-    lines = [
-        json.dumps({"prompt": prompt.text, "completion": text}, ensure_ascii=False)
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
-    if output is not None:
-        checkpoint.write_text(output, "\n".join(lines) + "\n")
-        say(f"{len(lines)} responses: {output}")
-        return
-    for prompt, text in zip(prompts, texts, strict=True):
-        print(f"{prompt.text} ->{text}" if config.num_generations > 1 or len(prompts) > 1 else text)
+        rollout = sample_responses(
+            roles,
+            [prompt.tokens for prompt in prompts],
+            sampling,
+            ends=end_tokens(roles, tokenizer),
+            pad=tokenizer.pad_token_id,
+            batch_size=batch_size,
+            bar=bar,
+        )
+    return [tokenizer.decode(response.body, skip_special_tokens=True) for response in rollout.responses]

@@ -1,0 +1,58 @@
+"""`onecard generate`: prompts from the command line or a file, responses to standard output or a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from onecard import checkpoint
+from onecard.config import GenerateConfig
+from onecard.data import load_rows, prompt_examples, prompt_rows
+from onecard.errors import OnecardError
+from onecard.metrics import say
+from onecard.models.build import load_player
+from onecard.models.load import context_length, load_tokenizer
+from onecard.rollout import Sampling, generate
+
+
+def longest_prompt(config: GenerateConfig) -> int | None:
+    """Tokens that are left for a prompt beside the response; None where the model does not say."""
+    limit = context_length(config)
+    if limit is not None and config.max_new_tokens >= limit:
+        raise OnecardError(
+            f"max_new_tokens: {config.max_new_tokens} leaves no room for a prompt in the model's context of {limit}."
+        )
+    return None if limit is None else limit - config.max_new_tokens
+
+
+def run(config: GenerateConfig) -> None:
+    """Responses to standard output, or JSONL rows to `output`."""
+    if bool(config.prompt) == bool(config.dataset):
+        raise OnecardError("--prompt or --dataset: give one of them.")
+    if config.top_p > 1:
+        raise OnecardError(f"top_p: {config.top_p:g}, expected 0 to 1.")
+    tokenizer = load_tokenizer(config)
+    rows = load_rows(config.dataset, split=config.dataset_split) if config.dataset else prompt_rows(config.prompt)
+    tokenized = prompt_examples(rows, tokenizer, max_length=longest_prompt(config))
+    for note in tokenized.notes:
+        say(f"data: {note}")
+    prompts = [prompt for prompt in tokenized.examples for _ in range(config.num_generations)]
+    output = Path(config.output) if config.output else None
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise OnecardError(f"output: {output} cannot be written: it is a folder, or its own folder is not there.")
+    roles = load_player(config, role="policy")
+    torch.manual_seed(config.seed)
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
+    texts = generate(roles, tokenizer, prompts, sampling, batch_size=config.batch_size)
+    lines = [
+        json.dumps({"prompt": prompt.text, "completion": text}, ensure_ascii=False)
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    if output is not None:
+        checkpoint.write_text(output, "\n".join(lines) + "\n")
+        say(f"{len(lines)} responses: {output}")
+        return
+    for prompt, text in zip(prompts, texts, strict=True):
+        print(f"{prompt.text} ->{text}" if config.num_generations > 1 or len(prompts) > 1 else text)
