@@ -15,6 +15,9 @@ A worked example, two sequences `[7 8 | 9 2]` and `[7 | 5 2]` (prompt | response
     rows           1  2  4  5
     targets        9  2  5  2
     sequence_ids   0  0  1  1
+
+In PPO the same two answers are episodes, sampled by the policy; their per-token records have one entry for each of the
+r = 4 rows above, in that order: what `ExperienceBatch.old_logprobs`, `old_values`, `advantages` and `returns` hold.
 """
 
 from __future__ import annotations
@@ -83,6 +86,60 @@ class PreferenceBatch:
 
 
 @dataclass(frozen=True)
+class Episode:
+    """One answer that the policy sampled. `sampling_logprobs` fp32 [k]: of each response token, as it was drawn (CPU).
+
+    The response includes the token that ended it. `finished` is False where it was cut at `response_length` instead.
+    `prompt` is the prompt's index in the dataset.
+    """
+
+    sequence: TokenSequence
+    sampling_logprobs: Tensor
+    finished: bool
+    prompt: int
+
+    def __len__(self) -> int:
+        return len(self.sequence)
+
+    @property
+    def response(self) -> tuple[int, ...]:
+        """The k response tokens."""
+        return self.sequence.tokens[len(self.sequence) - len(self.sampling_logprobs) :]
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What PPO learns from one episode; fp32 [k] each on the CPU, one entry per response token.
+
+    `old_values[t]` and `returns[t]` belong to the state before response token t, where it is chosen.
+    """
+
+    episode: Episode
+    old_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def __len__(self) -> int:
+        return len(self.episode)
+
+    @property
+    def num_response_tokens(self) -> int:
+        return len(self.old_logprobs)
+
+
+@dataclass(frozen=True)
+class ExperienceBatch:
+    """Experiences end to end. The per-token tensors are fp32 [r], in the order of `response_targets(sequences)`."""
+
+    sequences: TokenBatch
+    old_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+
+@dataclass(frozen=True)
 class ResponseTargets:
     """Which flat row predicts which token. `rows`, `targets`, `sequence_ids`: int64 [r], in flat order."""
 
@@ -109,6 +166,17 @@ def pack_pairs(pairs: Sequence[PreferencePair]) -> PreferenceBatch:
     return PreferenceBatch(
         sequences=pack([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]),
         margins=torch.tensor([pair.margin for pair in pairs], dtype=torch.float32),
+    )
+
+
+def pack_experience(experiences: Sequence[Experience]) -> ExperienceBatch:
+    """Lay experiences end to end (CPU tensors)."""
+    return ExperienceBatch(
+        sequences=pack([experience.episode.sequence for experience in experiences]),
+        old_logprobs=torch.cat([experience.old_logprobs for experience in experiences]),
+        old_values=torch.cat([experience.old_values for experience in experiences]),
+        advantages=torch.cat([experience.advantages for experience in experiences]),
+        returns=torch.cat([experience.returns for experience in experiences]),
     )
 
 

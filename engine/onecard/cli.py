@@ -1,4 +1,4 @@
-"""The command line: `onecard sft | reward | dpo | generate | demo`.
+"""The command line: `onecard sft | reward | dpo | ppo | generate | demo`.
 
 Each command's flags are the fields of its config dataclass. Nothing heavy is imported before a command really runs, so
 `--help` answers at once.
@@ -38,9 +38,14 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
         "onecard.algorithms.dpo:run",
         "onecard dpo --model Qwen/Qwen2.5-0.5B-Instruct --dataset trl-lib/ultrafeedback_binarized --load_in_4bit",
     ),
+    "ppo": (
+        config.PPOConfig,
+        "onecard.algorithms.ppo.command:run",
+        "onecard ppo --model runs/sft/policy --dataset prompts.jsonl --reward_model_path runs/reward/reward",
+    ),
     "generate": (
         config.GenerateConfig,
-        "onecard.rollout:run",
+        "onecard.generate:run",
         "onecard generate --model runs/dpo/policy --prompt 'Once upon a time'",
     ),
     "demo": (config.DemoConfig, "onecard.demo.flow:run", "onecard demo"),
@@ -161,7 +166,7 @@ def make_cli() -> click.Group:
     group = click.Group(
         "onecard",
         context_settings=settings,
-        help="SFT, reward models and DPO for language models on one card. Start with: onecard demo",
+        help="SFT, reward models, DPO and PPO for language models on one card. Start with: onecard demo",
     )
     for name, (config_class, target, example) in COMMANDS.items():
         group.add_command(make_command(name, config_class, target, example))

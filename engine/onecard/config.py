@@ -12,6 +12,8 @@ from typing import Any, Literal
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Optim = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+KLEstimator = Literal["k1", "k2", "k3"]
+ValueInit = Literal["reward", "zero"]
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
 
@@ -122,6 +124,62 @@ class DPOConfig(TrainConfig):
     label_smoothing: float = option(0.0, "Probability that a label is flipped (cDPO).", least=0)
     f_divergence_type: Divergence = option("reverse_kl", "Divergence to the reference.")
     f_alpha_divergence_coef: float = option(0.5, "alpha of alpha_divergence.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(TrainConfig):
+    """Proximal policy optimization from `prompt` rows: the policy answers, rewards judge, the policy learns.
+
+    A step is one iteration: batch_size responses are sampled and scored, then learned from num_ppo_epochs times.
+    """
+
+    reward_model_path: str = option("", "Reward adapter that `onecard reward` trained on the same base.")
+    reward_funcs: list[str] = option(
+        [], "Python reward, as module:function or file.py:function; may be given several times. See docs/ppo.md."
+    )
+    reward_weights: list[float] = option(
+        [], "A weight for each reward, the reward model first, then reward_funcs in order; empty: 1 each."
+    )
+    missing_eos_penalty: float = option(0.0, "Taken from the score of a response that does not end by itself.", least=0)
+
+    total_episodes: int = option(
+        0, "Responses to sample in all; 0: num_train_epochs over the prompts. max_steps overrides both.", least=0
+    )
+    batch_size: int = option(
+        0, "Responses in one iteration; 0: num_mini_batches minibatches of per_device_train_batch_size "
+        "* gradient_accumulation_steps.", least=0,
+    )  # fmt: skip
+    num_mini_batches: int = option(4, "Optimizer steps in one pass over an iteration's responses.", least=1)
+    num_ppo_epochs: int = option(4, "Passes over an iteration's responses.", least=1)
+    num_generations: int = option(1, "Responses to each prompt; batch_size counts all of them.", least=1)
+    response_length: int = option(64, "Longest response in tokens.", least=1)
+    stop_token: list[str] = option([], "Text of a token that ends a response, besides EOS; may be given several times.")
+    temperature: float = option(1.0, "Divides the logits wherever the policy or the reference is asked.", least=0)
+    local_rollout_forward_batch_size: int = option(
+        64, "Sequences in one pass without gradients: sampling, old log-probs, values, scores.", least=1
+    )
+
+    kl_coef: float = option(0.05, "Weight of the KL to the reference in each token's reward.", least=0)
+    kl_estimator: KLEstimator = option("k1", "Estimate of that KL from the sampled token.")
+    adap_kl_ctrl: bool = option(False, "Adapt kl_coef, so that objective/kl comes to adap_kl_target.")
+    adap_kl_target: float = option(6.0, "The KL per response, in nats, that adap_kl_ctrl aims at.", least=0)
+    adap_kl_horizon: int = option(10000, "Episodes over which adap_kl_ctrl adapts; smaller is faster.", least=1)
+    target_kl: float = option(
+        0.0, "End an iteration's passes when a minibatch's policy/approxkl exceeds this; 0: never.", least=0
+    )
+
+    gamma: float = option(1.0, "Discount of later rewards, per token.", least=0)
+    lam: float = option(0.95, "lambda of GAE: 1 is Monte-Carlo, 0 is one step ahead.", least=0)
+    whiten_rewards: bool = option(
+        False, "Scale the rewards of an iteration to standard deviation 1, keeping their mean."
+    )
+    cliprange: float = option(0.2, "The policy's ratio is clipped to 1 - cliprange .. 1 + cliprange.", least=0)
+    cliprange_high: float = option(0.0, "Upper range where it differs from cliprange (DAPO's clip-higher).", least=0)
+    dual_clip: float = option(0.0, "Bounds the loss of tokens with a negative advantage; above 1, 0: off.", least=0)
+    cliprange_value: float = option(0.2, "Values move at most this far from the old ones; 0: not clipped.", least=0)
+    vf_coef: float = option(0.1, "Weight of the value loss.", least=0)
+    entropy_coef: float = option(0.0, "Weight of the entropy bonus.", least=0)
+    value_init: ValueInit = option("reward", "Critic starts as the reward model (where there is one), or at zero.")
 
 
 @dataclass(frozen=True, kw_only=True)

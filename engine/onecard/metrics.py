@@ -23,6 +23,8 @@ SHOWN = {
     "accuracy": "acc {:.2f}",
     "rewards/accuracies": "acc {:.2f}",
     "rewards/margins": "margin {:.2f}",
+    "objective/scores": "score {:.2f}",
+    "objective/kl": "KL {:.2f}",
     "time/tokens_per_second": "{:,.0f} tok/s",
     "memory/peak_gib": "{:.1f} GiB",
 }

@@ -86,8 +86,9 @@ def _labels(panel: Panel) -> Iterator[tuple[str, str, str]]:
     if len(panel.names) == 1:
         yield panel.names[0], "training", "held out"
         return
-    for name in panel.names:
-        short = name.rsplit("/", 1)[-1].replace("_", " ")
+    shorts = [name.rsplit("/", 1)[-1] for name in panel.names]
+    for name, last in zip(panel.names, shorts, strict=True):
+        short = (last if shorts.count(last) == 1 else name).replace("_", " ")
         yield name, short, f"{short}, held out"
 
 
@@ -105,7 +106,7 @@ def _draw(axes: Any, panel: Panel) -> None:
             style = {"linestyle": "--", "linewidth": 1.3, "marker": "o", "markersize": 4.5}
             axes.plot(steps, values, color=held_out, markeredgecolor="white", label=eval_label, **style)
     axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold", color=INK)
-    axes.set_xlabel("optimizer step", fontsize=9, color=INK)
+    axes.set_xlabel("step", fontsize=9, color=INK)
     axes.set_ylabel(panel.unit, fontsize=9, color=INK)
     axes.tick_params(labelsize=8.5, colors=INK, length=0)
     axes.grid(color=FAINT, linewidth=0.7)

@@ -13,7 +13,7 @@ from typing import Any
 from onecard.checkpoint import replace_folder, write_text
 from onecard.errors import OnecardError
 from onecard.plots import Metrics, Panel, curves, grid, png, points
-from onecard.runs import CONFIG, METRICS
+from onecard.runs import CONFIG, METRICS, SAMPLES
 
 REPORT = "report.html"
 PLOTS = "plots"
@@ -43,15 +43,21 @@ CHARTS = (
     Chart("kl", "Distance to the reference", ("objective/kl",), "nats per answer"),
     Chart("approxkl", "Distance of one update", ("policy/approxkl_avg",), "nats per token"),
     Chart("clipfrac", "Tokens clipped", ("policy/clipfrac_avg", "val/clipfrac_avg"), "share of tokens"),
+    Chart("explained_variance", "Variance explained by the critic", ("val/explained_variance",), "share"),
     Chart("policy_losses", "Policy and value loss", ("loss/policy_avg", "loss/value_avg"), "loss"),
+    Chart("kl_coef", "KL coefficient", ("objective/kl_coef",), "per nat"),
+    Chart("length", "Length of the answers", ("completions/mean_length",), "tokens"),
+    Chart("cut", "Answers cut at response_length", ("completions/clipped_ratio",), "share of answers"),
     Chart("grad_norm", "Gradient norm before clipping", ("grad_norm",), "norm"),
     Chart("learning_rate", "Learning rate", ("learning_rate",), "per step"),
-    Chart("speed", "Speed", ("time/tokens_per_second",), "tokens per second"),
+    Chart("speed", "Speed", ("time/tokens_per_second", "time/rollout_tokens_per_second"), "tokens per second"),
     Chart("memory", "Peak memory so far", ("memory/peak_gib",), "GiB"),
 )
-NOT_CURVES = {"step", "epoch"}
-# The second row of the demo's picture: the first of these that a stage logged.
-STAGE_GOALS = ("accuracy", "token_accuracy", "margin", "speed")
+NOT_CURVES = {"step", "epoch", "episode"}
+# The demo's picture has a column for each stage. Its first and second row: the first of these that the stage logged.
+STAGE_ROWS = (("score", "loss"), ("kl", "accuracy", "token_accuracy", "margin", "speed"))
+# A third row for what has to be watched where answers are sampled.
+ROLLOUT_CHARTS = ("clipfrac", "entropy", "explained_variance", "length")
 
 
 @dataclass(frozen=True)
@@ -73,14 +79,20 @@ class TableRow:
 
 
 @dataclass(frozen=True)
+class Side:
+    """One answer: whose it is, its text, and its reward where something gave one."""
+
+    name: str
+    text: str
+    reward: float | None = None
+
+
+@dataclass(frozen=True)
 class Sample:
-    """Answers to one prompt before and after training, with their rewards where a reward model gave some."""
+    """Answers to one prompt side by side, from before the training to after it."""
 
     prompt: str
-    before: str
-    after: str
-    reward_before: float | None = None
-    reward_after: float | None = None
+    sides: tuple[Side, ...]
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
@@ -104,9 +116,25 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     return rows
 
 
+def read_samples(path: Path) -> list[Sample]:
+    """The first and the last answers of a run to the same prompts, from its `samples.jsonl` if it has one."""
+    rows = read_metrics(path) if path.exists() and path.stat().st_size else []
+    if not rows or rows[0]["step"] == rows[-1]["step"]:
+        return []
+    before, after = ([row for row in rows if row["step"] == rows[end]["step"]] for end in (0, -1))
+    return [
+        Sample(
+            old["prompt"],
+            (Side("before", old["completion"], old["score"]), Side("after", new["completion"], new["score"])),
+        )
+        for old, new in zip(before, after, strict=False)
+    ]
+
+
 def write_run_report(run_dir: Path | str, samples: Sequence[Sample] = ()) -> Path:
     """Write `plots/*.png` and `report.html` of one run; returns the path of the report."""
     folder = Path(run_dir)
+    samples = samples or read_samples(folder / SAMPLES)
     metrics = read_metrics(folder / METRICS)
     known = {chart.file: _picture(metrics, chart) for chart in _drawn(metrics)}
     other = {chart.file: _picture(metrics, chart) for chart in _unknown(metrics)}
@@ -115,7 +143,7 @@ def write_run_report(run_dir: Path | str, samples: Sequence[Sample] = ()) -> Pat
     return _write_page(
         folder,
         title=f"Run {folder.resolve().name}",
-        lead=f"{int(metrics[-1]['step'])} optimizer steps. Lines are training rows, dashes held-out rows.",
+        lead=f"{int(metrics[-1]['step'])} steps. Lines are training rows, dashes held-out rows.",
         sections=[section for section in sections if section[1]],
         samples=samples,
         configs=_configs([Stage(folder.resolve().name, folder)]),
@@ -170,13 +198,15 @@ def _unknown(metrics: Metrics) -> list[Chart]:
 
 
 def _overview(runs: Sequence[tuple[str, Metrics]]) -> list[list[Panel]]:
-    """Two rows of panels, one column for each stage: its loss, and what it is trained for."""
-    rows: list[list[Panel]] = [[], []]
+    """Two rows of panels, one column for each stage: its loss or score, and what it is trained for; then PPO's own."""
+    rows: list[list[Panel]] = [[], [], []]
     for name, metrics in runs:
         charts = {chart.file: chart for chart in _drawn(metrics)}
-        goal = next((charts[file] for file in STAGE_GOALS if file in charts), None)
-        for row, chart in zip(rows, (charts.get("loss"), goal), strict=True):
-            if chart:
+        chosen = [next((file for file in files if file in charts), None) for files in STAGE_ROWS]
+        more = ROLLOUT_CHARTS if chosen[0] == "score" else ()
+        for row, file in [*zip(rows, chosen, strict=False), *((rows[2], file) for file in more)]:
+            if file in charts:
+                chart = charts[file]
                 row.append(Panel(metrics, chart.names, f"{name}: {chart.title.lower()}", chart.unit))
     return [row for row in rows if row]
 
@@ -211,22 +241,17 @@ def _reward(value: float | None) -> str:
     return "" if value is None else f"{value:+.2f}" if math.isfinite(value) else str(value)
 
 
-def _pairs(samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
+def _sides(samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
     for sample in samples:
-        yield {
-            "prompt": sample.prompt.strip(),
-            "sides": (
-                ("before", sample.before.strip(), _reward(sample.reward_before)),
-                ("after", sample.after.strip(), _reward(sample.reward_after)),
-            ),
-        }
+        sides = [(side.name, side.text.strip(), _reward(side.reward)) for side in sample.sides]
+        yield {"prompt": sample.prompt.strip(), "sides": sides}
 
 
 def _write_page(folder: Path, samples: Sequence[Sample] = (), **content: Any) -> Path:
     from jinja2 import Environment, StrictUndefined
 
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    html = page.from_string(PAGE).render({"table": (), "folded": (), **content, "samples": list(_pairs(samples))})
+    html = page.from_string(PAGE).render({"table": (), "folded": (), **content, "samples": list(_sides(samples))})
     write_text(folder / REPORT, html)
     return folder / REPORT
 
@@ -299,7 +324,8 @@ PAGE = (
 {% for sample in samples %}
 <div class="sample"><p class="prompt">{{ sample.prompt }}</p><div class="sides">
 {% for name, text, reward in sample.sides %}
-<div class="{{ name }}"><span class="side">{{ name }}{% if reward %} <b>{{ reward }}</b>{% endif %}</span>
+<div{% if loop.last %} class="after"{% endif %}>
+<span class="side">{{ name }}{% if reward %} <b>{{ reward }}</b>{% endif %}</span>
 <p>{{ text }}</p></div>
 {% endfor %}
 </div></div>

@@ -21,8 +21,9 @@ from onecard.errors import OnecardError
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"  # answers to held-out prompts, where a command makes some
 IDENTITY = "run.json"
-OUTPUTS = (CONFIG, METRICS, IDENTITY, "report.html", "plots", "policy", "reward")
+OUTPUTS = (CONFIG, METRICS, SAMPLES, IDENTITY, "report.html", "plots", "policy", "reward")
 # Settings that a resumed run may change: they decide when to look, not what is learned.
 FREE = {"output_dir", "resume", "overwrite", "logging_steps", "eval_steps", "save_steps", "save_total_limit"}
 
@@ -99,8 +100,8 @@ def check_nothing_is_lost(config: TrainConfig, folder: Path, holds_run: bool) ->
     removed = [
         path.resolve() for path in (*checkpoint.checkpoint_folders(folder), *(folder / name for name in OUTPUTS))
     ]
-    for setting in ("model", "dataset", "eval_dataset"):
-        value = getattr(config, setting)
+    for setting in ("model", "dataset", "eval_dataset", "reward_model_path"):
+        value = getattr(config, setting, "")
         if value and any(Path(value).resolve().is_relative_to(path) for path in removed):
             raise OnecardError(
                 f"{setting}: {value} is part of the run in {folder} that would be replaced; choose another output_dir."
@@ -147,16 +148,20 @@ def begin(run: Run, config: TrainConfig, identity: dict[str, str]) -> None:
     if run.checkpoint is None:
         checkpoint.forget(run.folder, OUTPUTS)
     checkpoint.forget_after(run.folder, run.checkpoint.step if run.checkpoint else -1)
-    keep_metrics(run.folder / METRICS, run.checkpoint.step if run.checkpoint else -1)
+    (run.folder / METRICS).touch()
+    for name in (METRICS, SAMPLES):
+        keep_rows(run.folder / name, run.checkpoint.step if run.checkpoint else -1)
     settings = yaml.safe_dump({**asdict(config), "resume": False, "overwrite": False}, sort_keys=False)
     checkpoint.write_text(run.folder / IDENTITY, json.dumps(identity, indent=1) + "\n")
     checkpoint.write_text(run.folder / CONFIG, settings)
 
 
-def keep_metrics(path: Path, step: int) -> None:
+def keep_rows(path: Path, step: int) -> None:
     """Drop the rows after `step`, and a last row that was cut off in the middle."""
+    if not path.exists():
+        return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
@@ -166,7 +171,7 @@ def keep_metrics(path: Path, step: int) -> None:
     checkpoint.write_text(path, "".join(kept))
 
 
-def log(folder: Path, row: dict[str, Any]) -> None:
-    """Append one row to `metrics.jsonl`."""
-    with open(folder / METRICS, "a", encoding="utf-8") as file:
+def log(folder: Path, row: dict[str, Any], name: str = METRICS) -> None:
+    """Append one row to `metrics.jsonl`, or to another file of rows."""
+    with open(folder / name, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")

@@ -55,14 +55,14 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Interrupt the run in the middle of optimizer step `step`, after its gradients and before its update."""
-    whole = trainer.Trainer.optimize
+    whole = trainer.Trainer.apply
 
-    def interrupted(self, indices):
+    def interrupted(self):
         if self.step == step:
-            self.optimizer.step = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
-        return whole(self, indices)
+            raise KeyboardInterrupt
+        whole(self)
 
-    monkeypatch.setattr(trainer.Trainer, "optimize", interrupted)
+    monkeypatch.setattr(trainer.Trainer, "apply", interrupted)
 
 
 VARIANTS = {

@@ -100,7 +100,7 @@ def test_a_backward_while_another_role_plays_reaches_the_trained_adapter_alone(t
     """PEFT freezes whatever is not active; here the policy stays trainable, and the frozen reference stays frozen."""
     config = DPOConfig(model=str(tinystories))
     if started_from == "adapter":
-        load_roles(config, trained="policy").write(tmp_path / "policy")
+        load_roles(config, trained="policy").write("policy", tmp_path / "policy")
         config = replace(config, model=str(tmp_path / "policy"))
     roles = load_roles(config, trained="policy", reference=True)
     trained = set(roles.trained_parameters())
@@ -229,7 +229,7 @@ def test_training_goes_on_with_the_head_of_a_reward_model(tinystories, tmp_path,
     roles = load_roles(config, trained="reward", scalar=True)
     with torch.no_grad():
         roles.heads["reward"].weight.fill_(0.5)
-    roles.export(tmp_path / "reward", load_tokenizer(config))
+    roles.export("reward", tmp_path / "reward", load_tokenizer(config))
     again = load_roles(replace(config, model=str(tmp_path / "reward"), seed=1), trained="reward", scalar=True)
     assert (again.heads["reward"].weight == 0.5).all()
 

@@ -8,7 +8,7 @@ import pytest
 
 from onecard import plots, report
 from onecard.errors import OnecardError
-from onecard.report import Sample, Stage, TableRow
+from onecard.report import Sample, Side, Stage, TableRow
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
 
@@ -93,7 +93,7 @@ def test_curves_show_training_and_held_out_in_one_axes():
     figure = plots.curves(dpo_rows(), ["loss"], "Loss", "nats")
     (axes,) = figure.axes
     assert axes.get_title(loc="left") == "Loss"
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer step", "nats")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "nats")
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["training", "held out"]
     raw, smoothed, held_out = axes.get_lines()
     assert list(raw.get_ydata()) == plots.points(dpo_rows(), "loss")[1]
@@ -139,7 +139,9 @@ def test_run_report_can_be_written_again(tmp_path):
 def test_run_report_escapes(tmp_path):
     rows = [{"step": 1, EVIL: 1.0}]
     folder = write_metrics(tmp_path / "run", rows, config=f"model: {EVIL}\n")
-    html = report.write_run_report(folder, [Sample(EVIL, EVIL, EVIL)]).read_text(encoding="utf-8")
+    html = report.write_run_report(folder, [Sample(EVIL, (Side(EVIL, EVIL), Side("after", EVIL)))]).read_text(
+        encoding="utf-8"
+    )
     assert_self_contained(html)
     assert "&lt;script&gt;" in html
 
@@ -159,7 +161,12 @@ def demo(tmp_path):
     runs = {"SFT": sft, "Reward model": reward, "DPO": dpo_rows()}
     stages = [Stage(name, write_metrics(tmp_path / name, rows, f"name: {name}\n")) for name, rows in runs.items()]
     table = [TableRow("DPO", "held-out accuracy", "93.1 %", f"pairs ranked right {EVIL}")]
-    samples = [Sample("Where is the red hat?", f" What now? {EVIL}", " Gladly! By the door.", -1.25, 2.5)]
+    samples = [
+        Sample(
+            "Where is the red hat?",
+            (Side("SFT", f" What now? {EVIL}", -1.25), Side("DPO", " Gladly! By the door.", 2.5)),
+        )
+    ]
     return report.write_demo_report(tmp_path / "demo", stages, table, samples)
 
 

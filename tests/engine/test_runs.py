@@ -123,7 +123,7 @@ def test_metrics_go_back_to_the_step_of_the_checkpoint(tmp_path):
     path.write_text(
         '{"step": 0, "eval_loss": 1}\n{"step": 1}\n{"step": 2}\n{"step": 2, "eval_loss": 1}\n{"step": 3}\n{"st'
     )
-    runs.keep_metrics(path, 2)
+    runs.keep_rows(path, 2)
     assert path.read_text() == '{"step": 0, "eval_loss": 1}\n{"step": 1}\n{"step": 2}\n{"step": 2, "eval_loss": 1}\n'
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from onecard.algorithms import dpo, reward, sft
+from onecard.algorithms.supervised import make_plan
 from onecard.batches import PreferencePair, TokenSequence, pack, pack_pairs
 from onecard.config import DPOConfig, RewardConfig, SFTConfig, TrainConfig
 from onecard.errors import OnecardError
 from onecard.metrics import Window, add_up
 from onecard.models.build import load_roles
 from onecard.optim import make_optimizer, make_scheduler
-from onecard.trainer import make_plan
 from onecard_kernels import Loss
 
 

@@ -13,11 +13,18 @@ from onecard_kernels import (
     checks,
     dispatch,
     dpo_loss,
+    gae,
+    group_advantages,
     linear_dpo_loss,
     linear_logprobs,
+    linear_ppo_loss,
+    logits_ppo_loss,
+    masked_whiten,
+    ppo_loss,
     selective_log_softmax,
     sequence_sums,
     token_kl,
+    value_loss,
 )
 
 N, D, V = 4, 8, 31
@@ -32,6 +39,8 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """A tensor of another device, wherever the tests run."""
     return torch.zeros(shape, dtype=dtype, device="meta")
 
+
+TOKENS = {"old_logprobs": filled(-2, N), "advantages": filled(1, N), "mask": filled(1, N)}
 
 GOOD: dict[Callable[..., Any], dict[str, Any]] = {
     linear_logprobs: {"hidden": filled(1, N, D), "weight": filled(1, V, D), "targets": torch.arange(N)},
@@ -51,6 +60,18 @@ GOOD: dict[Callable[..., Any], dict[str, Any]] = {
         "ref_logps": filled(-1, 2),
     },
     sequence_sums: {"values": filled(1, N), "sequence_ids": torch.tensor([0, 0, 1, -1]), "num_sequences": 2},
+    ppo_loss: {"logprobs": filled(-1, N), **TOKENS},
+    logits_ppo_loss: {"logits": filled(1, N, V), "targets": torch.arange(N), **TOKENS},
+    linear_ppo_loss: {"hidden": filled(1, N, D), "weight": filled(1, V, D), "targets": torch.arange(N), **TOKENS},
+    value_loss: {
+        "values": filled(1, N),
+        "old_values": filled(2, N),
+        "returns": filled(3, N),
+        "mask": filled(1, N),
+    },
+    gae: {"rewards": filled(1, 2, N), "values": filled(1, 2, N), "mask": filled(1, 2, N)},
+    group_advantages: {"scores": filled(1, N), "group_size": 2},
+    masked_whiten: {"x": filled(1, N), "mask": filled(1, N)},
 }
 
 # function, what is wrong, error, words of its message: the argument first, then what came, then what was expected
@@ -131,6 +152,96 @@ BAD: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], tuple[str, 
     (linear_dpo_loss, {"loss_type": "dpo"}, ValueError, ("loss_type", "'dpo'", "'sigmoid'")),
     (sequence_sums, {"num_sequences": 2.0}, ValueError, ("num_sequences", "2.0", "integer")),
     (sequence_sums, {"values": torch.ones(N).int()}, TypeError, ("values", "int32", "floating")),
+    (dpo_loss, {"normalizer": torch.tensor(0.0)}, ValueError, ("normalizer", "0.0", "above 0")),
+    (ppo_loss, {"logprobs": torch.ones(N).int()}, TypeError, ("logprobs", "int32", "floating")),
+    (ppo_loss, {"logprobs": filled(NAN, N)}, ValueError, ("logprobs", "4 NaN", "none wherever mask is 1")),
+    (ppo_loss, {"entropy": filled(1, 1)}, ValueError, ("entropy", "(1,)", "(4,)")),
+    (ppo_loss, {"entropy": filled(NAN, N)}, ValueError, ("entropy", "4 NaN", "none")),
+    (ppo_loss, {"entropy_coef": 0.1}, ValueError, ("entropy", "None", "tensor", "entropy_coef is 0.1")),
+    (ppo_loss, {"backend": "cuda"}, ValueError, ("backend", "'cuda'", "'auto', 'triton', 'torch'")),
+    *(
+        (function, wrong, kind, words)
+        for function in (ppo_loss, logits_ppo_loss, linear_ppo_loss)
+        for wrong, kind, words in (
+            ({"old_logprobs": filled(-1, 1)}, ValueError, ("old_logprobs", "(1,)", "(4,)")),
+            ({"old_logprobs": meta(N)}, ValueError, ("old_logprobs", "meta", "cpu")),
+            ({"old_logprobs": filled(NAN, N)}, ValueError, ("old_logprobs", "4 NaN", "none")),
+            ({"advantages": filled(1, N, 1)}, ValueError, ("advantages", "(4, 1)", "(4,)")),
+            ({"advantages": torch.ones(N).long()}, TypeError, ("advantages", "int64", "floating")),
+            ({"advantages": filled(NAN, N)}, ValueError, ("advantages", "4 NaN", "none wherever mask is 1")),
+            ({"mask": filled(1, N, 1)}, ValueError, ("mask", "(4, 1)", "(4,)")),
+            ({"mask": filled(0.5, N)}, ValueError, ("mask", "0.5", "0 and 1")),
+            ({"mask": None}, TypeError, ("mask", "NoneType", "tensor")),
+            ({"ref_logprobs": filled(-1, 1)}, ValueError, ("ref_logprobs", "(1,)", "(4,)")),
+            ({"ref_logprobs": filled(NAN, N)}, ValueError, ("ref_logprobs", "4 NaN", "none")),
+            ({"kl_coef": 0.1}, ValueError, ("ref_logprobs", "None", "tensor", "kl_coef is 0.1")),
+            ({"weights": filled(1, 1)}, ValueError, ("weights", "(1,)", "(4,)")),
+            ({"weights": filled(NAN, N)}, ValueError, ("weights", "4 NaN", "none")),
+            ({"clip_low": 1.5}, ValueError, ("clip_low", "1.5", "0 to 1")),
+            ({"clip_low": -0.1}, ValueError, ("clip_low", "-0.1", "0 to 1")),
+            ({"clip_high": -0.1}, ValueError, ("clip_high", "-0.1", "0 or more")),
+            ({"clip_high": NAN}, ValueError, ("clip_high", "nan", "0 or more")),
+            ({"clip_high": float("inf")}, ValueError, ("clip_high", "inf", "finite")),
+            ({"dual_clip": 1.0}, ValueError, ("dual_clip", "1.0", "above 1")),
+            ({"dual_clip": float("inf")}, ValueError, ("dual_clip", "inf", "above 1")),
+            ({"entropy_coef": NAN}, ValueError, ("entropy_coef", "nan", "finite")),
+            ({"kl_coef": "0.1"}, ValueError, ("kl_coef", "'0.1'", "finite")),
+            ({"kl_estimator": "k4"}, ValueError, ("kl_estimator", "'k4'", "'k1', 'k2', 'k3'")),
+            ({"normalizer": 0}, ValueError, ("normalizer", "0", "above 0")),
+            ({"normalizer": torch.tensor(0)}, ValueError, ("normalizer", "0", "above 0")),
+            ({"normalizer": filled(1, N)}, ValueError, ("normalizer", "(4,)", "()")),
+        )
+    ),
+    (logits_ppo_loss, {"logits": filled(1, N, 0)}, ValueError, ("logits", "(4, 0)", "[..., V]")),
+    (logits_ppo_loss, {"targets": filled(1, N)}, TypeError, ("targets", "float32", "integer")),
+    (logits_ppo_loss, {"temperature": 0.0}, ValueError, ("temperature", "0.0", "above 0")),
+    (logits_ppo_loss, {"backend": "cuda"}, ValueError, ("backend", "'cuda'", "'auto', 'triton', 'torch'")),
+    (linear_ppo_loss, {"targets": torch.arange(N) + V}, ValueError, ("targets", "31", "0 to 30")),
+    (linear_ppo_loss, {"weight": filled(1, D)}, ValueError, ("weight", "(8,)", "[V, D]")),
+    (linear_ppo_loss, {"softcap": -1.0}, ValueError, ("softcap", "-1.0", "above 0")),
+    (linear_ppo_loss, {"backend": "cuda"}, ValueError, ("backend", "'cuda'", "'auto', 'triton', 'torch'")),
+    (value_loss, {"values": torch.ones(N).int()}, TypeError, ("values", "int32", "floating")),
+    (value_loss, {"values": filled(NAN, N)}, ValueError, ("values", "4 NaN", "none wherever mask is 1")),
+    (value_loss, {"old_values": filled(1, 1)}, ValueError, ("old_values", "(1,)", "(4,)")),
+    (value_loss, {"old_values": None, "clip": None}, TypeError, ("old_values", "NoneType", "tensor")),
+    (value_loss, {"returns": filled(NAN, N)}, ValueError, ("returns", "4 NaN", "none")),
+    (value_loss, {"returns": meta(N)}, ValueError, ("returns", "meta", "cpu")),
+    (value_loss, {"mask": filled(1, 1)}, ValueError, ("mask", "(1,)", "(4,)")),
+    (value_loss, {"mask": None}, TypeError, ("mask", "NoneType", "tensor")),
+    (value_loss, {"weights": filled(1, N, 1)}, ValueError, ("weights", "(4, 1)", "(4,)")),
+    (value_loss, {"clip": 0.0}, ValueError, ("clip", "0.0", "above 0")),
+    (value_loss, {"normalizer": -1.0}, ValueError, ("normalizer", "-1.0", "above 0")),
+    (value_loss, {"backend": "cuda"}, ValueError, ("backend", "'cuda'", "'auto', 'triton', 'torch'")),
+    (gae, {"rewards": torch.ones(2, N).int()}, TypeError, ("rewards", "int32", "floating")),
+    (gae, {"rewards": filled(1, N)}, ValueError, ("rewards", "(4,)", "[B, T]")),
+    (gae, {"rewards": filled(NAN, 2, N)}, ValueError, ("rewards", "8 NaN", "none wherever mask is 1")),
+    (gae, {"values": filled(1, 2, N + 1)}, ValueError, ("values", "(2, 5)", "(2, 4)")),
+    (gae, {"values": filled(NAN, 2, N)}, ValueError, ("values", "8 NaN", "none")),
+    (gae, {"mask": filled(1, N)}, ValueError, ("mask", "(4,)", "(2, 4)")),
+    (gae, {"mask": None}, TypeError, ("mask", "NoneType", "tensor")),
+    (gae, {"last_values": filled(1, N)}, ValueError, ("last_values", "(4,)", "(2,)")),
+    (gae, {"last_values": filled(NAN, 2)}, ValueError, ("last_values", "2 NaN", "none")),
+    (gae, {"last_values": torch.ones(2).int()}, TypeError, ("last_values", "int32", "floating")),
+    (gae, {"last_values": meta(2)}, ValueError, ("last_values", "meta", "cpu")),
+    (gae, {"gamma": 1.1}, ValueError, ("gamma", "1.1", "0 to 1")),
+    (gae, {"lam": -0.1}, ValueError, ("lam", "-0.1", "0 to 1")),
+    (gae, {"backend": "cuda"}, ValueError, ("backend", "'cuda'", "'auto', 'triton', 'torch'")),
+    (group_advantages, {"scores": torch.ones(N).int()}, TypeError, ("scores", "int32", "floating")),
+    (group_advantages, {"scores": filled(1, 2, 2)}, ValueError, ("scores", "(2, 2)", "[B]")),
+    (group_advantages, {"scores": filled(NAN, N)}, ValueError, ("scores", "4 NaN", "none")),
+    (group_advantages, {"group_size": 3}, ValueError, ("scores", "(4,)", "a multiple of 3")),
+    (group_advantages, {"group_size": 1}, ValueError, ("group_size", "1", "2 or more", "'grpo'")),
+    (group_advantages, {"group_size": 1, "kind": "rloo"}, ValueError, ("group_size", "1", "2 or more", "'rloo'")),
+    (group_advantages, {"group_size": 0, "kind": "grpo_no_std"}, ValueError, ("group_size", "0", "1 or more")),
+    (group_advantages, {"group_size": 2.0}, ValueError, ("group_size", "2.0", "integer")),
+    (group_advantages, {"group_size": True, "kind": "grpo_no_std"}, ValueError, ("group_size", "True", "integer")),
+    (group_advantages, {"kind": "gpro"}, ValueError, ("kind", "'gpro'", "'grpo', 'grpo_no_std', 'rloo'")),
+    (group_advantages, {"eps": 0.0}, ValueError, ("eps", "0.0", "above 0")),
+    (masked_whiten, {"x": torch.ones(N).int()}, TypeError, ("x", "int32", "floating")),
+    (masked_whiten, {"x": filled(NAN, N)}, ValueError, ("x", "4 NaN", "none")),
+    (masked_whiten, {"mask": filled(1, 1)}, ValueError, ("mask", "(1,)", "(4,)")),
+    (masked_whiten, {"mask": None}, TypeError, ("mask", "NoneType", "tensor")),
+    (masked_whiten, {"eps": 0.0}, ValueError, ("eps", "0.0", "above 0")),
 ]
 
 
@@ -150,11 +261,23 @@ def test_the_same_without_the_fault_is_accepted(function: Callable[..., Any]) ->
     function(**GOOD[function])
 
 
-@pytest.mark.parametrize("function", [linear_logprobs, selective_log_softmax, linear_dpo_loss])
+@pytest.mark.parametrize(
+    "function",
+    [
+        linear_logprobs,
+        selective_log_softmax,
+        linear_dpo_loss,
+        ppo_loss,
+        logits_ppo_loss,
+        linear_ppo_loss,
+        value_loss,
+        gae,
+    ],
+)
 def test_a_backend_that_is_not_there_says_what_is(
     function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for available in ("linear_logprobs", "selective_log_softmax"):
+    for available in dispatch.TABLE:
         monkeypatch.setitem(dispatch.TABLE, available, {"torch": dispatch.TABLE[available]["torch"]})
     with pytest.raises(ValueError, match=r"backend is 'triton', but .* has only: torch"):
         function(**GOOD[function], backend="triton")

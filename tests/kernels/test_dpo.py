@@ -190,7 +190,9 @@ def test_gradcheck(loss_type: str, f_divergence_type: str) -> None:
 
 def test_low_precision_and_no_pairs() -> None:
     low = [torch.randn(3).bfloat16() for _ in range(4)]
-    assert dpo_loss(*low).loss.dtype == torch.float32
+    for normalizer in (None, 3, torch.tensor(3.0, dtype=torch.float64)):
+        got = dpo_loss(*low, normalizer=normalizer)
+        assert {x.dtype for x in (got.loss, *got.metrics.values())} == {torch.float32}
     none = [torch.zeros(0, requires_grad=True) for _ in range(4)]
     out = dpo_loss(*none)
     out.loss.backward()

@@ -29,6 +29,10 @@ weight = torch.randn(31, 8)
 k.linear_dpo_loss(hidden, weight, torch.arange(4), torch.tensor([0, 0, 1, -1]), torch.zeros(2)).loss.backward()
 logps = k.selective_log_softmax(hidden @ weight.T, torch.arange(4), return_entropy=True).logprobs
 k.token_kl(logps, logps.detach()).sum().backward()
+tokens = k.group_advantages(torch.randn(4), group_size=2), torch.ones(4)
+k.linear_ppo_loss(hidden, weight, torch.arange(4), logps.detach(), *tokens).loss.backward()
+k.value_loss(hidden[:, 0], *k.gae(*hidden.detach().T[:2].view(2, 1, 4), torch.ones(1, 4)).returns.expand(2, 4),
+             torch.ones(4)).loss.backward()
 assert hidden.grad.isfinite().all()
 assert not BLOCKED & {name.split(".")[0] for name in sys.modules}
 print("ran")

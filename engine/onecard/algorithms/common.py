@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from onecard import checkpoint, report, runs
+from onecard.algorithms.supervised import Supervised
 from onecard.batches import PreferencePair, TokenSequence, pack, response_targets, to_device
 from onecard.config import TrainConfig
 from onecard.data import Row, Tokenized, hold_out, load_rows, preference_examples
@@ -20,10 +21,11 @@ from onecard.models.head import check_head
 from onecard.models.load import context_length, load_tokenizer
 from onecard.models.roles import Roles
 from onecard.runs import Run, open_run, with_folder
-from onecard.trainer import Task, train
+from onecard.trainer import Objective, train
 from onecard_kernels import Loss
 
 E = TypeVar("E", TokenSequence, PreferencePair)  # one example
+P = TypeVar("P")  # an example, or a prompt
 B = TypeVar("B")  # a record of several
 
 
@@ -64,8 +66,8 @@ def longest_sequence(config: TrainConfig) -> int:
 
 
 def load_examples(
-    config: TrainConfig, tokenize: Callable[[Sequence[Row]], Tokenized[E]]
-) -> tuple[Sequence[E], Sequence[E]]:
+    config: TrainConfig, tokenize: Callable[[Sequence[Row]], Tokenized[P]]
+) -> tuple[Sequence[P], Sequence[P]]:
     """Training and held-out examples; what was cut, skipped or odd is said in numbers."""
     if not config.dataset:
         raise OnecardError("--dataset is missing: give a .jsonl, .json, .csv or .parquet file, or a hub dataset name.")
@@ -105,9 +107,10 @@ def check_model(roles: Roles) -> None:
 
 
 def finish(roles: Roles, tokenizer: Any, run: Run) -> Path:
-    """Export the trained role, write the report, and say where things are."""
-    exported = run.folder / roles.trained
-    checkpoint.replace_folder(exported, lambda folder: roles.export(folder, tokenizer))
+    """Export the (first) trained role, write the report, and say where things are."""
+    role = roles.trained[0]
+    exported = run.folder / role
+    checkpoint.replace_folder(exported, lambda folder: roles.export(role, folder, tokenizer))
     written = report.write_run_report(run.folder)
     say(f"weights: {exported}    metrics: {run.folder / runs.METRICS}    plots: {written}")
     return exported
@@ -124,15 +127,11 @@ def run_recipe(config: TrainConfig, recipe: Recipe[E, B]) -> Path:
     check_model(roles)
     trained = sum(parameter.numel() for parameter in roles.trained_parameters().values())
     say(f"model: {trained:,} trained parameters on {roles.device}, {roles.layout} batches.")
-    task = Task(
-        name=recipe.command,
-        train=training,
-        heldout=heldout,
-        collate=recipe.collate,
-        count=recipe.count,
-        loss=lambda batch, normalizer: recipe.loss(roles, batch, normalizer),
+    objective = Objective(
+        recipe.collate, recipe.count, lambda batch, normalizer: (recipe.loss(roles, batch, normalizer),)
     )
+    job = Supervised(config, recipe.command, objective, training, heldout)
     data = {"training data": training, "held-out data": heldout}
     identity = {"command": recipe.command, **{name: runs.fingerprint(examples) for name, examples in data.items()}}
-    train(config, task, roles, run, identity)
+    train(config, job, roles, run, identity)
     return finish(roles, tokenizer, run)

@@ -20,7 +20,7 @@ are listed in `bad_rows` and counted in `notes` instead.
 """
 
 from onecard.data.files import Row, load_rows, prompt_rows
-from onecard.data.order import hold_out, step_indices
+from onecard.data.order import hold_out, step_indices, stream_indices
 from onecard.data.tokenized import BadRow, Prompt, Tokenized, preference_examples, prompt_examples, sft_examples
 from onecard.data.tokens import prompt_text, prompt_tokens
 
@@ -38,4 +38,5 @@ __all__ = [
     "prompt_tokens",
     "sft_examples",
     "step_indices",
+    "stream_indices",
 ]

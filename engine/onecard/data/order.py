@@ -77,3 +77,17 @@ def step_indices(num_examples: int, batch_size: int, *, seed: int, epoch: int) -
     order = list(range(num_examples))
     random.Random(f"{seed} {epoch}").shuffle(order)  # of a string: neighbouring seeds and epochs give unrelated orders
     return [order[start : start + batch_size] for start in range(0, num_examples, batch_size)]
+
+
+def stream_indices(num_examples: int, start: int, count: int, *, seed: int) -> list[int]:
+    """`count` entries from place `start` of an endless stream of shuffled epochs: no batch is short, none is left out.
+
+    >>> stream_indices(3, 0, 6, seed=0), stream_indices(3, 2, 2, seed=0)
+    ([0, 2, 1, 0, 1, 2], [1, 0])
+    """
+    found: list[int] = []
+    while len(found) < count:
+        epoch, place = divmod(start + len(found), num_examples)
+        [order] = step_indices(num_examples, num_examples, seed=seed, epoch=epoch)
+        found += order[place : place + count - len(found)]
+    return found

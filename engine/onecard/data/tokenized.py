@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 from onecard.batches import PreferencePair, TokenSequence
 from onecard.data.examples import BadRowError, preference_row, prompt_row, sft_row
@@ -41,10 +41,14 @@ class Tokenized(Generic[T_co]):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to answer. `text` is as given, or as the chat template wrote it; `tokens` are what generation is fed."""
+    """A prompt to answer. `text` is as given, or as the chat template wrote it; `tokens` are what generation is fed.
+
+    `columns` are the row's other columns, which rewards may look at (an expected answer, say).
+    """
 
     text: str
     tokens: tuple[int, ...]
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 def sft_examples(
@@ -96,18 +100,23 @@ def preference_examples(
     return Tokenized(pairs, notes, bad)
 
 
-def prompt_examples(rows: Sequence[Row], tokenizer: Tokenizer) -> Tokenized[Prompt]:
-    """`prompt` rows as what generation is fed; one for each row, so other columns are found by position."""
+def prompt_examples(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int | None = None, skip_bad_rows: bool = False
+) -> Tokenized[Prompt]:
+    """`prompt` rows as what generation is fed. A prompt of more than `max_length` tokens is not cut, but a bad row."""
 
     def make(row: Row) -> Prompt:
         prompt = prompt_row(row).prompt
         tokens = prompt_tokens(prompt, tokenizer)
         if not tokens:
             raise BadRowError("prompt: it has no tokens, so there is nothing to go on from")
-        return Prompt(prompt_text(prompt, tokenizer), tuple(tokens))
+        if max_length is not None and len(tokens) > max_length:
+            raise BadRowError(f"prompt: {len(tokens)} tokens, expected at most {max_length} beside the response")
+        columns = {name: value for name, value in row.values.items() if name != "prompt"}
+        return Prompt(prompt_text(prompt, tokenizer), tuple(tokens), columns)
 
-    made, _ = collect(rows, make, skip=False)
-    return Tokenized(tuple(made))
+    made, bad = collect(rows, make, skip_bad_rows)
+    return Tokenized(tuple(made), bad_notes(bad, len(rows)), bad)
 
 
 def collect(rows: Iterable[Row], make: Callable[[Row], T], skip: bool) -> tuple[list[T], tuple[BadRow, ...]]:

@@ -1,4 +1,4 @@
-"""`onecard demo`: corpus -> tiny model -> SFT -> reward adapter -> DPO -> table, samples, report.
+"""`onecard demo`: corpus -> tiny model -> SFT -> reward adapter -> DPO, and PPO -> table, samples, report.
 
 Every stage is the same code as its command, run with the settings below; the run folders say which. A stage that is
 done already is taken as it is, so a second demo is quick and an interrupted one goes on.
@@ -19,8 +19,9 @@ from rich.table import Table
 
 from onecard import runs
 from onecard.algorithms import dpo, reward, sft
+from onecard.algorithms.ppo import command as ppo
 from onecard.checkpoint import write_text
-from onecard.config import DemoConfig, DPOConfig, ModelConfig, RewardConfig, SFTConfig, TrainConfig
+from onecard.config import DemoConfig, DPOConfig, ModelConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig
 from onecard.data import prompt_examples, prompt_rows
 from onecard.demo.corpus import CorpusPaths, flaws, write_corpus
 from onecard.demo.tiny import make_tiny_model
@@ -28,7 +29,7 @@ from onecard.errors import OnecardError
 from onecard.metrics import console, say
 from onecard.models.build import load_player
 from onecard.models.load import load_tokenizer
-from onecard.report import Sample, Stage, TableRow, read_metrics, write_demo_report
+from onecard.report import Sample, Side, Stage, TableRow, read_metrics, write_demo_report
 from onecard.rewards.adapter import score
 from onecard.rollout import Sampling, generate
 
@@ -37,7 +38,8 @@ LAYOUT = {"padding_free": False}  # on a CPU, attention over a block mask costs 
 SHOWN_SAMPLES = 4
 ANSWERS_EACH = 4  # answers sampled to each held-out prompt, for means with less noise
 MARKER = "demo.txt"
-STAGES = ("sft", "reward", "dpo")
+STAGES = ("sft", "reward", "dpo", "ppo")
+POLICIES = ("sft", "dpo", "ppo")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Answers:
 def settings(
     folder: Path, model: Path, corpus: CorpusPaths, seed: int
 ) -> dict[str, tuple[TrainConfig, Callable[[Any], Path]]]:
-    """Stage -> its settings and the command that runs it. SFT trains all weights, reward and DPO an adapter on them."""
+    """Stage -> its settings and the command that runs it. SFT trains all weights, the others adapters on them."""
     common: dict[str, Any] = {"max_length": MAX_LENGTH, "seed": seed, "resume": True, "warmup_steps": 0.1, **LAYOUT}
     pairs: dict[str, Any] = {
         "dataset": str(corpus.pairs), "eval_dataset": str(corpus.pairs_eval), "model": str(folder / "sft" / "policy"),
@@ -84,6 +86,17 @@ def settings(
                 **pairs, **common,
             ),
             dpo.run,
+        ),
+        # The same start and the same judge as DPO's pairs taught, but the policy learns from its own answers.
+        "ppo": (
+            PPOConfig(
+                output_dir=str(folder / "ppo"), model=str(folder / "sft" / "policy"), dataset=str(corpus.pairs),
+                eval_dataset=str(corpus.prompts), reward_model_path=str(folder / "reward" / "reward"),
+                response_length=48, lora_r=32, lora_alpha=64, learning_rate=1e-3, max_steps=30, eval_steps=10,
+                per_device_train_batch_size=32, num_mini_batches=4, num_ppo_epochs=2, kl_coef=0.1,
+                missing_eos_penalty=1.0, **common,
+            ),
+            ppo.run,
         ),
     }  # fmt: skip
 
@@ -131,7 +144,7 @@ def flawless(prompts: list[str], answers: Answers) -> float:
     return sum(not flaws(prompt, text) for prompt, text in zip(prompts, answers.texts, strict=True)) / len(prompts)
 
 
-def headline(folder: Path, prompts: list[str], before: Answers, after: Answers) -> list[TableRow]:
+def headline(folder: Path, prompts: list[str], answers: dict[str, Answers]) -> list[TableRow]:
     """What the demo came to, in the order of its stages."""
     first, last = (
         read_metrics(folder / "sft" / runs.METRICS)[0]["eval_loss"],
@@ -139,16 +152,29 @@ def headline(folder: Path, prompts: list[str], before: Answers, after: Answers) 
     )
     accuracy, margin = (last_metric(folder / "dpo", f"eval_rewards/{name}") for name in ("accuracies", "margins"))
     judged = last_metric(folder / "reward", "eval_accuracy")
-    rewards = f"{before.mean_reward:.2f} -> {after.mean_reward:.2f}"
-    shares = f"{flawless(prompts, before):.0%} -> {flawless(prompts, after):.0%}"
-    return [
+    kl = last_metric(folder / "ppo", "eval_objective/kl")
+
+    def change(stage: str) -> str:
+        return f"{answers['sft'].mean_reward:.2f} -> {answers[stage].mean_reward:.2f}"
+
+    def shares(stage: str) -> str:
+        return f"{flawless(prompts, answers['sft']):.0%} -> {flawless(prompts, answers[stage]):.0%}"
+
+    rows = [
         TableRow("SFT", "held-out loss", f"{first:.2f} -> {last:.2f}", "nats per token of answers it has not seen"),
         TableRow("Reward", "held-out accuracy", f"{judged:.3f}", "pairs whose better answer scores higher"),
         TableRow("DPO", "held-out accuracy", f"{accuracy:.3f}", "pairs whose better answer gains more"),
         TableRow("DPO", "held-out margin", f"{margin:.2f}", "and by how many nats, times beta"),
-        TableRow("DPO", "mean reward", rewards, "sampled answers, by the reward adapter"),
-        TableRow("DPO", "without a flaw", shares, "sampled answers, by rules that no model has seen"),
+        TableRow("PPO", "KL to SFT", f"{kl:.2f}", "nats per answer that it has moved"),
     ]
+    for stage in ("dpo", "ppo"):
+        rows += [
+            TableRow(stage.upper(), "mean reward", change(stage), "sampled answers, by the reward adapter"),
+            TableRow(
+                stage.upper(), "without a flaw", shares(stage), "sampled answers, by rules that no model has seen"
+            ),
+        ]
+    return sorted(rows, key=lambda row: ("SFT", "Reward", "DPO", "PPO").index(row.stage))
 
 
 def show(rows: list[TableRow], samples: list[Sample]) -> None:
@@ -159,15 +185,12 @@ def show(rows: list[TableRow], samples: list[Sample]) -> None:
     for row in rows:
         table.add_row(row.stage, row.metric, row.value, row.meaning)
     console.print(table)
-    answers = Table(title="before and after DPO (reward)", show_lines=True)
-    for column in ("prompt", "SFT", "SFT + DPO"):
-        answers.add_column(column, ratio=2)
+    answers = Table(title="answers before and after (reward)", show_lines=True)
+    answers.add_column("prompt", ratio=2)
+    for side in samples[0].sides:
+        answers.add_column(side.name, ratio=2)
     for sample in samples:
-        answers.add_row(
-            sample.prompt,
-            f"{sample.before.strip()} ({sample.reward_before:.1f})",
-            f"{sample.after.strip()} ({sample.reward_after:.1f})",
-        )
+        answers.add_row(sample.prompt, *(f"{side.text.strip()} ({side.reward:.1f})" for side in sample.sides))
     console.print(answers, markup=False)
 
 
@@ -198,13 +221,19 @@ def run(config: DemoConfig) -> Path:
             command(stage_config)
     prompts = ANSWERS_EACH * [json.loads(line)["prompt"] for line in corpus.prompts.read_text().splitlines()]
     judge = folder / "reward" / "reward"
-    before, after = (answer(folder / stage / "policy", judge, prompts, config.seed) for stage in ("sft", "dpo"))
+    answers = {stage: answer(folder / stage / "policy", judge, prompts, config.seed) for stage in POLICIES}
     samples = [
-        Sample(*texts) for texts in zip(prompts, before.texts, after.texts, before.rewards, after.rewards, strict=True)
-    ][:SHOWN_SAMPLES]
-    table = headline(folder, prompts, before, after)
+        Sample(
+            prompt,
+            tuple(
+                Side(stage.upper(), answers[stage].texts[place], answers[stage].rewards[place]) for stage in POLICIES
+            ),
+        )
+        for place, prompt in enumerate(prompts[:SHOWN_SAMPLES])
+    ]
+    table = headline(folder, prompts, answers)
     show(table, samples)
     report = write_demo_report(folder, [Stage(stage, folder / stage) for stage in STAGES], table, samples)
     say(f"report: {report}    plots: {folder / 'plots'}    time: {time.perf_counter() - began:.0f} s")
-    say(f"try: onecard generate --model {folder / 'dpo' / 'policy'} --prompt {prompts[-1]!r} --num_generations 3")
+    say(f"try: onecard generate --model {folder / 'ppo' / 'policy'} --prompt {prompts[-1]!r} --num_generations 3")
     return report

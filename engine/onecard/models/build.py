@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from onecard.config import ModelConfig, TrainConfig
+from onecard.config import ModelConfig, PPOConfig, TrainConfig
 from onecard.errors import OnecardError
 from onecard.models.load import find_source, load_base, reason
 from onecard.models.roles import HEAD_WEIGHTS, Roles
@@ -83,22 +84,92 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
     base = load_base(config, train_all=not config.use_peft)
     adapters: dict[str, str | None] = {trained: None}
     frozen = copy.deepcopy(base).requires_grad_(False) if reference and not config.use_peft else None
-    if config.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.manual_seed(config.seed)  # new weights depend on the seed alone, not on what loading drew
     model = base
     if config.use_peft:
         model, adapters = add_adapters(base, config, trained, reference)
-    roles = Roles(model, trained, adapters, "packed" if config.padding_free else "padded")
+    roles = Roles(model, (trained,), adapters, "packed" if config.padding_free else "padded")
+    if config.gradient_checkpointing:
+        roles.checkpoint_activations()
     if frozen is not None:
         roles.copies["reference"] = frozen
         roles.adapters["reference"] = None
     if scalar:
-        roles.heads[trained] = scalar_head(base.config.get_text_config().hidden_size, roles.device)
-        head_file = (source.adapter or Path(source.base)) / HEAD_WEIGHTS
-        if head_file.is_file():  # training goes on with a reward model
-            roles.heads[trained].load_state_dict(load_file(str(head_file)))
+        folder = source.adapter or Path(source.base)
+        goes_on = (folder / HEAD_WEIGHTS).is_file()  # training goes on with a reward model
+        roles.heads[trained] = read_scalar_head(roles, folder) if goes_on else scalar_head(*head_shape(roles))
     return roles
+
+
+def head_shape(roles: Roles) -> tuple[int, torch.device]:
+    """What `scalar_head` needs to know of a model."""
+    return roles.causal_model().config.get_text_config().hidden_size, roles.device
+
+
+def read_scalar_head(roles: Roles, folder: Path) -> nn.Linear:
+    """The scalar head in a reward model's folder."""
+    head = scalar_head(*head_shape(roles))
+    head.load_state_dict(load_file(str(folder / HEAD_WEIGHTS)))
+    return head
+
+
+def load_ppo_roles(config: PPOConfig) -> Roles:
+    """Policy, value, reference, and reward where there is one: adapters on one base. Policy and value are trained.
+
+    The critic starts as the reward model, adapter and head, which knows the scores' scale from the first step; or with
+    a new adapter and a head of zeros, so that the first advantages are plain returns.
+    """
+    if not config.use_peft:
+        raise OnecardError("use_peft: PPO holds its roles as adapters on one base; leave --no_use_peft out.")
+    reward = reward_adapter(config)
+    base = load_base(config)
+    torch.manual_seed(config.seed)
+    model, adapters = add_adapters(base, config, "policy", reference=True)
+    copied = reward if config.value_init == "reward" else None
+    if copied is None:
+        model.add_adapter("value", lora_config(config))
+    try:
+        for role, folder in {"value": copied, "reward": reward}.items():
+            if folder is not None:
+                model.load_adapter(str(folder), adapter_name=role, is_trainable=role == "value")
+    except Exception as error:  # as in add_adapters
+        raise OnecardError(f"reward_model_path: {reward}: {reason(error)}") from error
+    remove_adapter_dropout(model)
+    adapters |= {"value": "value"} if reward is None else {"value": "value", "reward": "reward"}
+    roles = Roles(model, ("policy", "value"), adapters, "packed" if config.padding_free else "padded")
+    if config.gradient_checkpointing:
+        roles.checkpoint_activations()
+    if reward is not None:
+        roles.heads["reward"] = read_scalar_head(roles, reward).requires_grad_(False)
+    if copied is not None:
+        roles.heads["value"] = read_scalar_head(roles, copied)
+    else:
+        head = scalar_head(*head_shape(roles))
+        nn.init.zeros_(head.weight)
+        roles.heads["value"] = head
+    return roles
+
+
+def reward_adapter(config: PPOConfig) -> Path | None:
+    """The folder of the reward adapter, if there is one, after a look at whether it can be one for this base."""
+    if not config.reward_model_path:
+        return None
+    try:
+        source, policy = find_source(config.reward_model_path), find_source(config.model)
+    except OnecardError as error:
+        raise OnecardError(f"reward_model_path: {str(error).removeprefix('model: ')}") from error
+    path = source.adapter
+    if path is None or not (path / HEAD_WEIGHTS).is_file():
+        raise OnecardError(
+            f"reward_model_path: {config.reward_model_path} is no reward adapter of onecard: expected a folder with "
+            f"adapter_config.json and {HEAD_WEIGHTS}, as `onecard reward` writes."
+        )
+    if os.path.realpath(source.base) != os.path.realpath(policy.base):
+        raise OnecardError(
+            f"reward_model_path: {path} was trained on {source.base}, but the policy's base is {policy.base}; "
+            "all roles share one base, so train the reward on that one."
+        )
+    return path
 
 
 def load_player(config: ModelConfig, *, role: str, head: bool = False) -> Roles:
@@ -115,11 +186,10 @@ def load_player(config: ModelConfig, *, role: str, head: bool = False) -> Roles:
         except Exception as error:  # as in add_adapters
             raise OnecardError(f"model: adapter {source.adapter}: {reason(error)}") from error
         adapters = {role: role}
-    roles = Roles(model, role, adapters, "packed").eval().requires_grad_(False)
+    roles = Roles(model, (role,), adapters, "packed").eval().requires_grad_(False)
     if head:
         folder = source.adapter or Path(source.base)
         if not (folder / HEAD_WEIGHTS).is_file():
             raise OnecardError(f"model: {folder} is no reward model of onecard: it has no {HEAD_WEIGHTS}.")
-        roles.heads[role] = scalar_head(base.config.get_text_config().hidden_size, roles.device).requires_grad_(False)
-        roles.heads[role].load_state_dict(load_file(str(folder / HEAD_WEIGHTS)))
+        roles.heads[role] = read_scalar_head(roles, folder).requires_grad_(False)
     return roles

@@ -1,17 +1,18 @@
-"""One base plays several parts: policy, reference, reward. A role is an adapter on the base, or the base without one.
+"""One base plays several parts: policy, reference, value, reward. A role is an adapter on the base, or the base alone.
 
 | role      | weights                                                                       |
 |-----------|-------------------------------------------------------------------------------|
 | policy    | base + LoRA adapter `policy` (or the base itself when all weights are trained)  |
 | reference | adapters off; or a frozen copy of the adapter or the base that training began from |
+| value     | base + LoRA adapter `value` + a scalar head: PPO's critic                       |
 | reward    | base + LoRA adapter `reward` + a scalar head                                  |
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,20 @@ HEAD_WEIGHTS = "head.safetensors"
 class Roles(nn.Module):
     """The weights of a run. `adapters[role]` is the name of its adapter, or None for the base with adapters off.
 
-    Exactly one role is active at a time: `current`, the one that is trained, except inside `with roles.playing(other)`.
+    Exactly one role is active at a time: `current`, the first of `trained`, except inside `with roles.playing(other)`.
+    Switching freezes none of the trained roles, and a backward pass recomputes each layer under the role that ran it.
     """
 
-    def __init__(self, model: Any, trained: str, adapters: dict[str, str | None], layout: str) -> None:
+    def __init__(self, model: Any, trained: Sequence[str], adapters: dict[str, str | None], layout: str) -> None:
         super().__init__()
         self.model = model
-        self.trained = trained
+        self.trained = tuple(trained)
         self.adapters = adapters
         self.layout = layout
         self.heads = nn.ModuleDict()
         self.copies = nn.ModuleDict()  # role -> a whole frozen model; only where all weights are trained
         self.current = ""
-        self.activate(trained)
+        self.activate(self.trained[0])
 
     @property
     def has_adapters(self) -> bool:
@@ -57,7 +59,7 @@ class Roles(nn.Module):
     def activate(self, role: str) -> None:
         """Switch adapters, and leave what is trained trainable.
 
-        PEFT's own switch freezes every adapter but the active one, so a loss of the trained role recorded before the
+        PEFT's own switch freezes every adapter but the active one, so a loss of a trained role recorded before the
         switch would silently give no gradient at all.
         """
         if role == self.current:
@@ -69,8 +71,9 @@ class Roles(nn.Module):
             else:
                 tuner.enable_adapter_layers()
                 tuner.set_adapter(adapter)
+            trained = {self.adapters[name] for name in self.trained}
             for name in self.model.peft_config:
-                self.model.set_requires_grad(name, name == self.adapters[self.trained])
+                self.model.set_requires_grad(name, name in trained)
         self.current = role
 
     @contextmanager
@@ -82,6 +85,20 @@ class Roles(nn.Module):
             yield
         finally:
             self.activate(before)
+
+    def checkpoint_activations(self) -> None:
+        """Keep one activation per layer, and recompute the rest in the backward, under the role that it was run in.
+
+        Without the second half, whichever adapter is active when the backward comes would do the recomputing.
+        """
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), self.playing(self.current)
+
+        base = self.model.get_base_model() if self.has_adapters else self.model
+        base.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
+        )
 
     def causal_model(self) -> Any:
         """The Hugging Face model of the current role, adapters injected."""
@@ -99,29 +116,36 @@ class Roles(nn.Module):
         states = self.causal_model().get_decoder()(**layout.inputs).last_hidden_state
         return states.flatten(0, 1).index_select(0, layout.places[rows])
 
-    def logprobs(self, batch: TokenBatch, targets: ResponseTargets) -> Tensor:
+    def logprobs(self, batch: TokenBatch, targets: ResponseTargets, temperature: float = 1.0) -> Tensor:
         """Log-probabilities [r] of the response tokens under the current role, fp32, nats."""
         head = self.head()
         return linear_logprobs(
-            self.hidden(batch, targets.rows), head.weight, targets.targets, **head.keywords()
+            self.hidden(batch, targets.rows),
+            head.weight,
+            targets.targets,
+            temperature=temperature,
+            **head.keywords(),
         ).logprobs
+
+    def scalars(self, batch: TokenBatch, rows: Tensor) -> Tensor:
+        """The current role's scalar head at flat `rows`: fp32 [r]."""
+        return self.heads[self.current](self.hidden(batch, rows).float()).squeeze(-1)
 
     def scores(self, batch: TokenBatch) -> Tensor:
         """The current role's scalar head on each sequence's last token: fp32 [S]."""
-        hidden = self.hidden(batch, last_rows(batch))
-        return self.heads[self.current](hidden.float()).squeeze(-1)
+        return self.scalars(batch, last_rows(batch))
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter that the optimizer changes, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def write(self, folder: Path) -> None:
-        """Write the trained role's weights into `folder`: a PEFT adapter or all weights, and its scalar head."""
+    def write(self, role: str, folder: Path) -> None:
+        """Write a role's weights into `folder`: a PEFT adapter or all weights, and its scalar head."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.has_adapters:
             from peft import get_peft_model_state_dict
 
-            name = self.trained
+            name = self.adapters[role]
             weights = get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)
             save_file({key: value.contiguous() for key, value in weights.items()}, str(folder / ADAPTER_WEIGHTS))
             settings = copy.copy(self.model.peft_config[name])
@@ -129,29 +153,31 @@ class Roles(nn.Module):
             settings.save_pretrained(str(folder))
         else:
             save_model(self.model, str(folder / MODEL_WEIGHTS))
-        if self.trained in self.heads:
-            save_file(self.heads[self.trained].state_dict(), str(folder / HEAD_WEIGHTS))
+        if role in self.heads:
+            save_file(self.heads[role].state_dict(), str(folder / HEAD_WEIGHTS))
 
     def save(self, folder: Path) -> None:
-        """Write the trained role to `folder/<role>/`."""
-        self.write(folder / self.trained)
+        """Write each trained role to `folder/<role>/`."""
+        for role in self.trained:
+            self.write(role, folder / role)
 
     def restore(self, folder: Path) -> None:
         """Read back what `save` wrote, bit for bit."""
-        source = folder / self.trained
-        if self.has_adapters:
-            from peft import set_peft_model_state_dict
+        for role in self.trained:
+            source = folder / role
+            if self.has_adapters:
+                from peft import set_peft_model_state_dict
 
-            weights = load_file(str(source / ADAPTER_WEIGHTS))
-            set_peft_model_state_dict(self.model, weights, adapter_name=self.trained)
-        else:
-            load_model(self.model, str(source / MODEL_WEIGHTS))
-        if self.trained in self.heads:
-            self.heads[self.trained].load_state_dict(load_file(str(source / HEAD_WEIGHTS)))
+                weights = load_file(str(source / ADAPTER_WEIGHTS))
+                set_peft_model_state_dict(self.model, weights, adapter_name=self.adapters[role])
+            else:
+                load_model(self.model, str(source / MODEL_WEIGHTS))
+            if role in self.heads:
+                self.heads[role].load_state_dict(load_file(str(source / HEAD_WEIGHTS)))
 
-    def export(self, folder: Path, tokenizer: Any) -> None:
-        """Write the trained role so that PEFT or transformers loads `folder` as it is, tokenizer included."""
-        self.write(folder)
+    def export(self, role: str, folder: Path, tokenizer: Any) -> None:
+        """Write a role so that PEFT or transformers loads `folder` as it is, tokenizer included."""
+        self.write(role, folder)
         if not self.has_adapters:
             (folder / MODEL_WEIGHTS).unlink()  # transformers writes its own, with its config, in its own layout
             self.model.save_pretrained(str(folder))

@@ -1,0 +1,166 @@
+"""One iteration of PPO: sample, judge, shape, learn."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from onecard import runs
+from onecard.algorithms.ppo.evaluation import evaluate_policy
+from onecard.algorithms.ppo.experience import (
+    make_experiences,
+    make_passes,
+    next_kl_coef,
+    objective_metrics,
+    shape_rewards,
+)
+from onecard.algorithms.ppo.losses import ppo_objective
+from onecard.algorithms.ppo.sampling import Sampler
+from onecard.batches import Experience, ExperienceBatch
+from onecard.config import PPOConfig
+from onecard.data import Prompt, stream_indices
+from onecard.metrics import Bar
+from onecard.models.roles import Roles
+from onecard.rewards.judge import Judge
+from onecard.trainer import Objective, Trainer
+
+# Over the updates of an iteration the means of these are logged, under TRL's names.
+UPDATE_METRICS = {
+    "loss": "loss",
+    "loss/policy": "loss/policy_avg",
+    "loss/value": "loss/value_avg",
+    "policy/approxkl": "policy/approxkl_avg",
+    "policy/clipfrac": "policy/clipfrac_avg",
+    "policy/entropy": "policy/entropy_avg",
+    "val/clipfrac": "val/clipfrac_avg",
+    "val/ratio": "val/ratio",
+    "grad_norm": "grad_norm",
+}
+
+
+def minibatches(experiences: Sequence[Experience], config: PPOConfig, step: int) -> Iterator[list[Experience]]:
+    """Every experience num_ppo_epochs times, in minibatches of an order of its own for each epoch."""
+    size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    for epoch in range(config.num_ppo_epochs):
+        order = list(range(len(experiences)))
+        random.Random(f"{config.seed} {step} {epoch}").shuffle(order)
+        for start in range(0, len(order), size):
+            yield [experiences[index] for index in order[start : start + size]]
+
+
+def learn(
+    trainer: Trainer,
+    objective: Objective[Experience, ExperienceBatch],
+    batches: Iterator[list[Experience]],
+    limit: float,
+) -> dict[str, float]:
+    """One optimizer step for each minibatch, until one has moved further than `limit` (0: no limit).
+
+    That minibatch's gradient is thrown away: the old log-probs are too far off for it to be trusted.
+    """
+    rows: list[dict[str, float]] = []
+    updates = 0
+    for minibatch in batches:
+        rows.append(trainer.gradients(objective, minibatch))
+        if limit and rows[-1]["policy/approxkl"] > limit:
+            trainer.discard()
+            break
+        trainer.apply()
+        updates += 1
+    means = {
+        logged: sum(row[name] for row in rows) / len(rows) for name, logged in UPDATE_METRICS.items() if name in rows[0]
+    }
+    ratio_var = sum((row["val/ratio"] - means["val/ratio"]) ** 2 for row in rows) / len(rows)
+    return {**means, "val/ratio_var": ratio_var, "policy/updates": float(updates)}
+
+
+class PPO:
+    """A `Job`: each step is one iteration of rollout, judgement and learning."""
+
+    name = "ppo"
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        roles: Roles,
+        sampler: Sampler,
+        judge: Judge,
+        prompts: Sequence[Prompt],
+        heldout: Sequence[Prompt],
+        total_steps: int,
+    ) -> None:
+        self.config, self.roles, self.sampler, self.judge = config, roles, sampler, judge
+        self.prompts, self.heldout, self.total_steps = prompts, heldout, total_steps
+        self.objective = ppo_objective(roles, config)
+        self.kl_coef = config.kl_coef
+
+    def batches(self, first_step: int) -> Iterator[tuple[float, list[int]]]:
+        """The prompts of each iteration: a stream of shuffled epochs, cut every batch_size / num_generations."""
+        size = episodes_per_step(self.config) // self.config.num_generations
+        for step in range(first_step, self.total_steps):
+            indices = stream_indices(len(self.prompts), step * size, size, seed=self.config.seed)
+            yield (step + 1) * size / len(self.prompts), indices
+
+    def step(self, trainer: Trainer, indices: Sequence[int], bar: Bar) -> dict[str, float]:
+        began = time.perf_counter()
+        config, roles = self.config, self.roles
+        places = [index for index in indices for _ in range(config.num_generations)]
+        prompts = [self.prompts[index] for index in places]
+        with bar.part("sample", len(places)) as part:
+            sampled = self.sampler.sample(roles, prompts, places, part)
+        episodes = sampled.episodes
+        scores = self.judge.scores(roles, self.sampler.tokenizer, prompts, episodes)
+        passes = make_passes(roles, episodes, config)
+        shaped = shape_rewards(passes, scores.total, self.kl_coef, config)
+        row = objective_metrics(episodes, passes, shaped, scores.total, self.kl_coef)
+        row |= {f"rewards/{name}/mean": float(part.mean()) for name, part in scores.parts.items()}
+        experiences = make_experiences(episodes, passes, shaped)
+        updates = -(-len(experiences) // minibatch_size(config)) * config.num_ppo_epochs
+        with bar.part("learn", updates) as part:
+            counted = advancing(minibatches(experiences, config, trainer.step), part)
+            row |= learn(trainer, self.objective, counted, config.target_kl)
+        self.kl_coef = next_kl_coef(self.kl_coef, row["objective/kl"], len(episodes), config)
+        tokens = sum(map(len, episodes))
+        trainer.num_tokens += tokens
+        seconds = time.perf_counter() - began
+        return {
+            **row,
+            "episode": float((trainer.step + 1) * len(episodes)),
+            "time/rollout_tokens_per_second": sampled.tokens_per_second,
+            "time/rollout_share": sampled.seconds / seconds,
+            "time/tokens_per_second": tokens / seconds,
+        }
+
+    def evaluate(self, trainer: Trainer, bar: Bar) -> dict[str, float]:
+        """Answers to the held-out prompts, which are kept in `samples.jsonl` too."""
+        if not self.heldout:
+            return {}
+        found = evaluate_policy(self.heldout, self.roles, self.sampler, self.judge, self.config, bar)
+        for sample in found.samples:
+            runs.log(trainer.run.folder, {"step": trainer.step, **sample}, runs.SAMPLES)
+        return found.metrics
+
+    def state(self) -> dict[str, Any]:
+        return {"kl_coef": self.kl_coef}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.kl_coef = state["kl_coef"]
+
+
+def advancing(batches: Iterator[list[Experience]], bar: Bar) -> Iterator[list[Experience]]:
+    """The same minibatches; the bar moves on when the next one is asked for."""
+    for batch in batches:
+        yield batch
+        bar.advance()
+
+
+def minibatch_size(config: PPOConfig) -> int:
+    """Sequences in one optimizer step."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps
+
+
+def episodes_per_step(config: PPOConfig) -> int:
+    """Responses in one iteration."""
+    return config.batch_size or minibatch_size(config) * config.num_mini_batches

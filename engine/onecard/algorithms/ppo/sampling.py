@@ -1,0 +1,68 @@
+"""Prompts -> episodes: the rollout's responses, with what PPO has to know of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from onecard.batches import Episode, TokenSequence
+from onecard.config import PPOConfig
+from onecard.data import Prompt
+from onecard.metrics import Bar
+from onecard.models.roles import Roles
+from onecard.rollout import Response, Sampling, end_tokens, sample_responses
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Episodes in the order of their prompts, and how long they took."""
+
+    episodes: list[Episode]
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Response tokens, for prompts cost one pass and no draw."""
+        return sum(len(episode.response) for episode in self.episodes) / self.seconds
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a run's answers are drawn: from the policy itself, at the run's temperature."""
+
+    tokenizer: Any
+    sampling: Sampling
+    ends: frozenset[int]
+    batch_size: int
+
+    def sample(self, roles: Roles, prompts: Sequence[Prompt], places: Sequence[int], bar: Bar | None) -> Sampled:
+        """One episode for each prompt. `places` are the prompts' indices in the dataset."""
+        rollout = sample_responses(
+            roles,
+            [prompt.tokens for prompt in prompts],
+            self.sampling,
+            ends=self.ends,
+            pad=self.tokenizer.pad_token_id,
+            batch_size=self.batch_size,
+            bar=bar,
+        )
+        episodes = [
+            make_episode(prompt, place, response)
+            for prompt, place, response in zip(prompts, places, rollout.responses, strict=True)
+        ]
+        return Sampled(episodes, rollout.seconds)
+
+
+def make_sampler(config: PPOConfig, roles: Roles, tokenizer: Any) -> Sampler:
+    """The sampler that the settings ask for."""
+    ends = end_tokens(roles, tokenizer, config.stop_token)
+    sampling = Sampling(config.response_length, config.temperature)
+    return Sampler(tokenizer, sampling, ends, config.local_rollout_forward_batch_size)
+
+
+def make_episode(prompt: Prompt, place: int, response: Response) -> Episode:
+    """Prompt and response as one sequence; the mask, not any token id, says which is which."""
+    mask = (False,) * len(prompt.tokens) + (True,) * len(response.tokens)
+    sequence = TokenSequence(prompt.tokens + response.tokens, mask)
+    return Episode(sequence, response.logprobs, response.finished, place)

@@ -1,0 +1,68 @@
+"""What has to agree before the first step, on a few sampled answers. A run in which it does not would learn nonsense.
+
+| two log-probs of the same tokens | differ when |
+|---|---|
+| as drawn, and of the old pass | something changes the distribution that is sampled; masks or positions are off |
+| of the new pass (as in training), and of the old pass | dropout is on; the layouts or batches do not agree |
+| of the reference, and of the policy | the policy does not start as the reference |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from onecard.algorithms.ppo.experience import logprobs_of
+from onecard.algorithms.ppo.sampling import Sampler
+from onecard.batches import Episode, pack, response_targets, to_device
+from onecard.config import PPOConfig
+from onecard.data import Prompt
+from onecard.errors import OnecardError
+from onecard.models.roles import Roles
+
+MOST_PROMPTS = 8
+# (mean, largest) difference in nats. 16-bit passes of one model differ by their own rounding, most for unlikely tokens.
+LIMITS = {torch.float32: (1e-4, 1e-3)}
+LIMITS_16_BIT = (0.05, 1.0)
+
+
+def new_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfig) -> Tensor:
+    """The log-probs that the first minibatch's ratio will be made from: in training mode, with gradients."""
+    pieces = []
+    size = config.per_device_train_batch_size
+    for start in range(0, len(episodes), size):
+        batch = to_device(pack([episode.sequence for episode in episodes[start : start + size]]), roles.device)
+        pieces.append(roles.logprobs(batch, response_targets(batch), config.temperature).detach().cpu())
+    return torch.cat(pieces)
+
+
+def check_start(roles: Roles, sampler: Sampler, prompts: Sequence[Prompt], config: PPOConfig) -> None:
+    """Raise where the log-probs that should be equal are not. Leaves the random state as it was."""
+    training = roles.training
+    chosen = prompts[:MOST_PROMPTS]
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        episodes = sampler.sample(roles, chosen, range(len(chosen)), None).episodes
+    roles.train()
+    sampled = torch.cat([episode.sampling_logprobs for episode in episodes])
+    old = torch.cat(logprobs_of(roles, "policy", episodes, config))
+    reference = torch.cat(logprobs_of(roles, "reference", episodes, config))
+    new = new_logprobs(roles, episodes, config)
+    roles.train(training)
+    limits = LIMITS.get(roles.causal_model().dtype, LIMITS_16_BIT)
+    compare("the sampled tokens' log-probs, as drawn and of the policy's own pass,", sampled, old, limits)
+    compare("the policy's log-probs in training and in the pass before it", new, old, limits)
+    compare("the log-probs of the policy and of the reference, which it starts as,", old, reference, limits)
+
+
+def compare(what: str, first: Tensor, second: Tensor, limits: tuple[float, float]) -> None:
+    """Two log-probs of the same tokens, within the limits."""
+    difference = (first - second).abs()
+    mean, largest = float(difference.mean()), float(difference.max())
+    if not (mean <= limits[0] and largest <= limits[1]):
+        raise OnecardError(
+            f"startup check: {what} differ by {mean:.3g} nat on average and {largest:.3g} at most "
+            f"(limits {limits[0]:g}, {limits[1]:g}), so PPO's ratio would be wrong from the start. Nothing was trained."
+        )

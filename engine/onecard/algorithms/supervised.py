@@ -1,0 +1,91 @@
+"""The job of every command that learns from fixed examples: one optimizer step for each batch of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic
+
+from onecard.config import TrainConfig
+from onecard.data import step_indices
+from onecard.errors import OnecardError
+from onecard.metrics import Bar, add_up
+from onecard.trainer import B, E, Objective, Trainer, micro_batches
+from onecard_kernels import Loss
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many steps there are, and which examples each one sees."""
+
+    num_examples: int
+    examples_per_step: int
+    total_steps: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.num_examples / self.examples_per_step)
+
+    def batches(self, first_step: int) -> Iterator[tuple[float, list[int]]]:
+        """`(epochs done after the step, example indices)` of each step from `first_step` (counted from 0) on."""
+        order: list[list[int]] = []
+        for step in range(first_step, self.total_steps):
+            epoch, place = divmod(step, self.steps_per_epoch)
+            if not order or place == 0:
+                order = step_indices(self.num_examples, self.examples_per_step, seed=self.seed, epoch=epoch)
+            yield (step + 1) / self.steps_per_epoch, order[place]
+
+
+def make_plan(config: TrainConfig, num_examples: int) -> Plan:
+    """Turn epochs or `max_steps` into optimizer steps."""
+    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    per_epoch = math.ceil(num_examples / per_step)
+    total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
+    if total == 0:
+        raise OnecardError("num_train_epochs: 0 epochs are 0 steps; expected more than 0.")
+    return Plan(num_examples, per_step, total, config.seed)
+
+
+class Supervised(Generic[E, B]):
+    """A `Job`: each step is one optimizer step on the next examples."""
+
+    def __init__(
+        self, config: TrainConfig, name: str, objective: Objective[E, B], training: Sequence[E], heldout: Sequence[E]
+    ) -> None:
+        self.name, self.objective, self.training, self.heldout = name, objective, training, heldout
+        self.eval_size = config.per_device_eval_batch_size
+        self.plan = make_plan(config, len(training))
+        self.total_steps = self.plan.total_steps
+
+    def batches(self, first_step: int) -> Iterator[tuple[float, list[int]]]:
+        return self.plan.batches(first_step)
+
+    def step(self, trainer: Trainer, indices: Sequence[int], bar: Bar) -> dict[str, float]:
+        began = time.perf_counter()
+        examples = [self.training[index] for index in indices]
+        row = trainer.gradients(self.objective, examples)
+        trainer.apply()
+        tokens = sum(map(len, examples))
+        trainer.num_tokens += tokens
+        return {**row, "time/tokens_per_second": tokens / (time.perf_counter() - began)}
+
+    def evaluate(self, trainer: Trainer, bar: Bar) -> dict[str, float]:
+        """Loss and metrics over all held-out examples."""
+        if not self.heldout:
+            return {}
+        normalizer = self.objective.count(self.heldout)
+        losses: list[Loss] = []
+        with bar.part("evaluate", len(self.heldout)) as part:
+            for batch in micro_batches(self.objective, self.heldout, self.eval_size, trainer.weights.device):
+                losses += trainer.losses_of(self.objective, batch, normalizer)
+                part.advance(by=self.eval_size)
+        return add_up(losses)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """There is nothing but the step."""
