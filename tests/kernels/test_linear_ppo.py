@@ -249,12 +249,12 @@ def test_modules_are_the_same_functions() -> None:
     given = {"bias": torch.randn(V), "forbidden": torch.arange(V) == 0}
     pairs = [
         (
-            modules.LinearPPOLoss(**options, **head)(hidden, weight, **data, **given, normalizer=7),
-            linear_ppo_loss(hidden, weight, **data, **given, **head, **options, normalizer=7),
+            modules.LinearPPOLoss(**options, **head)(hidden, weight, **data, **given, normalizer=20),
+            linear_ppo_loss(hidden, weight, **data, **given, **head, **options, normalizer=20),
         ),
         (
-            modules.LogitsPPOLoss(**options)(logits, **data, normalizer=7),
-            logits_ppo_loss(logits, **data, **options, normalizer=7),
+            modules.LogitsPPOLoss(**options)(logits, **data, normalizer=20),
+            logits_ppo_loss(logits, **data, **options, normalizer=20),
         ),
         (modules.LinearPPOLoss()(hidden, weight, **data), linear_ppo_loss(hidden, weight, **data)),
         (modules.LogitsPPOLoss()(logits, **data), logits_ppo_loss(logits, **data)),

@@ -1,0 +1,227 @@
+"""One iteration of PPO: the losses against plain logits, the order of the minibatches, when learning stops early."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from itertools import chain
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from onecard.algorithms.ppo.experience import make_experiences, make_passes, shape_rewards
+from onecard.algorithms.ppo.job import learn, minibatches
+from onecard.algorithms.ppo.losses import ppo_objective
+from onecard.batches import Episode, Experience, TokenSequence
+from onecard.config import PPOConfig
+from onecard.data import Prompt, stream_indices
+from onecard.metrics import add_up
+from onecard.models.build import load_ppo_roles
+from onecard.rewards.functions import RewardFunction
+from onecard.rewards.judge import Judge, load_judge, make_answers, response_text
+from onecard.trainer import micro_batches
+
+
+def episode(index: int, prompt: int, response: int, finished: bool = True) -> Episode:
+    generator = torch.Generator().manual_seed(index)
+    tokens = tuple(torch.randint(3, 300, (prompt + response,), generator=generator).tolist())
+    mask = (False,) * prompt + (True,) * response
+    return Episode(TokenSequence(tokens, mask), torch.zeros(response), finished, index)
+
+
+def experiences(roles, config: PPOConfig, count: int = 8) -> list[Experience]:
+    """Of many lengths, so that a mean of means differs from the mean; old log-probs a little off, so that some clip."""
+    episodes = [episode(i, 1 + 2 * i, 2 + (3 * i) % 7) for i in range(count)]
+    passes = make_passes(roles, episodes, config)
+    shaped = shape_rewards(passes, torch.linspace(-1, 2, count), 0.1, config)
+    made = make_experiences(episodes, passes, shaped)
+    torch.manual_seed(3)
+    return [replace(x, old_logprobs=x.old_logprobs + 0.3 * torch.randn_like(x.old_logprobs)) for x in made]
+
+
+def moved_roles(model, **settings):
+    roles = load_ppo_roles(PPOConfig(model=str(model), **settings))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in roles.trained_parameters().values():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return roles.train()
+
+
+SETTINGS = {"temperature": 0.7, "vf_coef": 0.3, "cliprange_high": 0.28, "entropy_coef": 0.02, "cliprange_value": 0.1}
+
+
+def test_the_losses_are_those_of_plain_logits(tiny_model):
+    """Value and gradient against the formulas on transformers' own logits, one sequence at a time."""
+    roles, config = moved_roles(tiny_model), PPOConfig(model=str(tiny_model), **SETTINGS)
+    batch = experiences(roles, config, 4)
+    tokens = sum(x.num_response_tokens for x in batch)
+    total = 0.0
+    for x in batch:
+        ids, k = torch.tensor([x.episode.sequence.tokens]), x.num_response_tokens
+        logp = (roles.causal_model()(input_ids=ids).logits[0, -k - 1 : -1].double() / 0.7).log_softmax(-1)
+        chosen = logp.gather(-1, ids[0, -k:, None]).squeeze(-1)
+        ratio = (chosen - x.old_logprobs).exp()
+        surrogate = torch.min(ratio * x.advantages, ratio.clamp(0.8, 1.28) * x.advantages)
+        entropy = -(logp.exp() * logp).sum(-1)
+        total = total - (surrogate + 0.02 * entropy).sum() / tokens
+        with roles.playing("value"):
+            states = (
+                roles.causal_model().get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, -k - 1 : -1]
+            )
+            values = roles.heads["value"](states).squeeze(-1)
+        near = x.old_values + (values - x.old_values).clamp(-0.1, 0.1)
+        total = total + 0.3 * 0.5 * torch.max((values - x.returns) ** 2, (near - x.returns) ** 2).sum() / tokens
+    parameters = roles.trained_parameters()
+    expected = dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
+    [record] = micro_batches(ppo_objective(roles, config), batch, 8, roles.device)
+    losses = []
+    for loss in ppo_objective(roles, config).losses(record, tokens):
+        loss.loss.backward()
+        losses.append(loss)
+    row = add_up(losses)
+    assert row["loss"] == pytest.approx(total.item(), rel=1e-5)
+    assert row["loss/policy"] + 0.3 * row["loss/value"] == pytest.approx(row["loss"], rel=1e-6)
+    assert 0 < row["policy/clipfrac"] < 1
+    for name, parameter in parameters.items():
+        assert expected[name].abs().max() > 0
+        torch.testing.assert_close(parameter.grad, expected[name].float(), rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_any_cut_into_micro_batches_gives_the_same_step(tiny_model):
+    """1x8, 2x4, 8x1, packed and padded: loss, metrics and gradient of a minibatch are equal to rounding."""
+    results = []
+    for layout, size in [("packed", 8), ("packed", 4), ("packed", 1), ("padded", 8), ("padded", 3)]:
+        roles, config = moved_roles(tiny_model), PPOConfig(model=str(tiny_model), **SETTINGS)
+        batch = experiences(roles, config)
+        roles.layout = layout
+        objective, losses = ppo_objective(roles, config), []
+        for record in micro_batches(objective, batch, size, roles.device):
+            for loss in objective.losses(record, objective.count(batch)):
+                loss.loss.backward()
+                losses.append(loss)
+        results.append((add_up(losses), torch.cat([p.grad.flatten() for p in roles.trained_parameters().values()])))
+    for row, gradient in results[1:]:
+        assert row == pytest.approx(results[0][0], rel=1e-5, abs=1e-6)
+        assert (gradient - results[0][1]).abs().max() < 3e-6 * results[0][1].abs().max()
+
+
+def test_minibatches_are_reshuffled_and_see_every_sample_num_ppo_epochs_times():
+    config = PPOConfig(per_device_train_batch_size=2, gradient_accumulation_steps=2, num_ppo_epochs=3)
+    samples = [SimpleNamespace(index=i) for i in range(12)]
+    batches = [[x.index for x in batch] for batch in minibatches(samples, config, 5)]
+    assert [len(batch) for batch in batches] == [4] * 9
+    assert Counter(index for batch in batches for index in batch) == dict.fromkeys(range(12), 3)
+    epochs = [list(chain(*batches[i : i + 3])) for i in (0, 3, 6)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert batches == [[x.index for x in batch] for batch in minibatches(samples, config, 5)]
+    assert batches != [[x.index for x in batch] for batch in minibatches(samples, config, 6)]
+
+
+def test_prompts_come_in_a_stream_of_shuffled_epochs():
+    """Any cut of the stream is the same stream, and each epoch in it has every prompt once."""
+    whole = stream_indices(7, 0, 21, seed=1)
+    assert list(chain(*(stream_indices(7, start, 3, seed=1) for start in range(0, 21, 3)))) == whole
+    assert all(sorted(whole[i : i + 7]) == list(range(7)) for i in (0, 7, 14))
+    assert whole[:7] != whole[7:14]
+    assert stream_indices(7, 0, 21, seed=2) != whole
+    assert Counter(stream_indices(2, 0, 6, seed=0)) == {0: 3, 1: 3}
+
+
+class FakeTrainer:
+    """Gives the KLs that it was made with, and counts."""
+
+    def __init__(self, kls: list[float]) -> None:
+        self.kls, self.applied, self.discarded = iter(kls), 0, 0
+
+    def gradients(self, objective, examples):
+        kl = next(self.kls)
+        return {"loss": 1.0, "policy/approxkl": kl, "val/ratio": 1.0 + kl, "grad_norm": 2.0}
+
+    def apply(self):
+        self.applied += 1
+
+    def discard(self):
+        self.discarded += 1
+
+
+def test_learning_stops_at_the_minibatch_that_passes_target_kl():
+    """KLs 0, 1, 4, ...: with a limit of 2 the third minibatch's gradient is thrown away and nothing follows it."""
+    trainer = FakeTrainer([0.0, 1.0, 4.0, 0.0])
+    row = learn(trainer, None, iter([[]] * 4), 2.0)
+    assert (trainer.applied, trainer.discarded) == (2, 1)
+    assert row["policy/updates"] == 2.0
+    assert row["policy/approxkl_avg"] == pytest.approx(5 / 3)
+    assert row["val/ratio"] == pytest.approx(1 + 5 / 3)
+    assert row["val/ratio_var"] == pytest.approx((25 / 9 + 4 / 9 + 49 / 9) / 3)
+    free = FakeTrainer([0.0, 1.0, 4.0, 0.0])
+    assert learn(free, None, iter([[]] * 4), 0.0)["policy/updates"] == 4.0
+    assert (free.applied, free.discarded) == (4, 0)
+
+
+class WordTokenizer:
+    """Ids to words, for texts that a test can read."""
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(f"w{i}" for i in ids if not (skip_special_tokens and i < 3))
+
+
+def test_an_answer_that_does_not_end_by_itself_pays_missing_eos_penalty():
+    function = RewardFunction("length", lambda completion_ids, **_: [len(ids) for ids in completion_ids])
+    judge = Judge({"length": function}, {"length": 0.5}, missing_eos_penalty=1.5, batch_size=8)
+    episodes = [episode(0, 2, 4), episode(1, 2, 4, finished=False)]
+    scores = judge.scores(None, WordTokenizer(), [Prompt("p", (1, 2))] * 2, episodes)
+    assert scores.total.tolist() == [2.0, 0.5]
+    assert scores.parts["length"].tolist() == [4.0, 4.0]
+
+
+def test_rewards_see_text_without_the_ending_token_and_the_other_columns():
+    """A stop token need not be a special one, so it is taken off by its place; ids are given as sampled."""
+    ended = Episode(TokenSequence((9, 7, 8, 5), (False, True, True, True)), torch.zeros(3), True, 0)
+    cut = replace(ended, finished=False)
+    assert response_text(WordTokenizer(), ended) == "w7 w8"
+    assert response_text(WordTokenizer(), cut) == "w7 w8 w5"
+    prompts = [Prompt("a", (9,), {"answer": "x"}), Prompt("b", (9,), {"answer": "y", "level": 2})]
+    answers = make_answers(WordTokenizer(), prompts, [ended, cut])
+    assert answers.prompts == ("a", "b")
+    assert answers.completion_ids == ((7, 8, 5), (7, 8, 5))
+    assert dict(answers.columns) == {"answer": ("x", "y"), "level": (None, 2)}
+
+
+def test_the_reward_model_comes_first_among_the_weights(tmp_path):
+    (tmp_path / "mine.py").write_text("def one(completions): return [1.0] * len(completions)\n")
+    config = PPOConfig(reward_model_path="x", reward_funcs=[f"{tmp_path}/mine.py:one"], reward_weights=[2.0, 0.25])
+    assert dict(load_judge(config).weights) == {"reward_model": 2.0, "one": 0.25}
+
+
+def test_the_schedule_steps_once_an_iteration_and_looking_changes_nothing(onecard, tmp_path, tiny_model):
+    """Linear to 0 over four iterations, whatever happens in them; evaluations leave the run's draws as they are."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"the cat {i}"}) + "\n" for i in range(12)))
+    (tmp_path / "mine.py").write_text("def a(completions, **k): return [float(t.count('a')) for t in completions]\n")
+    rows = {}
+    for name, more in {"looks": ["--eval_steps", 1], "does not": []}.items():
+        result = onecard(
+            "ppo", "--model", tiny_model, "--dataset", prompts, "--reward_funcs", f"{tmp_path}/mine.py:a",
+            "--output_dir", tmp_path / name, "--response_length", 6, "--per_device_train_batch_size", 4,
+            "--num_mini_batches", 2, "--num_ppo_epochs", 2, "--max_steps", 4, "--test_size", 3,
+            "--learning_rate", 1e-3, "--num_generations", 2, *more,
+        )  # fmt: skip
+        assert result.code == 0, result.err
+        rows[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    trained = {
+        name: [
+            {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in some if "loss" in row
+        ]
+        for name, some in rows.items()
+    }
+    assert trained["looks"] == trained["does not"]
+    assert [row["learning_rate"] for row in trained["looks"]] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert [row["episode"] for row in trained["looks"]] == [8, 16, 24, 32]
+    assert all(row["policy/updates"] == 4 for row in trained["looks"])
+    assert sum("eval_objective/scores" in row for row in rows["looks"]) == 5
+    first = trained["looks"][0]
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-5)
