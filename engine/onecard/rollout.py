@@ -27,7 +27,8 @@ from onecard.metrics import Bar, progress
 from onecard.models.roles import Roles
 
 # Finished rows leave when they are this share of those held. To leave costs one copy of the cache of the rows that
-# stay, as much as every step spends on growing it, and saves the same share of all steps to come: it soon pays.
+# stay, as much as every step spends on growing it, and saves this share of all steps to come, so it pays in a few.
+# Measured on two small models, 1/16 to 1/4 are alike; at every single end, or from a half on, it is slower.
 LEAVING_SHARE = 1 / 8
 
 
