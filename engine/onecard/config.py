@@ -149,15 +149,15 @@ class PPOConfig(TrainConfig):
         0, "Responses in one iteration; 0: num_mini_batches minibatches of per_device_train_batch_size "
         "* gradient_accumulation_steps.", least=0,
     )  # fmt: skip
-    num_mini_batches: int = option(4, "Optimizer steps in one pass over an iteration's responses.", least=1)
+    num_mini_batches: int = option(
+        4, "Minibatches, each an optimizer step, in an iteration; not used where batch_size is given.", least=1
+    )
     num_ppo_epochs: int = option(4, "Passes over an iteration's responses.", least=1)
     num_generations: int = option(1, "Responses to each prompt; batch_size counts all of them.", least=1)
     response_length: int = option(64, "Longest response in tokens.", least=1)
     stop_token: list[str] = option([], "Text of a token that ends a response, besides EOS; may be given several times.")
     temperature: float = option(1.0, "Divides the logits wherever the policy or the reference is asked.", least=0)
-    local_rollout_forward_batch_size: int = option(
-        64, "Sequences in one pass without gradients: sampling, old log-probs, values, scores.", least=1
-    )
+    local_rollout_forward_batch_size: int = option(64, "Prompts sampled together.", least=1)
 
     kl_coef: float = option(0.05, "Weight of the KL to the reference in each token's reward.", least=0)
     kl_estimator: KLEstimator = option("k1", "Estimate of that KL from the sampled token.")

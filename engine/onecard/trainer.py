@@ -73,6 +73,10 @@ class Job(Protocol):
         """The row of the held-out examples; empty if there are none."""
         ...
 
+    def counts(self, step: int) -> dict[str, int]:
+        """What to log of how far the run has come after `step`, beside steps and tokens."""
+        ...
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beyond weights, optimizer and random states; goes through JSON."""
         ...
@@ -169,7 +173,14 @@ class Trainer:
         """Add a step to the window, and write the window's means when it is time."""
         self.window.add(row)
         if self.step % self.config.logging_steps == 0 or self.step == self.job.total_steps:
-            self.log({"epoch": round(epoch, 6), **self.window.take(), "num_tokens": self.num_tokens})
+            self.log(
+                {
+                    "epoch": round(epoch, 6),
+                    **self.window.take(),
+                    **self.job.counts(self.step),
+                    "num_tokens": self.num_tokens,
+                }
+            )
 
     def log(self, values: dict[str, Any]) -> None:
         runs.log(self.run.folder, {"step": self.step, **values})

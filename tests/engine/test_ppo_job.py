@@ -14,11 +14,12 @@ import torch
 from onecard.algorithms.ppo.experience import make_experiences, make_passes, shape_rewards
 from onecard.algorithms.ppo.job import learn, minibatches
 from onecard.algorithms.ppo.losses import ppo_objective
-from onecard.batches import Episode, Experience, TokenSequence
-from onecard.config import PPOConfig
+from onecard.batches import Episode, Experience, TokenSequence, pack
+from onecard.config import PPOConfig, RewardConfig
 from onecard.data import Prompt, stream_indices
 from onecard.metrics import add_up
-from onecard.models.build import load_ppo_roles
+from onecard.models.build import load_ppo_roles, load_roles
+from onecard.models.load import load_tokenizer
 from onecard.rewards.functions import RewardFunction
 from onecard.rewards.judge import Judge, load_judge, make_answers, response_text
 from onecard.trainer import micro_batches
@@ -225,3 +226,24 @@ def test_the_schedule_steps_once_an_iteration_and_looking_changes_nothing(onecar
     assert sum("eval_objective/scores" in row for row in rows["looks"]) == 5
     first = trained["looks"][0]
     assert first["objective/kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_reward_model_reads_at_an_eos_whether_the_answer_ended_or_not(tinystories, tmp_path):
+    """Its pairs end with EOS. A cut answer gets one for the reading, a finished one no second; nothing else changes."""
+    config = RewardConfig(model=str(tinystories))
+    trained, tokenizer = load_roles(config, trained="reward", scalar=True), load_tokenizer(config)
+    trained.export("reward", tmp_path / "reward", tokenizer)
+    settings = PPOConfig(model=str(tinystories), reward_model_path=str(tmp_path / "reward"), missing_eos_penalty=0.5)
+    roles, judge, eos = load_ppo_roles(settings), load_judge(settings), tokenizer.eos_token_id
+
+    def answer(tokens: tuple[int, ...], finished: bool) -> Episode:
+        mask = (False, *(True,) * (len(tokens) - 1))
+        return Episode(TokenSequence(tokens, mask), torch.zeros(len(tokens) - 1), finished, 0)
+
+    answers = [answer((1, 40, 50), False), answer((1, 40, 50, eos), True), answer((1, 40, 50), True)]
+    scores = judge.scores(roles, tokenizer, [Prompt("", (1,))] * 3, answers)
+    with torch.no_grad():
+        read = trained.scores(pack([TokenSequence((1, 40, 50, eos), (False, True, True, True))])).item()
+    torch.testing.assert_close(scores.parts["reward_model"], torch.tensor([read] * 3))
+    torch.testing.assert_close(scores.total, torch.tensor([read - 0.5, read, read]))
+    assert answers[0].sequence.tokens == (1, 40, 50)

@@ -84,6 +84,9 @@ class Supervised(Generic[E, B]):
                 part.advance(by=self.eval_size)
         return add_up(losses)
 
+    def counts(self, step: int) -> dict[str, int]:
+        return {}
+
     def state(self) -> dict[str, Any]:
         return {}
 

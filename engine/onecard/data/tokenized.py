@@ -103,7 +103,11 @@ def preference_examples(
 def prompt_examples(
     rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int | None = None, skip_bad_rows: bool = False
 ) -> Tokenized[Prompt]:
-    """`prompt` rows as what generation is fed. A prompt of more than `max_length` tokens is not cut, but a bad row."""
+    """`prompt` rows as what generation is fed. A prompt of more than `max_length` tokens is not cut, but a bad row.
+
+    A column that only some rows have is None in the others.
+    """
+    others = dict.fromkeys(name for row in rows for name in row.values if name != "prompt")
 
     def make(row: Row) -> Prompt:
         prompt = prompt_row(row).prompt
@@ -112,7 +116,7 @@ def prompt_examples(
             raise BadRowError("prompt: it has no tokens, so there is nothing to go on from")
         if max_length is not None and len(tokens) > max_length:
             raise BadRowError(f"prompt: {len(tokens)} tokens, expected at most {max_length} beside the response")
-        columns = {name: value for name, value in row.values.items() if name != "prompt"}
+        columns = {name: row.values.get(name) for name in others}
         return Prompt(prompt_text(prompt, tokenizer), tuple(tokens), columns)
 
     made, bad = collect(rows, make, skip_bad_rows)

@@ -109,7 +109,10 @@ def head_shape(roles: Roles) -> tuple[int, torch.device]:
 def read_scalar_head(roles: Roles, folder: Path) -> nn.Linear:
     """The scalar head in a reward model's folder."""
     head = scalar_head(*head_shape(roles))
-    head.load_state_dict(load_file(str(folder / HEAD_WEIGHTS)))
+    try:
+        head.load_state_dict(load_file(str(folder / HEAD_WEIGHTS)))
+    except Exception as error:  # as in add_adapters
+        raise OnecardError(f"{folder / HEAD_WEIGHTS}: {reason(error)}") from error
     return head
 
 

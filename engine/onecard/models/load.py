@@ -54,9 +54,9 @@ def find_source(model: str) -> Source:
 
 
 def reason(error: Exception) -> str:
-    """The first line of a library's message: the rest is advice about the library."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+    """The first line of a library's message, or two where the first only announces: the rest is advice."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])[:300]
 
 
 def load_tokenizer(config: ModelConfig) -> Any:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onecard.batches import Episode
+from onecard.batches import Episode, TokenSequence
 from onecard.config import PPOConfig
 from onecard.data import Prompt
 from onecard.errors import OnecardError
@@ -16,6 +16,7 @@ from onecard.rewards.answers import Answers
 from onecard.rewards.calls import call_function
 from onecard.rewards.functions import REWARD_MODEL, RewardFunction, load_function, part_names
 from onecard.rewards.mixture import Scores, apply_missing_eos_penalty, combine, reward_weights
+from onecard.rollout import end_tokens
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Judge:
         """One score for each episode, which answers the prompt at its place; an unfinished one pays its penalty."""
         parts: dict[str, list[float]] = {}
         if REWARD_MODEL in self.weights:
-            sequences = [episode.sequence for episode in episodes]
+            ends = end_tokens(roles, tokenizer)
+            sequences = [ended(episode.sequence, ends, tokenizer.eos_token_id) for episode in episodes]
             parts[REWARD_MODEL] = score_sequences(roles, sequences, batch_size=self.batch_size)
         if self.functions:
             answers = make_answers(tokenizer, prompts, episodes)
@@ -52,6 +54,16 @@ def load_judge(config: PPOConfig) -> Judge:
         )
     weights = reward_weights(everything, config.reward_weights)
     return Judge(functions, weights, config.missing_eos_penalty, config.per_device_train_batch_size)
+
+
+def ended(sequence: TokenSequence, ends: Collection[int], eos: int) -> TokenSequence:
+    """The sequence as the reward model knows texts: its training pairs end with EOS, and its score was read there.
+
+    Without it, an answer that was cut, or that a stop token ended, would be scored at a place that was never trained.
+    """
+    if sequence.tokens[-1] in ends:
+        return sequence
+    return TokenSequence((*sequence.tokens, eos), (*sequence.response_mask, True))
 
 
 def response_text(tokenizer: Any, episode: Episode) -> str:

@@ -56,12 +56,14 @@ def check_settings(config: PPOConfig) -> None:
 def longest_prompt(config: PPOConfig) -> int:
     """Tokens that are left for a prompt beside the response."""
     limit = longest_sequence(config)
-    if config.response_length >= limit:
+    eos = 1 if config.reward_model_path else 0  # which a cut answer is given for the reward model's reading
+    room = limit - config.response_length - eos
+    if room < 1:
         raise OnecardError(
             f"response_length: {config.response_length} leaves no room for a prompt in {limit} tokens, the smaller of "
             f"max_length ({config.max_length}) and the model's context."
         )
-    return limit - config.response_length
+    return room
 
 
 def total_steps(config: PPOConfig, num_prompts: int) -> int:
@@ -112,7 +114,7 @@ def run(config: PPOConfig) -> Path:
     check_model(roles)
     sampler = make_sampler(config, roles, tokenizer)
     if run.checkpoint is None:  # a run that goes on has been checked, and its policy has left the reference
-        check_start(roles, sampler, training, config)
+        check_start(roles, sampler, judge, training, heldout, config)
     trained = sum(parameter.numel() for parameter in roles.trained_parameters().values())
     steps = total_steps(config, len(training))
     say(

@@ -127,7 +127,6 @@ class PPO:
         seconds = time.perf_counter() - began
         return {
             **row,
-            "episode": float((trainer.step + 1) * len(episodes)),
             "time/rollout_tokens_per_second": sampled.tokens_per_second,
             "time/rollout_share": sampled.seconds / seconds,
             "time/tokens_per_second": tokens / seconds,
@@ -141,6 +140,9 @@ class PPO:
         for sample in found.samples:
             runs.log(trainer.run.folder, {"step": trainer.step, **sample}, runs.SAMPLES)
         return found.metrics
+
+    def counts(self, step: int) -> dict[str, int]:
+        return {"episode": step * episodes_per_step(self.config)}
 
     def state(self) -> dict[str, Any]:
         return {"kl_coef": self.kl_coef}

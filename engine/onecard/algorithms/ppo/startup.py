@@ -1,4 +1,7 @@
-"""What has to agree before the first step, on a few sampled answers. A run in which it does not would learn nonsense.
+"""What has to hold before the first step, on a few sampled answers. Nothing has been written yet.
+
+A reward that fails on whatever it is given fails here. And log-probs that should be equal are compared; a run in which
+they are not would learn nonsense:
 
 | two log-probs of the same tokens | differ when |
 |---|---|
@@ -21,6 +24,7 @@ from onecard.config import PPOConfig
 from onecard.data import Prompt
 from onecard.errors import OnecardError
 from onecard.models.roles import Roles
+from onecard.rewards.judge import Judge
 
 MOST_PROMPTS = 8
 # (mean, largest) difference in nats. 16-bit passes of one model differ by their own rounding, most for unlikely tokens.
@@ -38,22 +42,38 @@ def new_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfig) -
     return torch.cat(pieces)
 
 
-def check_start(roles: Roles, sampler: Sampler, prompts: Sequence[Prompt], config: PPOConfig) -> None:
-    """Raise where the log-probs that should be equal are not. Leaves the random state as it was."""
-    training = roles.training
-    chosen = prompts[:MOST_PROMPTS]
+def check_start(
+    roles: Roles,
+    sampler: Sampler,
+    judge: Judge,
+    training: Sequence[Prompt],
+    heldout: Sequence[Prompt],
+    config: PPOConfig,
+) -> None:
+    """Raise where a reward fails, or log-probs differ that should be equal. Leaves torch's random state as it was."""
+    before = roles.training
+    parts = [prompts[:MOST_PROMPTS] for prompts in (training, heldout) if prompts]
+    episodes: list[Episode] = []
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        episodes = sampler.sample(roles, chosen, range(len(chosen)), None).episodes
+        for chosen in parts:
+            sampled = sampler.sample(roles, chosen, range(len(chosen)), None).episodes
+            judge.scores(roles, sampler.tokenizer, chosen, sampled)
+            episodes += sampled
+    compare_logprobs(roles, episodes, config)
+    roles.train(before)
+
+
+def compare_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfig) -> None:
+    """The three comparisons. Dropout makes all of them differ, so the one that shows it alone comes first."""
     roles.train()
     sampled = torch.cat([episode.sampling_logprobs for episode in episodes])
     old = torch.cat(logprobs_of(roles, "policy", episodes, config))
     reference = torch.cat(logprobs_of(roles, "reference", episodes, config))
     new = new_logprobs(roles, episodes, config)
-    roles.train(training)
     limits = LIMITS.get(roles.causal_model().dtype, LIMITS_16_BIT)
-    compare("the sampled tokens' log-probs, as drawn and of the policy's own pass,", sampled, old, limits)
     compare("the policy's log-probs in training and in the pass before it", new, old, limits)
+    compare("the sampled tokens' log-probs, as drawn and of the policy's own pass,", sampled, old, limits)
     compare("the log-probs of the policy and of the reference, which it starts as,", old, reference, limits)
 
 
