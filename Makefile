@@ -6,7 +6,7 @@ SOURCES := pyproject.toml setup.py constraints.txt
 
 .PHONY: help demo test lint bench clean
 help:
-	@echo "make demo   install into .venv, then SFT, reward model and DPO from nothing in a few minutes (runs/demo/report.html)"
+	@echo "make demo   install into .venv, then SFT, reward model, DPO and PPO from nothing in a few minutes (runs/demo/report.html)"
 	@echo "make test   install into .venv with the test tools, then lint, types and all tests"
 	@echo "make lint   ruff and mypy alone"
 	@echo "make bench  the CPU kernel benchmark against eager and TRL (benchmarks/results/)"

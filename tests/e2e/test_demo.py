@@ -22,9 +22,14 @@ def test_the_whole_demo_reaches_its_bars(onecard, tmp_path):
     assert last("sft", "eval_loss") < 0.5
     assert last("reward", "eval_accuracy") >= 0.9
     assert last("dpo", "eval_rewards/accuracies") >= 0.85
-    rewards = next(line for line in result.err.splitlines() if "mean reward" in line)
-    before, after = (float(word) for word in re.findall(r"-?\d+\.\d+", rewards))
-    assert after > before
+    assert last("ppo", "eval_objective/kl") < 20
+    for stage in ("DPO", "PPO"):
+        lines = [line for line in result.err.splitlines() if f" {stage} " in line]
+        rewards, shares = (next(line for line in lines if words in line) for words in ("mean reward", "without a flaw"))
+        before, after = (float(word) for word in re.findall(r"-?\d+\.\d+", rewards))
+        assert after > before
+        before, after = (int(word) for word in re.findall(r"(\d+)%", shares))
+        assert after > before
 
 
 @pytest.fixture
@@ -48,10 +53,11 @@ def test_demo_runs_all_stages_once(onecard, short, tmp_path):
         "held-out margin",
         "mean reward",
         "without a flaw",
-        "SFT + DPO",
+        "KL to SFT",
+        "answers before and after",
     ):
         assert words in first.err
-    for path in ("report.html", "plots/curves.png", "sft/policy", "reward/reward/head.safetensors", "dpo/policy"):
+    for path in ("report.html", "plots/curves.png", "sft/policy", "reward/reward/head.safetensors", "dpo/policy", "ppo/policy"):
         assert (tmp_path / "demo" / path).exists(), path
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "data:image/png;base64," in page
@@ -60,7 +66,7 @@ def test_demo_runs_all_stages_once(onecard, short, tmp_path):
 
     again = onecard("demo", "--output_dir", tmp_path / "demo")
     assert again.code == 0, again.err
-    assert again.err.count("done already") == 3
+    assert again.err.count("done already") == 4
     assert (tmp_path / "demo" / "dpo" / "metrics.jsonl").read_bytes() == metrics
 
     fresh = onecard("demo", "--output_dir", tmp_path / "demo", "--fresh")
