@@ -75,7 +75,7 @@ def settings(
         # Without the centering all scores drift together, by more than any pair is apart, and some runs never recover.
         "reward": (
             RewardConfig(
-                output_dir=str(folder / "reward"), learning_rate=1e-3, num_train_epochs=4, eval_steps=250,
+                output_dir=str(folder / "reward"), learning_rate=1e-3, num_train_epochs=3, eval_steps=250,
                 center_rewards_coefficient=0.01, **pairs, **common,
             ),
             reward.run,
@@ -94,7 +94,7 @@ def settings(
                 output_dir=str(folder / "ppo"), model=str(folder / "sft" / "policy"), dataset=str(corpus.pairs),
                 eval_dataset=str(corpus.prompts), reward_model_path=str(folder / "reward" / "reward"),
                 response_length=48, lora_r=32, lora_alpha=64, learning_rate=1e-3, max_steps=16, eval_steps=4,
-                per_device_train_batch_size=32, num_mini_batches=4, num_ppo_epochs=2, kl_coef=0.1,
+                per_device_train_batch_size=32, num_mini_batches=4, num_ppo_epochs=2, kl_coef=0.05,
                 missing_eos_penalty=1.0, cliprange_value=0.0, **common,
             ),
             ppo.run,
