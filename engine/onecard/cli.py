@@ -207,4 +207,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             err=True,
         )
         code = 130
+    except RuntimeError as error:  # after click.Abort, which is one
+        # torch's name for it, which is not imported here; on a CPU its allocator says so in words
+        if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
+            raise
+        code = fail(
+            "out of memory. Lower per_device_train_batch_size (and raise gradient_accumulation_steps), in ppo "
+            "local_rollout_forward_batch_size too, or add --gradient_checkpointing or --load_in_4bit; a training run "
+            "then starts anew, for these are its settings."
+        )
     sys.exit(code if isinstance(code, int) else 0)

@@ -45,7 +45,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(ModelConfig):
-    """What SFT, reward models and DPO share."""
+    """What all training commands share. A step is an optimizer step; in PPO, an iteration."""
 
     dataset: str = option("", "Training rows: a .jsonl, .json, .csv or .parquet file, or a hub dataset name.")
     dataset_train_split: str = option("train", "Split of a hub dataset to train on.")
@@ -80,7 +80,7 @@ class TrainConfig(ModelConfig):
     adam_epsilon: float = option(1e-8, "Term in the denominator of Adam.", least=0)
     max_grad_norm: float = option(1.0, "Gradient norm is clipped to this; 0: not clipped.", least=0)
     num_train_epochs: float = option(1.0, "Passes over the training rows.", least=0)
-    max_steps: int = option(-1, "Optimizer steps; overrides num_train_epochs when above 0.")
+    max_steps: int = option(-1, "Steps; overrides num_train_epochs when above 0.")
     per_device_train_batch_size: int = option(8, "Sequences (pairs for reward and dpo) in one micro-batch.", least=1)
     gradient_accumulation_steps: int = option(1, "Micro-batches in one optimizer step.", least=1)
     per_device_eval_batch_size: int = option(16, "Sequences (pairs) in one evaluation micro-batch.", least=1)
@@ -88,11 +88,11 @@ class TrainConfig(ModelConfig):
         False, "Recompute activations in the backward pass: less memory, a third slower."
     )
 
-    logging_steps: int = option(1, "Optimizer steps between rows of metrics.jsonl.", least=1)
+    logging_steps: int = option(1, "Steps between rows of metrics.jsonl.", least=1)
     eval_steps: int = option(
-        0, "Optimizer steps between evaluations on held-out rows; 0: only before and after training.", least=0
+        0, "Steps between evaluations on held-out rows; 0: only before and after training.", least=0
     )
-    save_steps: int = option(100, "Optimizer steps between checkpoints; 0: only after the last step.", least=0)
+    save_steps: int = option(100, "Steps between checkpoints; 0: only after the last step.", least=0)
     save_total_limit: int = option(2, "Checkpoints to keep, newest first.", least=1)
 
 
@@ -157,6 +157,9 @@ class PPOConfig(TrainConfig):
     response_length: int = option(64, "Longest response in tokens.", least=1)
     stop_token: list[str] = option([], "Text of a token that ends a response, besides EOS; may be given several times.")
     temperature: float = option(1.0, "Divides the logits wherever the policy or the reference is asked.", least=0)
+    per_device_eval_batch_size: int = option(
+        16, "Sequences in one pass without gradients: old and reference log-probs, values, scores.", least=1
+    )
     local_rollout_forward_batch_size: int = option(64, "Prompts sampled together.", least=1)
 
     kl_coef: float = option(0.05, "Weight of the KL to the reference in each token's reward.", least=0)
@@ -201,7 +204,7 @@ class GenerateConfig(ModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """The main job with nothing to download: a tiny model, from its first step to DPO."""
+    """The main job with nothing to download: a tiny model, from its first step to PPO."""
 
     output_dir: str = option("runs/demo", "Folder of the demo's runs and its report.html.")
     seed: int = option(4, "Seed of the corpus, the data order and every new weight.")

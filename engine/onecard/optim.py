@@ -53,10 +53,18 @@ def make_optimizer(config: TrainConfig, parameters: Iterable[torch.nn.Parameter]
     )
 
 
-def make_scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, total_steps: int) -> Any:
-    """transformers' schedule of that name over `total_steps` optimizer steps."""
+def make_scheduler(
+    config: TrainConfig, optimizer: torch.optim.Optimizer, total_steps: int, *, first: int = 0
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """transformers' schedule of that name over `total_steps` steps, beginning at its place `first`."""
     from transformers import get_scheduler
 
     share = config.warmup_steps
     warmup = int(share * total_steps) if share < 1 else int(share)
-    return get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+    scheduler = get_scheduler(
+        config.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps + first
+    )
+    if first == 0:
+        return scheduler
+    shape = scheduler.lr_lambdas[0]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: shape(step + first))

@@ -6,7 +6,8 @@ The model's own `generation_config` (top-k, top-p, repetition penalty) is not us
 what is sampled is the policy, at the temperature that was asked for. Masks, never ids, say what is padding: a pad token
 may be the EOS, the EOS may be the BOS, and all of them may stand inside a prompt.
 
-Left out: rows that leave are not replaced from the next batch, and there is no beam search.
+Left out: rows that leave are not replaced from the next batch, columns that are padding for all rows that stay are
+kept, and there is no beam search.
 """
 
 from __future__ import annotations

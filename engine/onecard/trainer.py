@@ -60,6 +60,7 @@ class Job(Protocol):
 
     name: str
     total_steps: int
+    schedule_from: int  # where in the learning rate's schedule the first step stands
 
     def batches(self, first_step: int) -> Iterator[tuple[float, list[int]]]:
         """`(epochs done after the step, example indices)` of each step from `first_step` (counted from 0) on."""
@@ -99,7 +100,7 @@ class Trainer:
         self.config, self.job, self.weights, self.run = config, job, weights, run
         self.parameters = list(weights.trained_parameters().values())
         self.optimizer = make_optimizer(config, self.parameters)
-        self.scheduler = make_scheduler(config, self.optimizer, job.total_steps)
+        self.scheduler = make_scheduler(config, self.optimizer, job.total_steps, first=job.schedule_from)
         self.step = 0
         self.num_tokens = 0
         self.window = Window()
@@ -206,7 +207,7 @@ class Trainer:
             if self.step == 0:
                 self.evaluate(bar)
             for epoch, indices in self.job.batches(self.step):
-                rate = self.scheduler.get_last_lr()[0]
+                rate = float(self.scheduler.get_last_lr()[0])
                 row = {**self.job.step(self, indices, bar), "learning_rate": rate}
                 self.scheduler.step()
                 self.step += 1

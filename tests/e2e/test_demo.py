@@ -57,7 +57,14 @@ def test_demo_runs_all_stages_once(onecard, short, tmp_path):
         "answers before and after",
     ):
         assert words in first.err
-    for path in ("report.html", "plots/curves.png", "sft/policy", "reward/reward/head.safetensors", "dpo/policy", "ppo/policy"):
+    for path in (
+        "report.html",
+        "plots/curves.png",
+        "sft/policy",
+        "reward/reward/head.safetensors",
+        "dpo/policy",
+        "ppo/policy",
+    ):
         assert (tmp_path / "demo" / path).exists(), path
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "data:image/png;base64," in page

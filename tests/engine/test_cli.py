@@ -9,8 +9,10 @@ import sys
 import types
 
 import pytest
+import torch
 
 from onecard import cli, config
+from onecard.algorithms import dpo
 
 
 @pytest.fixture
@@ -142,3 +144,28 @@ def test_help_does_not_wait_for_torch():
         "import sys, onecard.cli as c; c.make_cli(); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried ..."), "DefaultCPUAllocator: can't"]
+)
+def test_out_of_memory_is_one_line_that_says_what_to_lower(onecard, monkeypatch, error):
+    error = RuntimeError(error) if isinstance(error, str) else error
+
+    def run(config):
+        raise error
+
+    monkeypatch.setattr(dpo, "run", run)
+    result = onecard("dpo", "--model", "x")
+    assert result.code == 2
+    assert result.err.startswith("onecard: error: out of memory. Lower per_device_train_batch_size")
+    assert result.err.count("\n") == 1
+
+
+def test_another_runtime_error_is_not_taken_for_it(onecard, monkeypatch):
+    def run(config):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(dpo, "run", run)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["dpo", "--model", "x"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import replace
 from itertools import chain
@@ -196,36 +195,6 @@ def test_the_reward_model_comes_first_among_the_weights(tmp_path):
     (tmp_path / "mine.py").write_text("def one(completions): return [1.0] * len(completions)\n")
     config = PPOConfig(reward_model_path="x", reward_funcs=[f"{tmp_path}/mine.py:one"], reward_weights=[2.0, 0.25])
     assert dict(load_judge(config).weights) == {"reward_model": 2.0, "one": 0.25}
-
-
-def test_the_schedule_steps_once_an_iteration_and_looking_changes_nothing(onecard, tmp_path, tiny_model):
-    """Linear to 0 over four iterations, whatever happens in them; evaluations leave the run's draws as they are."""
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"the cat {i}"}) + "\n" for i in range(12)))
-    (tmp_path / "mine.py").write_text("def a(completions, **k): return [float(t.count('a')) for t in completions]\n")
-    rows = {}
-    for name, more in {"looks": ["--eval_steps", 1], "does not": []}.items():
-        result = onecard(
-            "ppo", "--model", tiny_model, "--dataset", prompts, "--reward_funcs", f"{tmp_path}/mine.py:a",
-            "--output_dir", tmp_path / name, "--response_length", 6, "--per_device_train_batch_size", 4,
-            "--num_mini_batches", 2, "--num_ppo_epochs", 2, "--max_steps", 4, "--test_size", 3,
-            "--learning_rate", 1e-3, "--num_generations", 2, *more,
-        )  # fmt: skip
-        assert result.code == 0, result.err
-        rows[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-    trained = {
-        name: [
-            {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in some if "loss" in row
-        ]
-        for name, some in rows.items()
-    }
-    assert trained["looks"] == trained["does not"]
-    assert [row["learning_rate"] for row in trained["looks"]] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
-    assert [row["episode"] for row in trained["looks"]] == [8, 16, 24, 32]
-    assert all(row["policy/updates"] == 4 for row in trained["looks"])
-    assert sum("eval_objective/scores" in row for row in rows["looks"]) == 5
-    first = trained["looks"][0]
-    assert first["objective/kl"] == pytest.approx(0, abs=1e-5)
 
 
 def test_the_reward_model_reads_at_an_eos_whether_the_answer_ended_or_not(tinystories, tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 from onecard.batches import TokenSequence, pack, response_targets
 from onecard.config import PPOConfig, RewardConfig
+from onecard.errors import OnecardError
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
 
@@ -136,3 +137,18 @@ def test_what_is_saved_comes_back(tinystories, tmp_path):
     again.restore(tmp_path)
     for name, parameter in roles.trained_parameters().items():
         assert torch.equal(again.trained_parameters()[name], parameter), name
+
+
+def test_the_critic_has_no_adapter_on_the_language_head(tinystories):
+    """It never runs it, so those weights would not learn; the policy's does, and is trained."""
+    roles = ppo_roles(tinystories, lora_target_modules=["lm_head", "q_proj"])
+    names = [name for name in roles.trained_parameters() if "lm_head" in name]
+    assert names
+    assert all(".policy." in name for name in names)
+    batch = pack(texts_of(tinystories))
+    (policy_part(roles, batch) + value_part(roles, batch)).backward()
+    assert all(parameter.grad is not None for parameter in roles.trained_parameters().values())
+    for kind, load in {"ppo": PPOConfig, "reward": RewardConfig}.items():
+        config = load(model=str(tinystories), lora_target_modules=["lm_head"])
+        with pytest.raises(OnecardError, match="lora_target_modules: lm_head alone"):
+            load_ppo_roles(config) if kind == "ppo" else load_roles(config, trained="reward", scalar=True)

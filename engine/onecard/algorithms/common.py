@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from onecard.errors import OnecardError
 from onecard.metrics import say
 from onecard.models.build import load_roles
 from onecard.models.head import check_head
-from onecard.models.load import context_length, load_tokenizer
+from onecard.models.load import context_length, find_source, load_tokenizer
 from onecard.models.roles import Roles
 from onecard.runs import Run, open_run, with_folder
 from onecard.trainer import Objective, train
@@ -84,6 +85,27 @@ def load_examples(
     return training, heldout
 
 
+SAMPLED_BLOCKS, BLOCK = 16, 1 << 16
+
+
+def weights_digest(model: str) -> str:
+    """Changes when the weights in a model or adapter folder do; empty for hub names, whose weights stay.
+
+    Of each file its size and 16 blocks spread over it: training changes all weights, and a whole base takes minutes.
+    """
+    source, state = find_source(model), hashlib.sha256()
+    folders = [Path(source.base), *([source.adapter] if source.adapter else [])]
+    files = sorted(path for folder in folders if folder.is_dir() for path in folder.glob("*.safetensors"))
+    for path in files:
+        size = path.stat().st_size
+        state.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            for place in range(SAMPLED_BLOCKS):
+                file.seek(max(0, size - BLOCK) * place // (SAMPLED_BLOCKS - 1))
+                state.update(file.read(BLOCK))
+    return state.hexdigest() if files else ""
+
+
 @torch.no_grad()
 def check_model(roles: Roles) -> None:
     """Stop, or pad, where the model would not do what this code takes for granted. Costs two tiny forward passes."""
@@ -132,6 +154,11 @@ def run_recipe(config: TrainConfig, recipe: Recipe[E, B]) -> Path:
     )
     job = Supervised(config, recipe.command, objective, training, heldout)
     data = {"training data": training, "held-out data": heldout}
-    identity = {"command": recipe.command, **{name: runs.fingerprint(examples) for name, examples in data.items()}}
+    model = weights_digest(config.model)
+    identity = {
+        "command": recipe.command,
+        "model": model,
+        **{name: runs.fingerprint(examples) for name, examples in data.items()},
+    }
     train(config, job, roles, run, identity)
     return finish(roles, tokenizer, run)

@@ -52,6 +52,8 @@ def make_plan(config: TrainConfig, num_examples: int) -> Plan:
 class Supervised(Generic[E, B]):
     """A `Job`: each step is one optimizer step on the next examples."""
 
+    schedule_from = 0
+
     def __init__(
         self, config: TrainConfig, name: str, objective: Objective[E, B], training: Sequence[E], heldout: Sequence[E]
     ) -> None:

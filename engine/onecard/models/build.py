@@ -26,11 +26,19 @@ def scalar_head(hidden_size: int, device: torch.device) -> nn.Linear:
     return head
 
 
-def lora_config(config: TrainConfig) -> Any:
-    """PEFT's record of our LoRA settings. Dropout stays 0: it would make old and new log-probs differ."""
+def lora_config(config: TrainConfig, model: Any, *, scalar: bool = False) -> Any:
+    """PEFT's record of our LoRA settings. Dropout stays 0: it would make old and new log-probs differ.
+
+    A role with a scalar head does not run the language model's, where an adapter would be weights that never learn.
+    """
     from peft import LoraConfig
 
     modules = config.lora_target_modules
+    if scalar:
+        head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+        modules = [name for name in modules if f".{head}".rpartition(".")[2] != name]
+        if not modules:
+            raise OnecardError(f"lora_target_modules: {head} alone is nothing that a scalar head would learn with.")
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -39,7 +47,9 @@ def lora_config(config: TrainConfig) -> Any:
     )
 
 
-def add_adapters(base: Any, config: TrainConfig, trained: str, reference: bool) -> tuple[Any, dict[str, str | None]]:
+def add_adapters(
+    base: Any, config: TrainConfig, trained: str, *, reference: bool, scalar: bool = False
+) -> tuple[Any, dict[str, str | None]]:
     """`base` with the adapter of the trained role, new or read from the folder that `config.model` names.
 
     An adapter that training starts from is also what the reference is: a frozen second copy of it.
@@ -50,11 +60,13 @@ def add_adapters(base: Any, config: TrainConfig, trained: str, reference: bool) 
     adapters: dict[str, str | None] = {trained: trained}
     try:
         if source is None:
-            model = get_peft_model(base, lora_config(config), adapter_name=trained)
+            model = get_peft_model(base, lora_config(config, base, scalar=scalar), adapter_name=trained)
         else:
             model = PeftModel.from_pretrained(base, str(source), adapter_name=trained, is_trainable=True)
             if reference:
                 model.load_adapter(str(source), adapter_name="reference", is_trainable=False)
+    except OnecardError:
+        raise
     except Exception as error:  # PEFT raises ValueError, KeyError or RuntimeError as its parsers do
         name = "lora_target_modules" if source is None else f"model: adapter {source}"
         raise OnecardError(f"{name}: {reason(error)}") from error
@@ -87,7 +99,7 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
     torch.manual_seed(config.seed)  # new weights depend on the seed alone, not on what loading drew
     model = base
     if config.use_peft:
-        model, adapters = add_adapters(base, config, trained, reference)
+        model, adapters = add_adapters(base, config, trained, reference=reference, scalar=scalar)
     roles = Roles(model, (trained,), adapters, "packed" if config.padding_free else "padded")
     if config.gradient_checkpointing:
         roles.checkpoint_activations()
@@ -119,7 +131,7 @@ def read_scalar_head(roles: Roles, folder: Path) -> nn.Linear:
 def load_ppo_roles(config: PPOConfig) -> Roles:
     """Policy, value, reference, and reward where there is one: adapters on one base. Policy and value are trained.
 
-    The critic starts as the reward model, adapter and head, which knows the scores' scale from the first step; or with
+    The critic starts as the reward model, adapter and head, which knows what whole answers score; or with
     a new adapter and a head of zeros, so that the first advantages are plain returns.
     """
     if not config.use_peft:
@@ -130,7 +142,7 @@ def load_ppo_roles(config: PPOConfig) -> Roles:
     model, adapters = add_adapters(base, config, "policy", reference=True)
     copied = reward if config.value_init == "reward" else None
     if copied is None:
-        model.add_adapter("value", lora_config(config))
+        model.add_adapter("value", lora_config(config, base, scalar=True))
     try:
         for role, folder in {"value": copied, "reward": reward}.items():
             if folder is not None:

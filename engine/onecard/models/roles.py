@@ -52,6 +52,10 @@ class Roles(nn.Module):
     def has_adapters(self) -> bool:
         return hasattr(self.model, "peft_config")
 
+    def rank(self, role: str) -> int:
+        """The rank of a role's adapter."""
+        return self.model.peft_config[self.adapters[role]].r
+
     @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device

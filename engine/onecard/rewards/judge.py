@@ -53,7 +53,7 @@ def load_judge(config: PPOConfig) -> Judge:
             "--reward_model_path or --reward_funcs is missing: give a reward adapter, or a function as module:function."
         )
     weights = reward_weights(everything, config.reward_weights)
-    return Judge(functions, weights, config.missing_eos_penalty, config.per_device_train_batch_size)
+    return Judge(functions, weights, config.missing_eos_penalty, config.per_device_eval_batch_size)
 
 
 def ended(sequence: TokenSequence, ends: Collection[int], eos: int) -> TokenSequence:

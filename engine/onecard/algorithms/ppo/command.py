@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from onecard import runs
-from onecard.algorithms.common import check_model, finish, load_examples, longest_sequence
+from onecard.algorithms.common import check_model, finish, load_examples, longest_sequence, weights_digest
 from onecard.algorithms.ppo.job import PPO, episodes_per_step, minibatch_size
 from onecard.algorithms.ppo.sampling import make_sampler
 from onecard.algorithms.ppo.startup import check_start
-from onecard.batches import TokenSequence
 from onecard.checkpoint import digest
 from onecard.config import PPOConfig
 from onecard.data import Prompt, prompt_examples
 from onecard.errors import OnecardError
 from onecard.metrics import say
 from onecard.models.build import load_ppo_roles, reward_adapter
-from onecard.models.load import load_tokenizer
+from onecard.models.load import find_source, load_tokenizer
 from onecard.models.roles import ADAPTER_WEIGHTS, HEAD_WEIGHTS
 from onecard.rewards.judge import load_judge
 from onecard.runs import open_run, with_folder
@@ -47,6 +45,12 @@ def check_settings(config: PPOConfig) -> None:
         f"adap_kl_target: {config.adap_kl_target:g}, expected above 0.": (
             config.adap_kl_ctrl and config.adap_kl_target <= 0
         ),
+        f"adap_kl_horizon: {config.adap_kl_horizon}, expected at least the {batch} responses of an iteration.": (
+            config.adap_kl_ctrl and config.adap_kl_horizon < batch
+        ),
+        f"kl_coef: {config.kl_coef:g}, expected above 0 with adap_kl_ctrl, which multiplies it.": (
+            config.adap_kl_ctrl and config.kl_coef <= 0
+        ),
     }
     for complaint, holds in complaints.items():
         if holds:
@@ -66,6 +70,15 @@ def longest_prompt(config: PPOConfig) -> int:
     return room
 
 
+def starts_from(config: PPOConfig, role: str) -> str:
+    """Where a role's adapter comes from, if it is not new: its rank and layers are then its own, not lora_r's."""
+    adapters = {
+        "policy": find_source(config.model).adapter,
+        "value": reward_adapter(config) if config.value_init == "reward" else None,
+    }
+    return f", as it is in {adapters[role]}" if adapters[role] else ""
+
+
 def total_steps(config: PPOConfig, num_prompts: int) -> int:
     """Iterations in all."""
     if config.max_steps > 0:
@@ -79,10 +92,12 @@ def total_steps(config: PPOConfig, num_prompts: int) -> int:
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
     """Changes with the prompts' tokens and their other columns, which rewards may look at."""
-    columns = json.dumps([dict(prompt.columns) for prompt in prompts], default=str, sort_keys=True)
-    letters = TokenSequence(tuple(columns.encode()), (False,) * len(columns.encode()))
-    sequences = [TokenSequence(prompt.tokens, (False,) * len(prompt.tokens)) for prompt in prompts]
-    return runs.fingerprint([*sequences, letters])
+    state = hashlib.sha256()
+    for prompt in prompts:
+        # Of what JSON cannot hold (an image, say) only the type counts: its `str` may be another in each process.
+        columns = json.dumps(dict(prompt.columns), default=lambda value: type(value).__name__, sort_keys=True)
+        state.update(array("q", [len(prompt.tokens), *prompt.tokens]).tobytes() + columns.encode())
+    return state.hexdigest()
 
 
 def identity(config: PPOConfig, training: Sequence[Prompt], heldout: Sequence[Prompt]) -> dict[str, str]:
@@ -91,6 +106,7 @@ def identity(config: PPOConfig, training: Sequence[Prompt], heldout: Sequence[Pr
     files = [reward / name for name in (ADAPTER_WEIGHTS, HEAD_WEIGHTS)] if reward else []
     return {
         "command": "ppo",
+        "model": weights_digest(config.model),
         "prompts": fingerprint(training),
         "held-out prompts": fingerprint(heldout),
         "reward model": " ".join(digest(file) for file in files if file.is_file()),
@@ -117,11 +133,12 @@ def run(config: PPOConfig) -> Path:
         check_start(roles, sampler, judge, training, heldout, config)
     trained = sum(parameter.numel() for parameter in roles.trained_parameters().values())
     steps = total_steps(config, len(training))
+    for role in roles.trained:
+        say(f"{role}: an adapter of rank {roles.rank(role)}{starts_from(config, role)}.")
     say(
         f"model: {trained:,} trained parameters on {roles.device}, {roles.layout} batches; "
         f"{steps} iterations of {episodes_per_step(config)} responses."
     )
     job = PPO(config, roles, sampler, judge, training, heldout, steps)
-    torch.manual_seed(config.seed)
     train(config, job, roles, run, identity(config, training, heldout))
     return finish(roles, tokenizer, run)

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from onecard.algorithms.ppo.experience import logprobs_of, pad
 from onecard.algorithms.ppo.sampling import Sampler
 from onecard.config import PPOConfig
 from onecard.data import Prompt
+from onecard.draws import own_draws
 from onecard.metrics import Bar
 from onecard.models.roles import Roles
 from onecard.rewards.judge import Judge, response_text
@@ -33,11 +32,9 @@ def evaluate_policy(
 ) -> Found:
     """One answer to each of (at most 128) prompts, always with the same seed. Training's own draws stay as they are."""
     prompts = heldout[:MOST_PROMPTS]
-    with torch.random.fork_rng(), bar.part("evaluate", len(prompts)) as part:
-        torch.manual_seed(config.seed)
-        sampled = sampler.sample(roles, prompts, range(len(prompts)), part)
-    episodes = sampled.episodes
-    scores = judge.scores(roles, sampler.tokenizer, prompts, episodes)
+    with bar.part("evaluate", len(prompts)) as part, own_draws(roles.device, config.seed, "evaluate"):
+        episodes = sampler.sample(roles, prompts, range(len(prompts)), part).episodes
+        scores = judge.scores(roles, sampler.tokenizer, prompts, episodes)
     kl = pad(logprobs_of(roles, "policy", episodes, config)) - pad(logprobs_of(roles, "reference", episodes, config))
     lengths = [len(episode.response) for episode in episodes]
     metrics = {

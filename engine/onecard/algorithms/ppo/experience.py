@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from onecard.batches import Episode, Experience, ResponseTargets, TokenBatch, pack, response_targets, to_device
 from onecard.config import PPOConfig
+from onecard.errors import OnecardError
 from onecard.models.roles import Roles
 from onecard_kernels import gae, masked_whiten, token_kl
 
@@ -52,7 +53,7 @@ def per_token(
     batch_size: int,
 ) -> list[Tensor]:
     """`read` of each episode's response tokens under a role, in batches of like lengths, in the episodes' order."""
-    order = sorted(range(len(episodes)), key=lambda index: len(episodes[index]))
+    order = sorted(range(len(episodes)), key=lambda index: -len(episodes[index]))  # if memory lacks, then at once
     found: list[Tensor] = [torch.empty(0)] * len(episodes)
     with roles.playing(role):
         for start in range(0, len(order), batch_size):
@@ -71,7 +72,7 @@ def logprobs_of(roles: Roles, role: str, episodes: Sequence[Episode], config: PP
     def read(batch: TokenBatch, targets: ResponseTargets) -> Tensor:
         return roles.logprobs(batch, targets, config.temperature)
 
-    return per_token(roles, role, episodes, read, config.per_device_train_batch_size)
+    return per_token(roles, role, episodes, read, config.per_device_eval_batch_size)
 
 
 def values_of(roles: Roles, episodes: Sequence[Episode], config: PPOConfig) -> list[Tensor]:
@@ -80,16 +81,23 @@ def values_of(roles: Roles, episodes: Sequence[Episode], config: PPOConfig) -> l
     def read(batch: TokenBatch, targets: ResponseTargets) -> Tensor:
         return roles.scalars(batch, targets.rows)
 
-    return per_token(roles, "value", episodes, read, config.per_device_train_batch_size)
+    return per_token(roles, "value", episodes, read, config.per_device_eval_batch_size)
 
 
 def make_passes(roles: Roles, episodes: Sequence[Episode], config: PPOConfig) -> Passes:
-    """Three passes without gradients, in batches of the size that learning uses, so that they need no more memory."""
-    return Passes(
-        logprobs=logprobs_of(roles, "policy", episodes, config),
-        ref_logprobs=logprobs_of(roles, "reference", episodes, config),
-        values=values_of(roles, episodes, config),
-    )
+    """Three passes without gradients. A role whose numbers are none any more is named."""
+    passes = {
+        "policy's log-probs": logprobs_of(roles, "policy", episodes, config),
+        "reference's log-probs": logprobs_of(roles, "reference", episodes, config),
+        "critic's values": values_of(roles, episodes, config),
+    }
+    for what, pieces in passes.items():
+        if not all(bool(piece.isfinite().all()) for piece in pieces):
+            raise OnecardError(
+                f"ppo: the {what} of sampled answers are not finite: it has diverged, or its dtype overflows; a lower "
+                "learning_rate or another dtype usually helps. The last checkpoint is from before that."
+            )
+    return Passes(*passes.values())
 
 
 def pad(pieces: Sequence[Tensor]) -> Tensor:

@@ -21,6 +21,7 @@ from onecard.algorithms.ppo.sampling import Sampler
 from onecard.batches import Experience, ExperienceBatch
 from onecard.config import PPOConfig
 from onecard.data import Prompt, stream_indices
+from onecard.draws import own_draws
 from onecard.metrics import Bar
 from onecard.models.roles import Roles
 from onecard.rewards.judge import Judge
@@ -93,6 +94,8 @@ class PPO:
     ) -> None:
         self.config, self.roles, self.sampler, self.judge = config, roles, sampler, judge
         self.prompts, self.heldout, self.total_steps = prompts, heldout, total_steps
+        # A warm-up begins at a rate of 0. An iteration is worth too much for that: this one begins a step later.
+        self.schedule_from = 1 if config.warmup_steps else 0
         self.objective = ppo_objective(roles, config)
         self.kl_coef = config.kl_coef
 
@@ -108,10 +111,11 @@ class PPO:
         config, roles = self.config, self.roles
         places = [index for index in indices for _ in range(config.num_generations)]
         prompts = [self.prompts[index] for index in places]
-        with bar.part("sample", len(places)) as part:
+        with bar.part("sample", len(places)) as part, own_draws(roles.device, config.seed, trainer.step, "sample"):
             sampled = self.sampler.sample(roles, prompts, places, part)
         episodes = sampled.episodes
-        scores = self.judge.scores(roles, self.sampler.tokenizer, prompts, episodes)
+        with own_draws(roles.device, config.seed, trainer.step, "judge"):
+            scores = self.judge.scores(roles, self.sampler.tokenizer, prompts, episodes)
         passes = make_passes(roles, episodes, config)
         shaped = shape_rewards(passes, scores.total, self.kl_coef, config)
         row = objective_metrics(episodes, passes, shaped, scores.total, self.kl_coef)

@@ -22,6 +22,7 @@ from onecard.algorithms.ppo.sampling import Sampler
 from onecard.batches import Episode, pack, response_targets, to_device
 from onecard.config import PPOConfig
 from onecard.data import Prompt
+from onecard.draws import own_draws
 from onecard.errors import OnecardError
 from onecard.models.roles import Roles
 from onecard.rewards.judge import Judge
@@ -50,12 +51,11 @@ def check_start(
     heldout: Sequence[Prompt],
     config: PPOConfig,
 ) -> None:
-    """Raise where a reward fails, or log-probs differ that should be equal. Leaves torch's random state as it was."""
+    """Raise where a reward fails, or log-probs differ that should be equal. Leaves all random states as they were."""
     before = roles.training
     parts = [prompts[:MOST_PROMPTS] for prompts in (training, heldout) if prompts]
     episodes: list[Episode] = []
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
+    with own_draws(roles.device, config.seed, "start"):
         for chosen in parts:
             sampled = sampler.sample(roles, chosen, range(len(chosen)), None).episodes
             judge.scores(roles, sampler.tokenizer, chosen, sampled)
@@ -71,7 +71,9 @@ def compare_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfi
     old = torch.cat(logprobs_of(roles, "policy", episodes, config))
     reference = torch.cat(logprobs_of(roles, "reference", episodes, config))
     new = new_logprobs(roles, episodes, config)
-    limits = LIMITS.get(roles.causal_model().dtype, LIMITS_16_BIT)
+    mean, largest = LIMITS.get(roles.causal_model().dtype, LIMITS_16_BIT)
+    cold = min(1.0, config.temperature)  # dividing the logits by it magnifies their rounding
+    limits = (mean / cold, largest / cold)
     compare("the policy's log-probs in training and in the pass before it", new, old, limits)
     compare("the sampled tokens' log-probs, as drawn and of the policy's own pass,", sampled, old, limits)
     compare("the log-probs of the policy and of the reference, which it starts as,", old, reference, limits)

@@ -1,0 +1,34 @@
+"""Random draws that depend on a seed and a place in the run, and on nobody else's draws."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def own_draws(device: torch.device, *place: object) -> Iterator[None]:
+    """Inside, torch, Python and numpy draw from a state made of `place`; outside, all is as if nothing had been drawn.
+
+    So what is sampled in a step cannot depend on what an evaluation or a reward function drew before it, or on a seed
+    that one has set, and a run that goes on draws what it would have drawn.
+    """
+    seed = int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:8], "big")
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        if numpy:
+            numpy.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy:
+                numpy.random.set_state(numpy_state)

@@ -1,0 +1,155 @@
+"""Whole runs of PPO on a tiny model: what draws, rates, identities and settings do to them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from onecard.algorithms.common import weights_digest
+from onecard.algorithms.ppo.command import check_settings, fingerprint
+from onecard.algorithms.ppo.experience import make_passes
+from onecard.batches import Episode, TokenSequence
+from onecard.config import PPOConfig
+from onecard.data import Prompt
+from onecard.errors import OnecardError
+from onecard.models.build import load_ppo_roles
+
+
+def prompts_file(folder: Path, text: str = "the cat") -> Path:
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{text} {i}"}) + "\n" for i in range(12)))
+    return path
+
+
+def run_ppo(onecard, tmp_path, model, name: str, *more: object) -> list[dict[str, float]]:
+    """A few tiny iterations; the rows of metrics.jsonl without the clock's."""
+    result = onecard(
+        "ppo", "--model", model, "--dataset", prompts_file(tmp_path), "--output_dir", tmp_path / name,
+        "--response_length", 6, "--per_device_train_batch_size", 4, "--num_mini_batches", 1, "--num_ppo_epochs", 1,
+        "--max_steps", 3, "--test_size", 3, "--overwrite", *more,
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
+
+
+def test_a_reward_that_draws_or_seeds_changes_nothing_of_what_is_sampled(onecard, tmp_path, tiny_model):
+    """Each iteration has draws of its own: neither a function's seed nor an evaluation reaches into them."""
+    (tmp_path / "seeds.py").write_text(
+        "import random, numpy, torch\n"
+        "def plain(completions): return [0.0 for _ in completions]\n"
+        "def seeds(completions):\n"
+        "    torch.manual_seed(0); random.seed(0); numpy.random.seed(0)\n"
+        "    return [0.0 for _ in completions]\n"
+        "def draws(completions):\n"
+        "    return [float(torch.rand(())) + random.random() + float(numpy.random.rand()) for _ in completions]\n"
+    )
+    entropies = {}
+    for name in ("plain", "seeds"):
+        rows = run_ppo(onecard, tmp_path, tiny_model, name, "--reward_funcs", f"{tmp_path}/seeds.py:{name}",
+                       "--learning_rate", 0, "--eval_steps", 1)  # fmt: skip
+        entropies[name] = [row["objective/entropy"] for row in rows if "objective/entropy" in row]
+    assert entropies["plain"] == entropies["seeds"]
+    assert len(set(entropies["plain"])) == 3
+    drawn = [
+        run_ppo(
+            onecard,
+            tmp_path,
+            tiny_model,
+            f"draws{every}",
+            "--reward_funcs",
+            f"{tmp_path}/seeds.py:draws",
+            "--eval_steps",
+            every,
+        )
+        for every in (0, 1)
+    ]
+    trained = [[row for row in rows if "loss" in row] for rows in drawn]
+    assert trained[0] == trained[1]
+    assert len({row["objective/scores"] for row in trained[0]}) == 3
+
+
+def test_no_iteration_is_spent_at_a_warm_up_s_rate_of_zero(onecard, tmp_path, tiny_model):
+    """Two iterations of warm-up in four: thirds of the way up, then down, and none of the four at 0."""
+    (tmp_path / "mine.py").write_text("def a(completions): return [float(len(t)) for t in completions]\n")
+    rows = run_ppo(onecard, tmp_path, tiny_model, "warm", "--reward_funcs", f"{tmp_path}/mine.py:a",
+                   "--max_steps", 4, "--warmup_steps", 2, "--learning_rate", 1e-3)  # fmt: skip
+    rates = [row["learning_rate"] for row in rows if "learning_rate" in row]
+    assert rates == pytest.approx([0.5e-3, 1e-3, 2e-3 / 3, 1e-3 / 3])
+
+
+def test_a_critic_that_broke_is_named_in_one_line(tiny_model):
+    config = PPOConfig(model=str(tiny_model))
+    roles = load_ppo_roles(config)
+    roles.heads["value"].bias.data.fill_(float("inf"))
+    with pytest.raises(OnecardError, match="the critic's values of sampled answers are not finite"):
+        make_passes(roles, [Episode(TokenSequence((5, 6, 7), (False, True, True)), torch.zeros(2), True, 0)], config)
+
+
+def test_an_identity_changes_with_prompts_columns_and_weights(tiny_model, tmp_path):
+    prompts = [Prompt("a", (1, 2), {"answer": "x"}), Prompt("b", (3,), {"answer": "y"})]
+    first = fingerprint(prompts)
+    assert fingerprint(list(prompts)) == first
+    assert fingerprint(prompts[::-1]) != first
+    assert fingerprint([prompts[0], replace(prompts[1], columns={"answer": "z"})]) != first
+    assert fingerprint([prompts[0], replace(prompts[1], tokens=(4,))]) != first
+    assert fingerprint([replace(prompts[0], columns={"image": object()})]) == fingerprint(
+        [replace(prompts[0], columns={"image": object()})]
+    )
+    shutil.copytree(tiny_model, tmp_path / "model")
+    before = weights_digest(str(tmp_path / "model"))
+    assert before == weights_digest(str(tiny_model))
+    weights = load_file(str(tmp_path / "model" / "model.safetensors"))
+    save_file({name: value + 1e-3 for name, value in weights.items()}, str(tmp_path / "model" / "model.safetensors"))
+    assert weights_digest(str(tmp_path / "model")) != before
+    assert weights_digest("some/hub-name") == ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"adap_kl_horizon": 20}, "adap_kl_horizon: 20, expected at least the 32 responses"),
+        ({"kl_coef": 0.0}, "kl_coef: 0, expected above 0 with adap_kl_ctrl"),
+    ],
+)
+def test_an_adaptive_coefficient_that_could_not_adapt_is_refused(settings, message):
+    """Below the batch, one error of -0.2 could turn the coefficient's sign within five batches; 0 times all is 0."""
+    check_settings(PPOConfig(adap_kl_ctrl=True))
+    with pytest.raises(OnecardError, match=message):
+        check_settings(PPOConfig(adap_kl_ctrl=True, **settings))
+
+
+def test_the_schedule_steps_once_an_iteration_and_looking_changes_nothing(onecard, tmp_path, tiny_model):
+    """Linear to 0 over four iterations, whatever happens in them; evaluations leave the run's draws as they are."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"the cat {i}"}) + "\n" for i in range(12)))
+    (tmp_path / "mine.py").write_text("def a(completions, **k): return [float(t.count('a')) for t in completions]\n")
+    rows = {}
+    for name, more in {"looks": ["--eval_steps", 1], "does not": []}.items():
+        result = onecard(
+            "ppo", "--model", tiny_model, "--dataset", prompts, "--reward_funcs", f"{tmp_path}/mine.py:a",
+            "--output_dir", tmp_path / name, "--response_length", 6, "--per_device_train_batch_size", 4,
+            "--num_mini_batches", 2, "--num_ppo_epochs", 2, "--max_steps", 4, "--test_size", 3,
+            "--learning_rate", 1e-3, "--num_generations", 2, *more,
+        )  # fmt: skip
+        assert result.code == 0, result.err
+        rows[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    trained = {
+        name: [
+            {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in some if "loss" in row
+        ]
+        for name, some in rows.items()
+    }
+    assert trained["looks"] == trained["does not"]
+    assert [row["learning_rate"] for row in trained["looks"]] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert [row["episode"] for row in trained["looks"]] == [8, 16, 24, 32]
+    assert all(row["policy/updates"] == 4 for row in trained["looks"])
+    assert sum("eval_objective/scores" in row for row in rows["looks"]) == 5
+    first = trained["looks"][0]
+    assert first["objective/kl"] == pytest.approx(0, abs=1e-5)
