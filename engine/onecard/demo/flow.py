@@ -67,7 +67,7 @@ def settings(
         "sft": (
             SFTConfig(
                 model=str(model), dataset=str(corpus.sft), eval_dataset=str(corpus.sft_eval), use_peft=False,
-                output_dir=str(folder / "sft"), learning_rate=3e-3, num_train_epochs=4, per_device_train_batch_size=32,
+                output_dir=str(folder / "sft"), learning_rate=3e-3, num_train_epochs=5, per_device_train_batch_size=32,
                 eval_steps=94, **common,
             ),
             sft.run,
@@ -93,7 +93,7 @@ def settings(
             PPOConfig(
                 output_dir=str(folder / "ppo"), model=str(folder / "sft" / "policy"), dataset=str(corpus.pairs),
                 eval_dataset=str(corpus.prompts), reward_model_path=str(folder / "reward" / "reward"),
-                response_length=48, lora_r=32, lora_alpha=64, learning_rate=1e-3, max_steps=14, eval_steps=7,
+                response_length=48, lora_r=32, lora_alpha=64, learning_rate=1e-3, max_steps=16, eval_steps=4,
                 per_device_train_batch_size=32, num_mini_batches=4, num_ppo_epochs=2, kl_coef=0.05,
                 missing_eos_penalty=1.0, cliprange_value=0.0, **common,
             ),
