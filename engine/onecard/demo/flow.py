@@ -83,7 +83,7 @@ def settings(
         # A beta of 2 keeps close to the SFT model: its answers are nearly deterministic, and a looser pull breaks them.
         "dpo": (
             DPOConfig(
-                output_dir=str(folder / "dpo"), learning_rate=3e-4, num_train_epochs=0.5, eval_steps=25, beta=2.0,
+                output_dir=str(folder / "dpo"), learning_rate=3e-4, num_train_epochs=0.5, eval_steps=50, beta=2.0,
                 **pairs, **common,
             ),
             dpo.run,
@@ -93,7 +93,7 @@ def settings(
             PPOConfig(
                 output_dir=str(folder / "ppo"), model=str(folder / "sft" / "policy"), dataset=str(corpus.pairs),
                 eval_dataset=str(corpus.prompts), reward_model_path=str(folder / "reward" / "reward"),
-                response_length=48, lora_r=32, lora_alpha=64, learning_rate=1e-3, max_steps=16, eval_steps=4,
+                response_length=48, lora_r=32, lora_alpha=64, learning_rate=1e-3, max_steps=16, eval_steps=8,
                 per_device_train_batch_size=32, num_mini_batches=4, num_ppo_epochs=2, kl_coef=0.05,
                 missing_eos_penalty=1.0, cliprange_value=0.0, **common,
             ),
