@@ -32,13 +32,17 @@ def episode(index: int, prompt: int, response: int, finished: bool = True) -> Ep
 
 
 def experiences(roles, config: PPOConfig, count: int = 8) -> list[Experience]:
-    """Of many lengths, so that a mean of means differs from the mean; old log-probs a little off, so that some clip."""
+    """Of many lengths, so that a mean of means differs from the mean; what was before a little off, so that some clip."""
     episodes = [episode(i, 1 + 2 * i, 2 + (3 * i) % 7) for i in range(count)]
     passes = make_passes(roles, episodes, config)
     shaped = shape_rewards(passes, torch.linspace(-1, 2, count), 0.1, config)
     made = make_experiences(episodes, passes, shaped)
     torch.manual_seed(3)
-    return [replace(x, old_logprobs=x.old_logprobs + 0.3 * torch.randn_like(x.old_logprobs)) for x in made]
+
+    def moved(old: torch.Tensor) -> torch.Tensor:
+        return old + 0.3 * torch.randn_like(old)
+
+    return [replace(x, old_logprobs=moved(x.old_logprobs), old_values=moved(x.old_values)) for x in made]
 
 
 def moved_roles(model, **settings):
@@ -85,6 +89,7 @@ def test_the_losses_are_those_of_plain_logits(tiny_model):
     assert row["loss"] == pytest.approx(total.item(), rel=1e-5)
     assert row["loss/policy"] + 0.3 * row["loss/value"] == pytest.approx(row["loss"], rel=1e-6)
     assert 0 < row["policy/clipfrac"] < 1
+    assert 0 < row["val/clipfrac"] < 1
     for name, parameter in parameters.items():
         assert expected[name].abs().max() > 0
         torch.testing.assert_close(parameter.grad, expected[name].float(), rtol=1e-4, atol=1e-6, msg=name)
