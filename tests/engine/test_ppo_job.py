@@ -32,7 +32,7 @@ def episode(index: int, prompt: int, response: int, finished: bool = True) -> Ep
 
 
 def experiences(roles, config: PPOConfig, count: int = 8) -> list[Experience]:
-    """Of many lengths, so that a mean of means differs from the mean; what was before a little off, so that some clip."""
+    """Of many lengths, so that a mean of means differs from the mean; old numbers a little off, so that some clip."""
     episodes = [episode(i, 1 + 2 * i, 2 + (3 * i) % 7) for i in range(count)]
     passes = make_passes(roles, episodes, config)
     shaped = shape_rewards(passes, torch.linspace(-1, 2, count), 0.1, config)
@@ -80,9 +80,9 @@ def test_the_losses_are_those_of_plain_logits(tiny_model):
         total = total + 0.3 * 0.5 * torch.max((values - x.returns) ** 2, (near - x.returns) ** 2).sum() / tokens
     parameters = roles.trained_parameters()
     expected = dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
-    [record] = micro_batches(ppo_objective(roles, config), batch, 8, roles.device)
-    losses = []
-    for loss in ppo_objective(roles, config).losses(record, tokens):
+    objective, losses = ppo_objective(roles, config), []
+    [record] = micro_batches(objective, batch, 8, roles.device)
+    for loss in objective.losses(record, objective.count(batch)):
         loss.loss.backward()
         losses.append(loss)
     row = add_up(losses)
