@@ -51,12 +51,13 @@ def test_a_reward_that_draws_or_seeds_changes_nothing_of_what_is_sampled(onecard
         "    return [float(torch.rand(())) + random.random() + float(numpy.random.rand()) for _ in completions]\n"
     )
     entropies = {}
-    for name in ("plain", "seeds"):
-        rows = run_ppo(onecard, tmp_path, tiny_model, name, "--reward_funcs", f"{tmp_path}/seeds.py:{name}",
-                       "--learning_rate", 0, "--eval_steps", 1)  # fmt: skip
-        entropies[name] = [row["objective/entropy"] for row in rows if "objective/entropy" in row]
-    assert entropies["plain"] == entropies["seeds"]
-    assert len(set(entropies["plain"])) == 3
+    # Another rank draws more for its new weights; at a rate of 0 the policy is the same.
+    for name, rank in (("plain", 16), ("seeds", 16), ("plain", 4)):
+        settings = ["--reward_funcs", f"{tmp_path}/seeds.py:{name}", "--learning_rate", 0, "--eval_steps", 1]
+        rows = run_ppo(onecard, tmp_path, tiny_model, f"{name}{rank}", *settings, "--lora_r", rank)
+        entropies[name, rank] = [row["objective/entropy"] for row in rows if "objective/entropy" in row]
+    assert entropies["plain", 16] == entropies["seeds", 16] == entropies["plain", 4]
+    assert len(set(entropies["plain", 16])) == 3
     drawn = [
         run_ppo(
             onecard,
