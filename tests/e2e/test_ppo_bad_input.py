@@ -1,0 +1,257 @@
+"""Bad input to `onecard ppo`, startup checks among it: one line, exit code 2, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from onecard import report, rollout
+from onecard.algorithms.ppo import command, startup
+from onecard.models import build, load
+from tests.e2e.ppo_material import (
+    error_line,
+    no_report,
+    tree,
+    write_rows,
+)
+
+BAD_FUNCTIONS = """
+def raises(completions, **kwargs):
+    raise ValueError("two\\nlines")
+
+def exits(completions, **kwargs):
+    raise SystemExit(0)
+
+def nan(completions, **kwargs):
+    return [float("nan")] * len(completions)
+
+def none(completions, **kwargs):
+    return [None] * len(completions)
+
+def few(completions, **kwargs):
+    return [1.0]
+
+def dense(completion_ids, **kwargs):
+    return [[0.0] * len(ids) for ids in completion_ids]
+
+def misspelt(completions, solutoin):
+    return [0.0] * len(completions)
+
+def needs_solution(completions, solution):
+    return [0.0] * len(completions)
+"""
+
+
+# settings that are changed ({m}: the material's folder, {tmp}: the test's), and what the line has to say
+BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "function raises": ({"--reward_funcs": "{tmp}/bad.py:raises"}, ["bad.py:raises raised ValueError: two lines"]),
+    "function exits": ({"--reward_funcs": "{tmp}/bad.py:exits"}, ["bad.py:exits raised SystemExit"]),
+    "function gives NaN": ({"--reward_funcs": "{tmp}/bad.py:nan"}, ["bad.py:nan returned nan", "prompt", "response"]),
+    "function gives None": ({"--reward_funcs": "{tmp}/bad.py:none"}, ["bad.py:none returned None"]),
+    "function gives too few": ({"--reward_funcs": "{tmp}/bad.py:few"}, ["bad.py:few returned a list of 1", "of 8"]),
+    "dense rewards": ({"--reward_funcs": "{tmp}/bad.py:dense"}, ["bad.py:dense returned", "per token"]),
+    "column misspelt": (
+        {"--reward_funcs": "{tmp}/bad.py:misspelt"}, ["asks for 'solutoin'", "Did you mean 'solution'?"],
+    ),
+    "held-out rows lack a column": (
+        {"--reward_funcs": "{tmp}/bad.py:needs_solution", "--eval_dataset": "{tmp}/plain.jsonl"},
+        ["bad.py:needs_solution asks for 'solution'"],
+    ),
+    "one of two functions raises": (
+        {"--reward_funcs": ["{m}/good.py:score", "{tmp}/bad.py:raises"]}, ["bad.py:raises raised"],
+    ),
+    "no such module": ({"--reward_funcs": "nowhere.at.all:f"}, ["reward_funcs", "no module 'nowhere'"]),
+    "no such function": ({"--reward_funcs": "{m}/good.py:scor"}, ["has no 'scor'", "Did you mean 'score'?"]),
+    "no such file": ({"--reward_funcs": "{tmp}/none.py:f"}, ["none.py cannot be read"]),
+    "file that does not compile": ({"--reward_funcs": "{tmp}/torn.py:f"}, ["torn.py raised SyntaxError"]),
+    "not a function": ({"--reward_funcs": "{m}/good.py:not_a_function"}, ["not_a_function' is no function"]),
+    "no address": ({"--reward_funcs": "score"}, ["'score' is no address of a function"]),
+    "no reward at all": ({"--reward_funcs": None}, ["--reward_model_path or --reward_funcs is missing"]),
+    "weights of another count": ({"--reward_weights": [1, 2]}, ["reward_weights: 2 given (1, 2), expected 1"]),
+    "no prompts": ({"--dataset": "{tmp}/empty.jsonl"}, ["empty.jsonl: the file is empty"]),
+    "no prompt column": (
+        {"--dataset": "{tmp}/columns.jsonl"}, ["columns.jsonl:1: no column 'prompt'", "there are promt", "'promt'?"],
+    ),
+    "no dataset": ({"--dataset": None}, ["--dataset is missing"]),
+    "no prompt left to train on": ({"--test_size": 24}, ["test_size"]),
+    "prompt too long": ({"--dataset": "{tmp}/long.jsonl"}, ["long.jsonl:2: prompt:", "at most 120 beside"]),
+    "response past the context": ({"--response_length": 128}, ["response_length: 128 leaves no room", "128 tokens"]),
+    "response past max_length": ({"--max_length": 8}, ["response_length: 8", "max_length (8)"]),
+    "reward of another base": ({"--reward_model_path": "{tmp}/other"}, ["reward_model_path", "trained on {tmp}/base"]),
+    "reward that is a model": ({"--reward_model_path": "{model}"}, ["reward_model_path", "is no reward adapter"]),
+    "reward without a head": (
+        {"--reward_model_path": "{m}/sft/policy"}, ["reward_model_path", "sft/policy is no reward adapter"],
+    ),
+    "no such reward": ({"--reward_model_path": "{tmp}/nowhere"}, ["reward_model_path: no folder", "nowhere"]),
+    "reward with a torn head": ({"--reward_model_path": "{tmp}/torn-head"}, ["torn-head/head.safetensors:"]),
+    "reward with a head of another width": (
+        {"--reward_model_path": "{tmp}/wide-head"}, ["wide-head/head.safetensors:", "size mismatch", "[1, 65]"],
+    ),
+    "reward that is torn": ({"--reward_model_path": "{tmp}/torn-reward"}, ["reward_model_path:", "torn-reward:"]),
+    "reward of another shape": (
+        {"--reward_model_path": "{tmp}/wide-reward"}, ["reward_model_path:", "wide-reward:", "size mismatch"],
+    ),
+    "reward that scores NaN": ({"--reward_model_path": "{tmp}/nan-head"}, ["reward_model is nan"]),
+    "minibatch above batch_size": ({"--batch_size": 2}, ["batch_size: 2", "minibatch", "= 4"]),
+    "batch_size no multiple": ({"--batch_size": 6}, ["batch_size: 6 is no multiple", "= 4"]),
+    "num_generations does not divide": ({"--num_generations": 3}, ["num_generations: 3", "8 responses"]),
+    "temperature 0": ({"--temperature": 0}, ["temperature: 0, expected above 0"]),
+    "dual_clip below 1": ({"--dual_clip": 0.5}, ["dual_clip: 0.5, expected above 1"]),
+    "cliprange 0": ({"--cliprange": 0}, ["cliprange: 0"]),
+    "gamma above 1": ({"--gamma": 1.5}, ["gamma: 1.5, expected 0 to 1"]),
+    "lam above 1": ({"--lam": 1.5}, ["lam: 1.5, expected 0 to 1"]),
+    "KL target 0": ({"--adap_kl_ctrl": True, "--adap_kl_target": 0}, ["adap_kl_target: 0"]),
+    "no epochs": ({"--num_train_epochs": 0, "--max_steps": -1}, ["num_train_epochs"]),
+    "beta of Adam": ({"--adam_beta1": 1}, ["adam_beta1: 1"]),
+    "all weights": ({"--no_use_peft": True}, ["use_peft", "--no_use_peft"]),
+    "stop text of several tokens": ({"--stop_token": "cat on"}, ["stop_token: 'cat on' is", "one token"]),
+    "no such layer": ({"--lora_target_modules": "flux"}, ["lora_target_modules", "flux"]),
+}  # fmt: skip
+
+
+@pytest.fixture
+def bad_material(tmp_path: Path, tiny_model: Path, material: Path) -> None:
+    """Files and folders that cannot be used, in tmp_path."""
+    (tmp_path / "bad.py").write_text(BAD_FUNCTIONS)
+    (tmp_path / "torn.py").write_text("def f(:\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    write_rows(tmp_path / "columns.jsonl", [{"promt": "a"}])
+    write_rows(tmp_path / "plain.jsonl", [{"prompt": "a"}, {"prompt": "the"}])
+    write_rows(tmp_path / "long.jsonl", [{"prompt": "a"}, {"prompt": "the cat " * 60}])
+    for name in ("other", "torn-head", "wide-head", "nan-head", "torn-reward", "wide-reward"):
+        shutil.copytree(material / "rm" / "reward", tmp_path / name)
+    shutil.copytree(tiny_model, tmp_path / "base")
+    described = json.loads((tmp_path / "other" / "adapter_config.json").read_text())
+    described["base_model_name_or_path"] = str(tmp_path / "base")
+    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(described))
+    for file in (tmp_path / "torn-head" / "head.safetensors", tmp_path / "torn-reward" / "adapter_model.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+    save_file({"weight": torch.zeros(1, 65), "bias": torch.zeros(1)}, tmp_path / "wide-head" / "head.safetensors")
+    save_file({"weight": torch.full((1, 64), math.nan), "bias": torch.zeros(1)}, tmp_path / "nan-head/head.safetensors")
+    adapter = tmp_path / "wide-reward" / "adapter_model.safetensors"
+    save_file({name: torch.zeros(65, 65) for name in load_file(adapter)}, adapter)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(ppo, tmp_path, tiny_model, material, bad_material, case):
+    changes, expected = BAD[case]
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, list):
+            return [filled(item) for item in value]
+        places = {"{tmp}": tmp_path, "{m}": material, "{model}": tiny_model}
+        for name, place in places.items():
+            value = value.replace(name, str(place)) if isinstance(value, str) else value
+        return value
+
+    changes = {flag: filled(value) for flag, value in changes.items()}
+    shutil.copytree(material / "old", tmp_path / "old")
+    before = tree(tmp_path)
+    line = error_line(ppo(changes))
+    for words in expected:
+        assert filled(words) in line, line
+    assert tree(tmp_path) == before
+    assert error_line(ppo({**changes, "--output_dir": tmp_path / "old", "--overwrite": True})) == line
+    assert tree(tmp_path) == before
+
+
+def test_an_older_run_is_not_replaced_unasked(ppo, tmp_path, material):
+    shutil.copytree(material / "old", tmp_path / "run")
+    before = tree(tmp_path)
+    assert "holds a run already" in error_line(ppo())
+    assert "lam is 0.5 here and 0.95 in" in error_line(ppo({"--lam": 0.5, "--resume": True}))
+    assert tree(tmp_path) == before
+
+
+def test_another_run_is_not_gone_on_with(quick, ppo, tmp_path, material):
+    """The same settings, but the prompts' file, or the reward adapter, holds something else by now."""
+    shutil.copytree(material / "rm" / "reward", tmp_path / "reward")
+    shutil.copy(material / "prompts.jsonl", tmp_path / "prompts.jsonl")
+    changes = {"--dataset": tmp_path / "prompts.jsonl", "--reward_model_path": tmp_path / "reward"}
+    assert ppo(changes).code == 0
+    files = [tmp_path / "prompts.jsonl", tmp_path / "reward" / "head.safetensors"]
+    content = [file.read_bytes() for file in files]
+    before = tree(tmp_path / "run")
+    rows = [json.loads(line) for line in content[0].splitlines()]
+    write_rows(files[0], [{**row, "solution": "7"} for row in rows])
+    assert "prompts of the run" in error_line(ppo({**changes, "--resume": True}))
+    files[0].write_bytes(content[0])
+    save_file({"weight": torch.ones(1, 64), "bias": torch.zeros(1)}, files[1])
+    assert "the reward model of the run" in error_line(ppo({**changes, "--resume": True}))
+    assert tree(tmp_path / "run") == before
+    files[1].write_bytes(content[1])
+    assert ppo({**changes, "--resume": True}).code == 0
+
+
+# -------------------------------------------------------------------------------------- startup checks that do not hold
+
+
+def shift_sampling(patch: pytest.MonkeyPatch, tmp_path: Path, material: Path, tiny_model: Path) -> dict[str, Any]:
+    """Tokens are drawn at half the temperature that is asked for."""
+    whole = rollout.draw
+
+    def colder(logits, sampling, filters):
+        return whole(logits * 2, sampling, filters)
+
+    patch.setattr(rollout, "draw", colder)
+    return {}
+
+
+def keep_dropout(patch: pytest.MonkeyPatch, tmp_path: Path, material: Path, tiny_model: Path) -> dict[str, Any]:
+    """A model with dropout, which is not turned off when it is loaded."""
+    folder = tmp_path / "dropping"
+    shutil.copytree(tiny_model, folder)
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**described, "attention_dropout": 0.3}))
+    patch.setattr(load, "without_dropout", lambda config: config)
+    return {"--model": folder}
+
+
+def shift_training(patch: pytest.MonkeyPatch, tmp_path: Path, material: Path, tiny_model: Path) -> dict[str, Any]:
+    """The pass with gradients forgets one thing that the others do."""
+    whole = startup.new_logprobs
+    patch.setattr(startup, "new_logprobs", lambda roles, episodes, config: whole(roles, episodes, config) + 0.01)
+    return {}
+
+
+def change_reference(patch: pytest.MonkeyPatch, tmp_path: Path, material: Path, tiny_model: Path) -> dict[str, Any]:
+    """The policy starts as the SFT adapter, but the reference is the bare base."""
+
+    def loaded(config):
+        roles = build.load_ppo_roles(config)
+        roles.adapters["reference"] = None
+        return roles
+
+    patch.setattr(command, "load_ppo_roles", loaded)
+    return {"--model": material / "sft" / "policy"}
+
+
+BROKEN = {
+    "sampling": (shift_sampling, "as drawn and of the policy's own pass"),
+    "dropout": (keep_dropout, "in training and in the pass before it"),
+    "training pass": (shift_training, "in training and in the pass before it"),
+    "reference": (change_reference, "of the policy and of the reference"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_start_that_does_not_agree_is_refused(ppo, monkeypatch, tmp_path, material, tiny_model, case):
+    breaks, expected = BROKEN[case]
+    shutil.copytree(material / "old", tmp_path / "old")
+    with monkeypatch.context() as patch:
+        changes = breaks(patch, tmp_path, material, tiny_model)
+        before = tree(tmp_path)
+        line = error_line(ppo(changes))
+        assert "startup check" in line
+        assert expected in line
+        error_line(ppo({**changes, "--output_dir": tmp_path / "old", "--overwrite": True}))
+        assert tree(tmp_path) == before
+    monkeypatch.setattr(report, "write_run_report", no_report)
+    assert ppo(changes).code == 0  # mended, the same settings run
