@@ -22,7 +22,7 @@ r = 4 rows above, in that order: what `ExperienceBatch.old_logprobs`, `old_value
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TypeVar
 
@@ -199,6 +199,17 @@ def predicted_tokens(sequence: TokenSequence) -> int:
 def last_rows(batch: TokenBatch) -> Tensor:
     """The flat row of each sequence's last token, int64 [S]: where a scalar head reads its score."""
     return batch.cu_seqlens[1:].to(torch.int64) - 1
+
+
+def like_lengths(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Places of at most `size` items each, of like lengths: little is padded. The longest first: if memory lacks, then
+    at once.
+
+    >>> list(like_lengths([3, 9, 4], 2))
+    [[1, 2], [0]]
+    """
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    yield from (order[start : start + size] for start in range(0, len(order), size))
 
 
 def to_device(record: T, device: torch.device) -> T:

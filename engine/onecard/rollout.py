@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onecard.batches import like_lengths
 from onecard.data import Prompt
 from onecard.errors import OnecardError
 from onecard.metrics import Bar, progress
@@ -247,12 +248,10 @@ def sample_responses(
             raise OnecardError(f"prompt {index} has no tokens, so there is nothing to go on from.")
     model = roles.causal_model()
     began = time.perf_counter()
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # if memory lacks, then at once
     found: dict[int, Response] = {}
     total = 0
     with torch.no_grad(), evaluating(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in like_lengths([len(prompt) for prompt in prompts], batch_size):
             held = Held(model, [prompts[index] for index in chosen], pad, roles.device)
             for row, response in sample_batch(held, sampling, ends):
                 found[chosen[row]] = response

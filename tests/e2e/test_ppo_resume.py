@@ -5,6 +5,7 @@ Run as a script (by the last test), this file is the parent of 20 runs that are 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -326,9 +327,8 @@ def heard(pipe: int, phase: str, times: int) -> list[str]:
 
 def kill_runs(plan: dict[str, Any]) -> None:
     """The whole run; then the other, killed and gone on with, and at last left alone."""
-    import bitsandbytes  # noqa: F401  # what the children would import one after another
-    import peft  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    for name in ("bitsandbytes", "peft", "transformers.models.llama.modeling_llama"):
+        importlib.import_module(name)  # what the children would import one after another
 
     folder, log = Path(plan["folder"]), Path(plan["folder"]) / "log.txt"
     random_moments = random.Random(plan["seed"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from onecard.batches import TokenSequence, pack, to_device
+from onecard.batches import TokenSequence, like_lengths, pack, to_device
 from onecard.data import Row, sft_examples
 from onecard.models.roles import Roles
 
@@ -40,14 +40,11 @@ def score(
 def score_sequences(roles: Roles, sequences: Sequence[TokenSequence], *, batch_size: int) -> list[float]:
     """One reward for each sequence, read at its last token: the tokens as they were sampled, never tokenized again.
 
-    Sequences of like length share a pass, so that little is lost to padding where a layout pads; the longest go first,
-    so that memory which does not suffice shows at once. The scores come back in the order of `sequences`.
+    The scores come back in the order of `sequences`.
     """
-    order = sorted(range(len(sequences)), key=lambda place: len(sequences[place]), reverse=True)
     scores = [0.0] * len(sequences)
     with roles.playing("reward"):
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
+        for places in like_lengths([len(sequence) for sequence in sequences], batch_size):
             batch = to_device(pack([sequences[place] for place in places]), roles.device)
             for place, value in zip(places, roles.scores(batch).tolist(), strict=True):
                 scores[place] = value

@@ -12,8 +12,8 @@ from ..records import Loss
 from .face import Face
 
 
-class DPOLoss(Face):
-    """`dpo_loss` as a module."""
+class _PreferenceLoss(Face):
+    """The options that all preference losses have."""
 
     def __init__(
         self,
@@ -35,6 +35,10 @@ class DPOLoss(Face):
             f_alpha_divergence_coef=f_alpha_divergence_coef,
             discopop_tau=discopop_tau,
         )
+
+
+class DPOLoss(_PreferenceLoss):
+    """`dpo_loss` as a module."""
 
     def forward(
         self,
@@ -61,7 +65,7 @@ class DPOLoss(Face):
         )
 
 
-class LinearDPOLoss(DPOLoss):
+class LinearDPOLoss(_PreferenceLoss):
     """`linear_dpo_loss` as a module."""
 
     def __init__(
@@ -76,7 +80,7 @@ class LinearDPOLoss(DPOLoss):
         super().__init__(**dpo)
         self.options.update(temperature=temperature, logit_scale=logit_scale, softcap=softcap, backend=backend)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden: Tensor,
         weight: Tensor,

@@ -11,8 +11,8 @@ from ..records import Loss
 from .face import Face
 
 
-class PPOLoss(Face):
-    """`ppo_loss` as a module."""
+class _PolicyLoss(Face):
+    """The options that all policy losses have."""
 
     def __init__(
         self,
@@ -34,6 +34,10 @@ class PPOLoss(Face):
             kl_estimator=kl_estimator,
             backend=backend,
         )
+
+
+class PPOLoss(_PolicyLoss):
+    """`ppo_loss` as a module."""
 
     def forward(
         self,
@@ -60,14 +64,14 @@ class PPOLoss(Face):
         )
 
 
-class LogitsPPOLoss(PPOLoss):
+class LogitsPPOLoss(_PolicyLoss):
     """`logits_ppo_loss` as a module."""
 
     def __init__(self, *, temperature: float = 1.0, **ppo: Any) -> None:
         super().__init__(**ppo)
         self.options.update(temperature=temperature)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         logits: Tensor,
         targets: Tensor,
@@ -92,7 +96,7 @@ class LogitsPPOLoss(PPOLoss):
         )
 
 
-class LinearPPOLoss(PPOLoss):
+class LinearPPOLoss(_PolicyLoss):
     """`linear_ppo_loss` as a module."""
 
     def __init__(
@@ -101,7 +105,7 @@ class LinearPPOLoss(PPOLoss):
         super().__init__(**ppo)
         self.options.update(temperature=temperature, logit_scale=logit_scale, softcap=softcap)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden: Tensor,
         weight: Tensor,

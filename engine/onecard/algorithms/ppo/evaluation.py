@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onecard.algorithms.ppo.experience import logprobs_of, pad
+from onecard.algorithms.ppo.experience import answer_metrics, logprobs_of
 from onecard.algorithms.ppo.sampling import Sampler
 from onecard.config import PPOConfig
 from onecard.data import Prompt
@@ -35,15 +35,8 @@ def evaluate_policy(
     with bar.part("evaluate", len(prompts)) as part, own_draws(roles.device, config.seed, "evaluate"):
         episodes = sampler.sample(roles, prompts, range(len(prompts)), part).episodes
         scores = judge.scores(roles, sampler.tokenizer, prompts, episodes)
-    kl = pad(logprobs_of(roles, "policy", episodes, config)) - pad(logprobs_of(roles, "reference", episodes, config))
-    lengths = [len(episode.response) for episode in episodes]
-    metrics = {
-        "objective/scores": float(scores.total.mean()),
-        "objective/scores_std": float(scores.total.std(unbiased=False)),
-        "objective/kl": float(kl.sum(1).mean()),
-        "completions/mean_length": sum(lengths) / len(lengths),
-        "completions/clipped_ratio": sum(not episode.finished for episode in episodes) / len(episodes),
-    }
+    logprobs = logprobs_of(roles, "policy", episodes, config)
+    metrics = answer_metrics(episodes, logprobs, logprobs_of(roles, "reference", episodes, config), scores.total)
     metrics |= {f"rewards/{name}/mean": float(part.mean()) for name, part in scores.parts.items()}
     shown = zip(prompts[:SHOWN_SAMPLES], episodes, scores.total.tolist(), strict=False)
     samples = [

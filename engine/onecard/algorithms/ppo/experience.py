@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from onecard.batches import Episode, Experience, ResponseTargets, TokenBatch, pack, response_targets, to_device
+from onecard.batches import (
+    Episode,
+    Experience,
+    ResponseTargets,
+    TokenBatch,
+    like_lengths,
+    pack,
+    response_targets,
+    to_device,
+)
 from onecard.config import PPOConfig
 from onecard.errors import OnecardError
 from onecard.models.roles import Roles
@@ -53,11 +62,9 @@ def per_token(
     batch_size: int,
 ) -> list[Tensor]:
     """`read` of each episode's response tokens under a role, in batches of like lengths, in the episodes' order."""
-    order = sorted(range(len(episodes)), key=lambda index: -len(episodes[index]))  # if memory lacks, then at once
     found: list[Tensor] = [torch.empty(0)] * len(episodes)
     with roles.playing(role):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in like_lengths([len(episode) for episode in episodes], batch_size):
             batch = to_device(pack([episodes[index].sequence for index in chosen]), roles.device)
             lengths = [len(episodes[index].sampling_logprobs) for index in chosen]
             pieces = read(batch, response_targets(batch)).cpu().split(lengths)
@@ -146,26 +153,34 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     return 1.0 - float((returns - values).var(unbiased=False)) / variance if variance > 0 else 0.0
 
 
-def objective_metrics(
-    episodes: Sequence[Episode], passes: Passes, shaped: Shaped, scores: Tensor, kl_coef: float
+def answer_metrics(
+    episodes: Sequence[Episode], logprobs: Sequence[Tensor], ref_logprobs: Sequence[Tensor], scores: Tensor
 ) -> dict[str, float]:
-    """What an iteration's answers came to, by TRL's names."""
-    kl = pad(passes.logprobs) - pad(passes.ref_logprobs)
-    penalty = -kl_coef * shaped.kl.sum(1).mean()
-    lengths = shaped.mask.sum(1).float()
+    """What answers came to, in training and in evaluation."""
+    kl = pad(logprobs) - pad(ref_logprobs)
     finished = sum(episode.finished for episode in episodes)
     return {
         "objective/scores": float(scores.mean()),
         "objective/scores_std": float(scores.std(unbiased=False)),
         "objective/kl": float(kl.sum(1).mean()),
+        "completions/mean_length": sum(map(len, logprobs)) / len(episodes),
+        "completions/clipped_ratio": 1.0 - finished / len(episodes),
+    }
+
+
+def objective_metrics(
+    episodes: Sequence[Episode], passes: Passes, shaped: Shaped, scores: Tensor, kl_coef: float
+) -> dict[str, float]:
+    """What an iteration's answers came to, by TRL's names."""
+    penalty = -kl_coef * shaped.kl.sum(1).mean()
+    return {
+        **answer_metrics(episodes, passes.logprobs, passes.ref_logprobs, scores),
         "objective/kl_coef": kl_coef,
         "objective/non_score_reward": float(penalty),
         "objective/rlhf_reward": float(scores.mean() + penalty),
         "objective/entropy": float(-pad(passes.logprobs).sum(1).mean()),
         "val/explained_variance": explained_variance(shaped.values[shaped.mask], shaped.returns[shaped.mask]),
-        "val/num_eos_tokens": float(finished),
-        "completions/mean_length": float(lengths.mean()),
-        "completions/clipped_ratio": 1.0 - finished / len(episodes),
+        "val/num_eos_tokens": float(sum(episode.finished for episode in episodes)),
     }
 
 

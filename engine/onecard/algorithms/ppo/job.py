@@ -131,8 +131,8 @@ class PPO:
         seconds = time.perf_counter() - began
         return {
             **row,
-            "time/rollout_tokens_per_second": sampled.tokens_per_second,
-            "time/rollout_share": sampled.seconds / seconds,
+            "time/rollout_tokens_per_second": sampled.rollout.tokens_per_second,
+            "time/rollout_share": sampled.rollout.seconds / seconds,
             "time/tokens_per_second": tokens / seconds,
         }
 

@@ -11,20 +11,15 @@ from onecard.config import PPOConfig
 from onecard.data import Prompt
 from onecard.metrics import Bar
 from onecard.models.roles import Roles
-from onecard.rollout import Response, Sampling, end_tokens, sample_responses
+from onecard.rollout import Response, Rollout, Sampling, end_tokens, sample_responses
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Episodes in the order of their prompts, and how long they took."""
+    """Episodes in the order of their prompts, and the rollout that they come from, which knows its time."""
 
     episodes: list[Episode]
-    seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Response tokens, for prompts cost one pass and no draw."""
-        return sum(len(episode.response) for episode in self.episodes) / self.seconds
+    rollout: Rollout
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ class Sampler:
             make_episode(prompt, place, response)
             for prompt, place, response in zip(prompts, places, rollout.responses, strict=True)
         ]
-        return Sampled(episodes, rollout.seconds)
+        return Sampled(episodes, rollout)
 
 
 def make_sampler(config: PPOConfig, roles: Roles, tokenizer: Any) -> Sampler:
