@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from . import launch
+
 BACKENDS = ("auto", "triton", "torch")
 
 TABLE: dict[str, dict[str, str]] = {
@@ -33,10 +35,16 @@ def implementation(function: str, backend: str, device: torch.device) -> Callabl
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     if backend == "auto":
-        backend = next(b for b in PREFERENCE.get(device.type, ANYWHERE) if b in available)
+        backend = next(b for b in PREFERENCE.get(device.type, ANYWHERE) if b in available and _runs(b, device))
     if backend not in available:
         raise ValueError(f"backend is {backend!r}, but {function} has only: {', '.join(sorted(available))}")
+    if not _runs(backend, device):
+        raise ValueError(f"backend is {backend!r}, but {launch.why_not(device)}")
     return _load(available[backend])
+
+
+def _runs(backend: str, device: torch.device) -> bool:
+    return backend != "triton" or launch.why_not(device) is None
 
 
 @cache

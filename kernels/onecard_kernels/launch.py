@@ -1,0 +1,77 @@
+"""The one place that starts Triton kernels: it runs them, or writes down what would have been run.
+
+Writing down is how kernels are compiled for cards that are not here: a launching function is called with tensors on
+the `meta` device at real sizes, and its launches, with their dtypes, block sizes and warps, are compiled ahead of time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One start of a kernel: `args` are its run-time arguments in order, `constexprs` its compile-time ones by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+_recorders: list[list[Launch]] = []
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Inside, kernels do not run; the list that is handed out has their launches."""
+    launches: list[Launch] = []
+    _recorders.append(launches)
+    try:
+        yield launches
+    finally:
+        _recorders.pop()
+
+
+@cache
+def _triton() -> Any:
+    """The module, or None: it does not exist for every platform, and the torch backend needs none."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton
+
+
+def interpreted() -> bool:
+    """Triton's interpreter runs the kernels on CPU tensors (TRITON_INTERPRET=1 before triton was imported)."""
+    return _triton() is not None and bool(_triton().knobs.runtime.interpret)
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why kernels cannot run on tensors of this device, or None."""
+    if _triton() is None:
+        return "triton is not installed"
+    if device.type in ("cuda", "meta") or interpreted():
+        return None
+    return f"the tensors are on {device}: a GPU is needed (to test, set TRITON_INTERPRET=1 before triton is imported)"
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 2, **constexprs: Any
+) -> None:
+    """Start `kernel` on `grid` programs, on the device of the first tensor among `args`."""
+    if _recorders:
+        _recorders[-1].append(Launch(kernel, grid, args, constexprs, num_warps, num_stages))
+        return
+    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)
