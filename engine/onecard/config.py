@@ -119,9 +119,15 @@ class DPOConfig(TrainConfig):
 
     learning_rate: float = option(5e-5, "Peak learning rate.", least=0)
     beta: float = option(0.1, "Strength of the pull towards the reference; larger stays closer.", least=0)
-    loss_type: list[str] = option(["sigmoid"], "sigmoid, ipo or hinge; several are added up with loss_weights.")
+    loss_type: list[str] = option(
+        ["sigmoid"], "sigmoid, ipo, hinge, discopop, robust, exo_pair, nca_pair, bco_pair, sppo_hard, aot, "
+        "aot_unpaired, apo_zero, apo_down, sigmoid_norm or sft; several are added up with loss_weights.",
+    )  # fmt: skip
     loss_weights: list[float] = option([], "One weight for each loss_type; empty: 1 each.")
-    label_smoothing: float = option(0.0, "Probability that a label is flipped (cDPO).", least=0)
+    label_smoothing: float = option(
+        0.0, "Probability that a label is flipped, 0 to 0.5; used by sigmoid (cDPO), sigmoid_norm, aot, aot_unpaired, "
+        "robust (below 0.5) and exo_pair (above 0).", least=0,
+    )  # fmt: skip
     f_divergence_type: Divergence = option("reverse_kl", "Divergence to the reference.")
     f_alpha_divergence_coef: float = option(0.5, "alpha of alpha_divergence.")
 

@@ -1,7 +1,7 @@
 """Losses for language models on one card: fused, exact in fp32, and never holding `[tokens, vocab]` logits."""
 
 from .advantages import gae, group_advantages, masked_whiten
-from .dpo import dpo_loss, linear_dpo_loss, sequence_sums
+from .dpo import cpo_loss, dpo_loss, kto_loss, linear_dpo_loss, orpo_loss, sequence_sums, simpo_loss
 from .kl import token_kl
 from .logprob import linear_logprobs, selective_log_softmax
 from .ppo import linear_ppo_loss, logits_ppo_loss, ppo_loss, value_loss
@@ -11,17 +11,21 @@ __all__ = [
     "Advantages",
     "LogProbs",
     "Loss",
+    "cpo_loss",
     "dpo_loss",
     "gae",
     "group_advantages",
+    "kto_loss",
     "linear_dpo_loss",
     "linear_logprobs",
     "linear_ppo_loss",
     "logits_ppo_loss",
     "masked_whiten",
+    "orpo_loss",
     "ppo_loss",
     "selective_log_softmax",
     "sequence_sums",
+    "simpo_loss",
     "token_kl",
     "value_loss",
 ]

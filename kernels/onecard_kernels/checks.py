@@ -62,17 +62,17 @@ def within(name: str, value: float, low: float, high: float) -> None:
 
 
 def finite(name: str, value: float) -> None:
-    if not _is_number(value) or not math.isfinite(value):
+    if not _is_number(value) or not -math.inf < value < math.inf:
         raise ValueError(f"{name} is {value!r}, expected a finite number")
 
 
 def at_least(name: str, value: float, low: float) -> None:
-    if not _is_number(value) or not value >= low or math.isinf(value):
+    if not _is_number(value) or not low <= value < math.inf:
         raise ValueError(f"{name} is {value!r}, expected a finite number of {low:g} or more")
 
 
 def above(name: str, value: float, low: float) -> None:
-    if not _is_number(value) or not value > low or math.isinf(value):
+    if not _is_number(value) or not low < value < math.inf:
         raise ValueError(f"{name} is {value!r}, expected a finite number above {low:g}")
 
 
@@ -155,6 +155,19 @@ def head(value: Head, vocabulary: int, like: Tensor) -> None:
         device("forbidden", value.forbidden, "hidden", like)
         if values_are_checked(like.device) and bool(value.forbidden.all()):
             raise ValueError(f"forbidden is True for all {vocabulary} tokens, expected at least one allowed token")
+
+
+def logits(value: Tensor, targets_: Tensor, temperature: float, mask_: Tensor | None) -> None:
+    """The arguments that every function from logits takes."""
+    floating("logits", value)
+    integer("targets", targets_)
+    if value.dim() < 1 or value.shape[-1] == 0:
+        raise ValueError(f"logits has shape {tuple(value.shape)}, expected [..., V] with V above 0")
+    shape("targets", targets_, value.shape[:-1], "logits' shape without its last dimension")
+    device("targets", targets_, "logits", value)
+    positive("temperature", temperature)
+    mask(mask_, "targets", targets_)
+    targets(targets_, value.shape[-1], mask_)
 
 
 def linear(hidden: Tensor, weight: Tensor, targets_: Tensor, head_: Head, mask_: Tensor | None) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from onecard_kernels import dpo_loss, linear_dpo_loss, modules, sequence_sums
+from onecard_kernels.dpo.losses import LOSSES
 from onecard_kernels.logprob import reference
 
 B, T, D, V = 2, 6, 8, 131
@@ -39,13 +40,13 @@ def restated(hidden: torch.Tensor, weight: torch.Tensor, batch: dict[str, torch.
 
 
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge"])
+@pytest.mark.parametrize("loss_type", LOSSES)
 def test_padded_and_packed_equal_the_restatement(loss_type: str, train: bool) -> None:
     batch = padded()
     hidden = batch.pop("hidden").requires_grad_()
     weight = batch.pop("weight").requires_grad_(train)
     leaves = (hidden, weight) if train else (hidden,)
-    kw: dict[str, Any] = {"loss_type": loss_type, "beta": 0.2}
+    kw: dict[str, Any] = {"loss_type": loss_type, "beta": 0.2, "label_smoothing": 0.1}
     truth = restated(hidden, weight, batch, **kw)
     true_grads = torch.autograd.grad(truth, leaves)
 
@@ -56,6 +57,23 @@ def test_padded_and_packed_equal_the_restatement(loss_type: str, train: bool) ->
         torch.testing.assert_close(got.loss, truth)
         assert set(got.metrics) == {f"rewards/{x}" for x in ("chosen", "rejected", "margins", "accuracies")}
         torch.testing.assert_close(torch.autograd.grad(got.loss, leaves), true_grads)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"loss_type": "discopop", "discopop_tau": 0.5},
+    {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.9},
+    {"loss_type": ["sft", "hinge"], "loss_weights": [0.1, 2.0]},
+    {"weights": torch.tensor([0.2, 0.7])},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_option_arrives(options: dict[str, Any]) -> None:
+    batch = padded()
+    got = linear_dpo_loss(**batch, **options)
+    hidden, weight = batch.pop("hidden"), batch.pop("weight")
+    torch.testing.assert_close(got.loss, restated(hidden, weight, batch, **options))
+    assert not torch.allclose(got.loss, restated(hidden, weight, batch, loss_type=options.get("loss_type", "sigmoid")))
 
 
 def test_micro_batches_of_pairs_add_up() -> None:
@@ -77,12 +95,15 @@ def test_micro_batches_of_pairs_add_up() -> None:
     torch.testing.assert_close(torch.autograd.grad(total, hidden), torch.autograd.grad(whole.loss, hidden))
 
 
-def test_given_lengths_replace_the_counts() -> None:
+@pytest.mark.parametrize("loss_type", ["ipo", "sigmoid_norm", "sft"])
+def test_given_lengths_replace_the_counts(loss_type: str) -> None:
     batch = padded()
     ones = torch.ones(B)
-    by_token = linear_dpo_loss(**batch, loss_type="ipo").loss
-    by_sum = linear_dpo_loss(**batch, loss_type="ipo", chosen_lengths=ones, rejected_lengths=ones).loss
+    by_token = linear_dpo_loss(**batch, loss_type=loss_type).loss
+    by_sum = linear_dpo_loss(**batch, loss_type=loss_type, chosen_lengths=ones, rejected_lengths=ones).loss
     assert not torch.allclose(by_token, by_sum)
+    counts = {"chosen_lengths": torch.tensor([4, 1]), "rejected_lengths": torch.tensor([3, 2])}
+    assert torch.equal(linear_dpo_loss(**batch, loss_type=loss_type, **counts).loss, by_token)
 
 
 def test_sequence_sums() -> None:

@@ -20,6 +20,7 @@ from onecard.config import DPOConfig
 from onecard.errors import OnecardError
 from onecard.models.roles import Roles
 from onecard_kernels import Loss, dpo_loss, linear_dpo_loss, sequence_sums
+from onecard_kernels.dpo import WHOLE_BATCH
 
 
 def loss_keywords(config: DPOConfig) -> dict[str, Any]:
@@ -36,6 +37,12 @@ def loss_keywords(config: DPOConfig) -> dict[str, Any]:
         dpo_loss(*torch.zeros(4, 1).unbind(), **keywords)
     except (TypeError, ValueError) as error:
         raise OnecardError(str(error)) from error
+    sorting = sorted(WHOLE_BATCH.intersection(config.loss_type))
+    if sorting and config.gradient_accumulation_steps > 1:
+        raise OnecardError(
+            f"gradient_accumulation_steps is {config.gradient_accumulation_steps}, expected 1 with loss_type "
+            f"{sorting[0]}, which sorts the whole batch; raise per_device_train_batch_size instead"
+        )
     return keywords
 
 
@@ -48,11 +55,12 @@ def reference_logps(roles: Roles, batch: PreferenceBatch, targets: ResponseTarge
 
 
 def preference_loss(roles: Roles, batch: PreferenceBatch, keywords: dict[str, Any], normalizer: int) -> Loss:
-    """`dpo_loss` of the policy against the reference on one record of pairs."""
+    """`dpo_loss` of the policy against the reference on one record of pairs; aot's sorts within the record."""
     targets = response_targets(batch.sequences)
     reference = reference_logps(roles, batch, targets)
     hidden, head = roles.hidden(batch.sequences, targets.rows), roles.head()
-    return linear_dpo_loss(
+    whole = not WHOLE_BATCH.isdisjoint(keywords.get("loss_type", ()))
+    loss = linear_dpo_loss(
         hidden,
         head.weight,
         targets.targets,
@@ -60,8 +68,13 @@ def preference_loss(roles: Roles, batch: PreferenceBatch, keywords: dict[str, An
         reference,
         **head.keywords(),
         **keywords,
-        normalizer=normalizer,
+        normalizer=None if whole else normalizer,
     )
+    if not whole:
+        return loss
+    # Training has one micro-batch to a step, so that share is 1; evaluation averages over its micro-batches.
+    share = batch.num_pairs / normalizer
+    return Loss(loss.loss * share, {name: value * share for name, value in loss.metrics.items()})
 
 
 def run(config: DPOConfig) -> Path:

@@ -1,6 +1,18 @@
 """Preference losses, on sequence log-probabilities and straight from hidden states."""
 
+from .kto import kto_loss
 from .linear import linear_dpo_loss, sequence_sums
+from .losses import WHOLE_BATCH
 from .reference import dpo_loss
+from .reference_free import cpo_loss, orpo_loss, simpo_loss
 
-__all__ = ["dpo_loss", "linear_dpo_loss", "sequence_sums"]
+__all__ = [
+    "WHOLE_BATCH",
+    "cpo_loss",
+    "dpo_loss",
+    "kto_loss",
+    "linear_dpo_loss",
+    "orpo_loss",
+    "sequence_sums",
+    "simpo_loss",
+]

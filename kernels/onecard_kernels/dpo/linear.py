@@ -11,7 +11,8 @@ from .. import checks
 from ..logprob import linear_logprobs
 from ..logprob.passes import result_dtype
 from ..records import Loss
-from .reference import dpo_loss
+from .inputs import check_lengths, check_weights
+from .reference import check_options, dpo_loss
 
 
 def sequence_sums(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
@@ -81,8 +82,8 @@ def linear_dpo_loss(
         sequence_ids: `[...]`, integers: 0..B-1 for chosen, B..2B-1 for rejected, -1 for no response token.
         ref_logps: `[2B]`, the reference's sums, chosen first; B is half its length.
         bias, temperature, logit_scale, softcap, forbidden: the head, see `linear_logprobs`.
-        chosen_lengths, rejected_lengths: `[B]`; by default the counts of sequence_ids, so that ipo averages over the
-            response as TRL's does.
+        chosen_lengths, rejected_lengths: `[B]`; by default the counts of sequence_ids, so that ipo, sigmoid_norm and
+            sft are per token as TRL's are.
         beta ... normalizer: see `dpo_loss`.
         backend: "auto", "triton" or "torch".
 
@@ -92,6 +93,17 @@ def linear_dpo_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
+    check_options(
+        loss_type,
+        loss_weights,
+        beta,
+        label_smoothing,
+        f_divergence_type,
+        f_alpha_divergence_coef,
+        discopop_tau,
+        weights,
+        normalizer,
+    )
     checks.floating("ref_logps", ref_logps)
     if ref_logps.dim() != 1 or ref_logps.shape[0] % 2:
         raise ValueError(f"ref_logps has shape {tuple(ref_logps.shape)}, expected [2B], chosen first, rejected after")
@@ -99,6 +111,8 @@ def linear_dpo_loss(
     checks.device("ref_logps", ref_logps, "targets", targets)
     checks.no_nan("ref_logps", ref_logps)
     pairs = ref_logps.shape[0] // 2
+    check_lengths(chosen_lengths, rejected_lengths, "half of ref_logps", ref_logps[:pairs])
+    check_weights(weights, normalizer, "half of ref_logps", ref_logps[:pairs])
     _check_ids(sequence_ids, 2 * pairs, "targets", targets)
 
     logprobs = linear_logprobs(

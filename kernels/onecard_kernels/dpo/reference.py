@@ -1,20 +1,22 @@
-"""Preference losses on sequence log-probabilities: a table of losses over a table of divergences."""
+"""The DPO family: one loss or several of the table, on sequence log-probabilities."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
 from ..kl.reference import log_ratio
+from ..logprob.passes import result_dtype
 from ..records import Loss, divisor_of
+from .divergences import DIVERGENCES
+from .inputs import check_lengths, check_responses, check_weights, reward_metrics
+from .losses import ANY_DIVERGENCE, LOSSES, WHOLE_BATCH, Pairs
 
-EXPONENT_LIMIT = 80.0  # e^80 is 6e34, just inside fp32; the gradient is zero above
+T = TypeVar("T")
 
 
 def dpo_loss(
@@ -37,176 +39,124 @@ def dpo_loss(
 ) -> Loss:
     """Preference loss of B pairs, from the log-probabilities of whole responses.
 
-    r = logp - ref_logp;  s = f'(e^r) (reverse_kl: s = r);  delta = s_chosen - s_rejected
-    loss = sum_pairs weight * sum_types loss_weight * l_type(delta) / normalizer
+    r = logp - ref_logp;  s = f'(e^r) (reverse_kl: s = r);  l = beta (s_chosen - s_rejected);  e = label_smoothing
+    S(x) = -(1 - e) logsigmoid(x) - e logsigmoid(-x);  c = beta r_chosen;  j = beta r_rejected
+    loss = sum_pairs weight * sum_types loss_weight * loss_type / normalizer
 
-    sigmoid   -(1 - e) logsigmoid(beta delta) - e logsigmoid(-beta delta), e = label_smoothing
-              (DPO, https://arxiv.org/abs/2305.18290; e > 0 is its conservative form, cDPO,
-              https://ericmitchell.ai/cdpo.pdf). TRL 1.16's `sigmoid` ignores label_smoothing: equal at e = 0 only.
-    ipo       (delta' - 1 / (2 beta))^2, delta' of scores divided by their lengths where lengths are given, as TRL
-              always does (https://arxiv.org/abs/2310.12036)
-    hinge     max(0, 1 - beta delta) (SLiC, https://arxiv.org/abs/2305.10425)
-    discopop  l = beta delta, m = sigmoid(l / discopop_tau): -(1 - m) logsigmoid(l) + m exp(-l)
-              (https://arxiv.org/abs/2406.08414)
+    sigmoid       S(l): DPO, https://arxiv.org/abs/2305.18290; with e > 0 cDPO, https://ericmitchell.ai/cdpo.pdf
+    ipo           (d - 1 / (2 beta))^2, d = s_chosen / length_chosen - s_rejected / length_rejected, with lengths where
+                  given: https://arxiv.org/abs/2310.12036 (the lengths are its authors', TRL reports)
+    hinge         max(0, 1 - l): SLiC, https://arxiv.org/abs/2305.10425
+    discopop      -(1 - m) logsigmoid(l) + m exp(-l), m = sigmoid(l / discopop_tau): https://arxiv.org/abs/2406.08414
+    robust        (-(1 - e) logsigmoid(l) + e logsigmoid(-l)) / (1 - 2e), e below 0.5: https://arxiv.org/abs/2403.00409
+    exo_pair      q log(q / (1 - e)) + (1 - q) log((1 - q) / e), q = sigmoid(l), e above 0 (the paper's 1e-3):
+                  https://arxiv.org/abs/2402.00856
+    nca_pair      -logsigmoid(c) - 0.5 logsigmoid(-c) - 0.5 logsigmoid(-j): https://arxiv.org/abs/2402.05369
+    bco_pair      -logsigmoid(c) - logsigmoid(-j): https://arxiv.org/abs/2404.04656 without its running mean of rewards
+    sppo_hard     (r_chosen - 1 / (2 beta))^2 + (r_rejected + 1 / (2 beta))^2: https://arxiv.org/abs/2405.00675
+    aot           S(beta (sorted(logp_chosen - logp_rejected) - sorted(ref_chosen - ref_rejected))), sorted over the
+                  batch: https://arxiv.org/abs/2406.05882
+    aot_unpaired  S(beta (sorted(r_chosen) - sorted(r_rejected))): the same paper
+    apo_zero      sigmoid(-c) + sigmoid(j): https://arxiv.org/abs/2408.06266
+    apo_down      sigmoid(c) + sigmoid(j - c): the same paper
+    sigmoid_norm  S(beta d), d as in ipo: length-normalised DPO, https://arxiv.org/abs/2411.15124
+    sft           -logp_chosen / length_chosen, length where given: MPO, https://arxiv.org/abs/2411.10442
 
     Divergences, https://arxiv.org/abs/2309.16240: reverse_kl s = r; forward_kl s = 1 - e^-r;
     js_divergence s = log 2 + logsigmoid(r); alpha_divergence s = (e^((a - 1) r) - 1) / (a - 1), a = 1 being r.
+    nca_pair, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero and apo_down are defined for reverse_kl only.
+
+    Names and values are TRL 1.16's, but for: e in sigmoid and sigmoid_norm (TRL ignores it); sft, a mean over pairs of
+    means over tokens (TRL: the mean over all tokens, which micro-batches cannot add up); exponents of divergences,
+    clamped at 40 with zero gradient above (TRL: alpha_divergence's at 80); ipo and sigmoid_norm without lengths.
 
     Args:
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed over the response, in nats.
         beta: strength of the pull towards the reference, above 0.
         loss_type: one name or several; with several their losses add up.
         loss_weights: one factor per loss type, 1 each by default.
-        label_smoothing: share of pairs whose preference is taken to be flipped, 0 to 0.5; used by sigmoid.
-        f_divergence_type: see above. Exponents are clamped at 80, with zero gradient above.
+        label_smoothing: e, the share of pairs whose preference is taken to be flipped, 0 to 0.5; used by sigmoid,
+            sigmoid_norm, robust, exo_pair, aot and aot_unpaired.
+        f_divergence_type: see above.
         f_alpha_divergence_coef: a.
-        discopop_tau: temperature of discopop's mixture.
-        chosen_lengths, rejected_lengths: `[B]`, response tokens; both or neither; below 1 counts as 1. Used by ipo.
-        weights: `[B]`, a factor for each pair's loss (not for the metrics).
+        discopop_tau: temperature of discopop's mixture, above 0.
+        chosen_lengths, rejected_lengths: `[B]`, response tokens; both or neither; below 1 counts as 1. Used by ipo,
+            sigmoid_norm and sft.
+        weights: `[B]`, a factor for each pair's loss (not for the metrics); not for aot and aot_unpaired, whose sorted
+            places belong to no pair. WPO (https://arxiv.org/abs/2406.11827; TRL's `use_weighting`):
+            exp(m_chosen + m_rejected), detached, m = sum_t (logp_t - log_sum_sq_probs_t) / length, with logp_t and
+            log_sum_sq_probs_t as `linear_logprobs` returns them and the sums as `sequence_sums` takes them.
         normalizer: divides the sums of loss and metrics, B by default. Given the whole batch's number of pairs,
-            micro-batches add up to the batch in loss, gradient and metrics.
+            micro-batches add up to the batch in loss, gradient and metrics. Not for aot and aot_unpaired, which sort
+            the whole batch.
 
     Returns:
         Loss, fp32 (fp64 in, fp64 out), with the metrics rewards/chosen and rewards/rejected (beta r), rewards/margins
-        (their difference) and rewards/accuracies (share of pairs with chosen above rejected).
+        (their difference) and rewards/accuracies (share of pairs with chosen above rejected). `-inf - -inf` is 0.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    types = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
-    factors = (1.0,) * len(types) if loss_weights is None else tuple(loss_weights)
-    _check_options(types, factors, beta, label_smoothing, f_divergence_type, f_alpha_divergence_coef, discopop_tau)
-    _check_pairs(
-        {
-            "chosen_logps": chosen_logps,
-            "rejected_logps": rejected_logps,
-            "ref_chosen_logps": ref_chosen_logps,
-            "ref_rejected_logps": ref_rejected_logps,
-        },
-        {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths},
-        weights,
-    )
-    checks.normalizer(normalizer)
-
-    chosen_ratio = log_ratio(chosen_logps, ref_chosen_logps)
-    rejected_ratio = log_ratio(rejected_logps, ref_rejected_logps)
-    divisor = divisor_of(normalizer, float(max(chosen_logps.shape[0], 1)), chosen_ratio.dtype)
-    score = DIVERGENCES[f_divergence_type]
-    pairs = Pairs(
-        score(chosen_ratio, f_alpha_divergence_coef),
-        score(rejected_ratio, f_alpha_divergence_coef),
-        chosen_lengths,
-        rejected_lengths,
+    types, factors = check_options(
+        loss_type,
+        loss_weights,
         beta,
         label_smoothing,
+        f_divergence_type,
+        f_alpha_divergence_coef,
         discopop_tau,
+        weights,
+        normalizer,
+    )
+    logps = {
+        "chosen_logps": chosen_logps,
+        "rejected_logps": rejected_logps,
+        "ref_chosen_logps": ref_chosen_logps,
+        "ref_rejected_logps": ref_rejected_logps,
+    }
+    check_responses(logps, "pair")
+    check_lengths(chosen_lengths, rejected_lengths, "chosen_logps", chosen_logps)
+    check_weights(weights, normalizer, "chosen_logps", chosen_logps)
+
+    dtype = result_dtype(*(value.dtype for value in logps.values()))
+    logps = {name: value.to(dtype) for name, value in logps.items()}
+    chosen_ratio = log_ratio(logps["chosen_logps"], logps["ref_chosen_logps"])
+    rejected_ratio = log_ratio(logps["rejected_logps"], logps["ref_rejected_logps"])
+    score = DIVERGENCES[f_divergence_type]
+    pairs = Pairs(
+        **logps,
+        chosen_ratio=chosen_ratio,
+        rejected_ratio=rejected_ratio,
+        chosen_score=score(chosen_ratio, f_alpha_divergence_coef),
+        rejected_score=score(rejected_ratio, f_alpha_divergence_coef),
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+        beta=beta,
+        label_smoothing=label_smoothing,
+        discopop_tau=discopop_tau,
     )
     losses = torch.stack([factor * LOSSES[name](pairs) for name, factor in zip(types, factors, strict=True)]).sum(0)
     if weights is not None:
-        losses = losses * weights
-    return Loss(losses.sum() / divisor, _rewards(beta * chosen_ratio.detach(), beta * rejected_ratio.detach(), divisor))
+        losses = losses * weights.to(dtype)
+    divisor = divisor_of(normalizer, float(max(chosen_logps.shape[0], 1)), dtype)
+    rewards = reward_metrics(beta * chosen_ratio.detach(), beta * rejected_ratio.detach(), divisor)
+    return Loss(losses.sum() / divisor, rewards)
 
 
-class Pairs(NamedTuple):
-    """What a loss type sees: scores and lengths per pair, and the numbers."""
-
-    chosen: Tensor
-    rejected: Tensor
-    chosen_lengths: Tensor | None
-    rejected_lengths: Tensor | None
-    beta: float
-    label_smoothing: float
-    discopop_tau: float
-
-    @property
-    def logits(self) -> Tensor:
-        return self.beta * (self.chosen - self.rejected)
-
-
-def _sigmoid(pairs: Pairs) -> Tensor:
-    e = pairs.label_smoothing
-    kept = -F.logsigmoid(pairs.logits)
-    return kept if e == 0.0 else (1.0 - e) * kept - e * F.logsigmoid(-pairs.logits)
-
-
-def _ipo(pairs: Pairs) -> Tensor:
-    chosen, rejected = pairs.chosen, pairs.rejected
-    if pairs.chosen_lengths is not None and pairs.rejected_lengths is not None:
-        chosen = chosen / pairs.chosen_lengths.clamp(min=1)
-        rejected = rejected / pairs.rejected_lengths.clamp(min=1)
-    return (chosen - rejected - 0.5 / pairs.beta).square()
-
-
-def _hinge(pairs: Pairs) -> Tensor:
-    return torch.relu(1.0 - pairs.logits)
-
-
-def _discopop(pairs: Pairs) -> Tensor:
-    modulation = torch.sigmoid(pairs.logits / pairs.discopop_tau)
-    return -F.logsigmoid(pairs.logits) * (1.0 - modulation) + _exp(-pairs.logits) * modulation
-
-
-LOSSES: dict[str, Callable[[Pairs], Tensor]] = {
-    "sigmoid": _sigmoid,
-    "ipo": _ipo,
-    "hinge": _hinge,
-    "discopop": _discopop,
-}
-
-
-def _reverse_kl(ratio: Tensor, alpha: float) -> Tensor:
-    return ratio
-
-
-def _forward_kl(ratio: Tensor, alpha: float) -> Tensor:
-    return -_expm1(-ratio)
-
-
-def _js_divergence(ratio: Tensor, alpha: float) -> Tensor:
-    return math.log(2.0) + F.logsigmoid(ratio)
-
-
-def _alpha_divergence(ratio: Tensor, alpha: float) -> Tensor:
-    if abs(alpha - 1.0) < 1e-6:  # the limit; TRL's threshold
-        return ratio
-    return _expm1((alpha - 1.0) * ratio) / (alpha - 1.0)
-
-
-DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "reverse_kl": _reverse_kl,
-    "forward_kl": _forward_kl,
-    "js_divergence": _js_divergence,
-    "alpha_divergence": _alpha_divergence,
-}
-
-
-def _exp(x: Tensor) -> Tensor:
-    return x.clamp(max=EXPONENT_LIMIT).exp()
-
-
-def _expm1(x: Tensor) -> Tensor:
-    return x.clamp(max=EXPONENT_LIMIT).expm1()
-
-
-def _rewards(chosen: Tensor, rejected: Tensor, divisor: float | Tensor) -> dict[str, Tensor]:
-    per_pair = {
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected,
-        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
-    }
-    return {name: value.sum() / divisor for name, value in per_pair.items()}
-
-
-def _check_options(
-    types: tuple[str, ...],
-    factors: tuple[float, ...],
+def check_options(
+    loss_type: str | Sequence[str],
+    loss_weights: Sequence[float] | None,
     beta: float,
     label_smoothing: float,
     f_divergence_type: str,
     f_alpha_divergence_coef: float,
     discopop_tau: float,
-) -> None:
+    weights: Tensor | None,
+    normalizer: float | Tensor | None,
+) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """The loss types and their factors, if they go together with the rest."""
+    types = (loss_type,) if isinstance(loss_type, str) else _listed("loss_type", loss_type, "a name or several")
+    factors = (1.0,) * len(types) if loss_weights is None else _listed("loss_weights", loss_weights, "several numbers")
     if not types:
         raise ValueError("loss_type is empty, expected at least one of " + ", ".join(map(repr, LOSSES)))
     for name in types:
@@ -220,30 +170,39 @@ def _check_options(
     checks.one_of("f_divergence_type", f_divergence_type, DIVERGENCES)
     checks.finite("f_alpha_divergence_coef", f_alpha_divergence_coef)
     checks.positive("discopop_tau", discopop_tau)
+    for name in types:
+        _check_together(name, label_smoothing, f_divergence_type, weights, normalizer)
+    return types, factors
 
 
-def _check_pairs(logps: dict[str, Tensor], lengths: dict[str, Tensor | None], weights: Tensor | None) -> None:
-    like_name, like = next(iter(logps.items()))
-    checks.floating(like_name, like)
-    if like.dim() != 1:
-        raise ValueError(f"{like_name} has shape {tuple(like.shape)}, expected [B], one value per pair")
-    for name, value in logps.items():
-        checks.floating(name, value)
-        _check_like(name, value, like)
-        checks.no_nan(name, value)
-    given = {name: value for name, value in lengths.items() if value is not None}
-    for name, value in given.items():
-        checks.tensor(name, value)
-        _check_like(name, value, like)
-    if len(given) == 1:
-        missing = next(name for name, value in lengths.items() if value is None)
-        raise ValueError(f"{missing} is None, expected both chosen_lengths and rejected_lengths, or neither")
-    if weights is not None:
-        checks.floating("weights", weights)
-        _check_like("weights", weights, like)
-        checks.no_nan("weights", weights)
+def _check_together(
+    loss_type: str, label_smoothing: float, f_divergence_type: str, weights: Tensor | None, normalizer: object
+) -> None:
+    """What this one loss does not go together with."""
+    if loss_type == "exo_pair" and label_smoothing == 0.0:
+        raise ValueError(
+            f"label_smoothing is {label_smoothing!r}, expected above 0 with loss_type 'exo_pair' (or 1e-3)"
+        )
+    if loss_type == "robust" and label_smoothing == 0.5:
+        raise ValueError(f"label_smoothing is {label_smoothing!r}, expected below 0.5 with loss_type 'robust'")
+    if loss_type not in ANY_DIVERGENCE and f_divergence_type != "reverse_kl":
+        raise ValueError(
+            f"f_divergence_type is {f_divergence_type!r}, expected 'reverse_kl' with loss_type {loss_type!r}, "
+            "which is not a function of the difference of scores"
+        )
+    if loss_type in WHOLE_BATCH and normalizer is not None:
+        raise ValueError(
+            f"normalizer is {normalizer!r}, expected None with loss_type {loss_type!r}, "
+            "which sorts the whole batch: parts of it do not add up"
+        )
+    if loss_type in WHOLE_BATCH and weights is not None:
+        raise ValueError(
+            f"weights is a {type(weights).__name__}, expected None with loss_type {loss_type!r}, "
+            "whose sorted places belong to no pair"
+        )
 
 
-def _check_like(name: str, value: Tensor, like: Tensor) -> None:
-    checks.shape(name, value, like.shape, "the shape of chosen_logps")
-    checks.device(name, value, "chosen_logps", like)
+def _listed(name: str, value: Sequence[T], expected: str) -> tuple[T, ...]:
+    if not isinstance(value, Sequence):
+        raise TypeError(f"{name} is {value!r}, expected {expected}")
+    return tuple(value)

@@ -5,21 +5,25 @@ tied to the embedding.
 """
 
 from .advantages import GAE, GroupAdvantages, MaskedWhiten
-from .dpo import DPOLoss, LinearDPOLoss
+from .dpo import CPOLoss, DPOLoss, KTOLoss, LinearDPOLoss, ORPOLoss, SimPOLoss
 from .logprob import LinearLogProbs, SelectiveLogSoftmax, TokenKL
 from .ppo import LinearPPOLoss, LogitsPPOLoss, PPOLoss, ValueLoss
 
 __all__ = [
     "GAE",
+    "CPOLoss",
     "DPOLoss",
     "GroupAdvantages",
+    "KTOLoss",
     "LinearDPOLoss",
     "LinearLogProbs",
     "LinearPPOLoss",
     "LogitsPPOLoss",
     "MaskedWhiten",
+    "ORPOLoss",
     "PPOLoss",
     "SelectiveLogSoftmax",
+    "SimPOLoss",
     "TokenKL",
     "ValueLoss",
 ]

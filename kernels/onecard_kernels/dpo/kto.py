@@ -1,0 +1,95 @@
+"""KTO: each response is judged by itself, as desirable or not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..kl.reference import log_ratio
+from ..records import Loss, divisor_of
+from .inputs import check_responses, check_weights
+
+
+def kto_loss(
+    logps: Tensor,
+    ref_logps: Tensor,
+    desirable: Tensor,
+    kl: Tensor,
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+) -> Loss:
+    """KTO loss of B responses without partners.
+
+    r = logp - ref_logp;  z = max(kl, 0)
+    desirable: desirable_weight * sigmoid(beta (z - r));  undesirable: undesirable_weight * sigmoid(beta (r - z))
+    loss = sum_responses weight * of the above / normalizer
+
+    "KTO: Model Alignment as Prospect Theoretic Optimization", https://arxiv.org/abs/2402.01306. With kl = 0 it is TRL's
+    `apo_zero_unpaired` (APO, https://arxiv.org/abs/2408.06266).
+
+    Args:
+        logps, ref_logps: `[B]`, summed over the response, in nats.
+        desirable: `[B]`, bool.
+        kl: 0-d, an estimate of KL(pi || ref) in nats: the mean of logp - ref_logp over responses put to prompts that
+            are not theirs, the same for all micro-batches of a batch. A constant: it gets no gradient.
+        beta: strength of the pull towards the reference, above 0.
+        desirable_weight, undesirable_weight: 0 or more. The paper asks for desirable_weight * desirable responses :
+            undesirable_weight * undesirable ones between 1 : 1 and 4 : 3.
+        weights: `[B]`, a factor for each response's loss (not for the metrics).
+        normalizer: divides the sums of loss and metrics, B by default. Given the whole batch's number of responses,
+            micro-batches add up to the batch in loss, gradient and metrics.
+
+    Returns:
+        Loss, fp32 (fp64 in, fp64 out). `-inf - -inf` counts as r = 0. Metrics, sums over the desirable and over the
+        undesirable: rewards/chosen_sum and rewards/rejected_sum (beta r), count/chosen and count/rejected; and kl (z,
+        times B). All are divided by the normalizer and so add up: rewards/chosen_sum over count/chosen is TRL's
+        rewards/chosen.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    checks.positive("beta", beta)
+    checks.at_least("desirable_weight", desirable_weight, 0.0)
+    checks.at_least("undesirable_weight", undesirable_weight, 0.0)
+    check_responses({"logps": logps, "ref_logps": ref_logps}, "response")
+    _check_labels(desirable, kl, logps)
+    check_weights(weights, normalizer, "logps", logps)
+
+    ratio = log_ratio(logps, ref_logps)
+    z = kl.detach().to(ratio.dtype).clamp(min=0)
+    # 1 - sigmoid(x) as sigmoid(-x), which keeps small values.
+    losses = torch.where(
+        desirable,
+        desirable_weight * torch.sigmoid(beta * (z - ratio)),
+        undesirable_weight * torch.sigmoid(beta * (ratio - z)),
+    )
+    if weights is not None:
+        losses = losses * weights.to(ratio.dtype)
+    divisor = divisor_of(normalizer, float(max(logps.shape[0], 1)), ratio.dtype)
+    rewards, zero = beta * ratio.detach(), torch.zeros_like(ratio)
+    per_response = {
+        "rewards/chosen_sum": torch.where(desirable, rewards, zero),
+        "rewards/rejected_sum": torch.where(desirable, zero, rewards),
+        "count/chosen": desirable.to(ratio.dtype),
+        "count/rejected": (~desirable).to(ratio.dtype),
+        "kl": z.expand_as(ratio),
+    }
+    return Loss(losses.sum() / divisor, {name: value.sum() / divisor for name, value in per_response.items()})
+
+
+def _check_labels(desirable: Tensor, kl: Tensor, logps: Tensor) -> None:
+    checks.tensor("desirable", desirable)
+    if desirable.dtype != torch.bool:
+        raise TypeError(f"desirable has dtype {desirable.dtype}, expected torch.bool")
+    checks.shape("desirable", desirable, logps.shape, "the shape of logps")
+    checks.device("desirable", desirable, "logps", logps)
+    checks.floating("kl", kl)
+    checks.shape("kl", kl, (), "one estimate for all responses")
+    checks.device("kl", kl, "logps", logps)
+    if checks.values_are_checked(kl.device):
+        checks.finite("kl", kl.item())
