@@ -2,7 +2,7 @@
 
 from .advantages import gae, group_advantages, masked_whiten
 from .dpo import cpo_loss, dpo_loss, kto_loss, linear_dpo_loss, orpo_loss, sequence_sums, simpo_loss
-from .kl import token_kl
+from .kl import linear_kl, token_kl
 from .logprob import linear_logprobs, selective_log_softmax
 from .ppo import linear_ppo_loss, logits_ppo_loss, ppo_loss, value_loss
 from .records import Advantages, LogProbs, Loss
@@ -17,6 +17,7 @@ __all__ = [
     "group_advantages",
     "kto_loss",
     "linear_dpo_loss",
+    "linear_kl",
     "linear_logprobs",
     "linear_ppo_loss",
     "logits_ppo_loss",

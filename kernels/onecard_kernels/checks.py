@@ -123,13 +123,18 @@ def mask(value: Tensor | None, like_name: str, like: Tensor) -> None:
 
 
 def targets(value: Tensor, vocabulary: int, valid: Tensor | None) -> None:
-    """Targets are token ids in [0, vocabulary) wherever they count; anything may stand where the mask is 0."""
-    if not values_are_checked(value.device):
+    """Targets are token ids in [0, vocabulary) wherever they count; anything may stand where the mask is 0.
+
+    Where values are not looked at, kernels clamp the address, and on CUDA a device assert reports it without waiting.
+    """
+    if not values_are_checked(value.device) and (value.device.type != "cuda" or torch.compiler.is_compiling()):
         return
     outside = (value < 0) | (value >= vocabulary)
     if valid is not None:
         outside &= valid.bool()
-    if bool(outside.any()):
+    if not values_are_checked(value.device):
+        torch._assert_async(~outside.any(), f"targets holds ids outside of 0 to {vocabulary - 1} where mask is 1")
+    elif bool(outside.any()):
         raise ValueError(
             f"targets holds {value[outside][0].item()}, expected ids from 0 to {vocabulary - 1} wherever mask is 1"
         )
@@ -170,21 +175,27 @@ def logits(value: Tensor, targets_: Tensor, temperature: float, mask_: Tensor | 
     targets(targets_, value.shape[-1], mask_)
 
 
-def linear(hidden: Tensor, weight: Tensor, targets_: Tensor, head_: Head, mask_: Tensor | None) -> None:
-    """The arguments that every function from hidden states takes."""
-    floating("hidden", hidden)
-    floating("weight", weight)
-    integer("targets", targets_)
+def product(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> None:
+    """Hidden states and a head that fit together."""
+    floating(hidden_name, hidden)
+    floating(weight_name, weight)
     if hidden.dim() < 1:
-        raise ValueError("hidden has shape (), expected [..., D]")
+        raise ValueError(f"{hidden_name} has shape (), expected [..., D]")
     if weight.dim() != 2 or weight.shape[0] == 0:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [V, D] with V above 0")
+        raise ValueError(f"{weight_name} has shape {tuple(weight.shape)}, expected [V, D] with V above 0")
     if weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, expected [V, {hidden.shape[-1]}] for hidden {tuple(hidden.shape)}"
+            f"{weight_name} has shape {tuple(weight.shape)}, expected [V, {hidden.shape[-1]}] for {hidden_name} "
+            f"{tuple(hidden.shape)}"
         )
+    device(weight_name, weight, hidden_name, hidden)
+
+
+def linear(hidden: Tensor, weight: Tensor, targets_: Tensor, head_: Head, mask_: Tensor | None) -> None:
+    """The arguments that every function from hidden states to log-probabilities takes."""
+    product("hidden", hidden, "weight", weight)
+    integer("targets", targets_)
     shape("targets", targets_, hidden.shape[:-1], "hidden's shape without its last dimension")
-    device("weight", weight, "hidden", hidden)
     device("targets", targets_, "hidden", hidden)
     head(head_, weight.shape[0], hidden)
     mask(mask_, "targets", targets_)

@@ -6,7 +6,6 @@ Entries are strings, imported when first asked for: a backend that is not used i
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -17,11 +16,26 @@ from . import launch
 BACKENDS = ("auto", "triton", "torch")
 
 TABLE: dict[str, dict[str, str]] = {
-    "gae": {"torch": "onecard_kernels.advantages.reference:gae"},
-    "linear_logprobs": {"torch": "onecard_kernels.logprob.chunked:linear_logprobs"},
-    "ppo_loss": {"torch": "onecard_kernels.ppo.reference:ppo_loss"},
-    "selective_log_softmax": {"torch": "onecard_kernels.logprob.selective:selective_log_softmax"},
-    "value_loss": {"torch": "onecard_kernels.ppo.reference:value_loss"},
+    "gae": {"torch": "onecard_kernels.advantages.scan:gae", "triton": "onecard_kernels.advantages.triton:gae"},
+    "linear_logprobs": {  # its pass over a tile of logits
+        "torch": "onecard_kernels.logprob.online:exp_tile",
+        "triton": "onecard_kernels.logprob.triton_exp:exp_tile",
+    },
+    "linear_kl": {  # its pass over two chunks of logits
+        "torch": "onecard_kernels.kl.passes:kl_pass_",
+        "triton": "onecard_kernels.kl.triton:kl_pass_",
+    },
+    "logits_ppo_loss": {
+        "torch": "onecard_kernels.ppo.composed:logits_ppo_loss",
+        "triton": "onecard_kernels.ppo.fused_logits:logits_ppo_loss",
+    },
+    "ppo_terms": {"torch": "onecard_kernels.ppo.terms:ppo_terms", "triton": "onecard_kernels.ppo.launches:ppo_terms"},
+    "ppo_loss": {"torch": "onecard_kernels.ppo.reference:ppo_loss", "triton": "onecard_kernels.ppo.ops:ppo_loss"},
+    "selective_log_softmax": {
+        "torch": "onecard_kernels.logprob.selective:selective_log_softmax",
+        "triton": "onecard_kernels.logprob.selective:selective_log_softmax_triton",
+    },
+    "value_loss": {"torch": "onecard_kernels.ppo.reference:value_loss", "triton": "onecard_kernels.ppo.ops:value_loss"},
 }
 
 # What "auto" tries, in this order, by device type; the first one that the function has is taken.
@@ -31,24 +45,37 @@ ANYWHERE = ("torch",)
 
 def implementation(function: str, backend: str, device: torch.device) -> Callable[..., Any]:
     """The callable behind `function` for this backend and device."""
+    return _load(TABLE[function][resolve(function, backend, device)])
+
+
+def resolve(function: str, backend: str, device: torch.device) -> str:
+    """The backend that "auto" stands for, or a ValueError that says why this one cannot be had."""
     available = TABLE[function]
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     if backend == "auto":
-        backend = next(b for b in PREFERENCE.get(device.type, ANYWHERE) if b in available and _runs(b, device))
+        return next(b for b in PREFERENCE.get(device.type, ANYWHERE) if b in available and _runs(b, device))
     if backend not in available:
         raise ValueError(f"backend is {backend!r}, but {function} has only: {', '.join(sorted(available))}")
     if not _runs(backend, device):
         raise ValueError(f"backend is {backend!r}, but {launch.why_not(device)}")
-    return _load(available[backend])
+    return backend
 
 
 def _runs(backend: str, device: torch.device) -> bool:
     return backend != "triton" or launch.why_not(device) is None
 
 
-@cache
+_LOADED: dict[str, Callable[..., Any]] = {}
+
+
 def _load(address: str) -> Callable[..., Any]:
-    module, name = address.split(":")
-    loaded: Callable[..., Any] = getattr(import_module(module), name)
-    return loaded
+    _import(address)
+    return _LOADED[address]
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace an import; this one it runs, and traces what came
+def _import(address: str) -> None:
+    if address not in _LOADED:
+        module, name = address.split(":")
+        _LOADED[address] = getattr(import_module(module), name)

@@ -56,6 +56,7 @@ def interpreted() -> bool:
     return _triton() is not None and bool(_triton().knobs.runtime.interpret)
 
 
+@torch.compiler.assume_constant_result  # a compiled function keeps the answer: the tracer need not follow the imports
 def why_not(device: torch.device) -> str | None:
     """Why kernels cannot run on tensors of this device, or None."""
     if _triton() is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -48,6 +48,17 @@ class Head:
     def factor(self) -> float:
         """The constant part of dz/d(h @ W.T)."""
         return self.logit_scale / self.temperature
+
+    def columns(self, part: slice) -> Head:
+        """The head of some of the vocabulary."""
+        bias = None if self.bias is None else self.bias[part]
+        return replace(self, bias=bias, forbidden=None if self.forbidden is None else self.forbidden[part])
+
+    def slope_at(self, z: Tensor) -> Tensor:
+        """1 - tanh^2 of transformed logits; 1 where there is no softcap, and at -inf, where there is no gradient."""
+        if self.softcap is None:
+            return torch.ones_like(z)
+        return torch.where(z.isinf(), 1.0, 1.0 - (z * (self.temperature / self.softcap)).square())
 
     def transform(self, z: Tensor) -> Tensor:
         """The transform as a formula, for autograd to differentiate."""

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from onecard_kernels import gae, group_advantages, masked_whiten, modules
+from onecard_kernels.advantages import reference, scan
+from tests.closeness import assert_like_eager
 
 NAN = float("nan")
 
@@ -80,6 +82,44 @@ def test_gae_equals_the_loop(seed: int) -> None:
     assert got.advantages.dtype == torch.float64
     torch.testing.assert_close(got.advantages, truth, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(got.returns, truth + torch.where(mask, values, 0.0), rtol=1e-12, atol=1e-13)
+
+
+def assert_like_the_loop(b: int, t: int, density: float, dtype: torch.dtype, **options: Any) -> None:
+    """The torch backend knows no steps: at most twice as wrong as the loop over positions in the same dtype."""
+    mask = torch.rand(b, t) < density
+    rewards, values = (torch.randn(b, t, dtype=dtype).masked_fill(~mask, NAN) for _ in range(2))
+    last = torch.randn(b, dtype=dtype)
+    wide = [x.double() for x in (rewards, values, last)]
+    truth = reference.gae(*wide[:2], mask, last_values=wide[2], **options)
+    eager = reference.gae(rewards, values, mask, last_values=last, **options)
+    got = gae(rewards, values, mask, last_values=last, backend="torch", **options)
+    for name in ("advantages", "returns"):
+        assert_like_eager(getattr(got, name), getattr(eager, name), getattr(truth, name), name)
+
+
+@pytest.mark.parametrize("length", [*range(1, 20), 31, 32, 33, 63, 64, 65, 66, 255, 256, 300])
+def test_gae_of_any_length(length: int) -> None:
+    """On both sides of one window, two, and many."""
+    for density in (0.1, 0.5, 1.0):
+        assert_like_the_loop(3, length, density, torch.float32, gamma=1.0, lam=0.9)
+
+
+@pytest.mark.parametrize("window", [1, 2, 4, 16, 64])
+def test_gae_in_any_window(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "_window", lambda length: window)
+    assert_like_the_loop(3, 29, 0.6, torch.float64, gamma=0.99, lam=0.9)
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (1.0, 0.95), (0.5, 0.5)])
+def test_gae_of_long_rows_keeps_fp32_s_digits(gamma: float, lam: float) -> None:
+    for density in (0.5, 1.0):
+        assert_like_the_loop(2, 4096, density, torch.float32, gamma=gamma, lam=lam)
+
+
+@pytest.mark.parametrize("length", [1, 2, 100, 1024, 4096, 100_000])
+def test_gae_takes_few_steps(length: int) -> None:
+    """No more windows than positions in one."""
+    assert length <= scan._window(length) ** 2 < 8 * length
 
 
 def test_gae_at_lam_one_and_zero() -> None:

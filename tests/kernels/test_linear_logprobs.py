@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from onecard_kernels import linear_logprobs
-from onecard_kernels.logprob import chunked, products, reference
+from onecard_kernels.logprob import plans, reference
 from tests.closeness import LOGPROB_BARS, assert_like_eager, assert_within
 
 # (tokens, D, V). Vocabulary sizes are odd, prime or one off a power of two, so that no tile, block or vector of the
@@ -86,12 +87,12 @@ def compare(shape: tuple[int, int, int], dtype: torch.dtype, kind: str, train: s
         assert_like_eager(grads[name], eager_grads[name], true_grad, f"d {name}")
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several chunks and several elementwise blocks at test sizes."""
-    monkeypatch.setattr(chunked, "CPU_CHUNK_BYTES", 32 * 4099 * 4)
-    monkeypatch.setattr(chunked, "MIN_CHUNK_ROWS", 4)
-    monkeypatch.setattr("onecard_kernels.logprob.passes.BLOCK_BYTES", 5 * 4099 * 4)
+@pytest.fixture(autouse=True, params=["chunked", "low_memory"])
+def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Several tiles with a remainder, each way, and several blocks of rows in each."""
+    monkeypatch.setattr("onecard_kernels.logprob.passes.BLOCK_BYTES", 5 * 1000 * 4)
+    with plans.override(implementation=request.param, rows=32, columns=1000):
+        yield
 
 
 @pytest.mark.parametrize("train", ["", "weight"])
@@ -177,10 +178,7 @@ def test_mixed_dtypes_keep_each_its_own_gradient_dtype(h: str, w: str, train: st
 
 @pytest.mark.parametrize("train", ["", "both"])
 @pytest.mark.parametrize("kind", ["plain", "all"])
-def test_gradcheck(kind: str, train: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "CPU_CHUNK_BYTES", 3 * 11 * 8)
-    monkeypatch.setattr(chunked, "MIN_CHUNK_ROWS", 1)
-    monkeypatch.setattr(products, "TILE", 4)
+def test_gradcheck(kind: str, train: str) -> None:
     hidden = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 3, dtype=torch.float64, requires_grad=train == "both")
     options = head_options(11, torch.float64, kind)
@@ -192,4 +190,5 @@ def test_gradcheck(kind: str, train: str, monkeypatch: pytest.MonkeyPatch) -> No
         def run(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor, fn: Any = fn) -> tuple[torch.Tensor, torch.Tensor]:
             return fn(h, w, targets, bias=b, mask=mask, entropy_requires_grad=True, **options)[:2]
 
-        assert torch.autograd.gradcheck(run, (hidden, weight, bias))
+        with plans.override(rows=3, columns=4):
+            assert torch.autograd.gradcheck(run, (hidden, weight, bias))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -177,18 +178,21 @@ def test_micro_batches_add_up() -> None:
 def test_the_entropy_s_gradient_is_paid_for_only_where_it_counts(
     kind: str, entropy_coef: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = "linear_logprobs" if kind == "linear" else "selective_log_softmax"
-    module = "onecard_kernels.ppo.linear"
-    original = getattr(__import__(module, fromlist=[name]), name)
+    name, keyword = {
+        "linear": ("local.Workspace", "spread"),
+        "logits": ("composed.selective_log_softmax", "entropy_requires_grad"),
+    }[kind]
+    module, attribute = name.split(".")
+    original = getattr(importlib.import_module(f"onecard_kernels.ppo.{module}"), attribute)
     asked: list[bool] = []
 
     def spy(*args: Any, **kw: Any) -> Any:
-        asked.append(kw["entropy_requires_grad"])
+        asked.append(kw[keyword])
         return original(*args, **kw)
 
-    monkeypatch.setattr(f"{module}.{name}", spy)
+    monkeypatch.setattr(f"onecard_kernels.ppo.{name}", spy)
     data = batch({})
-    hidden, weight = data.pop("hidden"), data.pop("weight")
+    hidden, weight = data.pop("hidden").requires_grad_(), data.pop("weight")
     if kind == "linear":
         linear_ppo_loss(hidden, weight, **data, entropy_coef=entropy_coef)
     else:
@@ -200,8 +204,8 @@ def test_bad_tokens_are_refused_before_the_head_is_multiplied(monkeypatch: pytes
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("worked before it checked")
 
-    monkeypatch.setattr("onecard_kernels.ppo.linear.linear_logprobs", never)
-    monkeypatch.setattr("onecard_kernels.ppo.linear.selective_log_softmax", never)
+    monkeypatch.setattr("onecard_kernels.ppo.local.sweep", never)
+    monkeypatch.setattr("onecard_kernels.ppo.composed.selective_log_softmax", never)
     data = batch({})
     hidden, weight = data.pop("hidden"), data.pop("weight")
     for wrong in (
@@ -218,8 +222,8 @@ def test_bad_tokens_are_refused_before_the_head_is_multiplied(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("kind", ["linear", "logits"])
-def test_the_backend_is_that_of_the_log_probabilities(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ "triton" is accepted where only the log-probabilities have it, and "torch" means torch throughout."""
+def test_torch_means_torch_throughout(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No part of it goes to another backend, also where that one is preferred."""
     data = batch({})
     hidden, weight = data.pop("hidden"), data.pop("weight")
 
@@ -229,15 +233,12 @@ def test_the_backend_is_that_of_the_log_probabilities(kind: str, monkeypatch: py
         return logits_ppo_loss(hidden @ weight.T, **data, backend=backend).loss
 
     plain_loss = run("torch")
-    name = "linear_logprobs" if kind == "linear" else "selective_log_softmax"
-    address = dispatch.TABLE[name]["torch"]
-    monkeypatch.setitem(dispatch.TABLE, name, {"torch": address, "triton": address})
-    monkeypatch.setitem(dispatch.TABLE, "ppo_loss", {"torch": dispatch.TABLE["ppo_loss"]["torch"]})
-    assert torch.equal(run("triton"), plain_loss)
     monkeypatch.setitem(dispatch.PREFERENCE, "cpu", ("triton", "torch"))
-    monkeypatch.setitem(dispatch.TABLE, name, {"torch": address, "triton": "nowhere:at_all"})
-    monkeypatch.setitem(dispatch.TABLE, "ppo_loss", {**dispatch.TABLE["ppo_loss"], "triton": "nowhere:at_all"})
+    for name, row in dispatch.TABLE.items():
+        monkeypatch.setitem(dispatch.TABLE, name, {**row, "triton": "nowhere:at_all"})
     assert torch.equal(run("torch"), plain_loss)
+    with pytest.raises(ModuleNotFoundError, match="nowhere"):
+        run("auto")
 
 
 def test_modules_are_the_same_functions() -> None:

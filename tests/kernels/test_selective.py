@@ -1,18 +1,27 @@
-"""selective_log_softmax against the reference in fp64, and what it does to memory."""
+"""selective_log_softmax on both backends against the reference in fp64, and what it does to memory."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from onecard_kernels import linear_logprobs, selective_log_softmax
-from onecard_kernels.logprob import passes, reference
+import onecard_kernels
+from onecard_kernels import linear_logprobs
+from onecard_kernels.logprob import passes, reference, selective
 from tests.closeness import LOGPROB_BARS, assert_like_eager, assert_within
 
 # Prime vocabularies, and one above the block of the fixture, so that blocks hold from one row to several.
-SHAPES = [((), 5), ((3,), 1), ((2, 7), 127), ((4, 5), 1031)]
+SHAPES = [((), 5), ((3,), 1), ((2, 3), 127), ((3, 2), 1031)]
+
+
+@pytest.fixture(params=["torch", "triton"])
+def selective_log_softmax(request: pytest.FixtureRequest) -> Any:
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    return partial(onecard_kernels.selective_log_softmax, backend=request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +45,9 @@ def run(
 @pytest.mark.parametrize("entropy", [None, "return_entropy", "entropy_requires_grad"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_value_and_gradient(shape: tuple[tuple[int, ...], int], dtype: torch.dtype, entropy: str | None) -> None:
+def test_value_and_gradient(
+    selective_log_softmax: Any, shape: tuple[tuple[int, ...], int], dtype: torch.dtype, entropy: str | None
+) -> None:
     rows, v = shape
     logits = (torch.randn(*rows, v) * 4).to(dtype)
     targets, grad = torch.randint(v, rows), torch.randn(rows)
@@ -53,7 +64,7 @@ def test_value_and_gradient(shape: tuple[tuple[int, ...], int], dtype: torch.dty
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_masked_rows_give_zeros(inplace: bool) -> None:
+def test_masked_rows_give_zeros(selective_log_softmax: Any, inplace: bool) -> None:
     logits = torch.randn(2, 5, 31)
     mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 0]])
     targets = torch.randint(31, (2, 5)).masked_fill(mask == 0, -100)
@@ -69,7 +80,7 @@ def test_masked_rows_give_zeros(inplace: bool) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_non_contiguous_logits(inplace: bool, masked: bool) -> None:
+def test_non_contiguous_logits(selective_log_softmax: Any, inplace: bool, masked: bool) -> None:
     """`logits[:, :-1]` cannot be viewed as rows; the gradient must still land in the right ones."""
     full = torch.randn(3, 6, 17)
     mask = torch.arange(15).reshape(3, 5) % 2 if masked else None
@@ -86,7 +97,7 @@ def test_non_contiguous_logits(inplace: bool, masked: bool) -> None:
     assert_within(run_slice(selective_log_softmax, torch.float32, inplace_backward=inplace), truth, 1e-6)
 
 
-def test_inplace_backward_reuses_the_logits_and_runs_once() -> None:
+def test_inplace_backward_reuses_the_logits_and_runs_once(selective_log_softmax: Any) -> None:
     leaf = torch.randn(4, 31, requires_grad=True)
     logits = leaf * 1
     seen: list[torch.Tensor] = []
@@ -98,7 +109,7 @@ def test_inplace_backward_reuses_the_logits_and_runs_once() -> None:
         loss.backward()
 
 
-def test_inplace_backward_is_loud_for_others_who_saved_the_logits() -> None:
+def test_inplace_backward_is_loud_for_others_who_saved_the_logits(selective_log_softmax: Any) -> None:
     logits = torch.randn(4, 31, requires_grad=True) * 1
     other = logits.square().sum()
     selective_log_softmax(logits, torch.arange(4), inplace_backward=True).logprobs.sum().backward(retain_graph=True)
@@ -106,7 +117,7 @@ def test_inplace_backward_is_loud_for_others_who_saved_the_logits() -> None:
         other.backward()
 
 
-def test_second_backward_is_equal() -> None:
+def test_second_backward_is_equal(selective_log_softmax: Any) -> None:
     logits = torch.randn(4, 31, requires_grad=True)
     out = selective_log_softmax(logits, torch.arange(4), entropy_requires_grad=True)
     loss = out.logprobs.square().sum() + out.entropy.sum()
@@ -114,7 +125,7 @@ def test_second_backward_is_equal() -> None:
     assert torch.equal(first, torch.autograd.grad(loss, logits)[0])
 
 
-def test_confident_tokens_keep_their_gradient() -> None:
+def test_confident_tokens_keep_their_gradient(selective_log_softmax: Any) -> None:
     logits = torch.full((4, 63), -3.0)
     logits[:, 7] += torch.tensor([8.0, 12.0, 16.0, 20.0])
     targets, grad = torch.full((4,), 7), torch.ones(4)
@@ -124,7 +135,7 @@ def test_confident_tokens_keep_their_gradient() -> None:
     assert float((mine / true_grad - 1).abs().max()) < 1e-5
 
 
-def test_a_target_of_minus_infinity_has_no_gradient() -> None:
+def test_a_target_of_minus_infinity_has_no_gradient(selective_log_softmax: Any) -> None:
     logits = torch.randn(2, 9)
     logits[0, 4] = float("-inf")
     got, mine = run(selective_log_softmax, logits, torch.tensor([4, 4]), torch.ones(2), return_entropy=True)
@@ -137,7 +148,7 @@ def test_a_target_of_minus_infinity_has_no_gradient() -> None:
 def test_gradcheck() -> None:
     logits = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
     targets, mask = torch.randint(7, (2, 3)), torch.tensor([[1, 1, 0], [0, 1, 1]])
-    for fn in (selective_log_softmax, reference.selective_log_softmax):
+    for fn in (partial(onecard_kernels.selective_log_softmax, backend="torch"), reference.selective_log_softmax):
 
         def outputs(x: torch.Tensor, fn: Any = fn) -> tuple[torch.Tensor, torch.Tensor]:
             return fn(x, targets, temperature=0.7, mask=mask, entropy_requires_grad=True)[:2]
@@ -145,7 +156,7 @@ def test_gradcheck() -> None:
         assert torch.autograd.gradcheck(outputs, (logits,))
 
 
-def test_saves_the_logits_and_no_softmax() -> None:
+def test_saves_the_logits_and_no_softmax(selective_log_softmax: Any) -> None:
     logits = torch.randn(8, 1031, requires_grad=True)
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
@@ -154,7 +165,7 @@ def test_saves_the_logits_and_no_softmax() -> None:
     assert [x.data_ptr() for x in large] == [logits.data_ptr()]
 
 
-def test_equals_the_linear_function_of_its_logits() -> None:
+def test_equals_the_linear_function_of_its_logits(selective_log_softmax: Any) -> None:
     hidden, weight, targets = torch.randn(6, 8), torch.randn(101, 8), torch.randint(101, (6,))
     linear = linear_logprobs(hidden, weight, targets, temperature=0.5, return_entropy=True)
     direct = selective_log_softmax(hidden @ weight.T, targets, temperature=0.5, return_entropy=True)
@@ -166,3 +177,75 @@ def test_the_block_covers_all_rows() -> None:
     pieces = [p for p in passes.blocks(10, 1 << 19, 4)]
     assert [p.start for p in pieces] == [0, 2, 4, 6, 8]
     assert pieces[-1].stop == 10
+
+
+def test_the_results_may_be_changed_in_place(selective_log_softmax: Any) -> None:
+    """The backward reads none of them."""
+    for inplace in (False, True):
+        logits = torch.randn(4, 31, requires_grad=True)
+        kw = {"entropy_requires_grad": True, "inplace_backward": inplace}
+        out = selective_log_softmax(logits * 1, torch.arange(4), **kw)
+        expected = torch.autograd.grad((2 * out.logprobs + 3 * out.entropy).sum(), logits)[0]
+        out = selective_log_softmax(logits * 1, torch.arange(4), **kw)
+        loss = (out.logprobs.mul_(2) + out.entropy.mul_(3)).sum()
+        assert torch.equal(torch.autograd.grad(loss, logits)[0], expected)
+
+
+def test_a_backward_without_anything_to_do_spends_nothing(selective_log_softmax: Any) -> None:
+    """return_entropy alone is detached, so no gradient comes."""
+    logits = torch.randn(4, 31, requires_grad=True)
+    out = selective_log_softmax(logits * 1, torch.arange(4), return_entropy=True, inplace_backward=True)
+    assert out.logprobs.requires_grad
+    assert not out.entropy.requires_grad
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_operators(selective_log_softmax: Any, entropy: bool) -> None:
+    backend = selective_log_softmax.keywords["backend"]
+    logits, targets = torch.randn(2, 3, 11, requires_grad=True), torch.randint(11, (2, 3))
+    mask = torch.tensor([[1, 0, 1], [1, 1, 0]])
+    forward, backward = torch.ops.onecard.selective_forward.default, torch.ops.onecard.selective_backward.default
+    torch.library.opcheck(forward, (logits, targets, mask, 0.7, entropy, backend))
+    stats = forward(logits, targets, mask, 0.7, entropy, backend)[2].detach()
+    grad = torch.randn(2, 3)
+    torch.library.opcheck(
+        backward, (logits.detach(), targets, mask, stats, grad, grad if entropy else None, 0.7, backend)
+    )
+
+
+def test_compiles_as_one_graph(selective_log_softmax: Any) -> None:
+    """inplace_backward has no effect there: the logits stay."""
+    leaf, targets = torch.randn(2, 5, 31, requires_grad=True), torch.randint(31, (2, 5))
+    options = {"temperature": 0.7, "mask": None, "return_entropy": True, "entropy_requires_grad": True}
+    options["backend"] = selective_log_softmax.keywords["backend"]
+
+    def step(x: torch.Tensor, inplace: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        out = selective.selective_log_softmax(x, targets, **options, inplace_backward=inplace)
+        return out.logprobs, out.entropy
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for inplace in (False, True):
+        expected, got = step(leaf, False), compiled(leaf, inplace)
+        assert torch.equal(got[0], expected[0])
+        assert torch.equal(got[1], expected[1])
+        grads = [torch.autograd.grad((x * x + y).sum(), leaf)[0] for x, y in (expected, got)]
+        assert torch.equal(grads[0], grads[1])
+
+
+def test_forbidden_logits_and_the_entropys_gradient(selective_log_softmax: Any) -> None:
+    logits = torch.randn(3, 131) * 4
+    logits[:, ::7] = float("-inf")
+    targets, grad = torch.tensor([1, 130, 8]), torch.randn(3)
+    kw = {"entropy_requires_grad": True}
+    truth, true_grad = run(reference.selective_log_softmax, logits.double(), targets, grad, **kw)
+    got, mine = run(selective_log_softmax, logits, targets, grad, **kw)
+    assert_within(got.entropy, truth.entropy, 2e-5)
+    assert_within(mine, true_grad, 2e-6)
+
+
+def test_nan_is_not_hidden(selective_log_softmax: Any) -> None:
+    logits = torch.randn(2, 131)
+    logits[0, 17] = float("nan")
+    out = selective_log_softmax(logits, torch.tensor([3, 3]), return_entropy=True)
+    assert out.logprobs.isnan().tolist() == [True, False]
+    assert out.entropy.isnan().tolist() == [True, False]

@@ -1,5 +1,6 @@
 """Kullback-Leibler divergences between policy and reference, in nats."""
 
+from .linear import linear_kl
 from .reference import token_kl
 
-__all__ = ["token_kl"]
+__all__ = ["linear_kl", "token_kl"]

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import checks, dispatch
 from ..records import Head, LogProbs
+from . import ops
 
 
 def selective_log_softmax(
@@ -35,7 +36,7 @@ def selective_log_softmax(
         return_entropy: also give H, detached.
         entropy_requires_grad: also give H, with its gradient.
         inplace_backward: write the gradient into the logits' storage. Saves that much memory; the logits are gone after
-            the backward, and a second backward raises RuntimeError.
+            the backward, and a second backward raises RuntimeError. Under torch.compile it has no effect.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -45,15 +46,7 @@ def selective_log_softmax(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    checks.floating("logits", logits)
-    checks.integer("targets", targets)
-    if logits.dim() < 1 or logits.shape[-1] == 0:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}, expected [..., V] with V above 0")
-    checks.shape("targets", targets, logits.shape[:-1], "logits' shape without its last dimension")
-    checks.device("targets", targets, "logits", logits)
-    checks.positive("temperature", temperature)
-    checks.mask(mask, "targets", targets)
-    checks.targets(targets, logits.shape[-1], mask)
+    checks.logits(logits, targets, temperature, mask)
     if inplace_backward and any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True)):
         raise ValueError("logits is expanded (stride 0), expected memory of its own for inplace_backward=True")
     result: LogProbs = dispatch.implementation("selective_log_softmax", backend, logits.device)(
@@ -120,7 +113,8 @@ def linear_logprobs(
     """
     head = Head(bias, temperature, logit_scale, softcap, forbidden)
     checks.linear(hidden, weight, targets, head, mask)
-    result: LogProbs = dispatch.implementation("linear_logprobs", backend, hidden.device)(
+    dispatch.resolve("linear_logprobs", backend, hidden.device)
+    return ops.linear_logprobs(
         hidden,
         weight,
         targets,
@@ -129,5 +123,5 @@ def linear_logprobs(
         return_entropy=return_entropy,
         entropy_requires_grad=entropy_requires_grad,
         return_log_sum_sq_probs=return_log_sum_sq_probs,
+        backend=backend,
     )
-    return result

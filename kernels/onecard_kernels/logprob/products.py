@@ -1,7 +1,8 @@
-"""The three products with the head, accumulated in fp32 (fp64 for fp64) whatever the inputs are.
+"""The three products with (a part of) the head, accumulated in fp32 (fp64 for fp64) whatever the inputs are.
 
 Equal dtypes go to the BLAS as they are. bf16 or fp16 on CUDA uses a GEMM with an fp32 output. Everything else (low
-precision on CPU, which has no such GEMM, and mixed dtypes) is upcast, the head in vocabulary tiles, never as a whole.
+precision on CPU, which has no such GEMM, and mixed dtypes) is upcast, the head a few thousand rows at a time in a
+`scratch` that is given, never as a whole.
 """
 
 from __future__ import annotations
@@ -11,51 +12,58 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-TILE = 4096  # vocabulary rows upcast at a time: 16 MiB at D = 1024
+SCRATCH_ROWS = 4096  # of the head, upcast at a time: 16 MiB at D = 1024
 
 
-def project(h: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out[n, V] = h[n, D] @ weight[V, D].T"""
-    if h.dtype == weight.dtype == out.dtype:
-        torch.mm(h, weight.T, out=out)
-    elif _has_fp32_output(h, weight):
-        torch.mm(h, weight.T, out_dtype=torch.float32, out=out)
-    else:
-        h = h.to(out.dtype)
-        for rows, tile in _tiles(weight, out.dtype):
-            torch.mm(h, tile.T, out=out[:, rows])
+def operand_dtype(
+    hidden: torch.dtype, weight: torch.dtype, accumulated: torch.dtype, device: torch.device
+) -> torch.dtype:
+    """What both factors are given in: 16 bits where the device multiplies them into fp32, else `accumulated`."""
+    low = hidden in (torch.bfloat16, torch.float16)
+    return hidden if device.type == "cuda" and hidden == weight and low else accumulated
 
 
-def back(d: Tensor, weight: Tensor, like: torch.dtype) -> Tensor:
-    """d[n, V] @ weight[V, D], `d` in the accumulation dtype; `like` is the dtype of the hidden states."""
-    if weight.dtype == d.dtype:
-        return torch.mm(d, weight)
-    if d.is_cuda and weight.dtype == like and _low(like):
-        return torch.mm(d.to(like), weight, out_dtype=torch.float32)
-    total = d.new_zeros(d.shape[0], weight.shape[1])
-    for rows, tile in _tiles(weight, d.dtype):
-        total.addmm_(d[:, rows], tile)
+def scratch_for(weight: Tensor, dtype: torch.dtype, columns: int) -> Tensor | None:
+    """Memory for upcast rows of the head, where its dtype is not that of the operands."""
+    return None if weight.dtype == dtype else weight.new_empty(min(SCRATCH_ROWS, columns), weight.shape[1], dtype=dtype)
+
+
+def project(h: Tensor, weight: Tensor, out: Tensor, scratch: Tensor | None) -> None:
+    """out[n, c] = h[n, D] @ weight[c, D].T"""
+    for rows, part in _parts(weight, scratch):
+        into = out if scratch is None else out[:, rows]
+        if h.dtype == out.dtype:
+            torch.mm(h, part.T, out=into)
+        else:
+            torch.mm(h, part.T, out_dtype=out.dtype, out=into)
+
+
+def back(d: Tensor, weight: Tensor, total: Tensor | None, dtype: torch.dtype, scratch: Tensor | None) -> Tensor:
+    """d[n, c] @ weight[c, D], added to `total` where there is one, in `dtype`."""
+    for rows, part in _parts(weight, scratch):
+        columns = d if scratch is None else d[:, rows]
+        if d.dtype == dtype:
+            total = torch.mm(columns, part) if total is None else total.addmm_(columns, part)
+        elif total is None:
+            total = torch.mm(columns, part, out_dtype=dtype)
+        else:
+            total = torch.addmm(total, columns, part, out_dtype=dtype, out=total)
+    assert total is not None
     return total
 
 
-def accumulate(total: Tensor, d: Tensor, h: Tensor) -> None:
-    """total[V, D] += d[n, V].T @ h[n, D]"""
-    if d.is_cuda and _low(h.dtype) and d.dtype == torch.float32:
-        torch.addmm(total, d.to(h.dtype).T, h, out_dtype=torch.float32, out=total)
+def outer(d: Tensor, h: Tensor, total: Tensor) -> None:
+    """total[c, D] += d[n, c].T @ h[n, D]"""
+    if d.dtype == total.dtype:
+        total.addmm_(d.T, h)
     else:
-        total.addmm_(d.T, h.to(d.dtype))
+        torch.addmm(total, d.T, h, out_dtype=total.dtype, out=total)
 
 
-def _low(dtype: torch.dtype) -> bool:
-    return dtype in (torch.bfloat16, torch.float16)
-
-
-def _has_fp32_output(h: Tensor, weight: Tensor) -> bool:
-    return h.is_cuda and h.dtype == weight.dtype and _low(h.dtype)
-
-
-def _tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    buffer = weight.new_empty(min(TILE, weight.shape[0]), weight.shape[1], dtype=dtype)
-    for start in range(0, weight.shape[0], TILE):
-        rows = slice(start, min(start + TILE, weight.shape[0]))
-        yield rows, buffer[: rows.stop - start].copy_(weight[rows])
+def _parts(weight: Tensor, scratch: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    if scratch is None:
+        yield slice(0, weight.shape[0]), weight
+        return
+    for start in range(0, weight.shape[0], scratch.shape[0]):
+        rows = slice(start, min(start + scratch.shape[0], weight.shape[0]))
+        yield rows, scratch[: rows.stop - start].copy_(weight[rows])

@@ -6,7 +6,7 @@ tied to the embedding.
 
 from .advantages import GAE, GroupAdvantages, MaskedWhiten
 from .dpo import CPOLoss, DPOLoss, KTOLoss, LinearDPOLoss, ORPOLoss, SimPOLoss
-from .logprob import LinearLogProbs, SelectiveLogSoftmax, TokenKL
+from .logprob import LinearKL, LinearLogProbs, SelectiveLogSoftmax, TokenKL
 from .ppo import LinearPPOLoss, LogitsPPOLoss, PPOLoss, ValueLoss
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "GroupAdvantages",
     "KTOLoss",
     "LinearDPOLoss",
+    "LinearKL",
     "LinearLogProbs",
     "LinearPPOLoss",
     "LogitsPPOLoss",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..kl import token_kl
+from ..kl import linear_kl, token_kl
 from ..logprob import linear_logprobs, selective_log_softmax
 from ..records import LogProbs
 from .face import Face
@@ -69,6 +69,44 @@ class LinearLogProbs(Face):
         mask: Tensor | None = None,
     ) -> LogProbs:
         return linear_logprobs(hidden, weight, targets, bias=bias, forbidden=forbidden, mask=mask, **self.options)
+
+
+class LinearKL(Face):
+    """`linear_kl` as a module."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(temperature=temperature, logit_scale=logit_scale, softcap=softcap, backend=backend)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        ref_hidden: Tensor,
+        weight: Tensor,
+        *,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        bias: Tensor | None = None,
+        forbidden: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        return linear_kl(
+            hidden,
+            ref_hidden,
+            weight,
+            ref_weight=ref_weight,
+            ref_bias=ref_bias,
+            bias=bias,
+            forbidden=forbidden,
+            mask=mask,
+            **self.options,
+        )
 
 
 class TokenKL(Face):

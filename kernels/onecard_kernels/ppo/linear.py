@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from .. import checks
-from ..logprob import linear_logprobs, selective_log_softmax
-from ..records import Loss
-from .policy import check_options, check_tokens, ppo_loss
+from .. import checks, dispatch
+from ..records import Head, Loss, divisor_of
+from . import local_ops  # noqa: F401  (registers the operator)
+from .policy import check_options, check_tokens
+from .terms import SUMS
 
 
 def logits_ppo_loss(
@@ -53,32 +55,25 @@ def logits_ppo_loss(
     check_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator, normalizer)
     checks.integer("targets", targets)
     check_tokens("targets", targets, old_logprobs, advantages, mask, ref_logprobs, weights, kl_coef)
-    policy = selective_log_softmax(
+    checks.logits(logits, targets, temperature, mask)
+    result: Loss = dispatch.implementation("logits_ppo_loss", backend, logits.device)(
         logits,
         targets,
-        temperature=temperature,
-        mask=mask,
-        return_entropy=True,
-        entropy_requires_grad=entropy_coef != 0.0,
-        backend=backend,
-    )
-    return ppo_loss(
-        policy.logprobs,
         old_logprobs,
         advantages,
         mask,
+        temperature=temperature,
         clip_low=clip_low,
         clip_high=clip_high,
         dual_clip=dual_clip,
-        entropy=policy.entropy,
         entropy_coef=entropy_coef,
         ref_logprobs=ref_logprobs,
         kl_coef=kl_coef,
         kl_estimator=kl_estimator,
         weights=weights,
         normalizer=normalizer,
-        backend=_of_the_tokens(backend),
     )
+    return result
 
 
 def linear_ppo_loss(
@@ -131,39 +126,22 @@ def linear_ppo_loss(
     check_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator, normalizer)
     checks.integer("targets", targets)
     check_tokens("targets", targets, old_logprobs, advantages, mask, ref_logprobs, weights, kl_coef)
-    policy = linear_logprobs(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        forbidden=forbidden,
-        mask=mask,
-        return_entropy=True,
-        entropy_requires_grad=entropy_coef != 0.0,
-        backend=backend,
+    head = Head(bias, temperature, logit_scale, softcap, forbidden)
+    checks.linear(hidden, weight, targets, head, mask)
+    dispatch.resolve("linear_logprobs", backend, hidden.device)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    loss, sums, *_ = torch.ops.onecard.linear_ppo(
+        *(hidden, weight, targets),
+        # constants of the loss, whatever graph they come from
+        *(x if x is None else x.detach() for x in (old_logprobs, advantages, mask, ref_logprobs, weights)),
+        *(bias, forbidden),
+        *(temperature, logit_scale, softcap),
+        *(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator),
+        needs,
+        backend,
     )
-    return ppo_loss(
-        policy.logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        entropy=policy.entropy,
-        entropy_coef=entropy_coef,
-        ref_logprobs=ref_logprobs,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        weights=weights,
-        normalizer=normalizer,
-        backend=_of_the_tokens(backend),
-    )
-
-
-def _of_the_tokens(backend: str) -> str:
-    """A backend that has the log-probabilities need not have the loss, which is small beside them."""
-    return "torch" if backend == "torch" else "auto"
+    sums = sums.detach()
+    divisor = divisor_of(normalizer, sums[-1].clamp(min=1.0), loss.dtype)
+    absent = () if ref_logprobs is not None else ("policy/kl",)
+    metrics = {name: x / divisor for name, x in zip(SUMS[1:-1], sums[:-1].unbind(), strict=True) if name not in absent}
+    return Loss(loss / divisor, metrics)

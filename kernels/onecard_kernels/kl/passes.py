@@ -1,0 +1,47 @@
+"""The row pass of linear_kl in torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..logprob.passes import blocks
+from ..records import Head
+
+NEAR = -1.0  # of log p - log q; below it q - p cancels nothing, and exp(-d) could overflow
+
+
+def kl_pass_(z: Tensor, r: Tensor, head: Head, *, ref_bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """KL(pi || ref) of each row, and where `out` is given dKL/dz there. z and r are overwritten.
+
+    p = softmax(Head(z));  q = softmax(Head(r));  d_v = log p_v - log q_v
+    KL = sum_v p_v (exp(-d_v) - 1 + d_v);  dKL/dz_v = p_v (d_v - KL) dHead/dz_v
+
+    The sum is the plain one, sum_v p_v d_v, plus 0 = sum_v q_v - p_v: no term is negative, and nothing cancels when the
+    policy is near the reference.
+    """
+    ref_head = replace(head, bias=ref_bias)
+    kl = z.new_empty(z.shape[0])
+    for rows in blocks(z.shape[0], z.shape[1], z.element_size()):
+        kl[rows] = _block(z[rows], r[rows], head, ref_head, None if out is None else out[rows])
+    return kl
+
+
+def _block(z: Tensor, r: Tensor, head: Head, ref_head: Head, out: Tensor | None) -> Tensor:
+    slope = torch.empty_like(z) if out is not None and head.softcap is not None else None
+    head.transform_(z, slope)
+    ref_head.transform_(r)
+    torch.log_softmax(z, 1, out=z)
+    torch.log_softmax(r, 1, out=r)
+    d = torch.where(z == float("-inf"), 0.0, z - r)
+    p, q = z.exp(), r.exp()
+    terms = torch.where(d > NEAR, p * (torch.expm1(-d.clamp(min=NEAR)) + d), q - p + p * d)
+    kl = torch.where(p > 0.0, terms, q).sum(1)
+    if out is not None:
+        gradient = torch.where(p > 0.0, p * (d - kl.unsqueeze(1)), 0.0).mul_(head.factor)
+        if slope is not None:
+            gradient *= slope
+        out.copy_(gradient.masked_fill_(kl.isinf().unsqueeze(1), 0.0))
+    return kl

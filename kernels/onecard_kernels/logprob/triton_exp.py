@@ -1,0 +1,313 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs
+"""The pass over a tile of products with the head: the transform, the online softmax, and the exponentials it leaves.
+
+One program per row, and one read of the tile. The shift is picked before the tile is read, from its first block and
+the target (later tiles keep the shift they find), and every sum and result is against that one number. Should a logit
+turn out to lie more than the limit above it, the row is read again with the right one. So no sum in the loop is ever
+rescaled, and what is written is e^limit at most.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import launch
+from ..records import Head
+from . import state as slots
+from .online import Wanted
+from .triton_rows import FAR, LOWEST, block_for, per_row
+
+SHIFT = tl.constexpr(slots.SHIFT)
+OFF = tl.constexpr(slots.OFF)
+TARGET = tl.constexpr(slots.TARGET)
+SLOPE = tl.constexpr(slots.SLOPE)
+MOMENT = tl.constexpr(slots.MOMENT)
+SQUARE = tl.constexpr(slots.SQUARE)
+RESCALE = tl.constexpr(slots.RESCALE)
+
+# e^(2 * 20) times a vocabulary is far from fp32's end (and bf16's). fp16 ends at 65504: 8 e^8 is below it.
+LIMIT = 20.0
+LIMIT_FP16 = 8.0
+
+
+@triton.jit
+def _transform(
+    x,
+    at,
+    inside,
+    bias_ptr,
+    forbidden_ptr,
+    before,
+    after,
+    BIAS: tl.constexpr,
+    CAP: tl.constexpr,
+    FORBIDDEN: tl.constexpr,
+):
+    """Head.transform, and 1 - tanh^2 (1 without a softcap). `before` is what tanh's argument is multiplied by."""
+    if BIAS:
+        x += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x *= before
+    slope = x * 0.0 + 1.0
+    if CAP:
+        q = tl.exp(-2.0 * tl.abs(x))
+        slope = 4.0 * q / ((1.0 + q) * (1.0 + q))
+        size = after * ((1.0 - q) / (1.0 + q))
+        x = tl.where(x < 0.0, -size, size)
+    if FORBIDDEN:
+        x = tl.where(tl.load(forbidden_ptr + at, mask=inside, other=0) != 0, float("-inf"), x)
+    return x, slope
+
+
+@triton.jit
+def _top(
+    z_row,
+    bias_ptr,
+    forbidden_ptr,
+    columns,
+    before,
+    after,
+    BIAS: tl.constexpr,
+    CAP: tl.constexpr,
+    FORBIDDEN: tl.constexpr,
+    UNROLL: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """The largest of the first `columns` logits."""
+    at_first = _columns(UNROLL, THREADS, VECTOR)
+    top = tl.full([THREADS], float("-inf"), tl.float32)
+    for start in range(0, columns, UNROLL * THREADS * VECTOR):
+        at = start + at_first
+        x = tl.load(z_row + at, mask=at < columns, other=0.0)
+        z, _ = _transform(x, at, at < columns, bias_ptr, forbidden_ptr, before, after, BIAS, CAP, FORBIDDEN)
+        z = tl.where(at < columns, z, float("-inf"))
+        top = tl.maximum(top, tl.max(tl.max(z, axis=2), axis=0))
+    return tl.max(top, axis=0)
+
+
+@triton.jit
+def _columns(UNROLL: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
+    block = tl.arange(0, UNROLL)[:, None, None] * (THREADS * VECTOR)
+    return block + tl.arange(0, THREADS)[None, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+
+
+@triton.jit
+def _exp_row(
+    z_row,
+    out_row,
+    spread_row,
+    bias_ptr,
+    forbidden_ptr,
+    target,
+    columns,
+    shift,
+    before,
+    after,
+    BIAS: tl.constexpr,
+    CAP: tl.constexpr,
+    FORBIDDEN: tl.constexpr,
+    WRITE: tl.constexpr,
+    SPREAD: tl.constexpr,
+    UNROLL: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Write the row's results against `shift`; (largest logit, and the tile's three sums) without the target's."""
+    at_first = _columns(UNROLL, THREADS, VECTOR)
+    top = tl.full([THREADS], float("-inf"), tl.float32)
+    off = tl.zeros([THREADS], tl.float32)
+    moment = tl.zeros([THREADS], tl.float32)
+    square = tl.zeros([THREADS], tl.float32)
+    for start in range(0, columns, UNROLL * THREADS * VECTOR):
+        at = start + at_first
+        inside = at < columns
+        x = tl.load(z_row + at, mask=inside, other=0.0)
+        z, slope = _transform(x, at, inside, bias_ptr, forbidden_ptr, before, after, BIAS, CAP, FORBIDDEN)
+        z = tl.where(inside & (at != target), z, float("-inf"))
+        d = z - shift
+        e = tl.exp(d)
+        spread = e * tl.where(d < FAR, FAR, d)
+        top = tl.maximum(top, tl.max(tl.max(z, axis=2), axis=0))
+        off += tl.sum(tl.sum(e, axis=2), axis=0)
+        moment += tl.sum(tl.sum(spread, axis=2), axis=0)
+        square += tl.sum(tl.sum(e * e, axis=2), axis=0)
+        if CAP:
+            e *= slope
+            spread *= slope
+        if WRITE:
+            tl.store(out_row + at, e.to(out_row.dtype.element_ty), mask=inside)
+        if SPREAD:
+            tl.store(spread_row + at, spread.to(spread_row.dtype.element_ty), mask=inside)
+    return tl.max(top, axis=0), tl.sum(off, axis=0), tl.sum(moment, axis=0), tl.sum(square, axis=0)
+
+
+@triton.jit
+def _exp_kernel(
+    z_ptr,
+    out_ptr,
+    spread_ptr,
+    target_ptr,
+    state_ptr,
+    bias_ptr,
+    forbidden_ptr,
+    first,
+    columns,
+    z_stride,
+    out_stride,
+    spread_stride,
+    state_stride,
+    before,
+    after,
+    limit,
+    BIAS: tl.constexpr,
+    CAP: tl.constexpr,
+    FORBIDDEN: tl.constexpr,
+    WRITE: tl.constexpr,
+    SPREAD: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    UNROLL: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    z_row = z_ptr + row * z_stride
+    out_row = out_ptr + row * out_stride
+    spread_row = spread_ptr + row * spread_stride
+    state = state_ptr + row
+    target = tl.load(target_ptr + row).to(tl.int64) - first
+    here = (target >= 0) & (target < columns)
+    target = tl.where(here, target, -1).to(tl.int32)
+    old = tl.load(state + SHIFT * state_stride)
+    z_target = tl.load(state + TARGET * state_stride)
+    slope_target = tl.load(state + SLOPE * state_stride)
+    if here:
+        x_target = tl.load(z_row + target)
+        z_target, slope_target = _transform(
+            x_target, target, target >= 0, bias_ptr, forbidden_ptr, before, after, BIAS, CAP, FORBIDDEN
+        )
+    shift = tl.maximum(old, LOWEST)
+    if IN_PLACE:
+        tl.debug_barrier()  # every warp has read the target's logit before any warp writes over it
+        top = _top(
+            z_row, bias_ptr, forbidden_ptr, columns, before, after, BIAS, CAP, FORBIDDEN, UNROLL, THREADS, VECTOR
+        )
+        top = tl.maximum(top, z_target)
+        if top > shift + limit:
+            shift = top
+    elif old == float("-inf"):
+        sample = tl.minimum(columns, UNROLL * THREADS * VECTOR)
+        top = _top(z_row, bias_ptr, forbidden_ptr, sample, before, after, BIAS, CAP, FORBIDDEN, UNROLL, THREADS, VECTOR)
+        shift = tl.maximum(tl.maximum(top, z_target), LOWEST)
+    highest, off, moment, square = _exp_row(
+        z_row,
+        out_row,
+        spread_row,
+        bias_ptr,
+        forbidden_ptr,
+        target,
+        columns,
+        shift,
+        before,
+        after,
+        BIAS,
+        CAP,
+        FORBIDDEN,
+        WRITE,
+        SPREAD,
+        UNROLL,
+        THREADS,
+        VECTOR,
+    )
+    if not IN_PLACE:
+        highest = tl.maximum(highest, z_target)
+        if highest > shift + limit:
+            shift = highest
+            highest, off, moment, square = _exp_row(
+                z_row,
+                out_row,
+                spread_row,
+                bias_ptr,
+                forbidden_ptr,
+                target,
+                columns,
+                shift,
+                before,
+                after,
+                BIAS,
+                CAP,
+                FORBIDDEN,
+                WRITE,
+                SPREAD,
+                UNROLL,
+                THREADS,
+                VECTOR,
+            )
+    # sum e (z - new) = rescale * (sum e (z - old) + (old - new) sum e)
+    moved = tl.where(old == float("-inf"), 0.0, tl.maximum(old, LOWEST) - shift)
+    rescale = tl.exp(moved)
+    old_off = tl.load(state + OFF * state_stride)
+    old_moment = tl.load(state + MOMENT * state_stride) + moved * old_off
+    old_square = tl.load(state + SQUARE * state_stride)
+    tl.store(state + OFF * state_stride, old_off * rescale + off)
+    tl.store(state + MOMENT * state_stride, old_moment * rescale + moment)
+    tl.store(state + SQUARE * state_stride, old_square * rescale * rescale + square)
+    tl.store(state + RESCALE * state_stride, rescale)
+    # nothing but -inf so far: the next tile picks the shift
+    tl.store(state + SHIFT * state_stride, tl.where(shift == LOWEST, float("-inf"), shift))
+    tl.store(state + TARGET * state_stride, z_target)
+    tl.store(state + SLOPE * state_stride, slope_target)
+
+
+def exp_tile(
+    z: Tensor, out: Tensor, spread: Tensor | None, y: Tensor, first: int, state: Tensor, head: Head, wanted: Wanted
+) -> None:
+    """Take the columns from `first` on into `state`, and leave e_v in `out`, e_v (z_v - shift) in `spread`.
+
+    z: `[n, c]` fp32 products h @ W.T of one tile; kept, unless `out` is z. out: z, or `[n, c]` of another dtype,
+    written if `wanted.direction`. spread: None, or `[n, c]` of any dtype. Both are 0 at the target and times the
+    softcap's slope. y: `[n]`, ids in the whole vocabulary. state: fp32 `[SLOTS, n]`. head: its bias and forbidden
+    columns are the tile's. z, out and spread have their columns side by side, and any row strides. No autograd.
+    """
+    rows, columns = z.shape
+    if rows == 0:
+        return
+    in_place = wanted.direction and out.dtype == z.dtype and out.data_ptr() == z.data_ptr()
+    cap = head.softcap
+    block = block_for(columns, z.element_size())
+    if cap is not None or spread is not None:  # more is held per logit: fewer at a time, or registers run out
+        block = block._replace(unroll=max(1, block.unroll // 2))
+    before = head.factor if cap is None else head.logit_scale / cap
+    half = torch.float16 in (out.dtype, z.dtype if spread is None else spread.dtype)
+    launch.launch(
+        _exp_kernel,
+        (rows,),
+        z,
+        out,
+        z if spread is None else spread,
+        per_row(y),
+        state,
+        z if head.bias is None else head.bias,
+        z if head.forbidden is None else head.forbidden,
+        first,
+        columns,
+        z.stride(0),
+        out.stride(0),
+        0 if spread is None else spread.stride(0),
+        state.stride(0),
+        before,
+        0.0 if cap is None else cap / head.temperature,
+        LIMIT_FP16 if half else LIMIT,
+        num_warps=block.warps,
+        BIAS=head.bias is not None,
+        CAP=cap is not None,
+        FORBIDDEN=head.forbidden is not None,
+        WRITE=wanted.direction,
+        SPREAD=spread is not None,
+        IN_PLACE=in_place,
+        UNROLL=block.unroll,
+        THREADS=block.threads,
+        VECTOR=block.vector,
+    )

@@ -1,0 +1,163 @@
+"""logits_ppo_loss on Triton as operators, which torch.compile takes as they are.
+
+Nothing here imports triton: the operators do when they run, for a compiler that traces this file cannot import.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..logprob.passes import result_dtype
+from ..logprob.selective import STATS
+from ..records import Loss
+
+# The order of the sums: the loss first, the number of tokens last.
+POLICY_SUMS = 7
+METRICS = {"policy/approxkl": 1, "policy/clipfrac": 2, "val/ratio": 3, "policy/entropy": 4}
+KL = 5
+
+
+def _kernels() -> Any:
+    return import_module(".triton_logits", __package__)
+
+
+@torch.library.custom_op("onecard::logits_ppo_forward", mutates_args=())
+def _forward_op(
+    logits: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    normalizer: Tensor | None,
+    number: float | None,
+    temperature: float,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    entropy_coef: float,
+    kl_coef: float,
+    kl_estimator: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _kernels().forward(
+        logits,
+        targets,
+        old_logprobs,
+        advantages,
+        mask,
+        ref_logprobs,
+        weights,
+        number if normalizer is None else normalizer,
+        temperature=temperature,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        entropy_coef=entropy_coef,
+        kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+    )
+
+
+@_forward_op.register_fake
+def _(
+    logits: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    given = (logits, old_logprobs, advantages, ref_logprobs, weights)
+    dtype = result_dtype(*(x.dtype for x in given if x is not None))
+    count, entropy_coef = targets.numel(), options[6]
+    return (
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty(POLICY_SUMS, dtype=dtype),
+        logits.new_empty((), dtype=dtype),
+        logits.new_empty(STATS, count, dtype=result_dtype(logits.dtype)),
+        logits.new_empty(count, dtype=dtype),
+        logits.new_empty(count if entropy_coef != 0.0 else 0, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("onecard::logits_ppo_backward", mutates_args=())
+def _backward_op(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    divisor: Tensor,
+    stats: Tensor,
+    slope: Tensor,
+    entropy_slope: Tensor,
+    grad: Tensor,
+    temperature: float,
+) -> Tensor:
+    return _kernels().backward(logits, targets, mask, divisor, stats, slope, entropy_slope, grad, temperature)
+
+
+@_backward_op.register_fake
+def _(logits: Tensor, *rest: Any) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, targets, _, _, mask = inputs[:5]
+    ctx.temperature, ctx.inputs = inputs[9], len(inputs)
+    ctx.save_for_backward(logits, targets, mask, *output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad = None
+    if grads[0] is not None:
+        grad = torch.ops.onecard.logits_ppo_backward(*ctx.saved_tensors, grads[0], ctx.temperature)
+    return grad, *(None,) * (ctx.inputs - 1)
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup)
+
+
+def logits_ppo_loss(
+    logits: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    temperature: float,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    entropy_coef: float,
+    ref_logprobs: Tensor | None,
+    kl_coef: float,
+    kl_estimator: str,
+    weights: Tensor | None,
+    normalizer: float | Tensor | None,
+) -> Loss:
+    as_tensor = isinstance(normalizer, Tensor)
+    loss, totals, *_ = torch.ops.onecard.logits_ppo_forward(
+        logits,
+        targets,
+        # constants of the loss, whatever graph they come from
+        *(x if x is None else x.detach() for x in (old_logprobs, advantages, mask, ref_logprobs, weights)),
+        normalizer.detach() if isinstance(normalizer, Tensor) else None,
+        None if as_tensor or normalizer is None else float(normalizer),
+        temperature,
+        clip_low,
+        clip_high,
+        dual_clip,
+        entropy_coef,
+        kl_coef,
+        kl_estimator,
+    )
+    names = METRICS if ref_logprobs is None else {**METRICS, "policy/kl": KL}
+    return Loss(loss, {name: totals[at] for name, at in names.items()})

@@ -1,0 +1,127 @@
+"""linear_ppo_loss's sweep as registered operators. What is not asked for is an empty tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..logprob.ops import linear_of
+from ..logprob.passes import Rows, result_dtype
+from ..logprob.plans import CHUNKED
+from ..records import Head
+from . import local
+from .terms import SUMS
+
+
+@torch.library.custom_op("onecard::linear_ppo", mutates_args=())
+def linear_ppo(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    forbidden: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    entropy_coef: float,
+    kl_coef: float,
+    kl_estimator: str,
+    needs: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with torch.autocast(hidden.device.type, enabled=False):
+        rows = Rows(targets.shape, mask)
+        given = (old_logprobs, advantages, ref_logprobs, weights)
+        tokens = local.Tokens(*(None if x is None else rows.pick(x) for x in given))  # type: ignore[arg-type]
+        head = Head(bias, temperature, logit_scale, softcap, forbidden)
+        # In chunks of whole rows a coefficient is known before the second product. A trained head must know it.
+        trained = needs[1] or needs[2]
+        linear = linear_of(hidden, weight, head, backend, default=CHUNKED, only=CHUNKED if trained else None)
+        options = {
+            "clip_low": clip_low,
+            "clip_high": clip_high,
+            "dual_clip": dual_clip,
+            "entropy_coef": entropy_coef,
+            "kl_coef": kl_coef,
+            "kl_estimator": kl_estimator,
+        }
+        needed = (needs[0], needs[1], needs[2])
+        out = local.forward(hidden, rows.pick(targets).long(), rows, linear, tokens, options, needed)
+        dtype = _dtype(hidden, weight, given)
+        by_hidden = None if out.hidden is None else rows.spread(out.hidden)
+        grads = (hidden.new_empty(0) if x is None else x for x in (by_hidden, out.weight, out.bias))
+        return out.sums[0].to(dtype, copy=True), out.sums[1:].to(dtype, copy=True), *grads  # type: ignore[return-value]
+
+
+def _dtype(hidden: Tensor, weight: Tensor, given: tuple[Tensor | None, ...]) -> torch.dtype:
+    return result_dtype(hidden.dtype, weight.dtype, *(x.dtype for x in given if x is not None))
+
+
+@linear_ppo.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    needs = rest[-2]
+    dtype = _dtype(hidden, weight, (old_logprobs, advantages, ref_logprobs, weights))
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(len(SUMS) - 1, dtype=dtype),
+        hidden.new_empty((targets.numel(), hidden.shape[-1]) if needs[0] else (0,)),
+        weight.new_empty(weight.shape) if needs[1] else hidden.new_empty(0),
+        bias.new_empty(bias.shape) if needs[2] and bias is not None else hidden.new_empty(0),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.shape, ctx.needs = inputs[0].shape, inputs[-2]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[2:])
+
+
+def _backward(ctx: Any, grad: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+    none = (None,) * 21
+    if grad is None:
+        return none
+    by_hidden, by_weight, by_bias = torch.ops.onecard.scale_linear_ppo(*ctx.saved_tensors, grad)
+    return (
+        by_hidden.view(ctx.shape) if ctx.needs[0] else None,
+        by_weight if ctx.needs[1] else None,
+        *none[2:8],
+        by_bias if ctx.needs[2] else None,
+        *none[9:],
+    )
+
+
+linear_ppo.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("onecard::scale_linear_ppo", mutates_args=())
+def scale_linear_ppo(hidden: Tensor, weight: Tensor, bias: Tensor, by: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each times the 0-d `by`: the whole backward of a loss whose gradients were formed in its forward."""
+    hidden, weight, bias = (torch.mul(x, by, out=torch.empty_like(x)) for x in (hidden, weight, bias))
+    return hidden, weight, bias
+
+
+@scale_linear_ppo.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor, by: Tensor) -> tuple[Tensor, ...]:
+    return torch.empty_like(hidden), torch.empty_like(weight), torch.empty_like(bias)

@@ -1,0 +1,321 @@
+"""PPO's losses of tokens as Triton kernels: one launch over the tokens, one that adds up, one for the gradient.
+
+The first launch leaves sums of its programs, not a total, and the derivative of each token's loss. The sums are added
+in a fixed order, so two runs agree in every bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _exp(x):
+    """e^x where |x| is at most 20. The hardware's exp2 of x log2(e) would be off by |x| / 2 ulps from that product."""
+    if x.dtype == tl.float64:
+        result = tl.exp(x)
+    else:
+        n = tl.floor(x * 1.4426950408889634 + 0.5)
+        result = tl.exp2(n) * tl.exp((x - n * 0.693359375) + n * 2.12194440054690583e-4)
+    return result
+
+
+@triton.jit
+def _log_ratio(logp, other):
+    """logp - other, 0 where both are -inf; and whether it has a derivative."""
+    both = (logp == float("-inf")) & (other == float("-inf"))
+    return tl.where(both, 0.0, logp - other), ~both
+
+
+@triton.jit
+def _hold(x, low, high):
+    """torch.clamp: NaN stays NaN, and the borders count as inside."""
+    return tl.where(x < low, low, tl.where(x > high, high, x)), (x >= low) & (x <= high)
+
+
+@triton.jit
+def _larger(x, y):
+    """torch.maximum, and the share of x in its gradient: at a tie, one half for each."""
+    return tl.where(x > y, x, y), tl.where(x == y, 0.5, tl.where(x > y, 1.0, 0.0))
+
+
+@triton.jit
+def _k3(d, TERMS: tl.constexpr):
+    """k3 = exp(-d) - 1 + d and its derivative; d^2/2 (1 - d/3 (1 - d/4 (1 - ...))) keeps the digits of a small k3."""
+    tail = d * 0.0 + 1.0
+    for i in tl.static_range(TERMS):
+        tail = 1.0 - tail * d * (1.0 / (TERMS + 2 - i))
+    series = 0.5 * d * d * tail
+    e = _exp(-d)
+    near = tl.abs(d) < 1.0
+    return tl.where(near, series, e - 1.0 + d), tl.where(near, d - series, 1.0 - e)
+
+
+@triton.jit
+def _divergence(logp, ref, ESTIMATOR: tl.constexpr):
+    """An estimate of KL(policy || reference), and its derivative by logp."""
+    d, free = _log_ratio(logp, ref)
+    if ESTIMATOR == "k1":
+        kl, slope = d, tl.where(free, 1.0, 0.0).to(d.dtype)
+    elif ESTIMATOR == "k2":
+        kl, slope = 0.5 * d * d, d
+    else:
+        d, inside = _hold(d, -20.0, 20.0)
+        if d.dtype == tl.float64:
+            kl, slope = _k3(d, 18)
+        else:
+            kl, slope = _k3(d, 9)
+        slope = tl.where(inside & free, slope, 0.0)
+    return kl, slope
+
+
+@triton.jit
+def token_terms(
+    logp,
+    old,
+    adv,
+    ref,
+    valid,
+    clip_low,
+    clip_high,
+    dual_clip,
+    kl_coef,
+    HAS_REF: tl.constexpr,
+    HAS_DUAL: tl.constexpr,
+    KL_IN_LOSS: tl.constexpr,
+    ESTIMATOR: tl.constexpr,
+):
+    """What one token, or a block of them, adds to the loss and the metrics; see `ppo_loss` for the formulas.
+
+    logp, old, adv and ref (logp again where there is none) are fp32 or fp64, all the same; ESTIMATOR is k1, k2 or k3.
+    Invalid tokens may hold anything. For exact borders of the clip range the coefficients are fp64 scalars.
+
+    Returns the loss (entropy and weight not yet in it), d loss / d logp, half the squared log-ratio, 1 where the range
+    cuts, the ratio, and the divergence: all of logp's dtype, and 0 for invalid tokens.
+    """
+    dtype: tl.constexpr = logp.dtype
+    logp = tl.where(valid, logp, 0.0)
+    old = tl.where(valid, old, 0.0)
+    a = tl.where(valid, adv, 0.0)
+
+    d, free_to_move = _log_ratio(logp, old)
+    d, inside = _hold(d, -20.0, 20.0)
+    ratio = _exp(d)
+    held, in_range = _hold(ratio, tl.full((), 1.0 - clip_low, dtype), tl.full((), 1.0 + clip_high, dtype))
+    free, cut = -a * ratio, -a * held
+    loss, share = _larger(free, cut)
+    slope = free * tl.where(in_range, 1.0, share)  # inside, both sides of the maximum are one
+    if HAS_DUAL:
+        bound = a * tl.full((), -dual_clip, dtype)
+        _, over = _larger(loss, bound)
+        bounded = a < 0.0
+        slope = tl.where(bounded, slope * (1.0 - over), slope)
+        loss = tl.where(bounded & (loss > bound), bound, loss)
+    slope = tl.where(inside & free_to_move, slope, 0.0)
+    kl = tl.full(loss.shape, 0.0, dtype)
+    if HAS_REF:
+        kl, kl_slope = _divergence(logp, tl.where(valid, ref, 0.0), ESTIMATOR)
+        if KL_IN_LOSS:
+            coef = tl.full((), kl_coef, dtype)
+            loss += coef * kl
+            slope += tl.where(valid, coef * kl_slope, 0.0)
+    clipped = tl.where(cut > free, 1.0, 0.0).to(dtype)
+    return loss, slope, 0.5 * d * d, clipped, tl.where(valid, ratio, 0.0), kl
+
+
+@triton.jit
+def _load(pointer, t, inside, dtype: tl.constexpr):
+    return tl.load(pointer + t, mask=inside, other=0).to(dtype)
+
+
+@triton.jit
+def _store_sum(sums_ptr, row: tl.constexpr, x):
+    tl.store(sums_ptr + row * tl.num_programs(0).to(tl.int64) + tl.program_id(0), tl.sum(x, 0))
+
+
+# Scalars are annotated fp64: as plain Python floats they would come as fp32, too coarse for fp64 tensors.
+@triton.jit
+def policy_kernel(
+    logp_ptr,
+    old_ptr,
+    adv_ptr,
+    mask_ptr,
+    entropy_ptr,
+    ref_ptr,
+    weights_ptr,
+    sums_ptr,
+    slope_ptr,
+    entropy_slope_ptr,
+    n,
+    clip_low: tl.float64,
+    clip_high: tl.float64,
+    dual_clip: tl.float64,
+    entropy_coef: tl.float64,
+    kl_coef: tl.float64,
+    HAS_DUAL: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    ENTROPY_IN_LOSS: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    KL_IN_LOSS: tl.constexpr,
+    ESTIMATOR: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    SLOPE: tl.constexpr,
+    ENTROPY_SLOPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    dtype: tl.constexpr = sums_ptr.dtype.element_ty
+    t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = t < n
+    valid = _load(mask_ptr, t, inside, tl.float32) != 0
+    logp = _load(logp_ptr, t, inside, dtype)
+    old = _load(old_ptr, t, inside, dtype)
+    adv = _load(adv_ptr, t, inside, dtype)
+    ref = logp
+    if HAS_REF:
+        ref = _load(ref_ptr, t, inside, dtype)
+    loss, slope, approxkl, clipped, ratio, kl = token_terms(
+        logp, old, adv, ref, valid, clip_low, clip_high, dual_clip, kl_coef, HAS_REF, HAS_DUAL, KL_IN_LOSS, ESTIMATOR
+    )
+    count = tl.where(valid, 1.0, 0.0).to(dtype)
+    entropy = tl.zeros_like(loss)
+    entropy_slope = tl.zeros_like(loss)
+    if HAS_ENTROPY:
+        entropy = tl.where(valid, _load(entropy_ptr, t, inside, dtype), 0.0)
+    if ENTROPY_IN_LOSS:
+        coef = tl.full((), entropy_coef, dtype)
+        loss -= coef * entropy
+        entropy_slope = -coef * count
+    if HAS_WEIGHTS:
+        weight = tl.where(valid, _load(weights_ptr, t, inside, dtype), 0.0)
+        loss *= weight
+        slope *= weight
+        entropy_slope *= weight
+    if SLOPE:
+        tl.store(slope_ptr + t, slope, mask=inside)
+    if ENTROPY_SLOPE:
+        tl.store(entropy_slope_ptr + t, entropy_slope, mask=inside)
+    _store_sum(sums_ptr, 0, loss)
+    _store_sum(sums_ptr, 1, approxkl)
+    _store_sum(sums_ptr, 2, clipped)
+    _store_sum(sums_ptr, 3, ratio)
+    _store_sum(sums_ptr, 4, entropy)
+    _store_sum(sums_ptr, 5, kl)
+    _store_sum(sums_ptr, 6, count)
+
+
+@triton.jit
+def value_kernel(
+    values_ptr,
+    old_ptr,
+    returns_ptr,
+    mask_ptr,
+    weights_ptr,
+    sums_ptr,
+    slope_ptr,
+    n,
+    clip: tl.float64,
+    HAS_CLIP: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    SLOPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    dtype: tl.constexpr = sums_ptr.dtype.element_ty
+    t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = t < n
+    valid = _load(mask_ptr, t, inside, tl.float32) != 0
+    v = tl.where(valid, _load(values_ptr, t, inside, dtype), 0.0)
+    target = tl.where(valid, _load(returns_ptr, t, inside, dtype), 0.0)
+    slope = v - target
+    loss = slope * slope
+    clipped = tl.zeros_like(loss)
+    if HAS_CLIP:
+        old = tl.where(valid, _load(old_ptr, t, inside, dtype), 0.0)
+        reach = tl.full((), clip, dtype)
+        held, in_range = _hold(v, old - reach, old + reach)
+        cut = (held - target) * (held - target)
+        clipped = tl.where(cut > loss, 1.0, 0.0).to(dtype)
+        loss, share = _larger(loss, cut)
+        slope *= tl.where(in_range, 1.0, share)
+    loss *= 0.5
+    if HAS_WEIGHTS:
+        weight = tl.where(valid, _load(weights_ptr, t, inside, dtype), 0.0)
+        loss *= weight
+        slope *= weight
+    if SLOPE:
+        tl.store(slope_ptr + t, slope, mask=inside)
+    _store_sum(sums_ptr, 0, loss)
+    _store_sum(sums_ptr, 1, clipped)
+    _store_sum(sums_ptr, 2, tl.where(valid, 1.0, 0.0).to(dtype))
+
+
+@triton.jit
+def _divide(x, y):
+    """Correctly rounded, for both dtypes: 3 / 3 is 1, which the hardware's fast fp32 division does not promise."""
+    if x.dtype == tl.float64:
+        result = x / y
+    else:
+        result = tl.div_rn(x, y)
+    return result
+
+
+@triton.jit
+def finish_kernel(
+    sums_ptr,
+    normalizer_ptr,
+    loss_ptr,
+    totals_ptr,
+    divisor_ptr,
+    programs,
+    number: tl.float64,
+    NORMALIZER: tl.constexpr,
+    SUMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The sums of all programs, divided by a number, by a tensor's, or by the last sum, but at least 1."""
+    dtype: tl.constexpr = sums_ptr.dtype.element_ty
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), dtype)
+    for start in range(0, programs, COLUMNS):
+        at = start + column
+        inside = (row[:, None] < SUMS) & (at[None, :] < programs)
+        total += tl.load(sums_ptr + row[:, None].to(tl.int64) * programs + at[None, :], mask=inside, other=0.0)
+    sums = tl.sum(total, 1)
+    if NORMALIZER == "count":
+        count = tl.sum(tl.where(row == SUMS - 1, sums, 0.0), 0)
+        divisor = tl.where(count < 1.0, 1.0, count).to(dtype)
+    elif NORMALIZER == "tensor":
+        divisor = tl.load(normalizer_ptr).to(dtype)
+    else:
+        divisor = tl.full((), number, dtype)
+    sums = _divide(sums, tl.zeros_like(sums) + divisor)
+    tl.store(totals_ptr + row, sums, mask=row < SUMS)
+    tl.store(loss_ptr + row, sums, mask=row == 0)
+    tl.store(divisor_ptr, divisor)
+
+
+@triton.jit
+def scale_kernel(
+    grad_ptr,
+    divisor_ptr,
+    first_ptr,
+    second_ptr,
+    first_out_ptr,
+    second_out_ptr,
+    n,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    dtype: tl.constexpr = divisor_ptr.dtype.element_ty
+    factor = _divide(tl.load(grad_ptr).to(dtype), tl.load(divisor_ptr))
+    t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = t < n
+    if FIRST:
+        x = _load(first_ptr, t, inside, dtype) * factor
+        tl.store(first_out_ptr + t, x.to(first_out_ptr.dtype.element_ty), mask=inside)
+    if SECOND:
+        x = _load(second_ptr, t, inside, dtype) * factor
+        tl.store(second_out_ptr + t, x.to(second_out_ptr.dtype.element_ty), mask=inside)

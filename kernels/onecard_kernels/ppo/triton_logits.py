@@ -1,0 +1,192 @@
+"""PPO's policy loss from logits in Triton: log-probability, entropy and the loss's terms in one read of each row.
+
+Forward: one launch over the rows, one that adds up in a fixed order. Backward: one launch, from what the forward kept
+of each row: its softmax's statistics and the derivatives of its loss by log-probability and entropy. Rows whose
+derivatives are zero (clipped, masked) are not read again.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import launch
+from ..logprob import triton_rows as rows
+from ..logprob.passes import result_dtype
+from ..logprob.triton_rows import checked_target, row_address, row_statistics, store_statistics
+from .launches import POLICY_SUMS, finish
+from .triton import token_terms
+
+
+@triton.jit
+def _forward_kernel(
+    logits_ptr,
+    target_ptr,
+    mask_ptr,
+    old_ptr,
+    advantage_ptr,
+    ref_ptr,
+    weight_ptr,
+    stats_ptr,
+    sums_ptr,
+    slope_ptr,
+    entropy_slope_ptr,
+    rows,
+    columns,
+    inner,
+    outer_stride,
+    inner_stride,
+    log2e_over_temperature: tl.float64,
+    clip_low: tl.float64,
+    clip_high: tl.float64,
+    dual_clip: tl.float64,
+    entropy_coef: tl.float64,
+    kl_coef: tl.float64,
+    HAS_DUAL: tl.constexpr,
+    ENTROPY_IN_LOSS: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    KL_IN_LOSS: tl.constexpr,
+    ESTIMATOR: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    UNROLL: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    row = tl.program_id(0)
+    sums = sums_ptr + row
+    of_tokens: tl.constexpr = sums_ptr.dtype.element_ty
+    valid = tl.load(mask_ptr + row) != 0
+    if valid:
+        factor = tl.full((), log2e_over_temperature, DTYPE)
+        row_ptr = logits_ptr + row_address(row, inner, outer_stride, inner_stride)
+        target = checked_target(target_ptr, row, columns)
+        shift, total, off, logprob, entropy = row_statistics(
+            row_ptr, target, columns, factor, True, UNROLL, THREADS, VECTOR
+        )
+        store_statistics(stats_ptr, row, rows, shift, total, off, logprob, entropy)
+        logprob = logprob.to(of_tokens)
+        entropy = entropy.to(of_tokens)
+        ref = logprob
+        if HAS_REF:
+            ref = tl.load(ref_ptr + row).to(of_tokens)
+        loss, slope, approxkl, clipped, ratio, kl = token_terms(
+            logprob,
+            tl.load(old_ptr + row).to(of_tokens),
+            tl.load(advantage_ptr + row).to(of_tokens),
+            ref,
+            valid,
+            clip_low,
+            clip_high,
+            dual_clip,
+            kl_coef,
+            HAS_REF,
+            HAS_DUAL,
+            KL_IN_LOSS,
+            ESTIMATOR,
+        )
+        weight = tl.full((), 1.0, of_tokens)
+        if HAS_WEIGHTS:
+            weight = tl.load(weight_ptr + row).to(of_tokens)
+        if ENTROPY_IN_LOSS:
+            coef = tl.full((), entropy_coef, of_tokens)
+            loss -= coef * entropy
+            tl.store(entropy_slope_ptr + row, -coef * weight)
+        tl.store(slope_ptr + row, slope * weight)
+        tl.store(sums, loss * weight)
+        tl.store(sums + rows, approxkl)
+        tl.store(sums + 2 * rows, clipped)
+        tl.store(sums + 3 * rows, ratio)
+        tl.store(sums + 4 * rows, entropy)
+        tl.store(sums + 5 * rows, kl)
+        tl.store(sums + 6 * rows, weight * 0.0 + 1.0)
+    else:
+        store_statistics(stats_ptr, row, rows, 0.0, 0.0, 0.0, 0.0, 0.0)
+        tl.store(slope_ptr + row, 0.0)
+        if ENTROPY_IN_LOSS:
+            tl.store(entropy_slope_ptr + row, 0.0)
+        for i in tl.static_range(7):  # as many as there are sums
+            tl.store(sums + i * rows, 0.0)
+
+
+def forward(
+    logits: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    normalizer: float | Tensor | None,
+    *,
+    temperature: float,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    entropy_coef: float,
+    kl_coef: float,
+    kl_estimator: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, all sums over the divisor, divisor; per row: statistics, derivatives by logp and by entropy)."""
+    given = (logits, old_logprobs, advantages, ref_logprobs, weights)
+    dtype = result_dtype(*(x.dtype for x in given if x is not None))
+    columns, count = logits.shape[-1], targets.numel()
+    stats = logits.new_empty(rows.STATS, count, dtype=result_dtype(logits.dtype))
+    slope = logits.new_empty(count, dtype=dtype)
+    entropy_slope = logits.new_empty(count if entropy_coef != 0.0 else 0, dtype=dtype)
+    if count == 0:
+        done = finish(logits.new_zeros(POLICY_SUMS, 1, dtype=dtype), normalizer)
+        return *done, stats, slope, entropy_slope
+    sums = logits.new_empty(POLICY_SUMS, count, dtype=dtype)
+    logits, strides = rows.with_strides(logits)
+    block = rows.block_for(columns, logits.element_size())
+    per_token = (targets, mask, old_logprobs, advantages)
+    launch(
+        _forward_kernel,
+        (count,),
+        logits,
+        *map(rows.per_row, per_token),
+        *(stats if x is None else rows.per_row(x) for x in (ref_logprobs, weights)),
+        stats,
+        sums,
+        slope,
+        entropy_slope,
+        count,
+        columns,
+        *strides,
+        rows.LOG2E / temperature,
+        clip_low,
+        clip_high,
+        0.0 if dual_clip is None else dual_clip,
+        entropy_coef,
+        kl_coef,
+        num_warps=block.warps,
+        HAS_DUAL=dual_clip is not None,
+        ENTROPY_IN_LOSS=entropy_coef != 0.0,
+        HAS_REF=ref_logprobs is not None,
+        KL_IN_LOSS=kl_coef != 0.0,
+        ESTIMATOR=kl_estimator,
+        HAS_WEIGHTS=weights is not None,
+        DTYPE=rows.accumulator(logits.dtype),
+        UNROLL=block.unroll,
+        THREADS=block.threads,
+        VECTOR=block.vector,
+    )
+    return *finish(sums, normalizer), stats, slope, entropy_slope
+
+
+def backward(
+    logits: Tensor,
+    targets: Tensor,
+    mask: Tensor,
+    divisor: Tensor,
+    stats: Tensor,
+    slope: Tensor,
+    entropy_slope: Tensor,
+    grad: Tensor,
+    temperature: float,
+) -> Tensor:
+    """The gradient of the logits, for the gradient `grad` (0-d) of the loss."""
+    on_entropy = entropy_slope if entropy_slope.numel() else None
+    return rows.backward(logits, targets, mask, stats, slope, on_entropy, temperature, scale=(grad, divisor))

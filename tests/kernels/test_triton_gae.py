@@ -1,0 +1,194 @@
+"""gae on both backends against the fp64 loop over positions, and a whole step of PPO under torch.compile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from onecard_kernels import dispatch, gae, launch
+from onecard_kernels.advantages import reference
+from tests.closeness import assert_like_eager
+
+pytest.importorskip("triton")
+from onecard_kernels.advantages import triton as kernel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAN = float("nan")
+BOTH = ("torch", "triton")
+COEFS = [(1.0, 1.0), (0.99, 0.95), (0.9, 0.0), (0.0, 0.7), (1.0, 0.3)]
+
+
+def masks(b: int, t: int) -> dict[str, torch.Tensor]:
+    at, half = torch.arange(t).expand(b, t), torch.randint(0, t + 1, (b, 1))
+    rows = torch.ones(b, t)
+    rows[::2] = 0
+    return {
+        "all": torch.ones(b, t),
+        "none": torch.zeros(b, t, dtype=torch.bool),
+        "holes": torch.rand(b, t) < 0.5,
+        "few": torch.rand(b, t) < 0.1,
+        "leading": (at >= half).long(),
+        "trailing": (at < half).to(torch.uint8),
+        "rows": rows,
+    }
+
+
+def check(
+    backend: str, rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, last: torch.Tensor | None, **kw: Any
+) -> None:
+    """At most twice as wrong as the loop in the inputs' dtype; NaN wherever the mask is 0."""
+    rewards, values = (x.masked_fill(mask == 0, NAN) for x in (rewards, values))
+    wide = [None if x is None else x.double() for x in (rewards, values, last)]
+    truth = reference.gae(*wide[:2], mask, last_values=wide[2], **kw)
+    eager = reference.gae(rewards, values, mask, last_values=last, **kw)
+    got = gae(rewards, values, mask, last_values=last, backend=backend, **kw)
+    for name in ("advantages", "returns"):
+        x = getattr(got, name)
+        assert x.dtype == getattr(eager, name).dtype
+        assert_like_eager(x, getattr(eager, name), getattr(truth, name), name)
+        assert torch.equal(x[mask == 0], torch.zeros_like(x[mask == 0]))
+
+
+@pytest.mark.parametrize("mask", ["all", "none", "holes", "few", "leading", "trailing", "rows"])
+@pytest.mark.parametrize("backend", BOTH)
+def test_every_mask(backend: str, mask: str) -> None:
+    for gamma, lam in COEFS:
+        for last in (None, torch.randn(4).to(DEVICE)):
+            rewards, values = torch.randn(2, 4, 11).to(DEVICE)
+            check(backend, rewards, values, masks(4, 11)[mask].to(DEVICE), last, gamma=gamma, lam=lam)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", BOTH)
+def test_every_dtype(backend: str, dtype: torch.dtype) -> None:
+    rewards, values = torch.randn(2, 3, 13).to(DEVICE, dtype)
+    mask = masks(3, 13)["holes"].to(DEVICE)
+    check(backend, rewards, values, mask, torch.randn(3).to(DEVICE, dtype), gamma=0.97, lam=0.9)
+    check(backend, rewards, values.float(), mask, torch.randn(3).to(DEVICE, torch.float64), gamma=0.97, lam=0.9)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 9, 16, 17, 23, 24, 25, 40])
+def test_rows_of_several_blocks(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of 8: the carry goes from one to the next over masked positions, also over whole masked blocks."""
+    monkeypatch.setattr(kernel, "LARGEST_BLOCK", 8)
+    for mask in ("holes", "few", "all", "trailing"):
+        rewards, values = torch.randn(2, 3, length).to(DEVICE)
+        valid, last = masks(3, length)[mask].to(DEVICE), torch.randn(3).to(DEVICE)
+        check("triton", rewards, values, valid, last, gamma=1.0, lam=0.9)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
+@pytest.mark.parametrize("backend", BOTH)
+def test_nothing(backend: str, shape: tuple[int, int]) -> None:
+    x = torch.ones(shape, device=DEVICE)
+    got = gae(x, x, x, last_values=torch.ones(shape[0], device=DEVICE), backend=backend)
+    assert got.advantages.shape == got.returns.shape == shape
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_any_strides(backend: str) -> None:
+    rewards, values = torch.randn(2, 4, 9).to(DEVICE)
+    mask, last = masks(4, 9)["holes"].to(DEVICE), torch.randn(4).to(DEVICE)
+    plain = gae(rewards, values, mask, last_values=last, backend=backend)
+    wide = torch.full((4, 20), NAN, device=DEVICE)
+    wide[:, 1:19:2] = values
+    flat = torch.stack([last, last + 1], 1)
+    for m in (mask.t().contiguous().t(), mask.t().long().contiguous().t()):
+        strided = gae(rewards.t().contiguous().t(), wide[:, 1:19:2], m, last_values=flat[:, 0], backend=backend)
+        assert torch.equal(strided.advantages, plain.advantages)
+        assert torch.equal(strided.returns, plain.returns)
+    same = rewards[:1].expand(4, 9)
+    got, plain = (gae(x, x, mask, backend=backend) for x in (same, same.contiguous()))
+    assert torch.equal(got.advantages, plain.advantages)
+
+
+def test_a_row_far_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 2 begins more than 2^31 elements behind row 0; the memory between them is never touched."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    mask = torch.empty(2**31 + 64, dtype=torch.uint8, device=DEVICE).as_strided((3, 6), (2**30 + 16, 1)).fill_(1)
+    rewards, values = torch.randn(2, 3, 6).to(DEVICE)
+    far, near = (gae(rewards, values, m, backend="triton") for m in (mask, torch.ones(3, 6, device=DEVICE)))
+    assert torch.equal(far.advantages, near.advantages)
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_a_masked_row_hides_its_last_value(backend: str) -> None:
+    mask = torch.tensor([[0, 0, 0], [1, 0, 1]], device=DEVICE)
+    x = torch.ones(2, 3, device=DEVICE)
+    got = gae(x, x, mask, last_values=torch.tensor([NAN, 1.0], device=DEVICE), backend=backend)
+    assert torch.equal(got.advantages[0], torch.zeros(3, device=DEVICE))
+    assert torch.equal(got.returns[0], torch.zeros(3, device=DEVICE))
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_two_runs_agree_and_are_constants(backend: str) -> None:
+    rewards, values = torch.randn(2, 3, 50).to(DEVICE).requires_grad_()
+    mask = torch.rand(3, 50, device=DEVICE) < 0.7
+    before = rewards.detach().clone(), values.detach().clone(), mask.clone()
+    one, two = (gae(rewards, values, mask, backend=backend) for _ in range(2))
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a, b)
+        assert not a.requires_grad
+    for x, y in zip((rewards, values, mask), before, strict=True):
+        assert torch.equal(x, y)  # the inputs are the caller's
+
+
+def test_one_launch() -> None:
+    big = torch.empty(64, 4096, device="meta")
+    with launch.recording() as recorded:
+        advantages, returns = kernel.launch_gae(big, big, big.bool(), None, 0.99, 0.95)
+    assert advantages.shape == returns.shape == (64, 4096)
+    assert [(r.grid, r.constexprs["BLOCK"]) for r in recorded] == [((64,), 4096)]
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (0, 4)])
+def test_operator(shape: tuple[int, int]) -> None:
+    rewards, values = torch.randn(2, *shape).to(DEVICE)
+    mask, last = torch.rand(shape, device=DEVICE) < 0.5, torch.randn(shape[0], device=DEVICE)
+    torch.library.opcheck(kernel._gae, (rewards.bfloat16(), values.t().contiguous().t(), mask, last, 0.9, 0.8))
+    torch.library.opcheck(kernel._gae, (rewards.double(), values, mask.long(), None, 1.0, 1.0))
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_a_compiled_step(backend: str) -> None:
+    """fullgraph: rewards to advantages to both losses to gradients; another coefficient the second time."""
+    gae_, ppo_loss, value_loss = (
+        dispatch.implementation(name, backend, torch.device(DEVICE)) for name in ("gae", "ppo_loss", "value_loss")
+    )
+    off = {"dual_clip": None, "weights": None, "kl_estimator": "k3"}
+
+    def step(batch: dict[str, torch.Tensor], kl_coef: float) -> tuple[torch.Tensor, ...]:
+        mask = batch["mask"]
+        targets = gae_(batch["rewards"], batch["old_values"], mask, gamma=0.99, lam=0.9, last_values=None)
+        policy = ppo_loss(
+            batch["logprobs"],
+            batch["old_logprobs"],
+            targets.advantages,
+            mask,
+            clip_low=0.2,
+            clip_high=0.3,
+            entropy=batch["entropy"],
+            entropy_coef=0.01,
+            ref_logprobs=batch["old_logprobs"],
+            kl_coef=kl_coef,
+            normalizer=None,
+            **off,
+        )
+        old, count = batch["old_values"], mask.sum()
+        value = value_loss(batch["values"], old, targets.returns, mask, clip=0.2, weights=None, normalizer=count)
+        return policy.loss + 0.5 * value.loss, *policy.metrics.values(), *value.metrics.values()
+
+    torch.compiler.reset()
+    names = ("rewards", "values", "old_values", "logprobs", "old_logprobs", "entropy")
+    batch = {name: torch.randn(3, 7).to(DEVICE) for name in names}
+    batch["mask"] = torch.rand(3, 7, device=DEVICE) < 0.7
+    leaves = [batch[name].requires_grad_() for name in ("values", "logprobs", "entropy")]
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for kl_coef in (0.05, 0.1):
+        plain, got = step(batch, kl_coef), compiled(batch, kl_coef)
+        torch.testing.assert_close(got, plain)
+        grads = [torch.autograd.grad(x[0], leaves) for x in (plain, got)]
+        torch.testing.assert_close(grads[1], grads[0])
+        assert not any(x.requires_grad for x in got[1:])
