@@ -9,7 +9,7 @@ help:
 	@echo "make demo   install into .venv, then SFT, reward model, DPO and PPO from nothing in a few minutes (runs/demo/report.html)"
 	@echo "make test   install into .venv with the test tools, then lint, types and all tests"
 	@echo "make lint   ruff and mypy alone"
-	@echo "make bench  the CPU kernel benchmark against eager and TRL (benchmarks/results/)"
+	@echo "make bench  the CPU kernel benchmarks against their peers, a quarter of an hour (benchmarks/results/)"
 	@echo "make clean  remove .venv and runs/demo"
 
 $(VENV)/.installed: $(SOURCES)

@@ -1,41 +1,37 @@
-"""Who is timed: ours, and every public way to get per-token log-probabilities from hidden states.
+"""Who is timed: loaders that several benchmarks share, of ours and of every public way to the same result.
 
-A candidate is a name and a loader. The loader returns `logprobs(hidden, weight, targets) -> [N]`, or raises
-`Unavailable` with the reason, which then stands in the table. Imports happen in the loaders: a peer that is not
-installed costs its row and nothing else.
+A loader returns the function, or raises `Unavailable` with the reason, which then stands in the table. Imports happen
+in the loaders: a peer that is not installed costs its row and nothing else.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.shapes import FORWARD, TRAINED, Inputs
+from benchmarks.anatomy import EAGER, OURS, Candidate, Function, Inputs, Unavailable
 
-LogProbs = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-OURS, EAGER = "onecard", "eager"
-
-
-class Unavailable(Exception):
-    """The candidate cannot run here; the message says why."""
+COMPILE = "torch.compile"
+LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden [N, D], weight [V, D], targets [N] -> [N]
 
 
-@dataclass(frozen=True)
-class Candidate:
-    name: str
-    load: Callable[[torch.device], LogProbs]
-    slow_start: bool = False  # compiles for a while: left out of --quick
-
-
-def imported(module: str) -> object:
+def imported(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except Exception as error:  # a broken import of a peer is a reason for its row, not an end of the run
         raise Unavailable(one_line(error)) from error
+
+
+def attribute(module: str, name: str) -> Any:
+    found = getattr(imported(module), name, None)
+    if found is None:
+        raise Unavailable(f"{module} has no {name}")
+    return found
 
 
 def one_line(error: BaseException, limit: int = 160) -> str:
@@ -43,81 +39,96 @@ def one_line(error: BaseException, limit: int = 160) -> str:
     return f"{type(error).__name__}: {text}"[:limit]
 
 
-def onecard(device: torch.device) -> LogProbs:
-    module = imported("onecard_kernels")
-    linear_logprobs = getattr(module, "linear_logprobs", None)
-    if linear_logprobs is None:
-        raise Unavailable("onecard_kernels has no linear_logprobs")
-    return lambda hidden, weight, targets: linear_logprobs(hidden, weight, targets).logprobs
+def takes(function: Callable[..., Any], names: Sequence[str], count: int = 1) -> Function:
+    """`function` of tensors as one of inputs; the first `count` of what it returns are the outputs."""
+
+    def call(inputs: Inputs) -> tuple[Tensor, ...]:
+        result = function(*(inputs[name] for name in names))
+        return (result,) if isinstance(result, Tensor) else tuple(result[:count])
+
+    return call
 
 
-def eager_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def ours(name: str, call: Callable[[Callable[..., Any]], Function]) -> Candidate:
+    """The public function `name` with its defaults; `call` says how it is called."""
+    return Candidate(OURS, lambda device: call(attribute("onecard_kernels", name)), role="ours")
+
+
+def our_variant(
+    label: str,
+    implementation: str,
+    name: str,
+    call: Callable[[Callable[..., Any]], Function],
+    *,
+    modes: tuple[str, ...] | None = None,
+    devices: tuple[str, ...] | None = None,
+) -> Candidate:
+    """The same with the linear path told to use another implementation than the device's default."""
+
+    def load(device: torch.device) -> Function:
+        plans = imported("onecard_kernels.logprob.plans")
+        choice = plans.TABLE.get(device.type)
+        if choice is not None and choice.default == implementation:
+            raise Unavailable(f"the default on this device: see {OURS}")
+        return call(attribute("onecard_kernels", name))
+
+    def around() -> AbstractContextManager[object]:
+        try:
+            plans = imported("onecard_kernels.logprob.plans")
+        except Unavailable:
+            return nullcontext()  # the loader says so
+        return plans.override(implementation=implementation)
+
+    return Candidate(f"{OURS}, {label}", load, role="ours", modes=modes, devices=devices, around=around)
+
+
+def plain(function: Callable[..., Any], names: Sequence[str], count: int = 1) -> tuple[Candidate, Candidate]:
+    """A formula in eager PyTorch, and the same lines compiled for the exact shape.
+
+    What it returns after the outputs (metrics) is dropped outside, so that the compiler cannot leave it out.
+    """
+
+    def compiled(device: torch.device) -> Function:
+        torch._dynamo.reset()  # every case compiles anew: its shapes are constants, and no recompilation limit is met
+        return takes(torch.compile(function, fullgraph=True, dynamic=False), names, count)
+
+    return (
+        Candidate(EAGER, lambda device: takes(function, names, count)),
+        Candidate(COMPILE, compiled, slow_start=True),
+    )
+
+
+def absent(name: str, reason: str) -> Candidate:
+    """A peer that one would look for, with the reason why it is not timed."""
+
+    def load(device: torch.device) -> Function:
+        raise Unavailable(reason)
+
+    return Candidate(name, load)
+
+
+def eager_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """What a trainer without a fused loss does. The softmax is in fp32, as careful trainers have it."""
     logits = hidden @ weight.t()
     return torch.log_softmax(logits, -1, dtype=torch.float32).gather(-1, targets[:, None]).squeeze(-1)
 
 
-def eager(device: torch.device) -> LogProbs:
-    return eager_logprobs
-
-
-def compiled(device: torch.device) -> LogProbs:
-    torch._dynamo.reset()  # every case compiles anew: its shapes are constants, and no recompilation limit is met
-    return torch.compile(eager_logprobs, fullgraph=True, dynamic=False)
-
-
-def trl(device: torch.device) -> LogProbs:
+def trl_logprobs() -> LogProbs:
     """TRL's call in `add_fused_lm_head`, argument for argument, with none of the optional outputs."""
-    function = imported("trl.kernels").ChunkedLogProbFunction
-    chunk = imported("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE
+    function = attribute("trl.kernels", "ChunkedLogProbFunction")
+    chunk = attribute("trl.trainer.utils", "_CHUNKED_LOGPROB_CHUNK_SIZE")
 
-    def logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         bias, temperature, softcap, logit_scale = None, 1.0, None, 1.0
-        return function.apply(hidden, weight, bias, targets, temperature, chunk, softcap, logit_scale, ("log_probs",))[
-            0
-        ]
+        outputs = ("log_probs",)
+        return function.apply(hidden, weight, bias, targets, temperature, chunk, softcap, logit_scale, outputs)[0]
 
     return logprobs
 
 
-def liger(device: torch.device) -> LogProbs:
+def liger_logprobs() -> LogProbs:
     """The log-probabilities inside Liger's fused PPO and GRPO losses."""
-    base = imported("liger_kernel.chunked_loss.fused_linear_ppo").LigerFusedLinearPPOBase
+    base = attribute("liger_kernel.chunked_loss.fused_linear_ppo", "LigerFusedLinearPPOBase")
     if not hasattr(base, "chunk_forward"):
         raise Unavailable("this Liger has no LigerFusedLinearPPOBase.chunk_forward")
     return lambda hidden, weight, targets: base.chunk_forward(hidden[None], weight, targets[None])[0]
-
-
-def cut_cross_entropy(device: torch.device) -> LogProbs:
-    """CCE with its defaults, which skip small gradients on purpose."""
-    if device.type != "cuda":
-        raise Unavailable("its kernels are Triton: a GPU is needed")
-    loss = imported("cut_cross_entropy").linear_cross_entropy
-    return lambda hidden, weight, targets: -loss(hidden, weight, targets, reduction="none")
-
-
-CANDIDATES: tuple[Candidate, ...] = (
-    Candidate(OURS, onecard),
-    Candidate(EAGER, eager),
-    Candidate("torch.compile", compiled, slow_start=True),
-    Candidate("TRL", trl),
-    Candidate("Liger", liger),
-    Candidate("cut-cross-entropy", cut_cross_entropy),
-)
-
-
-def run(logprobs: LogProbs, inputs: Inputs, mode: str) -> tuple[torch.Tensor, ...]:
-    """One call in one mode: (logprobs,), with the gradient of the hidden states, and with that of the head."""
-    if mode == FORWARD:
-        with torch.no_grad():
-            return (logprobs(inputs.hidden, inputs.weight, inputs.targets),)
-    hidden = inputs.hidden.detach().requires_grad_()
-    weight = inputs.weight.detach().requires_grad_(mode == TRAINED)
-    wanted = (hidden, weight) if mode == TRAINED else (hidden,)
-    values = logprobs(hidden, weight, inputs.targets)
-    gradients = torch.autograd.grad(values, wanted, inputs.grad.to(values.dtype))
-    return (values.detach(), *gradients)
-
-
-def works(logprobs: LogProbs, sets: list[Inputs], mode: str) -> list[Callable[[], object]]:
-    return [functools.partial(run, logprobs, inputs, mode) for inputs in sets]

@@ -2,114 +2,166 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from benchmarks import candidates as peers
-from benchmarks import measure, shapes, truth
-from benchmarks.candidates import EAGER, OURS, Candidate
+import torch
+
+from benchmarks import anatomy, measure, truth
+from benchmarks.anatomy import EAGER, OURS, Benchmark, Candidate, Function, Inputs, Mode, Truth, Unavailable
+from benchmarks.candidates import one_line
 from benchmarks.records import LIMIT, Row
-from benchmarks.shapes import Inputs, Shape
+from benchmarks.shapes import Shape
 
-PASSES = 2  # the check and the memory pass
-
-Tick = Callable[[str, int], None]
+LONG_START = "compiles for long: timed at the first shape alone (--all-shapes: everywhere)"
 
 
 class Refused(Exception):
     """Ours is wrong, or does not run: there is nothing to time."""
 
 
+@dataclass(frozen=True)
+class Timing:
+    """How often, for how long, and by which clock."""
+
+    repeats: int
+    warmup: int = 0
+    budget: float = math.inf  # seconds of a case's timed rounds
+    clock: Callable[[], float] = time.perf_counter
+
+
+class Job:
+    """A candidate's call with one set of inputs, as the instruments take it."""
+
+    def __init__(self, candidate: Candidate, function: Function, inputs: Inputs, mode: Mode) -> None:
+        self.candidate, self.function, self.inputs, self.mode = candidate, function, inputs, mode
+        self.given: Inputs | None = None
+
+    def ready(self) -> None:
+        """Not freed by the call: what was allocated before it is none of its memory."""
+        self.given = None
+        self.given = self.candidate.prepare(self.inputs) if self.candidate.prepare else self.inputs
+
+    def __call__(self) -> anatomy.Outputs:
+        with self.candidate.around():
+            return anatomy.run(self.function, self.given or self.inputs, self.mode)
+
+
 def checked(
-    candidate: Candidate, inputs: Inputs, mode: str, true: truth.Truth, eager: truth.Errors | None
-) -> tuple[peers.LogProbs, truth.Errors]:
+    benchmark: Benchmark,
+    candidate: Candidate,
+    inputs: Inputs,
+    mode: str,
+    true: Mapping[str, Truth],
+    eager: truth.Errors | None,
+    device: torch.device,
+) -> tuple[Function, truth.Errors]:
     """Runs a candidate once at full size and compares it with fp64. Raises Unavailable, or Refused for ours."""
     try:
-        logprobs = candidate.load(inputs.hidden.device)
-        errors = truth.errors_of(peers.run(logprobs, inputs, mode), true)
-    except peers.Unavailable:
+        function = candidate.load(device)
+        job = Job(candidate, function, inputs, benchmark.modes[mode])
+        job.ready()
+        errors = truth.errors_of(job(), true, benchmark.bars)
+    except Unavailable:
         raise
     except Exception as error:  # whatever a peer raises is the reason in its row
-        raise peers.Unavailable(peers.one_line(error)) from error
-    if candidate.name != OURS:
-        wrong = truth.peer_objection(errors)
+        raise Unavailable(one_line(error)) from error
+    if candidate.role != "ours":
+        wrong = truth.peer_objection(benchmark, errors)
         if wrong is not None:
-            raise peers.Unavailable(wrong)
+            raise Unavailable(wrong)
     else:
-        objections = truth.objections(errors, eager, inputs.hidden.dtype)
+        objections = truth.objections(benchmark, errors, eager, benchmark.dtypes[device.type])
         if objections:
-            raise Refused(f"{candidate.name} is wrong in mode {mode}: {'; '.join(objections)}. Nothing is timed.")
-    return logprobs, errors
+            raise Refused(f"{candidate.name} is wrong in {benchmark.name}, mode {mode}: {'; '.join(objections)}.")
+    return function, errors
 
 
-def limit_rows(
-    blank: Row, sets: Sequence[Inputs], itemsize: int, shape: Shape
+def limits(
+    benchmark: Benchmark, blank: Row, sets: Sequence[Inputs], work: anatomy.Work, device: torch.device
 ) -> dict[str, tuple[Row, list[measure.Work], int]]:
-    """name -> (row without times, works, FLOPs or bytes of one call): bare GEMMs, and a copy."""
-    work = shapes.work_of(shape, blank.mode, itemsize)
-    device = sets[0].hidden.device
-    gemm_row = replace(blank, candidate=f"bare GEMMs, {work.gemms}u", role=LIMIT, gemms=work.gemms)
+    """name -> (row without times, works, FLOPs or bytes of one call): bare GEMMs where there are any, and a copy."""
+    found: dict[str, tuple[Row, list[measure.Work], int]] = {}
+    if work.products is not None:
+        of = work.products
+        row = replace(blank, candidate=f"bare GEMMs, {of.count}u", role=LIMIT, gemms=of.count)
+        bare = [measure.gemm_work(s["hidden"], s["weight"], of.logits, of.hidden, of.head) for s in sets]
+        found[row.candidate] = (row, list(bare), work.flops)
     copy, moved = measure.copy_work(device)
-    return {
-        gemm_row.candidate: (gemm_row, [measure.gemm_work(s.hidden, s.weight, work.gemms) for s in sets], work.flops),
-        "copy": (replace(blank, candidate="copy", role=LIMIT), [copy], moved),
-    }
+    found["copy"] = (replace(blank, candidate="copy", role=LIMIT), [copy], moved)
+    return found
 
 
 def measure_case(
+    benchmark: Benchmark,
     shape: Shape,
     mode: str,
     sets: Sequence[Inputs],
-    true: truth.Truth,
+    true: Mapping[str, Truth],
     chosen: Sequence[Candidate],
+    timing: Timing,
     *,
-    repeats: int,
-    warmup: int = 0,
-    clock: Callable[[], float] = time.perf_counter,
-    tick: Tick = lambda name, steps: None,
+    main: bool = True,
+    tick: Callable[[str], None] = lambda name: None,
 ) -> list[Row]:
-    """Checks everybody, then takes the memory of everybody, then times everybody in turns."""
-    inputs, device = sets[0], sets[0].hidden.device
-    blank = Row(shape.name, shape.tokens, shape.hidden, shape.vocab, mode, candidate="", role="peer")
+    """Checks everybody, then takes the memory of everybody, then times everybody in turns.
+
+    `main`: what compiles for long is timed here too.
+    """
+    inputs, how = sets[0], benchmark.modes[mode]
+    device = next(iter(inputs.values())).device
+    blank = Row(shape.name, dict(shape.sizes), mode, candidate="", role="peer")
+    taking_part = [c for c in chosen if mode in (c.modes or (mode,)) and device.type in (c.devices or (device.type,))]
     rows: dict[str, Row] = {}
     works: dict[str, list[measure.Work]] = {}
     eager: truth.Errors | None = None
     # Eager comes first: its error is the yardstick of our gradients. The table keeps the order of `chosen`.
-    for candidate in sorted(chosen, key=lambda candidate: candidate.name != EAGER):
-        name, ours = candidate.name, candidate.name == OURS
-        tick(name, 1)
-        row = replace(blank, candidate=name, role="ours" if ours else "peer")
+    for candidate in sorted(taking_part, key=lambda candidate: candidate.name != EAGER):
+        name = candidate.name
+        tick(name)
+        row = replace(blank, candidate=name, role=candidate.role)
         try:
-            logprobs, errors = checked(candidate, inputs, mode, true, eager)
-        except peers.Unavailable as reason:
-            if ours:
-                raise Refused(f"{name} does not run in mode {mode} at {shape}: {reason}") from reason
+            if candidate.slow_start and not main:
+                raise Unavailable(LONG_START)
+            function, errors = checked(benchmark, candidate, inputs, mode, true, eager, device)
+        except Unavailable as reason:
+            if name == OURS:
+                raise Refused(f"{benchmark.name} does not run in mode {mode} at {shape}: {reason}") from reason
             rows[name] = replace(row, reason=str(reason))
-            tick(name, repeats + warmup + PASSES - 1)
+            free(device)  # an allocation that failed leaves fragments
             continue
         eager = errors if name == EAGER else eager
-        works[name] = peers.works(logprobs, list(sets), mode)
-        tick(name, 1)
+        works[name] = [Job(candidate, function, inputs, how) for inputs in sets]
         rows[name] = replace(
             row,
-            error_logprobs=errors.logprobs,
-            error_hidden=errors.hidden,
-            error_weight=errors.weight,
+            errors=errors,
             peak_bytes=measure.peak_bytes(works[name][0], device),
+            launches=measure.launches(works[name][0], device) if benchmark.launches else None,
         )
-    limits = limit_rows(blank, sets, inputs.hidden.element_size(), shape)
-    ordered = {candidate.name: works[candidate.name] for candidate in chosen if candidate.name in works}
+    work = how.work(shape, benchmark.dtypes[device.type].itemsize)
+    bare = limits(benchmark, blank, sets, work, device)
+    for _, made, _ in bare.values():
+        made[0]()  # the candidates have all run by now
+    ordered = {candidate.name: works[candidate.name] for candidate in taking_part if candidate.name in works}
     times = measure.interleave(
-        {**ordered, **{name: made for name, (_, made, _) in limits.items()}},
-        measure.stopwatch(device, clock),
-        repeats=repeats,
-        warmup=max(warmup, 1),  # the limits were not run before
-        tick=lambda name: tick(name, 1),
+        {**ordered, **{name: made for name, (_, made, _) in bare.items()}},
+        measure.stopwatch(device, timing.clock),
+        repeats=timing.repeats,
+        warmup=timing.warmup,
+        budget=timing.budget,
+        tick=tick,
     )
-    done = [timed(rows[candidate.name], times.get(candidate.name)) for candidate in chosen]
-    bare = [timed(row, times[name], units) for name, (row, _, units) in limits.items()]
-    return with_share(done + bare, shapes.work_of(shape, mode, inputs.hidden.element_size()))
+    done = [timed(rows[candidate.name], times.get(candidate.name)) for candidate in taking_part]
+    return with_share(done + [timed(row, times[name], units) for name, (row, _, units) in bare.items()], work)
+
+
+def free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # or the next candidate pays for the last one's fragments
 
 
 def timed(row: Row, seconds: list[float] | None, units: int | None = None) -> Row:
@@ -120,11 +172,10 @@ def timed(row: Row, seconds: list[float] | None, units: int | None = None) -> Ro
     return replace(row, seconds=tuple(seconds), median=found.median, q1=found.q1, q3=found.q3, rate=rate)
 
 
-def with_share(rows: list[Row], work: shapes.Work) -> list[Row]:
+def with_share(rows: list[Row], work: anatomy.Work) -> list[Row]:
     """Adds the share of the limit: the time of the unavoidable work at the rates just measured, over the time taken."""
-    gemm_rate = next(row.rate for row in rows if row.gemms)
-    copy_rate = next(row.rate for row in rows if row.role == LIMIT and not row.gemms)
-    least = max(work.flops / gemm_rate, work.bytes / copy_rate)
+    least = work.bytes / next(row.rate for row in rows if row.role == LIMIT and not row.gemms)
+    least = max([least, *(work.flops / row.rate for row in rows if row.gemms)])
     return [
         replace(row, of_limit=least / row.median) if row.median is not None and row.candidate != "copy" else row
         for row in rows

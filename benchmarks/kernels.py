@@ -1,12 +1,13 @@
-"""`python -m benchmarks.kernels`: times the fused losses against their peers, writes one JSON file. See README.md."""
+"""`python -m benchmarks.kernels`: times the kernel library against its peers, writes one JSON file. See README.md."""
 
 from __future__ import annotations
 
-import gc
+import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -16,66 +17,116 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import records, render, shapes, tables, truth
-from benchmarks.candidates import CANDIDATES, OURS, Candidate
-from benchmarks.cases import PASSES, Refused, measure_case
-from benchmarks.records import LIMIT, Report, Row
-from benchmarks.shapes import MODES, Shape
+from benchmarks import anatomy, records, render, tables, targets
+from benchmarks.anatomy import OURS, Benchmark
+from benchmarks.cases import Refused, Timing, free, measure_case
+from benchmarks.records import LIMIT, Report, Result, Row
+from benchmarks.shapes import Shape
+from benchmarks.suite import BENCHMARKS
 
-BENCHMARK = "linear_logprobs"
 REPEATS = {"cpu": 7, "cuda": 30}
-CLOCKS = {False: (time.perf_counter, "wall time"), True: (time.process_time, "processor time of one thread")}
+BUDGET = {"cpu": 20.0, "cuda": 3.0}  # seconds of timed rounds a case, so that a run ends: 15 and 8 minutes
+QUICK_REPEATS, QUICK_BUDGET = 5, 1.0
 WARMUP = {"cpu": 0, "cuda": 3}  # on top of the check and the memory pass, which run every work in full
-QUICK_REPEATS = 5
+CLOCKS = {False: (time.perf_counter, "wall time"), True: (time.process_time, "processor time of one thread")}
+STYLES = {"ours": "bold green", LIMIT: "dim"}
+PEERS = sorted({c.name for benchmark in BENCHMARKS.values() for c in benchmark.candidates} - {OURS})
+MODES = list(dict.fromkeys(mode for benchmark in BENCHMARKS.values() for mode in benchmark.modes))
 
 
-def case_table(rows: Sequence[Row]) -> Table:
-    ours, first = tables.ours_of(rows), rows[0]
-    title = f"{MODES[first.mode]}\nN x D x V = {first.tokens} x {first.hidden} x {first.vocab}"
-    notes = [f"{row.candidate}: {row.reason}" for row in rows if row.reason is not None]
+@dataclass(frozen=True)
+class Part:
+    """What a run takes of one benchmark."""
+
+    benchmark: Benchmark
+    shapes: tuple[Shape, ...]
+    modes: tuple[str, ...]
+
+
+def case_table(result: Result, rows: Sequence[Row]) -> Table:
+    ours, columns, first = tables.ours_of(rows), tables.columns_of(rows), rows[0]
+    title = f"{result.benchmark}, {result.modes[first.mode]}\n{result.axes} = {tables.size(first)}"
+    notes = [f"ratio: time over {OURS}'s; {', '.join(columns.errors)}: errors against fp64"]
+    notes += [f"{row.candidate}: {row.reason}" for row in rows if row.reason is not None]
     notes += [tables.rate(row) for row in rows if row.role == LIMIT]
     table = Table(title=title, title_justify="left", caption="\n".join(notes), caption_justify="left", box=SIMPLE)
-    for index, heading in enumerate(tables.BRIEF_HEADINGS):
+    for index, heading in enumerate(columns.brief_headings):
         table.add_column(heading, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         if row.reason is None:
-            table.add_row(*tables.brief(row, ours), style={"ours": "bold green", LIMIT: "dim"}.get(row.role))
+            table.add_row(*columns.brief(row, ours), style=STYLES.get(row.role))
     return table
 
 
-def run_all(
-    device: torch.device,
-    picked: Sequence[Shape],
-    modes: Sequence[str],
-    chosen: Sequence[Candidate],
-    repeats: int,
-    clock: Callable[[], float],
-    console: Console,
-) -> list[Row]:
-    dtype, warmup = shapes.DTYPES[device.type], max(WARMUP[device.type], 1)
-    rows: list[Row] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        per_case = len(chosen) * (repeats + warmup + PASSES) + 2 * (repeats + warmup)  # 2: the limits
-        task = progress.add_task("inputs", total=len(picked) * len(modes) * per_case)
-        for shape in picked:
-            progress.update(task, description=f"{shape}  inputs and fp64 truth")
-            sets = shapes.input_sets(shape, device, dtype)
-            true = truth.truth_of(sets[0], shapes.TRAINED if shapes.TRAINED in modes else shapes.FROZEN)
-            for mode in modes:
+def target_table(report: Report) -> Table | None:
+    judged = targets.verdicts(report)
+    if not judged:
+        return None
+    table = Table(title=targets.heading(report), title_justify="left", box=SIMPLE)
+    for index, name in enumerate(targets.HEADINGS):
+        table.add_column(name, justify="right" if index in (1, 2) else "left")
+    for verdict in judged:
+        table.add_row(*verdict.cells, style={True: "green", False: "red", None: "dim"}[verdict.met])
+    return table
 
-                def tick(name: str, steps: int, label: str = f"{shape}  {mode}") -> None:
-                    progress.update(task, advance=steps, description=f"{label}  {name}")
 
-                found = measure_case(
-                    shape, mode, sets, true, chosen, repeats=repeats, warmup=warmup, clock=clock, tick=tick
-                )
-                console.print(case_table(found))
-                rows += found
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()  # or the next candidate pays for the last one's fragments
-    return rows
+class Run:
+    """A run under way. After every case the file has all that is finished, so that a run cut off leaves it."""
+
+    def __init__(self, report: Report, path: Path, timing: Timing, console: Console, without: Sequence[str]) -> None:
+        self.report, self.path, self.timing, self.console, self.without = report, path, timing, console, without
+
+    def save(self, *, complete: bool = False) -> None:
+        if not any(result.rows for result in self.report.results):
+            self.path.unlink(missing_ok=True)  # all that there was has been refused
+            return
+        # The tree must not have changed under the run either
+        dirty = self.report.dirty or records.commit() != (self.report.commit, False)
+        self.report = replace(self.report, complete=complete, dirty=dirty)
+        records.save(self.report, self.path)
+
+    def put(self, result: Result) -> None:
+        """The newest state of a benchmark takes the place of its last one."""
+        others = tuple(r for r in self.report.results if r.benchmark != result.benchmark)
+        self.report = replace(self.report, results=(*others, result))
+
+    def measure(self, part: Part, device: torch.device, *, quick: bool, every: bool, progress: Progress) -> None:
+        """All cases of a benchmark. Once ours is wrong nothing of it stays."""
+        benchmark, task = part.benchmark, progress.task_ids[0]
+        result = Result(
+            benchmark=benchmark.name,
+            about=benchmark.about,
+            axes=benchmark.axes,
+            dtype=str(benchmark.dtypes[device.type]).removeprefix("torch."),
+            modes={name: mode.about for name, mode in benchmark.modes.items() if name in part.modes},
+            rows=(),
+        )
+        chosen = [c for c in benchmark.candidates if c.name not in self.without and not (quick and c.slow_start)]
+        wanted = {name for mode in part.modes for name in benchmark.modes[mode].results}
+        for shape in part.shapes:
+            label = f"{benchmark.name} {shape}"
+            progress.update(task, description=f"{label}  inputs and fp64 truth")
+            sets = anatomy.input_sets(benchmark, shape, device)
+            true = benchmark.truth(sets[0], wanted)
+            main = every or shape == part.shapes[0]
+            for mode in part.modes:
+
+                def tick(name: str, label: str = f"{label} {mode}") -> None:
+                    progress.update(task, description=f"{label}  {name}")
+
+                rows = measure_case(benchmark, shape, mode, sets, true, chosen, self.timing, main=main, tick=tick)
+                result = replace(result, rows=(*result.rows, *rows))
+                self.put(result)
+                self.save()
+                self.console.print(case_table(result, rows))
+                progress.advance(task)
+                free(device)
+            del sets, true
+            free(device)
+
+    def refuse(self, benchmark: Benchmark, reason: str) -> None:
+        self.put(Result(benchmark.name, benchmark.about, benchmark.axes, "", {}, (), reason))
+        self.save()
 
 
 def ready_device(name: str) -> torch.device:
@@ -86,30 +137,47 @@ def ready_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
-def pick(name: str, table: Sequence[Shape], wanted: Sequence[str]) -> list[Shape]:
-    known = {shape.name: shape for shape in table}
-    unknown = [shape for shape in wanted if shape not in known]
+def parts_of(
+    device: str, names: Sequence[str], shapes: Sequence[str], modes: Sequence[str], *, quick: bool, every: bool
+) -> list[Part]:
+    """What was asked for; benchmarks that have none of the shapes or modes are left out."""
+    picked = [benchmark for name, benchmark in BENCHMARKS.items() if not names or name in names]
+    # A shape that is named need not be among the usual ones
+    tables_of = {b.name: b.shapes[device].of(quick=quick, every=every or bool(shapes)) for b in picked}
+    known = list(dict.fromkeys(shape.name for table in tables_of.values() for shape in table))
+    unknown = [name for name in shapes if name not in known]
     if unknown:
-        raise click.UsageError(f"--shape {unknown[0]}: not among the shapes of {name}: {', '.join(known)}.")
-    return [known[shape] for shape in wanted] if wanted else list(table)
+        raise click.UsageError(f"--shape {unknown[0]}: not among the shapes of {device}: {', '.join(known)}.")
+    parts = []
+    for benchmark in picked:
+        chosen = tuple(shape for shape in tables_of[benchmark.name] if not shapes or shape.name in shapes)
+        wanted = tuple(mode for mode in benchmark.modes if not modes or mode in modes)
+        if chosen and wanted:
+            parts.append(Part(benchmark, chosen, wanted))
+    if not parts:
+        raise click.UsageError("--benchmark, --shape and --mode: no benchmark has them all.")
+    return parts
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="cpu: fp32; cuda: bf16."
 )
-@click.option("--quick", is_flag=True, help="One small shape, few calls, no torch.compile: shows that everything runs.")
+@click.option("--quick", is_flag=True, help="Small shapes, few calls, no torch.compile: shows that everything runs.")
 @click.option(
-    "--shape", "names", multiple=True, help="Only this shape, by name (repeatable); benchmarks/shapes.py lists them."
+    "--benchmark", "names", multiple=True, type=click.Choice(list(BENCHMARKS)), help="Only this one (repeatable)."
 )
-@click.option("--mode", "modes", multiple=True, type=click.Choice(list(MODES)), help="Only this mode (repeatable).")
 @click.option(
-    "--without",
-    multiple=True,
-    type=click.Choice([candidate.name for candidate in CANDIDATES if candidate.name != OURS]),
-    help="Leave out a peer (repeatable).",
+    "--shape", "shapes", multiple=True, help="Only this shape, by name (repeatable); benchmarks/shapes.py lists them."
 )
-@click.option("--repeats", type=click.IntRange(1), help="Timed calls of each candidate. Default: 7 on cpu, 30 on cuda.")
+@click.option("--mode", "modes", multiple=True, type=click.Choice(MODES), help="Only this mode (repeatable).")
+@click.option("--all-shapes", "every", is_flag=True, help="Every shape, and torch.compile at every shape. Hours.")
+@click.option("--without", multiple=True, type=click.Choice(PEERS), help="Leave out a candidate (repeatable).")
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    help="Timed calls of each candidate. Default: 7 on cpu and 30 on cuda, fewer where they take long.",
+)
 @click.option(
     "--busy",
     is_flag=True,
@@ -120,64 +188,81 @@ def pick(name: str, table: Sequence[Shape], wanted: Sequence[str]) -> list[Shape
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for the JSON, the Markdown and the plots. Default: benchmarks/results/<device>.",
 )
+@click.option("--data-only", is_flag=True, help="Write the JSON alone; benchmarks.render makes the rest of it later.")
 def command(
     device: str,
     quick: bool,
     names: tuple[str, ...],
+    shapes: tuple[str, ...],
     modes: tuple[str, ...],
+    every: bool,
     without: tuple[str, ...],
     repeats: int | None,
     busy: bool,
     out: Path | None,
+    data_only: bool,
 ) -> None:
-    """Time linear_logprobs against eager PyTorch, torch.compile, TRL, Liger and cut-cross-entropy.
+    """Time the kernel library against eager PyTorch, torch.compile, TRL, Liger and cut-cross-entropy.
 
     Every candidate gets the same tensors in the same process, is first compared with fp64, and is then timed in turns
-    with the others and with bare matrix products, the limit. If ours is wrong, nothing is timed, nothing is written,
-    and the exit status is 1.
+    with the others and with bare matrix products and a copy, the limits. A benchmark in which ours is wrong is not
+    timed; the others are, and the exit status is 1. The file is written after every case.
 
     \b
-    python -m benchmarks.kernels --quick --out /tmp/bench     half a minute, to see it work
-    python -m benchmarks.kernels                              the CPU table (about ten minutes)
-    python -m benchmarks.kernels --device cuda                the GPU table
-    python -m benchmarks.kernels --device cuda --shape llama3-8b-8k --mode frozen
+    python -m benchmarks.kernels --quick --out /tmp/bench     a minute, to see it work
+    python -m benchmarks.kernels                              the CPU tables (about a quarter of an hour)
+    python -m benchmarks.kernels --device cuda                the GPU tables (about eight minutes on an H200)
+    python -m benchmarks.kernels --device cuda --benchmark linear_logprobs --shape llama3-8b-8k --mode frozen
     """
     where = ready_device(device)
     if busy and device == "cuda":
         raise click.UsageError("--busy counts processor time, which says nothing of a GPU; leave it out.")
+    parts = parts_of(device, names, shapes, modes, quick=quick, every=every)
     if busy:
         torch.set_num_threads(1)  # threads that wait for a preempted one would count their waiting
     clock, clock_name = CLOCKS[busy]
-    picked = pick(device, (shapes.QUICK if quick else shapes.SHAPES)[device], names)
-    wanted = [mode for mode in MODES if not modes or mode in modes]
-    chosen = [c for c in CANDIDATES if c.name not in without and not (quick and c.slow_start)]
+    budget = math.inf if repeats else QUICK_BUDGET if quick else BUDGET[device]
     repeats = repeats or (QUICK_REPEATS if quick else REPEATS[device])
     line, folder = records.machine(where)
     head, dirty = records.commit()
-    load, date = os.getloadavg()[0], records.now()
-    console = Console()
-    console.print(f"{line}; {torch.__version__}; commit {head[:12]}{' (dirty)' if dirty else ''}", highlight=False)
-    rows = run_all(where, picked, wanted, chosen, repeats, clock, console)
     report = Report(
-        benchmark=BENCHMARK,
         device=device,
         machine=line,
         folder=folder,
-        dtype=str(shapes.DTYPES[device]).removeprefix("torch."),
         quick=quick,
+        complete=False,
         clock=clock_name,
         repeats=repeats,
-        date=date,
+        date=records.now(),
         commit=head,
-        dirty=dirty or records.commit() != (head, dirty),  # the tree must not have changed under the run either
-        load=load,
+        dirty=dirty,
+        load=os.getloadavg()[0],
         versions=records.versions(),
-        rows=tuple(rows),
+        results=(),
     )
+    console = Console()
+    console.print(f"{line}; {torch.__version__}; commit {head[:12]}{' (dirty)' if dirty else ''}", highlight=False)
     path = (out or records.ROOT / "benchmarks" / "results" / folder) / records.file_name(report)
-    records.save(report, path)
-    for made in (path, *render.render(path)):
-        console.print(f"wrote {made}", highlight=False, soft_wrap=True)
+    run = Run(report, path, Timing(repeats, WARMUP[device], budget, clock), console, without)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    refused = []
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task("", total=sum(len(part.shapes) * len(part.modes) for part in parts))
+        for part in parts:
+            try:
+                run.measure(part, where, quick=quick, every=every, progress=progress)
+            except Refused as error:
+                refused.append(str(error))
+                run.refuse(part.benchmark, str(error))
+    run.save(complete=True)
+    if path.exists():
+        verdicts = target_table(run.report)
+        if verdicts is not None:
+            console.print(verdicts)
+        for made in (path, *([] if data_only else render.render(path))):
+            console.print(f"wrote {made}", highlight=False, soft_wrap=True)
+    if refused:
+        raise Refused(" ".join(refused))
 
 
 def main(arguments: Sequence[str] | None = None, entry: click.Command = command) -> int:
@@ -188,7 +273,7 @@ def main(arguments: Sequence[str] | None = None, entry: click.Command = command)
         click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
         return 2
     except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped: nothing was written", err=True)
+        click.echo("stopped", err=True)
         return 130
     except Refused as error:
         click.echo(f"refused: {error}", err=True)

@@ -6,6 +6,7 @@ Nothing here knows what is measured: works are functions without arguments.
 from __future__ import annotations
 
 import gc
+import math
 import os
 import statistics
 import time
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-Work = Callable[[], object]
+Work = Callable[[], object]  # with a method `ready()`, it is called before each call, outside of time and memory
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or the profiler announces every memory pass on stderr
 
@@ -38,10 +39,17 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(median, q1, q3, len(values))
 
 
+def ready(work: Work) -> None:
+    prepare = getattr(work, "ready", None)
+    if prepare is not None:
+        prepare()
+
+
 def stopwatch(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Callable[[Work], float]:
     """A function that runs a work and returns the seconds it took."""
 
     def host(work: Work) -> float:
+        ready(work)
         start = clock()
         result = work()
         seconds = clock() - start
@@ -50,6 +58,7 @@ def stopwatch(device: torch.device, clock: Callable[[], float] = time.perf_count
 
     def cuda(work: Work) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        ready(work)
         torch.cuda.synchronize(device)
         start.record()
         result = work()
@@ -61,24 +70,33 @@ def stopwatch(device: torch.device, clock: Callable[[], float] = time.perf_count
     return cuda if device.type == "cuda" else host
 
 
+LEAST_ROUNDS = 3
+
+
 def interleave(
     works: Mapping[str, Sequence[Work]],
     seconds: Callable[[Work], float],
     *,
     repeats: int,
     warmup: int = 0,
+    budget: float = math.inf,
     tick: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[float]]:
     """Times A B C A B C ..., so that a slow minute of the machine falls on all of them and ratios within a round hold.
 
     A work comes as its variants (one per set of inputs). Every call takes another variant than the call before it, so
-    that no work finds its inputs in a cache that its neighbour warmed.
+    that no work finds its inputs in a cache that its neighbour warmed. Once the calls have taken `budget` seconds, no
+    further round is begun after the third.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
+    spent = 0.0
     for turn in range(-warmup, repeats):
+        if turn >= LEAST_ROUNDS and spent > budget:
+            break
         for position, (name, variants) in enumerate(works.items()):
             tick(name)
             taken = seconds(variants[(turn + position) % len(variants)])
+            spent += taken
             if turn >= 0:
                 times[name].append(taken)
     return times
@@ -90,6 +108,7 @@ def peak_bytes(work: Work, device: torch.device) -> int:
     On CPU it is the running sum of the profiler's allocation events, so it is exact for everything that goes through
     PyTorch's allocator, and blind to what a BLAS library keeps for itself.
     """
+    ready(work)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -108,6 +127,22 @@ def peak_bytes(work: Work, device: torch.device) -> int:
         if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
     ]
     return highest([change for _, change in sorted(changes, key=lambda item: item[0])])
+
+
+def launches(work: Work, device: torch.device) -> int | None:
+    """What the GPU was told to do during one call: kernels, copies and fills. None where nobody can see that."""
+    if device.type != "cuda":
+        return None
+    ready(work)
+    torch.cuda.synchronize(device)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        result = work()
+        torch.cuda.synchronize(device)
+        del result
+    # Annotated regions are shown on the GPU's line too
+    on_gpu = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not getattr(event, "is_user_annotation", False) for event in on_gpu) or None
 
 
 def highest(changes: Sequence[int]) -> int:
@@ -132,26 +167,29 @@ def copy_work(device: torch.device) -> tuple[Work, int]:
 LOGITS_BYTES = 2 << 30  # of logits at a time in the bare GEMMs: many thousand tokens, and small cards can run it
 
 
-def gemm_work(hidden: torch.Tensor, weight: torch.Tensor, gemms: int) -> Callable[[], tuple[torch.Tensor | None, ...]]:
-    """The bare matrix products of a head into buffers that exist already: the limit of everything built from them.
+def gemm_work(
+    hidden: torch.Tensor, weight: torch.Tensor, logits: int, back: int = 0, outer: int = 0
+) -> Callable[[], tuple[torch.Tensor | None, ...]]:
+    """Bare matrix products of a head into buffers that exist already: the limit of everything built from them.
 
-    1: logits. 2: and the gradient of the hidden states. 3: and the gradient of the head.
+    So many times each: the logits, the gradient of the hidden states, the gradient of the head.
     """
     hidden, weight = hidden.detach(), weight.detach()
     tokens, chunk = hidden.shape[0], max(1, LOGITS_BYTES // (weight.shape[0] * weight.element_size()))
-    logits = hidden.new_empty(min(tokens, chunk), weight.shape[0])
-    d_hidden = torch.empty_like(hidden) if gemms > 1 else None
-    d_weight = torch.empty_like(weight) if gemms > 2 else None
+    buffer = hidden.new_empty(min(tokens, chunk), weight.shape[0])
+    d_hidden = torch.empty_like(hidden) if back else None
+    d_weight = torch.empty_like(weight) if outer else None
 
     def run() -> tuple[torch.Tensor | None, ...]:
         for start in range(0, tokens, chunk):
             part = hidden[start : start + chunk]
-            slope = logits[: len(part)]  # stands for the gradient of the logits too: the values do not matter
-            torch.mm(part, weight.t(), out=slope)
-            if d_hidden is not None:
+            slope = buffer[: len(part)]  # stands for the gradient of the logits too: the values do not matter
+            for _ in range(logits):
+                torch.mm(part, weight.t(), out=slope)
+            for _ in range(back):
                 torch.mm(slope, weight, out=d_hidden[start : start + chunk])
-            if d_weight is not None:
+            for _ in range(outer):
                 d_weight.addmm_(slope.t(), part, beta=1 if start else 0)
-        return logits, d_hidden, d_weight
+        return buffer, d_hidden, d_weight
 
     return run

@@ -9,14 +9,14 @@ import platform
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-SCHEMA = 1
+SCHEMA = 2
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
 LIMIT = "limit"  # the role of bare GEMMs and copies; candidates are "ours" or "peer"
@@ -27,9 +27,7 @@ class Row:
     """One candidate in one case (shape and mode). Without times when it could not run: then `reason` says why."""
 
     shape: str
-    tokens: int
-    hidden: int
-    vocab: int
+    sizes: dict[str, int]  # by axis
     mode: str
     candidate: str
     role: str  # ours | peer | limit
@@ -39,30 +37,41 @@ class Row:
     q1: float | None = None
     q3: float | None = None
     peak_bytes: int | None = None  # above the inputs
-    error_logprobs: float | None = None  # nats
-    error_hidden: float | None = None  # relative
-    error_weight: float | None = None
+    errors: dict[str, float] = field(default_factory=dict)  # by result, against fp64
+    launches: int | None = None  # on a GPU: kernels, copies and fills of one call
     gemms: int | None = None  # of the limit: how many this case cannot do without
     rate: float | None = None  # of the limits: FLOP/s of the GEMMs, bytes/s of the copy
     of_limit: float | None = None  # share of the measured limit that was reached: 1 is perfect
 
 
 @dataclass(frozen=True)
-class Report:
+class Result:
+    """One benchmark of a run: what was finished of it."""
+
     benchmark: str
+    about: str
+    axes: str
+    dtype: str
+    modes: dict[str, str]  # name -> what is done
+    rows: tuple[Row, ...]
+    refused: str | None = None  # ours was wrong: then there are no rows
+
+
+@dataclass(frozen=True)
+class Report:
     device: str  # cpu | cuda
     machine: str
     folder: str  # the name of this machine's results
-    dtype: str
     quick: bool
+    complete: bool  # False: the run was cut off, and cases are missing
     clock: str  # what a second is: of the wall, or of one processor
-    repeats: int
+    repeats: int  # at most: slow cases have fewer rounds
     date: str
     commit: str
     dirty: bool
     load: float  # of the machine when the run began: how many processes wanted a core
     versions: dict[str, str]
-    rows: tuple[Row, ...]
+    results: tuple[Result, ...]
     schema: int = SCHEMA
 
 
@@ -75,9 +84,16 @@ def git(*arguments: str) -> str | None:
 
 
 def commit() -> tuple[str, bool]:
-    """(hash, dirty). Results are no part of what was measured; outside a repository nobody knows, so it is dirty."""
+    """(hash, dirty). Results are no part of what was measured.
+
+    Outside a repository (a copy on a borrowed machine) it is what ONECARD_COMMIT says, `<hash>` or `<hash>-dirty`, by
+    the word of who made the copy; without that nobody knows, so it is dirty.
+    """
     head, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", ".", ":!benchmarks/results")
-    return head or "unknown", head is None or changes != ""
+    if head is not None:
+        return head, changes != ""
+    told = os.environ.get("ONECARD_COMMIT", "")
+    return told.removesuffix("-dirty") or "unknown", not told or told.endswith("-dirty")
 
 
 def processor() -> str:
@@ -129,7 +145,7 @@ def file_name(report: Report) -> str:
     """Sorts by date, and names the code; quick runs and dirty trees are told apart in a directory listing."""
     stamp = re.sub(r"[-:]", "", report.date)
     marks = "".join(mark for mark, on in (("-dirty", report.dirty), ("-quick", report.quick)) if on)
-    return f"{report.benchmark}-{stamp}-{report.commit[:7]}{marks}.json"
+    return f"kernels-{stamp}-{report.commit[:7]}{marks}.json"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -152,14 +168,19 @@ def save(report: Report, path: Path) -> None:
     write_atomically(path, (json.dumps(asdict(report), indent=1, allow_nan=False) + "\n").encode())
 
 
+def result_of(values: dict[str, Any]) -> Result:
+    rows = tuple(Row(**{**row, "seconds": tuple(row["seconds"])}) for row in values["rows"])
+    return Result(**{**values, "rows": rows})
+
+
 def load(path: Path) -> Report:
     """Raises ValueError with the file's name for anything that is not such a report."""
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if values.get("schema") != SCHEMA:
             raise ValueError(f"schema {values.get('schema')!r}, expected {SCHEMA}")
-        rows = tuple(Row(**{**row, "seconds": tuple(row["seconds"])}) for row in values.pop("rows"))
-        return Report(rows=rows, **values)
+        results = tuple(result_of(found) for found in values.pop("results"))
+        return Report(results=results, **values)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
 import matplotlib
 
-from benchmarks import records, tables
-from benchmarks.candidates import OURS
-from benchmarks.records import LIMIT, Report, Row
-from benchmarks.shapes import MODES
+from benchmarks import records, tables, targets
+from benchmarks.anatomy import OURS
+from benchmarks.records import LIMIT, Report, Result, Row
 
 matplotlib.use("Agg")  # before pyplot is there: no display is asked for
 from matplotlib import pyplot
@@ -30,55 +29,62 @@ def table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(headings), line(marks), *[line(values) for values in lines]])
 
 
-def size(row: Row) -> str:
-    return f"{row.tokens} x {row.hidden} x {row.vocab}"
-
-
 def markdown(report: Report, name: str) -> str:
-    """All the rows of a run."""
+    """All the rows of a run, and the verdicts on its targets."""
     parts = [
-        f"# {report.benchmark} on {report.folder}",
+        f"# Kernels on {report.folder}",
         tables.provenance(report),
         f"Made from {name} by `python -m benchmarks.render`; how to read it: the README of `benchmarks/`.",
     ]
-    for rows in tables.cases(report.rows).values():
-        ours = tables.ours_of(rows)
-        parts.append(f"## {MODES[rows[0].mode]}: N x D x V = {size(rows[0])} ({rows[0].shape})")
-        parts.append(table(tables.HEADINGS, [tables.cells(row, ours) for row in rows]))
+    judged = targets.verdicts(report)
+    if judged:
+        lines = [verdict.cells for verdict in judged]
+        parts += [f"## {targets.heading(report)}", table(targets.HEADINGS, lines)]
+    for result in report.results:
+        parts.append(f"## {result.benchmark}")
+        parts.append(f"{result.about[0].upper()}{result.about[1:]}. Inputs: {result.dtype}.")
+        if result.refused is not None:
+            parts.append(f"REFUSED, nothing was timed: {result.refused}")
+        for rows in tables.cases(result.rows).values():
+            ours, columns = tables.ours_of(rows), tables.columns_of(rows)
+            parts.append(f"### {result.modes[rows[0].mode]}: {result.axes} = {tables.size(rows[0])} ({rows[0].shape})")
+            parts.append(table(columns.headings, [columns.cells(row, ours) for row in rows]))
     return "\n\n".join(parts) + "\n"
 
 
-def summary(report: Report, name: str) -> str:
-    """The README's table: a line per case, a column per candidate, time over ours and peak memory."""
-    grouped = tables.cases(report.rows)
-    names = list(dict.fromkeys(row.candidate for row in report.rows if row.role != LIMIT))
-    ran = [n for n in names if any(row.median is not None for row in report.rows if row.candidate == n)]
+def summary(report: Report, result: Result, name: str) -> str:
+    """A README's table: a line per case, a column per candidate, time over ours and peak memory."""
+    grouped = tables.cases(result.rows)
+    names = list(dict.fromkeys(row.candidate for row in result.rows if row.role != LIMIT))
+    ran = [n for n in names if any(row.median is not None for row in result.rows if row.candidate == n)]
+    bare = any(row.gemms for row in result.rows)
     lines, absent = [], {}
     for rows in grouped.values():
         ours, by_name = tables.ours_of(rows), {row.candidate: row for row in rows}
-        against = tables.ratio(next(row for row in rows if row.role == LIMIT and row.gemms), ours)
         shown = [short(by_name[n], ours) if n in by_name else tables.NONE for n in ran]
-        bare = tables.NONE if against is None else f"{against.median:.2f}x"
-        lines.append([rows[0].mode, size(rows[0]), *shown, bare])
+        against = [tables.ratio(row, ours) for row in rows if row.gemms]
+        lines.append(
+            [rows[0].mode, tables.size(rows[0]), *shown, *(f"{a.median:.2f}x" if a else tables.NONE for a in against)]
+        )
         absent.update({row.candidate: row.reason for row in rows if row.reason is not None})
-    text = table(["pass", "N x D x V", *ran, "bare GEMMs"], lines)
+    text = table(["pass", result.axes, *ran, *(["bare GEMMs"] if bare else [])], lines)
     missing = "".join(f" {n}: {reason}." for n, reason in absent.items() if n not in ran)
     return (
-        f"{text}\n\nTime relative to {OURS} (smaller is faster) and peak memory above the inputs. "
+        f"{text}\n\nTime relative to {OURS} (smaller is faster) and peak memory above the inputs ({result.dtype}). "
         f"{tables.provenance(report)}{missing} From `{name}`."
     )
 
 
 def short(row: Row, ours: Row) -> str:
     if row.median is None:
-        return row.reason or tables.NONE
+        return tables.NONE
     against = tables.ratio(row, ours)
     return f"{tables.NONE if against is None else f'{against.median:.2f}x'}, {tables.mebibytes(row.peak_bytes)} MiB"
 
 
-def plot(report: Report, mode: str) -> bytes:
+def plot(report: Report, result: Result, mode: str) -> bytes:
     """A line of two panels per shape: time with quartiles, and peak memory."""
-    groups = [rows for (_, of), rows in tables.cases(report.rows).items() if of == mode]
+    groups = [rows for (_, of), rows in tables.cases(result.rows).items() if of == mode]
     figure, grid = pyplot.subplots(len(groups), 2, figsize=(11, 0.8 + 2.2 * len(groups)), squeeze=False)
     for (left, right), rows in zip(grid, groups, strict=True):
         ran = [row for row in rows if row.median is not None and row.candidate != "copy"][::-1]
@@ -87,7 +93,7 @@ def plot(report: Report, mode: str) -> bytes:
         low = [(row.median - row.q1) * 1e3 for row in ran]
         high = [(row.q3 - row.median) * 1e3 for row in ran]
         left.barh(names, medians, xerr=[low, high], color=colours, capsize=3)
-        left.set(title=f"N x D x V = {size(rows[0])}", xlabel=f"{report.clock}, ms (median, quartiles)")
+        left.set(title=f"{result.axes} = {tables.size(rows[0])}", xlabel=f"{report.clock}, ms (median, quartiles)")
         held = [row for row in ran if row.peak_bytes is not None]
         bars = right.barh(
             [row.candidate for row in held],
@@ -100,7 +106,7 @@ def plot(report: Report, mode: str) -> bytes:
         for panel in (left, right):
             panel.spines[["top", "right"]].set_visible(False)
     notes = "".join(f", {text}" for text, on in (("dirty tree", report.dirty), ("quick run", report.quick)) if on)
-    figure.suptitle(f"{report.benchmark}, {MODES[mode]}\n{report.folder}, {report.dtype}{notes}", fontsize=11)
+    figure.suptitle(f"{result.benchmark}, {result.modes[mode]}\n{report.folder}, {result.dtype}{notes}", fontsize=11)
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})  # the same bytes from the same file
@@ -113,19 +119,34 @@ def render(path: Path) -> list[Path]:
     report = records.load(path)
     made = [path.with_suffix(".md")]
     records.write_atomically(made[0], markdown(report, path.name).encode())
-    for mode in dict.fromkeys(row.mode for row in report.rows):
-        made.append(path.with_name(f"{path.stem}-{mode}.png"))
-        records.write_atomically(made[-1], plot(report, mode))
+    for result in report.results:
+        for mode in dict.fromkeys(row.mode for row in result.rows):
+            made.append(path.with_name(f"{path.stem}-{result.benchmark}-{mode}.png"))
+            records.write_atomically(made[-1], plot(report, result, mode))
     return made
 
 
-def updated(text: str, benchmark: str, body: str) -> str:
-    """`text` with `body` between the markers of `benchmark`, and all else as it was. Doing it twice changes nothing."""
-    opening, closing = f"<!-- benchmark:{benchmark} -->", "<!-- /benchmark -->"
-    pattern = re.compile(f"{re.escape(opening)}.*?{re.escape(closing)}", re.DOTALL)
-    if len(pattern.findall(text)) != 1:
-        raise ValueError(f"expected one block of {opening} ... {closing}, found {len(pattern.findall(text))}")
-    return pattern.sub(lambda _: f"{opening}\n{body}\n{closing}", text)
+OPENING, CLOSING = "<!-- benchmark:{} -->", "<!-- /benchmark -->"
+
+
+def updated(text: str, bodies: Mapping[str, str]) -> str:
+    """`text` with each body between its markers, and all else as it was. Doing it twice changes nothing.
+
+    Benchmarks without markers are left out, and blocks of other benchmarks left alone; that no block is found at all is
+    an error.
+    """
+    hits = 0
+    for name, body in bodies.items():
+        opening = OPENING.format(name)
+        pattern = re.compile(f"{re.escape(opening)}.*?{re.escape(CLOSING)}", re.DOTALL)
+        found = len(pattern.findall(text))
+        if found > 1 or found < text.count(opening):
+            raise ValueError(f"expected one block of {opening} ... {CLOSING}, found {found}")
+        hits += found
+        text = pattern.sub(lambda _, new=f"{opening}\n{body}\n{CLOSING}": new, text)
+    if not hits:
+        raise ValueError(f"expected one block of {OPENING.format(next(iter(bodies), 'NAME'))} ... {CLOSING}, found 0")
+    return text
 
 
 def update_readme(readme: Path, path: Path) -> None:
@@ -139,7 +160,7 @@ def update_readme(readme: Path, path: Path) -> None:
     except ValueError:
         name = path.name
     try:
-        new = updated(text, report.benchmark, summary(report, name))
+        new = updated(text, {r.benchmark: summary(report, r, name) for r in report.results if r.rows})
     except ValueError as error:
         raise ValueError(f"{readme}: {error}") from None
     records.write_atomically(readme, new.encode())
@@ -150,7 +171,7 @@ def update_readme(readme: Path, path: Path) -> None:
 @click.option(
     "--readme",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Also put the summary of FILE between <!-- benchmark:NAME --> and <!-- /benchmark --> in this file.",
+    help="Also put each summary between <!-- benchmark:NAME --> and <!-- /benchmark --> in this file.",
 )
 def command(files: tuple[Path, ...], readme: Path | None) -> None:
     """Make the Markdown table and the plots of each FILE, beside it. Numbers come from the file alone.

@@ -1,124 +1,101 @@
-"""The shapes that are timed, the random inputs of each, and the work that no implementation can avoid.
+"""The shapes that are timed: names, sizes by axis, and which of them belong to a run.
 
-N is the number of scored tokens (response tokens of a batch), D the hidden size, V the vocabulary.
+N is the number of scored tokens (response tokens of a batch), D the hidden size, V the vocabulary; B x T a batch of
+rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-FORWARD, FROZEN, TRAINED = "forward", "frozen", "trained"
-MODES = {
-    FORWARD: "forward only (old and reference log-probabilities)",
-    FROZEN: "forward + backward, frozen head (LoRA: a gradient for the hidden states alone)",
-    TRAINED: "forward + backward, trained head (gradients for the hidden states and the head)",
-}
 LOGIT_STD = 4.0  # of a trained model; random initialisation gives about 1, which hides rounding
 ROTATE_BELOW = 512 << 20  # bytes; smaller inputs may live in a cache, so two copies take turns
+LINEAR_DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Shape:
     name: str
-    tokens: int
-    hidden: int
-    vocab: int
+    sizes: Mapping[str, int]  # by axis, in the order of the heading
+
+    def __getitem__(self, axis: str) -> int:
+        return self.sizes[axis]
 
     def __str__(self) -> str:
-        return f"{self.tokens} x {self.hidden} x {self.vocab}"
+        return " x ".join(map(str, self.sizes.values()))
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Of a benchmark on a device. The first one is the main one: what compiles for long is timed there alone."""
+
+    usual: tuple[Shape, ...]
+    quick: tuple[Shape, ...]  # to see the bench work, not to measure: too small for ratios to mean much
+    every: tuple[Shape, ...] = ()  # of --all-shapes; empty: the usual ones
+
+    def of(self, *, quick: bool, every: bool) -> tuple[Shape, ...]:
+        return self.quick if quick else (self.every or self.usual) if every else self.usual
+
+
+def linear(name: str, tokens: int, hidden: int, vocab: int) -> Shape:
+    return Shape(name, {"N": tokens, "D": hidden, "V": vocab})
 
 
 # (D, V) of real models
 HEADS = {
-    "tinyllama": (2048, 32000),  # TinyLlama 1.1B; Llama 2's vocabulary
-    "qwen2.5-0.5b": (896, 151936),  # Qwen2.5 0.5B: narrow and wide, the head is a quarter of the model
-    "llama3-1b": (2048, 128256),  # Llama 3.2 1B
     "llama3-8b": (4096, 128256),  # Llama 3.1 8B
-    "qwen2.5-7b": (3584, 152064),  # Qwen2.5 7B
+    "qwen2.5-0.5b": (896, 151936),  # Qwen2.5 0.5B: narrow and wide, the head is a quarter of the model
     "gemma2-2b": (2304, 256000),  # Gemma 2 2B: the widest vocabulary in common use
+    "tinyllama": (2048, 32000),  # TinyLlama 1.1B; Llama 2's vocabulary
+    "llama3-1b": (2048, 128256),  # Llama 3.2 1B
+    "qwen2.5-7b": (3584, 152064),  # Qwen2.5 7B
 }
-SHAPES: dict[str, tuple[Shape, ...]] = {
-    "cpu": (
-        Shape("llama2-vocab-1k", 1024, 512, 32000),  # stories110M-sized hidden states, Llama 2's vocabulary
-        Shape("gpt2-medium-2k", 2048, 1024, 50257),  # GPT-2 medium; a vocabulary that is no multiple of anything
-    ),
-    "cuda": tuple(
-        Shape(f"{model}-{tokens // 1024}k", tokens, *head)
-        for model, head in HEADS.items()
-        for tokens in (2048, 8192, 16384)
-    ),
+MAIN = "llama3-8b"
+
+
+def of_model(model: str, tokens: int) -> Shape:
+    return linear(f"{model}-{tokens // 1024}k", tokens, *HEADS[model])
+
+
+EVERY = tuple(of_model(model, tokens) for tokens in (8192, 2048, 16384) for model in HEADS)
+GPT2 = linear("gpt2-medium-2k", 2048, 1024, 50257)  # a vocabulary that is no multiple of anything
+LLAMA2 = linear("llama2-vocab-1k", 1024, 512, 32000)  # stories110M-sized hidden states, Llama 2's vocabulary
+SMALL = linear("quick", 512, 256, 8192)
+
+CPU_LINEAR = Shapes((GPT2, LLAMA2), (SMALL,))
+CPU_LINEAR_ONE = Shapes((GPT2,), (SMALL,), (GPT2, LLAMA2))
+CUDA_LINEAR = Shapes(
+    (*(of_model(model, 8192) for model in HEADS), of_model(MAIN, 2048), of_model(MAIN, 16384)),
+    (of_model("llama3-1b", 2048),),
+    EVERY,
+)
+CUDA_LINEAR_FEW = Shapes(  # the usual head, the narrowest, the widest vocabulary
+    tuple(of_model(model, 8192) for model in (MAIN, "qwen2.5-0.5b", "gemma2-2b")), CUDA_LINEAR.quick, EVERY
+)
+# By device. The longer list for what the library stands for, the shorter one for what is built from it.
+LINEAR = {"cpu": CPU_LINEAR, "cuda": CUDA_LINEAR}
+LINEAR_LOSS = {"cpu": CPU_LINEAR_ONE, "cuda": CUDA_LINEAR}
+LINEAR_FEW = {"cpu": Shapes((LLAMA2,), (SMALL,), (LLAMA2, GPT2)), "cuda": CUDA_LINEAR_FEW}
+
+
+def logits(name: str, tokens: int, vocab: int) -> Shape:
+    return Shape(name, {"N": tokens, "V": vocab})
+
+
+WIDE = tuple(logits(f"{model}-logits-8k", 8192, HEADS[model][1]) for model in ("qwen2.5-0.5b", MAIN, "gemma2-2b"))
+LOGITS = {
+    "cpu": Shapes((logits("gpt2-logits-1k", 1024, 50257),), (logits("quick", 256, 8192),)),
+    "cuda": Shapes(WIDE, (logits("quick", 1024, 128256),), (*WIDE, logits("tinyllama-logits-8k", 8192, 32000))),
 }
-# To see the bench work, not to measure: too small for ratios to mean much.
-QUICK: dict[str, tuple[Shape, ...]] = {
-    "cpu": (Shape("quick", 512, 256, 8192),),
-    "cuda": (Shape("llama3-1b-2k", 2048, 2048, 128256),),
-}
-DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class Inputs:
-    hidden: torch.Tensor  # [N, D]
-    weight: torch.Tensor  # [V, D]
-    targets: torch.Tensor  # [N], int64
-    grad: torch.Tensor  # [N], fp32: what a loss sends back; another number for every token
-
-    @property
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.hidden, self.weight, self.targets, self.grad))
+def batch(rows: int, columns: int) -> Shape:
+    return Shape(f"{rows}x{columns}", {"B": rows, "T": columns})
 
 
-def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Inputs:
-    """Normal hidden states and head, scaled so that the logits have the standard deviation of a trained model's.
-
-    Every second target is the most likely token, as most tokens of real text nearly are; the others are uniform.
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def normal(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator, device=device)
-
-    hidden = normal(shape.tokens, shape.hidden).to(dtype)
-    weight = normal(shape.vocab, shape.hidden).mul_(LOGIT_STD / shape.hidden**0.5).to(dtype)
-    targets = torch.randint(shape.vocab, (shape.tokens,), generator=generator, device=device)
-    for rows in torch.arange(0, shape.tokens, 2, device=device).split(1024):  # in parts: never all logits at once
-        targets[rows] = (hidden[rows] @ weight.t()).argmax(-1)
-    return Inputs(hidden, weight, targets, normal(shape.tokens))
-
-
-def input_sets(shape: Shape, device: torch.device, dtype: torch.dtype) -> list[Inputs]:
-    """One set of inputs, or two that take turns when one might stay in a cache from call to call."""
-    first = make_inputs(shape, device, dtype)
-    return [first] if first.bytes >= ROTATE_BELOW else [first, make_inputs(shape, device, dtype, seed=1)]
-
-
-@dataclass(frozen=True)
-class Work:
-    """A lower bound: what every correct implementation must compute and move at least once."""
-
-    gemms: int  # matrix products between the tokens and the head
-    flops: int
-    bytes: int
-
-
-def work_of(shape: Shape, mode: str, itemsize: int) -> Work:
-    n, d, v = shape.tokens, shape.hidden, shape.vocab
-    one = 2 * n * d * v  # a multiply and an add for every (token, hidden, vocabulary) triple
-    traffic = (
-        n * d * itemsize  # read the hidden states
-        + v * d * itemsize  # read the head
-        + n * 8  # read the targets, int64
-        + n * 4  # write the log-probabilities, fp32
-    )
-    if mode == FORWARD:
-        return Work(1, one, traffic)  # logits = hidden @ W.T
-    traffic += (
-        n * 4  # read the gradient of the log-probabilities, fp32
-        + n * d * itemsize  # write the gradient of the hidden states
-    )
-    if mode == FROZEN:
-        return Work(2, 2 * one, traffic)  # logits; dHidden = dLogits @ W
-    traffic += v * d * itemsize  # write the gradient of the head
-    return Work(3, 3 * one, traffic)  # logits; dHidden; dW = dLogits.T @ hidden
+QUICK_BATCH = Shape("quick", {"B": 16, "T": 128})
+TOKENS = {"cpu": Shapes((batch(64, 1024),), (QUICK_BATCH,)), "cuda": Shapes((batch(64, 4096),), (QUICK_BATCH,))}
+ROWS = {device: Shapes((batch(64, 1024), batch(64, 4096)), (QUICK_BATCH,)) for device in ("cpu", "cuda")}

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from benchmarks.candidates import OURS
+from benchmarks.anatomy import OURS
 from benchmarks.measure import Spread, spread
 from benchmarks.records import LIMIT, Report, Row
 
-HEADINGS = (
-    "",
-    "time, ms",
-    "quartiles",
-    f"time / {OURS}",
-    "of limit",
-    "peak, MiB",
-    "error logp",
-    "error dHidden",
-    "error dW",
-)
-# For a terminal of 80 columns: one number a cell
-BRIEF_HEADINGS = ("", "ms", f"/ {OURS}", "limit", "MiB", "e(logp)", "e(dH)", "e(dW)")
 NONE = "–"
 
 Case = tuple[str, str]  # (shape's name, mode)
@@ -34,7 +22,8 @@ def cases(rows: Iterable[Row]) -> dict[Case, list[Row]]:
 
 
 def ours_of(rows: Iterable[Row]) -> Row:
-    return next(row for row in rows if row.role == "ours")
+    """Ours as it comes; its variants are rows of their own."""
+    return next(row for row in rows if row.candidate == OURS)
 
 
 def ratio(row: Row, ours: Row) -> Spread | None:
@@ -69,37 +58,76 @@ def rate(row: Row) -> str:
     return f"{row.candidate} ({row.rate / scale:.3g} {unit})"
 
 
-def cells(row: Row, ours: Row) -> list[str]:
-    """One cell for each of `HEADINGS`; a row that did not run has its reason in the second cell alone."""
-    if row.reason is not None:
-        return [row.candidate, row.reason, *[""] * (len(HEADINGS) - 2)]
-    against = ratio(row, ours)
-    return [
-        rate(row),
-        milliseconds(row.median),
-        f"{milliseconds(row.q1)} to {milliseconds(row.q3)}",
-        NONE if against is None else f"{against.median:.2f}x ({against.q1:.2f} to {against.q3:.2f})",
-        NONE if row.of_limit is None else f"{row.of_limit:.0%}",
-        mebibytes(row.peak_bytes),
-        number(row.error_logprobs, ".1e"),
-        number(row.error_hidden, ".1e"),
-        number(row.error_weight, ".1e"),
-    ]
+@dataclass(frozen=True)
+class Columns:
+    """What the rows of a case have besides times: which errors, and whether launches were counted."""
+
+    errors: tuple[str, ...]
+    launches: bool
+
+    @property
+    def headings(self) -> list[str]:
+        counted = ["launches"] if self.launches else []
+        names = [f"error {name}" for name in self.errors]
+        return ["", "time, ms", "quartiles", f"time / {OURS}", "of limit", "peak, MiB", *counted, *names]
+
+    @property
+    def brief_headings(self) -> list[str]:
+        """For a terminal of 80 columns: one number a cell. Behind the results' names stand their errors."""
+        return ["", "ms", "ratio", "limit", "MiB", *(["launches"] if self.launches else []), *self.errors]
+
+    def cells(self, row: Row, ours: Row) -> list[str]:
+        """One cell for each of the headings; a row that did not run has its reason in the second cell alone."""
+        if row.reason is not None:
+            return [row.candidate, row.reason, *[""] * (len(self.headings) - 2)]
+        against = ratio(row, ours)
+        return [
+            rate(row),
+            milliseconds(row.median),
+            f"{milliseconds(row.q1)} to {milliseconds(row.q3)}",
+            NONE if against is None else f"{against.median:.2f}x ({against.q1:.2f} to {against.q3:.2f})",
+            share(row),
+            mebibytes(row.peak_bytes),
+            *self.rest(row, ".1e"),
+        ]
+
+    def brief(self, row: Row, ours: Row) -> list[str]:
+        """One cell for each of the brief headings, of a row that ran."""
+        against = ratio(row, ours)
+        return [
+            row.candidate,
+            milliseconds(row.median),
+            NONE if against is None else f"{against.median:.2f}x",
+            share(row),
+            mebibytes(row.peak_bytes),
+            *self.rest(row, ".0e"),
+        ]
+
+    def rest(self, row: Row, form: str) -> list[str]:
+        counted = [NONE if row.launches is None else str(row.launches)] if self.launches else []
+        return [*counted, *(number(row.errors.get(name), form) for name in self.errors)]
 
 
-def brief(row: Row, ours: Row) -> list[str]:
-    """One cell for each of `BRIEF_HEADINGS`, of a row that ran."""
-    against = ratio(row, ours)
-    return [
-        row.candidate,
-        milliseconds(row.median),
-        NONE if against is None else f"{against.median:.2f}x",
-        NONE if row.of_limit is None else f"{row.of_limit:.0%}",
-        mebibytes(row.peak_bytes),
-        number(row.error_logprobs, ".0e"),
-        number(row.error_hidden, ".0e"),
-        number(row.error_weight, ".0e"),
-    ]
+def columns_of(rows: Sequence[Row]) -> Columns:
+    errors = tuple(dict.fromkeys(name for row in rows for name in row.errors))
+    return Columns(errors, any(row.launches is not None for row in rows))
+
+
+def share(row: Row) -> str:
+    if row.of_limit is None:
+        return NONE
+    return f"{row.of_limit:.0%}" if row.of_limit >= 0.01 else f"{row.of_limit:.2%}"
+
+
+def size(row: Row) -> str:
+    return " x ".join(map(str, row.sizes.values()))
+
+
+def rounds(report: Report) -> str:
+    counts = {len(row.seconds) for result in report.results for row in result.rows if row.seconds}
+    if not counts:
+        return "no"
+    return str(min(counts)) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
 
 
 def provenance(report: Report) -> str:
@@ -109,13 +137,14 @@ def provenance(report: Report) -> str:
         for text, on in (
             ("DIRTY TREE: these numbers belong to no commit", report.dirty),
             ("QUICK RUN: too small to conclude from", report.quick),
+            ("CUT OFF: cases are missing", not report.complete),
             ("CPU: read the ratios, not the times", report.device == "cpu"),
         )
         if on
     ]
     libraries = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     facts = (
-        f"{report.machine}; {report.dtype}; commit {report.commit[:12]}; {report.date}; median of {report.repeats} "
+        f"{report.machine}; commit {report.commit[:12]}; {report.date}; median of {rounds(report)} "
         f"interleaved calls, {report.clock}; load {report.load:.1f} at the start; {libraries}"
     )
     return ". ".join([*warnings, facts]) + "."

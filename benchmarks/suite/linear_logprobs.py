@@ -1,0 +1,107 @@
+"""linear_logprobs: hidden states and a head to per-token log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+
+from benchmarks.anatomy import Benchmark, Candidate, Function, Inputs, Mode, Products, Truth, Unavailable, Work
+from benchmarks.candidates import (
+    LogProbs,
+    attribute,
+    eager_logprobs,
+    liger_logprobs,
+    our_variant,
+    ours,
+    plain,
+    takes,
+    trl_logprobs,
+)
+from benchmarks.shapes import LINEAR, LINEAR_DTYPES, Shape
+from benchmarks.suite import linear
+from benchmarks.truth import GRADIENT, NATS, directions, exact_logprobs, head_gradient, sample
+
+NAME = "linear_logprobs"
+FORWARD, FROZEN, TRAINED = "forward", "frozen", "trained"
+TENSORS = ("hidden", "weight", "targets")
+
+TARGETS = 8  # bytes a token: read, int64
+LOGPROBS = 4  # written, fp32
+GRADIENT_OF_LOGPROBS = 4  # read, fp32
+
+
+def forward_work(shape: Shape, itemsize: int) -> Work:
+    return linear.work(shape, itemsize, Products(1), token_bytes=TARGETS + LOGPROBS)  # logits = hidden @ W.T
+
+
+def frozen_work(shape: Shape, itemsize: int) -> Work:
+    per_token = TARGETS + LOGPROBS + GRADIENT_OF_LOGPROBS
+    return linear.work(shape, itemsize, Products(1, 1), token_bytes=per_token)  # logits; dHidden = dLogits @ W
+
+
+def trained_work(shape: Shape, itemsize: int) -> Work:
+    per_token = TARGETS + LOGPROBS + GRADIENT_OF_LOGPROBS
+    return linear.work(shape, itemsize, Products(1, 1, 1), token_bytes=per_token)  # and dW = dLogits.T @ hidden
+
+
+MODES = {
+    FORWARD: Mode("forward only (old and reference log-probabilities)", ("logp",), forward_work),
+    FROZEN: Mode(linear.FROZEN_ABOUT, ("logp",), frozen_work, {"dHidden": "hidden"}),
+    TRAINED: Mode(
+        "forward + backward, trained head (gradients for the hidden states and the head)",
+        ("logp",),
+        trained_work,
+        {"dHidden": "hidden", "dW": "weight"},
+    ),
+}
+
+
+def truth(inputs: Inputs, wanted: Collection[str]) -> dict[str, Truth]:
+    rows = sample(len(inputs["targets"]), inputs["targets"].device)
+    some = {**inputs, "hidden": inputs["hidden"][rows], "targets": inputs["targets"][rows]}
+    found = {"logp": Truth(exact_logprobs(some), rows)}
+    if "dHidden" in wanted:
+        found["dHidden"] = Truth(directions(inputs, rows) * inputs["grad"][rows, None].double(), rows)
+    if "dW" in wanted:
+        found["dW"] = head_gradient(inputs, inputs["grad"])
+    return found
+
+
+def call(linear_logprobs: Callable[..., object]) -> Function:
+    return takes(linear_logprobs, TENSORS)
+
+
+def peer(make: Callable[[], LogProbs]) -> Callable[[torch.device], Function]:
+    return lambda device: takes(make(), TENSORS)
+
+
+def cut_cross_entropy(device: torch.device) -> Function:
+    """CCE with its defaults, which skip small gradients on purpose."""
+    if device.type != "cuda":
+        raise Unavailable("its kernels are Triton: a GPU is needed")
+    loss = attribute("cut_cross_entropy", "linear_cross_entropy")
+    return takes(lambda hidden, weight, targets: -loss(hidden, weight, targets, reduction="none"), TENSORS)
+
+
+BENCHMARK = Benchmark(
+    name=NAME,
+    about="hidden states and a head to per-token log-probabilities, without the [tokens, vocab] logits",
+    axes=linear.AXES,
+    modes=MODES,
+    shapes=LINEAR,
+    dtypes=LINEAR_DTYPES,
+    inputs=linear.make_inputs,
+    truth=truth,
+    bars={"logp": NATS, "dHidden": GRADIENT, "dW": GRADIENT},
+    candidates=(
+        ours(NAME, call),
+        our_variant("low memory", "low_memory", NAME, call),
+        our_variant("chunked", "chunked", NAME, call),
+        our_variant("tiled", "tiled", NAME, call, modes=(FORWARD,), devices=("cuda",)),
+        *plain(eager_logprobs, TENSORS),
+        Candidate("TRL", peer(trl_logprobs)),
+        Candidate("Liger", peer(liger_logprobs)),
+        Candidate("cut-cross-entropy", cut_cross_entropy),
+    ),
+)
