@@ -29,8 +29,7 @@ def gae(
 
     window = _window(length)
     handed = functional.pad(torch.add(rewards * decay, values, alpha=gamma - decay), (0, window))
-    decays = torch.ones_like(handed)
-    decays[:, :length].masked_fill_(valid, decay)
+    decays = functional.pad(torch.where(valid, decay, torch.ones_like(values)), (0, window), value=1.0)
     if last_values is not None:
         handed[:, length] = gamma * last_values.to(dtype)
     handed = _suffix_sums(decays, handed, window)

@@ -50,7 +50,7 @@ def log_ratio(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """logprobs - ref_logprobs in fp32 (fp64 if either is), with -inf - -inf = 0 and no NaN in its gradient."""
     dtype = result_dtype(logprobs.dtype, ref_logprobs.dtype)
     both = (logprobs == float("-inf")) & (ref_logprobs == float("-inf"))
-    return (logprobs.to(dtype) - ref_logprobs.to(dtype)).masked_fill(both, 0.0)
+    return torch.where(both, 0.0, logprobs.to(dtype) - ref_logprobs.to(dtype))
 
 
 def _k1(d: Tensor) -> Tensor:

@@ -92,8 +92,8 @@ def backward(
     on_entropy: Tensor | None,
     needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients by hidden (valid rows), weight and bias, the logits formed again a tile at a time."""
-    grads = Gradients(hidden, linear, rows, needed)
+    """Gradients by hidden (valid rows), and in fp32 by weight and bias; the logits formed again a tile at a time."""
+    grads = Gradients(hidden, linear, rows, needed, hidden.dtype)
     # The direction is scaled by each token's coefficient in fp32 and rounded only then.
     space = Workspace(linear, rows.count, direction=False, spread=on_entropy is not None)
     state = new_state(rows.count, saved)
@@ -139,13 +139,14 @@ def derivative_(e: Tensor, spread: Tensor | None, factors: Factors, y: Tensor, f
 
 
 class Gradients:
-    """Sums over tiles, in fp32; only those that are needed exist. Those by hidden are rounded piece by piece."""
+    """Sums over tiles, in fp32; only those that are needed exist. Those by hidden are kept in `dtype`."""
 
-    def __init__(self, hidden: Tensor, linear: Linear, rows: Rows, needed: tuple[bool, bool, bool]) -> None:
-        bias = linear.head.bias
-        self.linear, self.dtypes = linear, (linear.weight.dtype, None if bias is None else bias.dtype)
+    def __init__(
+        self, hidden: Tensor, linear: Linear, rows: Rows, needed: tuple[bool, bool, bool], dtype: torch.dtype
+    ) -> None:
+        self.linear = linear
         new = hidden.new_zeros
-        self.hidden = new(rows.count, hidden.shape[-1]) if needed[0] else None
+        self.hidden = new(rows.count, hidden.shape[-1], dtype=dtype) if needed[0] else None
         self._of_piece: Tensor | None = None
         self.weight = new(linear.weight.shape, dtype=linear.dtype) if needed[1] else None
         self.bias = new(linear.vocabulary, dtype=linear.dtype) if needed[2] else None
@@ -167,14 +168,14 @@ class Gradients:
             self.hidden[piece] = of_piece.to(self.hidden.dtype)
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        sums = (self.weight, self.bias)
-        weight, bias = (None if x is None else x.to(d) for x, d in zip(sums, self.dtypes, strict=True))
-        return self.hidden, weight, bias
+        return self.hidden, self.weight, self.bias
 
 
 def _tiles_run(linear: Linear) -> bool:
     device = linear.weight.device
-    return linear.backend != "torch" and linear.dtype == torch.float32 and launch.why_not(device) is None
+    if linear.backend == "torch" or linear.dtype != torch.float32 or launch.why_not(device) is not None:
+        return False
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)  # below, its tiles spill
 
 
 def _tiled(hidden: Tensor, y: Tensor, rows: Rows, linear: Linear, *, entropy: bool, sum_sq: bool) -> Forward:

@@ -68,11 +68,10 @@ def linear_of(
     head: Head,
     backend: str,
     *,
-    default: str | None = None,
     only: str | None = None,
 ) -> Linear:
     dtype = result_dtype(hidden.dtype, weight.dtype)
-    plan = choose(weight.shape[0], dtype, hidden.device, default=default, only=only)
+    plan = choose(weight.shape[0], dtype, hidden.device, only=only)
     return Linear(weight, head, hidden.dtype, plan, backend)
 
 
@@ -219,8 +218,8 @@ def _recompute(
         )
         return (
             hidden.new_empty(0) if by_hidden is None else rows.spread(by_hidden),
-            hidden.new_empty(0) if by_weight is None else by_weight,
-            hidden.new_empty(0) if by_bias is None else by_bias,
+            hidden.new_empty(0) if by_weight is None else by_weight.to(weight.dtype),
+            hidden.new_empty(0) if by_bias is None or bias is None else by_bias.to(bias.dtype),
         )
 
 

@@ -88,13 +88,21 @@ class Rows:
         self.total = shape.numel()
         self.count = self.total if self.index is None else self.index.numel()
 
-    def chunks(self, size: int) -> Iterator[slice]:
-        """Slices of equal size, so that the last GEMM is not a sliver."""
-        if self.count == 0:
+    def chunks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[slice]:
+        """Slices of equal size, of all valid rows or of those from `start` to `stop`: the last GEMM is no sliver."""
+        stop = self.count if stop is None else stop
+        if start >= stop:
             return
-        pieces = -(-self.count // max(1, size))
-        step = -(-self.count // pieces)
-        yield from (slice(start, min(start + step, self.count)) for start in range(0, self.count, step))
+        pieces = -(-(stop - start) // max(1, size))
+        step = -(-(stop - start) // pieces)
+        yield from (slice(at, min(at + step, stop)) for at in range(start, stop, step))
+
+    def first(self, chosen: Tensor) -> tuple[Rows, int]:
+        """The same rows in another order, the `chosen` (bool, of the valid rows) first, and how many these are."""
+        index = torch.arange(self.total, device=chosen.device) if self.index is None else self.index
+        reordered = Rows(self.shape, None)
+        reordered.index, reordered.count = torch.cat([index[chosen], index[~chosen]]), self.count
+        return reordered, int(chosen.sum())
 
     def take(self, source: Tensor, piece: slice) -> Tensor:
         """Rows `piece` of the valid rows of source `[..., K]`."""

@@ -83,16 +83,12 @@ def choose(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    default: str | None = None,
     only: str | None = None,
 ) -> Plan:
-    """The plan for logits of `dtype` on `device`.
-
-    `default` replaces the table's implementation, `only` the user's too: a function may be possible in one way alone.
-    """
+    """The plan for logits of `dtype` on `device`; `only`: what is asked for can be done in one way alone."""
     choice = TABLE.get(device.type, TABLE["cuda"])
     wanted = _overrides[-1] if _overrides else _environment()
-    implementation = only or str(wanted.get("implementation", default or choice.default))
+    implementation = only or str(wanted.get("implementation", choice.default))
     if implementation == LOW_MEMORY:
         plan = Plan(LOW_MEMORY, choice.tile_rows, choice.tile_columns)
     else:

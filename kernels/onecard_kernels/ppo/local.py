@@ -1,7 +1,8 @@
 """linear_ppo_loss in one sweep: a token's coefficient is known as soon as its log-probability is.
 
-So the gradients are formed in the forward, from the same tile of logits: two products with the head (three with a
-trained one) with the entropy bonus in them, and one for the tokens whose coefficient is zero. The backward scales.
+So the gradients are formed in the forward, from the same tile of logits, and the backward scales them. Two products
+with the head; three with a trained one. Tokens without a coefficient cost one: those without advantage or weight in any
+case, clipped ones where tiles have whole rows (chunked). There the entropy bonus needs no product of its own either.
 """
 
 from __future__ import annotations
@@ -45,12 +46,16 @@ def forward(
     hidden: Tensor,
     y: Tensor,
     rows: Rows,
+    busy: int,
     linear: Linear,
     tokens: Tokens,
     options: Mapping[str, Any],
     needed: tuple[bool, bool, bool],
 ) -> Result:
-    """Sums over the tokens, and the gradients of the first of them that are needed, not divided by anything yet."""
+    """Sums over the tokens, and the gradients of the first of them that are needed, not divided by anything yet.
+
+    busy: the rows from this one on are known to have none.
+    """
     with_entropy, trained = options["entropy_coef"] != 0.0, needed[1] or needed[2]
     wanted = Wanted(moment=True, direction=any(needed))
     # A trained head's derivative is summed over tokens in fp32; that of a frozen one is an operand of the product.
@@ -58,18 +63,19 @@ def forward(
     space = Workspace(linear, rows.count, direction=direction, spread=any(needed) and with_entropy)
     assert space.whole or not trained
     terms = dispatch.implementation("ppo_terms", linear.backend, hidden.device)
-    grads = Gradients(hidden, linear, rows, needed)
+    grads = Gradients(hidden, linear, rows, needed, kept_dtype(hidden.dtype))
     total = None
-    for piece in rows.chunks(space.rows):
+    for piece in (*rows.chunks(space.rows, 0, busy), *rows.chunks(space.rows, busy)):
         h = rows.take(hidden, piece).to(linear.operand)
-        swept = sweep(space, h, y[piece], wanted, sums=direction and not space.whole)
+        learns = any(needed) and piece.start < busy
+        swept = sweep(space, h, y[piece], wanted, sums=direction and learns and not space.whole)
         of = swept.of
         everywhere = torch.ones_like(of.logprobs, dtype=torch.bool)
         sums, on_logprobs, on_entropy = terms(
             of.logprobs, mask=everywhere, entropy=of.entropy, **tokens.of(piece), **options
         )
         total = sums if total is None else total + sums
-        if not any(needed):
+        if not learns:
             continue
         factors = logprob_factors(of, on_logprobs.to(linear.dtype))
         idle = on_logprobs == 0.0
@@ -88,6 +94,11 @@ def forward(
     if total is None:
         total = hidden.new_zeros(7, dtype=linear.dtype)
     return Result(total, *grads.result())
+
+
+def kept_dtype(hidden: torch.dtype) -> torch.dtype:
+    """Of the gradients by hidden until the backward scales them: what is not divided yet may be past fp16's range."""
+    return torch.float32 if hidden == torch.float16 else hidden
 
 
 def _add_all(grads: Gradients, piece: slice, space: Workspace, h: Tensor, y: Tensor, factors: Factors) -> None:
