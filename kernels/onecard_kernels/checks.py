@@ -140,23 +140,27 @@ def targets(value: Tensor, vocabulary: int, valid: Tensor | None) -> None:
         )
 
 
+def bias(name: str, value: Tensor | None, vocabulary: int, like: Tensor) -> None:
+    if value is None:
+        return
+    floating(name, value)
+    shape(name, value, (vocabulary,), f"one per row of weight ({vocabulary})")
+    device(name, value, "hidden", like)
+    if values_are_checked(like.device) and not bool(value.isfinite().all()):
+        raise ValueError(f"{name} holds inf or NaN, expected finite values; forbid tokens with `forbidden`")
+
+
 def head(value: Head, vocabulary: int, like: Tensor) -> None:
     positive("temperature", value.temperature)
     finite("logit_scale", value.logit_scale)
     if value.softcap is not None:
         positive("softcap", value.softcap)
-    expected = f"one per row of weight ({vocabulary})"
-    if value.bias is not None:
-        floating("bias", value.bias)
-        shape("bias", value.bias, (vocabulary,), expected)
-        device("bias", value.bias, "hidden", like)
-        if values_are_checked(like.device) and not bool(value.bias.isfinite().all()):
-            raise ValueError("bias holds inf or NaN, expected finite values; forbid tokens with `forbidden`")
+    bias("bias", value.bias, vocabulary, like)
     if value.forbidden is not None:
         tensor("forbidden", value.forbidden)
         if value.forbidden.dtype != torch.bool:
             raise TypeError(f"forbidden has dtype {value.forbidden.dtype}, expected torch.bool")
-        shape("forbidden", value.forbidden, (vocabulary,), expected)
+        shape("forbidden", value.forbidden, (vocabulary,), f"one per row of weight ({vocabulary})")
         device("forbidden", value.forbidden, "hidden", like)
         if values_are_checked(like.device) and bool(value.forbidden.all()):
             raise ValueError(f"forbidden is True for all {vocabulary} tokens, expected at least one allowed token")

@@ -64,7 +64,8 @@ def linear_kl(
     _check_reference(hidden, ref_hidden, weight, ref_weight, ref_bias)
     if mask is not None:
         checks.mask(mask, "hidden's tokens", hidden[..., 0])
-    _check_constants({"ref_hidden": ref_hidden, "weight": weight, "ref_weight": ref_weight, "bias": bias})
+    constants = {"ref_hidden": ref_hidden, "weight": weight, "ref_weight": ref_weight, "bias": bias}
+    _check_constants({**constants, "ref_bias": ref_bias})
     dispatch.resolve("linear_kl", backend, hidden.device)
     if ref_weight is None and ref_bias is None:
         ref_bias = bias
@@ -88,10 +89,7 @@ def _check_reference(
         raise ValueError(
             f"ref_weight has shape {tuple(ref_weight.shape)}, expected {weight.shape[0]} rows, as weight has"
         )
-    if ref_bias is not None:
-        checks.floating("ref_bias", ref_bias)
-        checks.shape("ref_bias", ref_bias, (weight.shape[0],), f"one per row of weight ({weight.shape[0]})")
-        checks.device("ref_bias", ref_bias, "hidden", hidden)
+    checks.bias("ref_bias", ref_bias, weight.shape[0], hidden)
 
 
 def _check_constants(given: dict[str, Tensor | None]) -> None:

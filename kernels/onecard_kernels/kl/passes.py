@@ -35,13 +35,18 @@ def _block(z: Tensor, r: Tensor, head: Head, ref_head: Head, out: Tensor | None)
     ref_head.transform_(r)
     torch.log_softmax(z, 1, out=z)
     torch.log_softmax(r, 1, out=r)
-    d = torch.where(z == float("-inf"), 0.0, z - r)
-    p, q = z.exp(), r.exp()
-    terms = torch.where(d > NEAR, p * (torch.expm1(-d.clamp(min=NEAR)) + d), q - p + p * d)
-    kl = torch.where(p > 0.0, terms, q).sum(1)
+    p, q, d = z.exp(), r.exp(), z.sub_(r)
+    if head.forbidden is not None:
+        d = d.masked_fill_(head.forbidden, 0.0)  # -inf - -inf, where p = q = 0
+    far = (q - p).addcmul_(p, d)
+    near = torch.expm1(-d.clamp(min=NEAR)).add_(d).mul_(p)
+    kl = torch.where(d > NEAR, near, far).sum(1)
     if out is not None:
-        gradient = torch.where(p > 0.0, p * (d - kl.unsqueeze(1)), 0.0).mul_(head.factor)
+        gradient = d.sub_(kl.unsqueeze(1)).mul_(p)
         if slope is not None:
             gradient *= slope
-        out.copy_(gradient.masked_fill_(kl.isinf().unsqueeze(1), 0.0))
+        if not kl.is_cpu or bool(kl.isinf().any()):
+            gradient.masked_fill_(kl.isinf().unsqueeze(1), 0.0)
+        # Last, for `out` may be z.
+        torch.mul(gradient, head.factor, out=out)
     return kl
