@@ -12,7 +12,8 @@ from ..logprob.passes import result_dtype
 from ..records import Advantages
 
 # Positions that one program scans at once, 8 to a thread; a longer row takes several turns.
-LARGEST_BLOCK = 4096
+LARGEST_BLOCK = 2048
+PER_THREAD = 4  # positions; with eight, two carries and their masks run out of registers
 
 
 @triton.jit
@@ -119,7 +120,7 @@ def launch_gae(
         gamma,
         gamma * lam,
         gamma - gamma * lam,
-        num_warps=min(16, max(1, block // 128)),
+        num_warps=min(16, max(1, block * dtype.itemsize // (32 * 4 * PER_THREAD))),
         HAS_LAST=last_values is not None,
         BLOCK=block,
     )

@@ -64,24 +64,28 @@ _CARDS: dict[tuple[int, int], _Card] = {
 }
 
 
-def config_for(capability: tuple[int, int], dtype: torch.dtype, head: Head) -> TileConfig:
-    """The tile for a card's compute capability; versions not in the table take the nearest one below."""
+def config_for(capability: tuple[int, int], dtype: torch.dtype, head: Head, sums: int = 0) -> TileConfig:
+    """The tile for a card's compute capability; versions not in the table take the nearest one below.
+
+    sums: how many of the entropy and the sum of squares are asked for.
+    """
     if capability < (8, 0):
         raise ValueError(
             f"the tiled log-prob kernel needs compute capability 8.0 or more, this card has {capability[0]}."
             f"{capability[1]}: without bf16 tensor cores its tiles spill; use the chunked path"
         )
     card = _CARDS[max(c for c in _CARDS if c <= capability)]
-    extras = sum(part is not None for part in (head.bias, head.softcap, head.forbidden))
+    extras = sum(part is not None for part in (head.bias, head.softcap, head.forbidden)) + (2 if sums == 2 else 0)
     low = card.tile if extras <= card.extras else card.other
     return replace(_FULL if dtype == torch.float32 else low, multiprocessors=card.multiprocessors)
 
 
-def config_on(device: torch.device, dtype: torch.dtype, head: Head) -> TileConfig:
+def config_on(device: torch.device, dtype: torch.dtype, head: Head, sums: int) -> TileConfig:
     if device.type != "cuda":
-        return config_for((9, 0), dtype, head)
+        return config_for((9, 0), dtype, head, sums)
     found = torch.cuda.get_device_properties(device)
-    return replace(config_for((found.major, found.minor), dtype, head), multiprocessors=found.multi_processor_count)
+    config = config_for((found.major, found.minor), dtype, head, sums)
+    return replace(config, multiprocessors=found.multi_processor_count)
 
 
 @cache

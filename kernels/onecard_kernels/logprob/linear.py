@@ -13,7 +13,7 @@ from .online import Factors, Statistics, Wanted, added, entropy_factors, logprob
 from .passes import Rows
 from .plans import TILED
 from .state import SHIFT
-from .tiles import Linear, Workspace, gradient_by_hidden, sweep
+from .tiles import Linear, Workspace, gradient_by_hidden_, sweep
 
 SAVED = 6  # of each token, for a backward that forms the logits again: the fields of Statistics but the last
 
@@ -64,12 +64,11 @@ def forward(
         swept = sweep(space, h, y[piece], wanted, sums=any_direction)
         of = swept.of
         _write(out, piece, of)
-        for direction, factors_of in ((out.direction, logprob_factors), (out.entropy_direction, entropy_factors)):
-            if direction is not None:
-                at_target = linear.at(y[piece])
-                direction[piece] = gradient_by_hidden(
-                    swept.of_exp, swept.of_spread, factors_of(of), at_target, linear.head.factor
-                )
+        # The entropy's first: each is formed over the sums that it is the last to need.
+        for direction, factors_of in ((out.entropy_direction, entropy_factors), (out.direction, logprob_factors)):
+            if direction is not None and swept.of_exp is not None:
+                direction[piece] = gradient_by_hidden_(linear, swept.of_exp, swept.of_spread, factors_of(of), y[piece])
+        del swept, of  # or they would live through the next sweep
     return out
 
 

@@ -16,7 +16,7 @@ from .. import dispatch
 from ..records import Head
 from . import products
 from .online import Factors, Statistics, Wanted, new_state, statistics
-from .passes import result_dtype
+from .passes import blocks, result_dtype
 from .plans import Plan, columns_of
 from .state import RESCALE
 
@@ -123,15 +123,18 @@ def sweep(space: Workspace, h: Tensor, y: Tensor, wanted: Wanted, *, sums: bool)
     return Swept(statistics(state, space.linear.head, wanted), of_exp, of_spread)
 
 
-def gradient_by_hidden(
-    of_exp: Tensor | None, of_spread: Tensor | None, factors: Factors, at_target: Tensor, factor: float
+def gradient_by_hidden_(
+    linear: Linear, of_exp: Tensor, of_spread: Tensor | None, factors: Factors, y: Tensor
 ) -> Tensor:
-    """dL/dh `[n, D]` of dL/dz in the form of `factors`; `at_target`: the head's rows of the targets, overwritten."""
-    assert of_exp is not None
-    total = at_target.mul_(factors.at_target.unsqueeze(1)).addcmul_(of_exp, factors.of_exp.unsqueeze(1))
+    """dL/dh `[n, D]` of dL/dz in the form of `factors`; in the memory of `of_spread` if it is used, or of `of_exp`."""
     if factors.of_spread is not None and of_spread is not None:
-        total.addcmul_(of_spread, factors.of_spread.unsqueeze(1))
-    return total.mul_(factor)
+        total = of_spread.mul_(factors.of_spread.unsqueeze(1)).addcmul_(of_exp, factors.of_exp.unsqueeze(1))
+    else:
+        total = of_exp.mul_(factors.of_exp.unsqueeze(1))
+    at_target = factors.at_target.unsqueeze(1)
+    for rows in blocks(total.shape[0], total.shape[1], total.element_size()):
+        total[rows].addcmul_(linear.at(y[rows]), at_target[rows])
+    return total.mul_(linear.head.factor)
 
 
 def _rescale(of_exp: Tensor, of_spread: Tensor | None, state: Tensor) -> None:

@@ -276,9 +276,10 @@ def exp_tile(
         return
     in_place = wanted.direction and out.dtype == z.dtype and out.data_ptr() == z.data_ptr()
     cap = head.softcap
-    block = block_for(columns, z.element_size())
-    if cap is not None or spread is not None:  # more is held per logit: fewer at a time, or registers run out
-        block = block._replace(unroll=max(1, block.unroll // 2))
+    block = block_for(columns, z.element_size(), z.stride(0))
+    # More is held per logit, fewer of them at a time: or registers run out.
+    extras = (head.bias is not None, head.forbidden is not None, cap is not None or spread is not None, in_place)
+    fuller = sum(extras) - (sum(extras) > 1 and block.vector > 1)
     before = head.factor if cap is None else head.logit_scale / cap
     half = torch.float16 in (out.dtype, z.dtype if spread is None else spread.dtype)
     launch.launch(
@@ -307,7 +308,7 @@ def exp_tile(
         WRITE=wanted.direction,
         SPREAD=spread is not None,
         IN_PLACE=in_place,
-        UNROLL=block.unroll,
+        UNROLL=max(1, block.unroll >> fuller),
         THREADS=block.threads,
         VECTOR=block.vector,
     )

@@ -41,15 +41,21 @@ class Block(NamedTuple):
     warps: int
 
 
-def block_for(columns: int, itemsize: int) -> Block:
-    """Enough bytes in flight on long rows, no more threads than short ones have work for."""
+def block_for(columns: int, itemsize: int, *strides: int) -> Block:
+    """Enough bytes in flight on long rows, no more threads than short ones have work for.
+
+    Rows that do not all begin at 16 bytes (an odd vocabulary) have no wide loads: neighbours then go to neighbouring
+    threads, so that one load of a warp is one piece of memory still.
+    """
     vector = max(1, 16 // itemsize)
-    unroll = BYTES_PER_THREAD // 16
+    unroll = BYTES_PER_THREAD // (32 if itemsize == 8 else 16)  # fp64 takes two registers a number
     warps = MAX_WARPS
     while warps > 1 and 32 * warps * vector * unroll >= 2 * columns:
         warps //= 2
     while unroll > 1 and 32 * warps * vector * unroll >= 2 * columns:
         unroll //= 2
+    if any(stride % vector for stride in strides):
+        unroll, vector = unroll * vector, 1
     return Block(unroll, 32 * warps, vector, warps)
 
 
@@ -327,7 +333,7 @@ def forward(
     if count == 0:
         return logprobs, entropies, stats
     logits, strides = with_strides(logits)
-    block = block_for(columns, logits.element_size())
+    block = block_for(columns, logits.element_size(), strides.outer_stride, strides.inner_stride)
     targets = per_row(targets)
     launch.launch(
         _forward_kernel,
@@ -379,7 +385,7 @@ def backward(
         out_strides = RowStrides(strides.inner, strides.inner * columns, columns)
     else:
         written, out_strides = out, strides
-    block = block_for(columns, logits.element_size())
+    block = block_for(columns, logits.element_size(), strides.outer_stride, strides.inner_stride)
     targets = per_row(targets)
     launch.launch(
         _backward_kernel,

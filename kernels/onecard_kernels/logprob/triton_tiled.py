@@ -64,7 +64,7 @@ def tiled_statistics(
     if weight.dtype != hidden.dtype:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {hidden.dtype} like hidden")
     (n, d), v = hidden.shape, weight.shape[0]
-    config = config or config_on(hidden.device, hidden.dtype, head)
+    config = config or config_on(hidden.device, hidden.dtype, head, entropy + sum_sq)
     row_blocks, tiles = triton.cdiv(n, config.rows), triton.cdiv(v, config.columns)
     per_split = triton.cdiv(tiles, splits) if splits else tiles_per_program(row_blocks, tiles, config)
     splits = triton.cdiv(tiles, per_split)

@@ -17,7 +17,7 @@ from .. import dispatch
 from ..logprob.linear import Gradients, derivative_
 from ..logprob.online import Factors, Wanted, added, entropy_factors, logprob_factors
 from ..logprob.passes import Rows, blocks
-from ..logprob.tiles import Linear, Workspace, gradient_by_hidden, sweep
+from ..logprob.tiles import Linear, Workspace, gradient_by_hidden_, sweep
 
 # A row of logits is copied at the price of a fraction of its product; below this share of idle rows nothing is gained.
 WORTH_SKIPPING = 1 / 8
@@ -83,10 +83,8 @@ def forward(
             factors = added(factors, entropy_factors(of, on_entropy.to(linear.dtype)))
             idle &= on_entropy == 0.0
         if not space.whole:
-            grads.write(
-                piece,
-                gradient_by_hidden(swept.of_exp, swept.of_spread, factors, linear.at(y[piece]), linear.head.factor),
-            )
+            assert swept.of_exp is not None
+            grads.write(piece, gradient_by_hidden_(linear, swept.of_exp, swept.of_spread, factors, y[piece]))
         elif trained:
             _add_all(grads, piece, space, h, y[piece], factors)
         else:
@@ -139,4 +137,4 @@ def _add_busy(
         factors = factors._replace(of_exp=torch.ones_like(factors.of_exp), of_spread=None)
     for _, tile in space.tiles():  # one
         of_exp = space.back(e, tile, None)
-        grads.write(into, gradient_by_hidden(of_exp, None, factors, linear.at(y), linear.head.factor))
+        grads.write(into, gradient_by_hidden_(linear, of_exp, None, factors, y))

@@ -140,7 +140,7 @@ def forward(
         return *done, stats, slope, entropy_slope
     sums = logits.new_empty(POLICY_SUMS, count, dtype=dtype)
     logits, strides = rows.with_strides(logits)
-    block = rows.block_for(columns, logits.element_size())
+    block = rows.block_for(columns, logits.element_size(), strides.outer_stride, strides.inner_stride)
     per_token = (targets, mask, old_logprobs, advantages)
     launch(
         _forward_kernel,
