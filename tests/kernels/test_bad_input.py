@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import onecard_kernels
 from onecard_kernels import (
     checks,
     dispatch,
@@ -16,6 +17,7 @@ from onecard_kernels import (
     gae,
     group_advantages,
     linear_dpo_loss,
+    linear_kl,
     linear_logprobs,
     linear_ppo_loss,
     logits_ppo_loss,
@@ -45,6 +47,7 @@ TOKENS = {"old_logprobs": filled(-2, N), "advantages": filled(1, N), "mask": fil
 GOOD: dict[Callable[..., Any], dict[str, Any]] = {
     linear_logprobs: {"hidden": filled(1, N, D), "weight": filled(1, V, D), "targets": torch.arange(N)},
     selective_log_softmax: {"logits": filled(1, N, V), "targets": torch.arange(N)},
+    linear_kl: {"hidden": filled(1, N, D), "ref_hidden": filled(2, N, D), "weight": filled(1, V, D)},
     token_kl: {"logprobs": filled(-1, N), "ref_logprobs": filled(-1, N)},
     dpo_loss: {
         "chosen_logps": filled(-1, N),
@@ -102,6 +105,79 @@ BAD: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], tuple[str, 
     (linear_logprobs, {"softcap": 0.0}, ValueError, ("softcap", "0.0", "above 0")),
     (linear_logprobs, {"logit_scale": float("inf")}, ValueError, ("logit_scale", "inf", "finite")),
     (linear_logprobs, {"backend": "cuda"}, ValueError, ("backend", "'cuda'", "'auto', 'triton', 'torch'")),
+    *(
+        (function, wrong, kind, words)
+        for function in (linear_kl, linear_ppo_loss, linear_dpo_loss)
+        for wrong, kind, words in (
+            ({"hidden": torch.ones(N, D).long()}, TypeError, ("hidden", "int64", "floating")),
+            ({"hidden": [1.0]}, TypeError, ("hidden", "list", "tensor")),
+            ({"weight": filled(1, D)}, ValueError, ("weight", "(8,)", "[V, D]")),
+            ({"weight": torch.ones(V, D).int()}, TypeError, ("weight", "int32", "floating")),
+            ({"weight": filled(1, V, D + 1)}, ValueError, ("weight", "(31, 9)", "[V, 8]")),
+            ({"weight": meta(V, D)}, ValueError, ("weight", "meta", "cpu", "hidden")),
+            ({"bias": filled(1, V, 1)}, ValueError, ("bias", "(31, 1)", "(31,)")),
+            ({"bias": meta(V)}, ValueError, ("bias", "meta", "cpu")),
+            ({"forbidden": filled(0, V)}, TypeError, ("forbidden", "float32", "torch.bool")),
+            ({"forbidden": filled(1, V).bool()}, ValueError, ("forbidden", "31", "at least one")),
+            ({"forbidden": meta(V, dtype=torch.bool)}, ValueError, ("forbidden", "meta", "cpu")),
+            ({"temperature": 0.0}, ValueError, ("temperature", "0.0", "above 0")),
+            ({"temperature": "hot"}, ValueError, ("temperature", "'hot'", "above 0")),
+            ({"temperature": True}, ValueError, ("temperature", "True", "above 0")),
+            ({"logit_scale": NAN}, ValueError, ("logit_scale", "nan", "finite")),
+            ({"softcap": 0.0}, ValueError, ("softcap", "0.0", "above 0")),
+            ({"softcap": "5"}, ValueError, ("softcap", "'5'", "above 0")),
+            ({"backend": "cuda"}, ValueError, ("backend", "'cuda'", "'auto', 'triton', 'torch'")),
+            ({"backend": None}, ValueError, ("backend", "None", "'auto', 'triton', 'torch'")),
+        )
+    ),
+    (linear_kl, {"ref_hidden": filled(1, N + 1, D)}, ValueError, ("ref_hidden", "(5, 8)", "(4, 8)")),
+    (linear_kl, {"ref_hidden": torch.ones(N, D).int()}, TypeError, ("ref_hidden", "int32", "floating")),
+    (linear_kl, {"ref_hidden": None}, TypeError, ("ref_hidden", "NoneType", "tensor")),
+    (linear_kl, {"ref_hidden": meta(N, D)}, ValueError, ("ref_hidden", "meta", "cpu")),
+    (linear_kl, {"ref_weight": filled(1, V + 1, D)}, ValueError, ("ref_weight", "(32, 8)", "31 rows")),
+    (linear_kl, {"ref_weight": torch.ones(V, D).int()}, TypeError, ("ref_weight", "int32", "floating")),
+    (linear_kl, {"ref_bias": torch.ones(V).int()}, TypeError, ("ref_bias", "int32", "floating")),
+    (linear_kl, {"ref_bias": filled(1, D)}, ValueError, ("ref_bias", "(8,)", "(31,)")),
+    (linear_kl, {"ref_bias": meta(V)}, ValueError, ("ref_bias", "meta", "cpu")),
+    (linear_kl, {"mask": filled(1, N, 1)}, ValueError, ("mask", "(4, 1)", "(4,)", "hidden")),
+    (linear_kl, {"mask": filled(2, N)}, ValueError, ("mask", "2.0", "0 and 1")),
+    (linear_kl, {"mask": meta(N)}, ValueError, ("mask", "meta", "cpu")),
+    (linear_kl, {"hidden": filled(1)}, ValueError, ("hidden", "()", "[..., D]")),
+    *(
+        (function, wrong, kind, words)
+        for function in (selective_log_softmax, logits_ppo_loss)
+        for wrong, kind, words in (
+            ({"logits": [1.0]}, TypeError, ("logits", "list", "tensor")),
+            ({"logits": torch.ones(N, V).long()}, TypeError, ("logits", "int64", "floating")),
+            ({"targets": torch.arange(N) + V}, ValueError, ("targets", "31", "0 to 30")),
+            ({"targets": torch.tensor([0, 1, 2, -1])}, ValueError, ("targets", "-1", "0 to 30")),
+            ({"temperature": -0.5}, ValueError, ("temperature", "-0.5", "above 0")),
+            ({"temperature": "1"}, ValueError, ("temperature", "'1'", "above 0")),
+            ({"backend": "cuda"}, ValueError, ("backend", "'cuda'", "'auto', 'triton', 'torch'")),
+        )
+    ),
+    (selective_log_softmax, {"targets": meta(N, dtype=torch.long)}, ValueError, ("targets", "meta", "cpu")),
+    (selective_log_softmax, {"mask": meta(N)}, ValueError, ("mask", "meta", "cpu")),
+    (logits_ppo_loss, {"logits": meta(N, V)}, ValueError, ("targets", "cpu", "meta")),
+    (linear_ppo_loss, {"hidden": meta(N, D)}, ValueError, ("weight", "cpu", "meta")),
+    (linear_ppo_loss, {"targets": torch.arange(N - 1)}, ValueError, ("", "(4,)", "(3,)")),
+    (linear_dpo_loss, {"targets": torch.arange(N) + V}, ValueError, ("targets", "31", "0 to 30")),
+    (linear_dpo_loss, {"targets": filled(1, N)}, TypeError, ("targets", "float32", "integer")),
+    (linear_logprobs, {"hidden": filled(1)}, ValueError, ("hidden", "()", "[..., D]")),
+    (linear_logprobs, {"mask": meta(N)}, ValueError, ("mask", "meta", "cpu")),
+    (linear_logprobs, {"temperature": "1"}, ValueError, ("temperature", "'1'", "above 0")),
+    (linear_logprobs, {"softcap": True}, ValueError, ("softcap", "True", "above 0")),
+    (token_kl, {"ref_logprobs": meta(N)}, ValueError, ("ref_logprobs", "meta", "cpu")),
+    (token_kl, {"logprobs": None}, TypeError, ("logprobs", "NoneType", "tensor")),
+    (value_loss, {"clip": "0.2"}, ValueError, ("clip", "'0.2'", "above 0")),
+    (value_loss, {"mask": meta(N)}, ValueError, ("mask", "meta", "cpu")),
+    (gae, {"values": meta(2, N)}, ValueError, ("values", "meta", "cpu")),
+    (gae, {"mask": meta(2, N)}, ValueError, ("mask", "meta", "cpu")),
+    (gae, {"gamma": NAN}, ValueError, ("gamma", "nan", "0 to 1")),
+    (gae, {"lam": "0.9"}, ValueError, ("lam", "'0.9'", "0 to 1")),
+    (masked_whiten, {"mask": meta(N)}, ValueError, ("mask", "meta", "cpu")),
+    (masked_whiten, {"eps": "1"}, ValueError, ("eps", "'1'", "above 0")),
+    (sequence_sums, {"sequence_ids": meta(N, dtype=torch.long)}, ValueError, ("sequence_ids", "meta", "cpu")),
     (selective_log_softmax, {"logits": torch.ones(N, V).int()}, TypeError, ("logits", "int32", "floating")),
     (selective_log_softmax, {"logits": filled(1, N, 0)}, ValueError, ("logits", "(4, 0)", "[..., V]")),
     (selective_log_softmax, {"targets": torch.arange(N + 1)}, ValueError, ("targets", "(5,)", "(4,)")),
@@ -262,6 +338,17 @@ def test_bad_input(
     assert re.search(".*".join(map(re.escape, words)), message), message
 
 
+def test_every_public_function_has_cases() -> None:
+    """Here, or among the preference losses' own."""
+    from tests.kernels import test_preference_bad_input as preferences
+
+    public = {getattr(onecard_kernels, name) for name in onecard_kernels.__all__}
+    functions = {value for value in public if not isinstance(value, type)}
+    refused = {case[0] for case in [*BAD, *preferences.BAD]}
+    assert functions - refused == set()
+    assert functions - {*GOOD, *preferences.GOOD} == set()
+
+
 @pytest.mark.parametrize("function", GOOD)
 def test_the_same_without_the_fault_is_accepted(function: Callable[..., Any]) -> None:
     function(**GOOD[function])
@@ -273,6 +360,7 @@ def test_the_same_without_the_fault_is_accepted(function: Callable[..., Any]) ->
         linear_logprobs,
         selective_log_softmax,
         linear_dpo_loss,
+        linear_kl,
         ppo_loss,
         logits_ppo_loss,
         linear_ppo_loss,
