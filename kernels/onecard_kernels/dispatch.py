@@ -76,6 +76,10 @@ def _load(address: str) -> Callable[..., Any]:
 
 @torch.compiler.assume_constant_result  # torch.compile cannot trace an import; this one it runs, and traces what came
 def _import(address: str) -> None:
-    if address not in _LOADED:
-        module, name = address.split(":")
-        _LOADED[address] = getattr(import_module(module), name)
+    """With all of its backend: the tracer reads _LOADED once, and sees no entry that comes later."""
+    if address in _LOADED:
+        return
+    backend = next(name for row in TABLE.values() for name, at in row.items() if at == address)
+    for other in (row[backend] for row in TABLE.values() if backend in row):
+        module, function = other.split(":")
+        _LOADED[other] = getattr(import_module(module), function)

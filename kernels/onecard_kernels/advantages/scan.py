@@ -16,11 +16,19 @@ from ..records import Advantages
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float, last_values: Tensor | None
 ) -> Advantages:
+    return Advantages(*torch.ops.onecard.gae_scan(rewards, values, mask, last_values, gamma, lam))
+
+
+@torch.library.custom_op("onecard::gae_scan", mutates_args=())
+def _scan(
+    rewards: Tensor, values: Tensor, mask: Tensor, last_values: Tensor | None, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
     """What a position hands back to the valid one before it is C = gamma V + gamma lam A, all in one number:
 
     A_t = r_t - V_t + C_next(t);  C_t = gamma lam r_t + (gamma - gamma lam) V_t + gamma lam C_next(t)
 
-    Masked positions hand on what they are handed, so that next(t) is t + 1 for all.
+    Masked positions hand on what they are handed, so that next(t) is t + 1 for all. An operator, for a compiler would
+    make a program of its own for every length.
     """
     length, decay = rewards.shape[1], gamma * lam
     valid = mask.bool()
@@ -35,7 +43,15 @@ def gae(
     handed = _suffix_sums(decays, handed, window)
 
     advantages = torch.where(valid, rewards.sub_(values).add_(handed[:, 1:]), 0.0)
-    return Advantages(advantages, values.add_(advantages))
+    return advantages, values.add_(advantages)
+
+
+@_scan.register_fake
+def _(
+    rewards: Tensor, values: Tensor, mask: Tensor, last_values: Tensor | None, *numbers: float
+) -> tuple[Tensor, Tensor]:
+    dtype = result_dtype(*(x.dtype for x in (rewards, values, last_values) if x is not None))
+    return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype)
 
 
 def _window(length: int) -> int:

@@ -13,6 +13,7 @@ from ..logprob.ops import linear_of
 from ..logprob.passes import Rows, result_dtype
 from ..logprob.plans import CHUNKED
 from ..logprob.tiles import Linear
+from ..once import once
 from ..records import Head
 
 
@@ -82,8 +83,9 @@ def _check_reference(
     hidden: Tensor, ref_hidden: Tensor, weight: Tensor, ref_weight: Tensor | None, ref_bias: Tensor | None
 ) -> None:
     other = ("weight", weight) if ref_weight is None else ("ref_weight", ref_weight)
-    checks.product("ref_hidden", ref_hidden, *other)
+    checks.tensor("ref_hidden", ref_hidden)
     checks.device("ref_hidden", ref_hidden, "hidden", hidden)
+    checks.product("ref_hidden", ref_hidden, *other)
     checks.shape("ref_hidden", ref_hidden, (*hidden.shape[:-1], ref_hidden.shape[-1]), "hidden's tokens")
     if ref_weight is not None and ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(
@@ -189,4 +191,4 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     return by_hidden.view(ctx.shape), *(None,) * 12
 
 
-_forward.register_autograd(_backward, setup_context=_setup)
+_forward.register_autograd(once(_backward), setup_context=_setup)

@@ -43,10 +43,11 @@ def forward(
     entropy: bool,
     sum_sq: bool,
     directions: Directions,
+    keep: bool = False,
 ) -> Forward:
-    """One product with the head for the statistics, one more for each direction."""
+    """One product with the head for the statistics, one more for each direction. `keep`: a backward needs `saved`."""
     any_direction = directions.logprobs or directions.entropy
-    if linear.plan.implementation == TILED and not any_direction and _tiles_run(linear):
+    if linear.plan.implementation == TILED and not (any_direction or keep) and _tiles_run(linear):
         return _tiled(hidden, y, rows, linear, entropy=entropy, sum_sq=sum_sq)
     wanted = Wanted(moment=entropy, square=sum_sq, direction=any_direction)
     space = Workspace(linear, rows.count, direction=any_direction, spread=directions.entropy)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..once import once
 from ..records import Head, LogProbs
 from . import linear as raw
 from .passes import Rows, blocks, result_dtype
@@ -97,7 +98,8 @@ def _forward(
         y = rows.pick(targets).long()
         linear = linear_of(hidden, weight, Head(bias, temperature, logit_scale, softcap, forbidden), backend)
         directions = raw.Directions(mode == FROZEN, mode == FROZEN and entropy_grad)
-        out = raw.forward(hidden, y, rows, linear, entropy=entropy, sum_sq=sum_sq, directions=directions)
+        kept = mode == TRAINED
+        out = raw.forward(hidden, y, rows, linear, entropy=entropy, sum_sq=sum_sq, directions=directions, keep=kept)
         logprobs, h, lssp, *both = (
             hidden.new_empty(0, dtype=dtype) if x is None else rows.spread(x)
             for x, dtype in zip(out[:5], (*(linear.dtype,) * 3, *(hidden.dtype,) * 2), strict=True)
@@ -153,7 +155,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     )
 
 
-_forward.register_autograd(_backward, setup_context=_setup)
+_forward.register_autograd(once(_backward), setup_context=_setup)
 
 
 @torch.library.custom_op("onecard::scale_directions", mutates_args=())

@@ -66,7 +66,7 @@ def override(
 
     Args:
         implementation: "chunked", "low_memory" or "tiled" ("tiled" forms no gradients: where one is asked for, and
-            where Triton does not run, the table's choice stands).
+            where Triton does not run, it means "chunked").
         rows: tokens of a tile, 1 or more.
         columns: vocabulary columns of a tile, 1 or more; of low_memory alone.
     """

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..once import once
 from ..records import LogProbs
 from .passes import BLOCK_BYTES, Rows, result_dtype
 
@@ -121,7 +121,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return grad, *(None,) * 5
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup)
+_forward_op.register_autograd(once(_backward), setup_context=_setup)
 
 
 class _InPlace(torch.autograd.Function):
@@ -146,7 +146,7 @@ class _InPlace(torch.autograd.Function):
         return logprobs, h
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise RuntimeError(SECOND_BACKWARD)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..logprob.passes import result_dtype
 from ..logprob.selective import STATS
+from ..once import once
 from ..records import Loss
 
 # The order of the sums: the loss first, the number of tokens last.
@@ -122,7 +123,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return grad, *(None,) * (ctx.inputs - 1)
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup)
+_forward_op.register_autograd(once(_backward), setup_context=_setup)
 
 
 def logits_ppo_loss(

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..logprob.ops import linear_of
 from ..logprob.passes import Rows, result_dtype
 from ..logprob.plans import CHUNKED
+from ..once import once
 from ..records import Head
 from . import local
 from .terms import SUMS
@@ -127,7 +128,7 @@ def _backward(ctx: Any, grad: Tensor | None, *rest: Tensor | None) -> tuple[Tens
     )
 
 
-linear_ppo.register_autograd(_backward, setup_context=_setup)
+linear_ppo.register_autograd(once(_backward), setup_context=_setup)
 
 
 @torch.library.custom_op("onecard::scale_linear_ppo", mutates_args=())

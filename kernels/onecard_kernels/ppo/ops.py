@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..logprob.passes import result_dtype
+from ..once import once
 from ..records import Loss
 from .launches import POLICY_SUMS, VALUE_SUMS, finish, policy_tokens, scale, value_tokens
 
@@ -171,8 +172,8 @@ def _value_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | N
     return _gradients(ctx, grad)[0], *[None] * 8
 
 
-_policy.register_autograd(_policy_backward, setup_context=_save_policy)
-_value.register_autograd(_value_backward, setup_context=_save_value)
+_policy.register_autograd(once(_policy_backward), setup_context=_save_policy)
+_value.register_autograd(once(_value_backward), setup_context=_save_value)
 
 
 def _divisor(normalizer: float | Tensor | None) -> tuple[Tensor | None, float | None]:
