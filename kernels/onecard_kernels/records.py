@@ -51,8 +51,8 @@ class Head:
 
     def columns(self, part: slice) -> Head:
         """The head of some of the vocabulary."""
-        bias = None if self.bias is None else self.bias[part]
-        return replace(self, bias=bias, forbidden=None if self.forbidden is None else self.forbidden[part])
+        bias, forbidden = (None if x is None else x[part].contiguous() for x in (self.bias, self.forbidden))
+        return replace(self, bias=bias, forbidden=forbidden)
 
     def slope_at(self, z: Tensor) -> Tensor:
         """1 - tanh^2 of transformed logits; 1 where there is no softcap, and at -inf, where there is no gradient."""

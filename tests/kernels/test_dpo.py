@@ -268,7 +268,12 @@ def test_gradcheck(loss_type: str, f_divergence_type: str) -> None:
         options = {"loss_type": loss_type, "f_divergence_type": f_divergence_type, "label_smoothing": 0.1}
         return dpo_loss(*x, **options, **lengths).loss
 
-    assert torch.autograd.gradcheck(loss, tuple(leaves_of(4)))
+    *policy, ref_chosen, ref_rejected = leaves_of(4)
+    assert torch.autograd.gradcheck(lambda *x: loss(*x, ref_chosen, ref_rejected), tuple(policy))
+    of_reference = torch.autograd.grad(
+        loss(*policy, ref_chosen, ref_rejected), (ref_chosen, ref_rejected), allow_unused=True
+    )
+    assert of_reference == (None, None)
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", ["exo_pair", "ipo", "sft"], "aot"])

@@ -358,7 +358,7 @@ def test_limits() -> None:
         k.linear_kl(hidden, hidden.detach() + 1, weight).square().sum(),
     ):
         (first,) = torch.autograd.grad(loss, hidden, create_graph=True)
-        with pytest.raises(RuntimeError, match="no autograd formula"):
+        with pytest.raises(RuntimeError, match="create_graph=True cannot go through it"):
             first.sum().backward()
     with pytest.raises(ValueError, match="weight requires a gradient"):
         k.linear_kl(hidden, hidden.detach(), names["weight"])

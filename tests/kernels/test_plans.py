@@ -139,10 +139,11 @@ def test_only_is_above_everything_but_the_size(monkeypatch: pytest.MonkeyPatch) 
         (Plan(CHUNKED, 8), 100, 5, 100),
         (Plan(LOW_MEMORY, 8, 10), 100, 8, 10),
         (Plan(LOW_MEMORY, 8, 10), 100, 80, 10),
-        (Plan(LOW_MEMORY, 8, 10), 100, 4, 20),  # half the rows, twice the columns
-        (Plan(LOW_MEMORY, 8, 10), 100, 3, 26),
+        (Plan(LOW_MEMORY, 8, 64), 1000, 4, 128),  # half the rows, twice the columns
+        (Plan(LOW_MEMORY, 8, 64), 1000, 3, 128),  # 170 in whole 64s
+        (Plan(LOW_MEMORY, 8, 10), 100, 4, 10),  # what was asked for, where there is no whole 64
         (Plan(LOW_MEMORY, 8, 10), 25, 1, 25),  # no more than there are
-        (Plan(LOW_MEMORY, 8, 10), 100, 0, 80),
+        (Plan(LOW_MEMORY, 8, 10), 100, 0, 64),
         (Plan(LOW_MEMORY, 8, 1000), 100, 80, 100),
     ],
 )

@@ -56,7 +56,8 @@ def gae(
         checks.floating("last_values", last_values)
         checks.shape("last_values", last_values, rewards.shape[:1], "one per row of rewards")
         checks.device("last_values", last_values, "rewards", rewards)
-        checks.no_nan("last_values", last_values, mask.bool().any(1))
+        if checks.values_are_checked(mask.device):
+            checks.no_nan("last_values", last_values, mask.bool().any(1))
     result: Advantages = dispatch.implementation("gae", backend, rewards.device)(
         rewards, values, mask, gamma=gamma, lam=lam, last_values=last_values
     )

@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..logprob.passes import result_dtype
 from ..records import Advantages
@@ -33,17 +32,23 @@ def _scan(
     length, decay = rewards.shape[1], gamma * lam
     valid = mask.bool()
     dtype = result_dtype(*(x.dtype for x in (rewards, values, last_values) if x is not None))
-    rewards, values = (torch.where(valid, x.to(dtype), 0.0) for x in (rewards, values))
+    rewards, values = rewards.to(dtype), values.to(dtype)
+    zero, one, step = (values.new_tensor(x) for x in (0.0, 1.0, decay))
 
+    # Written into the padded tensors at once: at these sizes fresh memory costs as much as the arithmetic.
     window = _window(length)
-    handed = functional.pad(torch.add(rewards * decay, values, alpha=gamma - decay), (0, window))
-    decays = functional.pad(torch.where(valid, decay, torch.ones_like(values)), (0, window), value=1.0)
+    handed, decays = rewards.new_empty(2, rewards.shape[0], length + window)
+    torch.where(valid, torch.mul(rewards, decay).add_(values, alpha=gamma - decay), zero, out=handed[:, :length])
+    torch.where(valid, step, one, out=decays[:, :length])
+    handed[:, length:], decays[:, length:] = 0.0, 1.0
     if last_values is not None:
         handed[:, length] = gamma * last_values.to(dtype)
     handed = _suffix_sums(decays, handed, window)
 
-    advantages = torch.where(valid, rewards.sub_(values).add_(handed[:, 1:]), 0.0)
-    return advantages, values.add_(advantages)
+    # What a mask hides may be NaN: it is left out last, not multiplied away.
+    advantages = torch.sub(rewards, values).add_(handed[:, 1:])
+    returns = torch.add(advantages, values)
+    return torch.where(valid, advantages, zero, out=advantages), torch.where(valid, returns, zero, out=returns)
 
 
 @_scan.register_fake
@@ -66,12 +71,18 @@ def _suffix_sums(decays: Tensor, x: Tensor, window: int) -> Tensor:
     does more work, and multiplies decays until they are denormal numbers, which are slow; products of one window are
     as far as it goes here.
     """
-    step = 1
+    spare, spare_decays = torch.empty_like(x), torch.empty_like(x)
+    step, n = 1, x.shape[1]
     while step < window:
-        x = torch.addcmul(x[:, :-step], decays[:, :-step], x[:, step:])
-        decays = decays[:, :-step] * decays[:, step:]
+        n -= step
+        torch.addcmul(x[:, :n], decays[:, :n], x[:, step : n + step], out=spare[:, :n])
+        torch.mul(decays[:, :n], decays[:, step : n + step], out=spare_decays[:, :n])
+        x, spare, decays, spare_decays = spare, x, spare_decays, decays
         step *= 2
-    for stop in range(x.shape[1] - window, 0, -window):
-        start = max(0, stop - window)
-        x[:, start:stop].addcmul_(decays[:, start:stop], x[:, start + window : stop + window])
+    x, decays = x[:, :n], decays[:, :n]
+    rest = n % window
+    sizes = [rest] * (rest > 0) + [window] * (n // window)
+    sums, products = x.split(sizes, 1), decays.split(sizes, 1)
+    for here in range(len(sizes) - 2, -1, -1):
+        sums[here].addcmul_(products[here], sums[here + 1][:, window - sizes[here] :])
     return x

@@ -60,7 +60,7 @@ def kto_loss(
     _check_labels(desirable, kl, logps)
     check_weights(weights, normalizer, "logps", logps)
 
-    ratio = log_ratio(logps, ref_logps)
+    ratio = log_ratio(logps, ref_logps.detach())
     z = kl.detach().to(ratio.dtype).clamp(min=0)
     # 1 - sigmoid(x) as sigmoid(-x), which keeps small values.
     losses = torch.where(
@@ -69,7 +69,7 @@ def kto_loss(
         undesirable_weight * torch.sigmoid(beta * (ratio - z)),
     )
     if weights is not None:
-        losses = losses * weights.to(ratio.dtype)
+        losses = losses * weights.detach().to(ratio.dtype)
     divisor = divisor_of(normalizer, float(max(logps.shape[0], 1)), ratio.dtype)
     rewards, zero = beta * ratio.detach(), torch.zeros_like(ratio)
     per_response = {

@@ -16,7 +16,7 @@ from .reference import check_options, dpo_loss
 
 
 def sequence_sums(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
-    """Sum per sequence: sums[i] = sum of values[t] over tokens with sequence_ids[t] = i. The same sum on every run.
+    """Sum per sequence: sums[i] = sum of values[t] over tokens with sequence_ids[t] = i. Bit-equal from run to run.
 
     Args:
         values: `[...]`, floating.

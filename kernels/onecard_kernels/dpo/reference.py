@@ -72,6 +72,7 @@ def dpo_loss(
 
     Args:
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed over the response, in nats.
+            The reference's are constants, and so are `weights`.
         beta: strength of the pull towards the reference, above 0.
         loss_type: one name or several; with several their losses add up.
         loss_weights: one factor per loss type, 1 each by default.
@@ -119,7 +120,8 @@ def dpo_loss(
     check_weights(weights, normalizer, "chosen_logps", chosen_logps)
 
     dtype = result_dtype(*(value.dtype for value in logps.values()))
-    logps = {name: value.to(dtype) for name, value in logps.items()}
+    # The reference is a constant of the loss, whatever graph it comes from.
+    logps = {name: (x.detach() if name.startswith("ref_") else x).to(dtype) for name, x in logps.items()}
     chosen_ratio = log_ratio(logps["chosen_logps"], logps["ref_chosen_logps"])
     rejected_ratio = log_ratio(logps["rejected_logps"], logps["ref_rejected_logps"])
     score = DIVERGENCES[f_divergence_type]
@@ -137,7 +139,7 @@ def dpo_loss(
     )
     losses = torch.stack([factor * LOSSES[name](pairs) for name, factor in zip(types, factors, strict=True)]).sum(0)
     if weights is not None:
-        losses = losses * weights.to(dtype)
+        losses = losses * weights.detach().to(dtype)
     divisor = divisor_of(normalizer, float(max(chosen_logps.shape[0], 1)), dtype)
     rewards = reward_metrics(beta * chosen_ratio.detach(), beta * rejected_ratio.detach(), divisor)
     return Loss(losses.sum() / divisor, rewards)

@@ -196,7 +196,7 @@ def _reduced(
     metrics = reward_metrics(beta * chosen.detach(), beta * rejected.detach(), divisor)
     metrics.update({name: value.detach().sum() / divisor for name, value in more.items()})
     if weights is not None:
-        losses = losses * weights.to(losses.dtype)
+        losses = losses * weights.detach().to(losses.dtype)
     return Loss(losses.sum() / divisor, metrics)
 
 

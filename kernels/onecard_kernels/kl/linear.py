@@ -86,6 +86,12 @@ def _check_reference(
     checks.tensor("ref_hidden", ref_hidden)
     checks.device("ref_hidden", ref_hidden, "hidden", hidden)
     checks.product("ref_hidden", ref_hidden, *other)
+    ours, theirs = result_dtype(hidden.dtype, weight.dtype), result_dtype(ref_hidden.dtype, other[1].dtype)
+    if ours != theirs:
+        raise TypeError(
+            f"ref_hidden {ref_hidden.dtype} with {other[0]} {other[1].dtype} gives logits of {theirs}, expected {ours} "
+            f"as hidden {hidden.dtype} with weight {weight.dtype}"
+        )
     checks.shape("ref_hidden", ref_hidden, (*hidden.shape[:-1], ref_hidden.shape[-1]), "hidden's tokens")
     if ref_weight is not None and ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(

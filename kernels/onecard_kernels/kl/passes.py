@@ -24,7 +24,7 @@ def kl_pass_(z: Tensor, r: Tensor, head: Head, *, ref_bias: Tensor | None = None
     """
     ref_head = replace(head, bias=ref_bias)
     kl = z.new_empty(z.shape[0])
-    for rows in blocks(z.shape[0], z.shape[1], z.element_size()):
+    for rows in blocks(z.shape[0], z.shape[1], z.element_size(), z.device):
         kl[rows] = _block(z[rows], r[rows], head, ref_head, None if out is None else out[rows])
     return kl
 

@@ -8,6 +8,8 @@ from .. import checks, dispatch
 from ..records import Head, LogProbs
 from . import ops
 
+__all__ = ["linear_logprobs", "selective_log_softmax"]
+
 
 def selective_log_softmax(
     logits: Tensor,

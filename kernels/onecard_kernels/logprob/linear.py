@@ -175,6 +175,8 @@ def _tiles_run(linear: Linear) -> bool:
     device = linear.weight.device
     if linear.backend == "torch" or linear.dtype != torch.float32 or launch.why_not(device) is not None:
         return False
+    if linear.weight.dtype != linear.operand:  # it would be cast as a whole
+        return False
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)  # below, its tiles spill
 
 
@@ -182,5 +184,5 @@ def _tiled(hidden: Tensor, y: Tensor, rows: Rows, linear: Linear, *, entropy: bo
     from .triton_tiled import tiled_statistics
 
     h = rows.take(hidden, slice(0, rows.count)).to(linear.operand)
-    results = tiled_statistics(h, linear.weight.to(linear.operand), y, linear.head, entropy=entropy, sum_sq=sum_sq)
+    results = tiled_statistics(h, linear.weight, y, linear.head, entropy=entropy, sum_sq=sum_sq)
     return Forward(*results, None, None, hidden.new_empty(SAVED, 0, dtype=linear.dtype))

@@ -54,15 +54,19 @@ def exp_tile(
     z: `[n, c]` products h @ W.T of one tile, overwritten. out: z itself, or `[n, c]` of another dtype. Both results are
     0 at the target and times the softcap's slope. head: with its bias and forbidden columns cut to the tile.
     """
-    for block in blocks(z.shape[0], z.shape[1], z.element_size()):
+    # The entropy and its gradient are differences of sums of e (z - shift): small terms if the shift is the maximum.
+    # And fp16 ends at 65504, where e^30 does not.
+    half = torch.float16 in (out.dtype, None if spread is None else spread.dtype)
+    lazy = 0.0 if wanted.moment or half else LAZY
+    for block in blocks(z.shape[0], z.shape[1], z.element_size(), z.device):
         part = None if spread is None else spread[block]
-        _exp_block(z[block], part, y[block], first, state[:, block], head, wanted)
+        _exp_block(z[block], part, y[block], first, state[:, block], head, wanted, lazy)
         if out is not z:
             out[block] = z[block]
 
 
 def _exp_block(
-    z: Tensor, spread: Tensor | None, y: Tensor, first: int, state: Tensor, head: Head, wanted: Wanted
+    z: Tensor, spread: Tensor | None, y: Tensor, first: int, state: Tensor, head: Head, wanted: Wanted, lazy: float
 ) -> None:
     slope = torch.empty_like(z) if wanted.direction and head.softcap is not None else None
     head.transform_(z, slope)
@@ -72,14 +76,12 @@ def _exp_block(
     state[TARGET] = torch.where(inside, found, state[TARGET].unsqueeze(1)).squeeze(1)
     z.scatter_(1, column, found.masked_fill(inside, float("-inf")))
 
-    # The entropy and its gradient are differences of sums of e (z - shift): small terms if the shift is the maximum.
-    lazy = 0.0 if wanted.moment else LAZY
     shift = _move_shift(torch.maximum(z.amax(1), state[TARGET]), state, lazy)
     if not shift.is_cpu or bool(shift.any()):
         z.sub_(shift.unsqueeze(1))
     held = None
     if wanted.moment:
-        held = torch.empty_like(z) if spread is None else spread
+        held = spread if spread is not None and spread.dtype == z.dtype else torch.empty_like(z)
         torch.clamp(z, min=torch.finfo(z.dtype).min, out=held)  # e = 0 at -inf: 0 times anything finite
     z.exp_()
     state[OFF] += z.sum(1)
@@ -89,8 +91,10 @@ def _exp_block(
         state[MOMENT] += held.mul_(z).sum(1)
     if slope is not None:
         z.mul_(slope)
-        if spread is not None:
-            spread.mul_(slope)
+        if held is not None:
+            held.mul_(slope)
+    if spread is not None and held is not None and held is not spread:
+        spread.copy_(held)
 
 
 def _move_shift(top: Tensor, state: Tensor, lazy: float) -> Tensor:

@@ -174,7 +174,7 @@ def scale_directions(
         if on is not None:  # where a token does not count, its coefficient may be anything
             columns.append((source, torch.where(counts, on.reshape(-1), 0.0).unsqueeze(1)))
     grad = torch.empty_like(direction)
-    for rows in blocks(grad.shape[0], grad.shape[1], 4):  # products in fp32, rounded once
+    for rows in blocks(grad.shape[0], grad.shape[1], 4, grad.device):  # products in fp32, rounded once
         torch.mul(columns[0][0][rows], columns[0][1][rows], out=grad[rows])
         if len(columns) == 2:
             grad[rows] = sum(source[rows] * column[rows] for source, column in columns)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 # Rows of one elementwise block: the passes over a block (max, softmax, sums) hit the cache that the first one filled.
 BLOCK_BYTES = 4 << 20
+CUDA_BLOCK_BYTES = 64 << 20  # there a block is a launch or more
 
 
 class RowStats(NamedTuple):
@@ -18,8 +19,9 @@ class RowStats(NamedTuple):
     log_sum_sq_probs: Tensor | None
 
 
-def blocks(rows: int, columns: int, itemsize: int) -> Iterator[slice]:
-    step = max(1, BLOCK_BYTES // (columns * itemsize))
+def blocks(rows: int, columns: int, itemsize: int, device: torch.device | None = None) -> Iterator[slice]:
+    size = CUDA_BLOCK_BYTES if device is not None and device.type == "cuda" else BLOCK_BYTES
+    step = max(1, size // (columns * itemsize))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -101,7 +103,7 @@ class Rows:
         """The same rows in another order, the `chosen` (bool, of the valid rows) first, and how many these are."""
         index = torch.arange(self.total, device=chosen.device) if self.index is None else self.index
         reordered = Rows(self.shape, None)
-        reordered.index, reordered.count = torch.cat([index[chosen], index[~chosen]]), self.count
+        reordered.index, reordered.count = index[chosen.logical_not().argsort(stable=True)], self.count
         return reordered, int(chosen.sum())
 
     def take(self, source: Tensor, piece: slice) -> Tensor:

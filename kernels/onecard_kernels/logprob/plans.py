@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+ALIGNED = 64  # logits; tiles whose rows begin there are read and multiplied with wide loads
 CHUNKED, LOW_MEMORY, TILED = "chunked", "low_memory", "tiled"
 IMPLEMENTATIONS = (CHUNKED, LOW_MEMORY, TILED)
 
@@ -64,6 +65,8 @@ def override(
 ) -> Iterator[None]:
     """Inside, the linear functions run as told: another implementation, or tiles of another size.
 
+    That goes for what runs inside: the backward of a trained head forms the logits again, and is told anew.
+
     Args:
         implementation: "chunked", "low_memory" or "tiled" ("tiled" forms no gradients: where one is asked for, and
             where Triton does not run, it means "chunked").
@@ -104,7 +107,8 @@ def columns_of(plan: Plan, vocabulary: int, tokens: int) -> int:
     if plan.columns is None:
         return vocabulary
     rows = max(1, min(plan.rows, tokens))
-    return min(vocabulary, max(plan.columns, plan.columns * plan.rows // rows))
+    more = plan.columns * plan.rows // rows // ALIGNED * ALIGNED
+    return min(vocabulary, max(plan.columns, more))
 
 
 def _environment() -> dict[str, str | int]:

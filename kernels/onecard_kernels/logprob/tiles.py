@@ -17,7 +17,7 @@ from ..records import Head
 from . import products
 from .online import Factors, Statistics, Wanted, new_state, statistics
 from .passes import blocks, result_dtype
-from .plans import Plan, columns_of
+from .plans import ALIGNED, Plan, columns_of
 from .state import RESCALE
 
 
@@ -57,7 +57,7 @@ class Workspace:
         self.rows = max(1, min(linear.plan.rows, tokens))
         self.columns = columns_of(linear.plan, linear.vocabulary, self.rows)
         self.whole = self.columns == linear.vocabulary  # one tile has all columns: e stays there after the sweep
-        size = self.rows * self.columns
+        size = self.rows * _padded(self.columns)
         self._z = linear.weight.new_empty(size, dtype=linear.dtype)
         own = direction and linear.operand != linear.dtype
         self._e = linear.weight.new_empty(size, dtype=linear.operand) if own else self._z
@@ -68,14 +68,13 @@ class Workspace:
         self._pass: Callable[..., None] = dispatch.implementation("linear_logprobs", backend, linear.weight.device)
 
     def z(self, n: int, c: int) -> Tensor:
-        """Contiguous, whatever the tile's size is."""
-        return self._z[: n * c].view(n, c)
+        return _rows(self._z, n, c)
 
     def e(self, n: int, c: int) -> Tensor:
-        return self._e[: n * c].view(n, c)
+        return _rows(self._e, n, c)
 
     def spread(self, n: int, c: int) -> Tensor | None:
-        return None if self._spread is None else self._spread[: n * c].view(n, c)
+        return None if self._spread is None else _rows(self._spread, n, c)
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Parts of the head."""
@@ -93,6 +92,15 @@ class Workspace:
         products.project(h, tile, z, self._scratch)
         head = self.linear.head.columns(part)
         self._pass(z, self.e(n, c), self.spread(n, c), y, part.start, state, head, wanted)
+
+
+def _padded(columns: int) -> int:
+    return -(-columns // ALIGNED) * ALIGNED
+
+
+def _rows(buffer: Tensor, n: int, c: int) -> Tensor:
+    """`[n, c]` at the buffer's beginning, every row aligned: an odd vocabulary would else cost all wide loads."""
+    return buffer[: n * _padded(c)].view(n, _padded(c))[:, :c]
 
 
 @dataclass(frozen=True)

@@ -114,11 +114,13 @@ def linear_ppo_loss(
         old_logprobs, advantages, mask: `[...]`, see `ppo_loss`.
         bias, temperature, logit_scale, softcap, forbidden: the head, see `linear_logprobs`.
         clip_low ... normalizer: see `ppo_loss`. The entropy has a gradient only if entropy_coef is not 0; that costs
-            one more GEMM.
-        backend: "auto", "triton" or "torch", of the log-probabilities.
+            one more GEMM in low memory, none in chunks (`logprob.plans`).
+        backend: "auto", "triton" or "torch".
 
     Returns:
         Loss, fp32 (fp64 if any floating point input is), with `ppo_loss`'s metrics, policy/entropy always among them.
+        Gradients are formed in the forward: two GEMMs with a frozen head, three with a trained one, and one for tokens
+        whose advantage or weight is 0 (in chunks also for clipped ones).
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.

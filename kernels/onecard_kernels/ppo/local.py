@@ -118,7 +118,7 @@ def _add_busy(
     if index.numel() == 0:
         return
     if index.numel() <= (1.0 - WORTH_SKIPPING) * n:
-        for block in blocks(index.numel(), e.shape[1], e.element_size()):
+        for block in blocks(index.numel(), e.shape[1], e.element_size(), e.device):
             # index is ascending, and never below its own place: no row is overwritten before it was read.
             e[block] = e.index_select(0, index[block])
             if spread is not None:
@@ -131,7 +131,7 @@ def _add_busy(
         into = piece
     if spread is not None and factors.of_spread is not None:
         # One product for both: the coefficients are known.
-        for block in blocks(e.shape[0], e.shape[1], e.element_size()):
+        for block in blocks(e.shape[0], e.shape[1], e.element_size(), e.device):
             both = e[block] * factors.of_exp[block].unsqueeze(1)
             e[block] = both.addcmul_(spread[block], factors.of_spread[block].unsqueeze(1))
         factors = factors._replace(of_exp=torch.ones_like(factors.of_exp), of_spread=None)
