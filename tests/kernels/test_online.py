@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onecard_kernels import linear_kl, linear_logprobs
+from onecard_kernels import launch, linear_kl, linear_logprobs
 from onecard_kernels.logprob.online import Wanted, exp_tile, new_state, statistics
 from onecard_kernels.records import Head
 from tests.closeness import assert_within
@@ -41,7 +41,16 @@ def test_results_of_16_bits_are_those_of_fp32_rounded(
         assert_within(found[1].entropy, found[0].entropy, 2e-5)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+BACKENDS = [
+    "torch",
+    pytest.param(
+        "triton",
+        marks=pytest.mark.skipif(launch.why_not(torch.device("cpu")) is not None, reason="triton does not run here"),
+    ),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_heads_with_any_strides(backend: str) -> None:
     hidden, weight = torch.randn(N, 8), torch.randn(V, 8)
     table, mask = torch.randn(V, 3), torch.rand(V, 2) < 0.3

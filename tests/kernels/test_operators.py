@@ -30,7 +30,6 @@ from onecard_kernels import (
 from onecard_kernels.kl import linear as kl_linear
 from onecard_kernels.logprob import ops, plans, selective
 from onecard_kernels.ppo import fused_logits, local_ops
-from onecard_kernels.ppo import ops as ppo_ops
 
 N, D, V = 5, 3, 11
 TRITON = launch.why_not(torch.device("cpu")) is None
@@ -204,13 +203,14 @@ TORCH: list[tuple[CustomOpDef, Callable[[str], Cases]]] = [
     (local_ops.scale_linear_ppo, scale_linear_ppo_cases),
 ]
 TRITON_ALONE: list[tuple[CustomOpDef, Callable[[str], Cases]]] = [
-    (ppo_ops._policy, ppo_cases),
-    (ppo_ops._value, value_cases),
-    (ppo_ops._scale, scale_cases),
     (fused_logits._forward_op, logits_ppo_cases),
     (fused_logits._backward_op, logits_ppo_backward_cases),
 ]
 TRITON_ALONE += [(operator, gae_cases) for operator in gae_operators()]
+if TRITON:
+    from onecard_kernels.ppo import ops as ppo_ops
+
+    TRITON_ALONE += [(ppo_ops._policy, ppo_cases), (ppo_ops._value, value_cases), (ppo_ops._scale, scale_cases)]
 COVERED = [*BOTH, *TORCH, *TRITON_ALONE]
 
 

@@ -15,10 +15,10 @@ from ..records import Advantages
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float, last_values: Tensor | None
 ) -> Advantages:
-    return Advantages(*torch.ops.onecard.gae_scan(rewards, values, mask, last_values, gamma, lam))
+    scan = operator if torch.compiler.is_compiling() else _scan  # else the operator would cost as much as the scan
+    return Advantages(*scan(rewards, values, mask, last_values, gamma, lam))
 
 
-@torch.library.custom_op("onecard::gae_scan", mutates_args=())
 def _scan(
     rewards: Tensor, values: Tensor, mask: Tensor, last_values: Tensor | None, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,10 @@ def _scan(
     return torch.where(valid, advantages, zero, out=advantages), torch.where(valid, returns, zero, out=returns)
 
 
-@_scan.register_fake
+operator = torch.library.custom_op("onecard::gae_scan", _scan, mutates_args=())
+
+
+@operator.register_fake
 def _(
     rewards: Tensor, values: Tensor, mask: Tensor, last_values: Tensor | None, *numbers: float
 ) -> tuple[Tensor, Tensor]:
