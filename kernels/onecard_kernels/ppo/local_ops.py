@@ -43,7 +43,8 @@ def linear_ppo(
     with torch.autocast(hidden.device.type, enabled=False):
         rows, busy = _busy_first(Rows(targets.shape, mask), advantages, weights, kl_coef != 0.0 or entropy_coef != 0.0)
         given = (old_logprobs, advantages, ref_logprobs, weights)
-        tokens = local.Tokens(*(None if x is None else rows.pick(x) for x in given))  # type: ignore[arg-type]
+        ref, factors = (None if x is None else rows.pick(x) for x in (ref_logprobs, weights))
+        tokens = local.Tokens(rows.pick(old_logprobs), rows.pick(advantages), ref, factors)
         head = Head(bias, temperature, logit_scale, softcap, forbidden)
         # A trained head's product needs each token's coefficient, and that is known where the rows are whole.
         linear = linear_of(hidden, weight, head, backend, only=CHUNKED if needs[1] or needs[2] else None)
@@ -59,8 +60,10 @@ def linear_ppo(
         out = local.forward(hidden, rows.pick(targets).long(), rows, busy, linear, tokens, options, needed)
         dtype = _dtype(hidden, weight, given)
         by_hidden = None if out.hidden is None else rows.spread(out.hidden)
-        grads = (hidden.new_empty(0) if x is None else x for x in (by_hidden, out.weight, out.bias))
-        return out.sums[0].to(dtype, copy=True), out.sums[1:].to(dtype, copy=True), *grads  # type: ignore[return-value]
+        by_hidden, by_weight, by_bias = (
+            hidden.new_empty(0) if x is None else x for x in (by_hidden, out.weight, out.bias)
+        )
+        return out.sums[0].to(dtype, copy=True), out.sums[1:].to(dtype, copy=True), by_hidden, by_weight, by_bias
 
 
 def _busy_first(rows: Rows, advantages: Tensor, weights: Tensor | None, other_terms: bool) -> tuple[Rows, int]:
