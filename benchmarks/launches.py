@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onecard_kernels.ppo.options import PolicyOptions, PolicyTokens
 from onecard_kernels.records import Head
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -106,12 +107,10 @@ def logits_ppo() -> Iterator[Configuration]:
     def run(v: int, dtype: torch.dtype, options: dict[str, Any], _: Capability) -> None:
         logits = meta(TOKENS, v, dtype=dtype)
         targets, mask = meta(TOKENS, dtype=torch.int64), meta(TOKENS, dtype=torch.bool)
-        given = {**NO_OPTIONS, "temperature": 0.7, **options}
-        del given["entropy"]  # comes from the logits
-        optional = [given.pop(name) for name in ("ref_logprobs", "weights", "normalizer")]
-        ref, weights = (meta(TOKENS) if on else None for on in optional[:2])
+        _entropy, given = policy_arguments(options, meta(TOKENS), mask)  # the entropy comes from the logits
+        normalizer = options.get("normalizer")
         loss, _totals, divisor, stats, slope, entropy_slope = triton_logits.forward(
-            logits, targets, meta(TOKENS), meta(TOKENS), mask, ref, weights, optional[2], **given
+            logits, targets, *given, 0.7, normalizer
         )
         grad = torch.empty_like(loss)
         triton_logits.backward(logits, targets, mask, divisor, stats, slope, entropy_slope, grad, 0.7)
@@ -121,10 +120,18 @@ def logits_ppo() -> Iterator[Configuration]:
         yield Configuration(f"V={v} {dtype} {option}", partial(run, v, DTYPES[dtype], POLICY[option]), typical)
 
 
-NO_OPTIONS: dict[str, Any] = {
-    "clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "entropy": False, "entropy_coef": 0.0, "ref_logprobs": False,
-    "kl_coef": 0.0, "kl_estimator": "k3", "weights": False, "normalizer": None,
-}  # fmt: skip
+NO_OPTIONS = PolicyOptions(0.2, 0.2, dual_clip=None, entropy_coef=0.0, kl_coef=0.0, kl_estimator="k3")
+
+
+def policy_arguments(
+    given: dict[str, Any], x: Tensor, mask: Tensor
+) -> tuple[Tensor | None, tuple[PolicyTokens, PolicyOptions]]:
+    """The entropy and the records of a row of POLICY, every tensor of it `x`."""
+    entropy, ref, weights = (x if given.get(name) else None for name in ("entropy", "ref_logprobs", "weights"))
+    options = NO_OPTIONS._replace(**{name: given[name] for name in PolicyOptions._fields if name in given})
+    return entropy, (PolicyTokens(x, x, mask, ref, weights), options)
+
+
 POLICY: dict[str, dict[str, Any]] = {
     "everything": {
         "entropy": True, "entropy_coef": 0.01, "ref_logprobs": True, "kl_coef": 0.05, "weights": True, "dual_clip": 3.0
@@ -142,16 +149,15 @@ def tokens() -> Iterator[Configuration]:
     """PPO's policy and value losses of tokens, the sums of their programs, and their gradients."""
     from onecard_kernels.ppo import launches
 
-    def gradient(of: launches.Tokens, dtype: torch.dtype, normalizer: float | Tensor | None) -> None:
+    def gradient(of: launches.Terms, dtype: torch.dtype, normalizer: float | Tensor | None) -> None:
         done = launches.finish(of.sums, normalizer)
         launches.scale(torch.empty_like(done.loss), done.divisor, of.slope, of.entropy_slope, dtype, dtype)
 
     def policy(shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any], _: Capability) -> None:
-        x, given = meta(*shape, dtype=dtype), {**NO_OPTIONS, **options}
-        mask, normalizer = meta(*shape, dtype=given.pop("mask", torch.bool)), given.pop("normalizer")
-        for name in ("entropy", "ref_logprobs", "weights"):
-            given[name] = x if given[name] else None
-        gradient(launches.policy_tokens(x, x, x, mask, **given), dtype, normalizer)
+        x, mask = meta(*shape, dtype=dtype), meta(*shape, dtype=options.get("mask", torch.bool))
+        entropy, given = policy_arguments(options, x, mask)
+        terms = launches.policy_tokens(x, entropy, *given, needs_slope=options.get("needs_slope", True))
+        gradient(terms, dtype, options.get("normalizer"))
 
     def value(shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any], _: Capability) -> None:
         x, mask = meta(*shape, dtype=dtype), meta(*shape, dtype=torch.bool)

@@ -122,13 +122,13 @@ def with_policy(data: Tensors, logp: Tensor) -> Tensors:
 
 
 def linear_policy_inputs(shape: tuple[int, ...], d: int, v: int) -> Tensors:
-    data = linear_inputs(shape, d, v)
-    return with_policy(data, reference.linear_logprobs(**data).logprobs)  # type: ignore[arg-type]
+    data: dict[str, Any] = linear_inputs(shape, d, v)
+    return with_policy(data, reference.linear_logprobs(**data).logprobs)
 
 
 def logits_policy_inputs(shape: tuple[int, ...], d: int, v: int) -> Tensors:
-    data = logit_inputs(shape, d, v)
-    return with_policy(data, reference.selective_log_softmax(**data).logprobs)  # type: ignore[arg-type]
+    data: dict[str, Any] = logit_inputs(shape, d, v)
+    return with_policy(data, reference.selective_log_softmax(**data).logprobs)
 
 
 def policy_inputs(shape: tuple[int, ...], d: int, v: int) -> Tensors:

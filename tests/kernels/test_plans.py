@@ -44,9 +44,8 @@ def test_the_inner_override_stands_alone() -> None:
 
 def test_an_exception_ends_the_override() -> None:
     before = now()
-    with pytest.raises(KeyError), override(rows=3):  # noqa: SIM117
-        with override(rows=5):
-            raise KeyError
+    with pytest.raises(KeyError), override(rows=3), override(rows=5):
+        raise KeyError
     assert now() == before
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -88,16 +87,14 @@ N = 70000
 def rows_on_meta() -> None:
     from onecard_kernels.logprob import triton_rows
     from onecard_kernels.ppo import triton_logits
+    from onecard_kernels.ppo.options import PolicyOptions, PolicyTokens
 
     logits, ids, numbers = meta(N, 37), meta(N, dtype=torch.int64), meta(N)
     mask = meta(N, dtype=torch.bool)
     _, _, stats = triton_rows.forward(logits, ids, mask, 1.0, True)
     triton_rows.backward(logits, ids, mask, stats, numbers, numbers, 1.0)
-    options: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "kl_coef": 0.0}
-    options |= {"kl_estimator": "k3", "entropy_coef": COEFFICIENT, "temperature": 1.0}
-    _, _, divisor, stats, slope, entropy_slope = triton_logits.forward(
-        logits, ids, numbers, numbers, mask, None, None, None, **options
-    )
+    tokens, options = PolicyTokens(numbers, numbers, mask), PolicyOptions(0.2, 0.2, None, COEFFICIENT, 0.0, "k3")
+    _, _, divisor, stats, slope, entropy_slope = triton_logits.forward(logits, ids, tokens, options, 1.0, None)
     triton_logits.backward(logits, ids, mask, divisor, stats, slope, entropy_slope, meta(), 1.0)
 
 
@@ -115,21 +112,12 @@ def tiles_on_meta() -> None:
 def tokens_on_meta() -> None:
     from onecard_kernels.advantages.triton import launch_gae
     from onecard_kernels.ppo import launches
+    from onecard_kernels.ppo.options import PolicyOptions, PolicyTokens
 
     x, mask = meta(N * 1024), meta(N * 1024, dtype=torch.bool)
     launches.value_tokens(x, x, x, mask, clip=0.2, weights=None)
-    tokens = launches.policy_tokens(
-        *(x, x, x, mask),
-        clip_low=0.2,
-        clip_high=0.2,
-        dual_clip=None,
-        entropy=x,
-        entropy_coef=0.1,
-        ref_logprobs=None,
-        kl_coef=0.0,
-        kl_estimator="k3",
-        weights=None,
-    )
+    options = PolicyOptions(0.2, 0.2, None, 0.1, 0.0, "k3")
+    tokens = launches.policy_tokens(x, x, PolicyTokens(x, x, mask), options)
     launches.finish(tokens.sums, None)
     launches.scale(meta(), meta(), tokens.slope, tokens.entropy_slope, torch.float32, torch.float32)
     launch_gae(meta(N, 4), meta(N, 4), meta(N, 4, dtype=torch.bool), None, 1.0, 0.95)

@@ -6,6 +6,7 @@ The table of all of them is at the top of test_regressions.py.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ def test_inputs_of_any_strides(case: Case, layout: str) -> None:
         "columns apart": (lambda x: torch.stack([x, x], -1), lambda x: x[..., 0]),
         "reversed dimensions": (lambda x: x.movedim(-1, 0).contiguous(), lambda x: x.movedim(0, -1)),
     }[layout]
-    data, upstream = dirty(case.make()), torch.randn(SHAPE)
-    upstream = upstream if case.function.per_token else None  # type: ignore[assignment]
+    data = dirty(case.make())
+    upstream = torch.randn(SHAPE) if case.function.per_token else None
     with case.tiles():
         value, grads = evaluate(case.call, data, case.leaves, upstream)
         stored = {name: store(x) for name, x in data.items()}
@@ -212,7 +213,9 @@ def test_mixed_dtypes(case: Case, low: str) -> None:
 @over([case for case in cases("linear_ppo", "logits_ppo", "ppo_loss") if not case.name.endswith(H)])
 def test_python_floats_under_compile(case: Case) -> None:
     """fp32 comes out, with eager's numbers. A tensor that changes costs no graph, a number one a value."""
-    function = {"linear": linear_ppo_loss, "logits": logits_ppo_loss, "ppo_lo": ppo_loss}[case.name[:6]]
+    losses: dict[str, Callable[..., Any]]
+    losses = {"linear": linear_ppo_loss, "logits": logits_ppo_loss, "ppo_lo": ppo_loss}
+    function = losses[case.name[:6]]
     data = case.make()
     (leaf,) = case.leaves
     rest = {**{n: x for n, x in data.items() if n != leaf}, "ref_logprobs": data["old_logprobs"]}
@@ -224,7 +227,7 @@ def test_python_floats_under_compile(case: Case) -> None:
 
     def step(held: torch.Tensor, kl_coef: float, clip: float, normalizer: torch.Tensor) -> torch.Tensor:
         options = {"kl_coef": kl_coef, "clip_low": clip, "clip_high": clip, "normalizer": normalizer}
-        return function(**{leaf: held}, **rest, **options, backend=case.backend).loss  # type: ignore[operator]
+        return function(**{leaf: held}, **rest, **options, backend=case.backend).loss
 
     dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend=count)

@@ -9,6 +9,7 @@ import torch
 
 from onecard_kernels import dispatch, gae, launch
 from onecard_kernels.advantages import reference
+from onecard_kernels.ppo.options import PolicyOptions, PolicyTokens
 from tests.closeness import assert_like_eager
 
 pytest.importorskip("triton")
@@ -157,25 +158,14 @@ def test_a_compiled_step(backend: str) -> None:
     gae_, ppo_loss, value_loss = (
         dispatch.implementation(name, backend, torch.device(DEVICE)) for name in ("gae", "ppo_loss", "value_loss")
     )
-    off = {"dual_clip": None, "weights": None, "kl_estimator": "k3"}
 
     def step(batch: dict[str, torch.Tensor], kl_coef: float) -> tuple[torch.Tensor, ...]:
         mask = batch["mask"]
         targets = gae_(batch["rewards"], batch["old_values"], mask, gamma=0.99, lam=0.9, last_values=None)
-        policy = ppo_loss(
-            batch["logprobs"],
-            batch["old_logprobs"],
-            targets.advantages,
-            mask,
-            clip_low=0.2,
-            clip_high=0.3,
-            entropy=batch["entropy"],
-            entropy_coef=0.01,
-            ref_logprobs=batch["old_logprobs"],
-            kl_coef=kl_coef,
-            normalizer=None,
-            **off,
-        )
+        old_logprobs = batch["old_logprobs"]
+        tokens = PolicyTokens(old_logprobs, targets.advantages, mask, ref_logprobs=old_logprobs)
+        options = PolicyOptions(0.2, 0.3, dual_clip=None, entropy_coef=0.01, kl_coef=kl_coef, kl_estimator="k3")
+        policy = ppo_loss(batch["logprobs"], batch["entropy"], tokens, options, normalizer=None)
         old, count = batch["old_values"], mask.sum()
         value = value_loss(batch["values"], old, targets.returns, mask, clip=0.2, weights=None, normalizer=count)
         return policy.loss + 0.5 * value.loss, *policy.metrics.values(), *value.metrics.values()

@@ -13,11 +13,11 @@ from onecard_kernels.records import Head
 from tests.closeness import assert_like_eager, assert_within, error
 
 triton = pytest.importorskip("triton")
-import triton.language as tl  # noqa: E402
+import triton.language as tl
 
-from onecard_kernels.kl import triton as kernels  # noqa: E402
-from onecard_kernels.kl.triton import excess, kl_pass_, tanh_slope  # noqa: E402
-from onecard_kernels.launch import launch  # noqa: E402
+from onecard_kernels.kl import triton as kernels
+from onecard_kernels.kl.triton import excess, kl_pass_, tanh_slope
+from onecard_kernels.launch import launch
 
 KINDS = ["plain", "bias", "temperature", "scale", "softcap", "forbidden", "all"]
 

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs
 """The pass over a tile of products with the head: the transform, the online softmax, and the exponentials it leaves.
 
 One program per row, and one read of the tile. The shift is picked before the tile is read, from its first block and
@@ -18,7 +17,7 @@ from .. import launch
 from ..records import Head
 from . import state as slots
 from .online import Wanted
-from .triton_rows import FAR, LOWEST, block_for, per_row
+from .triton_row_parts import FAR, LOWEST, block_for, per_row
 
 SHIFT = tl.constexpr(slots.SHIFT)
 OFF = tl.constexpr(slots.OFF)
@@ -201,49 +200,16 @@ def _exp_kernel(
         sample = tl.minimum(columns, UNROLL * THREADS * VECTOR)
         top = _top(z_row, bias_ptr, forbidden_ptr, sample, before, after, BIAS, CAP, FORBIDDEN, UNROLL, THREADS, VECTOR)
         shift = tl.maximum(tl.maximum(top, z_target), LOWEST)
+    line = (z_row, out_row, spread_row, bias_ptr, forbidden_ptr, target, columns)
     highest, off, moment, square = _exp_row(
-        z_row,
-        out_row,
-        spread_row,
-        bias_ptr,
-        forbidden_ptr,
-        target,
-        columns,
-        shift,
-        before,
-        after,
-        BIAS,
-        CAP,
-        FORBIDDEN,
-        WRITE,
-        SPREAD,
-        UNROLL,
-        THREADS,
-        VECTOR,
+        *line, shift, before, after, BIAS, CAP, FORBIDDEN, WRITE, SPREAD, UNROLL, THREADS, VECTOR
     )
     if not IN_PLACE:
         highest = tl.maximum(highest, z_target)
         if highest > shift + limit:
             shift = highest
             highest, off, moment, square = _exp_row(
-                z_row,
-                out_row,
-                spread_row,
-                bias_ptr,
-                forbidden_ptr,
-                target,
-                columns,
-                shift,
-                before,
-                after,
-                BIAS,
-                CAP,
-                FORBIDDEN,
-                WRITE,
-                SPREAD,
-                UNROLL,
-                THREADS,
-                VECTOR,
+                *line, shift, before, after, BIAS, CAP, FORBIDDEN, WRITE, SPREAD, UNROLL, THREADS, VECTOR
             )
     # sum e (z - new) = rescale * (sum e (z - old) + (old - new) sum e)
     moved = tl.where(old == float("-inf"), 0.0, tl.maximum(old, LOWEST) - shift)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..launch import interpreted, launch
 from ..records import Head
 from .cards import TileConfig, config_for, config_on, tiles_per_program
+from .triton_math import log, log1p, tanh
 
 __all__ = ["TileConfig", "config_for", "tiled_statistics"]
 
@@ -147,33 +148,6 @@ def flags(head: Head) -> dict[str, bool]:
         "SOFTCAP": head.softcap is not None,
         "FORBIDDEN": head.forbidden is not None,
     }
-
-
-@triton.jit
-def tanh(x):
-    """tanh to two units in the last place, for small and for large |x|."""
-    t = tl.exp(-2.0 * tl.abs(x))
-    s = x * x
-    odd = (((-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2) * s + 1.33314422036e-1) * s
-    near = x + x * s * (odd - 3.33332819422e-1)
-    far = (1.0 - t) / (1.0 + t)
-    far = tl.where(x < 0.0, -far, far)
-    return tl.where(tl.abs(x) < 0.625, near, far)
-
-
-@triton.jit
-def log1p(x):
-    """log(1 + x) for x >= 0, by 2 atanh(x / (2 + x)) where 1 + x would round x away."""
-    s = x / (2.0 + x)
-    q = s * s
-    near = 2.0 * s * (1.0 + q * (1.0 / 3 + q * (1.0 / 5 + q * (1.0 / 7 + q * (1.0 / 9 + q * (1.0 / 11))))))
-    return tl.where(x < 0.5, near, tl.log(1.0 + x))
-
-
-@triton.jit
-def log(x):
-    """log x for x >= 1, also near 1, where the hardware's is right to 2^-22 only in absolute terms."""
-    return tl.where(x < 1.5, log1p(x - 1.0), tl.log(x))
 
 
 @triton.jit

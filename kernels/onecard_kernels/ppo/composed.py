@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from ..logprob.selective import selective_log_softmax
 from ..records import Loss
+from .options import PolicyOptions, PolicyTokens
 from .reference import ppo_loss
 
 
 def logits_ppo_loss(
     logits: Tensor,
     targets: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
+    tokens: PolicyTokens,
+    options: PolicyOptions,
     temperature: float,
-    entropy_coef: float,
-    **options: Any,
+    normalizer: float | Tensor | None,
 ) -> Loss:
     policy = selective_log_softmax(
         logits,
         targets,
         temperature=temperature,
-        mask=mask,
+        mask=tokens.mask,
         return_entropy=True,
-        entropy_requires_grad=entropy_coef != 0.0,
+        entropy_requires_grad=options.entropy_in_loss,
         inplace_backward=False,
     )
-    return ppo_loss(
-        policy.logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        entropy=policy.entropy,
-        entropy_coef=entropy_coef,
-        **options,
-    )
+    return ppo_loss(policy.logprobs, policy.entropy, tokens, options, normalizer)

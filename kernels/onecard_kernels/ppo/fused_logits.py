@@ -15,11 +15,8 @@ from ..logprob.passes import result_dtype
 from ..logprob.selective import STATS
 from ..once import once
 from ..records import Loss
-
-# The order of the sums: the loss first, the number of tokens last.
-POLICY_SUMS = 7
-METRICS = {"policy/approxkl": 1, "policy/clipfrac": 2, "val/ratio": 3, "policy/entropy": 4}
-KL = 5
+from .options import PolicyOptions, PolicyTokens, divisor_arguments, dtype_of
+from .terms import SUMS, metrics_of
 
 
 def _kernels() -> Any:
@@ -45,23 +42,10 @@ def _forward_op(
     kl_coef: float,
     kl_estimator: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _kernels().forward(
-        logits,
-        targets,
-        old_logprobs,
-        advantages,
-        mask,
-        ref_logprobs,
-        weights,
-        number if normalizer is None else normalizer,
-        temperature=temperature,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        entropy_coef=entropy_coef,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-    )
+    tokens = PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights)
+    options = PolicyOptions(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
+    divisor = number if normalizer is None else normalizer
+    return _kernels().forward(logits, targets, tokens, options, temperature, divisor)
 
 
 @_forward_op.register_fake
@@ -73,18 +57,20 @@ def _(
     mask: Tensor,
     ref_logprobs: Tensor | None,
     weights: Tensor | None,
+    normalizer: Tensor | None,
+    number: float | None,
+    temperature: float,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    given = (logits, old_logprobs, advantages, ref_logprobs, weights)
-    dtype = result_dtype(*(x.dtype for x in given if x is not None))
-    count, entropy_coef = targets.numel(), options[6]
+    dtype = dtype_of(logits, old_logprobs, advantages, ref_logprobs, weights)
+    count, entropy_in_loss = targets.numel(), PolicyOptions(*options).entropy_in_loss
     return (
         logits.new_empty((), dtype=dtype),
-        logits.new_empty(POLICY_SUMS, dtype=dtype),
+        logits.new_empty(len(SUMS), dtype=dtype),
         logits.new_empty((), dtype=dtype),
         logits.new_empty(STATS, count, dtype=result_dtype(logits.dtype)),
         logits.new_empty(count, dtype=dtype),
-        logits.new_empty(count if entropy_coef != 0.0 else 0, dtype=dtype),
+        logits.new_empty(count if entropy_in_loss else 0, dtype=dtype),
     )
 
 
@@ -129,36 +115,12 @@ _forward_op.register_autograd(once(_backward), setup_context=_setup)
 def logits_ppo_loss(
     logits: Tensor,
     targets: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
+    tokens: PolicyTokens,
+    options: PolicyOptions,
     temperature: float,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    entropy_coef: float,
-    ref_logprobs: Tensor | None,
-    kl_coef: float,
-    kl_estimator: str,
-    weights: Tensor | None,
     normalizer: float | Tensor | None,
 ) -> Loss:
-    as_tensor = isinstance(normalizer, Tensor)
     loss, totals, *_ = torch.ops.onecard.logits_ppo_forward(
-        logits,
-        targets,
-        # constants of the loss, whatever graph they come from
-        *(x if x is None else x.detach() for x in (old_logprobs, advantages, mask, ref_logprobs, weights)),
-        normalizer.detach() if isinstance(normalizer, Tensor) else None,
-        None if as_tensor or normalizer is None else float(normalizer),
-        temperature,
-        clip_low,
-        clip_high,
-        dual_clip,
-        entropy_coef,
-        kl_coef,
-        kl_estimator,
+        logits, targets, *tokens.detached(), *divisor_arguments(normalizer), temperature, *options
     )
-    names = METRICS if ref_logprobs is None else {**METRICS, "policy/kl": KL}
-    return Loss(loss, {name: totals[at] for name, at in names.items()})
+    return Loss(loss, metrics_of(totals[1:], entropy=True, kl=tokens.ref_logprobs is not None))

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from ..launch import launch
-from ..logprob.passes import result_dtype
+from .options import PolicyOptions, PolicyTokens, dtype_of
+from .terms import SUMS
 from .triton import finish_kernel, policy_kernel, scale_kernel, value_kernel
 
 BLOCK = 1024  # tokens of one program
 COLUMNS = 1024  # programs whose sums are added at once
-POLICY_SUMS = 7  # loss, approxkl, clipfrac, ratio, entropy, kl, valid tokens
+POLICY_SUMS = len(SUMS)
 VALUE_SUMS = 3  # loss, clipfrac, valid tokens
 
 
-class Tokens(NamedTuple):
+class Terms(NamedTuple):
     """After the launch over the tokens: `[sums, programs]`, and derivatives of the summed loss, empty if not asked."""
 
     sums: Tensor
@@ -50,32 +51,39 @@ def as_loadable(mask: Tensor) -> Tensor:
     return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
 
 
+def policy_numbers(options: PolicyOptions) -> tuple[float, ...]:
+    """In the order in which every policy kernel takes them."""
+    dual_clip = 0.0 if options.dual_clip is None else options.dual_clip
+    return options.clip_low, options.clip_high, dual_clip, options.entropy_coef, options.kl_coef
+
+
+def policy_choices(tokens: PolicyTokens, options: PolicyOptions) -> dict[str, Any]:
+    """The constants of compilation that every policy kernel has."""
+    return {
+        "HAS_DUAL": options.dual_clip is not None,
+        "HAS_REF": tokens.ref_logprobs is not None,
+        "KL_IN_LOSS": options.kl_in_loss,
+        "ESTIMATOR": options.kl_estimator,
+        "HAS_WEIGHTS": tokens.weights is not None,
+    }
+
+
 def policy_tokens(
     logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
     entropy: Tensor | None,
-    entropy_coef: float,
-    ref_logprobs: Tensor | None,
-    kl_coef: float,
-    kl_estimator: str,
-    weights: Tensor | None,
+    tokens: PolicyTokens,
+    options: PolicyOptions,
+    *,
     needs_slope: bool = True,
     needs_entropy_slope: bool = True,
-) -> Tokens:
-    given = (logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights)
-    dtype = result_dtype(*(x.dtype for x in given if x is not None))
+) -> Terms:
+    dtype = tokens.dtype_with(logprobs, entropy)
     logp = logprobs.contiguous()
     n = logp.numel()
     programs, block = _blocks(n)
-    entropy_in_loss = entropy is not None and entropy_coef != 0.0
+    entropy_in_loss = entropy is not None and options.entropy_in_loss
     needs_entropy_slope = needs_entropy_slope and entropy_in_loss
-    tokens = Tokens(
+    terms = Terms(
         logp.new_empty((POLICY_SUMS, programs), dtype=dtype),
         logp.new_empty(logp.shape if needs_slope else (0,), dtype=dtype),
         logp.new_empty(logp.shape if needs_entropy_slope else (0,), dtype=dtype),
@@ -84,30 +92,22 @@ def policy_tokens(
         policy_kernel,
         (programs,),
         logp,
-        old_logprobs.contiguous(),
-        advantages.contiguous(),
-        as_loadable(mask),
-        *(logp if x is None else x.contiguous() for x in (entropy, ref_logprobs, weights)),
-        *tokens,
+        tokens.old_logprobs.contiguous(),
+        tokens.advantages.contiguous(),
+        as_loadable(tokens.mask),
+        *(logp if x is None else x.contiguous() for x in (entropy, tokens.ref_logprobs, tokens.weights)),
+        *terms,
         n,
-        clip_low,
-        clip_high,
-        0.0 if dual_clip is None else dual_clip,
-        entropy_coef,
-        kl_coef,
+        *policy_numbers(options),
         num_warps=_warps(block),
-        HAS_DUAL=dual_clip is not None,
         HAS_ENTROPY=entropy is not None,
         ENTROPY_IN_LOSS=entropy_in_loss,
-        HAS_REF=ref_logprobs is not None,
-        KL_IN_LOSS=kl_coef != 0.0,
-        ESTIMATOR=kl_estimator,
-        HAS_WEIGHTS=weights is not None,
         SLOPE=needs_slope,
         ENTROPY_SLOPE=needs_entropy_slope,
         BLOCK=block,
+        **policy_choices(tokens, options),
     )
-    return tokens
+    return terms
 
 
 def value_tokens(
@@ -119,8 +119,8 @@ def value_tokens(
     clip: float | None,
     weights: Tensor | None,
     needs_slope: bool = True,
-) -> Tokens:
-    dtype = result_dtype(*(x.dtype for x in (values, old_values, returns, weights) if x is not None))
+) -> Terms:
+    dtype = dtype_of(values, old_values, returns, weights)
     v = values.contiguous()
     n = v.numel()
     programs, block = _blocks(n)
@@ -144,7 +144,7 @@ def value_tokens(
         SLOPE=needs_slope,
         BLOCK=block,
     )
-    return Tokens(sums, slope, v.new_empty((0,), dtype=dtype))
+    return Terms(sums, slope, v.new_empty((0,), dtype=dtype))
 
 
 def finish(sums: Tensor, normalizer: float | Tensor | None) -> Finished:
@@ -196,38 +196,11 @@ def scale(
 
 
 def ppo_terms(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    entropy: Tensor | None,
-    entropy_coef: float,
-    ref_logprobs: Tensor | None,
-    kl_coef: float,
-    kl_estimator: str,
-    weights: Tensor | None,
+    logprobs: Tensor, entropy: Tensor | None, tokens: PolicyTokens, options: PolicyOptions
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sums `[7]` over the valid tokens (loss, approxkl, clipfrac, ratio, entropy, kl, and their number), and the
-    derivatives of the first by logprobs and by entropy (None if that is not in the loss). No autograd.
+    """Sums over the valid tokens, in the order of SUMS, and the derivatives of the first by logprobs and by entropy
+    (None if that is not in the loss). No autograd.
     """
-    tokens = policy_tokens(
-        logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        entropy=entropy,
-        entropy_coef=entropy_coef,
-        ref_logprobs=ref_logprobs,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        weights=weights,
-    )
-    in_loss = entropy is not None and entropy_coef != 0.0
-    return finish(tokens.sums, 1.0).totals, tokens.slope, tokens.entropy_slope if in_loss else None
+    terms = policy_tokens(logprobs, entropy, tokens, options)
+    in_loss = entropy is not None and options.entropy_in_loss
+    return finish(terms.sums, 1.0).totals, terms.slope, terms.entropy_slope if in_loss else None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import checks, dispatch
 from ..records import Head, Loss, divisor_of
-from . import local_ops  # noqa: F401  (registers the operator)
-from .policy import check_options, check_tokens
-from .terms import SUMS
+from . import local_ops
+from .options import PolicyOptions, PolicyTokens
+from .terms import metrics_of
 
 
 def logits_ppo_loss(
@@ -52,27 +51,15 @@ def logits_ppo_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    check_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator, normalizer)
+    options = PolicyOptions(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
+    tokens = PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights)
+    options.check()
+    checks.normalizer(normalizer)
     checks.integer("targets", targets)
-    check_tokens("targets", targets, old_logprobs, advantages, mask, ref_logprobs, weights, kl_coef)
+    tokens.check("targets", targets, options)
     checks.logits(logits, targets, temperature, mask)
-    result: Loss = dispatch.implementation("logits_ppo_loss", backend, logits.device)(
-        logits,
-        targets,
-        old_logprobs,
-        advantages,
-        mask,
-        temperature=temperature,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        entropy_coef=entropy_coef,
-        ref_logprobs=ref_logprobs,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        weights=weights,
-        normalizer=normalizer,
-    )
+    run = dispatch.implementation("logits_ppo_loss", backend, logits.device)
+    result: Loss = run(logits, targets, tokens, options, temperature, normalizer)
     return result
 
 
@@ -125,25 +112,15 @@ def linear_ppo_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    check_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator, normalizer)
+    options = PolicyOptions(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
+    tokens = PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights)
+    options.check()
+    checks.normalizer(normalizer)
     checks.integer("targets", targets)
-    check_tokens("targets", targets, old_logprobs, advantages, mask, ref_logprobs, weights, kl_coef)
+    tokens.check("targets", targets, options)
     head = Head(bias, temperature, logit_scale, softcap, forbidden)
     checks.linear(hidden, weight, targets, head, mask)
     dispatch.resolve("linear_logprobs", backend, hidden.device)
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    loss, sums, *_ = torch.ops.onecard.linear_ppo(
-        *(hidden, weight, targets),
-        # constants of the loss, whatever graph they come from
-        *(x if x is None else x.detach() for x in (old_logprobs, advantages, mask, ref_logprobs, weights)),
-        *(bias, forbidden),
-        *(temperature, logit_scale, softcap),
-        *(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator),
-        needs,
-        backend,
-    )
-    sums = sums.detach()
+    loss, sums = local_ops.sums_of(hidden, weight, targets, head, tokens, options, backend)
     divisor = divisor_of(normalizer, sums[-1].clamp(min=1.0), loss.dtype)
-    absent = () if ref_logprobs is not None else ("policy/kl",)
-    metrics = {name: x / divisor for name, x in zip(SUMS[1:-1], sums[:-1].unbind(), strict=True) if name not in absent}
-    return Loss(loss / divisor, metrics)
+    return Loss(loss / divisor, metrics_of(sums / divisor, entropy=True, kl=ref_logprobs is not None))

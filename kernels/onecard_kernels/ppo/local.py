@@ -7,8 +7,7 @@ case, clipped ones where tiles have whole rows (chunked). There the entropy bonu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,25 +17,15 @@ from ..logprob.linear import Gradients, derivative_
 from ..logprob.online import Factors, Wanted, added, entropy_factors, logprob_factors
 from ..logprob.passes import Rows, blocks
 from ..logprob.tiles import Linear, Workspace, gradient_by_hidden_, sweep
+from .options import PolicyOptions, PolicyTokens
+from .terms import SUMS
 
 # A row of logits is copied at the price of a fraction of its product; below this share of idle rows nothing is gained.
 WORTH_SKIPPING = 1 / 8
 
 
-class Tokens(NamedTuple):
-    """What the loss takes per token, flat, of the valid tokens."""
-
-    old_logprobs: Tensor
-    advantages: Tensor
-    ref_logprobs: Tensor | None
-    weights: Tensor | None
-
-    def of(self, piece: slice) -> dict[str, Tensor | None]:
-        return {name: None if x is None else x[piece] for name, x in self._asdict().items()}
-
-
 class Result(NamedTuple):
-    sums: Tensor  # in the order of ppo.terms.SUMS
+    sums: Tensor  # in the order of SUMS
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
@@ -48,19 +37,19 @@ def forward(
     rows: Rows,
     busy: int,
     linear: Linear,
-    tokens: Tokens,
-    options: Mapping[str, Any],
+    tokens: PolicyTokens,
+    options: PolicyOptions,
     needed: tuple[bool, bool, bool],
 ) -> Result:
     """Sums over the tokens, and the gradients of the first of them that are needed, not divided by anything yet.
 
-    busy: the rows from this one on are known to have none.
+    tokens: the valid ones, flat. busy: the rows from this one on are known to have none.
     """
-    with_entropy, trained = options["entropy_coef"] != 0.0, needed[1] or needed[2]
+    trained = needed[1] or needed[2]
     wanted = Wanted(moment=True, direction=any(needed))
     # A trained head's derivative is summed over tokens in fp32; that of a frozen one is an operand of the product.
     direction = any(needed) and not trained
-    space = Workspace(linear, rows.count, direction=direction, spread=any(needed) and with_entropy)
+    space = Workspace(linear, rows.count, direction=direction, spread=any(needed) and options.entropy_in_loss)
     assert space.whole or not trained
     terms = dispatch.implementation("ppo_terms", linear.backend, hidden.device)
     grads = Gradients(hidden, linear, rows, needed, kept_dtype(hidden.dtype))
@@ -70,10 +59,7 @@ def forward(
         learns = any(needed) and piece.start < busy
         swept = sweep(space, h, y[piece], wanted, sums=direction and learns and not space.whole)
         of = swept.of
-        everywhere = torch.ones_like(of.logprobs, dtype=torch.bool)
-        sums, on_logprobs, on_entropy = terms(
-            of.logprobs, mask=everywhere, entropy=of.entropy, **tokens.of(piece), **options
-        )
+        sums, on_logprobs, on_entropy = terms(of.logprobs, of.entropy, tokens.part(piece), options)
         total = sums if total is None else total + sums
         if not learns:
             continue
@@ -90,7 +76,7 @@ def forward(
         else:
             _add_busy(grads, piece, space, h.shape[0], y[piece], factors, ~idle)
     if total is None:
-        total = hidden.new_zeros(7, dtype=linear.dtype)
+        total = hidden.new_zeros(len(SUMS), dtype=linear.dtype)
     return Result(total, *grads.result())
 
 

@@ -13,6 +13,7 @@ from ..logprob.plans import CHUNKED
 from ..once import once
 from ..records import Head
 from . import local
+from .options import PolicyOptions, PolicyTokens, dtype_of
 from .terms import SUMS
 
 
@@ -41,24 +42,16 @@ def linear_ppo(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(hidden.device.type, enabled=False):
-        rows, busy = _busy_first(Rows(targets.shape, mask), advantages, weights, kl_coef != 0.0 or entropy_coef != 0.0)
-        given = (old_logprobs, advantages, ref_logprobs, weights)
-        ref, factors = (None if x is None else rows.pick(x) for x in (ref_logprobs, weights))
-        tokens = local.Tokens(rows.pick(old_logprobs), rows.pick(advantages), ref, factors)
+        tokens = PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights)
+        options = PolicyOptions(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
+        rows, busy = _busy_first(Rows(targets.shape, mask), tokens, options)
         head = Head(bias, temperature, logit_scale, softcap, forbidden)
         # A trained head's product needs each token's coefficient, and that is known where the rows are whole.
         linear = linear_of(hidden, weight, head, backend, only=CHUNKED if needs[1] or needs[2] else None)
-        options = {
-            "clip_low": clip_low,
-            "clip_high": clip_high,
-            "dual_clip": dual_clip,
-            "entropy_coef": entropy_coef,
-            "kl_coef": kl_coef,
-            "kl_estimator": kl_estimator,
-        }
         needed = (needs[0], needs[1], needs[2])
-        out = local.forward(hidden, rows.pick(targets).long(), rows, busy, linear, tokens, options, needed)
-        dtype = _dtype(hidden, weight, given)
+        y = rows.pick(targets).long()
+        out = local.forward(hidden, y, rows, busy, linear, tokens.picked(rows), options, needed)
+        dtype = tokens.dtype_with(hidden, weight)
         by_hidden = None if out.hidden is None else rows.spread(out.hidden)
         by_hidden, by_weight, by_bias = (
             hidden.new_empty(0) if x is None else x for x in (by_hidden, out.weight, out.bias)
@@ -66,16 +59,14 @@ def linear_ppo(
         return out.sums[0].to(dtype, copy=True), out.sums[1:].to(dtype, copy=True), by_hidden, by_weight, by_bias
 
 
-def _busy_first(rows: Rows, advantages: Tensor, weights: Tensor | None, other_terms: bool) -> tuple[Rows, int]:
+def _busy_first(rows: Rows, tokens: PolicyTokens, options: PolicyOptions) -> tuple[Rows, int]:
     """Rows whose loss can have a gradient, before those with no advantage or no weight (and how many they are)."""
-    busy = torch.ones_like(rows.pick(advantages), dtype=torch.bool) if other_terms else rows.pick(advantages) != 0.0
-    if weights is not None:
-        busy &= rows.pick(weights) != 0.0
+    busy = rows.pick(tokens.advantages) != 0.0
+    if options.kl_in_loss or options.entropy_in_loss:
+        busy = torch.ones_like(busy)
+    if tokens.weights is not None:
+        busy &= rows.pick(tokens.weights) != 0.0
     return (rows, rows.count) if bool(busy.all()) else rows.first(busy)
-
-
-def _dtype(hidden: Tensor, weight: Tensor, given: tuple[Tensor | None, ...]) -> torch.dtype:
-    return result_dtype(hidden.dtype, weight.dtype, *(x.dtype for x in given if x is not None))
 
 
 @linear_ppo.register_fake
@@ -92,7 +83,7 @@ def _(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     needs = rest[-2]
-    dtype = _dtype(hidden, weight, (old_logprobs, advantages, ref_logprobs, weights))
+    dtype = dtype_of(hidden, weight, old_logprobs, advantages, ref_logprobs, weights)
     return (
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(len(SUMS) - 1, dtype=dtype),
@@ -155,3 +146,24 @@ def scale_linear_ppo(
 @scale_linear_ppo.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor, by: Tensor, *dtypes: torch.dtype) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x, dtype=dtype) for x, dtype in zip((hidden, weight, bias), dtypes, strict=True))
+
+
+def sums_of(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    head: Head,
+    tokens: PolicyTokens,
+    options: PolicyOptions,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The summed loss, with its gradient, and the other sums in the order of SUMS, without."""
+    learns = torch.is_grad_enabled()
+    loss, sums, *_ = linear_ppo(
+        *(hidden, weight, targets, *tokens.detached()),
+        *(head.bias, head.forbidden, head.temperature, head.logit_scale, head.softcap),
+        *options,
+        [learns and x is not None and x.requires_grad for x in (hidden, weight, head.bias)],
+        backend,
+    )
+    return loss, sums.detach()

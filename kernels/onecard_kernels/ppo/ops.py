@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..logprob.passes import result_dtype
 from ..once import once
 from ..records import Loss
 from .launches import POLICY_SUMS, VALUE_SUMS, finish, policy_tokens, scale, value_tokens
+from .options import PolicyOptions, PolicyTokens, divisor_arguments, dtype_of
+from .terms import metrics_of
 
 # loss, totals (all sums over the divisor), divisor; then the derivatives of the summed loss, empty if not asked for
 RESULTS = "(Tensor loss, Tensor totals, Tensor divisor, Tensor slope, Tensor entropy_slope)"
@@ -35,34 +36,19 @@ def _policy(
     weights: Tensor | None,
     normalizer: Tensor | None,
     number: float | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    entropy_coef: float,
-    kl_coef: float,
-    kl_estimator: str,
-    needs_slope: bool,
-    needs_entropy_slope: bool,
+    *rest: Any,
 ) -> Results:
-    tokens = policy_tokens(
+    *options, needs_slope, needs_entropy_slope = rest
+    terms = policy_tokens(
         logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        entropy=entropy,
-        entropy_coef=entropy_coef,
-        ref_logprobs=ref_logprobs,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        weights=weights,
+        entropy,
+        PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights),
+        PolicyOptions(*options),
         needs_slope=needs_slope,
         needs_entropy_slope=needs_entropy_slope,
     )
-    done = finish(tokens.sums, number if normalizer is None else normalizer)
-    return *done, tokens.slope, tokens.entropy_slope
+    done = finish(terms.sums, number if normalizer is None else normalizer)
+    return *done, terms.slope, terms.entropy_slope
 
 
 @_policy.register_fake
@@ -76,8 +62,8 @@ def _(
     weights: Tensor | None,
     *rest: Any,
 ) -> Results:
-    given = (logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights)
-    return _empty(logprobs, _dtype(*given), POLICY_SUMS, *rest[-2:])
+    dtype = dtype_of(logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights)
+    return _empty(logprobs, dtype, POLICY_SUMS, *rest[-2:])
 
 
 @torch.library.custom_op(
@@ -97,14 +83,14 @@ def _value(
     clip: float | None,
     needs_slope: bool,
 ) -> Results:
-    tokens = value_tokens(values, old_values, returns, mask, clip=clip, weights=weights, needs_slope=needs_slope)
-    done = finish(tokens.sums, number if normalizer is None else normalizer)
-    return *done, tokens.slope, tokens.entropy_slope
+    terms = value_tokens(values, old_values, returns, mask, clip=clip, weights=weights, needs_slope=needs_slope)
+    done = finish(terms.sums, number if normalizer is None else normalizer)
+    return *done, terms.slope, terms.entropy_slope
 
 
 @_value.register_fake
 def _(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, weights: Tensor | None, *rest: Any) -> Results:
-    return _empty(values, _dtype(values, old_values, returns, weights), VALUE_SUMS, rest[-1], False)
+    return _empty(values, dtype_of(values, old_values, returns, weights), VALUE_SUMS, rest[-1], False)
 
 
 @torch.library.custom_op(
@@ -124,10 +110,6 @@ def _(
     grad: Tensor, divisor: Tensor, slope: Tensor, entropy_slope: Tensor, dtype: torch.dtype, entropy_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(slope, dtype=dtype), torch.empty_like(entropy_slope, dtype=entropy_dtype)
-
-
-def _dtype(*given: Tensor | None) -> torch.dtype:
-    return result_dtype(*(x.dtype for x in given if x is not None))
 
 
 def _empty(like: Tensor, dtype: torch.dtype, sums: int, needs_slope: bool, needs_entropy_slope: bool) -> Results:
@@ -176,61 +158,34 @@ _policy.register_autograd(once(_policy_backward), setup_context=_save_policy)
 _value.register_autograd(once(_value_backward), setup_context=_save_value)
 
 
-def _divisor(normalizer: float | Tensor | None) -> tuple[Tensor | None, float | None]:
-    """As the operators take it: a tensor, or a number."""
-    if isinstance(normalizer, Tensor):
-        return normalizer.detach(), None
-    return None, normalizer
-
-
 def _constant(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach()
 
 
 def ppo_loss(
     logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
     entropy: Tensor | None,
-    entropy_coef: float,
-    ref_logprobs: Tensor | None,
-    kl_coef: float,
-    kl_estimator: str,
-    weights: Tensor | None,
+    tokens: PolicyTokens,
+    options: PolicyOptions,
     normalizer: float | Tensor | None,
 ) -> Loss:
     learns = torch.is_grad_enabled()
-    entropy = entropy if entropy_coef != 0.0 else _constant(entropy)
+    entropy = entropy if options.entropy_in_loss else _constant(entropy)
+    constants = tokens.detached()
     loss, totals, *_ = _policy(
         logprobs,
-        old_logprobs.detach(),
-        advantages.detach(),
-        mask.detach(),
+        constants.old_logprobs,
+        constants.advantages,
+        constants.mask,
         entropy,
-        _constant(ref_logprobs),
-        _constant(weights),
-        *_divisor(normalizer),
-        clip_low,
-        clip_high,
-        dual_clip,
-        entropy_coef,
-        kl_coef,
-        kl_estimator,
+        constants.ref_logprobs,
+        constants.weights,
+        *divisor_arguments(normalizer),
+        *options,
         learns and logprobs.requires_grad,
         learns and entropy is not None and entropy.requires_grad,
     )
-    _, approxkl, clipfrac, ratio, mean_entropy, kl, _ = totals.unbind()
-    metrics = {"policy/approxkl": approxkl, "policy/clipfrac": clipfrac, "val/ratio": ratio}
-    if entropy is not None:
-        metrics["policy/entropy"] = mean_entropy
-    if ref_logprobs is not None:
-        metrics["policy/kl"] = kl
-    return Loss(loss, metrics)
+    return Loss(loss, metrics_of(totals[1:], entropy=entropy is not None, kl=tokens.ref_logprobs is not None))
 
 
 def value_loss(
@@ -249,7 +204,7 @@ def value_loss(
         returns.detach(),
         mask.detach(),
         _constant(weights),
-        *_divisor(normalizer),
+        *divisor_arguments(normalizer),
         clip,
         torch.is_grad_enabled() and values.requires_grad,
     )

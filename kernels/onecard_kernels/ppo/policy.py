@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import checks, dispatch
-from ..kl.reference import ESTIMATORS
 from ..records import Loss
+from .options import PolicyOptions, PolicyTokens
 
 
 def ppo_loss(
@@ -66,74 +66,18 @@ def ppo_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    check_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator, normalizer)
-    if entropy_coef != 0.0 and entropy is None:
+    options = PolicyOptions(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
+    tokens = PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights)
+    options.check()
+    checks.normalizer(normalizer)
+    if options.entropy_in_loss and entropy is None:
         raise ValueError(f"entropy is None, expected a tensor like logprobs because entropy_coef is {entropy_coef!r}")
     checks.floating("logprobs", logprobs)
-    check_tokens("logprobs", logprobs, old_logprobs, advantages, mask, ref_logprobs, weights, kl_coef)
+    tokens.check("logprobs", logprobs, options)
     checks.no_nan("logprobs", logprobs, mask)
     if entropy is not None:
         checks.alike("entropy", entropy, "logprobs", logprobs)
         checks.no_nan("entropy", entropy, mask)
-    result: Loss = dispatch.implementation("ppo_loss", backend, logprobs.device)(
-        logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        entropy=entropy,
-        entropy_coef=entropy_coef,
-        ref_logprobs=ref_logprobs,
-        kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
-        weights=weights,
-        normalizer=normalizer,
-    )
+    run = dispatch.implementation("ppo_loss", backend, logprobs.device)
+    result: Loss = run(logprobs, entropy, tokens, options, normalizer)
     return result
-
-
-def check_options(
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    entropy_coef: float,
-    kl_coef: float,
-    kl_estimator: str,
-    normalizer: float | Tensor | None,
-) -> None:
-    checks.within("clip_low", clip_low, 0.0, 1.0)
-    checks.at_least("clip_high", clip_high, 0.0)
-    if dual_clip is not None:
-        checks.above("dual_clip", dual_clip, 1.0)
-    checks.finite("entropy_coef", entropy_coef)
-    checks.finite("kl_coef", kl_coef)
-    checks.one_of("kl_estimator", kl_estimator, ESTIMATORS)
-    checks.normalizer(normalizer)
-
-
-def check_tokens(
-    like_name: str,
-    like: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    ref_logprobs: Tensor | None,
-    weights: Tensor | None,
-    kl_coef: float,
-) -> None:
-    """What every policy loss takes per token, against the tensor that says which tokens there are."""
-    checks.tensor("mask", mask)
-    checks.mask(mask, like_name, like)
-    if kl_coef != 0.0 and ref_logprobs is None:
-        raise ValueError(f"ref_logprobs is None, expected a tensor like {like_name} because kl_coef is {kl_coef!r}")
-    given = {
-        "old_logprobs": old_logprobs,
-        "advantages": advantages,
-        **({} if ref_logprobs is None else {"ref_logprobs": ref_logprobs}),
-        **({} if weights is None else {"weights": weights}),
-    }
-    for name, value in given.items():
-        checks.alike(name, value, like_name, like)
-        checks.no_nan(name, value, mask)

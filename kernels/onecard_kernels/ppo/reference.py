@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..kl.reference import ESTIMATORS, LOG_RATIO_LIMIT, log_ratio
-from ..logprob.passes import result_dtype
 from ..records import Loss, divisor_of
+from .options import PolicyOptions, PolicyTokens, dtype_of
 
 
 class _Valid:
@@ -17,9 +17,9 @@ class _Valid:
     arithmetic, not multiplied away after it.
     """
 
-    def __init__(self, mask: Tensor, normalizer: float | Tensor | None, *inputs: Tensor | None) -> None:
+    def __init__(self, mask: Tensor, dtype: torch.dtype, normalizer: float | Tensor | None) -> None:
         self.mask = mask.bool()
-        self.dtype = result_dtype(*(x.dtype for x in inputs if x is not None))
+        self.dtype = dtype
         self.divisor = divisor_of(normalizer, self.mask.sum().clamp(min=1), self.dtype)
 
     def keep(self, x: Tensor) -> Tensor:
@@ -37,30 +37,20 @@ class _Valid:
 
 def ppo_loss(
     logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
     entropy: Tensor | None,
-    entropy_coef: float,
-    ref_logprobs: Tensor | None,
-    kl_coef: float,
-    kl_estimator: str,
-    weights: Tensor | None,
+    tokens: PolicyTokens,
+    options: PolicyOptions,
     normalizer: float | Tensor | None,
 ) -> Loss:
-    valid = _Valid(mask, normalizer, logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights)
-    logp, a = valid.keep(logprobs), valid.constant(advantages)
+    valid = _Valid(tokens.mask, tokens.dtype_with(logprobs, entropy), normalizer)
+    logp, a = valid.keep(logprobs), valid.constant(tokens.advantages)
 
-    d = log_ratio(logp, valid.constant(old_logprobs)).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    d = log_ratio(logp, valid.constant(tokens.old_logprobs)).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = d.exp()
-    free, clipped = -a * ratio, -a * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    free, clipped = -a * ratio, -a * ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high)
     losses = torch.maximum(free, clipped)
-    if dual_clip is not None:
-        losses = torch.where(a < 0, torch.minimum(losses, -dual_clip * a), losses)
+    if options.dual_clip is not None:
+        losses = torch.where(a < 0, torch.minimum(losses, -options.dual_clip * a), losses)
     metrics = {
         "policy/approxkl": valid.metric(0.5 * d.square()),
         "policy/clipfrac": valid.metric(clipped > free),
@@ -70,17 +60,17 @@ def ppo_loss(
     # A term that is off is left out: times 0, an infinite KL or entropy would be NaN.
     if entropy is not None:
         metrics["policy/entropy"] = valid.metric(entropy)
-        if entropy_coef != 0.0:
-            losses = losses - entropy_coef * valid.keep(entropy)
-    if ref_logprobs is not None:
-        policy = logp if kl_coef != 0.0 else logp.detach()
-        kl = ESTIMATORS[kl_estimator](log_ratio(policy, valid.constant(ref_logprobs)))
+        if options.entropy_in_loss:
+            losses = losses - options.entropy_coef * valid.keep(entropy)
+    if tokens.ref_logprobs is not None:
+        policy = logp if options.kl_in_loss else logp.detach()
+        kl = ESTIMATORS[options.kl_estimator](log_ratio(policy, valid.constant(tokens.ref_logprobs)))
         metrics["policy/kl"] = valid.metric(kl)
-        if kl_coef != 0.0:
-            losses = losses + kl_coef * kl
+        if options.kl_in_loss:
+            losses = losses + options.kl_coef * kl
 
-    if weights is not None:
-        losses = losses * valid.constant(weights)
+    if tokens.weights is not None:
+        losses = losses * valid.constant(tokens.weights)
     return Loss(valid.mean(losses), metrics)
 
 
@@ -94,7 +84,7 @@ def value_loss(
     weights: Tensor | None,
     normalizer: float | Tensor | None,
 ) -> Loss:
-    valid = _Valid(mask, normalizer, values, old_values, returns, weights)
+    valid = _Valid(mask, dtype_of(values, old_values, returns, weights), normalizer)
     v, target = valid.keep(values), valid.constant(returns)
     losses, metrics = (v - target).square(), {}
     if clip is not None:

@@ -8,54 +8,48 @@ import torch
 from torch import Tensor
 
 from ..kl.reference import ESTIMATORS, LOG_RATIO_LIMIT, log_ratio
-from ..logprob.passes import result_dtype
+from .options import PolicyOptions, PolicyTokens
 
 SUMS = ("loss", "policy/approxkl", "policy/clipfrac", "val/ratio", "policy/entropy", "policy/kl", "tokens")
 
 
+def metrics_of(totals: Tensor, *, entropy: bool, kl: bool) -> dict[str, Tensor]:
+    """Those whose inputs were given, of all sums but the loss's over the divisor."""
+    absent = {"tokens", *(() if entropy else ("policy/entropy",)), *(() if kl else ("policy/kl",))}
+    return {name: x for name, x in zip(SUMS[1:], totals.unbind(), strict=True) if name not in absent}
+
+
 def ppo_terms(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    entropy: Tensor | None,
-    entropy_coef: float,
-    ref_logprobs: Tensor | None,
-    kl_coef: float,
-    kl_estimator: str,
-    weights: Tensor | None,
+    logprobs: Tensor, entropy: Tensor | None, tokens: PolicyTokens, options: PolicyOptions
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`ppo_loss` before the division: its sums, in the order of SUMS, and dloss/dlogp and dloss/dentropy per token."""
-    given = [x for x in (logprobs, old_logprobs, advantages, entropy, ref_logprobs, weights) if x is not None]
-    dtype, valid = result_dtype(*(x.dtype for x in given)), mask.bool()
+    dtype, valid = tokens.dtype_with(logprobs, entropy), tokens.mask.bool()
 
     def keep(x: Tensor) -> Tensor:
         return torch.where(valid, x.to(dtype), 0.0)
 
-    logp, a = keep(logprobs), keep(advantages)
-    raw = log_ratio(logp, keep(old_logprobs))
+    logp, a = keep(logprobs), keep(tokens.advantages)
+    raw = log_ratio(logp, keep(tokens.old_logprobs))
     ratio = raw.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    free, clipped = -a * ratio, -a * ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
+    free, clipped = -a * ratio, -a * ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high)
     losses = torch.maximum(free, clipped)
     slope = torch.where((clipped <= free) & (raw.abs() <= LOG_RATIO_LIMIT), free, 0.0)
-    if dual_clip is not None:
-        bounded = (a < 0) & (losses > -dual_clip * a)
-        losses, slope = torch.where(bounded, -dual_clip * a, losses), torch.where(bounded, 0.0, slope)
+    if options.dual_clip is not None:
+        bound = -options.dual_clip * a
+        bounded = (a < 0) & (losses > bound)
+        losses, slope = torch.where(bounded, bound, losses), torch.where(bounded, 0.0, slope)
     kl = None
-    if ref_logprobs is not None:
-        far = log_ratio(logp, keep(ref_logprobs))
-        kl = ESTIMATORS[kl_estimator](far)
-        if kl_coef != 0.0:
-            losses, slope = losses + kl_coef * kl, slope + kl_coef * _KL_SLOPES[kl_estimator](far)
+    if tokens.ref_logprobs is not None:
+        far = log_ratio(logp, keep(tokens.ref_logprobs))
+        kl = ESTIMATORS[options.kl_estimator](far)
+        if options.kl_in_loss:
+            losses = losses + options.kl_coef * kl
+            slope = slope + options.kl_coef * _KL_SLOPES[options.kl_estimator](far)
     slope = slope.masked_fill(logp.isinf(), 0.0)  # an impossible token is a constant
-    factor = torch.where(valid, 1.0, 0.0).to(dtype) if weights is None else keep(weights)
+    factor = torch.where(valid, 1.0, 0.0).to(dtype) if tokens.weights is None else keep(tokens.weights)
     on_entropy = None
-    if entropy is not None and entropy_coef != 0.0:
-        losses, on_entropy = losses - entropy_coef * keep(entropy), -entropy_coef * factor
+    if entropy is not None and options.entropy_in_loss:
+        losses, on_entropy = losses - options.entropy_coef * keep(entropy), -options.entropy_coef * factor
     zero = logp.new_zeros(())
     sums = (
         (losses * factor).sum(),

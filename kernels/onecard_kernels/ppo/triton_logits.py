@@ -14,8 +14,9 @@ from torch import Tensor
 from ..launch import launch
 from ..logprob import triton_rows as rows
 from ..logprob.passes import result_dtype
-from ..logprob.triton_rows import checked_target, row_address, row_statistics, store_statistics
-from .launches import POLICY_SUMS, finish
+from ..logprob.triton_row_parts import checked_target, row_address, row_statistics, store_statistics
+from .launches import POLICY_SUMS, finish, policy_choices, policy_numbers
+from .options import PolicyOptions, PolicyTokens
 from .triton import token_terms
 
 
@@ -113,41 +114,30 @@ def _forward_kernel(
 def forward(
     logits: Tensor,
     targets: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    ref_logprobs: Tensor | None,
-    weights: Tensor | None,
-    normalizer: float | Tensor | None,
-    *,
+    tokens: PolicyTokens,
+    options: PolicyOptions,
     temperature: float,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    entropy_coef: float,
-    kl_coef: float,
-    kl_estimator: str,
+    normalizer: float | Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, all sums over the divisor, divisor; per row: statistics, derivatives by logp and by entropy)."""
-    given = (logits, old_logprobs, advantages, ref_logprobs, weights)
-    dtype = result_dtype(*(x.dtype for x in given if x is not None))
+    dtype = tokens.dtype_with(logits)
     columns, count = logits.shape[-1], targets.numel()
     stats = logits.new_empty(rows.STATS, count, dtype=result_dtype(logits.dtype))
     slope = logits.new_empty(count, dtype=dtype)
-    entropy_slope = logits.new_empty(count if entropy_coef != 0.0 else 0, dtype=dtype)
+    entropy_slope = logits.new_empty(count if options.entropy_in_loss else 0, dtype=dtype)
     if count == 0:
         done = finish(logits.new_zeros(POLICY_SUMS, 1, dtype=dtype), normalizer)
         return *done, stats, slope, entropy_slope
     sums = logits.new_empty(POLICY_SUMS, count, dtype=dtype)
     logits, strides = rows.with_strides(logits)
     block = rows.block_for(columns, logits.element_size(), strides.outer_stride, strides.inner_stride)
-    per_token = (targets, mask, old_logprobs, advantages)
+    per_token = (targets, tokens.mask, tokens.old_logprobs, tokens.advantages)
     launch(
         _forward_kernel,
         (count,),
         logits,
         *map(rows.per_row, per_token),
-        *(stats if x is None else rows.per_row(x) for x in (ref_logprobs, weights)),
+        *(stats if x is None else rows.per_row(x) for x in (tokens.ref_logprobs, tokens.weights)),
         stats,
         sums,
         slope,
@@ -156,22 +146,14 @@ def forward(
         columns,
         *strides,
         rows.LOG2E / temperature,
-        clip_low,
-        clip_high,
-        0.0 if dual_clip is None else dual_clip,
-        entropy_coef,
-        kl_coef,
+        *policy_numbers(options),
         num_warps=block.warps,
-        HAS_DUAL=dual_clip is not None,
-        ENTROPY_IN_LOSS=entropy_coef != 0.0,
-        HAS_REF=ref_logprobs is not None,
-        KL_IN_LOSS=kl_coef != 0.0,
-        ESTIMATOR=kl_estimator,
-        HAS_WEIGHTS=weights is not None,
+        ENTROPY_IN_LOSS=options.entropy_in_loss,
         DTYPE=rows.accumulator(logits.dtype),
         UNROLL=block.unroll,
         THREADS=block.threads,
         VECTOR=block.vector,
+        **policy_choices(tokens, options),
     )
     return *finish(sums, normalizer), stats, slope, entropy_slope
 

@@ -1,0 +1,95 @@
+"""What the three policy losses share behind their signatures: the options, and what they take per token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..kl.reference import ESTIMATORS
+from ..logprob.passes import Rows, result_dtype
+
+
+class PolicyOptions(NamedTuple):
+    """Numbers and choices of the loss, see `ppo_loss`. In the operators' order, so that they take them unpacked."""
+
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    entropy_coef: float
+    kl_coef: float
+    kl_estimator: str
+
+    @property
+    def entropy_in_loss(self) -> bool:
+        return self.entropy_coef != 0.0
+
+    @property
+    def kl_in_loss(self) -> bool:
+        return self.kl_coef != 0.0
+
+    def check(self) -> None:
+        checks.within("clip_low", self.clip_low, 0.0, 1.0)
+        checks.at_least("clip_high", self.clip_high, 0.0)
+        if self.dual_clip is not None:
+            checks.above("dual_clip", self.dual_clip, 1.0)
+        checks.finite("entropy_coef", self.entropy_coef)
+        checks.finite("kl_coef", self.kl_coef)
+        checks.one_of("kl_estimator", self.kl_estimator, ESTIMATORS)
+
+
+class PolicyTokens(NamedTuple):
+    """The loss's constants per token, all of one shape, see `ppo_loss`. In the operators' order, as above."""
+
+    old_logprobs: Tensor
+    advantages: Tensor
+    mask: Tensor
+    ref_logprobs: Tensor | None = None
+    weights: Tensor | None = None
+
+    def check(self, like_name: str, like: Tensor, options: PolicyOptions) -> None:
+        """Against the tensor that says which tokens there are."""
+        checks.tensor("mask", self.mask)
+        checks.mask(self.mask, like_name, like)
+        if options.kl_in_loss and self.ref_logprobs is None:
+            raise ValueError(
+                f"ref_logprobs is None, expected a tensor like {like_name} because kl_coef is {options.kl_coef!r}"
+            )
+        for name, value in zip(self._fields, self, strict=True):
+            if name != "mask" and value is not None:
+                checks.alike(name, value, like_name, like)
+                checks.no_nan(name, value, self.mask)
+
+    def dtype_with(self, *others: Tensor | None) -> torch.dtype:
+        """The result's, of these and of what the loss takes besides."""
+        return dtype_of(self.old_logprobs, self.advantages, self.ref_logprobs, self.weights, *others)
+
+    def detached(self) -> PolicyTokens:
+        """Constants of the loss, whatever graph they come from."""
+        return self._each(lambda x: x.detach(), self.mask.detach())
+
+    def picked(self, rows: Rows) -> PolicyTokens:
+        """The valid ones, flat."""
+        return self._each(rows.pick, torch.ones(rows.count, dtype=torch.bool, device=self.mask.device))
+
+    def part(self, piece: slice) -> PolicyTokens:
+        return self._each(lambda x: x[piece], self.mask[piece])
+
+    def _each(self, change: Callable[[Tensor], Tensor], mask: Tensor) -> PolicyTokens:
+        ref, weights = (None if x is None else change(x) for x in (self.ref_logprobs, self.weights))
+        return PolicyTokens(change(self.old_logprobs), change(self.advantages), mask, ref, weights)
+
+
+def dtype_of(*given: Tensor | None) -> torch.dtype:
+    """The result's dtype, of inputs of which some may be absent."""
+    return result_dtype(*(x.dtype for x in given if x is not None))
+
+
+def divisor_arguments(normalizer: float | Tensor | None) -> tuple[Tensor | None, float | None]:
+    """As the operators take it: a tensor, or a number."""
+    if isinstance(normalizer, Tensor):
+        return normalizer.detach(), None
+    return None, None if normalizer is None else float(normalizer)
