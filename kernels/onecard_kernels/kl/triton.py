@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import launch
-from ..logprob.triton_tiled import NEVER, alive, flags, log, scales, transform
+from ..logprob.triton_math import log
+from ..logprob.triton_tiled import NEVER, alive, flags, scales, transform
 from ..records import Head
 
 BLOCK = 4096
@@ -50,7 +51,9 @@ def kl_pass_(z: Tensor, r: Tensor, head: Head, *, ref_bias: Tensor | None = None
         return kl
     inner, outer = scales(head)
     into = z if out is None else out
-    block = min(BLOCK, triton.next_power_of_2(v))
+    # A softcap by itself spills on Blackwell in whole blocks (`python -m benchmarks.cards --kernel kl`).
+    most = BLOCK // 2 if head.softcap is not None and head.forbidden is None else BLOCK
+    block = min(most, triton.next_power_of_2(v))
     launch(
         _kl_kernel,
         (n,),
