@@ -45,14 +45,57 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Two answers to one prompt; `margin` is by how much the chosen one is better, in reward units, where known."""
+    """Two answers to one prompt; `margin` is by how much the chosen one is better, in reward units, where known.
+
+    `ref_logps`: both answers' summed log-probs under the reference (nats), where they were computed beforehand.
+    """
 
     chosen: TokenSequence
     rejected: TokenSequence
     margin: float = 0.0
+    ref_logps: tuple[float, float] | None = None
 
     def __len__(self) -> int:
         return len(self.chosen) + len(self.rejected)
+
+
+@dataclass(frozen=True)
+class ScoredSequence:
+    """One answer and the score that somebody gave it."""
+
+    sequence: TokenSequence
+    score: float
+
+    def __len__(self) -> int:
+        return len(self.sequence)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Two or more answers to one prompt, the best first."""
+
+    sequences: tuple[TokenSequence, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sequences))
+
+
+@dataclass(frozen=True)
+class LabelledSequence:
+    """One answer, and whether it is a desirable one.
+
+    `mismatched` is the same prompt with the answer to another one: KTO measures its distance to the reference on it.
+    It is empty where the loss does not ask for it.
+    `ref_logps`: summed log-probs (nats) of `sequence` and `mismatched` under the reference, where already computed.
+    """
+
+    sequence: TokenSequence
+    desirable: bool
+    mismatched: TokenSequence
+    ref_logps: tuple[float, float] | None = None
+
+    def __len__(self) -> int:
+        return len(self.sequence) + len(self.mismatched)
 
 
 @dataclass(frozen=True)
@@ -75,14 +118,41 @@ class PreferenceBatch:
     """B pairs as 2B sequences: the chosen ones first (0..B-1), the rejected ones after (B..2B-1). `margins` fp32 [B].
 
     Pairs (a+, a-) and (b+, b-) lie as `a+ b+ a- b-`, so sequence i and sequence B + i answer the same prompt.
+    `ref_logps` fp32 [2B], of the sequences in their order; None where the reference is asked in each step.
     """
 
     sequences: TokenBatch
     margins: Tensor
+    ref_logps: Tensor | None = None
 
     @property
     def num_pairs(self) -> int:
         return len(self.sequences.lengths) // 2
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """B answers end to end, with their scores, fp32 [B]."""
+
+    sequences: TokenBatch
+    scores: Tensor
+
+
+@dataclass(frozen=True)
+class RankingBatch:
+    """All answers of R rankings end to end, ranking by ranking, the best first; `counts` is how many each has."""
+
+    sequences: TokenBatch
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """B labelled answers, then their B mismatched ones, end to end. `desirable` bool [B]; `ref_logps` fp32 [2B]."""
+
+    sequences: TokenBatch
+    desirable: Tensor
+    ref_logps: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -111,12 +181,13 @@ class Episode:
 class Experience:
     """What PPO learns from one episode; fp32 [k] each on the CPU, one entry per response token.
 
-    `old_values[t]` and `returns[t]` belong to the state before response token t, where it is chosen.
+    `old_values[t]` and `returns[t]` belong to the state before response token t, where it is chosen; the values are
+    None where there is no critic.
     """
 
     episode: Episode
     old_logprobs: Tensor
-    old_values: Tensor
+    old_values: Tensor | None
     advantages: Tensor
     returns: Tensor
 
@@ -134,7 +205,7 @@ class ExperienceBatch:
 
     sequences: TokenBatch
     old_logprobs: Tensor
-    old_values: Tensor
+    old_values: Tensor | None
     advantages: Tensor
     returns: Tensor
 
@@ -156,7 +227,7 @@ def pack(sequences: Sequence[TokenSequence]) -> TokenBatch:
         tokens=torch.tensor([token for sequence in sequences for token in sequence.tokens], dtype=torch.int64),
         positions=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=bounds.to(torch.int32),
-        response_mask=torch.tensor([flag for sequence in sequences for flag in sequence.response_mask]),
+        response_mask=torch.tensor([flag for item in sequences for flag in item.response_mask], dtype=torch.bool),
         lengths=lengths,
     )
 
@@ -166,15 +237,57 @@ def pack_pairs(pairs: Sequence[PreferencePair]) -> PreferenceBatch:
     return PreferenceBatch(
         sequences=pack([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]),
         margins=torch.tensor([pair.margin for pair in pairs], dtype=torch.float32),
+        ref_logps=known_logps([pair.ref_logps for pair in pairs]),
+    )
+
+
+def part(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
+    """Sequences `start` to `stop - 1` as a record of their own."""
+    first = sum(batch.lengths[:start])
+    cut = slice(first, sum(batch.lengths[:stop]))
+    return TokenBatch(
+        tokens=batch.tokens[cut],
+        positions=batch.positions[cut],
+        cu_seqlens=batch.cu_seqlens[start : stop + 1] - first,
+        response_mask=batch.response_mask[cut],
+        lengths=batch.lengths[start:stop],
+    )
+
+
+def known_logps(pairs: Sequence[tuple[float, float] | None]) -> Tensor | None:
+    """The first of each, then the second of each, fp32; None where one is not known."""
+    known = [pair for pair in pairs if pair is not None]
+    return torch.tensor(known, dtype=torch.float32).T.flatten() if len(known) == len(pairs) else None
+
+
+def pack_scored(examples: Sequence[ScoredSequence]) -> ScoredBatch:
+    """Lay scored answers end to end (CPU tensors)."""
+    scores = torch.tensor([example.score for example in examples], dtype=torch.float32)
+    return ScoredBatch(pack([example.sequence for example in examples]), scores)
+
+
+def pack_rankings(rankings: Sequence[Ranking]) -> RankingBatch:
+    """Lay rankings end to end (CPU tensors)."""
+    sequences = [sequence for ranking in rankings for sequence in ranking.sequences]
+    return RankingBatch(pack(sequences), tuple(len(ranking.sequences) for ranking in rankings))
+
+
+def pack_labelled(examples: Sequence[LabelledSequence]) -> LabelledBatch:
+    """Lay labelled answers end to end, their mismatched ones after (CPU tensors)."""
+    return LabelledBatch(
+        sequences=pack([example.sequence for example in examples] + [example.mismatched for example in examples]),
+        desirable=torch.tensor([example.desirable for example in examples]),
+        ref_logps=known_logps([example.ref_logps for example in examples]),
     )
 
 
 def pack_experience(experiences: Sequence[Experience]) -> ExperienceBatch:
     """Lay experiences end to end (CPU tensors)."""
+    values = [experience.old_values for experience in experiences if experience.old_values is not None]
     return ExperienceBatch(
         sequences=pack([experience.episode.sequence for experience in experiences]),
         old_logprobs=torch.cat([experience.old_logprobs for experience in experiences]),
-        old_values=torch.cat([experience.old_values for experience in experiences]),
+        old_values=torch.cat(values) if values else None,
         advantages=torch.cat([experience.advantages for experience in experiences]),
         returns=torch.cat([experience.returns for experience in experiences]),
     )

@@ -14,6 +14,11 @@ Optim = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 KLEstimator = Literal["k1", "k2", "k3"]
 ValueInit = Literal["reward", "zero"]
+Critic = Literal["adapter", "shared"]
+Estimator = Literal["gae", "reinforce", "rloo", "grpo", "a2c"]
+ConstraintMode = Literal["skip", "lagrangian"]
+Truncation = Literal["keep_start", "keep_end", "error"]
+Activation = Literal["none", "sigmoid"]
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
 
@@ -55,7 +60,11 @@ class TrainConfig(ModelConfig):
         0.05, "Rows to hold out when there is no eval_dataset: a share below 1, or a count; 0: none.", least=0
     )
     skip_bad_rows: bool = option(False, "Count and list bad rows and go on, instead of stopping at the first.")
-    max_length: int = option(1024, "Longest sequence in tokens; a longer response is cut at its end.", least=2)
+    max_length: int = option(1024, "Longest sequence in tokens, prompt and response together.", least=2)
+    truncation_mode: Truncation = option(
+        "keep_start", "What is cut beyond max_length: keep_start the response's end, keep_end the prompt's beginning; "
+        "error: nothing, such a row is bad.",
+    )  # fmt: skip
     padding_free: bool = option(True, "Pack sequences end to end. Off: pad to the longest of the micro-batch.")
 
     output_dir: str = option("", "Run folder. Empty: runs/<command>.")
@@ -63,6 +72,10 @@ class TrainConfig(ModelConfig):
         False, "Go on from the newest whole checkpoint in output_dir; from the start if there is none."
     )
     overwrite: bool = option(False, "Replace a run that output_dir already holds.")
+    dry_run: bool = option(
+        False,
+        "Show the settings, each role's parameters and the first example with its mask; train nothing.",
+    )
     seed: int = option(42, "Seed of the data order and of every new weight.")
 
     use_peft: bool = option(True, "Train a LoRA adapter. Off: train all weights (no 4-bit).")
@@ -97,7 +110,36 @@ class TrainConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig(TrainConfig):
+class SpeakingConfig(TrainConfig):
+    """What is shared by commands whose policy is also heard at each evaluation."""
+
+    eval_samples: int = option(
+        4, "Held-out prompts that are answered at each evaluation, for samples.jsonl and the report; 0: none.", least=0
+    )
+    eval_sample_length: int = option(64, "Longest of those answers, in tokens.", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """What judges answers, in training and in evaluation."""
+
+    reward_model_path: str = option(
+        "", "Reward adapter that `onecard reward` trained on the same base, or any Hugging Face sequence classifier."
+    )
+    reward_label: str = option("", "Which label of a classifier with several is the reward, by name or number.")
+    reward_funcs: list[str] = option(
+        [], "fluency, relevance, diversity, length, exact_answer, regex:PATTERN, or a Python function: module:function "
+        "or file.py:function. May be given several times, or as one line: '0.5*fluency + 2*judge.py:polite'.",
+    )  # fmt: skip
+    reward_weights: list[float] = option(
+        [], "A weight for each reward, the reward model first, then reward_funcs in order; empty: those in "
+        "reward_funcs, or 1 each.",
+    )  # fmt: skip
+    missing_eos_penalty: float = option(0.0, "Taken from the score of a response that does not end by itself.", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(SpeakingConfig):
     """Supervised fine-tuning on `text`, `messages`, or `prompt` + `completion` rows."""
 
     completion_only_loss: bool = option(True, "With prompt + completion rows, learn the completion only.")
@@ -106,47 +148,71 @@ class SFTConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig(TrainConfig):
-    """A reward adapter with a scalar head, from `prompt`, `chosen`, `rejected` (and `margin`) rows."""
+    """A reward adapter with a scalar head, from pairs (`chosen`, `rejected`, maybe `margin`), scores (`completion`,
+    `score`) or rankings (`completions`, the best first), each with `prompt`.
+    """
 
     center_rewards_coefficient: float = option(
-        0.0, "Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0.", least=0
+        0.0, "Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0; pairs and rankings.", least=0
+    )
+    score_activation: Activation = option(
+        "none", "sigmoid: scores are fitted by the sigmoid of the head, for scores from 0 to 1."
+    )
+    normalize_scores: bool = option(
+        False, "Shift and scale the trained head so that training rows' scores have mean 0 and standard deviation 1."
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(TrainConfig):
-    """Direct preference optimization from `prompt`, `chosen`, `rejected` rows."""
+class DPOConfig(SpeakingConfig):
+    """Direct preference optimization from `prompt`, `chosen`, `rejected` rows; kto: `prompt`, `completion`, `label`."""
 
     learning_rate: float = option(5e-5, "Peak learning rate.", least=0)
     beta: float = option(0.1, "Strength of the pull towards the reference; larger stays closer.", least=0)
     loss_type: list[str] = option(
         ["sigmoid"], "sigmoid, ipo, hinge, discopop, robust, exo_pair, nca_pair, bco_pair, sppo_hard, aot, "
-        "aot_unpaired, apo_zero, apo_down, sigmoid_norm or sft; several are added up with loss_weights.",
+        "aot_unpaired, apo_zero, apo_down, sigmoid_norm or sft; several are added up with loss_weights. Without a "
+        "reference: simpo, orpo, cpo. From labelled answers: kto, apo_zero_unpaired. These five stand alone.",
     )  # fmt: skip
     loss_weights: list[float] = option([], "One weight for each loss_type; empty: 1 each.")
     label_smoothing: float = option(
         0.0, "Probability that a label is flipped, 0 to 0.5; used by sigmoid (cDPO), sigmoid_norm, aot, aot_unpaired, "
-        "robust (below 0.5) and exo_pair (above 0).", least=0,
+        "simpo, cpo, robust (below 0.5) and exo_pair (above 0).", least=0,
     )  # fmt: skip
     f_divergence_type: Divergence = option("reverse_kl", "Divergence to the reference.")
     f_alpha_divergence_coef: float = option(0.5, "alpha of alpha_divergence.")
+    discopop_tau: float = option(0.05, "Temperature of discopop.")
+    use_weighting: bool = option(False, "Weight each pair by how likely its answers are under the policy (WPO).")
+    simpo_gamma: float = option(0.5, "Target margin of simpo.")
+    cpo_alpha: float = option(1.0, "Weight of the likelihood of the chosen answer in cpo.", least=0)
+    desirable_weight: float = option(1.0, "Weight of the desirable answers in kto and apo_zero_unpaired.", least=0)
+    undesirable_weight: float = option(1.0, "Weight of the undesirable answers in kto and apo_zero_unpaired.", least=0)
+    ref_adapter: str = option("", "Adapter folder that is the reference. Empty: the policy as it starts.")
+    precompute_ref_log_probs: bool = option(
+        False, "Compute the reference's log-probs once, before training, and keep them on disk for other runs."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(TrainConfig):
+class PPOConfig(JudgeConfig, TrainConfig):
     """Proximal policy optimization from `prompt` rows: the policy answers, rewards judge, the policy learns.
 
     A step is one iteration: batch_size responses are sampled and scored, then learned from num_ppo_epochs times.
     """
 
-    reward_model_path: str = option("", "Reward adapter that `onecard reward` trained on the same base.")
-    reward_funcs: list[str] = option(
-        [], "Python reward, as module:function or file.py:function; may be given several times. See docs/ppo.md."
+    normalize_reward: bool = option(
+        False, "Shift and scale scores so that the starting policy's answers have mean 0 and standard deviation 1."
     )
-    reward_weights: list[float] = option(
-        [], "A weight for each reward, the reward model first, then reward_funcs in order; empty: 1 each."
-    )
-    missing_eos_penalty: float = option(0.0, "Taken from the score of a response that does not end by itself.", least=0)
+    constraint_model_path: str = option("", "Cost of each answer: what reward_model_path may be.")
+    constraint_label: str = option("", "Which label of that is the cost, if it is a classifier with several.")
+    constraint_funcs: list[str] = option([], "Cost of each answer: as reward_funcs; all costs are added up.")
+    constraint_threshold: float = option(0.0, "An answer that costs more violates the constraint.")
+    constraint_mode: ConstraintMode = option(
+        "skip", "skip: an answer that violates the constraint gives no gradient. lagrangian: its cost is taken from "
+        "the score, times a multiplier that is learned so that the mean cost comes to the threshold.",
+    )  # fmt: skip
+    constraint_lambda: float = option(1.0, "The multiplier at the start of lagrangian.", least=0)
+    constraint_lambda_lr: float = option(0.1, "How fast the multiplier follows the mean cost.", least=0)
 
     total_episodes: int = option(
         0, "Responses to sample in all; 0: num_train_epochs over the prompts. max_steps overrides both.", least=0
@@ -177,6 +243,15 @@ class PPOConfig(TrainConfig):
         0.0, "End an iteration's passes when a minibatch's policy/approxkl exceeds this; 0: never.", least=0
     )
 
+    advantage_estimator: Estimator = option(
+        "gae", "gae and a2c use a critic; reinforce, rloo and grpo do not. rloo and grpo compare num_generations "
+        "answers to a prompt. reinforce and a2c pass over an iteration's answers once and do not clip.",
+    )  # fmt: skip
+    critic: Critic = option("adapter", "adapter: the critic has weights of its own; shared: a head on the policy.")
+    bootstrap_truncated: bool = option(
+        False, "The return of an answer that was cut goes on with the critic's value instead of ending."
+    )
+    ref_adapter: str = option("", "Adapter folder that is the reference. Empty: the policy as it starts.")
     gamma: float = option(1.0, "Discount of later rewards, per token.", least=0)
     lam: float = option(0.95, "lambda of GAE: 1 is Monte-Carlo, 0 is one step ahead.", least=0)
     whiten_rewards: bool = option(
@@ -205,6 +280,43 @@ class GenerateConfig(ModelConfig):
     top_p: float = option(1.0, "Sample from the smallest set of tokens with this much probability.", least=0)
     top_k: int = option(0, "Sample from this many likeliest tokens; 0: all.", least=0)
     batch_size: int = option(16, "Prompts generated together.", least=1)
+    seed: int = option(42, "Seed of the sampling.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig(ModelConfig):
+    """A conversation with a model or an adapter, in the terminal."""
+
+    system: str = option("", "Message that a chat opens with, before the first of yours.")
+    max_new_tokens: int = option(256, "Longest answer in tokens.", least=1)
+    temperature: float = option(0.7, "Divides the logits; 0: the likeliest token each time.", least=0)
+    top_p: float = option(1.0, "Sample from the smallest set of tokens with this much probability.", least=0)
+    top_k: int = option(0, "Sample from this many likeliest tokens; 0: all.", least=0)
+    seed: int = option(42, "Seed of the sampling.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(ModelConfig):
+    """An adapter and its base as one plain Hugging Face model."""
+
+    output_dir: str = option("", "Folder of the merged model; it must not exist, or be empty.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(JudgeConfig, ModelConfig):
+    """How good a policy's answers are: rewards, win rate over a baseline, KL to the reference, length, variety."""
+
+    dataset: str = option("", "Rows with a `prompt` column; perplexity is of `completion` or `chosen`.")
+    dataset_split: str = option("test", "Split to use when dataset is a hub dataset.")
+    baseline: str = option("", "Another model, run or adapter on the same base, whose answers are compared.")
+    ref_adapter: str = option("", "Adapter that KL is measured to. Empty: the base.")
+    output_dir: str = option("", "Folder of evaluation.json, evaluation.md and samples.jsonl. Empty: only print.")
+    max_prompts: int = option(128, "Prompts to use, from the first on; 0: all.", least=0)
+    max_length: int = option(1024, "Longest sequence in tokens, prompt and response together.", least=2)
+    response_length: int = option(64, "Longest response in tokens.", least=1)
+    temperature: float = option(1.0, "Divides the logits wherever a policy is asked.", least=0)
+    per_device_eval_batch_size: int = option(16, "Sequences in one pass without gradients.", least=1)
+    local_rollout_forward_batch_size: int = option(64, "Prompts sampled together.", least=1)
     seed: int = option(42, "Seed of the sampling.")
 
 

@@ -2,17 +2,8 @@
 
 import pytest
 
-from onecard.batches import PreferencePair, TokenSequence
-from onecard.data import Prompt, hold_out, step_indices
+from onecard.data import hold_out, step_indices
 from onecard.errors import OnecardError
-
-
-def sequence(*tokens: int, prompt: int) -> TokenSequence:
-    return TokenSequence(tokens, tuple(place >= prompt for place in range(len(tokens))))
-
-
-def pair(prompt: int, answer: int) -> PreferencePair:
-    return PreferencePair(sequence(1, prompt, answer, prompt=2), sequence(1, prompt, 0, prompt=2))
 
 
 @pytest.mark.parametrize(
@@ -20,7 +11,7 @@ def pair(prompt: int, answer: int) -> PreferencePair:
     [(100, 0.05, 5), (100, 0.07, 7), (10, 0.05, 1), (100, 1, 1), (100, 30, 30), (100, 0, 0), (3, 2, 2), (1, 0, 0)],
 )
 def test_sizes(count: int, test_size: float, held: int) -> None:
-    train, test = hold_out(list(range(count)), test_size=test_size, seed=1)
+    train, test = hold_out(list(range(count)), range(count), test_size=test_size, seed=1)
     assert len(test) == held
     assert sorted(train + test) == list(range(count))
     assert train == sorted(train)
@@ -28,41 +19,28 @@ def test_sizes(count: int, test_size: float, held: int) -> None:
 
 
 def test_depends_on_the_seed_alone() -> None:
-    splits = [tuple(hold_out(list(range(50)), test_size=0.2, seed=seed)[1]) for seed in (0, 0, 1, 2)]
+    splits = [tuple(hold_out(list(range(50)), range(50), test_size=0.2, seed=seed)[1]) for seed in (0, 0, 1, 2)]
     assert splits[0] == splits[1]
     assert len(set(splits)) == 3
 
 
-def test_no_prompt_of_a_pair_is_on_both_sides() -> None:
-    pairs = [pair(prompt=10 + index % 20, answer=100 + index) for index in range(60)]
-    train, test = hold_out(pairs, test_size=0.25, seed=3)
-    prompts = [{item.chosen.tokens[1] for item in side} for side in (train, test)]
-    assert not prompts[0] & prompts[1]
+def test_no_prompt_is_on_both_sides() -> None:
+    prompts = [10 + index % 20 for index in range(60)]
+    train, test = hold_out(range(60), prompts, test_size=0.25, seed=3)
+    assert not {prompts[item] for item in train} & {prompts[item] for item in test}
     assert (len(train), len(test)) == (45, 15)
 
 
-def test_prompts_keep_together_in_sft_and_texts_without_one_stand_alone() -> None:
-    answers = [sequence(1, 7 + index // 2, 50 + index, prompt=2) for index in range(8)]
-    train, test = hold_out(answers, test_size=1, seed=0)
-    assert len(test) == 2  # no prompt has fewer than two examples
-    assert test[0].tokens[:2] == test[1].tokens[:2]
-    for prompt in (0, 1):  # text rows, and completions of an empty prompt
-        texts = [sequence(1, 50 + index, prompt=prompt) for index in (0, 1, 2, 2)]
-        train, test = hold_out(texts, test_size=2, seed=0)
-        assert not {item.tokens for item in train} & {item.tokens for item in test}
-        assert len(test) == 2
+def test_more_are_held_out_where_no_prompt_has_fewer_examples() -> None:
+    train, test = hold_out(range(8), [index // 2 for index in range(8)], test_size=1, seed=0)
+    assert len(train) == 6
+    assert test[0] // 2 == test[1] // 2
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_where_every_prompt_is_too_large_the_rarest_is_held_out(seed: int) -> None:
-    train, test = hold_out(list("aaabbbccddd"), test_size=1, seed=seed)
+    train, test = hold_out(list("aaabbbccddd"), "aaabbbccddd", test_size=1, seed=seed)
     assert ("".join(train), "".join(test)) == ("aaabbbddd", "cc")
-
-
-def test_prompts_are_their_own_group() -> None:
-    prompts = [Prompt("a", (1, 2)), Prompt("b", (1, 3)), Prompt("a", (1, 2))]
-    train, test = hold_out(prompts, test_size=1, seed=0)
-    assert ([item.text for item in train], [item.text for item in test]) == (["a", "a"], ["b"])
 
 
 @pytest.mark.parametrize(
@@ -75,7 +53,7 @@ def test_prompts_are_their_own_group() -> None:
 )
 def test_nothing_left_to_train_on(examples: list[int], test_size: float, message: str) -> None:
     with pytest.raises(OnecardError) as error:
-        hold_out(examples, test_size=test_size, seed=0)
+        hold_out(examples, examples, test_size=test_size, seed=0)
     assert str(error.value) == message + "give fewer, or 0, or an eval_dataset."
 
 
@@ -89,7 +67,7 @@ def test_nothing_left_to_train_on(examples: list[int], test_size: float, message
 )
 def test_sizes_that_mean_nothing(test_size: float, message: str) -> None:
     with pytest.raises(OnecardError) as error:
-        hold_out([1, 2, 3, 4], test_size=test_size, seed=0)
+        hold_out([1, 2, 3, 4], [1, 2, 3, 4], test_size=test_size, seed=0)
     assert str(error.value) == message
 
 
@@ -116,3 +94,8 @@ def test_order_is_the_same_on_every_machine() -> None:
 def test_impossible_batches(count: int, size: int) -> None:
     with pytest.raises(ValueError, match="batch_size >= 1"):
         step_indices(count, size, seed=0, epoch=0)
+
+
+def test_a_group_for_each_example() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        hold_out([1, 2, 3], [1, 2], test_size=1, seed=0)

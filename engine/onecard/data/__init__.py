@@ -6,7 +6,7 @@
     pairs = preference_examples(rows, tokenizer, max_length=512, skip_bad_rows=True)
     for note in pairs.notes:
         print(note)                                      # 2 of 1094 responses were cut at max_length 512
-    train, held = hold_out(pairs.examples, test_size=0.05, seed=42)
+    train, held = hold_out(pairs.examples, pairs.groups, test_size=0.05, seed=42)
     for indices in step_indices(len(train), 8, seed=42, epoch=0):
         batch = pack_pairs([train[i] for i in indices])  # of onecard.batches
 
@@ -19,9 +19,18 @@ Whatever cannot be used is an `OnecardError` of one line, `pairs.jsonl:3: chosen
 are listed in `bad_rows` and counted in `notes` instead.
 """
 
+from onecard.data.account import BadRow, Tokenized
 from onecard.data.files import Row, load_rows, prompt_rows
 from onecard.data.order import hold_out, step_indices, stream_indices
-from onecard.data.tokenized import BadRow, Prompt, Tokenized, preference_examples, prompt_examples, sft_examples
+from onecard.data.tokenized import (
+    Prompt,
+    labelled_examples,
+    preference_examples,
+    prompt_examples,
+    ranking_examples,
+    scored_examples,
+    sft_examples,
+)
 from onecard.data.tokens import prompt_text, prompt_tokens
 
 __all__ = [
@@ -30,12 +39,15 @@ __all__ = [
     "Row",
     "Tokenized",
     "hold_out",
+    "labelled_examples",
     "load_rows",
     "preference_examples",
     "prompt_examples",
     "prompt_rows",
     "prompt_text",
     "prompt_tokens",
+    "ranking_examples",
+    "scored_examples",
     "sft_examples",
     "step_indices",
     "stream_indices",

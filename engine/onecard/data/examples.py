@@ -5,31 +5,39 @@ Text is a string or a tuple of chat messages, in TRL's columns:
 | training | columns |
 |---|---|
 | SFT | `messages`, or `prompt` + `completion`, or `text` (the first that a row has) |
-| reward, DPO | `chosen`, `rejected`, `prompt`; `margin` if known |
+| reward, DPO: pairs | `chosen`, `rejected`, `prompt`; `margin` if known |
+| reward: scores | `prompt`, `completion`, `score` |
+| reward: rankings | `prompt`, `completions`: two answers or more, the best first |
+| KTO: labelled answers | `prompt`, `completion`, `label`: whether it is a desirable one |
 | prompts | `prompt` |
 
-Chat answers need no `prompt`: it is the messages that chosen and rejected share at their start (TRL's implicit prompt).
+Chat pairs need no `prompt`: it is the messages that chosen and rejected share at their start (TRL's implicit prompt).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias
 
+from onecard.data.columns import (
+    BadRowError,
+    Messages,
+    Text,
+    as_text,
+    column,
+    is_chat,
+    must_answer,
+    must_ask,
+    must_match,
+    number,
+    text_or_messages,
+    there_are,
+    truth,
+    unused,
+)
 from onecard.data.files import Row, kind
 from onecard.errors import nearest
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-# A message keeps whatever else it has beside role and content (name, tool calls): the chat template may read it.
-Messages: TypeAlias = tuple[dict[str, Any], ...]
-Text: TypeAlias = str | Messages
-
-
-class BadRowError(Exception):
-    """Why one row cannot be used. Becomes an `OnecardError` or a `BadRow`, which add the place."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,32 @@ class PreferenceRow:
 
 
 @dataclass(frozen=True)
+class ScoredRow:
+    """One answer and the score that somebody gave it."""
+
+    prompt: Text
+    completion: Text
+    score: float
+
+
+@dataclass(frozen=True)
+class RankingRow:
+    """Two answers or more to one prompt, the best first: all text, or all messages."""
+
+    prompt: Text
+    completions: tuple[Text, ...]
+
+
+@dataclass(frozen=True)
+class LabelledRow:
+    """One answer, and whether it is a desirable one."""
+
+    prompt: Text
+    completion: Text
+    desirable: bool
+
+
+@dataclass(frozen=True)
 class PromptRow:
     """A prompt to answer."""
 
@@ -101,7 +135,50 @@ def preference_row(row: Row) -> PreferenceRow:
     must_ask("prompt", prompt)
     must_answer("chosen", chosen)
     must_answer("rejected", rejected)
-    return PreferenceRow(prompt, chosen, rejected, margin_of(values))
+    return PreferenceRow(prompt, chosen, rejected, number(values, "margin") if "margin" in values else 0.0)
+
+
+def scored_row(row: Row, bounds: tuple[float, float] | None = None) -> ScoredRow:
+    """An answer with its score, which lies within `bounds` where they are given."""
+    answer = completion_kind(row.values)
+    score = number(row.values, "score")
+    if bounds is not None and not bounds[0] <= score <= bounds[1]:
+        raise BadRowError(f"score: {score:g}, expected {bounds[0]:g} to {bounds[1]:g}")
+    return ScoredRow(answer.prompt, answer.completion, score)
+
+
+def ranking_row(row: Row) -> RankingRow:
+    """Answers in their order, the best first."""
+    values = row.values
+    given = column(values, "completions")
+    if not isinstance(given, list):
+        raise BadRowError(f"completions: expected a list of answers, the best first, got {kind(given)}")
+    if len(given) < 2:
+        raise BadRowError(f"completions: expected 2 answers or more, got {len(given)}")
+    prompt = text_or_messages(values, "prompt")
+    must_ask("prompt", prompt)
+    answers = {f"completions[{place}]": as_text(item, f"completions[{place}]") for place, item in enumerate(given)}
+    for name, answer in answers.items():
+        must_match(name, answer, "prompt", prompt)
+        must_answer(name, answer)
+    return RankingRow(prompt, tuple(answers.values()))
+
+
+def labelled_row(row: Row) -> LabelledRow:
+    """An answer with its label."""
+    answer = completion_kind(row.values)
+    return LabelledRow(answer.prompt, answer.completion, truth(row.values, "label"))
+
+
+def shared_start(chosen: Messages, rejected: Messages) -> Messages:
+    """The messages that open both, leaving each at least one to answer with."""
+    limit = min(len(chosen), len(rejected)) - 1
+    count = next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
+    if count == 0:
+        raise BadRowError(
+            "no prompt: 'prompt' holds no messages, and chosen and rejected share no message at their start"
+        )
+    return chosen[:count]
 
 
 def prompt_row(row: Row) -> PromptRow:
@@ -138,114 +215,3 @@ SFT_KINDS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], SFTRow]] = {
     ("prompt", "completion"): completion_kind,
     ("text",): text_kind,
 }
-
-
-def is_chat(text: Text) -> TypeGuard[Messages]:
-    return not isinstance(text, str)
-
-
-def text_or_messages(values: Mapping[str, Any], name: str) -> Text:
-    """A column's text or messages, checked."""
-    if name not in values:
-        raise BadRowError(f"no column '{name}'; {there_are(values)}{nearest(name, unused(values))}")
-    value = values[name]
-    if value is None:
-        raise BadRowError(f"{name} is null")
-    if isinstance(value, str):
-        return unicode(value, name)
-    if not isinstance(value, list):
-        raise BadRowError(f"{name}: expected text or a list of messages, got {kind(value)}")
-    if not value:
-        raise BadRowError(f"{name}: the list of messages is empty")
-    return tuple(message(item, f"{name}[{index}]") for index, item in enumerate(value))
-
-
-def message(value: object, place: str) -> dict[str, Any]:
-    """One chat message; null entries, which Parquet adds to make all messages alike, are left out."""
-    if not isinstance(value, dict):
-        raise BadRowError(f"{place}: expected an object with role and content, got {kind(value)}")
-    kept = {key: item for key, item in value.items() if item is not None}
-    for key in ("role", "content"):
-        if key not in kept:
-            state = (
-                f"{key} is null" if key in value else f"no '{key}'; there are {', '.join(map(str, value)) or 'none'}"
-            )
-            raise BadRowError(f"{place}: {state}")
-        if not isinstance(kept[key], str):
-            raise BadRowError(f"{place}: {key}: expected text, got {kind(kept[key])}")
-    if kept["role"] not in ROLES:
-        role = kept["role"]
-        raise BadRowError(
-            f"{place}: unknown role '{role[:40]}'; expected one of {', '.join(ROLES)}.{nearest(role, ROLES)}"
-        )
-    unicode(kept["content"], place)
-    return kept
-
-
-def unicode(text: str, place: str) -> str:
-    """JSON can hold half of a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRowError(f"{place}: not valid Unicode at character {error.start + 1}") from error
-    return text
-
-
-def margin_of(values: Mapping[str, Any]) -> float:
-    """By how much the chosen answer is better; 0 where there is no such column."""
-    if "margin" not in values:
-        return 0.0
-    value = values["margin"]
-    if value is None:
-        raise BadRowError("margin is null")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise BadRowError(f"margin: expected a number, got {kind(value)}")
-    try:
-        margin = float(value)
-    except OverflowError:
-        margin = math.inf
-    if not math.isfinite(margin):
-        raise BadRowError(f"margin: expected a finite number, got {margin}")
-    return margin
-
-
-def shared_start(chosen: Messages, rejected: Messages) -> Messages:
-    """The messages that open both, leaving each at least one to answer with."""
-    limit = min(len(chosen), len(rejected)) - 1
-    count = next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
-    if count == 0:
-        raise BadRowError(
-            "no prompt: 'prompt' holds no messages, and chosen and rejected share no message at their start"
-        )
-    return chosen[:count]
-
-
-def must_match(name: str, text: Text, other: str, expected: Text) -> None:
-    if is_chat(text) != is_chat(expected):
-        words = {True: "messages", False: "text"}
-        raise BadRowError(f"{name} is {words[is_chat(text)]} but {other} is {words[is_chat(expected)]}")
-
-
-def must_ask(name: str, text: Text) -> None:
-    """A prompt leaves the next word to the assistant."""
-    if is_chat(text) and text[-1]["role"] == "assistant":
-        raise BadRowError(f"{name}: its last message is the assistant's, which leaves nothing to answer")
-
-
-def must_answer(name: str, text: Text) -> None:
-    """An answer opens and ends with the assistant; in between there may be tools."""
-    if is_chat(text) and not text[0]["role"] == text[-1]["role"] == "assistant":
-        roles = ", ".join(item["role"] for item in text)
-        raise BadRowError(f"{name}: expected to open and end with the assistant's message, got {roles}")
-
-
-def there_are(values: Mapping[str, Any]) -> str:
-    return f"there are {', '.join(map(str, values))}." if values else "the row is empty."
-
-
-def unused(values: Mapping[str, Any]) -> list[str]:
-    """Column names that might be a misspelling: not those that mean something by themselves."""
-    return [str(name) for name in values if name not in KNOWN]
-
-
-KNOWN = ("text", "messages", "prompt", "completion", "chosen", "rejected", "margin", "score")

@@ -7,39 +7,40 @@ import random
 from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
-from onecard.batches import PreferencePair, TokenSequence
 from onecard.errors import OnecardError
 
 Example = TypeVar("Example")
 
 
-def hold_out(examples: Sequence[Example], *, test_size: float, seed: int) -> tuple[list[Example], list[Example]]:
+def hold_out(
+    examples: Sequence[Example], groups: Sequence[Hashable], *, test_size: float, seed: int
+) -> tuple[list[Example], list[Example]]:
     """Split into (train, held out); `test_size` is a share below 1 (rounded up), else a count.
 
-    Examples of one prompt stay together, as do copies of one text: an answer to a prompt that was trained on says
-    little about new prompts. So where prompts repeat, fewer than `test_size` may be held out, or a few more if even the
-    rarest prompt has more examples than that. Both lists keep the order of `examples`.
+    Examples of one group (`Tokenized.groups`: one prompt, or copies of one text) stay together: an answer to a prompt
+    that was trained on says little about new prompts. So where prompts repeat, fewer than `test_size` may be held out,
+    or a few more if even the rarest prompt has more examples than that. Both lists keep the order of `examples`.
 
-        >>> hold_out(["a", "b", "c", "d", "a"], test_size=2, seed=0)
-        (['a', 'd', 'a'], ['b', 'c'])
+        >>> hold_out([1, 2, 3, 4, 5], ["a", "b", "c", "d", "a"], test_size=2, seed=0)
+        ([1, 4, 5], [2, 3])
     """
     wanted = target(len(examples), test_size)
     if wanted == 0:
         return list(examples), []
-    groups: dict[Hashable, list[int]] = {}
-    for index, example in enumerate(examples):
-        groups.setdefault(group_key(example), []).append(index)
-    if wanted >= len(examples) or len(groups) == 1:
+    places: dict[Hashable, list[int]] = {}
+    for index, (_, group) in enumerate(zip(examples, groups, strict=True)):
+        places.setdefault(group, []).append(index)
+    if wanted >= len(examples) or len(places) == 1:
         raise OnecardError(
-            f"test_size: {test_size:g} of {len(examples)} examples with {len(groups)} different prompts would leave "
+            f"test_size: {test_size:g} of {len(examples)} examples with {len(places)} different prompts would leave "
             "nothing to train on; give fewer, or 0, or an eval_dataset."
         )
-    order = list(groups.values())
+    order = list(places.values())
     random.Random(seed).shuffle(order)
     held: set[int] = set()
-    for group in order:
-        if len(held) + len(group) <= wanted:
-            held.update(group)
+    for indices in order:
+        if len(held) + len(indices) <= wanted:
+            held.update(indices)
     rarest: list[int] = min(order, key=len)
     held = held or set(rarest)
     train = [example for index, example in enumerate(examples) if index not in held]
@@ -55,15 +56,6 @@ def target(count: int, test_size: float) -> int:
     if test_size != int(test_size):
         raise OnecardError(f"test_size: from 1 on it is a count of examples, so {test_size:g} is not one.")
     return int(test_size)
-
-
-def group_key(example: object) -> Hashable:
-    """The prompt of an example; the whole of it where it has none (a lone BOS is nobody's prompt)."""
-    sequence = example.chosen if isinstance(example, PreferencePair) else example
-    if not isinstance(sequence, TokenSequence):
-        return getattr(example, "tokens", example)  # a Prompt is its own key
-    prompt = sequence.tokens[: sequence.response_mask.index(True)]
-    return prompt if len(prompt) > 1 or isinstance(example, PreferencePair) else sequence.tokens
 
 
 def step_indices(num_examples: int, batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:

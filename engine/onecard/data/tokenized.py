@@ -1,54 +1,56 @@
-"""Rows in, examples and a plain account of what happened to them out."""
+"""Rows in, examples of each kind out, with a plain account of what happened to them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from onecard.batches import PreferencePair, TokenSequence
-from onecard.data.examples import BadRowError, preference_row, prompt_row, sft_row
+from onecard.batches import LabelledSequence, PreferencePair, Ranking, ScoredSequence, TokenSequence
+from onecard.config import Truncation
+from onecard.data.account import Made, Tokenized, collect, count_note, made, tokenized
+from onecard.data.columns import BadRowError, Messages, Text, is_chat, must_match
+from onecard.data.examples import (
+    CompletionRow,
+    LabelledRow,
+    MessagesRow,
+    SFTRow,
+    labelled_row,
+    preference_row,
+    prompt_row,
+    ranking_row,
+    scored_row,
+    sft_row,
+)
 from onecard.data.files import Row
-from onecard.data.tokens import Fitted, Tokenizer, preference_tokens, prompt_text, prompt_tokens, sft_tokens
+from onecard.data.tokens import (
+    Fitted,
+    Limit,
+    Tokenizer,
+    answer_tokens,
+    fitted_prompt,
+    prompt_text,
+    prompt_tokens,
+    sft_tokens,
+)
 from onecard.errors import OnecardError
 
-T_co = TypeVar("T_co", covariant=True)
-T = TypeVar("T")
-
-NAMED_BAD_ROWS = 3  # as many as fit a line that is still read
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row that could not be used, and why."""
-
-    source: str
-    number: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.source}:{self.number}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class Tokenized(Generic[T_co]):
-    """Examples in the order of their rows; `notes` say in numbers what was cut, empty, identical or skipped."""
-
-    examples: tuple[T_co, ...]
-    notes: tuple[str, ...] = ()
-    bad_rows: tuple[BadRow, ...] = ()
+SIDE_BY_SIDE = "rows have the prompt of the row after them, so their answers are not mismatched; shuffle the file"
 
 
 @dataclass(frozen=True)
 class Prompt:
     """A prompt to answer. `text` is as given, or as the chat template wrote it; `tokens` are what generation is fed.
 
-    `columns` are the row's other columns, which rewards may look at (an expected answer, say).
+    `columns` are the row's other columns, which rewards may look at (an expected answer, say). `messages` are what
+    the prompt was given as, where it was no text: a classifier may have a chat template of its own.
     """
 
     text: str
     tokens: tuple[int, ...]
     columns: Mapping[str, Any] = field(default_factory=dict)
+    messages: Messages | None = None
 
 
 def sft_examples(
@@ -56,6 +58,7 @@ def sft_examples(
     tokenizer: Tokenizer,
     *,
     max_length: int,
+    truncation_mode: Truncation = "keep_start",
     completion_only_loss: bool,
     assistant_only_loss: bool,
     skip_bad_rows: bool,
@@ -65,93 +68,169 @@ def sft_examples(
     `completion_only_loss` learns the completion of prompt + completion rows, else the prompt too;
     `assistant_only_loss` learns the assistant's turns of `messages`, else the whole conversation.
     """
+    limit = Limit(max_length, truncation_mode)
 
-    def make(row: Row) -> Fitted:
-        return sft_tokens(
-            sft_row(row),
+    def make(row: Row) -> Made[TokenSequence]:
+        example = sft_row(row)
+        answer = sft_tokens(
+            example,
             tokenizer,
-            max_length=max_length,
+            limit,
             completion_only_loss=completion_only_loss,
             assistant_only_loss=assistant_only_loss,
         )
+        return made(answer.sequence, group_of(*asked(example)), [answer])
 
-    made, bad = collect(rows, make, skip_bad_rows)
-    notes = (*length_notes(made, max_length), *bad_notes(bad, len(rows)))
-    return Tokenized(tuple(item.sequence for item in made), notes, bad)
+    return tokenized(rows, *collect(rows, make, skip_bad_rows), max_length)
 
 
 def preference_examples(
-    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int, skip_bad_rows: bool
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    truncation_mode: Truncation = "keep_start",
+    skip_bad_rows: bool,
 ) -> Tokenized[PreferencePair]:
     """`prompt`, `chosen`, `rejected` rows (and `margin`) as pairs, each answer cut to `max_length` with its prompt."""
+    limit = Limit(max_length, truncation_mode)
 
-    def make(row: Row) -> tuple[Fitted, Fitted, float]:
+    def make(row: Row) -> Made[PreferencePair]:
         example = preference_row(row)
-        return *preference_tokens(example, tokenizer, max_length=max_length), example.margin
+        chosen, rejected = answer_tokens(example.prompt, [example.chosen, example.rejected], tokenizer, limit)
+        pair = PreferencePair(chosen.sequence, rejected.sequence, example.margin)
+        return made(pair, group_of(example.prompt, example.chosen), [chosen, rejected])
 
-    made, bad = collect(rows, make, skip_bad_rows)
-    pairs = tuple(PreferencePair(chosen.sequence, rejected.sequence, margin) for chosen, rejected, margin in made)
-    identical = sum(pair.chosen == pair.rejected for pair in pairs)
+    pairs, bad = collect(rows, make, skip_bad_rows)
+    identical = sum(pair.example.chosen == pair.example.rejected for pair in pairs)
+    note = count_note(identical, len(pairs), "pairs have the same tokens on both sides")
+    return tokenized(rows, pairs, bad, max_length, note)
+
+
+def scored_examples(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    truncation_mode: Truncation = "keep_start",
+    skip_bad_rows: bool,
+    bounds: tuple[float, float] | None = None,
+) -> Tokenized[ScoredSequence]:
+    """`prompt`, `completion`, `score` rows; a score outside `bounds` makes a bad row."""
+    limit = Limit(max_length, truncation_mode)
+
+    def make(row: Row) -> Made[ScoredSequence]:
+        example = scored_row(row, bounds)
+        answers = answer_tokens(example.prompt, [example.completion], tokenizer, limit)
+        scored = ScoredSequence(answers[0].sequence, example.score)
+        return made(scored, group_of(example.prompt, example.completion), answers)
+
+    return tokenized(rows, *collect(rows, make, skip_bad_rows), max_length)
+
+
+def ranking_examples(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    truncation_mode: Truncation = "keep_start",
+    skip_bad_rows: bool,
+) -> Tokenized[Ranking]:
+    """`prompt`, `completions` rows: two answers or more, the best first."""
+    limit = Limit(max_length, truncation_mode)
+
+    def make(row: Row) -> Made[Ranking]:
+        example = ranking_row(row)
+        answers = answer_tokens(example.prompt, example.completions, tokenizer, limit)
+        ranking = Ranking(tuple(answer.sequence for answer in answers))
+        return made(ranking, group_of(example.prompt, example.completions[0]), answers)
+
+    rankings, bad = collect(rows, make, skip_bad_rows)
+    identical = sum(len(set(item.example.sequences)) < len(item.example.sequences) for item in rankings)
+    note = count_note(identical, len(rankings), "rankings have answers with the same tokens")
+    return tokenized(rows, rankings, bad, max_length, note)
+
+
+def labelled_examples(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    truncation_mode: Truncation = "keep_start",
+    skip_bad_rows: bool,
+) -> Tokenized[LabelledSequence]:
+    """`prompt`, `completion`, `label` rows. `mismatched` is a row's prompt with the completion of the next row.
+
+    After the last comes the first. What `max_length` takes from a mismatched answer is nobody's data, and not counted.
+    """
+    limit = Limit(max_length, truncation_mode)
+    lenient = replace(limit, truncation_mode="keep_start") if truncation_mode == "error" else limit
+
+    def own(row: Row) -> tuple[Row, LabelledRow, Fitted]:
+        example = labelled_row(row)
+        return row, example, answer_tokens(example.prompt, [example.completion], tokenizer, limit)[0]
+
+    good, bad = collect(rows, own, skip_bad_rows)
+    if len(good) < 2:
+        raise OnecardError(f"{good[0][0]}: is the only row to use; expected 2 or more, whose answers can be exchanged.")
+    neighbours = {str(one[0]): (one, other[1]) for one, other in zip(good, [*good[1:], good[0]], strict=True)}
+
+    def make(row: Row) -> Made[LabelledSequence]:
+        (_, example, answer), other = neighbours[str(row)]
+        must_match("the next row's completion", other.completion, "prompt", example.prompt)
+        [mismatched] = answer_tokens(example.prompt, [other.completion], tokenizer, lenient)
+        labelled = LabelledSequence(answer.sequence, example.desirable, mismatched.sequence)
+        return made(labelled, group_of(example.prompt, example.completion), [answer])
+
+    examples, unmatched = collect([row for row, *_ in good], make, skip_bad_rows)
+    desirable, count = sum(item.example.desirable for item in examples), len(examples)
+    same = sum(one.prompt == other.prompt for (_, one, _), other in neighbours.values())
     notes = (
-        *length_notes([side for chosen, rejected, _ in made for side in (chosen, rejected)], max_length),
-        *count_note(identical, len(pairs), "pairs have the same tokens on both sides"),
-        *bad_notes(bad, len(rows)),
+        *count_note(count if desirable in (0, count) else 0, count, f"labels are {str(desirable > 0).lower()}"),
+        *count_note(same, count, SIDE_BY_SIDE),
     )
-    return Tokenized(pairs, notes, bad)
+    return tokenized(rows, examples, bad + unmatched, max_length, notes)
 
 
 def prompt_examples(
-    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int | None = None, skip_bad_rows: bool = False
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int | None = None,
+    truncation_mode: Truncation = "keep_start",
+    skip_bad_rows: bool = False,
 ) -> Tokenized[Prompt]:
-    """`prompt` rows as what generation is fed. A prompt of more than `max_length` tokens is not cut, but a bad row.
+    """`prompt` rows as what generation is fed. A prompt of more than `max_length` tokens is a bad row, but with
+    keep_end its tokens are cut at their beginning (`text` stays whole).
 
     A column that only some rows have is None in the others.
     """
     others = dict.fromkeys(name for row in rows for name in row.values if name != "prompt")
 
-    def make(row: Row) -> Prompt:
+    def make(row: Row) -> Made[Prompt]:
         prompt = prompt_row(row).prompt
         tokens = prompt_tokens(prompt, tokenizer)
         if not tokens:
             raise BadRowError("prompt: it has no tokens, so there is nothing to go on from")
-        if max_length is not None and len(tokens) > max_length:
-            raise BadRowError(f"prompt: {len(tokens)} tokens, expected at most {max_length} beside the response")
+        kept = tokens if max_length is None else fitted_prompt(tokens, tokenizer, Limit(max_length, truncation_mode))
         columns = {name: row.values.get(name) for name in others}
-        return Prompt(prompt_text(prompt, tokenizer), tuple(tokens), columns)
+        messages = prompt if is_chat(prompt) else None
+        example = Prompt(prompt_text(prompt, tokenizer), tuple(kept), columns, messages)
+        return Made(example, group_of(prompt), prompt_cut=len(kept) < len(tokens))
 
-    made, bad = collect(rows, make, skip_bad_rows)
-    return Tokenized(tuple(made), bad_notes(bad, len(rows)), bad)
-
-
-def collect(rows: Iterable[Row], make: Callable[[Row], T], skip: bool) -> tuple[list[T], tuple[BadRow, ...]]:
-    """Make an example of each row. The first bad row stops everything, unless they are skipped."""
-    made: list[T] = []
-    bad: list[BadRow] = []
-    for row in rows:
-        try:
-            made.append(make(row))
-        except BadRowError as error:
-            bad.append(BadRow(row.source, row.number, str(error)))
-            if not skip:
-                raise OnecardError(str(bad[0])) from error
-    if not made:
-        raise OnecardError(f"none of the {len(bad)} rows can be used. {bad[0]}" if bad else "there are no rows.")
-    return made, tuple(bad)
+    return tokenized(rows, *collect(rows, make, skip_bad_rows), max_length or 0)
 
 
-def length_notes(made: Sequence[Fitted], max_length: int) -> tuple[str, ...]:
-    return (
-        *count_note(sum(item.cut for item in made), len(made), f"responses were cut at max_length {max_length}"),
-        *count_note(sum(item.empty for item in made), len(made), "responses are empty: only their end is learned"),
-    )
+def group_of(*texts: Text) -> str:
+    """The first of the texts that holds anything: the prompt, or what stands for it where it is empty."""
+    return json.dumps(next((text for text in texts if text), ""), sort_keys=True, default=str)
 
 
-def count_note(count: int, total: int, what: str) -> tuple[str, ...]:
-    """`3 of 100 ...`, or nothing where there are none."""
-    return (f"{count} of {total} {what}",) if count else ()
-
-
-def bad_notes(bad: Sequence[BadRow], total: int) -> tuple[str, ...]:
-    more = ["..."] if len(bad) > NAMED_BAD_ROWS else []
-    named = "; ".join([*map(str, bad[:NAMED_BAD_ROWS]), *more])
-    return count_note(len(bad), total, f"rows are bad and were skipped: {named}")
+def asked(row: SFTRow) -> tuple[Text, Text]:
+    """The prompt of an SFT row, and the text that stands for it where there is none."""
+    if isinstance(row, CompletionRow):
+        return row.prompt, row.completion
+    if isinstance(row, MessagesRow):
+        turns = (place for place, message in enumerate(row.messages) if message["role"] == "assistant")
+        return row.messages[: next(turns, 0)], row.messages
+    return "", row.text

@@ -22,7 +22,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from onecard.batches import TokenSequence, predicted_tokens
-from onecard.data.examples import BadRowError, CompletionRow, Messages, MessagesRow, PreferenceRow, SFTRow, Text
+from onecard.config import Truncation
+from onecard.data.columns import BadRowError, Messages, Text
+from onecard.data.examples import CompletionRow, MessagesRow, SFTRow
 from onecard.data.files import reason
 from onecard.errors import OnecardError
 
@@ -38,11 +40,22 @@ class Masked:
 
 
 @dataclass(frozen=True)
+class Limit:
+    """The longest that a sequence may be, and what becomes of a longer one."""
+
+    max_length: int
+    truncation_mode: Truncation
+
+
+@dataclass(frozen=True)
 class Fitted:
-    """What became of one text: `cut` if response tokens were lost, `empty` if its response holds nothing to read."""
+    """What became of one text: `cut` if response tokens were lost, `prompt_cut` if the prompt's first tokens were,
+    `empty` if its response holds nothing to read.
+    """
 
     sequence: TokenSequence
     cut: bool
+    prompt_cut: bool
     empty: bool
 
 
@@ -59,28 +72,36 @@ def prompt_text(prompt: Text, tokenizer: Tokenizer) -> str:
 
 
 def sft_tokens(
-    row: SFTRow, tokenizer: Tokenizer, *, max_length: int, completion_only_loss: bool, assistant_only_loss: bool
+    row: SFTRow, tokenizer: Tokenizer, limit: Limit, *, completion_only_loss: bool, assistant_only_loss: bool
 ) -> Fitted:
     """One SFT example; the loss options say whether the prompt, or all turns, are learned too."""
     if isinstance(row, CompletionRow):
         masked = answered(row.prompt, row.completion, tokenizer)
-        return fitted(masked, tokenizer, max_length, learn_all=not completion_only_loss)
+        return fitted([masked], tokenizer, limit, learn_all=not completion_only_loss)[0]
     if isinstance(row, MessagesRow):
         if assistant_only_loss:
-            return fitted(conversation(row.messages, 0, tokenizer), tokenizer, max_length)
+            return fitted([conversation(row.messages, 0, tokenizer)], tokenizer, limit)[0]
         ids = closed(bare(rendered(row.messages, tokenizer), tokenizer), tokenizer)
     else:
         front, ids = opening(tokenizer), opened(row.text, tokenizer)
         ids = front + closed(ids[len(front) :], tokenizer)  # the front apart: a BOS may have the id of the EOS
-    return fitted(Masked(ids, [True] * len(ids)), tokenizer, max_length)
+    return fitted([Masked(ids, [True] * len(ids))], tokenizer, limit)[0]
 
 
-def preference_tokens(row: PreferenceRow, tokenizer: Tokenizer, *, max_length: int) -> tuple[Fitted, Fitted]:
-    """Both answers, each behind the same prompt ids."""
-    chosen, rejected = (
-        fitted(answered(row.prompt, answer, tokenizer), tokenizer, max_length) for answer in (row.chosen, row.rejected)
-    )
-    return chosen, rejected
+def answer_tokens(prompt: Text, answers: Sequence[Text], tokenizer: Tokenizer, limit: Limit) -> list[Fitted]:
+    """Answers to one prompt, each behind the same prompt ids."""
+    return fitted([answered(prompt, answer, tokenizer) for answer in answers], tokenizer, limit)
+
+
+def fitted_prompt(tokens: list[int], tokenizer: Tokenizer, limit: Limit) -> list[int]:
+    """A prompt by itself: with keep_end its beginning is cut; else one that is too long is a bad row."""
+    over = len(tokens) - limit.max_length
+    if over <= 0:
+        return tokens
+    front = front_length(tokens, tokenizer)
+    if limit.truncation_mode != "keep_end" or front >= limit.max_length:
+        raise BadRowError(f"prompt: {len(tokens)} tokens, expected at most {limit.max_length} beside the response")
+    return tokens[:front] + tokens[front + over :]
 
 
 def answered(prompt: Text, response: Text, tokenizer: Tokenizer) -> Masked:
@@ -123,21 +144,36 @@ def conversation(messages: Messages, first: int, tokenizer: Tokenizer) -> Masked
     return Masked(tokens, mask)
 
 
-def fitted(masked: Masked, tokenizer: Tokenizer, max_length: int, *, learn_all: bool = False) -> Fitted:
-    """Cut the end to `max_length`; a prompt that leaves no room for a response is a bad row."""
-    tokens, mask = masked.tokens, masked.mask
-    before = mask.index(True)
-    if before >= max_length:
+def fitted(answers: Sequence[Masked], tokenizer: Tokenizer, limit: Limit, *, learn_all: bool = False) -> list[Fitted]:
+    """Cut answers to one prompt to `limit`, and leave them the same prompt ids.
+
+    What is cut last is their end; a prompt that leaves no room for a response is a bad row.
+    """
+    before = answers[0].mask.index(True)
+    front, over = 0, max(len(answer.tokens) for answer in answers) - limit.max_length
+    lost = 0  # of the prompt's tokens, behind the special ones in front
+    if over > 0 and limit.truncation_mode == "error":
+        raise BadRowError(f"{over + limit.max_length} tokens, expected at most {limit.max_length} (max_length)")
+    if over > 0 and limit.truncation_mode == "keep_end":
+        front = front_length(answers[0].tokens[:before], tokenizer)
+        lost = max(0, min(over, before - max(front, 1)))  # one is left, from which the response is predicted
+    if before - lost >= limit.max_length:
         raise BadRowError(
-            f"prompt longer than max_length: its {before} tokens leave no room for a response in {max_length}"
+            f"prompt longer than max_length: its {before} tokens leave no room for a response in {limit.max_length}"
         )
+    return [shortened(answer, front, lost, tokenizer, limit.max_length, learn_all) for answer in answers]
+
+
+def shortened(masked: Masked, front: int, lost: int, tokenizer: Tokenizer, max_length: int, learn_all: bool) -> Fitted:
+    """One text without `lost` of its prompt's tokens behind the first `front`, and its end past `max_length`."""
+    tokens, mask = masked.tokens[:front] + masked.tokens[front + lost :], masked.mask[lost:]
     learned = [True] * len(mask) if learn_all else mask
     sequence = TokenSequence(tuple(tokens[:max_length]), tuple(learned[:max_length]))
     if not predicted_tokens(sequence):
         raise BadRowError("nothing to learn: no token of the response has one before it")
     response = [token for token, answer in zip(tokens, mask, strict=True) if answer]
     empty = not tokenizer.decode(response, skip_special_tokens=True).strip()
-    return Fitted(sequence, cut=any(mask[max_length:]), empty=empty)
+    return Fitted(sequence, cut=any(mask[max_length:]), prompt_cut=lost > 0, empty=empty)
 
 
 # --- what tokenizers do, each thing once ---
@@ -157,6 +193,12 @@ def opening(tokenizer: Tokenizer) -> list[int]:
     inner, outer = bare("a", tokenizer), list(tokenizer("a")["input_ids"])
     start = next((i for i in range(len(outer)) if outer[i : i + len(inner)] == inner), 0)
     return outer[:start]
+
+
+def front_length(tokens: Sequence[int], tokenizer: Tokenizer) -> int:
+    """How many of the first tokens are the special ones that the tokenizer puts before any text: they are not cut."""
+    front = opening(tokenizer)
+    return len(front) if list(tokens[: len(front)]) == front else 0
 
 
 def opened(text: str, tokenizer: Tokenizer) -> list[int]:

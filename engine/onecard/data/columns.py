@@ -1,0 +1,137 @@
+"""The values of a row's columns, checked: text, chat messages, numbers, labels.
+
+Text is a string or a tuple of chat messages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeAlias, TypeGuard
+
+from onecard.data.files import kind
+from onecard.errors import nearest
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+# A message keeps whatever else it has beside role and content (name, tool calls): the chat template may read it.
+Messages: TypeAlias = tuple[dict[str, Any], ...]
+Text: TypeAlias = str | Messages
+
+
+class BadRowError(Exception):
+    """Why one row cannot be used. Becomes an `OnecardError` or a `BadRow`, which add the place."""
+
+
+def is_chat(text: Text) -> TypeGuard[Messages]:
+    return not isinstance(text, str)
+
+
+def column(values: Mapping[str, Any], name: str) -> Any:
+    """What a column holds, which must be there and not be null."""
+    if name not in values:
+        raise BadRowError(f"no column '{name}'; {there_are(values)}{nearest(name, unused(values))}")
+    if values[name] is None:
+        raise BadRowError(f"{name} is null")
+    return values[name]
+
+
+def text_or_messages(values: Mapping[str, Any], name: str) -> Text:
+    """A column's text or messages."""
+    return as_text(column(values, name), name)
+
+
+def as_text(value: object, name: str) -> Text:
+    """Text or messages; `name` is what the error calls them."""
+    if isinstance(value, str):
+        return unicode(value, name)
+    if not isinstance(value, list):
+        raise BadRowError(f"{name}: expected text or a list of messages, got {kind(value)}")
+    if not value:
+        raise BadRowError(f"{name}: the list of messages is empty")
+    return tuple(message(item, f"{name}[{index}]") for index, item in enumerate(value))
+
+
+def message(value: object, place: str) -> dict[str, Any]:
+    """One chat message; null entries, which Parquet adds to make all messages alike, are left out."""
+    if not isinstance(value, dict):
+        raise BadRowError(f"{place}: expected an object with role and content, got {kind(value)}")
+    kept = {key: item for key, item in value.items() if item is not None}
+    for key in ("role", "content"):
+        if key not in kept:
+            state = (
+                f"{key} is null" if key in value else f"no '{key}'; there are {', '.join(map(str, value)) or 'none'}"
+            )
+            raise BadRowError(f"{place}: {state}")
+        if not isinstance(kept[key], str):
+            raise BadRowError(f"{place}: {key}: expected text, got {kind(kept[key])}")
+    if kept["role"] not in ROLES:
+        role = kept["role"]
+        raise BadRowError(
+            f"{place}: unknown role '{role[:40]}'; expected one of {', '.join(ROLES)}.{nearest(role, ROLES)}"
+        )
+    unicode(kept["content"], place)
+    return kept
+
+
+def unicode(text: str, place: str) -> str:
+    """JSON can hold half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRowError(f"{place}: not valid Unicode at character {error.start + 1}") from error
+    return text
+
+
+def number(values: Mapping[str, Any], name: str) -> float:
+    """A column's finite number."""
+    value = column(values, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BadRowError(f"{name}: expected a number, got {kind(value)}")
+    try:
+        found = float(value)
+    except OverflowError:
+        found = math.inf
+    if not math.isfinite(found):
+        raise BadRowError(f"{name}: expected a finite number, got {found}")
+    return found
+
+
+def truth(values: Mapping[str, Any], name: str) -> bool:
+    """A column's true or false, which may be written 1 or 0."""
+    value = column(values, name)
+    if value not in (0, 1):  # True and False are 1 and 0
+        shown = f"{value:g}" if isinstance(value, (int, float)) else kind(value)
+        raise BadRowError(f"{name}: expected true or false (or 1 or 0), got {shown}")
+    return bool(value)
+
+
+def must_match(name: str, text: Text, other: str, expected: Text) -> None:
+    if is_chat(text) != is_chat(expected):
+        words = {True: "messages", False: "text"}
+        raise BadRowError(f"{name} is {words[is_chat(text)]} but {other} is {words[is_chat(expected)]}")
+
+
+def must_ask(name: str, text: Text) -> None:
+    """A prompt leaves the next word to the assistant."""
+    if is_chat(text) and text[-1]["role"] == "assistant":
+        raise BadRowError(f"{name}: its last message is the assistant's, which leaves nothing to answer")
+
+
+def must_answer(name: str, text: Text) -> None:
+    """An answer opens and ends with the assistant; in between there may be tools."""
+    if is_chat(text) and not text[0]["role"] == text[-1]["role"] == "assistant":
+        roles = ", ".join(item["role"] for item in text)
+        raise BadRowError(f"{name}: expected to open and end with the assistant's message, got {roles}")
+
+
+def there_are(values: Mapping[str, Any]) -> str:
+    return f"there are {', '.join(map(str, values))}." if values else "the row is empty."
+
+
+def unused(values: Mapping[str, Any]) -> list[str]:
+    """Column names that might be a misspelling: not those that mean something by themselves."""
+    return [str(name) for name in values if name not in KNOWN]
+
+
+KNOWN = ("text", "messages", "prompt", "completion", "chosen", "rejected", "margin", "score")
