@@ -39,6 +39,7 @@ def run(config: SFTConfig) -> Path:
             rows,
             tokenizer,
             max_length=max_length,
+            truncation_mode=config.truncation_mode,
             completion_only_loss=config.completion_only_loss,
             assistant_only_loss=config.assistant_only_loss,
             skip_bad_rows=config.skip_bad_rows,

@@ -1,0 +1,168 @@
+"""What a reward model can be trained from. The columns that rows have choose the kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from onecard.algorithms.common import pair_tokenizer
+from onecard.algorithms.reward.agreement import agreement
+from onecard.algorithms.reward.losses import bradley_terry_loss, ranking_loss, regression_loss
+from onecard.batches import (
+    PreferenceBatch,
+    PreferencePair,
+    Ranking,
+    RankingBatch,
+    ScoredBatch,
+    ScoredSequence,
+    pack_pairs,
+    pack_rankings,
+    pack_scored,
+)
+from onecard.config import RewardConfig
+from onecard.data import Row, Tokenized, ranking_examples, scored_examples
+from onecard.errors import OnecardError, nearest
+from onecard.models.roles import Roles
+from onecard_kernels import Loss
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of rows: `columns` make them out; `example` and `record` are what they become.
+
+    `loss(scores, record, config, normalizer)`; `summary(scores, record)` is what of held-out rows is no sum.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    example: type
+    record: type
+    tokenize: Callable[[Sequence[Row], Any, int, RewardConfig], Tokenized[Any]]
+    collate: Callable[[Sequence[Any]], Any]
+    loss: Callable[[Tensor, Any, RewardConfig, int], Loss]
+    summary: Callable[[Tensor, Any], dict[str, float]] = lambda scores, record: {}
+
+
+def tokenize_pairs(rows: Sequence[Row], tokenizer: Any, max_length: int, config: RewardConfig) -> Tokenized[Any]:
+    return pair_tokenizer(config)(rows, tokenizer, max_length)
+
+
+def tokenize_scores(rows: Sequence[Row], tokenizer: Any, max_length: int, config: RewardConfig) -> Tokenized[Any]:
+    return scored_examples(
+        rows,
+        tokenizer,
+        max_length=max_length,
+        truncation_mode=config.truncation_mode,
+        skip_bad_rows=config.skip_bad_rows,
+        bounds=(0.0, 1.0) if config.score_activation == "sigmoid" else None,
+    )
+
+
+def tokenize_rankings(rows: Sequence[Row], tokenizer: Any, max_length: int, config: RewardConfig) -> Tokenized[Any]:
+    return ranking_examples(
+        rows,
+        tokenizer,
+        max_length=max_length,
+        truncation_mode=config.truncation_mode,
+        skip_bad_rows=config.skip_bad_rows,
+    )
+
+
+def pairs_loss(scores: Tensor, batch: PreferenceBatch, config: RewardConfig, normalizer: int) -> Loss:
+    chosen, rejected = scores.chunk(2)
+    return bradley_terry_loss(
+        chosen,
+        rejected,
+        batch.margins,
+        center_rewards_coefficient=config.center_rewards_coefficient,
+        normalizer=normalizer,
+    )
+
+
+def scores_loss(scores: Tensor, batch: ScoredBatch, config: RewardConfig, normalizer: int) -> Loss:
+    return regression_loss(scores, batch.scores, normalizer=normalizer)
+
+
+def rankings_loss(scores: Tensor, batch: RankingBatch, config: RewardConfig, normalizer: int) -> Loss:
+    return ranking_loss(
+        scores,
+        batch.counts,
+        center_rewards_coefficient=config.center_rewards_coefficient,
+        normalizer=normalizer,
+    )
+
+
+KINDS = (
+    Kind("pairs", ("chosen", "rejected"), PreferencePair, PreferenceBatch, tokenize_pairs, pack_pairs, pairs_loss),
+    Kind(
+        "scores", ("completion", "score"), ScoredSequence, ScoredBatch, tokenize_scores, pack_scored, scores_loss,
+        summary=lambda scores, batch: agreement(scores, batch.scores),
+    ),
+    Kind("rankings", ("completions",), Ranking, RankingBatch, tokenize_rankings, pack_rankings, rankings_loss),
+)  # fmt: skip
+OF_EXAMPLE = {kind.example: kind for kind in KINDS}
+OF_RECORD = {kind.record: kind for kind in KINDS}
+
+
+def collate(examples: Sequence[Any]) -> Any:
+    """The record of examples, which are all of one kind."""
+    return OF_EXAMPLE[type(examples[0])].collate(examples)
+
+
+def loss_of(scores: Tensor, batch: Any, config: RewardConfig, normalizer: int) -> Loss:
+    """Loss and metrics of a record's scores."""
+    loss = OF_RECORD[type(batch)].loss(scores, batch, config, normalizer)
+    ends = {"min_reward": scores.detach().min(), "max_reward": scores.detach().max()}
+    return Loss(loss.loss, {**loss.metrics, **ends})
+
+
+def reward_loss(roles: Roles, batch: Any, config: RewardConfig, normalizer: int) -> Loss:
+    """Scores of all answers, then the loss."""
+    return loss_of(roles.scores(batch.sequences), batch, config, normalizer)
+
+
+def kind_of(row: Row) -> Kind | None:
+    """The first kind that a row has all columns of, or else one of them."""
+    for has in (all, any):
+        for kind in KINDS:
+            if has(column in row.values for column in kind.columns):
+                return kind
+    return None
+
+
+def kind_of_rows(rows: Sequence[Row]) -> Kind:
+    """The one kind of all rows; a row without any of the columns is left to be a bad row of it."""
+    found = {row: kind for row, kind in ((str(row), kind_of(row)) for row in rows) if kind is not None}
+    if not found:
+        known = ", or ".join(" + ".join(f"'{column}'" for column in kind.columns) for kind in KINDS)
+        names = [str(name) for name in rows[0].values]
+        near = next(filter(None, (nearest(column, names) for kind in KINDS for column in kind.columns)), "")
+        raise OnecardError(f"{rows[0]}: no column {known}; there are {', '.join(names) or 'none'}.{near}")
+    first, kind = next(iter(found.items()))
+    for row, other in found.items():
+        if other is not kind:
+            raise OnecardError(
+                f"{row}: a row of {other.name}, but {first} is one of {kind.name}; a reward model is trained from one "
+                "kind of rows."
+            )
+    return kind
+
+
+def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int, config: RewardConfig) -> Tokenized[Any]:
+    """Examples of the kind that the rows are; a setting that is for another kind is an error."""
+    kind = kind_of_rows(rows)
+    complaints = {
+        "score_activation: sigmoid is for rows with scores": (
+            config.score_activation == "sigmoid" and kind.name != "scores"
+        ),
+        f"center_rewards_coefficient: {config.center_rewards_coefficient:g} is for pairs and rankings": (
+            config.center_rewards_coefficient > 0 and kind.name == "scores"
+        ),
+    }
+    for complaint, holds in complaints.items():
+        if holds:
+            raise OnecardError(f"{complaint}, but {rows[0].source} has {kind.name}.")
+    return kind.tokenize(rows, tokenizer, max_length, config)

@@ -1,0 +1,63 @@
+"""The scalar head of a reward model or a critic, and what its file says beside the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from onecard.config import Activation
+from onecard.errors import OnecardError
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"none": lambda scores: scores, "sigmoid": torch.sigmoid}
+
+
+class ScalarHead(nn.Linear):
+    """`score = activation(weight . h + bias)` of a whole answer; a critic reads the number before the activation.
+
+    `folded`: mean and standard deviation that were taken out of the weights, where they were.
+    """
+
+    activation: Activation = "none"
+    folded: tuple[float, float] | None = None
+
+    def scores(self, scalars: Tensor) -> Tensor:
+        """Scores from what the weights gave."""
+        return ACTIVATIONS[self.activation](scalars)
+
+    def fold(self, mean: float, std: float) -> None:
+        """Change the weights so that each number s that they give becomes (s - mean) / std."""
+        with torch.no_grad():
+            self.weight.copy_(self.weight.double() / std)
+            self.bias.copy_((self.bias.double() - mean) / std)
+        self.folded = (mean, std)
+
+    def as_critic(self) -> ScalarHead:
+        """This head for values, which leave 0..1: of a sigmoid its tangent at 0, 1/2 + z/4."""
+        if self.activation == "sigmoid":
+            self.fold(-2.0, 4.0)
+            self.activation, self.folded = "none", None
+        return self
+
+    def write(self, path: Path) -> None:
+        """Weights, activation and what was folded, as safetensors."""
+        about: dict[str, str] = {"score_activation": self.activation}
+        if self.folded is not None:
+            about |= {"score_mean": repr(self.folded[0]), "score_std": repr(self.folded[1])}
+        save_file(self.state_dict(), str(path), metadata=about)
+
+    def read(self, path: Path) -> None:
+        """Weights and activation as `write` wrote them; a file that says nothing of an activation has none."""
+        self.load_state_dict(load_file(str(path)))
+        with safe_open(str(path), "pt") as file:
+            found = (file.metadata() or {}).get("score_activation", "none")
+        activation = next((name for name in get_args(Activation) if name == found), None)
+        if activation is None:
+            known = ", ".join(get_args(Activation))
+            raise OnecardError(f"unknown score_activation '{found}'; expected one of {known}.")
+        self.activation = activation

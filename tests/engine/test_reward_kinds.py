@@ -1,0 +1,102 @@
+"""Which kind of rows a reward model is trained from, and the settings that fit only one kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from onecard.algorithms.reward.kinds import collate, kind_of, kind_of_rows, tokenize
+from onecard.batches import PreferenceBatch, RankingBatch, ScoredBatch
+from onecard.config import RewardConfig
+from onecard.errors import OnecardError
+from tests.engine.data_material import built, rows
+
+PAIR = {"prompt": "Hello", "chosen": " you", "rejected": " how", "score": 3}
+SCORED = {"prompt": "Hello", "completion": " you", "score": 0.5, "completions_seen": 2}
+RANKED = {"prompt": "Hello", "completions": [" you", " how"]}
+RECORDS = {"pairs": (PAIR, PreferenceBatch), "scores": (SCORED, ScoredBatch), "rankings": (RANKED, RankingBatch)}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_the_columns_choose_the_kind(name: str) -> None:
+    record, batch = RECORDS[name]
+    found = rows(record, record)
+    assert kind_of_rows(found).name == name
+    made = tokenize(found, built("<s> $A"), 64, RewardConfig())
+    assert isinstance(collate(made.examples), batch)
+
+
+@pytest.mark.parametrize(
+    ("record", "name"),
+    [
+        ({"chosen": " you"}, "pairs"),
+        ({"prompt": "Hello", "score": 1}, "scores"),
+        ({"completion": "a", "completions": ["a", "b"]}, "rankings"),
+    ],
+)
+def test_a_row_that_lacks_a_column_is_of_the_kind_that_it_begins(record: dict[str, Any], name: str) -> None:
+    kind = kind_of(rows(record)[0])
+    assert kind is not None
+    assert kind.name == name
+
+
+def test_mixed_kinds_name_both_rows() -> None:
+    with pytest.raises(OnecardError) as error:
+        kind_of_rows(rows(SCORED, SCORED, RANKED))
+    assert str(error.value) == (
+        "x.jsonl:3: a row of rankings, but x.jsonl:1 is one of scores; a reward model is trained from one kind of rows."
+    )
+
+
+def test_rows_of_no_kind() -> None:
+    with pytest.raises(OnecardError) as error:
+        kind_of_rows(rows({"prompt": "a", "chosn": "b"}))
+    assert str(error.value) == (
+        "x.jsonl:1: no column 'chosen' + 'rejected', or 'completion' + 'score', or 'completions'; there are prompt, "
+        "chosn. Did you mean 'chosn'?"
+    )
+
+
+def test_a_row_of_no_kind_among_others_is_a_bad_row() -> None:
+    odd = rows(SCORED, {"prompt": "Hello"})
+    with pytest.raises(OnecardError, match=r"^x\.jsonl:2: no column 'completion'"):
+        tokenize(odd, built(), 64, RewardConfig())
+    made = tokenize(odd, built(), 64, RewardConfig(skip_bad_rows=True))
+    assert len(made.examples) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "record", "message"),
+    [
+        (
+            {"score_activation": "sigmoid"},
+            PAIR,
+            "score_activation: sigmoid is for rows with scores, but x.jsonl has pairs.",
+        ),
+        (
+            {"score_activation": "sigmoid"},
+            RANKED,
+            "score_activation: sigmoid is for rows with scores, but x.jsonl has rankings.",
+        ),
+        (
+            {"center_rewards_coefficient": 0.5},
+            SCORED,
+            "center_rewards_coefficient: 0.5 is for pairs and rankings, but x.jsonl has scores.",
+        ),
+        ({"score_activation": "sigmoid"}, SCORED | {"score": 2}, "x.jsonl:1: score: 2, expected 0 to 1"),
+    ],
+)
+def test_settings_of_another_kind(settings: dict[str, Any], record: dict[str, Any], message: str) -> None:
+    with pytest.raises(OnecardError) as error:
+        tokenize(rows(record), built(), 64, RewardConfig(**settings))
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_truncation_mode_reaches_every_kind(name: str) -> None:
+    record = RECORDS[name][0] | {"prompt": "Hello there, how are you"}
+    notes = tokenize(rows(record), built(), 4, RewardConfig(truncation_mode="keep_end")).notes
+    assert notes[0] == "1 of 1 prompts were cut at their beginning"
+    with pytest.raises(OnecardError, match=r"tokens, expected at most 4 \(max_length\)"):
+        tokenize(rows(record), built(), 4, RewardConfig(truncation_mode="error"))
