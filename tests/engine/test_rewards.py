@@ -159,9 +159,9 @@ def test_right_and_wrong_are_one_and_zero(returned):
         (1j, "returned 1j (complex), which is no number"),
         (Decimal("0.5"), "returned Decimal('0.5') (Decimal), which is no number"),
         ({"score\n": 1}, r"returned {'score\n': 1} (dict), which is no number"),
-        ([0.1, 0.2], "returned [0.1, 0.2] (list) for one response: dense rewards (one per token) are not supported"),
-        ((0.1,), "returned (0.1,) (tuple) for one response: dense rewards (one per token) are not supported"),
-        (np.zeros(2), "returned array([0., 0.]) (ndarray) for one response: dense rewards (one per token) are not"),
+        ([0.1, 0.2], "returned [0.1, 0.2] (list) for one response, and one number for another; expected either for"),
+        ((0.1,), "returned (0.1,) (tuple) for one response, and one number for another; expected either for all"),
+        (np.zeros(2), "returned array([0., 0.]) (ndarray) for one response, and one number for another; expected"),
     ],
     ids=lambda value: repr(value)[:20] if not isinstance(value, int) else "huge",
 )
@@ -177,8 +177,48 @@ def test_a_bad_score_is_shown_with_its_answer(value, what, place):
 def test_a_bad_score_in_an_array():
     assert complaint(lambda completions: np.array([1, np.nan, 1])).endswith(SHOWN[1])
     message = complaint(lambda completions: torch.zeros(3, 2))
-    assert "dense rewards" in message
+    assert "for one response, of 2; expected 3, one number for each of its completion_ids" in message
     assert message.endswith(SHOWN[0])
+
+
+DENSE = [[1.0, 2.0, 3.0], [4.0], [5.0, 6.0, 7.0, 8.0]]  # as many as each answer has tokens
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        DENSE,
+        [tuple(row) for row in DENSE],
+        [np.array(row, dtype=np.float32) for row in DENSE],
+        tuple(torch.tensor(row, dtype=torch.bfloat16, requires_grad=True) for row in DENSE),
+        [[torch.tensor(1), np.float32(2), 3], [4], DENSE[2]],
+    ],
+    ids=["lists", "tuples", "numpy", "tensors", "mixed scalars"],
+)
+def test_a_dense_reward_is_one_number_for_each_token(returned):
+    got = scores(lambda completions: returned)
+    assert got == DENSE
+    assert {type(value) for row in got for value in row} == {float}
+
+
+@pytest.mark.parametrize(
+    ("place", "row", "what"),
+    [
+        (1, [4.0, 5.0], "returned [4.0, 5.0] (list) for one response, of 2; expected 1, one number for each of its"),
+        (2, [], "returned [] (list) for one response, of 0; expected 4"),
+        (0, [1.0, float("nan"), 3.0], "returned nan for token 1, which is no finite 32-bit number"),
+        (2, [1, 2, 3, None], "returned None for token 3, which is no number"),
+        (1, [[4.0]], "returned [4.0] (list) for token 0, which is no number"),
+        (1, None, "returned None, which is no number"),
+        (2, "abcd", "returned 'abcd' (str), which is no number"),
+    ],
+)
+def test_a_bad_dense_reward_is_shown_with_its_answer(place, row, what):
+    returned = list(DENSE)
+    returned[place] = row
+    message = complaint(lambda completions: returned)
+    assert what in message
+    assert message.endswith(SHOWN[place])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import uuid
 import pytest
 
 from onecard.errors import OnecardError
-from onecard.rewards.functions import REWARD_MODEL, load_function, part_names
+from onecard.rewards.functions import REWARD_MODEL, digest_functions, load_function, part_names
 
 SOURCE = """
 from dataclasses import dataclass
@@ -140,9 +140,18 @@ def test_the_current_directory_hides_nothing_that_is_installed(tmp_path, monkeyp
     "address", ["length", "judges", ":length", "judges:", "", "a b:length", "judges/x:length", "judges:a..b", "a:b:c"]
 )
 def test_what_is_no_address(address):
-    assert complaint(address) == (
-        f"reward_funcs: '{address}' is no address of a function; expected module:function or file.py:function."
+    assert complaint(address).startswith(
+        f"reward_funcs: '{address}' is no address of a function; expected module:function, file.py:function, or one of "
+        "fluency, relevance, diversity, length, regex, exact_answer."
     )
+
+
+@pytest.mark.parametrize(
+    ("address", "near"),
+    [("fluncy", "fluency"), ("lenght:20", "length"), ("regx:[0-9]", "regex"), ("regx:abc", "regex"), ("x*length", "")],
+)
+def test_a_misspelt_built_in_reward(address, near):
+    assert complaint(address).endswith(f" Did you mean '{near}'?" if near else "exact_answer. Did you mean 'length'?")
 
 
 @pytest.mark.parametrize(
@@ -224,10 +233,35 @@ def test_parts_have_short_names_where_they_are_unique():
     assert part_names(["a.b:length", "c.py:polite", "d:Judge.call"]) == ("length", "polite", "Judge.call")
     assert part_names(["a:length", "b.py:length", "c:polite"]) == ("a:length", "b.py:length", "polite")
     assert part_names([f"a:{REWARD_MODEL}"]) == (f"a:{REWARD_MODEL}",)
+    assert part_names(["length:20", "regex:a:b", "fluency"]) == ("length", "regex", "fluency")
+    assert part_names(["length", "length:20", "my.py:fluency"]) == ("length", "length:20", "fluency")
+    assert part_names(["length", "my.py:length"]) == ("length", "my.py:length")
 
 
 def test_one_function_twice_is_refused():
     with pytest.raises(
-        OnecardError, match="reward_funcs: 'a:length' is given twice; to make it count more, use reward_w"
+        OnecardError, match=r"reward_funcs: 'a:length' is given twice; to make it count more, give it .* 2\*a:length"
     ):
         part_names(["a:length", "b:length", "a:length"])
+
+
+def test_the_digest_changes_with_what_a_function_s_file_holds_and_with_no_weight(tmp_path):
+    module, file = write(tmp_path, SOURCE), write(tmp_path, SOURCE, "mine")
+    entries = [f"{module}:length", f"0.5*fluency + 2*{file}.py:length + reward_model", "regex:a + b"]
+    before = digest_functions(entries)
+    assert before == digest_functions([entries[0], f"fluency + {file}.py:length", "3*reward_model", "regex:a + b"])
+    others = [
+        digest_functions([*entries[:2], "regex:a + c"]),
+        digest_functions([*entries[:2], "length:3"]),
+        digest_functions([f"{module}:judge.call", *entries[1:]]),
+        digest_functions([entries[0]]),
+        digest_functions([]),
+    ]
+    assert len({before, *others}) == 6
+    write(tmp_path, SOURCE + "\n# edited", "mine")
+    edited = digest_functions(entries)
+    write(tmp_path, SOURCE, "mine")
+    assert digest_functions(entries) == before != edited
+    write(tmp_path, SOURCE + "\n# edited", module)
+    assert digest_functions(entries) not in (before, edited)
+    assert digest_functions(["sys:intern"])  # a module without a file

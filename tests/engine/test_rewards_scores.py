@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,6 +113,11 @@ def test_another_role_plays_the_reward_only_while_it_scores(tinystories, judge):
     assert got == pytest.approx(score_sequences(alone, sequences, batch_size=2), abs=1e-6)
     assert roles.current == "policy"
     assert set(roles.trained_parameters()) == trained
+    roles.adapters["constraint"] = "reward"  # the same adapter under another head
+    roles.heads["constraint"] = copy.deepcopy(alone.heads["reward"]).requires_grad_(False)
+    roles.heads["constraint"].bias += 2.0
+    costs = score_sequences(roles, sequences, batch_size=2, role="constraint")
+    assert costs == pytest.approx([score + 2.0 for score in got], abs=1e-5)
 
 
 def test_scoring_keeps_nothing_for_a_backward_pass(judge, monkeypatch):
@@ -131,6 +138,33 @@ def test_a_mixture_is_the_weighted_sum_and_keeps_its_parts():
     assert got.parts["reward_model"].tolist() == [0.5, -1.0]
     assert got.parts["length"].tolist() == [3.0, 20.0]
     assert {got.total.dtype, *(part.dtype for part in got.parts.values())} == {torch.float32}
+
+
+def test_dense_parts_stay_by_their_tokens_and_nothing_counts_twice():
+    """Two answers, of two tokens and one: 1 * a + 0.5 * b on whole answers, 0.1 * c + 2 * d on tokens."""
+    parts = {"c": [[1.0, 2.0], [20.0]], "a": [0.5, -1.0], "d": [(0.0, 1.0), (0.25,)], "b": [4.0, 0.0]}
+    got = combine(parts, {"a": 1.0, "b": 0.5, "c": 0.1, "d": 2.0})
+    assert got.total.tolist() == [2.5, -1.0]
+    assert [each.tolist() for each in got.dense] == [pytest.approx([0.1, 2.2]), pytest.approx([2.5])]
+    assert got.sums.tolist() == pytest.approx([4.8, 1.5])
+    assert {name: part.tolist() for name, part in got.parts.items()} == {
+        "c": [3.0, 20.0], "a": [0.5, -1.0], "d": [1.0, 0.25], "b": [4.0, 0.0],
+    }  # fmt: skip
+    assert list(got.parts) == ["c", "a", "d", "b"]
+    assert {x.dtype for x in (got.total, got.sums, *got.dense, *got.parts.values())} == {torch.float32}
+    paid = replace(got, total=apply_missing_eos_penalty(got.total, [True, False], 1.0))
+    assert paid.sums.tolist() == pytest.approx([4.8, 0.5])
+
+
+def test_dense_parts_alone_and_none_at_all():
+    alone = combine({"c": [[1.0, 2.0], [20.0]]}, {"c": -1.0})
+    assert alone.total.tolist() == [0.0, 0.0]
+    assert alone.sums.tolist() == [-3.0, -20.0]
+    whole = combine({"a": [1.0]}, {"a": 2.0})
+    assert whole.dense is None
+    assert whole.sums.tolist() == [2.0]
+    with pytest.raises(OnecardError, match="reward: the weighted sum is inf for response 2 of 2"):
+        combine({"c": [[1.0], [3e38, 1.0]]}, {"c": 2.0})
 
 
 def test_a_mixture_does_not_depend_on_the_order_of_its_parts():

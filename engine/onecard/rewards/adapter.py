@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ import torch
 from onecard.batches import TokenSequence, like_lengths, pack, to_device
 from onecard.data import Row, sft_examples
 from onecard.models.roles import Roles
+from onecard.rewards.answers import Case
+from onecard.rollout import end_tokens
 
 
 @torch.no_grad()
@@ -37,15 +40,39 @@ def score(
 
 
 @torch.no_grad()
-def score_sequences(roles: Roles, sequences: Sequence[TokenSequence], *, batch_size: int) -> list[float]:
+def score_sequences(
+    roles: Roles, sequences: Sequence[TokenSequence], *, batch_size: int, role: str = "reward"
+) -> list[float]:
     """One reward for each sequence, read at its last token: the tokens as they were sampled, never tokenized again.
 
-    The scores come back in the order of `sequences`.
+    The scores come back in the order of `sequences`. `role` is whose adapter and head are asked.
     """
     scores = [0.0] * len(sequences)
-    with roles.playing("reward"):
+    with roles.playing(role):
         for places in like_lengths([len(sequence) for sequence in sequences], batch_size):
             batch = to_device(pack([sequences[place] for place in places]), roles.device)
             for place, value in zip(places, roles.scores(batch).tolist(), strict=True):
                 scores[place] = value
     return scores
+
+
+@dataclass(frozen=True)
+class AdapterReward:
+    """The reward of a role of the run's own base: `reward`, or `constraint`."""
+
+    role: str
+
+    def __call__(self, case: Case) -> list[float]:
+        ends = end_tokens(case.roles, case.tokenizer)
+        sequences = [ended(episode.sequence, ends, case.tokenizer.eos_token_id) for episode in case.episodes]
+        return score_sequences(case.roles, sequences, batch_size=case.batch_size, role=self.role)
+
+
+def ended(sequence: TokenSequence, ends: Collection[int], eos: int) -> TokenSequence:
+    """The sequence as the reward model knows texts: its training pairs end with EOS, and its score was read there.
+
+    Without it, an answer that was cut, or that a stop token ended, would be scored at a place that was never trained.
+    """
+    if sequence.tokens[-1] in ends:
+        return sequence
+    return TokenSequence((*sequence.tokens, eos), (*sequence.response_mask, True))

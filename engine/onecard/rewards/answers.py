@@ -1,10 +1,14 @@
-"""What a reward function looks at: the texts, the tokens, and whatever else the dataset's rows hold."""
+"""What a reward looks at: the texts, the tokens, whatever else the dataset's rows hold, and the models."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
+
+from onecard.batches import Episode
+from onecard.data import Prompt
+from onecard.models.roles import Roles
 
 
 @dataclass(frozen=True)
@@ -48,3 +52,18 @@ class Answers:
             "completions": list(self.completions),
             "completion_ids": [list(ids) for ids in self.completion_ids],
         }
+
+
+@dataclass(frozen=True)
+class Case:
+    """All that is known of B answers. Reward functions see `answers`; what is built in may ask the models too."""
+
+    roles: Roles
+    tokenizer: Any
+    prompts: Sequence[Prompt]
+    episodes: Sequence[Episode]
+    answers: Answers
+    batch_size: int
+
+
+Measure: TypeAlias = Callable[[Case], list[float]]  # a built-in reward: one number for each answer

@@ -12,17 +12,19 @@ import torch
 from onecard.errors import OnecardError, nearest
 from onecard.rewards.answers import Answers
 from onecard.rewards.functions import RewardFunction, described, shortened
+from onecard.rewards.mixture import Part
 
 LARGEST = torch.finfo(torch.float32).max  # scores become fp32
 SHOWN = 80  # characters of a prompt or a response that fit a line which is still read
 
 
-def call_function(function: RewardFunction, answers: Answers) -> list[float]:
-    """One score for each answer.
+def call_function(function: RewardFunction, answers: Answers) -> Part:
+    """One score for each answer, or one for each token of each answer.
 
     The protocol is that of TRL's GRPO: keywords `prompts`, `completions`, `completion_ids`, and the dataset's other
     columns, all of them lists; a function without `**kwargs` gets those that it names. What it returns must be one
-    finite number for each answer. (TRL lets a function return None for "does not apply"; here that is an error.)
+    finite number for each answer; or (a dense reward) for each answer a list of them, one for each of its
+    `completion_ids`. (TRL lets a function return None for "does not apply"; here that is an error.)
     """
     keywords = accepted(function, answers.keywords())
     try:
@@ -36,7 +38,7 @@ def call_function(function: RewardFunction, answers: Answers) -> list[float]:
         raise OnecardError(f"reward function {function.name} returned {described_value(returned)}; {expected}.")
     if len(values) != len(answers):
         raise OnecardError(f"reward function {function.name} returned a list of {len(values)}; {expected}.")
-    return [checked(function, answers, place, value) for place, value in enumerate(values)]
+    return checked_part(function, answers, values)
 
 
 def accepted(function: RewardFunction, keywords: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -83,18 +85,45 @@ def as_list(returned: Any) -> Sequence[Any] | None:
     return values if isinstance(values, list | tuple) else None
 
 
-def checked(function: RewardFunction, answers: Answers, place: int, value: Any) -> float:
+def checked_part(function: RewardFunction, answers: Answers, values: Sequence[Any]) -> Part:
+    """A number for each answer, or a list of as many as it has tokens; an error that names the answer otherwise."""
+    rows = [as_list(value) for value in values]
+    numbers = {
+        place: checked(function, answers, place, value)
+        for place, (value, row) in enumerate(zip(values, rows, strict=True))
+        if row is None
+    }
+    if len(numbers) == len(rows):
+        return list(numbers.values())
+    dense = []
+    for place, row in enumerate(rows):
+        if row is None:
+            continue
+        tokens = len(answers.completion_ids[place])
+        if numbers:
+            wrong = "and one number for another; expected either for all of them"
+        elif len(row) != tokens:
+            wrong = f"of {len(row)}; expected {tokens}, one number for each of its completion_ids"
+        else:
+            dense.append([checked(function, answers, place, value, f" for token {i}") for i, value in enumerate(row)])
+            continue
+        what = described_value(values[place])
+        raise OnecardError(
+            f"reward function {function.name} returned {what} for one response, {wrong}; {shown(answers, place)}"
+        )
+    return dense
+
+
+def checked(function: RewardFunction, answers: Answers, place: int, value: Any, where: str = "") -> float:
     """One returned value as a float, or an error that names its answer."""
     if getattr(value, "ndim", None) == 0:  # a numpy number, a tensor of one number
         value = value.item()
     if isinstance(value, bool | int | float):
         if abs(value) <= LARGEST:  # false for NaN
             return float(value)
-        wrong = f"{written(value)}, which is no finite 32-bit number"
-    elif isinstance(value, list | tuple) or hasattr(value, "tolist"):
-        wrong = f"{described_value(value)} for one response: dense rewards (one per token) are not supported yet"
+        wrong = f"{written(value)}{where}, which is no finite 32-bit number"
     else:
-        wrong = f"{described_value(value)}, which is no number"
+        wrong = f"{described_value(value)}{where}, which is no number"
     raise OnecardError(f"reward function {function.name} returned {wrong}; {shown(answers, place)}")
 
 

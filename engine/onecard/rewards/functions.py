@@ -15,8 +15,12 @@ from types import ModuleType
 from typing import Any
 
 from onecard.errors import OnecardError, nearest
+from onecard.rewards.builtin import BUILTINS, builtin_name
+from onecard.rewards.terms import parse_terms
 
-REWARD_MODEL = "reward_model"  # the name of the reward adapter's part; no function gets it as a short name
+REWARD_MODEL = "reward_model"  # the name of the reward model's part; no function gets it as a short name
+
+FILE = ".py"
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,13 @@ def load_function(address: str) -> RewardFunction:
     takes the place of no installed package.
     """
     place, _, attribute = address.rpartition(":")
-    is_file = place.endswith(".py")
+    is_file = place.endswith(FILE)
     if not dotted(attribute) or not (is_file or dotted(place)):
         raise OnecardError(
-            f"reward_funcs: '{address}' is no address of a function; expected module:function or file.py:function."
+            f"reward_funcs: '{address}' is no address of a function; expected module:function, file.py:function, "
+            f"or one of {', '.join(BUILTINS)}.{nearest(address.partition(':')[0], BUILTINS)}"
         )
-    found: Any = import_file(place) if is_file else import_named(place)
+    found: Any = import_place(place)
     where = place if is_file else f"{place} ({getattr(found, '__file__', None) or 'built in'})"
     for name in attribute.split("."):
         try:
@@ -61,6 +66,11 @@ def dotted(name: str) -> bool:
     return all(part.isidentifier() for part in name.split("."))
 
 
+def import_place(place: str) -> ModuleType:
+    """A file or a module by its dotted name."""
+    return import_file(place) if place.endswith(FILE) else import_named(place)
+
+
 def import_named(name: str) -> ModuleType:
     """A module by its dotted name, from the current directory too."""
     make_importable(os.getcwd())
@@ -71,6 +81,7 @@ def import_named(name: str) -> ModuleType:
         if missing is not None and f"{name}.".startswith(f"{missing}."):
             raise OnecardError(
                 f"reward_funcs: there is no module '{missing}' in the current directory nor among the installed ones."
+                f"{nearest(name, BUILTINS)}"
             ) from error
         raise OnecardError(f"reward_funcs: importing {name} raised {described(error)}") from error
 
@@ -118,11 +129,27 @@ def shortened(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def part_names(addresses: Sequence[str]) -> tuple[str, ...]:
-    """What each function's part of the reward is called: what follows the colon, or all of it if two share that."""
-    twice = next((address for address, count in Counter(addresses).items() if count > 1), None)
+def part_names(entries: Sequence[str], *, setting: str = "reward_funcs", model: str = REWARD_MODEL) -> tuple[str, ...]:
+    """What each entry's part of the reward is called: what follows the colon, and of what is built in what is before
+    it; or all of it if two share that.
+    """
+    twice = next((entry for entry, count in Counter(entries).items() if count > 1), None)
     if twice is not None:
-        raise OnecardError(f"reward_funcs: '{twice}' is given twice; to make it count more, use reward_weights.")
-    short = [address.rpartition(":")[2] for address in addresses]
-    taken = Counter([REWARD_MODEL, *short])
-    return tuple(name if taken[name] == 1 else address for name, address in zip(short, addresses, strict=True))
+        raise OnecardError(f"{setting}: '{twice}' is given twice; to make it count more, give it a weight: 2*{twice}")
+    short = [builtin_name(entry) or entry.rpartition(":")[2] for entry in entries]
+    taken = Counter([model, *short])
+    return tuple(name if taken[name] == 1 else entry for name, entry in zip(short, entries, strict=True))
+
+
+def digest_functions(entries: Sequence[str]) -> str:
+    """SHA-256 of what `reward_funcs` names, weights aside: another one when the file of a function was edited.
+
+    Of a function its module's file counts, not what that imports; of what is built in the entry.
+    """
+    state = hashlib.sha256()
+    for term in parse_terms(entries, "reward_funcs"):
+        state.update(term.entry.encode())
+        if ":" in term.entry and builtin_name(term.entry) is None:  # no name of a reward model's part
+            file = getattr(import_place(term.entry.rpartition(":")[0]), "__file__", None)
+            state.update(Path(file).read_bytes() if file else b"")
+    return state.hexdigest()

@@ -2,68 +2,153 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from onecard.batches import Episode, TokenSequence
-from onecard.config import PPOConfig
+from onecard.batches import Episode
+from onecard.config import EvaluateConfig, ModelConfig, PPOConfig
 from onecard.data import Prompt
 from onecard.errors import OnecardError
+from onecard.models.classifier import is_classifier, load_classifier
 from onecard.models.roles import Roles
-from onecard.rewards.adapter import score_sequences
-from onecard.rewards.answers import Answers
+from onecard.rewards.adapter import AdapterReward
+from onecard.rewards.answers import Answers, Case, Measure
+from onecard.rewards.builtin import builtin_name, load_builtin
 from onecard.rewards.calls import call_function
-from onecard.rewards.functions import REWARD_MODEL, RewardFunction, load_function, part_names
+from onecard.rewards.classifier import ClassifierReward
+from onecard.rewards.functions import RewardFunction, load_function, part_names
 from onecard.rewards.mixture import Scores, apply_missing_eos_penalty, combine, reward_weights
-from onecard.rollout import end_tokens
+from onecard.rewards.terms import Term, parse_terms
 
 
 @dataclass(frozen=True)
 class Judge:
-    """The rewards of a run: the reward adapter's role if there is one, and functions, each with its weight."""
+    """The rewards of a run, each with its weight: functions, and `measures`, which may ask models."""
 
     functions: Mapping[str, RewardFunction]
     weights: Mapping[str, float]
     missing_eos_penalty: float
     batch_size: int
+    measures: Mapping[str, Measure] = field(default_factory=dict)
 
     def scores(self, roles: Roles, tokenizer: Any, prompts: Sequence[Prompt], episodes: Sequence[Episode]) -> Scores:
-        """One score for each episode, which answers the prompt at its place; an unfinished one pays its penalty."""
-        parts: dict[str, list[float]] = {}
-        if REWARD_MODEL in self.weights:
-            ends = end_tokens(roles, tokenizer)
-            sequences = [ended(episode.sequence, ends, tokenizer.eos_token_id) for episode in episodes]
-            parts[REWARD_MODEL] = score_sequences(roles, sequences, batch_size=self.batch_size)
-        if self.functions:
-            answers = make_answers(tokenizer, prompts, episodes)
-            parts |= {name: call_function(function, answers) for name, function in self.functions.items()}
+        """What each episode, which answers the prompt at its place, is worth; an unfinished one pays its penalty."""
+        answers = make_answers(tokenizer, prompts, episodes)
+        case = Case(roles, tokenizer, prompts, episodes, answers, self.batch_size)
+        parts = {
+            name: self.measures[name](case) if name in self.measures else call_function(self.functions[name], answers)
+            for name in self.weights
+        }
         scores = combine(parts, self.weights)
         finished = [episode.finished for episode in episodes]
-        return Scores(apply_missing_eos_penalty(scores.total, finished, self.missing_eos_penalty), scores.parts)
+        return replace(scores, total=apply_missing_eos_penalty(scores.total, finished, self.missing_eos_penalty))
 
 
-def load_judge(config: PPOConfig) -> Judge:
-    """The rewards that the settings name; functions are imported now, so that a wrong name stops at once."""
-    names = part_names(config.reward_funcs)
-    functions = {name: load_function(address) for name, address in zip(names, config.reward_funcs, strict=True)}
-    everything = [*([REWARD_MODEL] if config.reward_model_path else []), *names]
-    if not everything:
-        raise OnecardError(
-            "--reward_model_path or --reward_funcs is missing: give a reward adapter, or a function as module:function."
-        )
-    weights = reward_weights(everything, config.reward_weights)
-    return Judge(functions, weights, config.missing_eos_penalty, config.per_device_eval_batch_size)
-
-
-def ended(sequence: TokenSequence, ends: Collection[int], eos: int) -> TokenSequence:
-    """The sequence as the reward model knows texts: its training pairs end with EOS, and its score was read there.
-
-    Without it, an answer that was cut, or that a stop token ended, would be scored at a place that was never trained.
+@dataclass(frozen=True)
+class Asked:
+    """What a judge is to be made of. `what` (`reward` or `constraint`) begins the names of the settings that say so,
+    and is the role of its adapter.
     """
-    if sequence.tokens[-1] in ends:
-        return sequence
-    return TokenSequence((*sequence.tokens, eos), (*sequence.response_mask, True))
+
+    what: str
+    model_path: str
+    label: str
+    functions: Sequence[str]
+    weights: Sequence[float] = ()
+    missing_eos_penalty: float = 0.0
+
+    @property
+    def path_setting(self) -> str:
+        return f"{self.what}_model_path"
+
+    @property
+    def functions_setting(self) -> str:
+        return f"{self.what}_funcs"
+
+    @property
+    def part(self) -> str:
+        """What the model's part is called."""
+        return f"{self.what}_model"
+
+
+def load_judge(config: PPOConfig | EvaluateConfig) -> Judge:
+    """The rewards that the settings name; functions are imported now, so that a wrong name stops at once."""
+    asked = Asked(
+        "reward",
+        config.reward_model_path,
+        config.reward_label,
+        config.reward_funcs,
+        config.reward_weights,
+        config.missing_eos_penalty,
+    )
+    judge = make_judge(asked, config, config.per_device_eval_batch_size)
+    if judge is None:
+        raise OnecardError(
+            "--reward_model_path or --reward_funcs is missing: give a reward model, or a function as module:function."
+        )
+    return judge
+
+
+def load_constraint(config: PPOConfig) -> Judge | None:
+    """What gives answers their costs, which are all added up; None where no setting names anything."""
+    asked = Asked("constraint", config.constraint_model_path, config.constraint_label, config.constraint_funcs)
+    return make_judge(asked, config, config.per_device_eval_batch_size)
+
+
+def make_judge(asked: Asked, config: ModelConfig, batch_size: int) -> Judge | None:
+    """A judge with everything loaded but the adapter, which plays a role of the run's own; None if it has no parts."""
+    terms = parse_terms(asked.functions, asked.functions_setting)
+    names = part_names([term.entry for term in terms], setting=asked.functions_setting, model=asked.part)
+    named = {asked.part: Term(asked.part)} if asked.model_path else {}
+    if asked.part in names and not named:
+        raise OnecardError(f"{asked.functions_setting}: '{asked.part}', but there is no {asked.path_setting}.")
+    named |= dict(zip(names, terms, strict=True))
+    weights = weigh(asked, named)
+    entries = {name: term.entry for name, term in named.items() if name != asked.part}
+    functions = {
+        name: load_from(entry, asked.functions_setting)
+        for name, entry in entries.items()
+        if builtin_name(entry) is None
+    }
+    measures = {
+        name: load_builtin(entry, asked.functions_setting) for name, entry in entries.items() if name not in functions
+    }
+    model = load_model(asked, config)
+    measures |= {asked.part: model} if model else {}
+    return Judge(functions, weights, asked.missing_eos_penalty, batch_size, measures) if weights else None
+
+
+def weigh(asked: Asked, named: Mapping[str, Term]) -> dict[str, float]:
+    """Each part's weight: as written with it, or from the setting for all of them, or 1."""
+    written = next((term for term in named.values() if term.weight is not None), None)
+    if asked.weights and written is not None:
+        raise OnecardError(
+            f"{asked.what}_weights: given, and so is the weight of '{written.entry}' in {asked.functions_setting}; "
+            "expected one or the other."
+        )
+    if asked.weights:
+        return reward_weights(list(named), asked.weights)
+    return {name: 1.0 if term.weight is None else term.weight for name, term in named.items()}
+
+
+def load_from(address: str, setting: str) -> RewardFunction:
+    """`load_function`, with the setting named that the address stands in."""
+    try:
+        return load_function(address)
+    except OnecardError as error:
+        raise OnecardError(f"{setting}: {str(error).removeprefix('reward_funcs: ')}") from error
+
+
+def load_model(asked: Asked, config: ModelConfig) -> Measure | None:
+    """The model's part: a classifier, or an adapter's role, whose weights are loaded with the run's other roles."""
+    path, setting = asked.model_path, asked.path_setting
+    if path and is_classifier(path, setting, trust_remote_code=config.trust_remote_code):
+        return ClassifierReward(load_classifier(path, setting, asked.label, f"{asked.what}_label", config), setting)
+    if asked.label:
+        what = f"{path} is none" if path else f"there is no {setting}"
+        raise OnecardError(f"{asked.what}_label: '{asked.label}' is a classifier's label, but {what}.")
+    return AdapterReward(asked.what) if path else None
 
 
 def response_text(tokenizer: Any, episode: Episode) -> str:

@@ -5,38 +5,76 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 
 from onecard.errors import OnecardError
 
+# One number for each answer, or (a dense reward) one for each token of each answer.
+Part: TypeAlias = Sequence[float] | Sequence[Sequence[float]]
+
 
 @dataclass(frozen=True)
 class Scores:
-    """`total` fp32 [B]: the weighted sum. `parts`: each reward fp32 [B] as it came, without its weight.
+    """What B answers are worth, each thing once: an answer's score is its `total` and all of its `dense`.
 
-    Two answers judged by a reward model with weight 1 and by their length with weight 0.1:
+    `total` fp32 [B]: the weighted sum of what belongs to whole answers, and so to their last tokens. `dense`: the
+    weighted sum of what belongs to single tokens, fp32 [k] for each answer of k tokens; None if no reward is dense.
+    `parts`: each reward fp32 [B] as it came, without its weight; of a dense one the sum over the answer's tokens.
 
-        parts    {"reward_model": [0.5, -1.0], "length": [3.0, 20.0]}
-        total    [0.8, 1.0]
+    Two answers, of two tokens and one, judged by a reward model with weight 1 and per token with weight 0.1:
+
+        parts    {"reward_model": [0.5, -1.0], "dense": [3.0, 20.0]}
+        total    [0.5, -1.0]
+        dense    [[0.1, 0.2], [2.0]]
+        sums     [0.8, 1.0]
     """
 
     total: Tensor
     parts: dict[str, Tensor]
+    dense: list[Tensor] | None = None
+
+    @property
+    def sums(self) -> Tensor:
+        """The answers' whole scores, fp32 [B]: what metrics call the score."""
+        if self.dense is None:
+            return self.total
+        return (self.total.double() + torch.stack([each.double().sum() for each in self.dense])).float()
 
 
-def combine(parts: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> Scores:
+def is_dense(part: Part) -> TypeGuard[Sequence[Sequence[float]]]:
+    """Whether a part has one number per token."""
+    return bool(part) and isinstance(part[0], Sequence)
+
+
+def is_whole(part: Part) -> TypeGuard[Sequence[float]]:
+    return not is_dense(part)
+
+
+def combine(parts: Mapping[str, Part], weights: Mapping[str, float]) -> Scores:
     """Add the parts up, in double precision so that their order does not matter."""
     if not parts or parts.keys() != weights.keys():
         raise ValueError(f"parts {list(parts)} and weights {list(weights)} must have the same names, at least one.")
     counts = {name: len(values) for name, values in parts.items()}
     if len(set(counts.values())) > 1:
         raise ValueError(f"parts must have one score for each answer, got {counts}.")
-    columns = {name: torch.tensor(list(values), dtype=torch.float64) for name, values in parts.items()}
-    total = torch.stack([weights[name] * column for name, column in columns.items()]).sum(0).float()
-    scores = Scores(total, {name: column.float() for name, column in columns.items()})
-    for name, column in {**scores.parts, "the weighted sum": total}.items():
+    answers = next(iter(counts.values()))
+    tokens = {name: [doubles(each) for each in part] for name, part in parts.items() if is_dense(part)}
+    whole = {name: doubles(part) for name, part in parts.items() if is_whole(part)}
+    total = weighted_sum({name: weights[name] for name in whole}, whole, answers).float()
+    dense = None
+    if tokens:
+        of_answers = [{name: each[place] for name, each in tokens.items()} for place in range(answers)]
+        lengths = [len(next(iter(each.values()))) for each in of_answers]
+        dense = [
+            weighted_sum({name: weights[name] for name in tokens}, each, length).float()
+            for each, length in zip(of_answers, lengths, strict=True)
+        ]
+    sums = {name: torch.stack([each.sum() for each in tokens[name]]) for name in tokens}
+    scores = Scores(total, {name: (sums | whole)[name].float() for name in parts}, dense)
+    for name, column in {**scores.parts, "the weighted sum": scores.sums}.items():
         if not column.isfinite().all():
             place = int((~column.isfinite()).nonzero()[0])
             raise OnecardError(
@@ -44,6 +82,16 @@ def combine(parts: Mapping[str, Sequence[float]], weights: Mapping[str, float]) 
                 "expected a finite number."
             )
     return scores
+
+
+def doubles(values: Sequence[float]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.float64)
+
+
+def weighted_sum(weights: Mapping[str, float], columns: Mapping[str, Tensor], size: int) -> Tensor:
+    """fp64 [size]; zeros where there are no columns."""
+    weighted = [weight * columns[name] for name, weight in weights.items()]
+    return torch.stack([*weighted, torch.zeros(size, dtype=torch.float64)]).sum(0)
 
 
 def reward_weights(names: Sequence[str], given: Sequence[float]) -> dict[str, float]:

@@ -1,0 +1,200 @@
+"""Rewards with a name of their own in `reward_funcs`.
+
+| name | of one answer |
+|---|---|
+| `fluency` | mean log-likelihood of its tokens under the reference, in nats |
+| `relevance` | share of the prompt's content words that it has too |
+| `diversity` | its words and pairs of words that no other answer of the batch has, as a share of all it has |
+| `length`, `length:N` | its tokens; or how near they come to N, 0 to 1 |
+| `regex:PATTERN` | 1 where the pattern is found in it, else 0 |
+| `exact_answer` | 1 where it gives the row's `answer` (or `solution`), else 0 |
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+import torch
+
+from onecard.batches import like_lengths, pack, response_targets, to_device
+from onecard.data import Prompt
+from onecard.errors import OnecardError
+from onecard.rewards.answers import Case, Measure
+
+NGRAMS = (1, 2)
+ANSWER_COLUMNS = ("answer", "solution")
+# Words that say nothing of what a prompt is about.
+STOP_WORDS = frozenset(re.findall(r"\w+", """
+    a about after all also am an and any are as at be because been before being but by can could did do does
+    doing for from had has have he her him his how i if in into is it its me more most my no not of on one or
+    other our out over please s she should so some such t than that the their them then there these they this
+    those to too up us very was we were what when where which who whom whose why will with would you your
+"""))  # fmt: skip
+NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")  # no minus in 3-4
+AROUND = " \"'`$*"
+
+
+@torch.no_grad()
+def fluency(case: Case) -> list[float]:
+    """1/k sum_t log ref(y_t | x, y_<t) over an answer's k tokens, the one that ended it included; temperature 1."""
+    means = [0.0] * len(case.episodes)
+    with case.roles.playing("reference"):
+        for places in like_lengths([len(episode) for episode in case.episodes], case.batch_size):
+            batch = to_device(pack([case.episodes[place].sequence for place in places]), case.roles.device)
+            logprobs = case.roles.logprobs(batch, response_targets(batch)).double().cpu()
+            pieces = logprobs.split([len(case.episodes[place].sampling_logprobs) for place in places])
+            for place, piece in zip(places, pieces, strict=True):
+                means[place] = float(piece.mean())
+    return means
+
+
+def words(text: str) -> list[str]:
+    """Runs of letters and digits, in lower case."""
+    return re.findall(r"\w+", text.casefold())
+
+
+def asked(prompt: Prompt) -> str:
+    """What the user says; not what a chat template writes around it."""
+    if prompt.messages is None:
+        return prompt.text
+    return " ".join(message["content"] for message in prompt.messages if message["role"] == "user")
+
+
+def relevance(case: Case) -> list[float]:
+    """|W(prompt) & W(answer)| / |W(prompt)|, where W is a text's set of words without stop words; 0 if W is empty."""
+    shares = []
+    for prompt, answer in zip(case.prompts, case.answers.completions, strict=True):
+        wanted = set(words(asked(prompt))) - STOP_WORDS
+        shares.append(len(wanted & set(words(answer))) / max(len(wanted), 1))
+    return shares
+
+
+def ngrams(text: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(text[start : start + n]) for start in range(len(text) - n + 1)]
+
+
+def diversity(case: Case) -> list[float]:
+    """Mean over n = 1, 2 of (distinct n-grams that no other answer of the batch has) / (n-grams of the answer).
+
+    The distinct-n of "A Diversity-Promoting Objective Function for Neural Conversation Models"
+    (https://arxiv.org/abs/1510.03055, section 5.2), distinct over all n-grams of all answers, told apart by answer.
+    An n of which an answer has none counts 0.
+    """
+    texts = [words(answer) for answer in case.answers.completions]
+    shares = torch.zeros(len(texts), dtype=torch.float64)
+    for n in NGRAMS:
+        grams = [ngrams(text, n) for text in texts]
+        having = Counter(gram for of_one in grams for gram in set(of_one))  # how many answers have it
+        for place, of_one in enumerate(grams):
+            own = sum(having[gram] == 1 for gram in set(of_one))
+            shares[place] += own / max(len(of_one), 1) / len(NGRAMS)
+    return shares.tolist()
+
+
+def length(argument: str | None) -> Measure:
+    """k, the tokens of an answer with the one that ended it; `length:N`: max(0, 1 - |k - N| / N)."""
+    if argument is None:
+        return lambda case: [float(len(ids)) for ids in case.answers.completion_ids]
+    if not argument.isdecimal() or int(argument) == 0:
+        raise ValueError("expected a number of tokens, as in length:50")
+    wanted = int(argument)
+
+    def near(case: Case) -> list[float]:
+        return [max(0.0, 1.0 - abs(len(ids) - wanted) / wanted) for ids in case.answers.completion_ids]
+
+    return near
+
+
+def regex(argument: str | None) -> Measure:
+    """1 where the pattern is found anywhere in the answer (`^` and `$` are its ends), else 0."""
+    if not argument:
+        raise ValueError("expected a pattern, as in regex:[0-9]+")
+    try:
+        pattern = re.compile(argument)
+    except re.error as error:
+        raise ValueError(f"no regular expression: {error}") from error
+    return lambda case: [float(bool(pattern.search(answer))) for answer in case.answers.completions]
+
+
+def exact_answer(case: Case) -> list[float]:
+    """1 where an answer, or its last line, says what the row's `answer` (or else `solution`) does, else 0.
+
+    Said alike: but for case, white space, quotes, stars or dollars around it, and stops after it; of a text with
+    `####`, as in GSM8K, what follows counts. Where a number is expected, the last number of the answer is looked at
+    too: 1,234.50 is 1234.5.
+    """
+    answers = case.answers
+    column = next((name for name in ANSWER_COLUMNS if name in answers.columns), None)
+    if column is None:
+        there = ", ".join(answers.columns) or "none beside prompt"
+        raise OnecardError(f"exact_answer: no column 'answer' or 'solution' in the dataset; there are {there}.")
+    return [
+        float(says(answer, expected_text(expected, column, prompt)))
+        for prompt, answer, expected in zip(answers.prompts, answers.completions, answers.columns[column], strict=True)
+    ]
+
+
+def expected_text(expected: Any, column: str, prompt: str) -> str:
+    """A row's expected answer in its normal form."""
+    if isinstance(expected, bool) or not isinstance(expected, str | int | float):
+        what = "null" if expected is None else type(expected).__name__
+        raise OnecardError(f"exact_answer: {column} is {what}, expected text or a number; prompt {prompt[:80]!r}")
+    return normal(str(expected))
+
+
+def says(answer: str, expected: str) -> bool:
+    """Whether the whole answer, its last line, or its last number (where one is expected) is the expected one."""
+    lines = [line for line in answer.splitlines() if line.strip()]
+    if normal(answer) == expected or (lines and normal(lines[-1]) == expected):
+        return True
+    numbers = NUMBER.findall(answer)
+    return bool(NUMBER.fullmatch(expected) and numbers and number(numbers[-1]) == number(expected))
+
+
+def normal(text: str) -> str:
+    return " ".join(text.rpartition("####")[2].casefold().split()).strip(AROUND).rstrip(AROUND + ".!")
+
+
+def number(text: str) -> Decimal:
+    return Decimal(text.replace(",", ""))
+
+
+def plain(measure: Measure) -> Callable[[str | None], Measure]:
+    """A reward that takes no argument."""
+
+    def make(argument: str | None) -> Measure:
+        if argument is not None:
+            raise ValueError("it takes nothing after its name")
+        return measure
+
+    return make
+
+
+# What follows the name after a colon (None without one) -> the reward; a ValueError says what is wrong with it.
+BUILTINS: Mapping[str, Callable[[str | None], Measure]] = {
+    "fluency": plain(fluency),
+    "relevance": plain(relevance),
+    "diversity": plain(diversity),
+    "length": length,
+    "regex": regex,
+    "exact_answer": plain(exact_answer),
+}
+
+
+def builtin_name(entry: str) -> str | None:
+    """`length` of `length:20`; None for what is not built in."""
+    name = entry.partition(":")[0]
+    return name if name in BUILTINS else None
+
+
+def load_builtin(entry: str, setting: str) -> Measure:
+    """The reward that an entry of `setting` names."""
+    name, colon, argument = entry.partition(":")
+    try:
+        return BUILTINS[name](argument if colon else None)
+    except ValueError as error:
+        raise OnecardError(f"{setting}: '{entry}': {error}.") from error
