@@ -11,6 +11,11 @@ from contextlib import contextmanager
 import torch
 
 
+def seed_of(*place: object) -> int:
+    """A seed of 64 bits, made of `place`."""
+    return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:8], "big")
+
+
 @contextmanager
 def own_draws(device: torch.device, *place: object) -> Iterator[None]:
     """Inside, torch, Python and numpy draw from a state made of `place`; outside, all is as if nothing had been drawn.
@@ -18,7 +23,7 @@ def own_draws(device: torch.device, *place: object) -> Iterator[None]:
     So what is sampled in a step cannot depend on what an evaluation or a reward function drew before it, or on a seed
     that one has set, and a run that goes on draws what it would have drawn.
     """
-    seed = int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:8], "big")
+    seed = seed_of(*place)
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -39,7 +39,10 @@ def few(completions, **kwargs):
     return [1.0]
 
 def dense(completion_ids, **kwargs):
-    return [[0.0] * len(ids) for ids in completion_ids]
+    return [[0.0] * (len(ids) + 1) for ids in completion_ids]
+
+def half_dense(completion_ids, **kwargs):
+    return [0.0, *([0.0] * len(ids) for ids in completion_ids[1:])]
 
 def misspelt(completions, solutoin):
     return [0.0] * len(completions)
@@ -56,7 +59,12 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "function gives NaN": ({"--reward_funcs": "{tmp}/bad.py:nan"}, ["bad.py:nan returned nan", "prompt", "response"]),
     "function gives None": ({"--reward_funcs": "{tmp}/bad.py:none"}, ["bad.py:none returned None"]),
     "function gives too few": ({"--reward_funcs": "{tmp}/bad.py:few"}, ["bad.py:few returned a list of 1", "of 8"]),
-    "dense rewards": ({"--reward_funcs": "{tmp}/bad.py:dense"}, ["bad.py:dense returned", "per token"]),
+    "dense rewards of another count": (
+        {"--reward_funcs": "{tmp}/bad.py:dense"}, ["bad.py:dense returned", "one number for each of its"],
+    ),
+    "dense rewards of some answers": (
+        {"--reward_funcs": "{tmp}/bad.py:half_dense"}, ["bad.py:half_dense returned", "either for all", "response"],
+    ),
     "column misspelt": (
         {"--reward_funcs": "{tmp}/bad.py:misspelt"}, ["asks for 'solutoin'", "Did you mean 'solution'?"],
     ),
@@ -73,6 +81,13 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "file that does not compile": ({"--reward_funcs": "{tmp}/torn.py:f"}, ["torn.py raised SyntaxError"]),
     "not a function": ({"--reward_funcs": "{m}/good.py:not_a_function"}, ["not_a_function' is no function"]),
     "no address": ({"--reward_funcs": "score"}, ["'score' is no address of a function"]),
+    "built-in misspelt": ({"--reward_funcs": "0.5*fluncy + length"}, ["'fluncy'", "Did you mean 'fluency'?"]),
+    "weights twice": (
+        {"--reward_funcs": "0.5*fluency + length", "--reward_weights": [1, 2]}, ["reward_weights: given, and so is"],
+    ),
+    "label of no classifier": (
+        {"--reward_model_path": "{m}/rm/reward", "--reward_label": "good"}, ["reward_label: 'good'", "reward is none"],
+    ),
     "no reward at all": ({"--reward_funcs": None}, ["--reward_model_path or --reward_funcs is missing"]),
     "weights of another count": ({"--reward_weights": [1, 2]}, ["reward_weights: 2 given (1, 2), expected 1"]),
     "no prompts": ({"--dataset": "{tmp}/empty.jsonl"}, ["empty.jsonl: the file is empty"]),
@@ -108,6 +123,35 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "gamma above 1": ({"--gamma": 1.5}, ["gamma: 1.5, expected 0 to 1"]),
     "lam above 1": ({"--lam": 1.5}, ["lam: 1.5, expected 0 to 1"]),
     "KL target 0": ({"--adap_kl_ctrl": True, "--adap_kl_target": 0}, ["adap_kl_target: 0"]),
+    "a group of one": ({"--advantage_estimator": "grpo"}, ["num_generations: 1, expected at least 2", "grpo"]),
+    "a group's reward per token": (
+        {"--advantage_estimator": "rloo", "--num_generations": 2, "--whiten_rewards": True}, ["whiten_rewards", "rloo"],
+    ),
+    "discount of whole answers": (
+        {"--advantage_estimator": "rloo", "--num_generations": 2, "--gamma": 0.9}, ["gamma: 0.9, expected 1", "rloo"],
+    ),
+    "a clip of what is not clipped": (
+        {"--advantage_estimator": "a2c", "--dual_clip": 2}, ["dual_clip: 2, expected 0", "a2c"],
+    ),
+    "going on without a critic": (
+        {"--advantage_estimator": "reinforce", "--bootstrap_truncated": True}, ["bootstrap_truncated", "no critic"],
+    ),
+    "sharing no critic": (
+        {"--advantage_estimator": "reinforce", "--critic": "shared"}, ["critic: shared", "no critic"],
+    ),
+    "multiplier of nothing": ({"--constraint_mode": "lagrangian"}, ["constraint_mode: lagrangian", "neither"]),
+    "constraint of another base": (
+        {"--constraint_model_path": "{tmp}/other"}, ["constraint_model_path", "trained on {tmp}/base"],
+    ),
+    "constraint without a head": (
+        {"--constraint_model_path": "{m}/sft/policy"}, ["constraint_model_path", "sft/policy is no reward adapter"],
+    ),
+    "constraint of another shape": (
+        {"--constraint_model_path": "{tmp}/wide-reward"}, ["constraint_model_path:", "wide-reward:", "size mismatch"],
+    ),
+    "constraint that costs NaN": ({"--constraint_model_path": "{tmp}/nan-head"}, ["constraint_model is nan"]),
+    "constraint function raises": ({"--constraint_funcs": "{tmp}/bad.py:raises"}, ["bad.py:raises raised ValueError"]),
+    "reference of another base": ({"--ref_adapter": "{tmp}/other"}, ["ref_adapter", "trained on {tmp}/base"]),
     "no epochs": ({"--num_train_epochs": 0, "--max_steps": -1}, ["num_train_epochs"]),
     "beta of Adam": ({"--adam_beta1": 1}, ["adam_beta1: 1"]),
     "all weights": ({"--no_use_peft": True}, ["use_peft", "--no_use_peft"]),
@@ -197,8 +241,8 @@ def shift_sampling(patch: pytest.MonkeyPatch, tmp_path: Path, material: Path, ti
     """Tokens are drawn at half the temperature that is asked for."""
     whole = rollout.draw
 
-    def colder(logits, sampling, filters):
-        return whole(logits * 2, sampling, filters)
+    def colder(logits, *more):
+        return whole(logits * 2, *more)
 
     patch.setattr(rollout, "draw", colder)
     return {}

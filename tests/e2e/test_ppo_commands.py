@@ -133,26 +133,26 @@ def test_a_column_that_only_some_rows_have_is_none_elsewhere(quick, ppo, tmp_pat
 
 
 def test_a_function_that_fails_later_leaves_the_last_checkpoint_to_go_on_from(quick, ppo, tmp_path):
-    mended = "def f(completions, **kwargs):\n    return [len(set(text)) / 10 for text in completions]\n"
-    breaking = (
+    """It asks a service, say, that is away for a while. The function itself stays as it is."""
+    away, function = tmp_path / "away", tmp_path / "f.py"
+    function.write_text(
+        "import os\n"
         "calls = []\n"
         "def f(completions, **kwargs):\n"
         "    calls.append(1)\n"
         # two calls of the startup check, the first evaluation, then one an iteration: the fifth iteration's fails
-        "    if len(calls) == 8:\n"
+        f"    if len(calls) >= 8 and os.path.exists({str(away)!r}):\n"
         "        raise ConnectionError('no answer')\n"
         "    return [len(set(text)) / 10 for text in completions]\n"
     )
-    function = tmp_path / "f.py"
     more = {"--reward_funcs": f"{function}:f", "--max_steps": 6, "--save_steps": 2}
-    function.write_text(mended)
-    assert ppo({**more, "--output_dir": tmp_path / "whole"}).code == 0
-    function.write_text(breaking)
+    away.touch()
     assert "f.py:f raised ConnectionError: no answer" in error_line(ppo(more))
     assert [row["step"] for row in training_rows(tmp_path / "run")] == [1, 2, 3, 4]
     assert sorted(path.name for path in (tmp_path / "run").glob("*check*")) == ["checkpoint-2", "checkpoint-4"]
     assert not (tmp_path / "run" / "policy").exists()
-    function.write_text(mended)
+    away.unlink()
+    assert ppo({**more, "--output_dir": tmp_path / "whole"}).code == 0
     resumed = ppo({**more, "--resume": True})
     assert resumed.code == 0, resumed.err
     assert "going on from" in resumed.err

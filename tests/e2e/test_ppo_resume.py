@@ -30,7 +30,13 @@ from onecard.models.roles import Roles
 from onecard.trainer import Trainer
 
 STEPS = 6
-REWARD = "def score(completions, **kwargs):\n    return [len(set(text)) / 10 for text in completions]\n"
+REWARD = """
+def score(completions, **kwargs):
+    return [len(set(text)) / 10 for text in completions]
+
+def cost(completion_ids):
+    return [len(ids) / 5 for ids in completion_ids]
+"""
 STOPS = [word for letter in "abcdefghijklmnopqrst" for word in ("--stop_token", letter)]  # answers end at every length
 
 
@@ -129,13 +135,16 @@ def rows(folder: Path, name: str) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in found]
 
 
-def assert_same_run(first: Path, second: Path, last: int) -> None:
-    """Policy, both trained roles of the last checkpoint with their optimizer, metrics and samples."""
+POLICY = {"policy/adapter_model.safetensors"}
+HEAD = {"value/head.safetensors"}
+BOTH = {"value/adapter_model.safetensors", *POLICY, *HEAD}
+
+
+def assert_same_run(first: Path, second: Path, last: int, saved: set[str] = BOTH) -> None:
+    """Policy, the trained roles of the last checkpoint (in the files `saved`), optimizer, metrics and samples."""
     for part in ("policy", f"checkpoint-{last}"):
         assert same(tensors(first / part), tensors(second / part)), part
-    assert {f"{role}/adapter_model.safetensors" for role in ("policy", "value")} | {"value/head.safetensors"} == {
-        name.split(":")[0] for name in tensors(first / f"checkpoint-{last}")
-    }
+    assert saved == {name.split(":")[0] for name in tensors(first / f"checkpoint-{last}")}
     states = [
         torch.load(run / f"checkpoint-{last}" / checkpoint.TRAINING, weights_only=True) for run in (first, second)
     ]
@@ -150,15 +159,19 @@ def assert_same_run(first: Path, second: Path, last: int) -> None:
     assert not list(first.glob(".*"))  # nothing half-written is left
 
 
-VARIANTS: dict[str, tuple[object, ...]] = {
-    "LoRA": (),
-    "8-bit AdamW": ("--optim", "adamw_8bit", "--lora_r", 64),
+ADAPTIVE = ("--adap_kl_ctrl", "--adap_kl_target", 0.05, "--adap_kl_horizon", 20)
+LAGRANGIAN = ("--constraint_funcs", "{material}/good.py:cost", "--constraint_mode", "lagrangian")
+VARIANTS: dict[str, tuple[set[str], tuple[object, ...]]] = {
+    "LoRA": (BOTH, ()),
+    "lagrangian, adaptive KL, 8-bit AdamW": (BOTH, (*LAGRANGIAN, *ADAPTIVE, "--optim", "adamw_8bit", "--lora_r", 64)),
     "4-bit base, checkpointing, paged 8-bit AdamW": (
-        "--load_in_4bit", "--gradient_checkpointing", "--optim", "paged_adamw_8bit", "--lora_r", 64,
+        BOTH, ("--load_in_4bit", "--gradient_checkpointing", "--optim", "paged_adamw_8bit", "--lora_r", 64),
     ),
-    "adaptive KL": ("--adap_kl_ctrl", "--adap_kl_target", 0.05, "--adap_kl_horizon", 20),
-    "reward adapter": ("--reward_model_path", "{material}/rm/reward"),
-    "several answers a prompt, early stop": ("--num_generations", 2, "--target_kl", 0.02),
+    "reward adapter, normalised": (BOTH, ("--reward_model_path", "{material}/rm/reward", "--normalize_reward")),
+    "shared critic, returns that go on": (POLICY | HEAD, ("--critic", "shared", "--bootstrap_truncated")),
+    "rloo, early stop": (
+        POLICY, ("--advantage_estimator", "rloo", "--num_generations", 2, "--target_kl", 0.02),
+    ),
 }  # fmt: skip
 
 
@@ -168,7 +181,8 @@ def test_interrupted_twice_and_resumed_equals_uninterrupted(
 ):
     """Once between an iteration's updates, then in the middle of an answer."""
     monkeypatch.setattr(report, "write_run_report", no_report)
-    more = [str(word).replace("{material}", str(material)) for word in VARIANTS[variant]]
+    saved, words = VARIANTS[variant]
+    more = [str(word).replace("{material}", str(material)) for word in words]
     whole = onecard(*arguments(tiny_model, material, tmp_path / "whole", *more))
     assert whole.code == 0, whole.err
     run = tmp_path / "stopped"
@@ -186,11 +200,15 @@ def test_interrupted_twice_and_resumed_equals_uninterrupted(
     resumed = onecard(*arguments(tiny_model, material, run, *more, "--resume"))
     assert resumed.code == 0, resumed.err
     assert "checkpoint-4" in resumed.err
-    assert_same_run(run, tmp_path / "whole", STEPS)
+    assert_same_run(run, tmp_path / "whole", STEPS, saved)
     logged = rows(run, "metrics.jsonl")
     assert [row["step"] for row in logged] == [0, 3, 3, 6, 6]
     if "--adap_kl_ctrl" in more:
         assert len({row["objective/kl_coef"] for row in logged if "loss" in row} | {0.05}) == 3  # it did adapt
+    if "lagrangian" in more:
+        assert len({row["constraint/lambda"] for row in logged if "loss" in row} | {1.0}) == 3
+    if "--normalize_reward" in more:
+        assert logged[0]["eval_rewards/score/mean"] != pytest.approx(logged[0]["eval_objective/scores"], rel=0.1)
     if "--target_kl" in more:
         assert any(row["policy/updates"] < 4 for row in logged if "loss" in row)  # it did stop early
 

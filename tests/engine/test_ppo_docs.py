@@ -181,9 +181,9 @@ def defined(lines: Iterable[str]) -> set[str]:
     return {name for row in rows for name in re.findall(r"`([^`]+)`", row.split(" | ")[0])}
 
 
-def example() -> str:
-    """The page's example file of rewards."""
-    blocks = re.findall(r"```python\n(# rewards\.py\n.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+def example(name: str) -> str:
+    """One of the page's example files."""
+    blocks = re.findall(rf"```python\n(# {re.escape(name)}\n.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 1
     return blocks[0]
 
@@ -194,14 +194,16 @@ def general(names: Iterable[str]) -> set[str]:
 
 
 def test_every_logged_metric_is_defined(onecard, tmp_path, tiny_model, pairs):
-    """With the page's own example as reward functions. Both ways: nothing is defined that no run logs."""
-    (tmp_path / "rewards.py").write_text(example())
-    functions = re.findall(r"^def (\w+)", example(), re.MULTILINE)
+    """With the page's own examples as rewards and costs. Both ways: nothing is defined that no run logs."""
+    (tmp_path / "costs.py").write_text(example("costs.py"))
+    (tmp_path / "rewards.py").write_text(example("rewards.py"))
+    functions = re.findall(r"^def (\w+)", example("rewards.py"), re.MULTILINE)
     rewards = [word for name in functions for word in ("--reward_funcs", f"{tmp_path / 'rewards.py'}:{name}")]
     result = onecard(
         "ppo", "--model", tiny_model, "--dataset", pairs, *rewards, "--output_dir", tmp_path / "run",
         "--test_size", 2, "--response_length", 6, "--per_device_train_batch_size", 2, "--num_mini_batches", 2,
         "--num_ppo_epochs", 2, "--max_steps", 2,
+        "--constraint_funcs", f"{tmp_path / 'costs.py'}:too_long", "--constraint_mode", "lagrangian",
     )  # fmt: skip
     assert result.code == 0, result.err
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -196,9 +196,10 @@ def test_rewards_see_text_without_the_ending_token_and_the_other_columns():
     assert dict(answers.columns) == {"answer": ("x", "y"), "level": (None, 2)}
 
 
-def test_the_reward_model_comes_first_among_the_weights(tmp_path):
+def test_the_reward_model_comes_first_among_the_weights(tiny_model, tmp_path):
     (tmp_path / "mine.py").write_text("def one(completions): return [1.0] * len(completions)\n")
-    config = PPOConfig(reward_model_path="x", reward_funcs=[f"{tmp_path}/mine.py:one"], reward_weights=[2.0, 0.25])
+    functions = [f"{tmp_path}/mine.py:one"]
+    config = PPOConfig(reward_model_path=str(tiny_model), reward_funcs=functions, reward_weights=[2.0, 0.25])
     assert dict(load_judge(config).weights) == {"reward_model": 2.0, "one": 0.25}
 
 

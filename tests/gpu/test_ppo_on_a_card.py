@@ -44,6 +44,8 @@ VARIANTS = {
     "bf16": [],
     "NF4, checkpointing, paged": ["--load_in_4bit", "--gradient_checkpointing", "--optim", "paged_adamw_8bit"],
     "fp32, padded": ["--dtype", "float32", "--no_padding_free"],
+    "shared critic": ["--critic", "shared", "--bootstrap_truncated", "--gradient_checkpointing", "--normalize_reward"],
+    "rloo": ["--advantage_estimator", "rloo", "--num_generations", 4],
 }
 
 
@@ -62,6 +64,9 @@ def test_a_run_from_a_reward_adapter(onecard, tmp_path, tiny_model, pairs, varia
     assert result.code == 0, result.err
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(abs(value) < float("inf") for row in rows for value in row.values())
+    for row in rows:
+        if "loss" in row:
+            assert 0 < max(row["memory/rollout_gib"], row["memory/learn_gib"]) <= row["memory/peak_gib"]
     assert onecard(*arguments, "--resume").code == 0
 
 

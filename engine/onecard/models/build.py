@@ -5,22 +5,24 @@ from __future__ import annotations
 import copy
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from onecard.config import ModelConfig, PPOConfig, TrainConfig
+from onecard.config import Activation, EvaluateConfig, ModelConfig, PPOConfig, TrainConfig
 from onecard.errors import OnecardError
-from onecard.models.load import find_source, load_base, reason
+from onecard.models.classifier import is_classifier
+from onecard.models.load import Source, find_source, load_base, reason
 from onecard.models.roles import HEAD_WEIGHTS, Roles
+from onecard.models.scalar import ScalarHead
 
 
-def scalar_head(hidden_size: int, device: torch.device) -> nn.Linear:
+def scalar_head(hidden_size: int, device: torch.device) -> ScalarHead:
     """A reward head: weights N(0, 1/sqrt(D + 1)), bias 0 (Stiennon et al., 2020, https://arxiv.org/abs/2009.01325)."""
-    head = nn.Linear(hidden_size, 1, device=device, dtype=torch.float32)
+    head = ScalarHead(hidden_size, 1, device=device, dtype=torch.float32)
     nn.init.normal_(head.weight, std=1 / math.sqrt(hidden_size + 1))
     nn.init.zeros_(head.bias)
     return head
@@ -52,28 +54,59 @@ def add_adapters(
 ) -> tuple[Any, dict[str, str | None]]:
     """`base` with the adapter of the trained role, new or read from the folder that `config.model` names.
 
-    An adapter that training starts from is also what the reference is: a frozen second copy of it.
+    The reference is the adapter that `ref_adapter` names; else a frozen second copy of the one that training starts
+    from; else the base.
     """
     from peft import PeftModel, get_peft_model
 
     source = find_source(config.model).adapter
+    frozen = (reference_adapter(config) or source) if reference else None
     adapters: dict[str, str | None] = {trained: trained}
     try:
         if source is None:
             model = get_peft_model(base, lora_config(config, base, scalar=scalar), adapter_name=trained)
         else:
             model = PeftModel.from_pretrained(base, str(source), adapter_name=trained, is_trainable=True)
-            if reference:
-                model.load_adapter(str(source), adapter_name="reference", is_trainable=False)
     except OnecardError:
         raise
     except Exception as error:  # PEFT raises ValueError, KeyError or RuntimeError as its parsers do
         name = "lora_target_modules" if source is None else f"model: adapter {source}"
         raise OnecardError(f"{name}: {reason(error)}") from error
+    if frozen is not None:
+        try:
+            model.load_adapter(str(frozen), adapter_name="reference", is_trainable=False)
+        except Exception as error:  # as above
+            name = "model: adapter" if frozen == source else "ref_adapter:"
+            raise OnecardError(f"{name} {frozen}: {reason(error)}") from error
     remove_adapter_dropout(model)
     if reference:
-        adapters["reference"] = None if source is None else "reference"
+        adapters["reference"] = None if frozen is None else "reference"
     return model, adapters
+
+
+def reference_adapter(config: TrainConfig) -> Path | None:
+    """The folder that `ref_adapter` names, if it names one, after a look at whether it fits the base."""
+    name: str = getattr(config, "ref_adapter", "")
+    if not name:
+        return None
+    if not config.use_peft:
+        raise OnecardError(
+            "ref_adapter: with --no_use_peft the reference is a frozen copy of the model, which has no adapters; leave "
+            "one of the two out."
+        )
+    policy = find_source(config.model)
+    try:
+        source = find_source(name)
+    except OnecardError as error:
+        raise OnecardError(f"ref_adapter: {str(error).removeprefix('model: ')}") from error
+    if source.adapter is None:
+        raise OnecardError(f"ref_adapter: {name} is no adapter folder: it has no adapter_config.json.")
+    if not same_base(source, policy):
+        raise OnecardError(
+            f"ref_adapter: {name} was trained on {source.base}, but the policy's base is {policy.base}; policy and "
+            "reference share one base."
+        )
+    return source.adapter
 
 
 def remove_adapter_dropout(model: Any) -> None:
@@ -109,7 +142,15 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
     if scalar:
         folder = source.adapter or Path(source.base)
         goes_on = (folder / HEAD_WEIGHTS).is_file()  # training goes on with a reward model
-        roles.heads[trained] = read_scalar_head(roles, folder) if goes_on else scalar_head(*head_shape(roles))
+        head = read_scalar_head(roles, folder) if goes_on else scalar_head(*head_shape(roles))
+        activation: Activation = getattr(config, "score_activation", "none")
+        if goes_on and head.activation != activation:
+            raise OnecardError(
+                f"score_activation: {activation}, but the reward model {folder} that training goes on with was trained "
+                f"with {head.activation}."
+            )
+        head.activation = activation
+        roles.heads[trained] = head
     return roles
 
 
@@ -118,93 +159,138 @@ def head_shape(roles: Roles) -> tuple[int, torch.device]:
     return roles.causal_model().config.get_text_config().hidden_size, roles.device
 
 
-def read_scalar_head(roles: Roles, folder: Path) -> nn.Linear:
+def read_scalar_head(roles: Roles, folder: Path) -> ScalarHead:
     """The scalar head in a reward model's folder."""
     head = scalar_head(*head_shape(roles))
     try:
-        head.load_state_dict(load_file(str(folder / HEAD_WEIGHTS)))
+        head.read(folder / HEAD_WEIGHTS)
     except Exception as error:  # as in add_adapters
         raise OnecardError(f"{folder / HEAD_WEIGHTS}: {reason(error)}") from error
     return head
 
 
-def load_ppo_roles(config: PPOConfig) -> Roles:
-    """Policy, value, reference, and reward where there is one: adapters on one base. Policy and value are trained.
+def has_critic(config: PPOConfig) -> bool:
+    """Whether the advantage estimator asks a critic what states are worth."""
+    return config.advantage_estimator in ("gae", "a2c")
 
-    The critic starts as the reward model, adapter and head, which knows what whole answers score; or with
-    a new adapter and a head of zeros, so that the first advantages are plain returns.
+
+def load_ppo_roles(config: PPOConfig) -> Roles:
+    """Policy, reference, and where there are such, value, reward and constraint: adapters on one base.
+
+    Policy and value are trained. A critic of its own starts as the reward model, adapter and head, which knows what
+    whole answers score; or with a new adapter and a head of zeros, so that the first advantages are plain returns. A
+    critic on the policy's trunk is a head of zeros: the reward's head would read other hidden states than it knows.
     """
     if not config.use_peft:
         raise OnecardError("use_peft: PPO holds its roles as adapters on one base; leave --no_use_peft out.")
-    reward = reward_adapter(config)
+    judges = {role: reward_adapter(config, setting) for role, setting in JUDGES.items()}
+    frozen = {role: folder for role, folder in judges.items() if folder is not None}
+    own_critic = has_critic(config) and config.critic == "adapter"
+    copied = frozen.get("reward") if own_critic and config.value_init == "reward" else None
     base = load_base(config)
     torch.manual_seed(config.seed)
     model, adapters = add_adapters(base, config, "policy", reference=True)
-    copied = reward if config.value_init == "reward" else None
-    if copied is None:
+    if own_critic and copied is None:
         model.add_adapter("value", lora_config(config, base, scalar=True))
-    try:
-        for role, folder in {"value": copied, "reward": reward}.items():
-            if folder is not None:
-                model.load_adapter(str(folder), adapter_name=role, is_trainable=role == "value")
-    except Exception as error:  # as in add_adapters
-        raise OnecardError(f"reward_model_path: {reward}: {reason(error)}") from error
+    for role, folder in {**({"value": copied} if copied else {}), **frozen}.items():
+        try:
+            model.load_adapter(str(folder), adapter_name=role, is_trainable=role == "value")
+        except Exception as error:  # as in add_adapters
+            raise OnecardError(f"{JUDGES.get(role, JUDGES['reward'])}: {folder}: {reason(error)}") from error
     remove_adapter_dropout(model)
-    adapters |= {"value": "value"} if reward is None else {"value": "value", "reward": "reward"}
-    roles = Roles(model, ("policy", "value"), adapters, "packed" if config.padding_free else "padded")
+    adapters |= {role: role for role in frozen}
+    if has_critic(config):
+        adapters["value"] = "value" if own_critic else "policy"
+    trained = ("policy", "value") if has_critic(config) else ("policy",)
+    roles = Roles(model, trained, adapters, "packed" if config.padding_free else "padded")
     if config.gradient_checkpointing:
         roles.checkpoint_activations()
-    if reward is not None:
-        roles.heads["reward"] = read_scalar_head(roles, reward).requires_grad_(False)
+    for role, folder in frozen.items():
+        roles.heads[role] = read_scalar_head(roles, folder).requires_grad_(False)
     if copied is not None:
-        roles.heads["value"] = read_scalar_head(roles, copied)
-    else:
+        roles.heads["value"] = read_scalar_head(roles, copied).as_critic()
+    elif has_critic(config):
         head = scalar_head(*head_shape(roles))
         nn.init.zeros_(head.weight)
         roles.heads["value"] = head
     return roles
 
 
-def reward_adapter(config: PPOConfig) -> Path | None:
-    """The folder of the reward adapter, if there is one, after a look at whether it can be one for this base."""
-    if not config.reward_model_path:
+# The frozen roles that judge answers, and the setting that names the adapter of each.
+JUDGES = {"reward": "reward_model_path", "constraint": "constraint_model_path"}
+
+
+def reward_adapter(config: PPOConfig | EvaluateConfig, setting: str = "reward_model_path") -> Path | None:
+    """The folder of the reward adapter that a setting names, after a look at whether it can be one for this base.
+
+    None where it names nothing, or a sequence classifier.
+    """
+    name: str = getattr(config, setting)
+    if not name or is_classifier(name, setting, trust_remote_code=config.trust_remote_code):
         return None
     try:
-        source, policy = find_source(config.reward_model_path), find_source(config.model)
+        source, policy = find_source(name), find_source(config.model)
     except OnecardError as error:
-        raise OnecardError(f"reward_model_path: {str(error).removeprefix('model: ')}") from error
+        raise OnecardError(f"{setting}: {str(error).removeprefix('model: ')}") from error
     path = source.adapter
     if path is None or not (path / HEAD_WEIGHTS).is_file():
         raise OnecardError(
-            f"reward_model_path: {config.reward_model_path} is no reward adapter of onecard: expected a folder with "
-            f"adapter_config.json and {HEAD_WEIGHTS}, as `onecard reward` writes."
+            f"{setting}: {name} is no reward adapter of onecard: expected a folder with "
+            f"adapter_config.json and {HEAD_WEIGHTS}, as `onecard reward` writes, or a sequence classifier."
         )
-    if os.path.realpath(source.base) != os.path.realpath(policy.base):
+    if not same_base(source, policy):
         raise OnecardError(
-            f"reward_model_path: {path} was trained on {source.base}, but the policy's base is {policy.base}; "
+            f"{setting}: {path} was trained on {source.base}, but the policy's base is {policy.base}; "
             "all roles share one base, so train the reward on that one."
         )
     return path
 
 
+def same_base(first: Source, second: Source) -> bool:
+    """Whether two sources can be held on one base."""
+    return os.path.realpath(first.base) == os.path.realpath(second.base)
+
+
 def load_player(config: ModelConfig, *, role: str, head: bool = False) -> Roles:
     """A frozen role for generating or scoring: the model or adapter that `config.model` names, nothing trained."""
-    from peft import PeftModel
-
     source = find_source(config.model)
-    base = load_base(config)
-    adapters: dict[str, str | None] = {role: None}
-    model = base
-    if source.adapter is not None:
-        try:
-            model = PeftModel.from_pretrained(base, str(source.adapter), adapter_name=role)
-        except Exception as error:  # as in add_adapters
-            raise OnecardError(f"model: adapter {source.adapter}: {reason(error)}") from error
-        adapters = {role: role}
-    roles = Roles(model, (role,), adapters, "packed").eval().requires_grad_(False)
+    if role == "policy":
+        check_speaks(source)
+    roles = load_players(config, {role: source.adapter})
     if head:
         folder = source.adapter or Path(source.base)
         if not (folder / HEAD_WEIGHTS).is_file():
             raise OnecardError(f"model: {folder} is no reward model of onecard: it has no {HEAD_WEIGHTS}.")
         roles.heads[role] = read_scalar_head(roles, folder).requires_grad_(False)
     return roles
+
+
+def check_speaks(source: Source, setting: str = "model") -> None:
+    """Refuse a reward model where texts are to be written: it would load, and write what nobody trained it to."""
+    folder = source.adapter or Path(source.base)
+    if (folder / HEAD_WEIGHTS).is_file():
+        raise OnecardError(f"{setting}: {folder} is a reward model, which scores texts and writes none.")
+
+
+def load_players(config: ModelConfig, adapters: Mapping[str, Path | None]) -> Roles:
+    """Frozen roles on the base of `config.model`. `adapters` has each one's folder; None is the base itself.
+
+    An adapter that several roles play is held once.
+    """
+    from peft import PeftModel
+
+    model = load_base(config)
+    names: dict[Path, str] = {}
+    for role, folder in adapters.items():
+        if folder is None or folder.resolve() in names:
+            continue
+        try:
+            if names:
+                model.load_adapter(str(folder), adapter_name=role)
+            else:
+                model = PeftModel.from_pretrained(model, str(folder), adapter_name=role)
+        except Exception as error:  # as in add_adapters
+            raise OnecardError(f"model: adapter {folder}: {reason(error)}") from error
+        names[folder.resolve()] = role
+    played = {role: names[folder.resolve()] if folder else None for role, folder in adapters.items()}
+    return Roles(model, (next(iter(adapters)),), played, "packed").eval().requires_grad_(False)

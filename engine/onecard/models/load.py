@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from onecard.errors import OnecardError
 # bitsandbytes warns on CPU that an optional faster kernel is not installed; the one it falls back to is exact.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+TRAINED = ("policy", "reward")  # what a finished run's folder holds its weights in
+
 
 @dataclass(frozen=True)
 class Source:
@@ -27,11 +30,22 @@ class Source:
     adapter: Path | None = None
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder is a model's or an adapter's."""
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
+def weights_folder(path: Path) -> Path:
+    """`path`, or the folder of the trained weights in it where it is a run folder."""
+    inside = (path / role for role in TRAINED)
+    return path if holds_weights(path) else next(filter(holds_weights, inside), path)
+
+
 def find_source(model: str) -> Source:
-    """Tell a hub name, a model folder and an adapter folder apart."""
+    """Tell a hub name, a model folder, an adapter folder and a run folder apart."""
     if not model:
         raise OnecardError("--model is missing: give a Hugging Face name or a folder.")
-    path = Path(model)
+    path = weights_folder(Path(model))
     if (path / "adapter_config.json").is_file():
         try:
             base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -44,8 +58,10 @@ def find_source(model: str) -> Source:
             raise OnecardError(f"model: adapter {path} has no adapter_model.safetensors.")
         return Source(base=find_source(base).base, adapter=path)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise OnecardError(f"model: folder {model} has neither config.json nor adapter_config.json.")
+        if not holds_weights(path):
+            unfinished = (path / "config.yaml").is_file()
+            hint = f", nor {' or '.join(TRAINED)}, which a run writes at its end" if unfinished else ""
+            raise OnecardError(f"model: folder {model} has neither config.json nor adapter_config.json{hint}.")
         # An absolute path, so that an adapter made from here finds its base from any other folder too.
         return Source(base=os.path.abspath(path))
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
@@ -112,13 +128,51 @@ def pick_attention(config: ModelConfig, dtype: torch.dtype) -> str:
     return "flash_attention_2" if can_flash else "sdpa"
 
 
+def is_dropout(name: object, value: object) -> bool:
+    """Whether an entry of a model's config is a dropout probability."""
+    return isinstance(value, float) and ("dropout" in str(name) or str(name).endswith("pdrop"))
+
+
 def without_dropout(model_config: Any) -> Any:
     """The same config with every dropout at 0: with dropout, old and new log-probs of one policy would differ."""
     for owner in {id(c): c for c in (model_config, model_config.get_text_config())}.values():
         for name, value in owner.to_dict().items():
-            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+            if is_dropout(name, value):
                 setattr(owner, name, 0.0)
     return model_config
+
+
+def dropouts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The dropout probabilities among a config's entries, nested ones included.
+
+    >>> dropouts({"hidden_size": 8, "text_config": {"attention_dropout": 0.1}})
+    {'text_config': {'attention_dropout': 0.1}}
+    """
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= {name: inner} if (inner := dropouts(value)) else {}
+        elif is_dropout(name, value):
+            found[name] = value
+    return found
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Write a plain Hugging Face model; its config has the dropout that it came with, which training turns off."""
+    model.save_pretrained(str(folder))
+    path = folder / "config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    put_back(settings, getattr(model, "dropouts", {}))
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def put_back(settings: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Set each of `values`, nested ones in their place, where `settings` has such an entry."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and isinstance(settings.get(name), dict):
+            put_back(settings[name], value)
+        elif name in settings:
+            settings[name] = value
 
 
 def keep_differentiable(model: Any) -> Any:
@@ -144,9 +198,11 @@ def load_base(config: ModelConfig, *, train_all: bool = False) -> Any:
     )
     remote = {"trust_remote_code": config.trust_remote_code}
     try:
+        settings = AutoConfig.from_pretrained(source.base, **remote)
+        own_dropouts = dropouts(settings.to_dict())
         model = AutoModelForCausalLM.from_pretrained(
             source.base,
-            config=without_dropout(AutoConfig.from_pretrained(source.base, **remote)),
+            config=without_dropout(settings),
             dtype=dtype,
             attn_implementation=pick_attention(config, dtype),
             device_map={"": pick_device()},
@@ -155,4 +211,5 @@ def load_base(config: ModelConfig, *, train_all: bool = False) -> Any:
         )
     except Exception as error:  # the loaders raise whatever their parsers raise
         raise OnecardError(f"model: cannot load '{source.base}': {reason(error)}") from error
+    model.dropouts = own_dropouts  # for `save_model`
     return keep_differentiable(model).requires_grad_(train_all)

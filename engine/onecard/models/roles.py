@@ -4,8 +4,9 @@
 |-----------|-------------------------------------------------------------------------------|
 | policy    | base + LoRA adapter `policy` (or the base itself when all weights are trained)  |
 | reference | adapters off; or a frozen copy of the adapter or the base that training began from |
-| value     | base + LoRA adapter `value` + a scalar head: PPO's critic                       |
+| value     | base + LoRA adapter `value` (or the policy's) + a scalar head: PPO's critic     |
 | reward    | base + LoRA adapter `reward` + a scalar head                                  |
+| constraint | the same with adapter `constraint`: what answers cost                        |
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from onecard.batches import ResponseTargets, TokenBatch, last_rows
 from onecard.models.head import LanguageHead, read_head
 from onecard.models.layout import LAYOUTS
+from onecard.models.load import save_model as save_plain_model
+from onecard.models.scalar import ScalarHead
 from onecard_kernels import linear_logprobs
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -51,6 +54,11 @@ class Roles(nn.Module):
     @property
     def has_adapters(self) -> bool:
         return hasattr(self.model, "peft_config")
+
+    def has_own_weights(self, role: str) -> bool:
+        """Whether a role is more than a head on the trunk of the first trained one."""
+        first = self.trained[0]
+        return role == first or self.adapters[role] != self.adapters[first]
 
     def rank(self, role: str) -> int:
         """The rank of a role's adapter."""
@@ -133,20 +141,32 @@ class Roles(nn.Module):
 
     def scalars(self, batch: TokenBatch, rows: Tensor) -> Tensor:
         """The current role's scalar head at flat `rows`: fp32 [r]."""
-        return self.heads[self.current](self.hidden(batch, rows).float()).squeeze(-1)
+        return self.scalars_of(self.hidden(batch, rows), self.current)
+
+    def scalars_of(self, hidden: Tensor, role: str) -> Tensor:
+        """A role's scalar head on hidden states [r, D]: fp32 [r]."""
+        scalars: Tensor = self.heads[role](hidden.float()).squeeze(-1)
+        return scalars
 
     def scores(self, batch: TokenBatch) -> Tensor:
-        """The current role's scalar head on each sequence's last token: fp32 [S]."""
-        return self.scalars(batch, last_rows(batch))
+        """The current role's scores, read by its scalar head on each sequence's last token: fp32 [S]."""
+        return self.scalar_head(self.current).scores(self.scalars(batch, last_rows(batch)))
+
+    def scalar_head(self, role: str) -> ScalarHead:
+        """The scalar head of a role that has one."""
+        return cast(ScalarHead, self.heads[role])
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter that the optimizer changes, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def write(self, role: str, folder: Path) -> None:
-        """Write a role's weights into `folder`: a PEFT adapter or all weights, and its scalar head."""
+        """Write a role's weights into `folder`: a PEFT adapter or all weights, and its scalar head.
+
+        Of a role on another's trunk that is the head alone.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        if self.has_adapters:
+        if self.has_adapters and self.has_own_weights(role):
             from peft import get_peft_model_state_dict
 
             name = self.adapters[role]
@@ -155,10 +175,10 @@ class Roles(nn.Module):
             settings = copy.copy(self.model.peft_config[name])
             settings.inference_mode = True
             settings.save_pretrained(str(folder))
-        else:
+        elif not self.has_adapters:
             save_model(self.model, str(folder / MODEL_WEIGHTS))
         if role in self.heads:
-            save_file(self.heads[role].state_dict(), str(folder / HEAD_WEIGHTS))
+            self.scalar_head(role).write(folder / HEAD_WEIGHTS)
 
     def save(self, folder: Path) -> None:
         """Write each trained role to `folder/<role>/`."""
@@ -169,20 +189,20 @@ class Roles(nn.Module):
         """Read back what `save` wrote, bit for bit."""
         for role in self.trained:
             source = folder / role
-            if self.has_adapters:
+            if self.has_adapters and self.has_own_weights(role):
                 from peft import set_peft_model_state_dict
 
                 weights = load_file(str(source / ADAPTER_WEIGHTS))
                 set_peft_model_state_dict(self.model, weights, adapter_name=self.adapters[role])
-            else:
+            elif not self.has_adapters:
                 load_model(self.model, str(source / MODEL_WEIGHTS))
             if role in self.heads:
-                self.heads[role].load_state_dict(load_file(str(source / HEAD_WEIGHTS)))
+                self.scalar_head(role).read(source / HEAD_WEIGHTS)
 
     def export(self, role: str, folder: Path, tokenizer: Any) -> None:
         """Write a role so that PEFT or transformers loads `folder` as it is, tokenizer included."""
         self.write(role, folder)
         if not self.has_adapters:
             (folder / MODEL_WEIGHTS).unlink()  # transformers writes its own, with its config, in its own layout
-            self.model.save_pretrained(str(folder))
+            save_plain_model(self.model, folder)
         tokenizer.save_pretrained(str(folder))

@@ -4,90 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
-from onecard.algorithms.common import check_model, finish, load_examples, longest_sequence, weights_digest
-from onecard.algorithms.ppo.job import PPO, episodes_per_step, minibatch_size
+from onecard import dry_run
+from onecard.algorithms.common import check_model, finish, load_examples, reference_identity, weights_digest
+from onecard.algorithms.ppo.job import PPO
 from onecard.algorithms.ppo.sampling import make_sampler
+from onecard.algorithms.ppo.scores import measure_scale
+from onecard.algorithms.ppo.settings import check_settings, episodes_per_step, longest_prompt, total_steps, with_passes
 from onecard.algorithms.ppo.startup import check_start
 from onecard.checkpoint import digest
 from onecard.config import PPOConfig
 from onecard.data import Prompt, prompt_examples
-from onecard.errors import OnecardError
 from onecard.metrics import say
-from onecard.models.build import load_ppo_roles, reward_adapter
+from onecard.models.build import JUDGES, load_ppo_roles, reward_adapter
 from onecard.models.load import find_source, load_tokenizer
-from onecard.models.roles import ADAPTER_WEIGHTS, HEAD_WEIGHTS
-from onecard.rewards.judge import load_judge
+from onecard.models.roles import ADAPTER_WEIGHTS, HEAD_WEIGHTS, Roles
+from onecard.rewards.functions import digest_functions
+from onecard.rewards.judge import load_constraint, load_judge
 from onecard.runs import open_run, with_folder
 from onecard.trainer import train
 
 
-def check_settings(config: PPOConfig) -> None:
-    """Settings that contradict each other, or PPO itself, each with what would do."""
-    batch, minibatch, per_prompt = episodes_per_step(config), minibatch_size(config), config.num_generations
-    made_of = f"per_device_train_batch_size * gradient_accumulation_steps = {minibatch}"
-    complaints = {
-        f"batch_size: {batch} is smaller than a minibatch of {made_of}; expected a multiple of it.": minibatch > batch,
-        f"batch_size: {batch} is no multiple of a minibatch of {made_of}.": batch % minibatch != 0,
-        f"num_generations: {per_prompt} does not divide the {batch} responses of an iteration.": batch % per_prompt
-        != 0,
-        f"temperature: {config.temperature:g}, expected above 0: PPO learns from answers that are drawn.": (
-            config.temperature <= 0
-        ),
-        f"dual_clip: {config.dual_clip:g}, expected above 1, or 0 for none.": 0 < config.dual_clip <= 1,
-        f"cliprange: {config.cliprange:g}, expected above 0 and below 1.": not 0 < config.cliprange < 1,
-        f"gamma: {config.gamma:g}, expected 0 to 1.": config.gamma > 1,
-        f"lam: {config.lam:g}, expected 0 to 1.": config.lam > 1,
-        f"adap_kl_target: {config.adap_kl_target:g}, expected above 0.": (
-            config.adap_kl_ctrl and config.adap_kl_target <= 0
-        ),
-        f"adap_kl_horizon: {config.adap_kl_horizon}, expected at least the {batch} responses of an iteration.": (
-            config.adap_kl_ctrl and config.adap_kl_horizon < batch
-        ),
-        f"kl_coef: {config.kl_coef:g}, expected above 0 with adap_kl_ctrl, which multiplies it.": (
-            config.adap_kl_ctrl and config.kl_coef <= 0
-        ),
-    }
-    for complaint, holds in complaints.items():
-        if holds:
-            raise OnecardError(complaint)
-
-
-def longest_prompt(config: PPOConfig) -> int:
-    """Tokens that are left for a prompt beside the response."""
-    limit = longest_sequence(config)
-    eos = 1 if config.reward_model_path else 0  # which a cut answer is given for the reward model's reading
-    room = limit - config.response_length - eos
-    if room < 1:
-        raise OnecardError(
-            f"response_length: {config.response_length} leaves no room for a prompt in {limit} tokens, the smaller of "
-            f"max_length ({config.max_length}) and the model's context."
-        )
-    return room
-
-
-def starts_from(config: PPOConfig, role: str) -> str:
-    """Where a role's adapter comes from, if it is not new: its rank and layers are then its own, not lora_r's."""
+def described(config: PPOConfig, roles: Roles, role: str) -> str:
+    """What a trained role is. An adapter that is not new has its own rank and layers, not lora_r's."""
+    if not roles.has_own_weights(role):
+        return "a head on the policy"
     adapters = {
         "policy": find_source(config.model).adapter,
         "value": reward_adapter(config) if config.value_init == "reward" else None,
     }
-    return f", as it is in {adapters[role]}" if adapters[role] else ""
-
-
-def total_steps(config: PPOConfig, num_prompts: int) -> int:
-    """Iterations in all."""
-    if config.max_steps > 0:
-        return config.max_steps
-    episodes = config.total_episodes or config.num_train_epochs * num_prompts * config.num_generations
-    steps = math.ceil(episodes / episodes_per_step(config))
-    if steps == 0:
-        raise OnecardError("num_train_epochs: 0 epochs are 0 steps; expected more than 0.")
-    return steps
+    origin = f", as it is in {adapters[role]}" if adapters[role] else ""
+    return f"an adapter of rank {roles.rank(role)}{origin}"
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
@@ -100,45 +50,72 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
     return state.hexdigest()
 
 
+def judge_digest(config: PPOConfig, setting: str) -> str:
+    """Changes with the weights of what a setting names to judge answers."""
+    name: str = getattr(config, setting)
+    if not name:
+        return ""
+    folder = reward_adapter(config, setting)
+    if folder is None:  # a classifier
+        return weights_digest(name)
+    files = [folder / name for name in (ADAPTER_WEIGHTS, HEAD_WEIGHTS)]
+    return " ".join(digest(file) for file in files if file.is_file())
+
+
 def identity(config: PPOConfig, training: Sequence[Prompt], heldout: Sequence[Prompt]) -> dict[str, str]:
     """What the run is beyond its settings."""
-    reward = reward_adapter(config)
-    files = [reward / name for name in (ADAPTER_WEIGHTS, HEAD_WEIGHTS)] if reward else []
     return {
         "command": "ppo",
         "model": weights_digest(config.model),
+        **reference_identity(config),
         "prompts": fingerprint(training),
         "held-out prompts": fingerprint(heldout),
-        "reward model": " ".join(digest(file) for file in files if file.is_file()),
+        "reward model": judge_digest(config, "reward_model_path"),
+        "reward functions": digest_functions(config.reward_funcs),
+        "constraint model": judge_digest(config, "constraint_model_path"),
+        "constraint functions": digest_functions(config.constraint_funcs),
     }
 
 
 def run(config: PPOConfig) -> Path:
     """`onecard ppo`. Returns the folder of the trained policy."""
-    config = with_folder(config, "ppo")
+    config = with_passes(with_folder(config, "ppo"))
     check_settings(config)
     run = open_run(config)
-    judge = load_judge(config)
-    reward_adapter(config)
+    judge, constraint = load_judge(config), load_constraint(config)
+    for setting in JUDGES.values():
+        reward_adapter(config, setting)
     tokenizer = load_tokenizer(config)
     room = longest_prompt(config)
     training, heldout = load_examples(
         config,
-        lambda rows: prompt_examples(rows, tokenizer, max_length=room, skip_bad_rows=config.skip_bad_rows),
+        lambda rows: prompt_examples(
+            rows,
+            tokenizer,
+            max_length=room,
+            truncation_mode=config.truncation_mode,
+            skip_bad_rows=config.skip_bad_rows,
+        ),
     )
     roles = load_ppo_roles(config)
     check_model(roles)
     sampler = make_sampler(config, roles, tokenizer)
+    judges = [judge, *([constraint] if constraint else [])]
     if run.checkpoint is None:  # a run that goes on has been checked, and its policy has left the reference
-        check_start(roles, sampler, judge, training, heldout, config)
+        check_start(roles, sampler, judges, training, heldout, config)
     trained = sum(parameter.numel() for parameter in roles.trained_parameters().values())
     steps = total_steps(config, len(training))
     for role in roles.trained:
-        say(f"{role}: an adapter of rank {roles.rank(role)}{starts_from(config, role)}.")
+        say(f"{role}: {described(config, roles, role)}.")
     say(
         f"model: {trained:,} trained parameters on {roles.device}, {roles.layout} batches; "
         f"{steps} iterations of {episodes_per_step(config)} responses."
     )
-    job = PPO(config, roles, sampler, judge, training, heldout, steps)
+    if config.dry_run:
+        dry_run.show(config, roles, tokenizer, training[0])
+        return run.folder
+    begins = config.normalize_reward and run.checkpoint is None
+    scale = measure_scale(roles, sampler, judge, training, config) if begins else None
+    job = PPO(config, roles, sampler, judge, training, heldout, steps, constraint=constraint, scale=scale)
     train(config, job, roles, run, identity(config, training, heldout))
     return finish(roles, tokenizer, run)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from onecard.algorithms.ppo.experience import answer_metrics, logprobs_of
 from onecard.algorithms.ppo.sampling import Sampler
+from onecard.algorithms.ppo.scores import Judged, judged_metrics
+from onecard.batches import Episode
 from onecard.config import PPOConfig
 from onecard.data import Prompt
 from onecard.draws import own_draws
 from onecard.metrics import Bar
 from onecard.models.roles import Roles
-from onecard.rewards.judge import Judge, response_text
+from onecard.rewards.judge import response_text
 
 MOST_PROMPTS = 128  # an answer costs as much as a training step's; the mean of 128 is known to a tenth of a deviation
 SHOWN_SAMPLES = 8
@@ -28,17 +30,23 @@ class Found:
 
 
 def evaluate_policy(
-    heldout: Sequence[Prompt], roles: Roles, sampler: Sampler, judge: Judge, config: PPOConfig, bar: Bar
+    heldout: Sequence[Prompt],
+    roles: Roles,
+    sampler: Sampler,
+    judge: Callable[[Sequence[Prompt], Sequence[Episode]], Judged],
+    config: PPOConfig,
+    bar: Bar,
 ) -> Found:
     """One answer to each of (at most 128) prompts, always with the same seed. Training's own draws stay as they are."""
     prompts = heldout[:MOST_PROMPTS]
     with bar.part("evaluate", len(prompts)) as part, own_draws(roles.device, config.seed, "evaluate"):
         episodes = sampler.sample(roles, prompts, range(len(prompts)), part).episodes
-        scores = judge.scores(roles, sampler.tokenizer, prompts, episodes)
+        judged = judge(prompts, episodes)
     logprobs = logprobs_of(roles, "policy", episodes, config)
-    metrics = answer_metrics(episodes, logprobs, logprobs_of(roles, "reference", episodes, config), scores.total)
-    metrics |= {f"rewards/{name}/mean": float(part.mean()) for name, part in scores.parts.items()}
-    shown = zip(prompts[:SHOWN_SAMPLES], episodes, scores.total.tolist(), strict=False)
+    scores = judged.scores.sums
+    metrics = answer_metrics(episodes, logprobs, logprobs_of(roles, "reference", episodes, config), scores)
+    metrics |= judged_metrics(judged, config)
+    shown = zip(prompts[:SHOWN_SAMPLES], episodes, scores.tolist(), strict=False)
     samples = [
         {"prompt": prompt.text, "completion": response_text(sampler.tokenizer, episode), "score": score}
         for prompt, episode, score in shown

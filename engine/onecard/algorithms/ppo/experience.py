@@ -1,7 +1,7 @@
 """From sampled answers to what PPO learns from: passes over the tokens, rewards per token, advantages.
 
-    episodes -> old and reference log-probs, values -> -kl_coef * KL per token, the score on the last token
-    -> (whitened rewards) -> GAE -> whitened advantages -> Experience
+    episodes -> old and reference log-probs, values -> -kl_coef * KL and dense reward per token, score on the last one
+    -> (whitened rewards) -> the estimator's advantages -> Experience
 
 Everything here is computed once for an iteration's episodes, without gradients, and belongs to them as they are: no
 later stage changes it.
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from onecard.algorithms.ppo.estimators import Rewarded, estimator_of
 from onecard.batches import (
     Episode,
     Experience,
     ResponseTargets,
     TokenBatch,
+    last_rows,
     like_lengths,
     pack,
     response_targets,
@@ -29,26 +31,34 @@ from onecard.batches import (
 from onecard.config import PPOConfig
 from onecard.errors import OnecardError
 from onecard.models.roles import Roles
-from onecard_kernels import gae, masked_whiten, token_kl
+from onecard_kernels import masked_whiten, token_kl
 
 
 @dataclass(frozen=True)
 class Passes:
-    """What the roles say about each episode: fp32 [k], one entry per response token, on the CPU."""
+    """What the roles say about each episode: fp32 [k], one entry per response token, on the CPU.
+
+    `values` are None without a critic. `last_values` fp32 [B]: of the state after the last token, where the answer was
+    cut and its return goes on (0 where it ended); None where it does not.
+    """
 
     logprobs: list[Tensor]
     ref_logprobs: list[Tensor]
-    values: list[Tensor]
+    values: list[Tensor] | None = None
+    last_values: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Shaped:
-    """The same as padded tensors [B, T], with the rewards and what follows from them. `mask` bool marks real tokens."""
+    """The same as padded tensors [B, T], with the rewards and what follows from them.
+
+    `mask` bool marks real tokens of answers that are learned from; other answers have none.
+    """
 
     mask: Tensor
     kl: Tensor
     rewards: Tensor
-    values: Tensor
+    values: Tensor | None
     advantages: Tensor
     returns: Tensor
 
@@ -60,13 +70,17 @@ def per_token(
     episodes: Sequence[Episode],
     read: Callable[[TokenBatch, ResponseTargets], Tensor],
     batch_size: int,
+    beyond: int = 0,
 ) -> list[Tensor]:
-    """`read` of each episode's response tokens under a role, in batches of like lengths, in the episodes' order."""
+    """`read` of each episode's response tokens under a role, in batches of like lengths, in the episodes' order.
+
+    `read` gives `beyond` more numbers for each episode, after those of its tokens.
+    """
     found: list[Tensor] = [torch.empty(0)] * len(episodes)
     with roles.playing(role):
         for chosen in like_lengths([len(episode) for episode in episodes], batch_size):
             batch = to_device(pack([episodes[index].sequence for index in chosen]), roles.device)
-            lengths = [len(episodes[index].sampling_logprobs) for index in chosen]
+            lengths = [len(episodes[index].sampling_logprobs) + beyond for index in chosen]
             pieces = read(batch, response_targets(batch)).cpu().split(lengths)
             for index, piece in zip(chosen, pieces, strict=True):
                 found[index] = piece.clone()  # a view would keep its whole batch alive
@@ -83,20 +97,27 @@ def logprobs_of(roles: Roles, role: str, episodes: Sequence[Episode], config: PP
 
 
 def values_of(roles: Roles, episodes: Sequence[Episode], config: PPOConfig) -> list[Tensor]:
-    """The critic's value of the state in which each token is chosen: at the row that predicts it."""
+    """The critic's k + 1 values of each episode: of the states in which its tokens are chosen, and after the last one.
+
+    A state's value is read at the row that predicts the next token, so the state after the last one is its own row.
+    """
 
     def read(batch: TokenBatch, targets: ResponseTargets) -> Tensor:
-        return roles.scalars(batch, targets.rows)
+        rows, _ = torch.cat([targets.rows, last_rows(batch)]).sort()
+        return roles.scalars(batch, rows)
 
-    return per_token(roles, "value", episodes, read, config.per_device_eval_batch_size)
+    return per_token(roles, "value", episodes, read, config.per_device_eval_batch_size, beyond=1)
 
 
 def make_passes(roles: Roles, episodes: Sequence[Episode], config: PPOConfig) -> Passes:
-    """Three passes without gradients. A role whose numbers are none any more is named."""
+    """Passes without gradients: of the policy, the reference, and the critic where there is one.
+
+    A role whose numbers are none any more is named.
+    """
     passes = {
         "policy's log-probs": logprobs_of(roles, "policy", episodes, config),
         "reference's log-probs": logprobs_of(roles, "reference", episodes, config),
-        "critic's values": values_of(roles, episodes, config),
+        "critic's values": values_of(roles, episodes, config) if "value" in roles.adapters else [],
     }
     for what, pieces in passes.items():
         if not all(bool(piece.isfinite().all()) for piece in pieces):
@@ -104,7 +125,14 @@ def make_passes(roles: Roles, episodes: Sequence[Episode], config: PPOConfig) ->
                 f"ppo: the {what} of sampled answers are not finite: it has diverged, or its dtype overflows; a lower "
                 "learning_rate or another dtype usually helps. The last checkpoint is from before that."
             )
-    return Passes(*passes.values())
+    logprobs, ref_logprobs, values = passes.values()
+    last = [0.0 if episode.finished else float(each[-1]) for episode, each in zip(episodes, values, strict=False)]
+    return Passes(
+        logprobs,
+        ref_logprobs,
+        values=[each[:-1].clone() for each in values] if values else None,
+        last_values=torch.tensor(last) if config.bootstrap_truncated else None,
+    )
 
 
 def pad(pieces: Sequence[Tensor]) -> Tensor:
@@ -112,38 +140,56 @@ def pad(pieces: Sequence[Tensor]) -> Tensor:
     return pad_sequence(list(pieces), batch_first=True)
 
 
-def shape_rewards(passes: Passes, scores: Tensor, kl_coef: float, config: PPOConfig) -> Shaped:
+def shape_rewards(
+    passes: Passes,
+    scores: Tensor,
+    kl_coef: float,
+    config: PPOConfig,
+    *,
+    dense: Sequence[Tensor] | None = None,
+    kept: Tensor | None = None,
+) -> Shaped:
     """Rewards, advantages and returns of an iteration.
 
-        reward_t = -kl_coef * KL_t + [t is the last response token] * score
-        A_t = sum_l (gamma lam)^l (reward_{t+l} + gamma V_{t+l+1} - V_{t+l}),  return_t = A_t + V_t
+        reward_t = -kl_coef * KL_t + dense_t + [t is the last response token] * score
+        A_t = sum_l (gamma lam)^l (reward_{t+l} + gamma V_{t+l+1} - V_{t+l}),  return_t = A_t + V_t    (gae)
 
-    `scores` fp32 [B]. The last response token is the one that ended the answer, where one did. Rewards are whitened
-    before GAE and keep their mean, advantages after it and lose theirs; both over the response tokens of all episodes.
+    `scores` fp32 [B]. The last response token is the one that ended the answer, where one did. `dense` fp32 [k] of each
+    answer. Rewards are whitened first and keep their mean. `kept` bool [B]: the answers that are learned from, by
+    default all; the others are in no mean and no baseline. If they were, and scored high, then each of the rest would
+    be worse than average, and learning from those alone would make the answers that are wanted less likely.
     """
     lengths = torch.tensor([len(piece) for piece in passes.logprobs])
-    logprobs, values = pad(passes.logprobs), pad(passes.values)
+    logprobs = pad(passes.logprobs)
     mask = torch.arange(logprobs.shape[1]) < lengths.unsqueeze(1)
     kl = token_kl(logprobs, pad(passes.ref_logprobs), estimator=config.kl_estimator)
     rewards = -kl_coef * kl
+    if dense is not None:
+        rewards += pad(dense)
     rewards[torch.arange(len(lengths)), lengths - 1] += scores
+    if kept is not None:
+        mask &= kept.unsqueeze(1)
     if config.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
-    advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.lam)
-    return Shaped(mask, kl, rewards, values, masked_whiten(advantages, mask), returns)
+    values = None if passes.values is None else pad(passes.values)
+    found = estimator_of(config).advantages(
+        Rewarded(rewards, mask, values, passes.last_values, config.gamma, config.lam, config.num_generations)
+    )
+    return Shaped(mask, kl, rewards, values, found.advantages, found.returns)
 
 
 def make_experiences(episodes: Sequence[Episode], passes: Passes, shaped: Shaped) -> list[Experience]:
-    """One record for each episode."""
+    """One record for each episode that is learned from."""
     return [
         Experience(
             episode=episode,
             old_logprobs=passes.logprobs[row],
-            old_values=passes.values[row],
+            old_values=None if passes.values is None else passes.values[row],
             advantages=shaped.advantages[row, : len(passes.logprobs[row])].clone(),
             returns=shaped.returns[row, : len(passes.logprobs[row])].clone(),
         )
         for row, episode in enumerate(episodes)
+        if shaped.mask[row].any()
     ]
 
 
@@ -169,19 +215,26 @@ def answer_metrics(
 
 
 def objective_metrics(
-    episodes: Sequence[Episode], passes: Passes, shaped: Shaped, scores: Tensor, kl_coef: float
+    episodes: Sequence[Episode],
+    passes: Passes,
+    shaped: Shaped,
+    scores: Tensor,
+    kl_coef: float,
+    penalty: float = 0.0,
 ) -> dict[str, float]:
-    """What an iteration's answers came to, by TRL's names."""
-    penalty = -kl_coef * shaped.kl.sum(1).mean()
-    return {
+    """What an iteration's answers came to, by TRL's names. `penalty`: what a constraint takes from the mean score."""
+    paid = -kl_coef * shaped.kl.sum(1).mean()
+    row = {
         **answer_metrics(episodes, passes.logprobs, passes.ref_logprobs, scores),
         "objective/kl_coef": kl_coef,
-        "objective/non_score_reward": float(penalty),
-        "objective/rlhf_reward": float(scores.mean() + penalty),
+        "objective/non_score_reward": float(paid),
+        "objective/rlhf_reward": float(scores.mean() - penalty + paid),
         "objective/entropy": float(-pad(passes.logprobs).sum(1).mean()),
-        "val/explained_variance": explained_variance(shaped.values[shaped.mask], shaped.returns[shaped.mask]),
         "val/num_eos_tokens": float(sum(episode.finished for episode in episodes)),
     }
+    if shaped.values is not None and shaped.mask.any():
+        row["val/explained_variance"] = explained_variance(shaped.values[shaped.mask], shaped.returns[shaped.mask])
+    return row
 
 
 def next_kl_coef(kl_coef: float, kl: float, episodes: int, config: PPOConfig) -> float:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 import time
+import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from onecard import runs
+from onecard.algorithms.ppo.constraint import next_multiplier, verdict_on
 from onecard.algorithms.ppo.evaluation import evaluate_policy
 from onecard.algorithms.ppo.experience import (
     make_experiences,
@@ -18,11 +21,13 @@ from onecard.algorithms.ppo.experience import (
 )
 from onecard.algorithms.ppo.losses import ppo_objective
 from onecard.algorithms.ppo.sampling import Sampler
-from onecard.batches import Experience, ExperienceBatch
+from onecard.algorithms.ppo.scores import Judged, Scale, judged_metrics
+from onecard.algorithms.ppo.settings import episodes_per_step, minibatch_size
+from onecard.batches import Episode, Experience, ExperienceBatch
 from onecard.config import PPOConfig
 from onecard.data import Prompt, stream_indices
 from onecard.draws import own_draws
-from onecard.metrics import Bar
+from onecard.metrics import Bar, phase_memory
 from onecard.models.roles import Roles
 from onecard.rewards.judge import Judge
 from onecard.trainer import Objective, Trainer
@@ -43,7 +48,7 @@ UPDATE_METRICS = {
 
 def minibatches(experiences: Sequence[Experience], config: PPOConfig, step: int) -> Iterator[list[Experience]]:
     """Every experience num_ppo_epochs times, in minibatches of an order of its own for each epoch."""
-    size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    size = minibatch_size(config)
     for epoch in range(config.num_ppo_epochs):
         order = list(range(len(experiences)))
         random.Random(f"{config.seed} {step} {epoch}").shuffle(order)
@@ -70,11 +75,33 @@ def learn(
             break
         trainer.apply()
         updates += 1
+    if not rows:  # a constraint has left no answer to learn from
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # the schedule goes on all the same
+        return {"policy/updates": 0.0}
     means = {
         logged: sum(row[name] for row in rows) / len(rows) for name, logged in UPDATE_METRICS.items() if name in rows[0]
     }
     ratio_var = sum((row["val/ratio"] - means["val/ratio"]) ** 2 for row in rows) / len(rows)
     return {**means, "val/ratio_var": ratio_var, "policy/updates": float(updates)}
+
+
+@dataclass(frozen=True)
+class Controls:
+    """The numbers that live across iterations, and go into checkpoints."""
+
+    kl_coef: float
+    multiplier: float  # lambda of constraint_mode lagrangian
+    scale: Scale = field(default_factory=Scale)
+
+
+def next_controls(controls: Controls, row: dict[str, float], episodes: int, config: PPOConfig) -> Controls:
+    """Those of the next iteration, from this one's row."""
+    kl_coef = next_kl_coef(controls.kl_coef, row["objective/kl"], episodes, config)
+    if "constraint/lambda" not in row:
+        return replace(controls, kl_coef=kl_coef)
+    return replace(
+        controls, kl_coef=kl_coef, multiplier=next_multiplier(controls.multiplier, row["constraint/cost"], config)
+    )
 
 
 class PPO:
@@ -91,13 +118,17 @@ class PPO:
         prompts: Sequence[Prompt],
         heldout: Sequence[Prompt],
         total_steps: int,
+        *,
+        constraint: Judge | None = None,
+        scale: Scale | None = None,
     ) -> None:
-        self.config, self.roles, self.sampler, self.judge = config, roles, sampler, judge
+        self.config, self.roles, self.sampler = config, roles, sampler
+        self.rewards, self.constraint = judge, constraint
         self.prompts, self.heldout, self.total_steps = prompts, heldout, total_steps
         # A warm-up begins at a rate of 0. An iteration is worth too much for that: this one begins a step later.
         self.schedule_from = 1 if config.warmup_steps else 0
         self.objective = ppo_objective(roles, config)
-        self.kl_coef = config.kl_coef
+        self.controls = Controls(config.kl_coef, config.constraint_lambda, scale or Scale())
 
     def batches(self, first_step: int) -> Iterator[tuple[float, list[int]]]:
         """The prompts of each iteration: a stream of shuffled epochs, cut every batch_size / num_generations."""
@@ -106,26 +137,43 @@ class PPO:
             indices = stream_indices(len(self.prompts), step * size, size, seed=self.config.seed)
             yield (step + 1) * size / len(self.prompts), indices
 
+    def judge(self, prompts: Sequence[Prompt], episodes: Sequence[Episode]) -> Judged:
+        """Scores on the run's scale, and costs where there is a constraint."""
+        judges = [self.rewards, *([self.constraint] if self.constraint else [])]
+        scores, *costs = [each.scores(self.roles, self.sampler.tokenizer, prompts, episodes) for each in judges]
+        return Judged(self.controls.scale.of(scores), costs[0].sums if costs else None)
+
     def step(self, trainer: Trainer, indices: Sequence[int], bar: Bar) -> dict[str, float]:
         began = time.perf_counter()
-        config, roles = self.config, self.roles
+        config, roles, controls = self.config, self.roles, self.controls
+        row: dict[str, float] = {}
         places = [index for index in indices for _ in range(config.num_generations)]
         prompts = [self.prompts[index] for index in places]
-        with bar.part("sample", len(places)) as part, own_draws(roles.device, config.seed, trainer.step, "sample"):
+        with (
+            bar.part("sample", len(places)) as part,
+            phase_memory(row, "memory/rollout_gib"),
+            own_draws(roles.device, config.seed, trainer.step, "sample"),
+        ):
             sampled = self.sampler.sample(roles, prompts, places, part)
         episodes = sampled.episodes
         with own_draws(roles.device, config.seed, trainer.step, "judge"):
-            scores = self.judge.scores(roles, self.sampler.tokenizer, prompts, episodes)
+            judged = self.judge(prompts, episodes)
+        verdict = verdict_on(judged.scores.total, judged.costs, controls.multiplier, config)
         passes = make_passes(roles, episodes, config)
-        shaped = shape_rewards(passes, scores.total, self.kl_coef, config)
-        row = objective_metrics(episodes, passes, shaped, scores.total, self.kl_coef)
-        row |= {f"rewards/{name}/mean": float(part.mean()) for name, part in scores.parts.items()}
+        shaped = shape_rewards(
+            passes, verdict.scores, controls.kl_coef, config, dense=judged.scores.dense, kept=verdict.kept
+        )
+        paid = float((judged.scores.total - verdict.scores).mean())
+        row |= objective_metrics(episodes, passes, shaped, judged.scores.sums, controls.kl_coef, paid)
+        row |= judged_metrics(judged, config)
         experiences = make_experiences(episodes, passes, shaped)
         updates = -(-len(experiences) // minibatch_size(config)) * config.num_ppo_epochs
-        with bar.part("learn", updates) as part:
+        with bar.part("learn", updates) as part, phase_memory(row, "memory/learn_gib"):
             counted = advancing(minibatches(experiences, config, trainer.step), part)
             row |= learn(trainer, self.objective, counted, config.target_kl)
-        self.kl_coef = next_kl_coef(self.kl_coef, row["objective/kl"], len(episodes), config)
+        if self.constraint is not None and config.constraint_mode == "lagrangian":
+            row["constraint/lambda"] = controls.multiplier
+        self.controls = next_controls(controls, row, len(episodes), config)
         tokens = sum(map(len, episodes))
         trainer.num_tokens += tokens
         seconds = time.perf_counter() - began
@@ -149,10 +197,10 @@ class PPO:
         return {"episode": step * episodes_per_step(self.config)}
 
     def state(self) -> dict[str, Any]:
-        return {"kl_coef": self.kl_coef}
+        return asdict(self.controls)
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.kl_coef = state["kl_coef"]
+        self.controls = Controls(**{**state, "scale": Scale(**state["scale"])})
 
 
 def advancing(batches: Iterator[list[Experience]], bar: Bar) -> Iterator[list[Experience]]:
@@ -160,13 +208,3 @@ def advancing(batches: Iterator[list[Experience]], bar: Bar) -> Iterator[list[Ex
     for batch in batches:
         yield batch
         bar.advance()
-
-
-def minibatch_size(config: PPOConfig) -> int:
-    """Sequences in one optimizer step."""
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps
-
-
-def episodes_per_step(config: PPOConfig) -> int:
-    """Responses in one iteration."""
-    return config.batch_size or minibatch_size(config) * config.num_mini_batches

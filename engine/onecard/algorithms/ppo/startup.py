@@ -7,7 +7,7 @@ they are not would learn nonsense:
 |---|---|
 | as drawn, and of the old pass | something changes the distribution that is sampled; masks or positions are off |
 | of the new pass (as in training), and of the old pass | dropout is on; the layouts or batches do not agree |
-| of the reference, and of the policy | the policy does not start as the reference |
+| of the reference, and of the policy | the policy does not start as the reference, and is not meant not to |
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from onecard.config import PPOConfig
 from onecard.data import Prompt
 from onecard.draws import own_draws
 from onecard.errors import OnecardError
+from onecard.models.load import find_source
 from onecard.models.roles import Roles
 from onecard.rewards.judge import Judge
 
@@ -46,7 +47,7 @@ def new_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfig) -
 def check_start(
     roles: Roles,
     sampler: Sampler,
-    judge: Judge,
+    judges: Sequence[Judge],
     training: Sequence[Prompt],
     heldout: Sequence[Prompt],
     config: PPOConfig,
@@ -58,14 +59,18 @@ def check_start(
     with own_draws(roles.device, config.seed, "start"):
         for chosen in parts:
             sampled = sampler.sample(roles, chosen, range(len(chosen)), None).episodes
-            judge.scores(roles, sampler.tokenizer, chosen, sampled)
+            for judge in judges:
+                judge.scores(roles, sampler.tokenizer, chosen, sampled)
             episodes += sampled
     compare_logprobs(roles, episodes, config)
     roles.train(before)
 
 
 def compare_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfig) -> None:
-    """The three comparisons. Dropout makes all of them differ, so the one that shows it alone comes first."""
+    """The comparisons. Dropout makes all of them differ, so the one that shows it alone comes first.
+
+    Where `ref_adapter` is another adapter than the policy starts as, those two are not equal, and not compared.
+    """
     roles.train()
     sampled = torch.cat([episode.sampling_logprobs for episode in episodes])
     old = torch.cat(logprobs_of(roles, "policy", episodes, config))
@@ -76,7 +81,16 @@ def compare_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfi
     limits = (mean / cold, largest / cold)
     compare("the policy's log-probs in training and in the pass before it", new, old, limits)
     compare("the sampled tokens' log-probs, as drawn and of the policy's own pass,", sampled, old, limits)
-    compare("the log-probs of the policy and of the reference, which it starts as,", old, reference, limits)
+    if starts_as_reference(config):
+        compare("the log-probs of the policy and of the reference, which it starts as,", old, reference, limits)
+
+
+def starts_as_reference(config: PPOConfig) -> bool:
+    """Whether the policy and the reference are read from the same folder, or neither from one."""
+    if not config.ref_adapter:
+        return True
+    policy, reference = (find_source(name).adapter for name in (config.model, config.ref_adapter))
+    return policy is not None and reference is not None and policy.resolve() == reference.resolve()
 
 
 def compare(what: str, first: Tensor, second: Tensor, limits: tuple[float, float]) -> None:

@@ -1,0 +1,61 @@
+"""Constrained PPO: each answer has a cost, which is to stay below a threshold.
+
+skip         an answer that costs more gives no gradient, and is in no mean or baseline of those that do
+lagrangian   max over the policy, min over lambda >= 0:  E[score] - lambda (E[cost] - threshold)
+
+In lagrangian the terminal score becomes score - lambda * cost, and after each iteration
+lambda = max(0, lambda + lr * (mean cost - threshold)): PPO-Lagrangian of "Benchmarking Safe Exploration in Deep
+Reinforcement Learning" (Ray et al., 2019, https://cdn.openai.com/safexp-short.pdf), as "Safe RLHF" has it for
+language models (https://arxiv.org/abs/2310.12773), which learns log lambda instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onecard.config import PPOConfig
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What costs do to B answers: the terminal `scores`, fp32 [B], and which are learned from, `kept` bool [B]."""
+
+    scores: Tensor
+    kept: Tensor
+
+
+def skip(scores: Tensor, costs: Tensor, multiplier: float, threshold: float) -> Verdict:
+    """Answers above the threshold are left out."""
+    return Verdict(scores, costs <= threshold)
+
+
+def lagrangian(scores: Tensor, costs: Tensor, multiplier: float, threshold: float) -> Verdict:
+    """All answers stay, and pay."""
+    return Verdict(scores - multiplier * costs, torch.ones_like(costs, dtype=torch.bool))
+
+
+MODES: dict[str, Callable[[Tensor, Tensor, float, float], Verdict]] = {"skip": skip, "lagrangian": lagrangian}
+
+
+def verdict_on(scores: Tensor, costs: Tensor | None, multiplier: float, config: PPOConfig) -> Verdict:
+    """What the run's mode makes of terminal scores and costs; without a constraint, nothing."""
+    if costs is None:
+        return Verdict(scores, torch.ones_like(scores, dtype=torch.bool))
+    return MODES[config.constraint_mode](scores, costs, multiplier, config.constraint_threshold)
+
+
+def cost_metrics(costs: Tensor, config: PPOConfig) -> dict[str, float]:
+    """What answers cost, in training and in evaluation."""
+    return {
+        "constraint/cost": float(costs.mean()),
+        "constraint/violation_rate": float((costs > config.constraint_threshold).float().mean()),
+    }
+
+
+def next_multiplier(multiplier: float, cost: float, config: PPOConfig) -> float:
+    """Lambda for the next iteration, a step up the slope of the Lagrangian in it."""
+    return max(0.0, multiplier + config.constraint_lambda_lr * (cost - config.constraint_threshold))

@@ -1,0 +1,113 @@
+"""Rewards to advantages: what each `--advantage_estimator` makes of an iteration's answers.
+
+| estimator | advantage of token t | critic | passes | ratio |
+|---|---|---|---|---|
+| gae | generalized advantage estimation, whitened [1] | yes | num_ppo_epochs | clipped |
+| a2c | the same with lam = 1: return minus value, whitened [2] | yes | 1 | free |
+| reinforce | reward-to-go, whitened: the batch's mean is the baseline [3] | no | 1 | free |
+| rloo | the answer's whole reward - mean of the others' to its prompt [4] | no | num_ppo_epochs | clipped |
+| grpo | (the answer's whole reward - its group's mean) / std [5] | no | num_ppo_epochs | clipped |
+
+[1] https://arxiv.org/abs/1506.02438  [2] https://arxiv.org/abs/1602.01783  [3] REINFORCE++,
+https://arxiv.org/abs/2501.03262  [4] https://arxiv.org/abs/2402.14740  [5] https://arxiv.org/abs/2402.03300
+
+Whether there is a critic is `models.build.has_critic`, since weights depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from onecard.config import PPOConfig
+from onecard_kernels import Advantages, gae, group_advantages, masked_whiten
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """B answers of up to T tokens. `rewards` fp32 [B, T], KL and score in them; `mask` bool [B, T]: which tokens count.
+
+    An answer that is not learned from has no True in its row of the mask: it is in no mean, no baseline, no group.
+    `values` fp32 [B, T] and `last_values` fp32 [B] (of the state after the last token) are the critic's, None without
+    one. Each group_size answers in a row have the same prompt.
+
+    Two answers of 2 and 1 tokens, with scores 2 and -1 and no KL:
+
+        rewards  [[0, 2], [-1, 0]]    mask  [[x, x], [x, .]]
+    """
+
+    rewards: Tensor
+    mask: Tensor
+    values: Tensor | None = None
+    last_values: Tensor | None = None
+    gamma: float = 1.0
+    lam: float = 0.95
+    group_size: int = 1
+
+
+def generalized(given: Rewarded) -> Advantages:
+    """GAE of each answer; advantages whitened over all tokens that count."""
+    if given.values is None:
+        raise ValueError("values is None, expected the critic's")
+    found = gae(
+        given.rewards, given.values, given.mask, gamma=given.gamma, lam=given.lam, last_values=given.last_values
+    )
+    return Advantages(masked_whiten(found.advantages, given.mask), found.returns)
+
+
+def actor_critic(given: Rewarded) -> Advantages:
+    """Reward-to-go minus the critic's value, whitened: GAE at lam = 1."""
+    return generalized(replace(given, lam=1.0))
+
+
+def reinforce(given: Rewarded) -> Advantages:
+    """Reward-to-go, whitened: the same under a critic that says 0."""
+    return actor_critic(replace(given, values=torch.zeros_like(given.rewards)))
+
+
+def in_groups(given: Rewarded, kind: str) -> Advantages:
+    """Each answer's whole reward against the others' to its prompt: one number for all of its tokens.
+
+    An answer whose others are all left out has nothing to be compared with: its advantage is 0.
+    """
+    kept = given.mask.any(1)
+    sums = torch.where(given.mask, given.rewards, 0.0).sum(1)
+    advantages = torch.zeros_like(sums)
+    for group in torch.arange(len(sums)).split(given.group_size):
+        chosen = group[kept[group]]
+        if len(chosen) > 1:
+            advantages[chosen] = group_advantages(sums[chosen], group_size=len(chosen), kind=kind)
+    return Advantages(*(torch.where(given.mask, each.unsqueeze(1), 0.0) for each in (advantages, sums)))
+
+
+def leave_one_out(given: Rewarded) -> Advantages:
+    return in_groups(given, "rloo")
+
+
+def group_relative(given: Rewarded) -> Advantages:
+    return in_groups(given, "grpo")
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """`once`: one pass over an iteration's answers, and nothing is clipped. `groups`: several answers to a prompt."""
+
+    advantages: Callable[[Rewarded], Advantages]
+    once: bool = False
+    groups: bool = False
+
+
+ESTIMATORS = {
+    "gae": Estimator(generalized),
+    "a2c": Estimator(actor_critic, once=True),
+    "reinforce": Estimator(reinforce, once=True),
+    "rloo": Estimator(leave_one_out, groups=True),
+    "grpo": Estimator(group_relative, groups=True),
+}
+
+
+def estimator_of(config: PPOConfig) -> Estimator:
+    return ESTIMATORS[config.advantage_estimator]

@@ -1,0 +1,75 @@
+"""What judges said of answers, and its scale: mean 0 and standard deviation 1 on the starting policy's answers, where
+`--normalize_reward` asks for it.
+
+A reward's scale is arbitrary, and kl_coef, cliprange_value and the critic all live on it. "Learning to Summarize from
+Human Feedback" (https://arxiv.org/abs/2009.01325) shifts its reward model so that references score 0. TRL's old
+`use_score_scaling` and `use_score_norm` took running numbers, which move the goal while it is aimed at; here both are
+taken once and stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from onecard.algorithms.ppo.constraint import cost_metrics
+from onecard.algorithms.ppo.sampling import Sampler
+from onecard.config import PPOConfig
+from onecard.data import Prompt, stream_indices
+from onecard.draws import own_draws
+from onecard.errors import OnecardError
+from onecard.metrics import say
+from onecard.models.roles import Roles
+from onecard.rewards.judge import Judge
+from onecard.rewards.mixture import Scores
+
+MOST_PROMPTS = 64
+
+
+@dataclass(frozen=True)
+class Scale:
+    """`mean` and `std` of the reference answers' scores; the default changes nothing."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def of(self, scores: Scores) -> Scores:
+        """(score - mean) / std of each answer: the mean is taken from the terminal part. `parts` stay as they came."""
+        dense = None if scores.dense is None else [each / self.std for each in scores.dense]
+        return replace(scores, total=(scores.total - self.mean) / self.std, dense=dense)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What B answers are worth and cost: `costs` fp32 [B], None without a constraint."""
+
+    scores: Scores
+    costs: Tensor | None = None
+
+
+def judged_metrics(judged: Judged, config: PPOConfig) -> dict[str, float]:
+    """Each reward's part as it came, and the costs, in training and in evaluation."""
+    parts = {f"rewards/{name}/mean": float(part.mean()) for name, part in judged.scores.parts.items()}
+    return parts if judged.costs is None else {**parts, **cost_metrics(judged.costs, config)}
+
+
+def measure_scale(roles: Roles, sampler: Sampler, judge: Judge, training: Sequence[Prompt], config: PPOConfig) -> Scale:
+    """The scale of one answer each to the first (at most 64) prompts that training will take."""
+    places = stream_indices(len(training), 0, min(MOST_PROMPTS, len(training)), seed=config.seed)
+    prompts = [training[place] for place in places]
+    with own_draws(roles.device, config.seed, "normalize_reward"):
+        episodes = sampler.sample(roles, prompts, places, None).episodes
+        sums = judge.scores(roles, sampler.tokenizer, prompts, episodes).sums.double()
+    if sums.min() == sums.max():
+        raise OnecardError(
+            f"normalize_reward: {len(sums)} answers of the starting policy all score {float(sums[0]):g}: a standard "
+            "deviation of 0, which nothing can be divided by. Leave it out, or look at the reward."
+        )
+    scale = Scale(float(sums.mean()), float(sums.std(unbiased=False)))
+    say(
+        f"normalize_reward: scores are shifted by {-scale.mean:.6g} and divided by {scale.std:.6g}, from {len(sums)} "
+        "answers of the starting policy."
+    )
+    return scale
