@@ -1,0 +1,98 @@
+"""`onecard dpo`: from its settings to the trained policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from onecard.algorithms.common import Recipe, pair_tokenizer, run_recipe
+from onecard.algorithms.dpo.losses import preference_loss
+from onecard.algorithms.dpo.reference import with_reference
+from onecard.algorithms.dpo.variants import Variant, loss_keywords, pick_variant
+from onecard.batches import LabelledSequence, TokenSequence, pack_labelled, pack_pairs
+from onecard.config import DPOConfig
+from onecard.data import Row, Tokenized, labelled_examples
+from onecard.models.build import reference_adapter
+from onecard.models.roles import Roles
+
+Collate = Callable[[Sequence[Any]], Any]  # of pairs, or of labelled answers
+Prepare = Callable[[Roles, Sequence[Any], Sequence[Any]], tuple[Sequence[Any], Sequence[Any]]]
+
+MOST = 4 / 3  # how much heavier desirable answers may weigh than undesirable ones, at most; at least: as much
+
+
+def balance_notes(examples: Sequence[LabelledSequence], config: DPOConfig) -> tuple[str, ...]:
+    """A line where the weights are not what KTO's paper advises for so many answers of each kind."""
+    desirable = sum(example.desirable for example in examples)
+    undesirable = len(examples) - desirable
+    if not (desirable and undesirable and config.undesirable_weight):
+        return ()
+    per_answer = desirable / undesirable
+    weight = config.desirable_weight * per_answer / config.undesirable_weight
+    if 1 <= round(weight, 2) <= MOST:  # a few answers more or less are nothing to speak of
+        return ()
+    least, most = (config.undesirable_weight * bound / per_answer for bound in (1, MOST))
+    return (
+        f"{desirable} desirable and {undesirable} undesirable answers: KTO's paper advises a desirable_weight of "
+        f"{least:.3g} to {most:.3g} here (it is {config.desirable_weight:g}).",
+    )
+
+
+def labelled_tokenizer(config: DPOConfig) -> Callable[[Sequence[Row], Any, int], Tokenized[LabelledSequence]]:
+    """`Recipe.tokenize` of labelled answers; only kto looks at the mismatched ones."""
+
+    def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Tokenized[LabelledSequence]:
+        found = labelled_examples(
+            rows,
+            tokenizer,
+            max_length=max_length,
+            truncation_mode=config.truncation_mode,
+            skip_bad_rows=config.skip_bad_rows,
+        )
+        examples = found.examples
+        if config.loss_type != ["kto"]:
+            examples = tuple(replace(example, mismatched=TokenSequence((), ())) for example in examples)
+        return replace(found, examples=examples, notes=(*found.notes, *balance_notes(examples, config)))
+
+    return tokenize
+
+
+def make_recipe(config: DPOConfig) -> Recipe[Any, Any]:
+    """What `loss_type` makes of a DPO run; its settings go together, or this stops."""
+    keywords = loss_keywords(config)
+    variant = pick_variant(config)
+    reference_adapter(config)
+    loss = partial(preference_loss, use_weighting=True) if config.use_weighting else variant.loss
+    collate: Collate = pack_labelled if variant.labelled else pack_pairs
+    return Recipe(
+        command="dpo",
+        trained="policy",
+        tokenize=labelled_tokenizer(config) if variant.labelled else pair_tokenizer(config),
+        collate=collate,
+        count=len,
+        loss=lambda roles, batch, normalizer: loss(roles, batch, keywords, normalizer),
+        reference=variant.reference is not None,
+        prepare=reference_pass(config, variant, collate) if config.precompute_ref_log_probs else None,
+    )
+
+
+def reference_pass(config: DPOConfig, variant: Variant, collate: Collate) -> Prepare:
+    """`Recipe.prepare` where the reference is asked beforehand; a reference that is a whole model is then let go."""
+    assert variant.reference is not None
+    known = partial(with_reference, config=config, collate=collate, reference=variant.reference)
+
+    def prepare(roles: Roles, training: Sequence[Any], heldout: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        found = known(roles=roles, examples=training), known(roles=roles, examples=heldout)
+        if "reference" in roles.copies:
+            del roles.copies["reference"]
+        return found
+
+    return prepare
+
+
+def run(config: DPOConfig) -> Path:
+    """`onecard dpo`. Returns the folder of the trained policy."""
+    return run_recipe(config, make_recipe(config))

@@ -1,0 +1,125 @@
+"""The reference's log-probs, computed once before training and kept on disk for other runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from onecard import __version__, runs
+from onecard.algorithms.common import weights_digest
+from onecard.batches import LabelledSequence, PreferencePair, like_lengths, to_device
+from onecard.config import DPOConfig
+from onecard.metrics import progress, say
+from onecard.models.load import find_source, pick_attention, pick_dtype
+from onecard.models.roles import Roles
+
+E = TypeVar("E", PreferencePair, LabelledSequence)
+
+NAME = "ref_logps"
+
+
+def cache_folder() -> Path:
+    """`$ONECARD_CACHE`, or `~/.cache/onecard`."""
+    return Path(os.environ.get("ONECARD_CACHE") or "~/.cache/onecard").expanduser()
+
+
+def cache_key(config: DPOConfig, roles: Roles, examples: Sequence[E]) -> str:
+    """Changes with everything that the log-probs depend on, to the last bit: a run that is gone on with has the same.
+
+    Hence the batch size, the layout and the device, which change the rounding.
+    """
+    reference = config.ref_adapter or config.model
+    dtype = pick_dtype(config, train_all=not config.use_peft)
+    base = find_source(reference).base
+    parts = {
+        "weights": weights_digest(reference),
+        "base": "" if Path(base).is_dir() else base,  # a hub name stands for its weights
+        "examples": runs.fingerprint(examples),
+        "dtype": str(dtype),
+        "load_in_4bit": config.load_in_4bit,
+        "attention": pick_attention(config, dtype),
+        "layout": roles.layout,
+        "batch": config.per_device_eval_batch_size,
+        "device": roles.device.type,
+        "versions": [__version__, torch.__version__],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def read_table(path: Path, rows: int) -> Tensor | None:
+    """The log-probs in a cache file, fp32 [rows, 2]; None if there is none, or none that can be used."""
+    if not path.exists():
+        return None
+    try:
+        table = load_file(str(path))[NAME]
+    except (OSError, SafetensorError, KeyError) as error:
+        say(f"reference: {path} is damaged ({error}) and is computed again.")
+        return None
+    if table.dtype != torch.float32 or table.shape != (rows, 2) or bool(table.isnan().any()):
+        say(f"reference: {path} holds something else than {rows} rows of log-probs and is computed again.")
+        return None
+    say(f"reference: log-probs of {rows} examples are read from {path}.")
+    return table
+
+
+def write_table(path: Path, table: Tensor) -> None:
+    """Write a cache file whole or not at all. A disk that takes none costs the next run its time, not this one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({NAME: table}, str(temporary))
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            temporary.unlink()
+        say(f"reference: {path} cannot be written ({error}); the next run computes it again.")
+
+
+@torch.no_grad()
+def compute_table(
+    roles: Roles,
+    examples: Sequence[E],
+    collate: Callable[[Sequence[E]], Any],
+    reference: Callable[[Roles, Any], Tensor],
+    size: int,
+) -> Tensor:
+    """Both log-probs of each example under the reference, fp32 [N, 2], on the CPU."""
+    table = torch.zeros(len(examples), 2)
+    with progress("reference", len(examples)) as bar:
+        for places in like_lengths([len(example) for example in examples], size):
+            batch = to_device(collate([examples[place] for place in places]), roles.device)
+            table[places] = reference(roles, batch).view(2, -1).T.float().cpu()
+            bar.advance(by=len(places))
+    return table
+
+
+def with_reference(
+    config: DPOConfig,
+    roles: Roles,
+    examples: Sequence[E],
+    collate: Callable[[Sequence[E]], Any],
+    reference: Callable[[Roles, Any], Tensor],
+) -> Sequence[E]:
+    """The examples with their `ref_logps`, from disk if another run has left them there."""
+    if not examples:
+        return examples
+    path = cache_folder() / NAME / f"{cache_key(config, roles, examples)}.safetensors"
+    table = read_table(path, len(examples))
+    if table is None:
+        table = compute_table(roles, examples, collate, reference, config.per_device_eval_batch_size)
+        write_table(path, table)
+    return [
+        replace(example, ref_logps=(first, second))
+        for example, (first, second) in zip(examples, table.tolist(), strict=True)
+    ]
