@@ -1,4 +1,4 @@
-"""The command line: `onecard sft | reward | dpo | ppo | generate | demo`.
+"""The command line: `onecard sft | reward | dpo | ppo | generate | chat | evaluate | merge | demo`.
 
 Each command's flags are the fields of its config dataclass. Nothing heavy is imported before a command really runs, so
 `--help` answers at once.
@@ -19,7 +19,7 @@ import click
 import yaml
 
 from onecard import __version__, config
-from onecard.errors import OnecardError, nearest
+from onecard.errors import Interrupted, OnecardError, nearest
 
 # command -> (config class, module:function that runs it, example shown under --help)
 COMMANDS: dict[str, tuple[type, str, str]] = {
@@ -48,6 +48,13 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
         "onecard.generate:run",
         "onecard generate --model runs/dpo/policy --prompt 'Once upon a time'",
     ),
+    "chat": (config.ChatConfig, "onecard.chat:run", "onecard chat --model runs/dpo"),
+    "evaluate": (
+        config.EvaluateConfig,
+        "onecard.evaluate:run",
+        "onecard evaluate --model runs/ppo --baseline runs/sft --dataset prompts.jsonl --reward_model_path runs/reward",
+    ),
+    "merge": (config.MergeConfig, "onecard.merge:run", "onecard merge --model runs/dpo --output_dir merged"),
     "demo": (config.DemoConfig, "onecard.demo.flow:run", "onecard demo"),
 }
 
@@ -156,6 +163,13 @@ def make_command(name: str, settings: type, target: str, example: str) -> click.
     return click.Command(name, params=params, callback=run, help=f"{summary}\n\n\b\nExample:\n  {example}")
 
 
+class Commands(click.Group):
+    """The commands in the order of `COMMANDS`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
 def make_cli() -> click.Group:
     """All commands. `--learning-rate` is taken for `--learning_rate`."""
     settings = {
@@ -163,7 +177,7 @@ def make_cli() -> click.Group:
         "max_content_width": 120,
         "token_normalize_func": lambda token: token.replace("-", "_"),
     }
-    group = click.Group(
+    group = Commands(
         "onecard",
         context_settings=settings,
         help="SFT, reward models, DPO and PPO for language models on one card. Start with: onecard demo",
@@ -201,6 +215,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 0
     except OSError as error:  # a full disk, a folder that may not be written: the system names the file
         code = fail(" ".join(str(error).split()))
+    except Interrupted as error:
+        click.echo(f"onecard: {error}", err=True)
+        code = 130
     except (click.Abort, KeyboardInterrupt):
         click.echo(
             "onecard: interrupted. Training goes on from the last checkpoint with the same command and --resume.",

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from onecard import checkpoint
-from onecard.config import GenerateConfig
+from onecard.config import ChatConfig, GenerateConfig
 from onecard.data import load_rows, prompt_examples, prompt_rows
 from onecard.errors import OnecardError
 from onecard.metrics import say
@@ -17,7 +17,13 @@ from onecard.models.load import context_length, load_tokenizer
 from onecard.rollout import Sampling, generate
 
 
-def longest_prompt(config: GenerateConfig) -> int | None:
+def check_sampling(config: GenerateConfig | ChatConfig) -> None:
+    """What the least value of a setting does not say."""
+    if config.top_p > 1:
+        raise OnecardError(f"top_p: {config.top_p:g}, expected 0 to 1.")
+
+
+def longest_prompt(config: GenerateConfig | ChatConfig) -> int | None:
     """Tokens that are left for a prompt beside the response; None where the model does not say."""
     limit = context_length(config)
     if limit is not None and config.max_new_tokens >= limit:
@@ -31,8 +37,7 @@ def run(config: GenerateConfig) -> None:
     """Responses to standard output, or JSONL rows to `output`."""
     if bool(config.prompt) == bool(config.dataset):
         raise OnecardError("--prompt or --dataset: give one of them.")
-    if config.top_p > 1:
-        raise OnecardError(f"top_p: {config.top_p:g}, expected 0 to 1.")
+    check_sampling(config)
     tokenizer = load_tokenizer(config)
     rows = load_rows(config.dataset, split=config.dataset_split) if config.dataset else prompt_rows(config.prompt)
     tokenized = prompt_examples(rows, tokenizer, max_length=longest_prompt(config))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from onecard.batches import like_lengths
 from onecard.data import Prompt
+from onecard.draws import seed_of
 from onecard.errors import OnecardError
 from onecard.metrics import Bar, progress
 from onecard.models.roles import Roles
@@ -180,8 +181,14 @@ def warpers(sampling: Sampling) -> list[Any]:
     return [*top_k, *top_p]
 
 
-def draw(logits: Tensor, sampling: Sampling, filters: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """One token for each row of logits [b, V], and its log-probability: int64 [b], fp32 [b]."""
+def draw(
+    logits: Tensor, sampling: Sampling, filters: Sequence[Any], chances: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token for each row of logits [b, V], and its log-probability: int64 [b], fp32 [b].
+
+    With `chances` [b], numbers from 0 to below 1, the token is the first up to which the probabilities add up to more
+    than the row's number; else torch's global generator draws it.
+    """
     if sampling.temperature > 0:
         logits = logits / sampling.temperature
     for only_top in filters:
@@ -191,12 +198,34 @@ def draw(logits: Tensor, sampling: Sampling, filters: Sequence[Any]) -> tuple[Te
         raise OnecardError(
             "model: its logits are not finite, so nothing can be sampled: it has diverged, or its dtype overflows."
         )
-    tokens = torch.multinomial(logprobs.exp(), 1) if sampling.temperature > 0 else logits.argmax(-1, keepdim=True)
+    if sampling.temperature == 0:
+        tokens = logits.argmax(-1, keepdim=True)
+    elif chances is None:
+        tokens = torch.multinomial(logprobs.exp(), 1)
+    else:  # in float64, in which a float32 chance times the sum stays below the sum
+        sums = logprobs.double().exp().cumsum(-1)
+        tokens = torch.searchsorted(sums, chances.double().unsqueeze(1) * sums[:, -1:], right=True)
     return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
 
 
-def sample_batch(held: Held, sampling: Sampling, ends: Collection[int]) -> Iterator[tuple[int, Response]]:
-    """(which prompt, its response), as they end."""
+def chances_of(seed: int, prompt: int, length: int) -> Tensor:
+    """The numbers that choose the tokens of one prompt's response, fp32 [length], whatever else is sampled with it."""
+    generator = torch.Generator().manual_seed(seed_of(seed, prompt))
+    return torch.rand(length, generator=generator)
+
+
+def sample_batch(
+    held: Held,
+    sampling: Sampling,
+    ends: Collection[int],
+    *,
+    chances: Tensor | None = None,
+    hear: Callable[[int], object] | None = None,
+) -> Iterator[tuple[int, Response]]:
+    """(which prompt, its response), as they end.
+
+    `chances` [rows, max_new_tokens] choose the tokens, if given (see `draw`); `hear` is told each token as it is drawn.
+    """
     filters = warpers(sampling)
     size = len(held.rows)
     rows = list(range(size))  # of `held`, on the host
@@ -209,11 +238,14 @@ def sample_batch(held: Held, sampling: Sampling, ends: Collection[int]) -> Itera
         return row, Response(tuple(drawn[row]), kept, finished[row])
 
     for step in range(sampling.max_new_tokens):
-        tokens, logprobs[held.rows, step] = draw(held.logits(), sampling, filters)
+        chosen_by = None if chances is None else chances[held.rows, step]
+        tokens, logprobs[held.rows, step] = draw(held.logits(), sampling, filters, chosen_by)
         held.extend(tokens)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if not finished[row]:
                 drawn[row].append(token)
+                if hear is not None:
+                    hear(token)
                 finished[row] = token in ends
                 if finished[row]:
                     yield response(row)
@@ -237,11 +269,14 @@ def sample_responses(
     pad: int,
     batch_size: int,
     bar: Bar | None = None,
+    seed: int | None = None,
+    hear: Callable[[int], object] | None = None,
 ) -> Rollout:
     """One response of the current role to each prompt, in the prompts' order. `bar` moves with each response.
 
-    Draws come from torch's global generator. Whether prompt and response fit into the model's context is for callers
-    to check.
+    Draws come from torch's global generator; with `seed`, each prompt has draws of its own, made of the seed and its
+    place. `hear` is told each token as it is drawn. Whether prompt and response fit into the model's context is for
+    callers to check.
     """
     for index, prompt in enumerate(prompts):
         if not prompt:
@@ -253,7 +288,11 @@ def sample_responses(
     with torch.no_grad(), evaluating(model):
         for chosen in like_lengths([len(prompt) for prompt in prompts], batch_size):
             held = Held(model, [prompts[index] for index in chosen], pad, roles.device)
-            for row, response in sample_batch(held, sampling, ends):
+            chances = None
+            if seed is not None:
+                rows = [chances_of(seed, index, sampling.max_new_tokens) for index in chosen]
+                chances = torch.stack(rows).to(roles.device)
+            for row, response in sample_batch(held, sampling, ends, chances=chances, hear=hear):
                 found[chosen[row]] = response
                 total += len(response.tokens)
                 if bar is not None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 import yaml
 
 from onecard import checkpoint
-from onecard.batches import PreferencePair, TokenSequence
+from onecard.batches import LabelledSequence, PreferencePair, Ranking, ScoredSequence, TokenSequence
 from onecard.checkpoint import Checkpoint
 from onecard.config import TrainConfig
 from onecard.errors import OnecardError
+from onecard.models.load import weights_folder
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -25,7 +26,8 @@ SAMPLES = "samples.jsonl"  # answers to held-out prompts, where a command makes 
 IDENTITY = "run.json"
 OUTPUTS = (CONFIG, METRICS, SAMPLES, IDENTITY, "report.html", "plots", "policy", "reward")
 # Settings that a resumed run may change: they decide when to look, not what is learned.
-FREE = {"output_dir", "resume", "overwrite", "logging_steps", "eval_steps", "save_steps", "save_total_limit"}
+FREE = {"output_dir", "resume", "overwrite", "dry_run", "save_steps", "save_total_limit"}
+FREE |= {"logging_steps", "eval_steps", "eval_samples", "eval_sample_length"}
 
 C = TypeVar("C", bound=TrainConfig)
 
@@ -100,9 +102,9 @@ def check_nothing_is_lost(config: TrainConfig, folder: Path, holds_run: bool) ->
     removed = [
         path.resolve() for path in (*checkpoint.checkpoint_folders(folder), *(folder / name for name in OUTPUTS))
     ]
-    for setting in ("model", "dataset", "eval_dataset", "reward_model_path"):
+    for setting in ("model", "dataset", "eval_dataset", "reward_model_path", "ref_adapter", "constraint_model_path"):
         value = getattr(config, setting, "")
-        if value and any(Path(value).resolve().is_relative_to(path) for path in removed):
+        if value and any(weights_folder(Path(value)).resolve().is_relative_to(path) for path in removed):
             raise OnecardError(
                 f"{setting}: {value} is part of the run in {folder} that would be replaced; choose another output_dir."
             )
@@ -117,11 +119,23 @@ def resume_notes(found: Checkpoint | None, torn: tuple[Path, ...]) -> list[str]:
     return notes
 
 
-def fingerprint(examples: Iterable[TokenSequence | PreferencePair]) -> str:
+# record -> its sequences, and its numbers
+CONTENTS: dict[type, Callable[[Any], tuple[Sequence[TokenSequence], Sequence[float]]]] = {
+    TokenSequence: lambda sequence: ((sequence,), ()),
+    PreferencePair: lambda pair: ((pair.chosen, pair.rejected), (pair.margin,)),
+    ScoredSequence: lambda scored: ((scored.sequence,), (scored.score,)),
+    Ranking: lambda ranking: (ranking.sequences, ()),
+    LabelledSequence: lambda labelled: ((labelled.sequence, labelled.mismatched), (labelled.desirable,)),
+}
+
+
+def fingerprint(examples: Iterable[object]) -> str:
     """SHA-256 of tokenized examples: changes with the data, their order, and the tokenizer."""
     state = hashlib.sha256()
     for example in examples:
-        for sequence in (example.chosen, example.rejected) if isinstance(example, PreferencePair) else (example,):
+        sequences, numbers = CONTENTS[type(example)](example)
+        state.update(array("q", [len(sequences)]).tobytes() + array("d", numbers).tobytes())
+        for sequence in sequences:
             state.update(array("q", [len(sequence), *sequence.tokens]).tobytes() + bytes(sequence.response_mask))
     return state.hexdigest()
 

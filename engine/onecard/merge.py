@@ -1,0 +1,83 @@
+"""`onecard merge`: an adapter and its base as one plain Hugging Face model.
+
+The base is read anew in full precision (never the 4-bit copy that training held), so what is merged is rounded once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from onecard.checkpoint import replace_folder
+from onecard.config import MergeConfig
+from onecard.errors import OnecardError
+from onecard.metrics import say
+from onecard.models.load import Source, find_source, load_base, load_tokenizer, reason, save_model
+from onecard.models.roles import HEAD_WEIGHTS
+from onecard.outputs import output_folder
+
+
+def mergeable(config: MergeConfig) -> Source:
+    """The adapter and its base, or a line that says why there is nothing to merge."""
+    source = find_source(config.model)
+    if source.adapter is None:
+        raise OnecardError(f"model: {config.model} is a whole model and no adapter, so there is nothing to merge.")
+    if (source.adapter / HEAD_WEIGHTS).is_file():
+        raise OnecardError(
+            f"model: {source.adapter} is a reward adapter: its scalar head has a bias, and a plain model has no place "
+            "for one; give the adapter itself to --reward_model_path."
+        )
+    if config.load_in_4bit:
+        raise OnecardError("load_in_4bit: weights in 4 bit cannot take an adapter in; leave it out and give --dtype.")
+    return source
+
+
+def untie(model: Any) -> None:
+    """Give the head weights of its own where it shares the embeddings' and an adapter is on one of the two.
+
+    What is added to one must not reach the other.
+    """
+    layers = model.get_output_embeddings(), model.get_input_embeddings()
+    head, embeddings = (getattr(layer, "base_layer", layer) for layer in layers)
+    if (head, embeddings) != layers and head.weight is embeddings.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+
+
+def merged(config: MergeConfig, source: Source) -> Any:
+    """The base with the adapter's weights added to its own."""
+    from peft import PeftModel
+
+    base = load_base(config)
+    if getattr(base, "quantization_method", None) is not None:
+        raise OnecardError(
+            f"model: the base {source.base} is itself stored quantized, and cannot take an adapter in; merge into the "
+            "16-bit model that it was made from."
+        )
+    try:
+        model = PeftModel.from_pretrained(base, str(source.adapter))
+        untie(model.get_base_model())
+        with warnings.catch_warnings():  # PEFT sees that they are two now, and says so in the config and aloud
+            warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+            model = model.merge_and_unload(safe_merge=True)
+    except Exception as error:  # PEFT raises ValueError, KeyError or RuntimeError as its parsers do
+        raise OnecardError(f"model: adapter {source.adapter}: {reason(error)}") from error
+    return model
+
+
+def run(config: MergeConfig) -> Path:
+    """`onecard merge`. Returns the folder of the merged model."""
+    source = mergeable(config)
+    folder = output_folder(config.output_dir)
+    tokenizer = load_tokenizer(config)
+    model = merged(config, source)
+
+    def fill(temporary: Path) -> None:
+        save_model(model, temporary)
+        tokenizer.save_pretrained(str(temporary))
+
+    replace_folder(folder, fill)
+    say(f"merged {source.adapter} into {source.base}, {model.dtype}: {folder}".replace("torch.", ""))
+    return folder

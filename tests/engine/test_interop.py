@@ -1,0 +1,145 @@
+"""What onecard writes loads in PEFT and TRL, and what they write loads in onecard, with the same log-probs."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from onecard.batches import TokenSequence, pack, response_targets
+from onecard.config import DPOConfig, ModelConfig, RewardConfig
+from onecard.models.build import load_player, load_roles
+from onecard.models.load import load_tokenizer
+from tests.e2e.ppo_material import no_report
+
+TOKENS = tuple((7919 * place + 13) % 290 for place in range(40))
+needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
+
+
+def written(base: Path, folder: Path, role: str) -> Path:
+    """An adapter with random weights as a run exports it."""
+    reward = role == "reward"
+    config = RewardConfig(model=str(base)) if reward else DPOConfig(model=str(base))
+    roles = load_roles(config, trained=role, scalar=reward)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in roles.trained_parameters().values():
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+    roles.export(role, folder, load_tokenizer(config))
+    return folder
+
+
+def our_logprobs(folder: Path) -> torch.Tensor:
+    roles = load_player(ModelConfig(model=str(folder)), role="anyone")
+    batch = pack([TokenSequence(TOKENS, (True,) * len(TOKENS))])
+    with torch.no_grad():
+        return roles.logprobs(batch, response_targets(batch))
+
+
+@torch.no_grad()
+def their_logprobs(model: torch.nn.Module) -> torch.Tensor:
+    ids = torch.tensor([TOKENS])
+    logits = model.eval()(input_ids=ids).logits[0].log_softmax(-1)
+    return logits[:-1].gather(-1, ids[0, 1:, None]).squeeze(-1)
+
+
+@pytest.mark.parametrize("role", ["policy", "reward"])
+@pytest.mark.parametrize("way", ["PeftModel", "AutoPeftModel", "transformers"])
+def test_peft_and_transformers_load_our_adapters(tmp_path, tinystories, role, way):
+    from peft import AutoPeftModelForCausalLM, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = written(tinystories, tmp_path / role, role)
+    if way == "PeftModel":
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tinystories), folder)
+    else:
+        loader = AutoPeftModelForCausalLM if way == "AutoPeftModel" else AutoModelForCausalLM
+        model = loader.from_pretrained(folder)
+    ours = our_logprobs(folder)
+    assert (ours - our_logprobs(tinystories)).abs().max() > 0.1
+    torch.testing.assert_close(their_logprobs(model), ours, atol=2e-5, rtol=0)
+
+
+def test_a_reward_is_the_adapters_last_state_and_the_head_file(tmp_path, tinystories):
+    """What a user without onecard does: PEFT for the states, two tensors for the score."""
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    folder = written(tinystories, tmp_path / "reward", "reward")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tinystories), folder).eval()
+    head = load_file(folder / "head.safetensors")
+    with torch.no_grad():
+        states = model.get_base_model().get_decoder()(input_ids=torch.tensor([TOKENS])).last_hidden_state
+        theirs = states[0, -1] @ head["weight"][0] + head["bias"][0]
+        roles = load_player(ModelConfig(model=str(folder)), role="reward", head=True)
+        ours = roles.scores(pack([TokenSequence(TOKENS, (False,) * len(TOKENS))]))
+    torch.testing.assert_close(theirs.unsqueeze(0), ours, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layers", ["all-linear", ["q_proj", "lm_head"]])
+def test_onecard_loads_what_peft_wrote(tmp_path, tinystories, layers):
+    """With dropout in its settings, and a rank, scale and layers that are not ours."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tinystories)
+    settings = LoraConfig(r=3, lora_alpha=7, lora_dropout=0.3, use_rslora=True, target_modules=layers)
+    model = get_peft_model(base, settings)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(tmp_path / "theirs")
+    ours = our_logprobs(tmp_path / "theirs")
+    assert (ours - our_logprobs(tinystories)).abs().max() > 0.1
+    torch.testing.assert_close(ours, their_logprobs(model), atol=2e-5, rtol=0)
+
+
+@needs_trl
+@pytest.mark.parametrize("trainer", ["sft", "dpo"])
+def test_trl_trains_on_from_our_adapter_and_onecard_from_trls(
+    onecard, tmp_path, tiny_model, pairs, trainer, monkeypatch
+):
+    """There and back: our policy, a step of TRL's, and a step of ours from the adapter that TRL saved."""
+    import trl
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from onecard import report
+
+    folder = written(tiny_model, tmp_path / "policy", "policy")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+    before = their_logprobs(model)
+    rows = {"prompt": ["the cat"] * 4, "chosen": [" a good answer"] * 4, "rejected": [" mat"] * 4}
+    if trainer == "sft":
+        rows = {"prompt": rows["prompt"], "completion": rows["chosen"]}
+    kinds = {"sft": (trl.SFTConfig, trl.SFTTrainer), "dpo": (trl.DPOConfig, trl.DPOTrainer)}
+    settings, make = kinds[trainer]
+    made = make(
+        model=model,
+        args=settings(
+            output_dir=str(tmp_path / "trl"), max_steps=1, per_device_train_batch_size=4, learning_rate=1e-2,
+            report_to=[], use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+    )  # fmt: skip
+    made.train()
+    made.save_model(str(tmp_path / "trl"))
+    after = their_logprobs(made.model)
+    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(our_logprobs(tmp_path / "trl"), after, atol=2e-5, rtol=0)
+
+    monkeypatch.setattr(report, "write_run_report", no_report)
+    result = onecard(
+        "dpo", "--model", tmp_path / "trl", "--dataset", pairs, "--output_dir", tmp_path / "run", "--max_steps", 1,
+        "--test_size", 0, "--learning_rate", 1e-2,
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert (our_logprobs(tmp_path / "run" / "policy") - after).abs().max() > 1e-3

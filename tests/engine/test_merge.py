@@ -1,0 +1,148 @@
+"""`onecard merge`: the plain model says what base and adapter said together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from onecard.batches import TokenSequence, pack, response_targets
+from onecard.config import DPOConfig, ModelConfig, RewardConfig
+from onecard.models.build import load_player, load_roles
+from onecard.models.load import load_tokenizer
+from tests.e2e.ppo_material import error_line
+
+TOKENS = tuple((7919 * place + 13) % 290 for place in range(40))
+
+
+def adapter(base: Path, folder: Path, **settings) -> Path:
+    """An adapter whose every weight is random, in a folder as a run writes it."""
+    config = DPOConfig(model=str(base), **settings)
+    roles = load_roles(config, trained="policy")
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in roles.trained_parameters().values():
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+    roles.export("policy", folder / "policy", load_tokenizer(config))
+    return folder
+
+
+def logprobs(model: Path) -> torch.Tensor:
+    roles = load_player(ModelConfig(model=str(model)), role="policy")
+    batch = pack([TokenSequence(TOKENS, (True,) * len(TOKENS))])
+    with torch.no_grad():
+        return roles.logprobs(batch, response_targets(batch))
+
+
+def own_logprobs(model: Path) -> torch.Tensor:
+    """By transformers alone."""
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.tensor([TOKENS])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(model)(input_ids=ids).logits[0].log_softmax(-1)
+    return logits[:-1].gather(-1, ids[0, 1:, None]).squeeze(-1)
+
+
+@pytest.mark.parametrize("layers", [["all-linear"], ["q_proj", "lm_head"], ["embed_tokens", "v_proj"]])
+def test_the_merged_model_gives_the_adapters_logprobs(onecard, tmp_path, tinystories, layers):
+    """On a base whose head is its embeddings: with an adapter on either, the merged model has two of them."""
+    run = adapter(tinystories, tmp_path / "run", lora_target_modules=layers)
+    expected = logprobs(run)
+    assert (expected - logprobs(tinystories)).abs().max() > 0.1
+    result = onecard("merge", "--model", run, "--output_dir", tmp_path / "merged")
+    assert result.code == 0, result.err
+    # Sums of 128 products, of which those with the adapter are rounded once more or once less.
+    torch.testing.assert_close(logprobs(tmp_path / "merged"), expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(own_logprobs(tmp_path / "merged"), expected, atol=2e-5, rtol=0)
+    settings = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert settings["tie_word_embeddings"] == (layers == ["all-linear"])
+    assert {"tokenizer.json", "generation_config.json", "model.safetensors"} <= {
+        path.name for path in (tmp_path / "merged").iterdir()
+    }
+
+
+def test_an_adapter_of_a_4bit_run_is_merged_into_the_base_as_it_is_stored(onecard, tmp_path, tinystories):
+    run = adapter(tinystories, tmp_path / "run", load_in_4bit=True)
+    assert onecard("merge", "--model", run, "--output_dir", tmp_path / "merged").code == 0
+    torch.testing.assert_close(own_logprobs(tmp_path / "merged"), logprobs(run), atol=2e-5, rtol=0)
+
+
+def test_dtype_is_that_of_the_files(onecard, tmp_path, tiny_model):
+    from safetensors.torch import load_file
+
+    run = adapter(tiny_model, tmp_path / "run")
+    result = onecard("merge", "--model", run, "--output_dir", tmp_path / "merged", "--dtype", "bfloat16")
+    assert "bfloat16" in result.err
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
+@pytest.fixture
+def dropping(tmp_path, tiny_model) -> Path:
+    """The tiny model with dropout in its config."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "dropping"))
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "attention_dropout": 0.25}))
+    return folder
+
+
+def test_a_written_model_keeps_the_dropout_that_it_came_with(onecard, tmp_path, dropping):
+    """Training runs without; who fine-tunes the written model elsewhere gets the model's own setting."""
+    onecard("merge", "--model", adapter(dropping, tmp_path / "run"), "--output_dir", tmp_path / "merged")
+    config = DPOConfig(model=str(dropping), use_peft=False)
+    roles = load_roles(config, trained="policy")
+    roles.export("policy", tmp_path / "whole", load_tokenizer(config))
+    assert roles.model.config.attention_dropout == 0.0
+    for folder in ("merged", "whole"):
+        assert json.loads((tmp_path / folder / "config.json").read_text())["attention_dropout"] == 0.25
+        assert load_player(ModelConfig(model=str(tmp_path / folder)), role="policy").model.config.attention_dropout == 0
+
+
+def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(onecard, tmp_path, tiny_model):
+    run = adapter(tiny_model, tmp_path / "run")
+    config = RewardConfig(model=str(tiny_model))
+    load_roles(config, trained="reward", scalar=True).export("reward", tmp_path / "rm", load_tokenizer(config))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    bad = {
+        "is a whole model and no adapter, so there is nothing to merge": ["--model", tiny_model],
+        "is a reward adapter: its scalar head has a bias": ["--model", tmp_path / "rm"],
+        "load_in_4bit": ["--model", run, "--load_in_4bit"],
+        "holds 'notes.txt'; expected a new or an empty folder": ["--model", run, "--output_dir", tmp_path / "full"],
+        "holds a training run": ["--model", run, "--output_dir", tmp_path / "trained"],
+        "--output_dir is missing": ["--model", run, "--output_dir", ""],
+    }
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "config.yaml").write_text("model: m\n")
+    for message, words in bad.items():
+        result = onecard("merge", "--output_dir", tmp_path / "merged", *words)
+        assert message in error_line(result)
+        assert not (tmp_path / "merged").exists()
+        assert [path.name for path in (tmp_path / "full").iterdir()] == ["notes.txt"]
+
+
+def test_a_failed_write_leaves_no_folder(onecard, tmp_path, tiny_model, monkeypatch):
+    from onecard import merge
+
+    def torn(model, folder):
+        (folder / "config.json").write_text("{}")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(merge, "save_model", torn)
+    result = onecard("merge", "--model", adapter(tiny_model, tmp_path / "run"), "--output_dir", tmp_path / "merged")
+    assert "No space left" in error_line(result)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_stored_quantized_base_is_refused(onecard, tmp_path, tiny_model, monkeypatch):
+    from onecard import merge
+
+    run = adapter(tiny_model, tmp_path / "run")
+    loaded = load_player(ModelConfig(model=str(tiny_model), load_in_4bit=True), role="policy").model
+    monkeypatch.setattr(merge, "load_base", lambda config: loaded)
+    result = onecard("merge", "--model", run, "--output_dir", tmp_path / "merged")
+    assert "is itself stored quantized" in error_line(result)
