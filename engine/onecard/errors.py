@@ -1,4 +1,4 @@
-"""The one exception that a person is meant to read."""
+"""The exceptions that a person is meant to read."""
 
 import difflib
 from collections.abc import Iterable
@@ -12,6 +12,10 @@ class OnecardError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class Interrupted(Exception):
+    """A run that somebody stopped, where it can go on. The message says how; the command line exits with code 130."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

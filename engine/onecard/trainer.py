@@ -21,6 +21,7 @@ from onecard import checkpoint, runs
 from onecard.batches import to_device
 from onecard.config import TrainConfig
 from onecard.errors import OnecardError
+from onecard.interrupts import interrupted, stop_requests
 from onecard.metrics import Bar, Window, add_up, peak_memory_gib, progress, say
 from onecard.optim import make_optimizer, make_scheduler
 from onecard.runs import Run
@@ -116,11 +117,11 @@ class Trainer:
         self.window = Window(**state["window"])
         self.job.restore(state["job"])
 
-    def save(self) -> None:
+    def save(self) -> Path:
         """Write a checkpoint of this step, unless its update has broken the weights."""
         if not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
             raise self.diverged("weights that are no numbers")
-        checkpoint.write_checkpoint(
+        return checkpoint.write_checkpoint(
             self.run.folder,
             self.step,
             save_weights=self.weights.save,
@@ -198,11 +199,11 @@ class Trainer:
         return self.step == self.job.total_steps or (every > 0 and self.step % every == 0)
 
     def train(self) -> None:
-        """From the checkpoint, or the start, to the last step."""
+        """From the checkpoint, or the start, to the last step; or to the step in which somebody stops it."""
         self.weights.train()
         if self.run.checkpoint is not None:
             self.restore()
-        with progress(self.job.name, self.job.total_steps) as bar:
+        with stop_requests() as stopping, progress(self.job.name, self.job.total_steps) as bar:
             bar.advance(by=self.step)
             if self.step == 0:
                 self.evaluate(bar)
@@ -216,8 +217,11 @@ class Trainer:
                 bar.advance(row)
                 if self.is_due(self.config.eval_steps):
                     self.evaluate(bar)
-                if self.is_due(self.config.save_steps):
-                    self.save()
+                stops = stopping() and self.step < self.job.total_steps
+                if stops or self.is_due(self.config.save_steps):
+                    saved = self.save()
+                if stops:
+                    raise interrupted(saved)
 
 
 def train(config: TrainConfig, job: Job, weights: Weights, run: Run, identity: dict[str, str]) -> None:

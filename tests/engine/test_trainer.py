@@ -6,10 +6,13 @@ import json
 import math
 import resource
 import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
 
+from onecard import report
 from onecard.algorithms import dpo, reward, sft
 from onecard.algorithms.supervised import make_plan
 from onecard.batches import PreferencePair, TokenSequence, pack, pack_pairs
@@ -18,6 +21,7 @@ from onecard.errors import OnecardError
 from onecard.metrics import Window, add_up
 from onecard.models.build import load_roles
 from onecard.optim import make_optimizer, make_scheduler
+from onecard.trainer import Trainer
 from onecard_kernels import Loss
 
 
@@ -163,8 +167,9 @@ def test_metrics_of_micro_batches_add_up_and_of_steps_average():
     window.add({"loss": 1.0})
     again = Window(**window.state())
     again.add({"loss": 2.0})
-    assert again.take() == {"loss": 1.5}
-    assert again.state() == {"sums": {}, "steps": 0}
+    again.add({"time": 3.0})  # of a step that had no loss
+    assert again.take() == {"loss": 1.5, "time": 3.0}
+    assert again.state() == {"sums": {}, "steps": {}}
 
 
 def test_a_loss_that_is_no_number_stops_the_run_in_one_line(onecard, tmp_path, tiny_model, pairs):
@@ -204,22 +209,57 @@ def test_accumulated_micro_batches_train_as_one_batch_does(onecard, tmp_path, ti
             assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("limit", [2_000, 200_000], ids=["weights", "optimizer"])
-def test_a_disk_that_is_full_is_one_line(onecard, tmp_path, tiny_model, pairs, limit):
-    """Files may not grow past a limit, as on a full disk: safetensors meets the small one, torch.save the large one."""
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """Files may not grow past a limit, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        result = onecard(
-            "dpo", "--model", tiny_model, "--dataset", pairs, "--output_dir", tmp_path / "run", "--max_steps", 1
-        )
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("limit", [2_000, 200_000], ids=["weights", "optimizer"])
+def test_a_disk_that_is_full_is_one_line(onecard, tmp_path, tiny_model, pairs, limit):
+    """safetensors meets the small limit, torch.save the large one."""
+    with full_disk(limit):
+        result = onecard(
+            "dpo", "--model", tiny_model, "--dataset", pairs, "--output_dir", tmp_path / "run", "--max_steps", 1
+        )
     assert result.code == 2
     assert "checkpoint-1: cannot be written" in result.err.splitlines()[-1]
     assert not list((tmp_path / "run").glob("*checkpoint*"))
+
+
+@pytest.mark.parametrize("limit", [2_000, 200_000], ids=["weights", "optimizer"])
+def test_a_full_disk_loses_nothing_that_was_there(onecard, monkeypatch, tmp_path, tiny_model, pairs, limit):
+    """The disk fills up after the first checkpoint; with room again, the run goes on from it to the same weights."""
+
+    def command(folder, *more):
+        run = ("--model", tiny_model, "--dataset", pairs, "--output_dir", tmp_path / folder)
+        return onecard("dpo", *run, "--max_steps", 3, "--save_steps", 1, "--save_total_limit", 1, *more)
+
+    whole, left = Trainer.save, ExitStack()
+
+    def save(self):
+        if self.step == 2:
+            left.enter_context(full_disk(limit))
+        return whole(self)
+
+    monkeypatch.setattr(report, "write_run_report", lambda folder: folder)
+    assert command("whole").code == 0
+    with left, monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", save)
+        result = command("run")
+    assert result.code == 2
+    assert "checkpoint-2: cannot be written" in result.err.splitlines()[-1]
+    assert [path.name for path in (tmp_path / "run").glob("*checkpoint*")] == ["checkpoint-1"]
+    assert command("run", "--resume").code == 0
+    adapters = [(tmp_path / name / "policy" / "adapter_model.safetensors").read_bytes() for name in ("whole", "run")]
+    assert adapters[0] == adapters[1]
 
 
 def test_an_update_that_breaks_the_weights_is_not_saved(onecard, monkeypatch, tmp_path, tiny_model, pairs):

@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 
-from onecard import checkpoint, report, runs
+from onecard import checkpoint, dry_run, report, runs
+from onecard.algorithms.samples import speaker
 from onecard.algorithms.supervised import Supervised
-from onecard.batches import PreferencePair, TokenSequence, pack, response_targets, to_device
-from onecard.config import TrainConfig
+from onecard.batches import LabelledSequence, PreferencePair, TokenSequence, pack, response_targets, to_device
+from onecard.config import EvaluateConfig, SpeakingConfig, TrainConfig
 from onecard.data import Row, Tokenized, hold_out, load_rows, preference_examples
 from onecard.errors import OnecardError
-from onecard.metrics import say
+from onecard.metrics import Bar, say
 from onecard.models.build import load_roles
 from onecard.models.head import check_head
 from onecard.models.load import context_length, find_source, load_tokenizer
@@ -25,7 +27,7 @@ from onecard.runs import Run, open_run, with_folder
 from onecard.trainer import Objective, train
 from onecard_kernels import Loss
 
-E = TypeVar("E", TokenSequence, PreferencePair)  # one example
+E = TypeVar("E", TokenSequence, PreferencePair, LabelledSequence)  # one example
 P = TypeVar("P")  # an example, or a prompt
 B = TypeVar("B")  # a record of several
 
@@ -46,18 +48,28 @@ class Recipe(Generic[E, B]):
     loss: Callable[[Roles, B, int], Loss]
     reference: bool = False  # a frozen reference beside the trained role
     scalar: bool = False  # a scalar head on the trained role
+    # the row of the held-out examples, where it is more than sums over micro-batches
+    heldout: Callable[[Roles, Sequence[E], Bar], dict[str, float]] | None = None
+    adjust: Callable[[Roles, Sequence[E]], None] | None = None  # the trained weights, before they are exported
+    prepare: Callable[[Roles, Sequence[E], Sequence[E]], tuple[Sequence[E], Sequence[E]]] | None = None  # before step 0
 
 
 def pair_tokenizer(config: TrainConfig) -> Callable[[Sequence[Row], Any, int], Tokenized[PreferencePair]]:
     """`Recipe.tokenize` of the commands that learn from pairs."""
 
     def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Tokenized[PreferencePair]:
-        return preference_examples(rows, tokenizer, max_length=max_length, skip_bad_rows=config.skip_bad_rows)
+        return preference_examples(
+            rows,
+            tokenizer,
+            max_length=max_length,
+            truncation_mode=config.truncation_mode,
+            skip_bad_rows=config.skip_bad_rows,
+        )
 
     return tokenize
 
 
-def longest_sequence(config: TrainConfig) -> int:
+def longest_sequence(config: TrainConfig | EvaluateConfig) -> int:
     """`max_length`, or the model's own limit where that is less."""
     limit = context_length(config)
     if limit is None or config.max_length <= limit:
@@ -77,7 +89,7 @@ def load_examples(
         parts.append(tokenize(load_rows(config.eval_dataset, split=config.dataset_test_split)))
         training, heldout = list(parts[0].examples), list(parts[1].examples)
     else:
-        training, heldout = hold_out(parts[0].examples, test_size=config.test_size, seed=config.seed)
+        training, heldout = hold_out(parts[0].examples, parts[0].groups, test_size=config.test_size, seed=config.seed)
     for part in parts:
         for note in part.notes:
             say(f"data: {note}")
@@ -89,13 +101,14 @@ SAMPLED_BLOCKS, BLOCK = 16, 1 << 16
 
 
 def weights_digest(model: str) -> str:
-    """Changes when the weights in a model or adapter folder do; empty for hub names, whose weights stay.
+    """Changes when the weights or the config in a model or adapter folder do; empty for hub names, whose weights stay.
 
     Of each file its size and 16 blocks spread over it: training changes all weights, and a whole base takes minutes.
     """
     source, state = find_source(model), hashlib.sha256()
     folders = [Path(source.base), *([source.adapter] if source.adapter else [])]
-    files = sorted(path for folder in folders if folder.is_dir() for path in folder.glob("*.safetensors"))
+    names = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
+    files = sorted(path for folder in folders if folder.is_dir() for name in names for path in folder.glob(name))
     for path in files:
         size = path.stat().st_size
         state.update(f"{path.name} {size} ".encode())
@@ -104,6 +117,12 @@ def weights_digest(model: str) -> str:
                 file.seek(max(0, size - BLOCK) * place // (SAMPLED_BLOCKS - 1))
                 state.update(file.read(BLOCK))
     return state.hexdigest() if files else ""
+
+
+def reference_identity(config: TrainConfig) -> dict[str, str]:
+    """The part of a run's identity that is its `ref_adapter`, where it has one."""
+    adapter = getattr(config, "ref_adapter", "")
+    return {"ref_adapter": weights_digest(adapter)} if adapter else {}
 
 
 @torch.no_grad()
@@ -149,16 +168,26 @@ def run_recipe(config: TrainConfig, recipe: Recipe[E, B]) -> Path:
     check_model(roles)
     trained = sum(parameter.numel() for parameter in roles.trained_parameters().values())
     say(f"model: {trained:,} trained parameters on {roles.device}, {roles.layout} batches.")
+    if config.dry_run:
+        dry_run.show(config, roles, tokenizer, training[0])
+        return run.folder
+    if recipe.prepare:
+        training, heldout = recipe.prepare(roles, training, heldout)
     objective = Objective(
         recipe.collate, recipe.count, lambda batch, normalizer: (recipe.loss(roles, batch, normalizer),)
     )
-    job = Supervised(config, recipe.command, objective, training, heldout)
+    speak = speaker(config, roles, tokenizer, heldout) if isinstance(config, SpeakingConfig) else None
+    row = partial(recipe.heldout, roles, heldout) if recipe.heldout else None
+    job = Supervised(config, recipe.command, objective, training, heldout, speak, row)
     data = {"training data": training, "held-out data": heldout}
     model = weights_digest(config.model)
     identity = {
         "command": recipe.command,
         "model": model,
+        **reference_identity(config),
         **{name: runs.fingerprint(examples) for name, examples in data.items()},
     }
     train(config, job, roles, run, identity)
+    if recipe.adjust:
+        recipe.adjust(roles, training)
     return finish(roles, tokenizer, run)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
+from onecard import runs
+from onecard.algorithms.samples import Speak
 from onecard.config import TrainConfig
 from onecard.data import step_indices
 from onecard.errors import OnecardError
-from onecard.metrics import Bar, add_up
+from onecard.metrics import Bar, add_up, per_kind
 from onecard.trainer import B, E, Objective, Trainer, micro_batches
 from onecard_kernels import Loss
 
@@ -55,9 +57,17 @@ class Supervised(Generic[E, B]):
     schedule_from = 0
 
     def __init__(
-        self, config: TrainConfig, name: str, objective: Objective[E, B], training: Sequence[E], heldout: Sequence[E]
+        self,
+        config: TrainConfig,
+        name: str,
+        objective: Objective[E, B],
+        training: Sequence[E],
+        heldout: Sequence[E],
+        speak: Speak | None = None,
+        heldout_row: Callable[[Bar], dict[str, float]] | None = None,  # where it is more than sums over micro-batches
     ) -> None:
-        self.name, self.objective, self.training, self.heldout = name, objective, training, heldout
+        self.name, self.objective, self.training, self.heldout, self.speak = name, objective, training, heldout, speak
+        self.heldout_row = heldout_row
         self.eval_size = config.per_device_eval_batch_size
         self.plan = make_plan(config, len(training))
         self.total_steps = self.plan.total_steps
@@ -75,16 +85,20 @@ class Supervised(Generic[E, B]):
         return {**row, "time/tokens_per_second": tokens / (time.perf_counter() - began)}
 
     def evaluate(self, trainer: Trainer, bar: Bar) -> dict[str, float]:
-        """Loss and metrics over all held-out examples."""
+        """Loss and metrics over all held-out examples; the policy's answers to some go to `samples.jsonl`."""
         if not self.heldout:
             return {}
+        if self.heldout_row is not None:
+            return self.heldout_row(bar)
         normalizer = self.objective.count(self.heldout)
         losses: list[Loss] = []
         with bar.part("evaluate", len(self.heldout)) as part:
             for batch in micro_batches(self.objective, self.heldout, self.eval_size, trainer.weights.device):
                 losses += trainer.losses_of(self.objective, batch, normalizer)
                 part.advance(by=self.eval_size)
-        return add_up(losses)
+        for sample in self.speak(bar) if self.speak else []:
+            runs.log(trainer.run.folder, {"step": trainer.step, **sample}, runs.SAMPLES)
+        return per_kind(add_up(losses))
 
     def counts(self, step: int) -> dict[str, int]:
         return {}

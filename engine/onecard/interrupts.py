@@ -1,0 +1,60 @@
+"""Ctrl-C and a polite kill: the step that runs is finished, a checkpoint is written, and the user told how to go on."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from onecard.errors import Interrupted
+from onecard.metrics import say
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STARTS_ANEW = ("--overwrite", "--fresh", "--resume")
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C or SIGTERM only makes the yielded function true; the second one acts as it always does.
+
+    Signals belong to the main thread: elsewhere nothing is changed, and the function stays false.
+    """
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def ask(number: int, _: FrameType | None) -> None:
+        asked.append(number)
+        restore()
+        say("stopping after this step, with a checkpoint. Once more stops at once, at the last checkpoint.")
+
+    for number in SIGNALS:
+        signal.signal(number, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        restore()
+
+
+def interrupted(saved: Path) -> Interrupted:
+    """What to raise once `saved` is written."""
+    return Interrupted(f"stopped; everything up to here is in {saved}. Go on with: {next_command(sys.argv)}")
+
+
+def next_command(arguments: list[str]) -> str:
+    """The command line that was given, as one that goes on."""
+    words = [Path(arguments[0]).name, *(word for word in arguments[1:] if word not in STARTS_ANEW)]
+    if words[0] == "__main__.py":
+        words[:1] = ["python", "-m", "onecard"]
+    return shlex.join(words if "demo" in words else [*words, "--resume"])  # the demo always goes on

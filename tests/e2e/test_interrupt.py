@@ -1,0 +1,105 @@
+"""Ctrl-C in the middle of a run: the step is finished, a checkpoint is there, and the command that is shown goes on."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from onecard import cli, interrupts
+from onecard.interrupts import next_command
+from onecard.trainer import Trainer
+from tests.e2e.ppo_material import flags, settings
+from tests.e2e.test_resume import arguments, metrics, weights
+
+
+def signal_at(monkeypatch: pytest.MonkeyPatch, step: int, *numbers: int) -> None:
+    """Send this process signals in the middle of a step's first update."""
+    whole, left = Trainer.apply, list(numbers)
+
+    def signalled(self):
+        while left and self.step == step:
+            os.kill(os.getpid(), left.pop())
+        whole(self)
+
+    monkeypatch.setattr(Trainer, "apply", signalled)
+
+
+@pytest.mark.parametrize("number", interrupts.SIGNALS)
+def test_a_signal_stops_after_its_step(onecard, monkeypatch, tmp_path, tiny_model, pairs, quick, number):
+    handlers = [signal.getsignal(each) for each in interrupts.SIGNALS]
+    assert onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "whole")).code == 0
+    with monkeypatch.context() as patch:
+        signal_at(patch, 4, number)
+        stopped = onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "run"))
+    assert stopped.code == 130
+    assert f"everything up to here is in {tmp_path / 'run' / 'checkpoint-5'}" in stopped.err.splitlines()[-1]
+    assert not (tmp_path / "run" / "policy").exists()
+    assert [signal.getsignal(each) for each in interrupts.SIGNALS] == handlers
+    assert onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "run", "--resume")).code == 0
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_ppo_stops_after_its_iteration(onecard, monkeypatch, tmp_path, tiny_model, material, quick):
+    run = settings(tiny_model, material, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        signal_at(patch, 0, signal.SIGINT)
+        assert onecard("ppo", *flags(run)).code == 130
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert onecard("ppo", *flags({**run, "--resume": True})).code == 0
+    assert weights(tmp_path / "run") == weights(material / "old")
+
+
+def test_a_second_one_stops_at_once(onecard, monkeypatch, tmp_path, tiny_model, pairs):
+    signal_at(monkeypatch, 4, signal.SIGINT, signal.SIGINT)
+    stopped = onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "run"))
+    assert stopped.code == 130
+    assert "interrupted. Training goes on from the last checkpoint" in stopped.err
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+
+
+def test_in_the_last_step_there_is_nothing_left_to_stop(onecard, monkeypatch, tmp_path, tiny_model, pairs, quick):
+    signal_at(monkeypatch, 7, signal.SIGINT)
+    assert onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "run")).code == 0
+    assert (tmp_path / "run" / "policy").exists()
+
+
+@pytest.mark.slow
+def test_the_shown_command_goes_on_as_it_stands(tmp_path, tiny_model, pairs):
+    """A real process, a real signal, and what it says typed into a shell."""
+    words = [sys.executable, "-m", "onecard", "dpo", *arguments(tiny_model, pairs, tmp_path / "run"), "--overwrite"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words[words.index("--max_steps") + 1] = "200"
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "run" / "checkpoint-2").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 130, said
+    command = shlex.split(said.splitlines()[-1].partition("Go on with: ")[2])
+    assert command == ["python", "-m", "onecard", *words[3:-1], "--resume"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command[3:], "--help"])  # every word of it is a flag of the command
+    assert stop.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (["/venv/bin/onecard", "ppo", "--seed", "1"], "onecard ppo --seed 1 --resume"),
+        (["/venv/bin/onecard", "dpo", "--resume", "--model", "a b"], "onecard dpo --model 'a b' --resume"),
+        (["/site/onecard/__main__.py", "sft", "--overwrite"], "python -m onecard sft --resume"),
+        (["/venv/bin/onecard", "demo", "--fresh"], "onecard demo"),
+    ],
+)
+def test_next_command(given, shown):
+    assert next_command(given) == shown
