@@ -1,4 +1,4 @@
-"""The report in a real browser: it is laid out, nothing sticks out at the side, and the pictures and answers are seen."""
+"""The report in a real browser: laid out, nothing sticks out at the side, pictures and answers are seen."""
 
 from __future__ import annotations
 
