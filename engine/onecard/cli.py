@@ -220,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 130
     except (click.Abort, KeyboardInterrupt):
         click.echo(
-            "onecard: interrupted. Training goes on from the last checkpoint with the same command and --resume.",
+            "onecard: interrupted. A training run goes on from its last checkpoint with the same command and --resume.",
             err=True,
         )
         code = 130

@@ -54,7 +54,6 @@ def interrupted(saved: Path) -> Interrupted:
 
 def next_command(arguments: list[str]) -> str:
     """The command line that was given, as one that goes on."""
-    words = [Path(arguments[0]).name, *(word for word in arguments[1:] if word not in STARTS_ANEW)]
-    if words[0] == "__main__.py":
-        words[:1] = ["python", "-m", "onecard"]
-    return shlex.join(words if "demo" in words else [*words, "--resume"])  # the demo always goes on
+    name, command, *flags = [Path(arguments[0]).name, *(word for word in arguments[1:] if word not in STARTS_ANEW)]
+    onecard = ["python", "-m", "onecard"] if name == "__main__.py" else [name]
+    return shlex.join([*onecard, command, *flags, *([] if command == "demo" else ["--resume"])])  # the demo goes on

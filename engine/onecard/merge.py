@@ -1,6 +1,6 @@
 """`onecard merge`: an adapter and its base as one plain Hugging Face model.
 
-The base is read anew in full precision (never the 4-bit copy that training held), so what is merged is rounded once.
+The base is read anew in its own precision, never the 4-bit copy that training held.
 """
 
 from __future__ import annotations

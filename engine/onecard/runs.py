@@ -18,7 +18,6 @@ from onecard.batches import LabelledSequence, PreferencePair, Ranking, ScoredSeq
 from onecard.checkpoint import Checkpoint
 from onecard.config import TrainConfig
 from onecard.errors import OnecardError
-from onecard.models.load import weights_folder
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -28,6 +27,7 @@ OUTPUTS = (CONFIG, METRICS, SAMPLES, IDENTITY, "report.html", "plots", "policy",
 # Settings that a resumed run may change: they decide when to look, not what is learned.
 FREE = {"output_dir", "resume", "overwrite", "dry_run", "save_steps", "save_total_limit"}
 FREE |= {"logging_steps", "eval_steps", "eval_samples", "eval_sample_length"}
+TRAINED = ("policy", "reward")  # what a finished run's folder holds its weights in
 
 C = TypeVar("C", bound=TrainConfig)
 
@@ -39,6 +39,17 @@ class Run:
     folder: Path
     checkpoint: Checkpoint | None
     notes: tuple[str, ...]
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder is a model's or an adapter's."""
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
+def weights_folder(path: Path) -> Path:
+    """`path`, or the folder of the trained weights in it where it is a run folder."""
+    inside = (path / role for role in TRAINED)
+    return path if holds_weights(path) else next(filter(holds_weights, inside), path)
 
 
 def with_folder(config: C, command: str) -> C:
@@ -76,6 +87,8 @@ def open_run(config: TrainConfig) -> Run:
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not os.access(parent, os.W_OK):
         raise OnecardError(f"output_dir: {parent} cannot be written to.")
+    if config.dry_run:
+        return Run(folder, None, ())
     saved = bool(checkpoint.checkpoint_folders(folder))
     holds_run = saved or (folder / CONFIG).exists()
     if config.resume and saved:

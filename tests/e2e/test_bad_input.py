@@ -96,6 +96,12 @@ BAD: dict[str, tuple[str, list[str]]] = {
     "adapter whose base is gone": (GENERATE + "{tmp}/orphan --prompt a", ["no folder {tmp}/gone"]),
     "reference that is no adapter": (DPO + "pairs.jsonl --ref_adapter {model}", ["ref_adapter"]),
     "reference of another base": (DPO + "pairs.jsonl --ref_adapter {tmp}/stranger", ["ref_adapter", "other-base"]),
+    "policy that is a reward model": (
+        "dpo --model {m}/rm/reward --output_dir {tmp}/out --dataset {tmp}/pairs.jsonl", ["model:", "is a reward model"],
+    ),
+    "reference that is a reward model": (
+        DPO + "pairs.jsonl --ref_adapter {m}/rm/reward", ["ref_adapter:", "is a reward model"],
+    ),
     "nothing to merge": ("merge --model {model} --output_dir {tmp}/merged", ["merge"]),
     # rewards
     "no such reward": (EVALUATE + "--reward_funcs fluencee", ["reward_funcs", "fluencee", "fluency"]),

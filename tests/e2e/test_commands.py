@@ -75,8 +75,11 @@ def test_a_run_goes_on_from_an_adapter_whose_frozen_copy_is_the_reference(onecar
     rows.write_text("".join(json.dumps({"prompt": f"a {i}", "completion": " cat"}) + "\n" for i in range(8)))
     assert onecard("sft", "--model", tiny_model, "--dataset", rows, "--output_dir", tmp_path / "sft", *small).code == 0
     policy = tmp_path / "sft" / "policy"
-    result = onecard("dpo", "--model", policy, "--dataset", pairs, "--output_dir", tmp_path / "dpo", *small)
+    result = onecard(
+        "dpo", "--model", policy, "--dataset", pairs, "--output_dir", tmp_path / "dpo", "--lora_r", 64, *small
+    )
     assert result.code == 0, result.err
+    assert f"policy: an adapter of rank 16, as it is in {policy}." in result.err
     first, last = first_and_last(tmp_path / "dpo", "eval_rewards/margins")
     assert first == 0.0
     assert last != 0.0

@@ -60,7 +60,7 @@ def test_a_second_one_stops_at_once(onecard, monkeypatch, tmp_path, tiny_model, 
     signal_at(monkeypatch, 4, signal.SIGINT, signal.SIGINT)
     stopped = onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "run"))
     assert stopped.code == 130
-    assert "interrupted. Training goes on from the last checkpoint" in stopped.err
+    assert "interrupted. A training run goes on from its last checkpoint" in stopped.err
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
 
 
@@ -99,6 +99,7 @@ def test_the_shown_command_goes_on_as_it_stands(tmp_path, tiny_model, pairs):
         (["/venv/bin/onecard", "dpo", "--resume", "--model", "a b"], "onecard dpo --model 'a b' --resume"),
         (["/site/onecard/__main__.py", "sft", "--overwrite"], "python -m onecard sft --resume"),
         (["/venv/bin/onecard", "demo", "--fresh"], "onecard demo"),
+        (["/venv/bin/onecard", "dpo", "--output_dir", "demo"], "onecard dpo --output_dir demo --resume"),
     ],
 )
 def test_next_command(given, shown):

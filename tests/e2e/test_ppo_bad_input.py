@@ -99,6 +99,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "prompt too long": ({"--dataset": "{tmp}/long.jsonl"}, ["long.jsonl:2: prompt:", "at most 120 beside"]),
     "response past the context": ({"--response_length": 128}, ["response_length: 128 leaves no room", "128 tokens"]),
     "response past max_length": ({"--max_length": 8}, ["response_length: 8", "max_length (8)"]),
+    "policy that is a reward model": ({"--model": "{m}/rm"}, ["model:", "rm/reward is a reward model"]),
     "reward of another base": ({"--reward_model_path": "{tmp}/other"}, ["reward_model_path", "trained on {tmp}/base"]),
     "reward that is a model": ({"--reward_model_path": "{model}"}, ["reward_model_path", "is no reward adapter"]),
     "reward without a head": (

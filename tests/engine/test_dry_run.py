@@ -60,14 +60,15 @@ def test_the_example_is_shown_with_its_special_tokens_and_its_mask(onecard, tmp_
     assert out.splitlines()[-2] == f"# example: {prompt + response} tokens, {response} of them the response"
 
 
-def test_a_finished_run_is_not_forgotten_by_a_dry_run(onecard, tmp_path, tiny_model, rows):
+def test_a_dry_run_is_shown_where_a_run_lies_and_leaves_it_alone(onecard, tmp_path, tiny_model, rows):
     words = ["sft", "--model", tiny_model, "--dataset", rows["sft"], "--output_dir", tmp_path / "run", *SMALL]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("model: m\n")
     before = tree(tmp_path)
-    assert "holds a run already" in error_line(onecard(*words, "--dry_run"))
-    assert onecard(*words, "--dry_run", "--overwrite").code == 0
-    assert tree(tmp_path) == before
+    for more in ([], ["--overwrite"], ["--resume"]):
+        assert onecard(*words, "--dry_run", *more).code == 0
+        assert tree(tmp_path) == before
+    assert "holds a run already" in error_line(onecard(*words))
 
 
 def test_a_dry_run_is_no_setting_of_a_run():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -97,25 +98,38 @@ def load_examples(
     return training, heldout
 
 
-SAMPLED_BLOCKS, BLOCK = 16, 1 << 16
+BLOCK = 1 << 12
+
+
+def sampled_digest(path: Path) -> str:
+    """Of a safetensors file its header, and the beginning, middle and end of each tensor.
+
+    Whatever changes weights changes whole tensors, and all of a large base takes minutes to read.
+    """
+    state = hashlib.sha256()
+    with open(path, "rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        state.update(header)
+        first = file.tell()
+        for name, tensor in json.loads(header).items():
+            if name == "__metadata__":
+                continue
+            start, end = tensor["data_offsets"]
+            for place in (start, (start + end - BLOCK) // 2, end - BLOCK):
+                file.seek(first + max(start, place))
+                state.update(file.read(min(BLOCK, end - start)))
+    return state.hexdigest()
 
 
 def weights_digest(model: str) -> str:
-    """Changes when the weights or the config in a model or adapter folder do; empty for hub names, whose weights stay.
-
-    Of each file its size and 16 blocks spread over it: training changes all weights, and a whole base takes minutes.
-    """
+    """Changes when the weights or the config in a folder do; empty for hub names, which stand for their weights."""
     source, state = find_source(model), hashlib.sha256()
     folders = [Path(source.base), *([source.adapter] if source.adapter else [])]
     names = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
     files = sorted(path for folder in folders if folder.is_dir() for name in names for path in folder.glob(name))
     for path in files:
-        size = path.stat().st_size
-        state.update(f"{path.name} {size} ".encode())
-        with open(path, "rb") as file:
-            for place in range(SAMPLED_BLOCKS):
-                file.seek(max(0, size - BLOCK) * place // (SAMPLED_BLOCKS - 1))
-                state.update(file.read(BLOCK))
+        found = sampled_digest(path) if path.suffix == ".safetensors" else checkpoint.digest(path)
+        state.update(f"{path.name} {found} ".encode())
     return state.hexdigest() if files else ""
 
 
@@ -157,6 +171,11 @@ def finish(roles: Roles, tokenizer: Any, run: Run) -> Path:
     return exported
 
 
+def described(roles: Roles, role: str, source: Path | None) -> str:
+    """What a trained role is. An adapter that is not new has its own rank and layers, not lora_r's."""
+    return f"an adapter of rank {roles.rank(role)}" + (f", as it is in {source}" if source else "")
+
+
 def run_recipe(config: TrainConfig, recipe: Recipe[E, B]) -> Path:
     """A training command from its settings to its exported weights. Nothing is written before all of it is loaded."""
     config = with_folder(config, recipe.command)
@@ -167,6 +186,8 @@ def run_recipe(config: TrainConfig, recipe: Recipe[E, B]) -> Path:
     roles = load_roles(config, trained=recipe.trained, reference=recipe.reference, scalar=recipe.scalar)
     check_model(roles)
     trained = sum(parameter.numel() for parameter in roles.trained_parameters().values())
+    if config.use_peft:
+        say(f"{recipe.trained}: {described(roles, recipe.trained, find_source(config.model).adapter)}.")
     say(f"model: {trained:,} trained parameters on {roles.device}, {roles.layout} batches.")
     if config.dry_run:
         dry_run.show(config, roles, tokenizer, training[0])

@@ -101,6 +101,7 @@ def reference_adapter(config: TrainConfig) -> Path | None:
         raise OnecardError(f"ref_adapter: {str(error).removeprefix('model: ')}") from error
     if source.adapter is None:
         raise OnecardError(f"ref_adapter: {name} is no adapter folder: it has no adapter_config.json.")
+    check_speaks(source, "ref_adapter")
     if not same_base(source, policy):
         raise OnecardError(
             f"ref_adapter: {name} was trained on {source.base}, but the policy's base is {policy.base}; policy and "
@@ -121,6 +122,8 @@ def remove_adapter_dropout(model: Any) -> None:
 def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, scalar: bool = False) -> Roles:
     """The weights of a training run: the trained role, a reference if asked for, a scalar head if asked for."""
     source = find_source(config.model)
+    if not scalar:
+        check_speaks(source)
     if not config.use_peft and (config.load_in_4bit or source.adapter is not None):
         what = "a 4-bit base" if config.load_in_4bit else f"the adapter {source.adapter}"
         raise OnecardError(f"use_peft: all weights cannot be trained on {what}; leave --no_use_peft out.")
@@ -183,6 +186,7 @@ def load_ppo_roles(config: PPOConfig) -> Roles:
     """
     if not config.use_peft:
         raise OnecardError("use_peft: PPO holds its roles as adapters on one base; leave --no_use_peft out.")
+    check_speaks(find_source(config.model))
     judges = {role: reward_adapter(config, setting) for role, setting in JUDGES.items()}
     frozen = {role: folder for role, folder in judges.items() if folder is not None}
     own_critic = has_critic(config) and config.critic == "adapter"

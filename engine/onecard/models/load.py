@@ -15,11 +15,10 @@ import torch
 
 from onecard.config import ModelConfig
 from onecard.errors import OnecardError
+from onecard.runs import TRAINED, holds_weights, weights_folder
 
 # bitsandbytes warns on CPU that an optional faster kernel is not installed; the one it falls back to is exact.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-TRAINED = ("policy", "reward")  # what a finished run's folder holds its weights in
 
 
 @dataclass(frozen=True)
@@ -28,17 +27,6 @@ class Source:
 
     base: str
     adapter: Path | None = None
-
-
-def holds_weights(folder: Path) -> bool:
-    """Whether a folder is a model's or an adapter's."""
-    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
-
-
-def weights_folder(path: Path) -> Path:
-    """`path`, or the folder of the trained weights in it where it is a run folder."""
-    inside = (path / role for role in TRAINED)
-    return path if holds_weights(path) else next(filter(holds_weights, inside), path)
 
 
 def find_source(model: str) -> Source:

@@ -35,13 +35,15 @@ def cache_folder() -> Path:
 
 
 def cache_key(config: DPOConfig, roles: Roles, examples: Sequence[E]) -> str:
-    """Changes with everything that the log-probs depend on, to the last bit: a run that is gone on with has the same.
+    """Changes with what the log-probs depend on: a run that is gone on with finds the same.
 
-    Hence the batch size, the layout and the device, which change the rounding.
+    Among it batch size, layout, device and threads, which change the rounding. A hub name stands for its weights.
     """
     reference = config.ref_adapter or config.model
     dtype = pick_dtype(config, train_all=not config.use_peft)
     base = find_source(reference).base
+    import transformers
+
     parts = {
         "weights": weights_digest(reference),
         "base": "" if Path(base).is_dir() else base,  # a hub name stands for its weights
@@ -52,7 +54,8 @@ def cache_key(config: DPOConfig, roles: Roles, examples: Sequence[E]) -> str:
         "layout": roles.layout,
         "batch": config.per_device_eval_batch_size,
         "device": roles.device.type,
-        "versions": [__version__, torch.__version__],
+        "threads": torch.get_num_threads() if roles.device.type == "cpu" else 0,
+        "versions": [__version__, torch.__version__, transformers.__version__],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

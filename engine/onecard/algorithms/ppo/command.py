@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onecard import dry_run
-from onecard.algorithms.common import check_model, finish, load_examples, reference_identity, weights_digest
+from onecard.algorithms.common import (
+    check_model,
+    described,
+    finish,
+    load_examples,
+    reference_identity,
+    weights_digest,
+)
 from onecard.algorithms.ppo.job import PPO
 from onecard.algorithms.ppo.sampling import make_sampler
 from onecard.algorithms.ppo.scores import measure_scale
@@ -28,16 +35,15 @@ from onecard.runs import open_run, with_folder
 from onecard.trainer import train
 
 
-def described(config: PPOConfig, roles: Roles, role: str) -> str:
-    """What a trained role is. An adapter that is not new has its own rank and layers, not lora_r's."""
+def described_role(config: PPOConfig, roles: Roles, role: str) -> str:
+    """What a trained role is, a head alone among them."""
     if not roles.has_own_weights(role):
         return "a head on the policy"
     adapters = {
         "policy": find_source(config.model).adapter,
         "value": reward_adapter(config) if config.value_init == "reward" else None,
     }
-    origin = f", as it is in {adapters[role]}" if adapters[role] else ""
-    return f"an adapter of rank {roles.rank(role)}{origin}"
+    return described(roles, role, adapters[role])
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
@@ -106,7 +112,7 @@ def run(config: PPOConfig) -> Path:
     trained = sum(parameter.numel() for parameter in roles.trained_parameters().values())
     steps = total_steps(config, len(training))
     for role in roles.trained:
-        say(f"{role}: {described(config, roles, role)}.")
+        say(f"{role}: {described_role(config, roles, role)}.")
     say(
         f"model: {trained:,} trained parameters on {roles.device}, {roles.layout} batches; "
         f"{steps} iterations of {episodes_per_step(config)} responses."
