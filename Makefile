@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-long lint bench clean
 help:
 	@echo "make demo   install into .venv, then SFT, reward model, DPO and PPO from nothing in a few minutes (runs/demo/report.html)"
 	@echo "make test   install into .venv with the test tools, then lint, types and all tests"
+	@echo "make test-long  the learning runs on a real small model, held to bars, a quarter of an hour (needs ../shared/data)"
 	@echo "make lint   ruff and mypy alone"
 	@echo "make bench  the CPU kernel benchmarks against their peers, a quarter of an hour (benchmarks/results/)"
 	@echo "make clean  remove .venv and runs/demo"
@@ -38,7 +39,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" tests
+
+test-long: $(VENV)/.installed-test
+	$(BIN)/python -m pytest tests/long
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.kernels --device cpu
