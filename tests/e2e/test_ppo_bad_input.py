@@ -141,6 +141,12 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"--advantage_estimator": "reinforce", "--critic": "shared"}, ["critic: shared", "no critic"],
     ),
     "multiplier of nothing": ({"--constraint_mode": "lagrangian"}, ["constraint_mode: lagrangian", "neither"]),
+    "setting without a use": (
+        {"--advantage_estimator": "a2c", "--lam": 0.9}, ["lam: 0.9 is not used with advantage_estimator a2c"],
+    ),
+    "normalised scores, and a critic of raw ones": (
+        {"--reward_model_path": "{m}/rm/reward", "--normalize_reward": True}, ["normalize_reward", "--value_init zero"],
+    ),
     "constraint of another base": (
         {"--constraint_model_path": "{tmp}/other"}, ["constraint_model_path", "trained on {tmp}/base"],
     ),

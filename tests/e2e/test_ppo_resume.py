@@ -167,7 +167,9 @@ VARIANTS: dict[str, tuple[set[str], tuple[object, ...]]] = {
     "4-bit base, checkpointing, paged 8-bit AdamW": (
         BOTH, ("--load_in_4bit", "--gradient_checkpointing", "--optim", "paged_adamw_8bit", "--lora_r", 64),
     ),
-    "reward adapter, normalised": (BOTH, ("--reward_model_path", "{material}/rm/reward", "--normalize_reward")),
+    "reward adapter, normalised": (
+        BOTH, ("--reward_model_path", "{material}/rm/reward", "--normalize_reward", "--value_init", "zero"),
+    ),
     "shared critic, returns that go on": (POLICY | HEAD, ("--critic", "shared", "--bootstrap_truncated")),
     "rloo, early stop": (
         POLICY, ("--advantage_estimator", "rloo", "--num_generations", 2, "--target_kl", 0.02),

@@ -180,7 +180,8 @@ def test_another_reference_than_the_policy_starts_as(quick, ppo, tmp_path, mater
 
 def test_a_dry_run_writes_nothing_and_shows_each_role(quick, ppo, tmp_path, material):
     before = tree(tmp_path)
-    result = ppo({"--dry_run": True, "--reward_model_path": material / "rm" / "reward", "--normalize_reward": True})
+    changes = {"--reward_model_path": material / "rm" / "reward", "--normalize_reward": True, "--value_init": "zero"}
+    result = ppo({"--dry_run": True, **changes})
     assert result.code == 0, result.err
     assert tree(tmp_path) == before
     assert "prompt" in result.out

@@ -104,6 +104,24 @@ def test_held_out_metrics_are_those_of_the_exported_model(reward, tmp_path):
     assert row["eval_std_reward"] == pytest.approx(found.std().item(), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("kind", "setting", "held", "expected"),
+    [
+        ("scores", ("--score_activation", "sigmoid"), "pairs", {"eval_accuracy", "eval_margin"}),
+        ("pairs", ("--center_rewards_coefficient", 0.01), "scores", {"eval_mse", "eval_pearson"}),
+    ],
+)
+def test_settings_are_for_the_training_rows_whatever_is_held_out(reward, tmp_path, kind, setting, held, expected):
+    other = write_rows(tmp_path / "held.jsonl", ROWS[held][:6])
+    reward(kind, *setting, "--eval_dataset", other, "--max_steps", 1)
+    assert metrics(tmp_path / "run")[-1].keys() >= expected
+    trained = tmp_path / f"{held}.jsonl"
+    line = error_line(reward(held, *setting, "--eval_dataset", tmp_path / f"{kind}.jsonl", folder="other", code=2))
+    assert f"{setting[0][2:]}: " in line
+    assert f"but {trained} has {held}." in line
+    assert not (tmp_path / "other").exists()
+
+
 def test_held_out_pairs_are_counted_once(reward, tmp_path):
     """Of one pair, the loss follows from the margin."""
     reward("pairs", "--test_size", 1, "--max_steps", 1)

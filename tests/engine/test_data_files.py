@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from onecard.data import Row, load_rows, prompt_rows
+from onecard.data.examples import PreferenceRow, preference_row
 from onecard.errors import OnecardError
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"
@@ -64,6 +65,24 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str, conte
 def test_parquet_gives_the_same_rows(tmp_path: Path) -> None:
     path = parquet(tmp_path)
     assert load_rows(path, split="any") == [Row(path, 1, RECORDS[0]), Row(path, 2, RECORDS[1])]
+
+
+def test_a_column_that_parquet_fills_with_null_is_as_absent_as_in_jsonl(tmp_path: Path) -> None:
+    """`margin`, and the prompt beside chat pairs: what one row has, Parquet gives all of them."""
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("assistant", "c"))]
+    question, chosen, rejected = ([turn] for turn in turns)
+    records = [
+        {"prompt": question, "chosen": chosen, "rejected": rejected, "margin": 0.5},
+        {"chosen": question + chosen, "rejected": question + rejected},
+    ]
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(records, schema=pyarrow.Table.from_pylist(records[:1]).schema), tmp_path / "x.parquet"
+    )
+    [first, second] = load_rows(str(tmp_path / "x.parquet"), split="train")
+    assert second.values["prompt"] is second.values["margin"] is None
+    assert preference_row(first) == PreferenceRow(tuple(question), tuple(chosen), tuple(rejected), 0.5)
+    assert preference_row(second) == preference_row(Row("x", 2, records[1]))
+    assert preference_row(second) == PreferenceRow(tuple(question), tuple(chosen), tuple(rejected), 0.0)
 
 
 def test_csv_keeps_text_columns_as_text_and_reads_numbers_elsewhere(tmp_path: Path) -> None:

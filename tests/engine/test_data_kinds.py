@@ -82,6 +82,18 @@ def test_the_mismatched_answer_comes_from_a_row_that_is_used() -> None:
             make("labels", *records, skip_bad_rows=True)
 
 
+def test_without_mismatched_answers_no_row_needs_another() -> None:
+    one = LABELLED[0]
+    text, messages = {**one, "label": False}, {"prompt": [USER], "completion": [BOT], "label": True}
+    [example] = make("labels", one, mismatched=False).examples
+    assert example.sequence == answer("Hello", " you", TOKENIZER)
+    assert len(example.mismatched) == 0
+    assert make("labels", one, text, mismatched=False).notes == ()  # one prompt side by side
+    made = make("labels", one, messages, tokenizer=chat(), mismatched=False)
+    assert len(made.examples) == 2
+    assert not any(len(example.mismatched) for example in made.examples)
+
+
 def test_messages() -> None:
     tokenizer = chat()
     question, other = [say("user", "Hello")], [say("user", "And you")]

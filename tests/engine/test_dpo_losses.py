@@ -117,6 +117,8 @@ def test_only_kto_keeps_the_mismatched_answers(tiny_model, tmp_path):
     assert all(len(one.mismatched) > 4 for one in found["kto"].examples)
     for one, other in zip(found["kto"].examples, found["apo_zero_unpaired"].examples, strict=True):
         assert other == replace(one, mismatched=TokenSequence((), ()))
+    alone = dpo.make_recipe(DPOConfig(loss_type=["apo_zero_unpaired"])).tokenize(rows[:1], tokenizer, 64)
+    assert alone.examples == found["apo_zero_unpaired"].examples[:1]
     assert [one.desirable for one in found["kto"].examples] == [True, False] * 4 + [True]
     assert sum("desirable_weight of" in note for note in found["kto"].notes) == 0  # 5 to 4 is within 4 to 3
     lopsided = [row for row, one in zip(rows, found["kto"].examples, strict=True) if one.desirable] + rows[1:2]

@@ -175,6 +175,22 @@ def test_an_answer_that_is_left_out_gives_no_experience_and_is_in_no_mean():
     torch.testing.assert_close(white[0, :2], torch.tensor([1 - root, 1 + root]))
 
 
+@pytest.mark.parametrize("estimator", ["rloo", "grpo"])
+def test_an_answer_that_is_alone_in_its_group_gives_no_experience(estimator):
+    """Of groups of 2, 1 and 0 answers that are kept, the first is learned from, and is what it would be by itself."""
+    passes = Passes(3 * PASSES.logprobs, 3 * PASSES.ref_logprobs)
+    scores = torch.tensor([2.0, -1.0, 5.0, 7.0, 1.0, 3.0])
+    kept = torch.tensor([True, True, True, False, False, False])
+    config = PPOConfig(advantage_estimator=estimator, num_generations=2)
+    shaped = shape_rewards(passes, scores, 0.1, config, kept=kept)
+    found = make_experiences(3 * EPISODES, passes, shaped)
+    whole = shape_rewards(Passes(PASSES.logprobs, PASSES.ref_logprobs), scores[:2], 0.1, config)
+    assert [experience.advantages.tolist() for experience in found] == [
+        row[: len(piece)].tolist() for row, piece in zip(whole.advantages, PASSES.logprobs, strict=True)
+    ]
+    assert shaped.mask.sum(1).tolist() == [2, 3, 0, 0, 0, 0]
+
+
 def test_where_nothing_is_left_no_update_is_made():
     shaped = shape_rewards(PASSES, torch.zeros(2), 0.1, PPOConfig(), kept=torch.zeros(2).bool())
     assert make_experiences(EPISODES, PASSES, shaped) == []

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from onecard.algorithms.reward.kinds import collate, kind_of, kind_of_rows, tokenize
+from onecard.algorithms.reward.kinds import check_settings, collate, kind_of, kind_of_rows, tokenize
 from onecard.batches import PreferenceBatch, RankingBatch, ScoredBatch
 from onecard.config import RewardConfig
 from onecard.errors import OnecardError
@@ -84,13 +84,19 @@ def test_a_row_of_no_kind_among_others_is_a_bad_row() -> None:
             SCORED,
             "center_rewards_coefficient: 0.5 is for pairs and rankings, but x.jsonl has scores.",
         ),
-        ({"score_activation": "sigmoid"}, SCORED | {"score": 2}, "x.jsonl:1: score: 2, expected 0 to 1"),
     ],
 )
 def test_settings_of_another_kind(settings: dict[str, Any], record: dict[str, Any], message: str) -> None:
+    config = RewardConfig(dataset="x.jsonl", **settings)
+    found = tokenize(rows(record), built("<s> $A"), 64, config).examples  # held-out rows may be of any kind
     with pytest.raises(OnecardError) as error:
-        tokenize(rows(record), built(), 64, RewardConfig(**settings))
+        check_settings(found, config)
     assert str(error.value) == message
+
+
+def test_a_score_that_no_sigmoid_gives_is_a_bad_row() -> None:
+    with pytest.raises(OnecardError, match=r"^x\.jsonl:1: score: 2, expected 0 to 1$"):
+        tokenize(rows(SCORED | {"score": 2}), built(), 64, RewardConfig(score_activation="sigmoid"))
 
 
 @pytest.mark.parametrize("name", RECORDS)

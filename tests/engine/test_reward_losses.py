@@ -179,6 +179,15 @@ def test_agreement_by_hand():
     assert found["accuracy"] == pytest.approx(8 / 9)
 
 
+def test_two_given_scores_are_labels():
+    assert "label_accuracy" not in agreement(torch.arange(3.0), torch.arange(3.0))
+    found = agreement(torch.tensor([0.9, 0.6, 0.4, 0.7, 0.6]), torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0]))
+    assert found["label_accuracy"] == pytest.approx(3 / 5)  # the third is too low, the fourth too high
+    assert found["majority_class"] == pytest.approx(4 / 5)
+    found = agreement(torch.tensor([4.0, 1.0, 2.9]), torch.tensor([5.0, 1.0, 1.0]))  # the middle is 3
+    assert found["label_accuracy"] == 1.0
+
+
 def test_equal_scores_are_in_no_order_and_of_constants_nothing_is_said():
     assert concordance(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 0.0])) == 0.5
     assert agreement(torch.ones(3), torch.arange(3.0)) == {}

@@ -52,6 +52,7 @@ class Recipe(Generic[E, B]):
     # the row of the held-out examples, where it is more than sums over micro-batches
     heldout: Callable[[Roles, Sequence[E], Bar], dict[str, float]] | None = None
     adjust: Callable[[Roles, Sequence[E]], None] | None = None  # the trained weights, before they are exported
+    check: Callable[[Sequence[E]], None] | None = None  # what settings say against the training examples
     prepare: Callable[[Roles, Sequence[E], Sequence[E]], tuple[Sequence[E], Sequence[E]]] | None = None  # before step 0
 
 
@@ -183,6 +184,8 @@ def run_recipe(config: TrainConfig, recipe: Recipe[E, B]) -> Path:
     tokenizer = load_tokenizer(config)
     max_length = longest_sequence(config)
     training, heldout = load_examples(config, lambda rows: recipe.tokenize(rows, tokenizer, max_length))
+    if recipe.check:
+        recipe.check(training)
     roles = load_roles(config, trained=recipe.trained, reference=recipe.reference, scalar=recipe.scalar)
     check_model(roles)
     trained = sum(parameter.numel() for parameter in roles.trained_parameters().values())

@@ -91,9 +91,7 @@ def length_notes(examples: Sequence[Made[Any]], max_length: int) -> tuple[str, .
     return (
         *count_note(sum(item.prompt_cut for item in examples), len(examples), "prompts were cut at their beginning"),
         *count_note(sum(item.cut for item in answers), len(answers), f"responses were cut at max_length {max_length}"),
-        *count_note(
-            sum(item.empty for item in answers), len(answers), "responses are empty: only their end is learned"
-        ),
+        *count_note(sum(item.empty for item in answers), len(answers), EMPTY),
     )
 
 

@@ -120,11 +120,14 @@ def sft_row(row: Row) -> SFTRow:
 
 
 def preference_row(row: Row) -> PreferenceRow:
-    """A pair with its prompt, which chat answers may carry at their start."""
+    """A pair with its prompt, which chat answers may carry at their start.
+
+    Null is an optional column that is not there: Parquet has it where other rows have one.
+    """
     values = row.values
     chosen, rejected = text_or_messages(values, "chosen"), text_or_messages(values, "rejected")
     must_match("rejected", rejected, "chosen", chosen)
-    given = text_or_messages(values, "prompt") if "prompt" in values or not is_chat(chosen) else None
+    given = text_or_messages(values, "prompt") if values.get("prompt") is not None or not is_chat(chosen) else None
     if is_chat(chosen) and is_chat(rejected) and not isinstance(given, tuple):
         # A text prompt beside whole conversations only repeats their first message, as in UltraFeedback.
         prompt: Text = shared_start(chosen, rejected)
@@ -135,7 +138,8 @@ def preference_row(row: Row) -> PreferenceRow:
     must_ask("prompt", prompt)
     must_answer("chosen", chosen)
     must_answer("rejected", rejected)
-    return PreferenceRow(prompt, chosen, rejected, number(values, "margin") if "margin" in values else 0.0)
+    margin = 0.0 if values.get("margin") is None else number(values, "margin")
+    return PreferenceRow(prompt, chosen, rejected, margin)
 
 
 def scored_row(row: Row, bounds: tuple[float, float] | None = None) -> ScoredRow:

@@ -158,8 +158,10 @@ def labelled_examples(
     max_length: int,
     truncation_mode: Truncation = "keep_start",
     skip_bad_rows: bool,
+    mismatched: bool = True,
 ) -> Tokenized[LabelledSequence]:
-    """`prompt`, `completion`, `label` rows. `mismatched` is a row's prompt with the completion of the next row.
+    """`prompt`, `completion`, `label` rows. With `mismatched`, an example has a row's prompt with the next row's
+    completion too.
 
     After the last comes the first. What `max_length` takes from a mismatched answer is nobody's data, and not counted.
     """
@@ -171,15 +173,17 @@ def labelled_examples(
         return row, example, answer_tokens(example.prompt, [example.completion], tokenizer, limit)[0]
 
     good, bad = collect(rows, own, skip_bad_rows)
-    if len(good) < 2:
+    if mismatched and len(good) < 2:
         raise OnecardError(f"{good[0][0]}: is the only row to use; expected 2 or more, whose answers can be exchanged.")
     neighbours = {str(one[0]): (one, other[1]) for one, other in zip(good, [*good[1:], good[0]], strict=True)}
 
     def make(row: Row) -> Made[LabelledSequence]:
         (_, example, answer), other = neighbours[str(row)]
-        must_match("the next row's completion", other.completion, "prompt", example.prompt)
-        [mismatched] = answer_tokens(example.prompt, [other.completion], tokenizer, lenient)
-        labelled = LabelledSequence(answer.sequence, example.desirable, mismatched.sequence)
+        exchanged = TokenSequence((), ())
+        if mismatched:
+            must_match("the next row's completion", other.completion, "prompt", example.prompt)
+            exchanged = answer_tokens(example.prompt, [other.completion], tokenizer, lenient)[0].sequence
+        labelled = LabelledSequence(answer.sequence, example.desirable, exchanged)
         return made(labelled, group_of(example.prompt, example.completion), [answer])
 
     examples, unmatched = collect([row for row, *_ in good], make, skip_bad_rows)
@@ -187,7 +191,7 @@ def labelled_examples(
     same = sum(one.prompt == other.prompt for (_, one, _), other in neighbours.values())
     notes = (
         *count_note(count if desirable in (0, count) else 0, count, f"labels are {str(desirable > 0).lower()}"),
-        *count_note(same, count, SIDE_BY_SIDE),
+        *count_note(same if mismatched else 0, count, SIDE_BY_SIDE),
     )
     return tokenized(rows, examples, bad + unmatched, max_length, notes)
 

@@ -101,12 +101,12 @@ def reference_adapter(config: TrainConfig) -> Path | None:
         raise OnecardError(f"ref_adapter: {str(error).removeprefix('model: ')}") from error
     if source.adapter is None:
         raise OnecardError(f"ref_adapter: {name} is no adapter folder: it has no adapter_config.json.")
-    check_speaks(source, "ref_adapter")
     if not same_base(source, policy):
         raise OnecardError(
             f"ref_adapter: {name} was trained on {source.base}, but the policy's base is {policy.base}; policy and "
             "reference share one base."
         )
+    check_speaks(source, "ref_adapter")
     return source.adapter
 
 

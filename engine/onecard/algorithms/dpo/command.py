@@ -12,7 +12,7 @@ from onecard.algorithms.common import Recipe, pair_tokenizer, run_recipe
 from onecard.algorithms.dpo.losses import preference_loss
 from onecard.algorithms.dpo.reference import with_reference
 from onecard.algorithms.dpo.variants import Variant, loss_keywords, pick_variant
-from onecard.batches import LabelledSequence, TokenSequence, pack_labelled, pack_pairs
+from onecard.batches import LabelledSequence, pack_labelled, pack_pairs
 from onecard.config import DPOConfig
 from onecard.data import Row, Tokenized, labelled_examples
 from onecard.models.build import reference_adapter
@@ -51,11 +51,9 @@ def labelled_tokenizer(config: DPOConfig) -> Callable[[Sequence[Row], Any, int],
             max_length=max_length,
             truncation_mode=config.truncation_mode,
             skip_bad_rows=config.skip_bad_rows,
+            mismatched=config.loss_type == ["kto"],
         )
-        examples = found.examples
-        if config.loss_type != ["kto"]:
-            examples = tuple(replace(example, mismatched=TokenSequence((), ())) for example in examples)
-        return replace(found, examples=examples, notes=(*found.notes, *balance_notes(examples, config)))
+        return replace(found, notes=(*found.notes, *balance_notes(found.examples, config)))
 
     return tokenize
 
@@ -87,7 +85,7 @@ def reference_pass(config: DPOConfig, variant: Variant, collate: Collate) -> Pre
     def prepare(roles: Roles, training: Sequence[Any], heldout: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
         found = known(roles=roles, examples=training), known(roles=roles, examples=heldout)
         if "reference" in roles.copies:
-            del roles.copies["reference"]
+            del roles.copies["reference"], roles.adapters["reference"]
         return found
 
     return prepare

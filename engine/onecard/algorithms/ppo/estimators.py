@@ -83,6 +83,16 @@ def in_groups(given: Rewarded, kind: str) -> Advantages:
     return Advantages(*(torch.where(given.mask, each.unsqueeze(1), 0.0) for each in (advantages, sums)))
 
 
+def with_company(kept: Tensor, group_size: int) -> Tensor:
+    """Of the answers that are kept, bool [B], those that have another one in their group to be compared with.
+
+    >>> with_company(torch.tensor([True, True, True, False]), 2)
+    tensor([ True,  True, False, False])
+    """
+    groups = kept.view(-1, group_size)
+    return (groups & (groups.sum(1, keepdim=True) > 1)).flatten()
+
+
 def leave_one_out(given: Rewarded) -> Advantages:
     return in_groups(given, "rloo")
 

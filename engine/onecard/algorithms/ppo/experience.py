@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from onecard.algorithms.ppo.estimators import Rewarded, estimator_of
+from onecard.algorithms.ppo.estimators import Rewarded, estimator_of, with_company
 from onecard.batches import (
     Episode,
     Experience,
@@ -157,7 +157,8 @@ def shape_rewards(
     `scores` fp32 [B]. The last response token is the one that ended the answer, where one did. `dense` fp32 [k] of each
     answer. Rewards are whitened first and keep their mean. `kept` bool [B]: the answers that are learned from, by
     default all; the others are in no mean and no baseline. If they were, and scored high, then each of the rest would
-    be worse than average, and learning from those alone would make the answers that are wanted less likely.
+    be worse than average, and learning from those alone would make the answers that are wanted less likely. Where
+    answers are compared in groups, one that is alone in its own is not learned from either.
     """
     lengths = torch.tensor([len(piece) for piece in passes.logprobs])
     logprobs = pad(passes.logprobs)
@@ -167,12 +168,15 @@ def shape_rewards(
     if dense is not None:
         rewards += pad(dense)
     rewards[torch.arange(len(lengths)), lengths - 1] += scores
+    estimator = estimator_of(config)
     if kept is not None:
+        if estimator.groups:
+            kept = with_company(kept, config.num_generations)
         mask &= kept.unsqueeze(1)
     if config.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     values = None if passes.values is None else pad(passes.values)
-    found = estimator_of(config).advantages(
+    found = estimator.advantages(
         Rewarded(rewards, mask, values, passes.last_values, config.gamma, config.lam, config.num_generations)
     )
     return Shaped(mask, kl, rewards, values, found.advantages, found.returns)

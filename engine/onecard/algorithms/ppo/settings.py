@@ -10,7 +10,7 @@ from onecard.algorithms.ppo.estimators import estimator_of
 from onecard.config import PPOConfig
 from onecard.errors import OnecardError
 from onecard.metrics import say
-from onecard.models.build import has_critic
+from onecard.models.build import has_critic, reward_adapter
 
 
 def minibatch_size(config: PPOConfig) -> int:
@@ -63,7 +63,7 @@ def has_constraint(config: PPOConfig) -> bool:
 
 def check_settings(config: PPOConfig) -> None:
     """Settings that contradict each other, or PPO itself, each with what would do."""
-    for complaints in (of_batches(config), of_the_loss(config), of_the_estimator(config)):
+    for complaints in (of_batches(config), of_the_loss(config), of_the_estimator(config), of_no_use(config)):
         for complaint, holds in complaints.items():
             if holds:
                 raise OnecardError(complaint)
@@ -99,8 +99,13 @@ def of_the_loss(config: PPOConfig) -> dict[str, bool]:
         f"kl_coef: {config.kl_coef:g}, expected above 0 with adap_kl_ctrl, which multiplies it.": (
             adapts and config.kl_coef <= 0
         ),
-        "constraint_mode: lagrangian, but there is neither a constraint_model_path nor constraint_funcs.": (
-            config.constraint_mode == "lagrangian" and not has_constraint(config)
+        "normalize_reward: expected --value_init zero with it: the critic would start as the reward model, whose "
+        "scores are on another scale.": (
+            config.normalize_reward
+            and config.value_init == "reward"
+            and config.critic == "adapter"
+            and has_critic(config)
+            and reward_adapter(config) is not None
         ),
     }
 
@@ -124,4 +129,35 @@ def of_the_estimator(config: PPOConfig) -> dict[str, bool]:
         f"critic: shared, expected adapter (the default) {given}, which has no critic.": (
             config.critic == "shared" and not critic
         ),
+    }
+
+
+def of_no_use(config: PPOConfig) -> dict[str, bool]:
+    """What was given, and is not looked at. (`rewards.judge` speaks of a constraint_label without its model.)"""
+    name, critic, unset = config.advantage_estimator, has_critic(config), PPOConfig()
+    clips, given = not estimator_of(config).once, f"with advantage_estimator {name}"
+    table = (  # whether they are used, where they are not, which settings
+        (
+            has_constraint(config),
+            "where there is neither a constraint_model_path nor constraint_funcs",
+            ("constraint_mode", "constraint_threshold", "constraint_lambda", "constraint_lambda_lr"),
+        ),
+        (
+            config.constraint_mode == "lagrangian",
+            f"with constraint_mode {config.constraint_mode}",
+            ("constraint_lambda", "constraint_lambda_lr"),
+        ),
+        (config.adap_kl_ctrl, "without adap_kl_ctrl", ("adap_kl_target", "adap_kl_horizon")),
+        (clips, given, ("cliprange", "cliprange_high")),
+        (clips and critic, given, ("cliprange_value",)),
+        (critic, given, ("vf_coef", "value_init")),
+        (name == "gae", given, ("lam",)),
+        (config.critic == "adapter", f"with critic {config.critic}", ("value_init",)),
+    )
+    return {
+        f"{setting}: {getattr(config, setting)} is not used {where}; leave it out.": (
+            not used and getattr(config, setting) != getattr(unset, setting)
+        )
+        for used, where, settings in table
+        for setting in settings
     }

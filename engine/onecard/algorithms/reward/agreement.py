@@ -13,7 +13,19 @@ def agreement(scores: Tensor, given: Tensor) -> dict[str, float]:
         "pearson": pearson(scores, given),
         "spearman": pearson(ranks(scores), ranks(given)),
         "accuracy": concordance(scores, given),
+        **labels(scores, given),
     }
+
+
+def labels(scores: Tensor, given: Tensor) -> dict[str, float]:
+    """Where the given scores are two, they are labels: the share that is nearer to its own one than to the other, and
+    what the commoner one alone would get right.
+    """
+    values, counts = given.unique(return_counts=True)
+    if len(values) != 2:
+        return {}
+    right = (scores > values.mean()) == (given == values[1])
+    return {"label_accuracy": float(right.double().mean()), "majority_class": float(counts.max() / counts.sum())}
 
 
 def pearson(x: Tensor, y: Tensor) -> float:

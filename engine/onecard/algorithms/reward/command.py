@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from onecard.algorithms.common import Recipe, run_recipe
-from onecard.algorithms.reward.kinds import OF_EXAMPLE, collate, loss_of, reward_loss, tokenize
+from onecard.algorithms.reward.kinds import OF_EXAMPLE, check_settings, collate, loss_of, reward_loss, tokenize
 from onecard.batches import TokenBatch, part, to_device
 from onecard.config import RewardConfig
 from onecard.errors import OnecardError
@@ -73,6 +73,7 @@ def run(config: RewardConfig) -> Path:
         loss=lambda roles, batch, normalizer: reward_loss(roles, batch, config, normalizer),
         scalar=True,
         heldout=lambda roles, examples, bar: heldout_row(roles, examples, config, bar),
+        check=lambda examples: check_settings(examples, config),
         adjust=(lambda roles, examples: normalize(roles, examples, config)) if config.normalize_scores else None,
     )
     return run_recipe(config, recipe)

@@ -152,8 +152,13 @@ def kind_of_rows(rows: Sequence[Row]) -> Kind:
 
 
 def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int, config: RewardConfig) -> Tokenized[Any]:
-    """Examples of the kind that the rows are; a setting that is for another kind is an error."""
-    kind = kind_of_rows(rows)
+    """Examples of the kind that the rows are."""
+    return kind_of_rows(rows).tokenize(rows, tokenizer, max_length, config)
+
+
+def check_settings(examples: Sequence[Any], config: RewardConfig) -> None:
+    """A setting that is for another kind than the training examples' is an error. Held-out ones may be of any."""
+    kind = OF_EXAMPLE[type(examples[0])]
     complaints = {
         "score_activation: sigmoid is for rows with scores": (
             config.score_activation == "sigmoid" and kind.name != "scores"
@@ -164,5 +169,4 @@ def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int, config: Rewar
     }
     for complaint, holds in complaints.items():
         if holds:
-            raise OnecardError(f"{complaint}, but {rows[0].source} has {kind.name}.")
-    return kind.tokenize(rows, tokenizer, max_length, config)
+            raise OnecardError(f"{complaint}, but {config.dataset} has {kind.name}.")
