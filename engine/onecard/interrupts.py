@@ -54,6 +54,6 @@ def interrupted(saved: Path) -> Interrupted:
 
 def next_command(arguments: list[str]) -> str:
     """The command line that was given, as one that goes on."""
-    name, command, *flags = [Path(arguments[0]).name, *(word for word in arguments[1:] if word not in STARTS_ANEW)]
+    name, *words = [Path(arguments[0]).name, *(word for word in arguments[1:] if word not in STARTS_ANEW)]
     onecard = ["python", "-m", "onecard"] if name == "__main__.py" else [name]
-    return shlex.join([*onecard, command, *flags, *([] if command == "demo" else ["--resume"])])  # the demo goes on
+    return shlex.join([*onecard, *words, *([] if words[:1] == ["demo"] else ["--resume"])])  # the demo always goes on
