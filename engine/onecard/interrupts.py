@@ -22,13 +22,15 @@ STARTS_ANEW = ("--overwrite", "--fresh", "--resume")
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Inside, the first Ctrl-C or SIGTERM only makes the yielded function true; the second one acts as it always does.
 
-    Signals belong to the main thread: elsewhere nothing is changed, and the function stays false.
+    Signals belong to the main thread: elsewhere nothing is changed, and the function stays false. A signal that is
+    ignored, as Ctrl-C is in what a script runs in the background, stays so.
     """
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    found = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: handler for number, handler in found.items() if handler not in (signal.SIG_IGN, None)}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -39,7 +41,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         restore()
         say("stopping after this step, with a checkpoint. Once more stops at once, at the last checkpoint.")
 
-    for number in SIGNALS:
+    for number in before:
         signal.signal(number, ask)
     try:
         yield lambda: bool(asked)

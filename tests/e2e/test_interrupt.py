@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -16,6 +17,17 @@ from onecard.interrupts import next_command
 from onecard.trainer import Trainer
 from tests.e2e.ppo_material import flags, settings
 from tests.e2e.test_resume import arguments, metrics, weights
+
+
+@pytest.fixture(autouse=True)
+def usual_handlers() -> Iterator[None]:
+    """Those of a terminal: under a script that runs tests in the background, Ctrl-C would be ignored from the start."""
+    before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def signal_at(monkeypatch: pytest.MonkeyPatch, step: int, *numbers: int) -> None:
@@ -62,6 +74,13 @@ def test_a_second_one_stops_at_once(onecard, monkeypatch, tmp_path, tiny_model, 
     assert stopped.code == 130
     assert "interrupted. A training run goes on from its last checkpoint" in stopped.err
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+
+
+def test_a_signal_that_is_ignored_stays_so(onecard, monkeypatch, tmp_path, tiny_model, pairs, quick):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal_at(monkeypatch, 4, signal.SIGINT)
+    assert onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "run")).code == 0
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 def test_in_the_last_step_there_is_nothing_left_to_stop(onecard, monkeypatch, tmp_path, tiny_model, pairs, quick):
