@@ -23,7 +23,7 @@ from onecard.errors import OnecardError, nearest
 from onecard.generate import check_sampling, longest_prompt
 from onecard.metrics import say
 from onecard.models.build import load_player
-from onecard.models.load import load_tokenizer
+from onecard.models.load import context_length, load_tokenizer
 from onecard.models.roles import Roles
 from onecard.rollout import Sampling, end_tokens, sample_responses
 
@@ -196,9 +196,19 @@ def talk(chat: Chat) -> None:
             say(str(error))
 
 
+def with_room(config: ChatConfig) -> ChatConfig:
+    """The same settings with answers of at most half the model's context: the conversation needs the rest."""
+    limit = context_length(config)
+    if limit is None or config.max_new_tokens <= limit // 2:
+        return config
+    say(f"max_new_tokens: {limit // 2} instead of {config.max_new_tokens}, half of the model's context of {limit}.")
+    return replace(config, max_new_tokens=limit // 2)
+
+
 def run(config: ChatConfig) -> None:
     """`onecard chat`."""
     check_sampling(config)
+    config = with_room(config)
     tokenizer = load_tokenizer(config)
     if config.system and not tokenizer.chat_template:
         raise OnecardError("system: the model's tokenizer has no chat template, so it knows no system message.")

@@ -213,8 +213,15 @@ def test_ctrl_c_at_the_prompt_says_how_to_leave(monkeypatch, capsys):
     [
         ({"system": "be good"}, "system: the model's tokenizer has no chat template"),
         ({"top_p": 1.5}, "top_p: 1.5, expected 0 to 1"),
-        ({"max_new_tokens": 128}, "leaves no room for a prompt"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(says, tiny_model, flags, message):
     assert message in error_line(says(tiny_model, "a", **flags))
+
+
+def test_an_answer_takes_half_of_a_small_context_at_most(says, tiny_model):
+    """The default is 256 tokens, and this model has 128 positions in all."""
+    result = says(tiny_model, "the cat")
+    assert "max_new_tokens: 64 instead of 256, half of the model's context of 128." in result.err
+    assert result.code == 0
+    assert result.out.strip()
