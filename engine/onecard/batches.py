@@ -24,12 +24,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 @dataclass(frozen=True)
@@ -328,7 +331,7 @@ def like_lengths(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
 def to_device(record: T, device: torch.device) -> T:
     """The same record with every tensor on `device`."""
     moved: dict[str, object] = {}
-    for item in fields(record):  # type: ignore[arg-type]
+    for item in fields(record):
         value = getattr(record, item.name)
         if isinstance(value, Tensor):
             moved[item.name] = value.to(device, non_blocking=True)

@@ -267,7 +267,18 @@ class PPOConfig(JudgeConfig, TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(ModelConfig):
+class SampledConfig(ModelConfig):
+    """How answers are drawn that a person reads."""
+
+    max_new_tokens: int = option(128, "Longest response in tokens.", least=1)
+    temperature: float = option(1.0, "Divides the logits; 0: the likeliest token each time.", least=0)
+    top_p: float = option(1.0, "Sample from the smallest set of tokens with this much probability.", least=0)
+    top_k: int = option(0, "Sample from this many likeliest tokens; 0: all.", least=0)
+    seed: int = option(42, "Seed of the sampling.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(SampledConfig):
     """Responses to prompts, sampled from the model itself."""
 
     prompt: list[str] = option([], "A prompt; may be given several times.")
@@ -275,24 +286,16 @@ class GenerateConfig(ModelConfig):
     dataset_split: str = option("test", "Split to use when dataset is a hub dataset.")
     output: str = option("", "Write JSONL rows `prompt, completion` here. Empty: print them.")
     num_generations: int = option(1, "Responses to each prompt.", least=1)
-    max_new_tokens: int = option(128, "Longest response in tokens.", least=1)
-    temperature: float = option(1.0, "Divides the logits; 0: the likeliest token each time.", least=0)
-    top_p: float = option(1.0, "Sample from the smallest set of tokens with this much probability.", least=0)
-    top_k: int = option(0, "Sample from this many likeliest tokens; 0: all.", least=0)
     batch_size: int = option(16, "Prompts generated together.", least=1)
-    seed: int = option(42, "Seed of the sampling.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig(ModelConfig):
+class ChatConfig(SampledConfig):
     """A conversation with a model or an adapter, in the terminal."""
 
     system: str = option("", "Message that a chat opens with, before the first of yours.")
     max_new_tokens: int = option(256, "Longest answer in tokens.", least=1)
     temperature: float = option(0.7, "Divides the logits; 0: the likeliest token each time.", least=0)
-    top_p: float = option(1.0, "Sample from the smallest set of tokens with this much probability.", least=0)
-    top_k: int = option(0, "Sample from this many likeliest tokens; 0: all.", least=0)
-    seed: int = option(42, "Seed of the sampling.")
 
 
 @dataclass(frozen=True, kw_only=True)

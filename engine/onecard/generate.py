@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from onecard import checkpoint
-from onecard.config import ChatConfig, GenerateConfig
+from onecard.config import GenerateConfig, SampledConfig
 from onecard.data import load_rows, prompt_examples, prompt_rows
 from onecard.errors import OnecardError
 from onecard.metrics import say
@@ -17,13 +17,13 @@ from onecard.models.load import context_length, load_tokenizer
 from onecard.rollout import Sampling, generate
 
 
-def check_sampling(config: GenerateConfig | ChatConfig) -> None:
+def check_sampling(config: SampledConfig) -> None:
     """What the least value of a setting does not say."""
     if config.top_p > 1:
         raise OnecardError(f"top_p: {config.top_p:g}, expected 0 to 1.")
 
 
-def longest_prompt(config: GenerateConfig | ChatConfig) -> int | None:
+def longest_prompt(config: SampledConfig) -> int | None:
     """Tokens that are left for a prompt beside the response; None where the model does not say."""
     limit = context_length(config)
     if limit is not None and config.max_new_tokens >= limit:

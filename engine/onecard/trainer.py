@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -27,8 +27,11 @@ from onecard.optim import make_optimizer, make_scheduler
 from onecard.runs import Run
 from onecard_kernels import Loss
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 E = TypeVar("E", bound=Sized)  # one example; its length is its number of tokens
-B = TypeVar("B")  # a record of several
+B = TypeVar("B", bound="DataclassInstance")  # a record of several
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from onecard import report, trainer
+from onecard import report
 from tests.e2e.ppo_material import all_finite, error_line, flags, metrics, no_report, without_clock
+from tests.e2e.test_resume import stop_at
 from tests.engine.dpo_material import labelled_rows
 
 
@@ -45,18 +46,6 @@ def dpo(onecard, tiny_model, pairs, tmp_path):
 def worked(result: Any) -> str:
     assert result.code == 0, result.err
     return result.err
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Interrupt between a step's gradients and its update."""
-    whole = trainer.Trainer.apply
-
-    def interrupted(self):
-        if self.step == step:
-            raise KeyboardInterrupt
-        whole(self)
-
-    monkeypatch.setattr(trainer.Trainer, "apply", interrupted)
 
 
 KINDS: dict[str, dict[str, Any]] = {

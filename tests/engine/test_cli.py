@@ -20,7 +20,7 @@ def received(monkeypatch):
     """The settings that a command hands to its algorithm, without the algorithm."""
     got = []
     module = types.ModuleType("onecard.recorder")
-    module.run = got.append  # type: ignore[attr-defined]
+    monkeypatch.setattr(module, "run", got.append, raising=False)
     monkeypatch.setitem(sys.modules, "onecard.recorder", module)
     commands = {name: (cls, "onecard.recorder:run", text) for name, (cls, _, text) in cli.COMMANDS.items()}
     monkeypatch.setattr(cli, "COMMANDS", commands)

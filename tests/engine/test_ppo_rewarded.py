@@ -67,11 +67,12 @@ class Drawn:
     tokenizer = None
 
     def __init__(self, spread: float) -> None:
-        self.spread, self.asked = spread, []
+        self.spread, self.asked, self.drawn = spread, [], torch.empty(0)
 
     def sample(self, roles, prompts, places, bar):
         self.asked.append(list(places))
-        return Drawn.Found([torch.rand(()) * self.spread + 5.0 for _ in prompts])
+        self.drawn = torch.rand(len(prompts)) * self.spread + 5.0
+        return Drawn.Found(list(self.drawn))
 
     def scores(self, roles, tokenizer, prompts, episodes):
         return Scores(torch.stack(episodes), {})
@@ -98,7 +99,9 @@ def test_the_scale_is_that_of_the_starting_policy_s_answers_to_the_first_prompts
     [places] = first.asked
     assert len(set(places)) == len(places) == expected
     assert 5.0 < scale.mean < 7.0
-    assert scale.std == pytest.approx(2.0 / math.sqrt(12.0), rel=0.35)
+    drawn = first.drawn.double()
+    assert scale.mean == pytest.approx(float(drawn.mean()), rel=1e-12)
+    assert scale.std == pytest.approx(float((drawn - drawn.mean()).square().mean().sqrt()), rel=1e-12)
     torch.manual_seed(1)
     assert measure_scale(Somewhere, Drawn(2.0), Drawn(2.0), training, config) == scale
     assert measure_scale(Somewhere, Drawn(2.0), Drawn(2.0), training, PPOConfig(seed=1)) != scale

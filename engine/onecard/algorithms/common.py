@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
@@ -28,9 +28,12 @@ from onecard.runs import Run, open_run, with_folder
 from onecard.trainer import Objective, train
 from onecard_kernels import Loss
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 E = TypeVar("E", TokenSequence, PreferencePair, LabelledSequence)  # one example
 P = TypeVar("P")  # an example, or a prompt
-B = TypeVar("B")  # a record of several
+B = TypeVar("B", bound="DataclassInstance")  # a record of several
 
 
 @dataclass(frozen=True)
