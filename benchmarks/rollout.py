@@ -24,7 +24,7 @@ from benchmarks import measure, records
 from benchmarks.cases import Refused
 from benchmarks.kernels import CLOCKS, ready_device
 from benchmarks.kernels import main as guarded
-from onecard.batches import TokenSequence, pack, response_targets, to_device
+from onecard.batches import TokenSequence, pack, to_device
 from onecard.config import ModelConfig
 from onecard.data import load_rows
 from onecard.errors import OnecardError
@@ -173,7 +173,7 @@ def error_of_ours(task: Task) -> float:
     for prompt, response in zip(task.prompts, responses, strict=True):
         mask = (False,) * len(prompt) + (True,) * len(response.tokens)
         batch = pack([TokenSequence(prompt + response.tokens, mask)])
-        targets = to_device(response_targets(batch), task.roles.device)
+        targets = to_device(batch.targets, task.roles.device)
         batch = to_device(batch, task.roles.device)
         own = task.roles.logprobs(batch, targets, temperature=task.sampling.temperature)
         worst = max(worst, (own.cpu() - response.logprobs).abs().max().item())

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+AdapterDtype = Literal["float32", "bfloat16"]
 Optim = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 KLEstimator = Literal["k1", "k2", "k3"]
@@ -81,6 +82,9 @@ class TrainConfig(ModelConfig):
     use_peft: bool = option(True, "Train a LoRA adapter. Off: train all weights (no 4-bit).")
     lora_r: int = option(16, "Rank of the adapter.", least=1)
     lora_alpha: int = option(32, "Scale of the adapter: its output is multiplied by lora_alpha / lora_r.", least=1)
+    adapter_dtype: AdapterDtype = option(
+        "float32", "Adapters' type. bfloat16: faster, with smaller activations; the optimizer keeps float32 copies."
+    )
     lora_target_modules: list[str] = option(["all-linear"], "Layers that get an adapter; all-linear: all but the head.")
 
     optim: Optim = option("adamw_torch", "Optimizer: adamw_torch, or bitsandbytes' 8-bit AdamW, plain or paged.")
@@ -97,8 +101,19 @@ class TrainConfig(ModelConfig):
     per_device_train_batch_size: int = option(8, "Sequences (pairs for reward and dpo) in one micro-batch.", least=1)
     gradient_accumulation_steps: int = option(1, "Micro-batches in one optimizer step.", least=1)
     per_device_eval_batch_size: int = option(16, "Sequences (pairs) in one evaluation micro-batch.", least=1)
+    micro_batch_tokens: int = option(
+        0, "Tokens in one pass over the model: how a step's sequences are cut for memory, with the same result. 0: "
+        "per_device_train_batch_size sequences.", least=0,
+    )  # fmt: skip
+    head_chunk_tokens: int = option(
+        0, "Tokens whose logits are held at a time; fewer take less memory and more time. 0: what suits the device.",
+        least=0,
+    )  # fmt: skip
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass: less memory, a third slower."
+    )
+    activation_offloading: bool = option(
+        False, "Hold what the backward pass needs in host memory, copied while the GPU computes."
     )
 
     logging_steps: int = option(1, "Steps between rows of metrics.jsonl.", least=1)
@@ -155,6 +170,9 @@ class RewardConfig(TrainConfig):
     center_rewards_coefficient: float = option(
         0.0, "Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0; pairs and rankings.", least=0
     )
+    share_prompts: bool = option(
+        True, "Run a prompt once for both answers of a pair. Needs padding_free; the result is the same to rounding."
+    )
     score_activation: Activation = option(
         "none", "sigmoid: scores are fitted by the sigmoid of the head, for scores from 0 to 1."
     )
@@ -187,6 +205,9 @@ class DPOConfig(SpeakingConfig):
     cpo_alpha: float = option(1.0, "Weight of the likelihood of the chosen answer in cpo.", least=0)
     desirable_weight: float = option(1.0, "Weight of the desirable answers in kto and apo_zero_unpaired.", least=0)
     undesirable_weight: float = option(1.0, "Weight of the undesirable answers in kto and apo_zero_unpaired.", least=0)
+    share_prompts: bool = option(
+        True, "Run a prompt once for both answers of a pair. Needs padding_free; the result is the same to rounding."
+    )
     ref_adapter: str = option("", "Adapter folder that is the reference. Empty: the policy as it starts.")
     precompute_ref_log_probs: bool = option(
         False, "Compute the reference's log-probs once, before training, and keep them on disk for other runs."
@@ -232,7 +253,10 @@ class PPOConfig(JudgeConfig, TrainConfig):
     per_device_eval_batch_size: int = option(
         16, "Sequences in one pass without gradients: old and reference log-probs, values, scores.", least=1
     )
-    local_rollout_forward_batch_size: int = option(64, "Prompts sampled together.", least=1)
+    local_rollout_forward_batch_size: int = option(64, "Prompts sampled together, at most.", least=1)
+    rollout_cache_gib: float = option(
+        0.0, "Memory for the keys and values of prompts that are sampled together, in GiB; 0: no limit.", least=0
+    )
 
     kl_coef: float = option(0.05, "Weight of the KL to the reference in each token's reward.", least=0)
     kl_estimator: KLEstimator = option("k1", "Estimate of that KL from the sampled token.")

@@ -25,7 +25,6 @@ from onecard.batches import (
     TokenSequence,
     like_lengths,
     pack,
-    response_targets,
     to_device,
 )
 from onecard.config import EvaluateConfig
@@ -111,7 +110,7 @@ def perplexity(roles: Roles, role: str, answers: Sequence[TokenSequence], batch_
     with roles.playing(role), bar.part(f"{role}: perplexity", len(answers)) as part:
         for places in like_lengths([len(answer) for answer in answers], batch_size):
             batch = to_device(pack([answers[place] for place in places]), roles.device)
-            logprobs = roles.logprobs(batch, response_targets(batch))
+            logprobs = roles.logprobs(batch, batch.targets)
             total, count = total - logprobs.double().sum().cpu(), count + len(logprobs)
             part.advance(by=len(places))
     return float((total / count).exp())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -20,6 +21,7 @@ from torch import nn
 from onecard import checkpoint, runs
 from onecard.batches import to_device
 from onecard.config import TrainConfig
+from onecard.cut import Cut
 from onecard.errors import OnecardError
 from onecard.interrupts import interrupted, stop_requests
 from onecard.metrics import Bar, Window, add_up, peak_memory_gib, progress, say
@@ -34,6 +36,9 @@ E = TypeVar("E", bound=Sized)  # one example; its length is its number of tokens
 B = TypeVar("B", bound="DataclassInstance")  # a record of several
 
 
+LossesOf = Callable[[Any, int], Iterable[Loss]]
+
+
 @dataclass(frozen=True)
 class Objective(Generic[E, B]):
     """What one optimizer step makes smaller.
@@ -46,10 +51,13 @@ class Objective(Generic[E, B]):
     collate: Callable[[Sequence[E]], B]
     count: Callable[[Sequence[E]], int]
     losses: Callable[[B, int], Iterable[Loss]]
+    size: Callable[[E], int] = len  # rows of the model that an example takes
 
 
 class Weights(Protocol):
     """What the trainer needs of the model."""
+
+    layout: str
 
     @property
     def device(self) -> torch.device: ...
@@ -91,10 +99,26 @@ class Job(Protocol):
         ...
 
 
-def micro_batches(objective: Objective[E, B], examples: Sequence[E], size: int, device: torch.device) -> Iterator[B]:
-    """Cut a step's examples into records of at most `size` examples, on the device."""
-    for start in range(0, len(examples), size):
-        yield to_device(objective.collate(examples[start : start + size]), device)
+def micro_batches(objective: Objective[E, B], examples: Sequence[E], cut: Cut, device: torch.device) -> Iterator[B]:
+    """A step's examples as records on the device, as the cut says."""
+    for places in cut.places([objective.size(example) for example in examples]):
+        yield to_device(objective.collate([examples[place] for place in places]), device)
+
+
+def accumulate(
+    objective: Objective[E, B], examples: Sequence[E], cut: Cut, device: torch.device, losses: LossesOf | None = None
+) -> list[Loss]:
+    """Add the examples' gradient to the parameters'. Waits for no value, so that it runs on meta tensors too.
+
+    `losses` stands for `objective.losses`, where it is wrapped.
+    """
+    normalizer = objective.count(examples)
+    found = []
+    for batch in micro_batches(objective, examples, cut, device):
+        for loss in (losses or objective.losses)(batch, normalizer):
+            loss.loss.backward()
+            found.append(Loss(loss.loss.detach(), loss.metrics))
+    return found
 
 
 class Trainer:
@@ -105,6 +129,7 @@ class Trainer:
         self.parameters = list(weights.trained_parameters().values())
         self.optimizer = make_optimizer(config, self.parameters)
         self.scheduler = make_scheduler(config, self.optimizer, job.total_steps, first=job.schedule_from)
+        self.cut = Cut(config.per_device_train_batch_size, config.micro_batch_tokens, padded=weights.layout == "padded")
         self.step = 0
         self.num_tokens = 0
         self.window = Window()
@@ -151,13 +176,7 @@ class Trainer:
 
     def gradients(self, objective: Objective[E, B], examples: Sequence[E]) -> dict[str, float]:
         """Leave the examples' clipped gradient in the parameters. It does not depend on the cut into micro-batches."""
-        normalizer = objective.count(examples)
-        losses = []
-        size = self.config.per_device_train_batch_size
-        for batch in micro_batches(objective, examples, size, self.weights.device):
-            for loss in self.losses_of(objective, batch, normalizer):
-                loss.loss.backward()
-                losses.append(Loss(loss.loss.detach(), loss.metrics))
+        losses = accumulate(objective, examples, self.cut, self.weights.device, partial(self.losses_of, objective))
         limit = self.config.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         row = {**add_up(losses), "grad_norm": float(norm)}

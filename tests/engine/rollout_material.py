@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.batches import TokenSequence, pack, response_targets
+from onecard.batches import TokenSequence, pack
 from onecard.config import ModelConfig
 from onecard.models.build import load_player
 from onecard.models.load import load_tokenizer
@@ -71,7 +71,7 @@ def own_logprobs(player: Player, prompt: Sequence[int], response: Response, temp
     """What the role itself says of a response, in one pass over the finished sequence."""
     mask = (False,) * len(prompt) + (True,) * len(response.tokens)
     batch = pack([TokenSequence((*prompt, *response.tokens), mask)])
-    return player.roles.logprobs(batch, response_targets(batch), temperature=temperature)
+    return player.roles.logprobs(batch, batch.targets, temperature=temperature)
 
 
 @torch.no_grad()

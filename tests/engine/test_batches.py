@@ -12,7 +12,6 @@ from onecard.batches import (
     pack,
     pack_pairs,
     predicted_tokens,
-    response_targets,
     to_device,
 )
 
@@ -32,7 +31,7 @@ def test_pack_is_the_worked_example_of_the_module():
 
 
 def test_each_response_token_is_paired_with_the_row_before_it():
-    targets = response_targets(pack([sequence([7, 8], [9, 2]), sequence([7], [5, 2])]))
+    targets = pack([sequence([7, 8], [9, 2]), sequence([7], [5, 2])]).targets
     assert targets.rows.tolist() == [1, 2, 4, 5]
     assert targets.targets.tolist() == [9, 2, 5, 2]
     assert targets.sequence_ids.tolist() == [0, 0, 1, 1]
@@ -40,7 +39,7 @@ def test_each_response_token_is_paired_with_the_row_before_it():
 
 def test_no_row_predicts_across_the_border_of_two_sequences():
     """A sequence that opens with a response token: nothing before it may predict it, least of all its neighbour."""
-    targets = response_targets(pack([sequence([7], [2]), sequence([], [5, 6])]))
+    targets = pack([sequence([7], [2]), sequence([], [5, 6])]).targets
     assert targets.rows.tolist() == [0, 2]
     assert targets.targets.tolist() == [2, 6]
     assert targets.sequence_ids.tolist() == [0, 1]
@@ -49,7 +48,7 @@ def test_no_row_predicts_across_the_border_of_two_sequences():
 def test_mask_with_holes():
     """Chat turns: only the marked tokens are predicted, each from the row right before it."""
     turns = TokenSequence((1, 2, 3, 4, 5), (False, True, False, False, True))
-    targets = response_targets(pack([turns]))
+    targets = pack([turns]).targets
     assert targets.rows.tolist() == [0, 3]
     assert targets.targets.tolist() == [2, 5]
 
@@ -63,7 +62,7 @@ def test_mask_with_holes():
     ],
 )
 def test_the_count_of_a_step_is_the_number_of_rows(texts):
-    assert sum(map(predicted_tokens, texts)) == response_targets(pack(texts)).rows.numel()
+    assert sum(map(predicted_tokens, texts)) == pack(texts).targets.rows.numel()
 
 
 def test_pairs_lie_chosen_first_rejected_after():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from onecard.batches import TokenSequence, pack, response_targets
+from onecard.batches import TokenSequence, pack
 from onecard.config import DPOConfig, ModelConfig, RewardConfig
 from onecard.models.build import load_player, load_roles
 from onecard.models.load import load_tokenizer
@@ -35,7 +35,7 @@ def our_logprobs(folder: Path) -> torch.Tensor:
     roles = load_player(ModelConfig(model=str(folder)), role="anyone")
     batch = pack([TokenSequence(TOKENS, (True,) * len(TOKENS))])
     with torch.no_grad():
-        return roles.logprobs(batch, response_targets(batch))
+        return roles.logprobs(batch, batch.targets)
 
 
 @torch.no_grad()

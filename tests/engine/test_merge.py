@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from onecard.batches import TokenSequence, pack, response_targets
+from onecard.batches import TokenSequence, pack
 from onecard.config import DPOConfig, ModelConfig, RewardConfig
 from onecard.models.build import load_player, load_roles
 from onecard.models.load import load_tokenizer
@@ -34,7 +34,7 @@ def logprobs(model: Path) -> torch.Tensor:
     roles = load_player(ModelConfig(model=str(model)), role="policy")
     batch = pack([TokenSequence(TOKENS, (True,) * len(TOKENS))])
     with torch.no_grad():
-        return roles.logprobs(batch, response_targets(batch))
+        return roles.logprobs(batch, batch.targets)
 
 
 def own_logprobs(model: Path) -> torch.Tensor:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from onecard.algorithms.ppo.experience import make_experiences, make_passes, shape_rewards
 from onecard.algorithms.ppo.losses import critic_loss, policy_loss, ppo_objective
-from onecard.batches import Episode, Experience, ExperienceBatch, TokenSequence, pack_experience, response_targets
+from onecard.batches import Episode, Experience, ExperienceBatch, TokenSequence, pack_experience
 from onecard.config import PPOConfig, RewardConfig
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
@@ -70,7 +70,7 @@ def taken(roles: Roles) -> dict[str, torch.Tensor]:
 
 def part(roles: Roles, config: PPOConfig, record: ExperienceBatch, name: str) -> torch.Tensor:
     """One of the two losses from a forward of its own."""
-    targets = response_targets(record.sequences)
+    targets = record.sequences.targets
     count = len(targets.rows)
     if name == "policy":
         return policy_loss(roles, roles.hidden(record.sequences, targets.rows), targets, record, config, count).loss
@@ -147,7 +147,7 @@ def test_an_estimator_that_learns_once_has_the_gradient_of_the_free_ratio(tiny_m
     roles = moved_roles(config)
     batch = experiences(roles, config, away=3.0)
     record = pack_experience(batch)
-    targets = response_targets(record.sequences)
+    targets = record.sequences.targets
     count = len(targets.rows)
     ratio = (roles.logprobs(record.sequences, targets, 0.7) - record.old_logprobs).exp()
     assert ratio.min() < 0.1
@@ -167,7 +167,7 @@ def test_a2c_s_values_are_not_clipped_either(tiny_model):
     config = config_of(tiny_model, advantage_estimator="a2c", cliprange_value=0.01)
     roles = moved_roles(config)
     record = pack_experience(experiences(roles, config, away=1.0))
-    targets = response_targets(record.sequences)
+    targets = record.sequences.targets
     with torch.no_grad(), roles.playing("value"):
         values = roles.scalars(record.sequences, targets.rows)
     expected = 0.3 * 0.5 * (values - record.returns).square().mean()

@@ -163,7 +163,9 @@ class Nothing:
 def test_the_gradient_is_clipped_over_all_trained_weights(limit, expected):
     """Two roles' gradients of 3 and 4 from two backwards: one norm of 5, logged as it was."""
     policy, value = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
-    weights = SimpleNamespace(device=torch.device("cpu"), trained_parameters=lambda: {"policy": policy, "value": value})
+    weights = SimpleNamespace(
+        device=torch.device("cpu"), layout="packed", trained_parameters=lambda: {"policy": policy, "value": value}
+    )
     job = SimpleNamespace(name="ppo", total_steps=1, schedule_from=0)
     trainer = Trainer(TrainConfig(max_grad_norm=limit), job, weights, None)
     objective = Objective(

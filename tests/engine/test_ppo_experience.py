@@ -17,7 +17,7 @@ from onecard.algorithms.ppo.experience import (
     pad,
     shape_rewards,
 )
-from onecard.batches import Episode, TokenSequence, pack_experience, response_targets
+from onecard.batches import Episode, TokenSequence, pack_experience
 from onecard.config import PPOConfig
 
 # Two answers of 2 and 3 tokens. log-ratios to the reference: 0.5, -0.25 and 1, 0, 0.5.
@@ -118,7 +118,7 @@ def test_experiences_hold_each_answer_s_own_tokens_in_the_order_of_the_rows():
     experiences = make_experiences(EPISODES, PASSES, shaped)
     assert [experience.num_response_tokens for experience in experiences] == [2, 3]
     batch = pack_experience(experiences)
-    targets = response_targets(batch.sequences)
+    targets = batch.sequences.targets
     assert targets.sequence_ids.tolist() == [0, 0, 1, 1, 1]
     assert torch.equal(batch.old_logprobs, torch.cat(PASSES.logprobs))
     assert torch.equal(batch.old_values, torch.cat(PASSES.values))

@@ -15,6 +15,7 @@ from onecard.algorithms.ppo.job import learn, minibatches
 from onecard.algorithms.ppo.losses import ppo_objective
 from onecard.batches import Episode, Experience, TokenSequence, pack
 from onecard.config import PPOConfig, RewardConfig
+from onecard.cut import Cut
 from onecard.data import Prompt, stream_indices
 from onecard.metrics import add_up
 from onecard.models.build import load_ppo_roles, load_roles
@@ -81,7 +82,7 @@ def test_the_losses_are_those_of_plain_logits(tiny_model):
     parameters = roles.trained_parameters()
     expected = dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
     objective, losses = ppo_objective(roles, config), []
-    [record] = micro_batches(objective, batch, 8, roles.device)
+    [record] = micro_batches(objective, batch, Cut(8), roles.device)
     for loss in objective.losses(record, objective.count(batch)):
         loss.loss.backward()
         losses.append(loss)
@@ -103,7 +104,7 @@ def test_any_cut_into_micro_batches_gives_the_same_step(tiny_model):
         batch = experiences(roles, config)
         roles.layout = layout
         objective, losses = ppo_objective(roles, config), []
-        for record in micro_batches(objective, batch, size, roles.device):
+        for record in micro_batches(objective, batch, Cut(size), roles.device):
             for loss in objective.losses(record, objective.count(batch)):
                 loss.loss.backward()
                 losses.append(loss)

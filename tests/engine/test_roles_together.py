@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onecard.batches import TokenSequence, pack, response_targets
+from onecard.batches import TokenSequence, pack
 from onecard.config import PPOConfig, RewardConfig
 from onecard.errors import OnecardError
 from onecard.models.build import load_ppo_roles, load_roles
@@ -32,12 +32,12 @@ def ppo_roles(model, **settings):
 
 
 def policy_part(roles, batch) -> torch.Tensor:
-    return roles.logprobs(batch, response_targets(batch)).sum()
+    return roles.logprobs(batch, batch.targets).sum()
 
 
 def value_part(roles, batch) -> torch.Tensor:
     with roles.playing("value"):
-        return roles.scalars(batch, response_targets(batch).rows).square().sum()
+        return roles.scalars(batch, batch.targets.rows).square().sum()
 
 
 def gradients(roles) -> dict[str, torch.Tensor]:
@@ -98,7 +98,7 @@ def test_the_reference_and_the_reward_never_move(tinystories, tmp_path):
         with torch.no_grad(), roles.playing("reward"):
             scores = roles.scores(batch)
         with torch.no_grad(), roles.playing("reference"):
-            return scores, roles.logprobs(batch, response_targets(batch))
+            return scores, roles.logprobs(batch, batch.targets)
 
     before = looks()
     optimizer = torch.optim.SGD(roles.trained_parameters().values(), lr=0.1)

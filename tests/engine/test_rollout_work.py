@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from onecard import rollout
-from onecard.batches import TokenSequence, pack, response_targets
+from onecard.batches import TokenSequence, pack
 from onecard.errors import OnecardError
 from onecard.models.build import load_roles
 from onecard.models.load import load_tokenizer
@@ -132,7 +132,7 @@ def test_a_policy_in_training_is_sampled_in_evaluation_mode_and_trains_on(tinyst
         )  # the adapter's, too
     mask = (False,) * len(player.prompts[0]) + (True,) * len(found[0].tokens)
     sequence = pack([TokenSequence((*player.prompts[0], *found[0].tokens), mask)])
-    roles.logprobs(sequence, response_targets(sequence)).sum().backward()
+    roles.logprobs(sequence, sequence.targets).sum().backward()
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in lora)
 
 

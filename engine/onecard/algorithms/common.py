@@ -15,7 +15,7 @@ import torch
 from onecard import checkpoint, dry_run, report, runs
 from onecard.algorithms.samples import speaker
 from onecard.algorithms.supervised import Supervised
-from onecard.batches import LabelledSequence, PreferencePair, TokenSequence, pack, response_targets, to_device
+from onecard.batches import LabelledSequence, PreferencePair, TokenSequence, pack, to_device
 from onecard.config import EvaluateConfig, SpeakingConfig, TrainConfig
 from onecard.data import Row, Tokenized, hold_out, load_rows, preference_examples
 from onecard.errors import OnecardError
@@ -148,21 +148,22 @@ def check_model(roles: Roles) -> None:
     """Stop, or pad, where the model would not do what this code takes for granted. Costs two tiny forward passes."""
     model = roles.causal_model()
     check_head(model, model.get_decoder(), roles.head())
-    if roles.layout != "packed":
+    if roles.layout == "padded":
         return
     vocabulary = model.get_input_embeddings().weight.shape[0]
     tokens = [(7919 * place + 13) % vocabulary for place in range(24)]
     pieces = [TokenSequence(tuple(piece), (True,) * len(piece)) for piece in (tokens[:15], tokens[15:])]
     batch = to_device(pack(pieces), roles.device)
-    targets = response_targets(batch)
-    together = roles.logprobs(batch, targets)
+    wanted = roles.layout
     roles.layout = "padded"
-    apart = roles.logprobs(batch, targets)
+    apart = roles.logprobs(batch, batch.targets)
     limit = 1e-3 if model.dtype == torch.float32 else 0.3  # a 16-bit model's own rounding differs between layouts
-    if (together - apart).abs().max().item() <= limit:
-        roles.layout = "packed"
-    else:
-        say(f"model: {type(model).__name__} mixes packed sequences up, so batches are padded (--no_padding_free).")
+    for layout in dict.fromkeys((wanted, "restarted")):
+        roles.layout = layout
+        if (roles.logprobs(batch, batch.targets) - apart).abs().max().item() <= limit:
+            return
+    roles.layout = "padded"
+    say(f"model: {type(model).__name__} mixes packed sequences up, so batches are padded (--no_padding_free).")
 
 
 def finish(roles: Roles, tokenizer: Any, run: Run) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard.algorithms.common import Recipe, run_recipe
-from onecard.batches import TokenBatch, TokenSequence, pack, predicted_tokens, response_targets
+from onecard.batches import TokenBatch, TokenSequence, pack, predicted_tokens
 from onecard.config import SFTConfig
 from onecard.data import Row, Tokenized, sft_examples
 from onecard.models.roles import Roles
@@ -22,7 +22,7 @@ from onecard_kernels import Loss
 
 def sft_loss(roles: Roles, batch: TokenBatch, normalizer: int) -> Loss:
     """Negative log-likelihood of the response tokens / `normalizer`."""
-    logprobs = roles.logprobs(batch, response_targets(batch))
+    logprobs = roles.logprobs(batch, batch.targets)
     return Loss(-logprobs.sum() / normalizer, {})
 
 

@@ -11,6 +11,7 @@ from typing import Any, Generic
 from onecard import runs
 from onecard.algorithms.samples import Speak
 from onecard.config import TrainConfig
+from onecard.cut import Cut
 from onecard.data import step_indices
 from onecard.errors import OnecardError
 from onecard.metrics import Bar, add_up, per_kind
@@ -93,7 +94,7 @@ class Supervised(Generic[E, B]):
         normalizer = self.objective.count(self.heldout)
         losses: list[Loss] = []
         with bar.part("evaluate", len(self.heldout)) as part:
-            for batch in micro_batches(self.objective, self.heldout, self.eval_size, trainer.weights.device):
+            for batch in micro_batches(self.objective, self.heldout, Cut(self.eval_size), trainer.weights.device):
                 losses += trainer.losses_of(self.objective, batch, normalizer)
                 part.advance(by=self.eval_size)
         for sample in self.speak(bar) if self.speak else []:

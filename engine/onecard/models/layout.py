@@ -1,6 +1,6 @@
 """The model's door: a flat `TokenBatch` laid out as the model's keyword arguments, packed or padded.
 
-Both layouts come from the same record and give the same hidden states for the same flat rows. `use_cache=False` is
+All layouts come from the same record and give the same hidden states for the same flat rows. `use_cache=False` is
 part of the layout, not a matter of memory: with a cache transformers builds no block mask for packed sequences, and the
 second sequence silently attends to the first.
 """
@@ -8,13 +8,15 @@ second sequence silently attends to the first.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from onecard.batches import TokenBatch
+from onecard.models.attention import segments_of
 
 
 @dataclass(frozen=True)
@@ -26,19 +28,58 @@ class Layout:
 
 
 def packed(batch: TokenBatch) -> Layout:
-    """All sequences in one row. Positions that start again tell transformers where the attention blocks end."""
+    """All sequences in one row, each with its own attention (`models/attention.py`): no pair of tokens is masked.
+
+    A mask of four dimensions is one that transformers takes as it is; no layer looks at it.
+    """
+    return Layout(
+        inputs={
+            "input_ids": batch.tokens.unsqueeze(0),
+            "position_ids": batch.positions.unsqueeze(0),
+            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.tokens.device),
+            "segments": segments_of(batch),
+            "use_cache": False,
+        },
+        places=torch.arange(batch.num_tokens, device=batch.tokens.device),
+    )
+
+
+def apart(batch: TokenBatch) -> tuple[TokenBatch, Tensor]:
+    """The record with shared prompts laid again before each sequence, and where each of its rows lies then."""
+    shared = batch.shared
+    if shared is None:
+        return batch, torch.arange(batch.num_tokens, device=batch.tokens.device)
+    prompts = [stop - start for start, stop in shared.spans]
+    lengths = tuple(own + prompt for own, prompt in zip(batch.lengths, prompts, strict=True))
+    ends = accumulate(lengths)
+    places = [row for own, end in zip(batch.lengths, ends, strict=True) for row in range(end - own, end)]
+    whole = replace(
+        batch,
+        tokens=batch.tokens[shared.key_rows],
+        positions=batch.positions[shared.key_rows],
+        cu_seqlens=shared.cu_seqlens,
+        lengths=lengths,
+        shared=None,
+    )
+    return whole, torch.tensor(places, device=batch.tokens.device)
+
+
+def restarted(batch: TokenBatch) -> Layout:
+    """All sequences in one row. Positions that start again tell transformers to mask one sequence from another."""
+    batch, places = apart(batch)
     return Layout(
         inputs={
             "input_ids": batch.tokens.unsqueeze(0),
             "position_ids": batch.positions.unsqueeze(0),
             "use_cache": False,
         },
-        places=torch.arange(batch.tokens.numel(), device=batch.tokens.device),
+        places=places,
     )
 
 
 def padded(batch: TokenBatch) -> Layout:
     """One row for each sequence, padded on the right. Token 0 fills the padding: no real token attends to it."""
+    batch, own = apart(batch)
     rows, columns = len(batch.lengths), max(batch.lengths)
     lengths = batch.cu_seqlens.diff().to(torch.int64)
     sequence_of = torch.repeat_interleave(
@@ -57,8 +98,8 @@ def padded(batch: TokenBatch) -> Layout:
             "position_ids": position_ids,
             "use_cache": False,
         },
-        places=places,
+        places=places[own],
     )
 
 
-LAYOUTS: dict[str, Callable[[TokenBatch], Layout]] = {"packed": packed, "padded": padded}
+LAYOUTS: dict[str, Callable[[TokenBatch], Layout]] = {"packed": packed, "restarted": restarted, "padded": padded}

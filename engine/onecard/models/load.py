@@ -15,6 +15,7 @@ import torch
 
 from onecard.config import ModelConfig
 from onecard.errors import OnecardError
+from onecard.models.attention import use_own_attention
 from onecard.runs import TRAINED, holds_weights, weights_folder
 
 # bitsandbytes warns on CPU that an optional faster kernel is not installed; the one it falls back to is exact.
@@ -200,4 +201,6 @@ def load_base(config: ModelConfig, *, train_all: bool = False) -> Any:
     except Exception as error:  # the loaders raise whatever their parsers raise
         raise OnecardError(f"model: cannot load '{source.base}': {reason(error)}") from error
     model.dropouts = own_dropouts  # for `save_model`
+    if config.attn_implementation == "auto":
+        use_own_attention(model)
     return keep_differentiable(model).requires_grad_(train_all)

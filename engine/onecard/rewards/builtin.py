@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from onecard.batches import like_lengths, pack, response_targets, to_device
+from onecard.batches import like_lengths, pack, to_device
 from onecard.data import Prompt
 from onecard.errors import OnecardError
 from onecard.rewards.answers import Case, Measure
@@ -45,7 +45,7 @@ def fluency(case: Case) -> list[float]:
     with case.roles.playing("reference"):
         for places in like_lengths([len(episode) for episode in case.episodes], case.batch_size):
             batch = to_device(pack([case.episodes[place].sequence for place in places]), case.roles.device)
-            logprobs = case.roles.logprobs(batch, response_targets(batch)).double().cpu()
+            logprobs = case.roles.logprobs(batch, batch.targets).double().cpu()
             pieces = logprobs.split([len(case.episodes[place].sampling_logprobs) for place in places])
             for place, piece in zip(places, pieces, strict=True):
                 means[place] = float(piece.mean())

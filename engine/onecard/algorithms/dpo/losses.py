@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.batches import LabelledBatch, PreferenceBatch, ResponseTargets, TokenBatch, part, response_targets
+from onecard.batches import LabelledBatch, PreferenceBatch, ResponseTargets, TokenBatch, part
 from onecard.models.head import LanguageHead
 from onecard.models.roles import Roles
 from onecard_kernels import Loss, dpo_loss, kto_loss, linear_dpo_loss, linear_logprobs, sequence_sums
@@ -19,7 +19,7 @@ Keywords = dict[str, Any]  # settings, as keyword arguments of a kernel
 
 def sequence_logps(roles: Roles, sequences: TokenBatch) -> Tensor:
     """Log-probs of whole responses [S], in nats, under the role that plays."""
-    targets = response_targets(sequences)
+    targets = sequences.targets
     return sequence_sums(roles.logprobs(sequences, targets), targets.sequence_ids, len(sequences.lengths))
 
 
@@ -69,7 +69,7 @@ def preference_loss(
 ) -> Loss:
     """`dpo_loss` of the policy against the reference on one record of pairs; aot's sorts within the record."""
     reference = pair_reference(roles, batch) if batch.ref_logps is None else batch.ref_logps
-    targets = response_targets(batch.sequences)
+    targets = batch.sequences.targets
     whole = not WHOLE_BATCH.isdisjoint(keywords.get("loss_type", ()))
     options = {**keywords, "normalizer": None if whole else normalizer}
     hidden, head = roles.hidden(batch.sequences, targets.rows), roles.head()
@@ -118,7 +118,7 @@ def reference_free_loss(
     kernel: Callable[..., Loss], roles: Roles, batch: PreferenceBatch, keywords: Keywords, normalizer: int
 ) -> Loss:
     """`simpo_loss`, `orpo_loss` or `cpo_loss` of the policy on one record of pairs."""
-    targets = response_targets(batch.sequences)
+    targets = batch.sequences.targets
     sequences = 2 * batch.num_pairs
     sums = sequence_sums(roles.logprobs(batch.sequences, targets), targets.sequence_ids, sequences)
     chosen_lengths, rejected_lengths = response_lengths(targets, sequences).chunk(2)

@@ -25,7 +25,6 @@ from onecard.batches import (
     last_rows,
     like_lengths,
     pack,
-    response_targets,
     to_device,
 )
 from onecard.config import PPOConfig
@@ -81,7 +80,7 @@ def per_token(
         for chosen in like_lengths([len(episode) for episode in episodes], batch_size):
             batch = to_device(pack([episodes[index].sequence for index in chosen]), roles.device)
             lengths = [len(episodes[index].sampling_logprobs) + beyond for index in chosen]
-            pieces = read(batch, response_targets(batch)).cpu().split(lengths)
+            pieces = read(batch, batch.targets).cpu().split(lengths)
             for index, piece in zip(chosen, pieces, strict=True):
                 found[index] = piece.clone()  # a view would keep its whole batch alive
     return found

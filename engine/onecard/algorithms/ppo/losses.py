@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from onecard.algorithms.ppo.estimators import estimator_of
-from onecard.batches import Experience, ExperienceBatch, ResponseTargets, pack_experience, response_targets
+from onecard.batches import Experience, ExperienceBatch, ResponseTargets, pack_experience
 from onecard.config import PPOConfig
 from onecard.models.roles import Roles
 from onecard.trainer import Objective
@@ -59,7 +59,7 @@ def critic_loss(values: Tensor, batch: ExperienceBatch, config: PPOConfig, norma
 
 def policys_own(roles: Roles, batch: ExperienceBatch, config: PPOConfig, normalizer: int) -> Iterator[Loss]:
     """The policy's loss alone."""
-    targets = response_targets(batch.sequences)
+    targets = batch.sequences.targets
     yield policy_loss(roles, roles.hidden(batch.sequences, targets.rows), targets, batch, config, normalizer)
 
 
@@ -67,13 +67,13 @@ def one_after_the_other(roles: Roles, batch: ExperienceBatch, config: PPOConfig,
     """Both losses, one role after the other: who takes a loss runs its backward before asking for the next."""
     yield from policys_own(roles, batch, config, normalizer)
     with roles.playing("value"):
-        values = roles.scalars(batch.sequences, response_targets(batch.sequences).rows)
+        values = roles.scalars(batch.sequences, batch.sequences.targets.rows)
         yield critic_loss(values, batch, config, normalizer)
 
 
 def both_at_once(roles: Roles, batch: ExperienceBatch, config: PPOConfig, normalizer: int) -> Iterator[Loss]:
     """The sum of both losses, from one forward of the trunk that policy and critic share."""
-    targets = response_targets(batch.sequences)
+    targets = batch.sequences.targets
     hidden = roles.hidden(batch.sequences, targets.rows)
     policy = policy_loss(roles, hidden, targets, batch, config, normalizer)
     critic = critic_loss(roles.scalars_of(hidden, "value"), batch, config, normalizer)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from onecard.algorithms.ppo.experience import logprobs_of
 from onecard.algorithms.ppo.sampling import Sampler
-from onecard.batches import Episode, pack, response_targets, to_device
+from onecard.batches import Episode, pack, to_device
 from onecard.config import PPOConfig
 from onecard.data import Prompt
 from onecard.draws import own_draws
@@ -40,7 +40,7 @@ def new_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfig) -
     size = config.per_device_train_batch_size
     for start in range(0, len(episodes), size):
         batch = to_device(pack([episode.sequence for episode in episodes[start : start + size]]), roles.device)
-        pieces.append(roles.logprobs(batch, response_targets(batch), config.temperature).detach().cpu())
+        pieces.append(roles.logprobs(batch, batch.targets, config.temperature).detach().cpu())
     return torch.cat(pieces)
 
 

@@ -1,0 +1,278 @@
+"""Attention over packed sequences, as an implementation that transformers calls by name.
+
+The layout hands the trunk a `Segments` record, which transformers passes through to each layer; each sequence then
+attends to its own rows (and to a prompt that it shares), with no mask over all pairs of tokens.
+
+| where | what runs |
+|---|---|
+| GPU of compute capability 8.0 or newer, 16 bit | flash-attn's varlen kernel if it is installed, else PyTorch's own |
+| elsewhere: CPU, float32, older GPUs | PyTorch's `scaled_dot_product_attention`, one sequence at a time |
+| models that cap attention's logits (Gemma 2), without flash-attn | the formula, one sequence at a time |
+
+Without `Segments` (padded batches, sampling with a cache) it is transformers' own SDPA.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from onecard.batches import TokenBatch
+from onecard.errors import OnecardError
+
+NAME = "onecard"
+MOST_FLASH_DIMENSIONS = 256  # of one head
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which rows attend to which: queries of sequence i lie at `cu_queries[i]`, its keys at `cu_keys[i]` of `key_rows`.
+
+    `lengths`, `key_lengths` are the same as plain integers; `key_rows` None: the keys are the rows themselves.
+    """
+
+    lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+    cu_queries: Tensor
+    cu_keys: Tensor
+    key_rows: Tensor | None = None
+
+
+def segments_of(batch: TokenBatch) -> Segments:
+    """The attention pattern of a record of sequences."""
+    if batch.shared is None:
+        return Segments(batch.lengths, batch.lengths, batch.cu_seqlens, batch.cu_seqlens)
+    spans = batch.shared.spans
+    more = [stop - start for start, stop in spans]
+    keys = tuple(own + shared for own, shared in zip(batch.lengths, more, strict=True))
+    return Segments(batch.lengths, keys, batch.cu_seqlens, batch.shared.cu_seqlens, batch.shared.key_rows)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a query and a key make a logit, and how far back a query looks (None: to the beginning)."""
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+
+
+_planned: list[torch.device] = []
+
+
+@contextmanager
+def planned_for(device: torch.device) -> Iterator[None]:
+    """Inside, tensors on `meta` take the path that tensors on `device` would take."""
+    _planned.append(device)
+    try:
+        yield
+    finally:
+        _planned.pop()
+
+
+def target_of(tensor: Tensor) -> torch.device:
+    """Where a tensor is, or is planned to be."""
+    return _planned[-1] if tensor.is_meta and _planned else tensor.device
+
+
+def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether flash attention's kernels run there. A planned GPU is taken for one that has them."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return bool(_planned) or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    segments: Segments | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [b, H, n, d], key and value [b, G, m, d] -> [b, n, H, d].
+
+    With `segments`, b is 1 and `attention_mask` is not looked at.
+    """
+    strange = [name for name in ("s_aux", "position_bias", "sinks") if others.get(name) is not None]
+    if strange:
+        raise OnecardError(
+            f"model: {type(module).__name__} has attention with {strange[0]}, which onecard's own does not know; "
+            "give --attn_implementation eager."
+        )
+    score = Score(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window)
+    if segments is None:
+        return batched(module, query, key, value, attention_mask, score, dropout=dropout, **others), None
+    if segments.key_rows is not None:
+        key, value = (each.index_select(2, segments.key_rows) for each in (key, value))
+    run = kernel_for(query, score)
+    return run(query, key, value, segments, score).to(query.dtype), None
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Segments, Score], Tensor]
+
+
+def kernel_for(query: Tensor, score: Score) -> Kernel:
+    """The fastest of the kernels that can do it."""
+    device = target_of(query)
+    flash = has_flash(device, query.dtype) and query.shape[-1] <= MOST_FLASH_DIMENSIONS
+    if flash and importlib.util.find_spec("flash_attn") and not query.is_meta:
+        return by_flash_attn
+    if score.softcap is not None:
+        return by_formula
+    return by_torch_varlen if flash else by_sdpa
+
+
+def flat(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """[1, H, n, d] -> [n, H, d], as the varlen kernels want it."""
+    return [each.squeeze(0).transpose(0, 1) for each in (query, key, value)]
+
+
+def by_flash_attn(query: Tensor, key: Tensor, value: Tensor, segments: Segments, score: Score) -> Tensor:
+    """The flash-attn package."""
+    flash_attn_varlen_func: Callable[..., Any] = importlib.import_module("flash_attn").flash_attn_varlen_func
+    window = (-1, -1) if score.window is None else (score.window - 1, 0)
+    out: Tensor = flash_attn_varlen_func(
+        *flat(query, key, value),
+        segments.cu_queries,
+        segments.cu_keys,
+        max(segments.lengths),
+        max(segments.key_lengths),
+        softmax_scale=score.scale,
+        causal=True,
+        window_size=window,
+        softcap=score.softcap or 0.0,
+    )
+    return out.unsqueeze(0)
+
+
+def by_torch_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, score: Score) -> Tensor:
+    """PyTorch's own flash attention over sequences of different lengths."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters  # older versions share heads without being asked
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in known else {}
+    back = -1 if score.window is None else score.window - 1
+    attention: Callable[..., Any] = varlen_attn
+    out: Tensor = attention(
+        *flat(query, key, value),
+        segments.cu_queries,
+        segments.cu_keys,
+        max(segments.lengths),
+        max(segments.key_lengths),
+        scale=score.scale,
+        window_size=(back, 0),
+        **grouped,
+    )
+    return out.unsqueeze(0)
+
+
+def sees(queries: int, keys: int, score: Score, device: torch.device) -> Tensor:
+    """Which keys each query attends to, bool [queries, keys]: the last query stands at the last key."""
+    ahead = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return ahead if score.window is None else ahead.triu(keys - queries - score.window + 1)
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, score: Score) -> Tensor:
+    """One sequence, [1, H, n, d]. A mask is only made where "each key up to its own place" does not say it."""
+    queries, keys = query.shape[2], key.shape[2]
+    if key.shape[1] != query.shape[1]:
+        key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for each in (key, value))
+    plain = queries == keys and (score.window is None or score.window >= keys)
+    mask = None if plain else sees(queries, keys, score, query.device)
+    if query.is_meta and target_of(query).type == "cpu":  # on meta, PyTorch would take its formula apart
+        if mask is not None:
+            mask = torch.zeros(queries, keys, dtype=query.dtype, device=query.device).masked_fill(~mask, float("-inf"))
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out: Tensor = flash(query, key, value, 0.0, plain, attn_mask=mask, scale=score.scale)[0]
+        return out
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=plain, scale=score.scale)
+
+
+def formula(query: Tensor, key: Tensor, value: Tensor, score: Score, visible: Tensor) -> Tensor:
+    """softmax(cap(q k)) v in fp32, with `softcap * tanh(q k / softcap)` where there is one; [b, H, n, d]."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+    logits = (query @ key.transpose(2, 3)).float() * score.scale
+    if score.softcap is not None:
+        logits = score.softcap * torch.tanh(logits / score.softcap)
+    weights = logits.masked_fill(~visible, torch.finfo(torch.float32).min).softmax(-1)
+    return weights.to(value.dtype) @ value
+
+
+def one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, run: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """`run` of each sequence by itself; [1, n, H, d]."""
+    pieces: Sequence[tuple[Tensor, ...]] = list(
+        zip(
+            query.split(segments.lengths, dim=2),
+            key.split(segments.key_lengths, dim=2),
+            value.split(segments.key_lengths, dim=2),
+            strict=True,
+        )
+    )
+    return torch.cat([run(*piece) for piece in pieces], dim=2).transpose(1, 2)
+
+
+def by_sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, score: Score) -> Tensor:
+    """PyTorch's attention, sequence by sequence."""
+    return one_by_one(query, key, value, segments, lambda q, k, v: sdpa(q, k, v, score))
+
+
+def by_formula(query: Tensor, key: Tensor, value: Tensor, segments: Segments, score: Score) -> Tensor:
+    """The formula, sequence by sequence."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return formula(q, k, v, score, sees(q.shape[2], k.shape[2], score, q.device))
+
+    return one_by_one(query, key, value, segments, run)
+
+
+def batched(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, score: Score, **others: Any
+) -> Tensor:
+    """Padded rows, or one step of sampling: transformers' SDPA; the formula where it is capped."""
+    if score.softcap is not None:
+        seen = sees(query.shape[2], key.shape[2], score, query.device) if mask is None else mask
+        return formula(query, key, value, score, seen).transpose(1, 2)
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    out: Tensor = sdpa_attention_forward(module, query, key, value, mask, scaling=score.scale, **others)[0]
+    return out
+
+
+def use_own_attention(model: Any) -> bool:
+    """Give a model this attention, if it takes one by name and passes on what belongs to it. Says whether it did."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    trunk = model.get_decoder()
+    passes_on = any(each.kind is each.VAR_KEYWORD for each in inspect.signature(trunk.forward).parameters.values())
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    known = capped or getattr(model, "_supports_sdpa", False)  # others have something of their own in their attention
+    if not (passes_on and known and getattr(model, "_supports_attention_backend", False)):
+        return False
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+    return True
+
+
+def has_own_attention(model: Any) -> bool:
+    """Whether `use_own_attention` has been there."""
+    return getattr(model.config.get_text_config(), "_attn_implementation", "") == NAME
