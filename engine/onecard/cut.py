@@ -1,4 +1,4 @@
-"""How sequences are cut into passes over the model: by count, or by a budget of tokens.
+"""How items are cut into passes over the model: by count, or by a budget of tokens.
 
 A cut changes memory and time and nothing else: a step's normaliser is the whole step's, so every cut gives the same
 gradient to rounding.
@@ -7,7 +7,7 @@ gradient to rounding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onecard.batches import like_lengths
 
@@ -16,12 +16,15 @@ from onecard.batches import like_lengths
 class Cut:
     """At most `sequences` items in a pass; with `tokens`, as many as that budget holds instead, and at least one.
 
-    `padded`: a pass's items count as long as its longest one.
+    `padded`: a pass's items count as long as its longest one. `like`: by count, too, the longest first, of like
+    lengths. `most`: no more items than that in a pass, whatever the budget holds (0: no such bound).
     """
 
     sequences: int
     tokens: int = 0
     padded: bool = False
+    like: bool = False
+    most: int = 0
 
     def places(self, sizes: Sequence[int]) -> Iterator[list[int]]:
         """Which items make up each pass. By count in their order; by tokens the longest first, of like lengths.
@@ -31,33 +34,37 @@ class Cut:
         >>> list(Cut(2, tokens=8).places([3, 9, 4]))
         [[1], [2, 0]]
         """
-        if not self.tokens:
-            yield from (
-                list(range(start, min(start + self.sequences, len(sizes))))
-                for start in range(0, len(sizes), self.sequences)
-            )
-            return
+        order = list(range(len(sizes)))
+        if self.like or self.tokens:
+            order = [place for alone in like_lengths(sizes, 1) for place in alone]
         held: list[int] = []
-        for place in (place for alone in like_lengths(sizes, 1) for place in alone):
-            longest = sizes[held[0]] if held else 0
-            taken = longest * (len(held) + 1) if self.padded else sum(sizes[each] for each in held) + sizes[place]
-            if held and taken > self.tokens:
+        total = longest = 0  # of those held
+        for place in order:
+            size = sizes[place]
+            if held and not self.holds(len(held) + 1, total + size, max(longest, size)):
                 yield held
-                held = []
+                held, total, longest = [], 0, 0
             held.append(place)
+            total, longest = total + size, max(longest, size)
         if held:
             yield held
 
-    def halved(self, sizes: Sequence[int]) -> Cut | None:
-        """The cut to try where this one's largest pass took too much memory; None where that was a single item.
+    def holds(self, items: int, total: int, longest: int) -> bool:
+        """Whether so many items fit into one pass."""
+        if not self.tokens:
+            return items <= self.sequences
+        return (items * longest if self.padded else total) <= self.tokens and items <= (self.most or items)
 
-        By tokens from there on: half of what the largest pass held.
+    def halved(self, sizes: Sequence[int]) -> Cut | None:
+        """The cut to try where a pass of this one took too much memory; None where each was a single item.
+
+        By tokens from there on: half of what the largest pass of several items held.
         """
-        passes = list(self.places(sizes))
-        if all(len(each) == 1 for each in passes):
+        several = [each for each in self.places(sizes) if len(each) > 1]
+        if not several:
             return None
-        largest = max(self.tokens_of([sizes[place] for place in each]) for each in passes)
-        return Cut(self.sequences, max(largest // 2, 1), self.padded)
+        largest = max(self.tokens_of([sizes[place] for place in each]) for each in several)
+        return replace(self, tokens=max(largest // 2, 1))
 
     def tokens_of(self, sizes: Sequence[int]) -> int:
         """What items take of the budget together."""

@@ -37,3 +37,16 @@ def own_draws(device: torch.device, *place: object) -> Iterator[None]:
             random.setstate(python_state)
             if numpy:
                 numpy.random.set_state(numpy_state)
+
+
+@contextmanager
+def drawn_again_after_errors(device: torch.device) -> Iterator[None]:
+    """Where what is inside fails, torch's generators go back to where they were: done again, it draws the same."""
+    states = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    except RuntimeError:
+        torch.set_rng_state(states[0])
+        if states[1] is not None:
+            torch.cuda.set_rng_state(states[1], device)
+        raise

@@ -16,17 +16,7 @@ from typing import Any
 import torch
 
 from onecard.algorithms.common import check_model, longest_sequence
-from onecard.algorithms.ppo.experience import per_token
-from onecard.algorithms.ppo.sampling import make_episode
-from onecard.batches import (
-    Episode,
-    ResponseTargets,
-    TokenBatch,
-    TokenSequence,
-    like_lengths,
-    pack,
-    to_device,
-)
+from onecard.batches import Episode, ResponseTargets, TokenBatch, TokenSequence
 from onecard.config import EvaluateConfig
 from onecard.data import Prompt, Row, load_rows, preference_examples, prompt_examples, sft_examples
 from onecard.errors import OnecardError
@@ -38,8 +28,9 @@ from onecard.models.classifier import find_judge
 from onecard.models.load import find_source, load_tokenizer
 from onecard.models.roles import Roles
 from onecard.outputs import output_folder
+from onecard.passes import per_token, sequence_passes
 from onecard.rewards.judge import Judge, load_judge, response_text
-from onecard.rollout import Sampling, end_tokens, sample_responses
+from onecard.rollout import Sampling, end_tokens, make_episode, sample_responses
 
 
 @dataclass(frozen=True)
@@ -103,17 +94,17 @@ def given_answers(
     return [], ()
 
 
-@torch.no_grad()
 def perplexity(roles: Roles, role: str, answers: Sequence[TokenSequence], batch_size: int, bar: Bar) -> float:
     """exp of the mean negative log-likelihood of the answers' tokens, their ends included."""
-    total, count = torch.zeros((), dtype=torch.float64), 0
     with roles.playing(role), bar.part(f"{role}: perplexity", len(answers)) as part:
-        for places in like_lengths([len(answer) for answer in answers], batch_size):
-            batch = to_device(pack([answers[place] for place in places]), roles.device)
-            logprobs = roles.logprobs(batch, batch.targets)
-            total, count = total - logprobs.double().sum().cpu(), count + len(logprobs)
-            part.advance(by=len(places))
-    return float((total / count).exp())
+
+        def read(batch: TokenBatch) -> list[torch.Tensor]:
+            found = roles.logprobs(batch, batch.targets).double().cpu().split(list(batch.num_targets))
+            part.advance(by=len(found))
+            return [each.clone() for each in found]
+
+        logprobs = torch.cat(sequence_passes(roles, answers, batch_size, read))
+    return float((-logprobs.mean()).exp())
 
 
 def listen(roles: Roles, role: str, material: Material, config: EvaluateConfig, bar: Bar, *, kl: bool) -> Side:

@@ -87,6 +87,8 @@ def phase_memory(row: dict[str, float], name: str) -> Iterator[None]:
         torch.cuda.reset_peak_memory_stats()
     yield
     row[name] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else resident_memory_gib()
+    if torch.cuda.is_available():  # the next phase has other sizes: what this one's were cut from would stay reserved
+        torch.cuda.empty_cache()
 
 
 def resident_memory_gib() -> float:

@@ -1,12 +1,14 @@
-"""Optimizers and learning rate schedules, by TRL's names."""
+"""Optimizers and learning rate schedules, by TRL's names; float32 masters for weights that are held in 16 bit."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from onecard.config import TrainConfig
 from onecard.errors import OnecardError
@@ -39,18 +41,106 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
+MASTER_BYTES = 32 << 20  # of the float32 gradients that a step holds at a time
+
+
+class MasterOptimizer(torch.optim.Optimizer):
+    """An optimizer of float32 copies (masters) of 16-bit weights, which are its masters rounded.
+
+        master <- update(master, float(gradient));  weight <- round(master)
+
+    An update of less than half a step between two 16-bit numbers (2^-9 of the weight, in bfloat16) is lost on the
+    weight and kept in the master. Parameters that are float32 already are their own masters. `state_dict` holds the
+    masters, so that a run that goes on from a checkpoint goes on from them.
+    """
+
+    def __init__(
+        self, make: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer], parameters: Iterable[nn.Parameter]
+    ) -> None:
+        # The parent's part is all in the inner optimizer, whose groups and states are these.
+        self.parameters = list(parameters)
+        self.masters = [
+            each if each.dtype == torch.float32 else nn.Parameter(each.detach().float()) for each in self.parameters
+        ]
+        self.inner = make(self.masters)
+        self.param_groups = self.inner.param_groups
+        self.state = self.inner.state
+        self.defaults = self.inner.defaults
+
+    def rounded(self) -> Iterator[tuple[int, nn.Parameter, nn.Parameter]]:
+        """`(place, weight, master)` of each weight that has a master."""
+        for place, (weight, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
+            if weight is not master:
+                yield place, weight, master
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One update. 16-bit gradients become float32, and are gone, some MiB at a time. `closure` is not called."""
+        batch: list[tuple[nn.Parameter, nn.Parameter]] = []
+        held = 0
+        for _, weight, master in self.rounded():
+            if weight.grad is None:
+                continue
+            master.grad, weight.grad = weight.grad.float(), None
+            batch.append((weight, master))
+            held += master.numel() * master.element_size()
+            if held >= MASTER_BYTES:
+                self.update(batch)
+                batch, held = [], 0
+        self.update(batch)
+
+    def update(self, batch: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
+        """The inner optimizer's step for parameters that have a gradient, which is then gone."""
+        self.inner.step()
+        self.inner.zero_grad(set_to_none=True)
+        for weight, master in batch:
+            weight.copy_(master)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the weights' gradients; the masters have none between steps."""
+        for weight in self.parameters:
+            weight.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's, and the masters by their places."""
+        masters = {place: master.detach() for place, _, master in self.rounded()}
+        return {"inner": self.inner.state_dict(), "masters": masters}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.inner.load_state_dict(state_dict["inner"])
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+        for place, weight, master in self.rounded():
+            master.copy_(state_dict["masters"][place])
+            weight.copy_(master)
+
+
 def make_optimizer(config: TrainConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that `config.optim` names."""
+    """The optimizer that `config.optim` names; with `adapter_dtype` bfloat16 it works on float32 masters."""
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise OnecardError(f"{name}: {getattr(config, name)}, expected a number from 0 to below 1.")
-    return OPTIMIZERS[config.optim](
-        parameters,
+    make = partial(
+        OPTIMIZERS[config.optim],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
+    return make(parameters) if config.adapter_dtype == "float32" else MasterOptimizer(make, parameters)
+
+
+def clip_grad_norm(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+    """PyTorch's `clip_grad_norm_`, which would give the norm of 16-bit gradients in 16 bit: here it is float32."""
+    gradients = [each.grad for each in parameters if each.grad is not None]
+    measured = [
+        each if each.dtype in (torch.float32, torch.float64) else torch.linalg.vector_norm(each, dtype=torch.float32)
+        for each in gradients
+    ]
+    norm = torch.nn.utils.get_total_norm(measured)
+    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
 
 
 def make_scheduler(

@@ -22,12 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onecard.batches import like_lengths
+from onecard.batches import Episode, TokenSequence
+from onecard.cut import Cut
 from onecard.data import Prompt
-from onecard.draws import seed_of
+from onecard.draws import drawn_again_after_errors, seed_of
 from onecard.errors import OnecardError
 from onecard.metrics import Bar, progress
+from onecard.models.cache import cache_bytes
 from onecard.models.roles import Roles
+from onecard.passes import Budget, Wording, each_item
 
 # Finished rows leave when they are this share of those held. To leave costs one copy of the cache of the rows that
 # stay, as much as every step spends on growing it, and saves this share of all steps to come, so it pays in a few.
@@ -170,6 +173,19 @@ class Held:
         self.cache.reorder_cache(index)  # unlike `batch_select_indices`, every kind of layer has it
 
 
+SAMPLING = Wording(
+    smaller="prompts that are sampled together hold a cache of at most {size} from here on; the batch is drawn again.",
+    single="the cache of one prompt and its answer, {size}, is too much beside the rest. Lower the length of answers "
+    "(response_length, or max_new_tokens), or add --load_in_4bit; `onecard fit` says beforehand what fits.",
+    shown=lambda size: f"{size / 2**20:,.1f} MiB",
+)
+
+
+def sampling_budget(batch_size: int, cache_bytes: int = 0) -> Budget:
+    """At most so many prompts sampled together, of like lengths, with a cache of at most so many bytes (0: of any)."""
+    return Budget(Cut(batch_size, cache_bytes, like=True, most=batch_size), SAMPLING)
+
+
 def warpers(sampling: Sampling) -> list[Any]:
     """transformers' top-k and top-p, in its order."""
     from transformers import TopKLogitsWarper, TopPLogitsWarper
@@ -267,7 +283,7 @@ def sample_responses(
     *,
     ends: Collection[int],
     pad: int,
-    batch_size: int,
+    batch_size: int | Budget,
     bar: Bar | None = None,
     seed: int | None = None,
     hear: Callable[[int], object] | None = None,
@@ -276,28 +292,44 @@ def sample_responses(
 
     Draws come from torch's global generator; with `seed`, each prompt has draws of its own, made of the seed and its
     place. `hear` is told each token as it is drawn. Whether prompt and response fit into the model's context is for
-    callers to check.
+    callers to check. A batch that runs out of memory is drawn again from where it began, in smaller ones; what had
+    ended in it is not kept, for the answers that end early are the short ones.
     """
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise OnecardError(f"prompt {index} has no tokens, so there is nothing to go on from.")
     model = roles.causal_model()
     began = time.perf_counter()
-    found: dict[int, Response] = {}
-    total = 0
-    with torch.no_grad(), evaluating(model):
-        for chosen in like_lengths([len(prompt) for prompt in prompts], batch_size):
-            held = Held(model, [prompts[index] for index in chosen], pad, roles.device)
-            chances = None
-            if seed is not None:
-                rows = [chances_of(seed, index, sampling.max_new_tokens) for index in chosen]
-                chances = torch.stack(rows).to(roles.device)
+    counts: dict[int, int] = {}  # tokens of each response that the bar has been told of
+
+    def read(chosen: list[int]) -> list[Response]:
+        held = Held(model, [prompts[index] for index in chosen], pad, roles.device)
+        chances = None
+        if seed is not None:
+            rows = [chances_of(seed, index, sampling.max_new_tokens) for index in chosen]
+            chances = torch.stack(rows).to(roles.device)
+        found: dict[int, Response] = {}
+        with drawn_again_after_errors(roles.device):
             for row, response in sample_batch(held, sampling, ends, chances=chances, hear=hear):
-                found[chosen[row]] = response
-                total += len(response.tokens)
-                if bar is not None:
-                    bar.advance({"time/tokens_per_second": total / (time.perf_counter() - began)})
-    return Rollout(tuple(found[index] for index in range(len(prompts))), time.perf_counter() - began)
+                found[row] = response
+                told = chosen[row] in counts
+                counts[chosen[row]] = len(response.tokens)
+                if bar is not None and not told:
+                    bar.advance({"time/tokens_per_second": sum(counts.values()) / (time.perf_counter() - began)})
+        return [found[row] for row in range(len(chosen))]
+
+    budget = batch_size if isinstance(batch_size, Budget) else sampling_budget(batch_size)
+    sizes = [cache_bytes(model, len(prompt) + sampling.max_new_tokens) for prompt in prompts]
+    with evaluating(model):
+        responses = each_item(sizes, budget, read, padded=True)
+    return Rollout(tuple(responses), time.perf_counter() - began)
+
+
+def make_episode(prompt: Prompt, place: int, response: Response) -> Episode:
+    """Prompt and response as one sequence; the mask, not any token id, says which is which."""
+    mask = (False,) * len(prompt.tokens) + (True,) * len(response.tokens)
+    sequence = TokenSequence(prompt.tokens + response.tokens, mask)
+    return Episode(sequence, response.logprobs, response.finished, place)
 
 
 def generate(

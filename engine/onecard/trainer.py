@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -25,7 +25,8 @@ from onecard.cut import Cut
 from onecard.errors import OnecardError
 from onecard.interrupts import interrupted, stop_requests
 from onecard.metrics import Bar, Window, add_up, peak_memory_gib, progress, say
-from onecard.optim import make_optimizer, make_scheduler
+from onecard.optim import clip_grad_norm, make_optimizer, make_scheduler
+from onecard.passes import HELP, LEARNING, Budget, attempt
 from onecard.runs import Run
 from onecard_kernels import Loss
 
@@ -52,6 +53,7 @@ class Objective(Generic[E, B]):
     count: Callable[[Sequence[E]], int]
     losses: Callable[[B, int], Iterable[Loss]]
     size: Callable[[E], int] = len  # rows of the model that an example takes
+    uncut: str = ""  # what takes a step's examples as one micro-batch or not at all, such as a loss that sorts them
 
 
 class Weights(Protocol):
@@ -129,10 +131,16 @@ class Trainer:
         self.parameters = list(weights.trained_parameters().values())
         self.optimizer = make_optimizer(config, self.parameters)
         self.scheduler = make_scheduler(config, self.optimizer, job.total_steps, first=job.schedule_from)
-        self.cut = Cut(config.per_device_train_batch_size, config.micro_batch_tokens, padded=weights.layout == "padded")
+        cut = Cut(config.per_device_train_batch_size, config.micro_batch_tokens, padded=weights.layout == "padded")
+        self.budget = Budget(cut, LEARNING)
         self.step = 0
         self.num_tokens = 0
         self.window = Window()
+
+    @property
+    def cut(self) -> Cut:
+        """How steps are cut into micro-batches by now."""
+        return self.budget.cut
 
     def restore(self) -> None:
         """Go back to the run's checkpoint."""
@@ -143,6 +151,7 @@ class Trainer:
         self.scheduler.load_state_dict(training["scheduler"])
         self.step, self.num_tokens = state["step"], state["num_tokens"]
         self.window = Window(**state["window"])
+        self.budget.cut = replace(self.cut, tokens=state["micro_batch_tokens"])
         self.job.restore(state["job"])
 
     def save(self) -> Path:
@@ -154,7 +163,12 @@ class Trainer:
             self.step,
             save_weights=self.weights.save,
             training={"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()},
-            state={"num_tokens": self.num_tokens, "window": self.window.state(), "job": self.job.state()},
+            state={
+                "num_tokens": self.num_tokens,
+                "window": self.window.state(),
+                "micro_batch_tokens": self.cut.tokens,
+                "job": self.job.state(),
+            },
             keep=self.config.save_total_limit,
         )
 
@@ -174,11 +188,26 @@ class Trainer:
                 raise self.diverged(str(error)) from error
             raise
 
+    def accumulated(self, objective: Objective[E, B], examples: Sequence[E]) -> list[Loss]:
+        """Leave the examples' gradient in the parameters; where memory runs out, from the start in smaller pieces."""
+        losses_of = partial(self.losses_of, objective)
+        while True:
+            done = attempt(lambda: accumulate(objective, examples, self.cut, self.weights.device, losses_of))
+            if done is not None:
+                return done[0]
+            self.discard()
+            if objective.uncut:
+                raise OnecardError(
+                    f"out of memory: {objective.uncut} takes the {len(examples)} examples of a step together, so they "
+                    f"cannot be cut. Lower per_device_train_batch_size. {HELP}"
+                )
+            self.budget.shrink([objective.size(example) for example in examples], padded=self.cut.padded)
+
     def gradients(self, objective: Objective[E, B], examples: Sequence[E]) -> dict[str, float]:
         """Leave the examples' clipped gradient in the parameters. It does not depend on the cut into micro-batches."""
-        losses = accumulate(objective, examples, self.cut, self.weights.device, partial(self.losses_of, objective))
+        losses = self.accumulated(objective, examples)
         limit = self.config.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        norm = clip_grad_norm(self.parameters, limit)
         row = {**add_up(losses), "grad_norm": float(norm)}
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             raise self.diverged(f"loss {row['loss']}, gradient norm {row['grad_norm']}")

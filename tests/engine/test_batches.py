@@ -6,14 +6,19 @@ import pytest
 import torch
 
 from onecard.batches import (
+    LEAST_SHARED,
     PreferencePair,
     TokenSequence,
     last_rows,
     pack,
     pack_pairs,
+    part,
     predicted_tokens,
+    shared_tokens,
     to_device,
+    unpack,
 )
+from onecard.models.layout import apart
 
 
 def sequence(prompt: list[int], response: list[int]) -> TokenSequence:
@@ -75,7 +80,65 @@ def test_pairs_lie_chosen_first_rejected_after():
     assert last_rows(batch.sequences).tolist() == [2, 5, 8, 10]
 
 
+def test_a_shared_prompt_is_the_worked_example_of_the_module():
+    """Six rows, not eight; the second answer's first token is predicted by the prompt's last row."""
+    batch = pack([sequence([7, 8], [9, 2]), sequence([7, 8], [5, 2])], {1: (0, 2)})
+    assert batch.tokens.tolist() == [7, 8, 9, 2, 5, 2]
+    assert batch.positions.tolist() == [0, 1, 2, 3, 2, 3]
+    assert batch.cu_seqlens.tolist() == [0, 4, 6]
+    assert (batch.lengths, batch.num_tokens, batch.num_targets) == ((4, 2), 6, (2, 2))
+    assert batch.shared.spans == ((0, 0), (0, 2))
+    assert batch.shared.key_rows.tolist() == [0, 1, 2, 3, 0, 1, 4, 5]
+    assert batch.shared.cu_seqlens.tolist() == [0, 4, 8]
+    assert batch.targets.rows.tolist() == [1, 2, 1, 4]
+    assert batch.targets.targets.tolist() == [9, 2, 5, 2]
+    assert batch.targets.sequence_ids.tolist() == [0, 0, 1, 1]
+    assert last_rows(batch).tolist() == [3, 5]
+
+
+def test_laid_apart_again_it_is_the_record_of_whole_sequences():
+    sequences = [sequence([1], [3]), sequence([7, 8], [9, 2]), sequence([7, 8], [5, 2]), sequence([7], [4])]
+    shared, whole = pack(sequences, {2: (1, 2), 3: (1, 1)}), pack(sequences)
+    again, places = apart(shared)
+    for name in ("tokens", "positions", "cu_seqlens"):
+        assert torch.equal(getattr(again, name), getattr(whole, name))
+    assert again.lengths == whole.lengths
+    assert torch.equal(whole.tokens[places], shared.tokens)
+    assert torch.equal(whole.positions[places], shared.positions)
+
+
+def test_a_record_that_shares_prompts_has_no_parts_of_its_own():
+    batch = pack([sequence([7, 8], [9, 2]), sequence([7, 8], [5, 2])], {1: (0, 2)})
+    for take in (lambda: part(batch, 0, 1), lambda: unpack(batch)):
+        with pytest.raises(ValueError, match="share prompts"):
+            take()
+
+
+PROMPT = list(range(50, 50 + LEAST_SHARED + 4))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (sequence(PROMPT, [1, 2]), sequence(PROMPT, [3]), len(PROMPT)),
+        (sequence(PROMPT, [1, 2]), sequence(PROMPT, [1, 2]), len(PROMPT)),  # answers are never shared
+        (sequence(PROMPT, []), sequence(PROMPT, []), len(PROMPT) - 1),  # one row at least is a sequence's own
+        (sequence(PROMPT, [1]), sequence([*PROMPT[:-1], 9], [1]), len(PROMPT) - 1),
+        (sequence(PROMPT, [1]), sequence([9, *PROMPT], [1]), 0),
+        (sequence(PROMPT[:LEAST_SHARED], [1]), sequence(PROMPT[:LEAST_SHARED], [2]), LEAST_SHARED),
+        (sequence(PROMPT[: LEAST_SHARED - 1], [1]), sequence(PROMPT[: LEAST_SHARED - 1], [2]), 0),
+        (sequence(PROMPT, [1]), sequence(PROMPT[:-2], [*PROMPT[-2:], 1]), len(PROMPT) - 2),  # an answer to one of them
+        (sequence([], [1]), sequence([], [2]), 0),
+    ],
+)
+def test_how_much_two_answers_share(first, second, expected):
+    assert shared_tokens(first, second) == shared_tokens(second, first) == expected
+
+
 def test_to_device_moves_every_tensor_and_keeps_the_rest():
     batch = to_device(pack_pairs([PreferencePair(sequence([1], [2]), sequence([1], [3]))]), torch.device("meta"))
     assert batch.margins.device.type == batch.sequences.tokens.device.type == "meta"
     assert batch.sequences.lengths == (2, 2)
+    shared = to_device(pack([sequence([7, 8], [9]), sequence([7, 8], [5])], {1: (0, 2)}), torch.device("meta"))
+    assert shared.shared.key_rows.is_meta
+    assert shared.targets.rows.is_meta

@@ -19,7 +19,7 @@ from onecard.metrics import progress
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
 from onecard.rewards.judge import load_judge
-from onecard.rollout import Sampling
+from onecard.rollout import Sampling, sampling_budget
 from onecard.trainer import Objective, Trainer
 
 SEQUENCES, PROMPT, RESPONSE = 8, 64, 64
@@ -57,7 +57,9 @@ def ppo_peak(model, reward, **settings) -> int:
     )  # fmt: skip
     roles, tokenizer = load_ppo_roles(config), load_tokenizer(config)
     prompts = [Prompt("", words(PROMPT, i)) for i in range(SEQUENCES)]
-    never = Sampler(tokenizer, Sampling(RESPONSE), frozenset(), 64)  # nothing ends a response: all have RESPONSE tokens
+    never = Sampler(
+        tokenizer, Sampling(RESPONSE), frozenset(), sampling_budget(64)
+    )  # nothing ends a response: all have RESPONSE tokens
     return peak_of_a_step(config, PPO(config, roles, never, load_judge(config), prompts, [], 1), roles)
 
 

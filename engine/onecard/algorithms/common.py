@@ -22,8 +22,10 @@ from onecard.errors import OnecardError
 from onecard.metrics import Bar, say
 from onecard.models.build import load_roles
 from onecard.models.head import check_head
+from onecard.models.levers import in_head_chunks, lever_notes
 from onecard.models.load import context_length, find_source, load_tokenizer
 from onecard.models.roles import Roles
+from onecard.passes import Budget
 from onecard.runs import Run, open_run, with_folder
 from onecard.trainer import Objective, train
 from onecard_kernels import Loss
@@ -34,6 +36,20 @@ if TYPE_CHECKING:
 E = TypeVar("E", TokenSequence, PreferencePair, LabelledSequence)  # one example
 P = TypeVar("P")  # an example, or a prompt
 B = TypeVar("B", bound="DataclassInstance")  # a record of several
+
+
+@dataclass(frozen=True)
+class Sharing(Generic[E, B]):
+    """Examples to a record in which a prompt is laid once for all its answers, and the rows that an example takes."""
+
+    collate: Callable[[Sequence[E]], B]
+    size: Callable[[E], int] = len
+
+
+def rows_padded(example: E) -> int:
+    """Rows of the model that an example takes where its sequences are padded to the longest of them."""
+    lengths = [len(sequence) for sequence in runs.CONTENTS[type(example)](example)[0] if len(sequence)]
+    return len(lengths) * max(lengths)
 
 
 @dataclass(frozen=True)
@@ -53,10 +69,24 @@ class Recipe(Generic[E, B]):
     reference: bool = False  # a frozen reference beside the trained role
     scalar: bool = False  # a scalar head on the trained role
     # the row of the held-out examples, where it is more than sums over micro-batches
-    heldout: Callable[[Roles, Sequence[E], Bar], dict[str, float]] | None = None
+    heldout: Callable[[Roles, Sequence[E], Budget, Bar], dict[str, float]] | None = None
     adjust: Callable[[Roles, Sequence[E]], None] | None = None  # the trained weights, before they are exported
     check: Callable[[Sequence[E]], None] | None = None  # what settings say against the training examples
     prepare: Callable[[Roles, Sequence[E], Sequence[E]], tuple[Sequence[E], Sequence[E]]] | None = None  # before step 0
+    sharing: Sharing[E, B] | None = None  # for models that pack
+    uncut: str = ""  # `Objective.uncut`
+
+    def objective(self, roles: Roles) -> Objective[E, B]:
+        """What a step makes smaller; prompts are shared where the model takes a record with shared ones as it is."""
+        plain = Sharing(self.collate, rows_padded if roles.layout == "padded" else len)
+        packing = self.sharing if self.sharing and roles.layout == "packed" else plain
+        return Objective(
+            packing.collate,
+            self.count,
+            lambda batch, normalizer: (self.loss(roles, batch, normalizer),),
+            packing.size,
+            self.uncut,
+        )
 
 
 def pair_tokenizer(config: TrainConfig) -> Callable[[Sequence[Row], Any, int], Tokenized[PreferencePair]]:
@@ -181,6 +211,7 @@ def described(roles: Roles, role: str, source: Path | None) -> str:
     return f"an adapter of rank {roles.rank(role)}" + (f", as it is in {source}" if source else "")
 
 
+@in_head_chunks
 def run_recipe(config: TrainConfig, recipe: Recipe[E, B]) -> Path:
     """A training command from its settings to its exported weights. Nothing is written before all of it is loaded."""
     config = with_folder(config, recipe.command)
@@ -196,14 +227,14 @@ def run_recipe(config: TrainConfig, recipe: Recipe[E, B]) -> Path:
     if config.use_peft:
         say(f"{recipe.trained}: {described(roles, recipe.trained, find_source(config.model).adapter)}.")
     say(f"model: {trained:,} trained parameters on {roles.device}, {roles.layout} batches.")
+    for note in lever_notes(roles, config):
+        say(note)
     if config.dry_run:
         dry_run.show(config, roles, tokenizer, training[0])
         return run.folder
     if recipe.prepare:
         training, heldout = recipe.prepare(roles, training, heldout)
-    objective = Objective(
-        recipe.collate, recipe.count, lambda batch, normalizer: (recipe.loss(roles, batch, normalizer),)
-    )
+    objective = recipe.objective(roles)
     speak = speaker(config, roles, tokenizer, heldout) if isinstance(config, SpeakingConfig) else None
     row = partial(recipe.heldout, roles, heldout) if recipe.heldout else None
     job = Supervised(config, recipe.command, objective, training, heldout, speak, row)

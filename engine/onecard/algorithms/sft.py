@@ -31,8 +31,8 @@ def count_tokens(sequences: Sequence[TokenSequence]) -> int:
     return sum(predicted_tokens(sequence) for sequence in sequences)
 
 
-def run(config: SFTConfig) -> Path:
-    """`onecard sft`. Returns the folder of the trained policy."""
+def make_recipe(config: SFTConfig) -> Recipe[TokenSequence, TokenBatch]:
+    """What an SFT run is made of."""
 
     def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Tokenized[TokenSequence]:
         return sft_examples(
@@ -45,5 +45,9 @@ def run(config: SFTConfig) -> Path:
             skip_bad_rows=config.skip_bad_rows,
         )
 
-    recipe = Recipe(command="sft", trained="policy", tokenize=tokenize, collate=pack, count=count_tokens, loss=sft_loss)
-    return run_recipe(config, recipe)
+    return Recipe(command="sft", trained="policy", tokenize=tokenize, collate=pack, count=count_tokens, loss=sft_loss)
+
+
+def run(config: SFTConfig) -> Path:
+    """`onecard sft`. Returns the folder of the trained policy."""
+    return run_recipe(config, make_recipe(config))

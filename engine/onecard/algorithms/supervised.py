@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic
 
 from onecard import runs
 from onecard.algorithms.samples import Speak
+from onecard.batches import to_device
 from onecard.config import TrainConfig
 from onecard.cut import Cut
 from onecard.data import step_indices
 from onecard.errors import OnecardError
 from onecard.metrics import Bar, add_up, per_kind
-from onecard.trainer import B, E, Objective, Trainer, micro_batches
+from onecard.passes import Budget, each_pass
+from onecard.trainer import B, E, Objective, Trainer
 from onecard_kernels import Loss
 
 
@@ -65,11 +67,12 @@ class Supervised(Generic[E, B]):
         training: Sequence[E],
         heldout: Sequence[E],
         speak: Speak | None = None,
-        heldout_row: Callable[[Bar], dict[str, float]] | None = None,  # where it is more than sums over micro-batches
+        # where it is more than sums over micro-batches
+        heldout_row: Callable[[Budget, Bar], dict[str, float]] | None = None,
     ) -> None:
         self.name, self.objective, self.training, self.heldout, self.speak = name, objective, training, heldout, speak
         self.heldout_row = heldout_row
-        self.eval_size = config.per_device_eval_batch_size
+        self.budget = Budget(Cut(config.per_device_eval_batch_size, config.micro_batch_tokens))  # of evaluations
         self.plan = make_plan(config, len(training))
         self.total_steps = self.plan.total_steps
 
@@ -90,13 +93,20 @@ class Supervised(Generic[E, B]):
         if not self.heldout:
             return {}
         if self.heldout_row is not None:
-            return self.heldout_row(bar)
-        normalizer = self.objective.count(self.heldout)
-        losses: list[Loss] = []
-        with bar.part("evaluate", len(self.heldout)) as part:
-            for batch in micro_batches(self.objective, self.heldout, Cut(self.eval_size), trainer.weights.device):
-                losses += trainer.losses_of(self.objective, batch, normalizer)
-                part.advance(by=self.eval_size)
+            return self.heldout_row(self.budget, bar)
+        objective, heldout, weights = self.objective, self.heldout, trainer.weights
+        normalizer = objective.count(heldout)
+        with bar.part("evaluate", len(heldout)) as part:
+
+            def read(places: list[int]) -> list[Loss]:
+                batch = to_device(objective.collate([heldout[place] for place in places]), weights.device)
+                found = list(trainer.losses_of(objective, batch, normalizer))
+                part.advance(by=len(places))
+                return found
+
+            sizes = [objective.size(example) for example in heldout]
+            passes = each_pass(sizes, self.budget, read, padded=weights.layout == "padded")
+        losses = [loss for _, found in passes for loss in found]
         for sample in self.speak(bar) if self.speak else []:
             runs.log(trainer.run.folder, {"step": trainer.step, **sample}, runs.SAMPLES)
         return per_kind(add_up(losses))
@@ -105,7 +115,7 @@ class Supervised(Generic[E, B]):
         return {}
 
     def state(self) -> dict[str, Any]:
-        return {}
+        return {"evaluation_tokens": self.budget.cut.tokens}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """There is nothing but the step."""
+        self.budget.cut = replace(self.budget.cut, tokens=state["evaluation_tokens"])

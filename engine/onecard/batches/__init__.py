@@ -43,6 +43,7 @@ from onecard.batches.answers import (
     pack_pairs,
     pack_rankings,
     pack_scored,
+    rows_sharing,
     shared_tokens,
 )
 from onecard.batches.episodes import Episode, Experience, ExperienceBatch, pack_experience
@@ -57,6 +58,7 @@ from onecard.batches.tokens import (
     part,
     predicted_tokens,
     to_device,
+    unpack,
 )
 
 __all__ = [
@@ -87,6 +89,8 @@ __all__ = [
     "pack_scored",
     "part",
     "predicted_tokens",
+    "rows_sharing",
     "shared_tokens",
     "to_device",
+    "unpack",
 ]

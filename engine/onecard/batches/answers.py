@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from onecard.batches.tokens import TokenBatch, TokenSequence, pack
 
-LEAST_SHARED = 16  # tokens of a prompt: below, what sharing saves is no more than what gathering its keys costs
+# Tokens of a prompt: below, the rows saved are hardly more than what gathering each sequence's keys costs
+# (`python -m benchmarks.sharing --shape 8/48` and less).
+LEAST_SHARED = 8
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ class PreferencePair:
     rejected: TokenSequence
     margin: float = 0.0
     ref_logps: tuple[float, float] | None = None
+
+    @property
+    def sequences(self) -> tuple[TokenSequence, ...]:
+        """The chosen one, and the rejected one."""
+        return self.chosen, self.rejected
 
     def __len__(self) -> int:
         return len(self.chosen) + len(self.rejected)
@@ -112,29 +120,37 @@ class LabelledBatch:
 
 def pack_pairs(pairs: Sequence[PreferencePair], *, share_prompts: bool = False) -> PreferenceBatch:
     """Lay pairs end to end, chosen first, rejected after (CPU tensors); the prompt once for both, if asked."""
-    shares = {len(pairs) + i: (i, shared_tokens(pair)) for i, pair in enumerate(pairs)} if share_prompts else {}
+    sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    firsts = [*range(len(pairs)), *range(len(pairs))]
     return PreferenceBatch(
-        sequences=pack(
-            [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs],
-            {place: share for place, share in shares.items() if share[1] >= LEAST_SHARED},
-        ),
+        sequences=pack(sequences, shares(sequences, firsts) if share_prompts else None),
         margins=torch.tensor([pair.margin for pair in pairs], dtype=torch.float32),
         ref_logps=known_logps([pair.ref_logps for pair in pairs]),
     )
 
 
-def shared_tokens(pair: PreferencePair) -> int:
-    """How many tokens of the prompt both answers of a pair begin with. An answer's own tokens are never shared.
+def shares(sequences: Sequence[TokenSequence], firsts: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """What `pack` calls `continued`, where sequence i goes on from the prompt of `firsts[i]`, if that is not itself."""
+    heads = ((i, j, shared_tokens(sequences[j], sequences[i])) for i, j in enumerate(firsts) if i != j)
+    return {i: (j, head) for i, j, head in heads if head}
 
-    The last token of a sequence is its own in any case: a sequence has at least one row.
+
+def shared_tokens(first: TokenSequence, second: TokenSequence) -> int:
+    """How many tokens of their prompt two answers share; 0 for fewer than `LEAST_SHARED`.
+
+    An answer's own tokens are never shared, nor is the last token: each sequence has at least one row.
     """
-    sides = (pair.chosen, pair.rejected)
-    most = min(len(side.tokens) for side in sides) - 1
-    for place in range(most):
-        first, second = ((side.tokens[place], side.response_mask[place]) for side in sides)
-        if first != second or first[1]:
-            return place
-    return max(most, 0)
+    most = min(len(first), len(second)) - 1
+    places = zip(first.tokens, second.tokens, first.response_mask, second.response_mask, strict=False)
+    differ = (place for place, (one, other, *learned) in enumerate(places) if one != other or any(learned))
+    head = min(next(differ, most), most)
+    return head if head >= LEAST_SHARED else 0
+
+
+def rows_sharing(example: PreferencePair | Ranking) -> int:
+    """Rows of the model that an example takes where its answers share their prompt."""
+    first, *others = example.sequences
+    return len(first) + sum(len(other) - shared_tokens(first, other) for other in others)
 
 
 def known_logps(pairs: Sequence[tuple[float, float] | None]) -> Tensor | None:
@@ -149,10 +165,12 @@ def pack_scored(examples: Sequence[ScoredSequence]) -> ScoredBatch:
     return ScoredBatch(pack([example.sequence for example in examples]), scores)
 
 
-def pack_rankings(rankings: Sequence[Ranking]) -> RankingBatch:
-    """Lay rankings end to end (CPU tensors)."""
+def pack_rankings(rankings: Sequence[Ranking], *, share_prompts: bool = False) -> RankingBatch:
+    """Lay rankings end to end (CPU tensors); the prompt once for all answers of a ranking, if asked."""
     sequences = [sequence for ranking in rankings for sequence in ranking.sequences]
-    return RankingBatch(pack(sequences), tuple(len(ranking.sequences) for ranking in rankings))
+    counts = tuple(len(ranking.sequences) for ranking in rankings)
+    firsts = [start for start, count in zip(accumulate((0, *counts)), counts, strict=False) for _ in range(count)]
+    return RankingBatch(pack(sequences, shares(sequences, firsts) if share_prompts else None), counts)
 
 
 def pack_labelled(examples: Sequence[LabelledSequence]) -> LabelledBatch:

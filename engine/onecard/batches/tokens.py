@@ -146,6 +146,14 @@ def part(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
     )
 
 
+def unpack(batch: TokenBatch) -> list[TokenSequence]:
+    """The sequences of a record in which none goes on from another one's prompt."""
+    if batch.shared is not None:
+        raise ValueError("sequences that share prompts are not whole")
+    tokens, mask = (each.split(list(batch.lengths)) for each in (batch.tokens, batch.response_mask))
+    return [TokenSequence(tuple(t.tolist()), tuple(m.tolist())) for t, m in zip(tokens, mask, strict=True)]
+
+
 def predicted_tokens(sequence: TokenSequence) -> int:
     """How many rows `response_targets` gives this sequence: what a step's normaliser counts."""
     return sum(sequence.response_mask[1:])

@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,28 +100,42 @@ def attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     softcap: float | None = None,
     segments: Segments | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [b, H, n, d], key and value [b, G, m, d] -> [b, n, H, d].
 
-    With `segments`, b is 1 and `attention_mask` is not looked at.
+    With `segments`, b is 1 and `attention_mask` is not looked at. `others` may have a `sliding_window`.
     """
     strange = [name for name in ("s_aux", "position_bias", "sinks") if others.get(name) is not None]
+    if segments is not None and "sliding_window" not in others:
+        strange += windows_in_masks(module)
     if strange:
         raise OnecardError(
             f"model: {type(module).__name__} has attention with {strange[0]}, which onecard's own does not know; "
             "give --attn_implementation eager."
         )
-    score = Score(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window)
+    score = Score(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, others.pop("sliding_window", None))
+    if segments is not None and dropout:
+        raise OnecardError(
+            f"model: {type(module).__name__} drops {dropout:g} of its attention in training, expected 0: old and new "
+            "log-probs of one policy would differ."
+        )
     if segments is None:
         return batched(module, query, key, value, attention_mask, score, dropout=dropout, **others), None
     if segments.key_rows is not None:
         key, value = (each.index_select(2, segments.key_rows) for each in (key, value))
     run = kernel_for(query, score)
     return run(query, key, value, segments, score).to(query.dtype), None
+
+
+def windows_in_masks(module: nn.Module) -> list[str]:
+    """Settings by which a model looks less far back than it could. Where it does not pass them on, only masks know."""
+    config = getattr(module, "config", None)
+    longest = getattr(config, "max_position_embeddings", None) or math.inf
+    names = ("sliding_window", "attention_chunk_size")
+    return [name for name in names if (getattr(config, name, None) or math.inf) < longest]
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Segments, Score], Tensor]

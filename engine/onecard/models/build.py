@@ -15,6 +15,7 @@ from torch import nn
 from onecard.config import Activation, EvaluateConfig, ModelConfig, PPOConfig, TrainConfig
 from onecard.errors import OnecardError
 from onecard.models.classifier import is_classifier
+from onecard.models.levers import pull_levers
 from onecard.models.load import Source, find_source, load_base, reason
 from onecard.models.roles import HEAD_WEIGHTS, Roles
 from onecard.models.scalar import ScalarHead
@@ -124,6 +125,8 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
     source = find_source(config.model)
     if not scalar:
         check_speaks(source)
+    if not config.use_peft and config.adapter_dtype != "float32":
+        raise OnecardError(f"adapter_dtype: {config.adapter_dtype}, but with --no_use_peft there are no adapters.")
     if not config.use_peft and (config.load_in_4bit or source.adapter is not None):
         what = "a 4-bit base" if config.load_in_4bit else f"the adapter {source.adapter}"
         raise OnecardError(f"use_peft: all weights cannot be trained on {what}; leave --no_use_peft out.")
@@ -137,8 +140,7 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
     if config.use_peft:
         model, adapters = add_adapters(base, config, trained, reference=reference, scalar=scalar)
     roles = Roles(model, (trained,), adapters, "packed" if config.padding_free else "padded")
-    if config.gradient_checkpointing:
-        roles.checkpoint_activations()
+    pull_levers(roles, config)
     if frozen is not None:
         roles.copies["reference"] = frozen
         roles.adapters["reference"] = None
@@ -207,8 +209,7 @@ def load_ppo_roles(config: PPOConfig) -> Roles:
         adapters["value"] = "value" if own_critic else "policy"
     trained = ("policy", "value") if has_critic(config) else ("policy",)
     roles = Roles(model, trained, adapters, "packed" if config.padding_free else "padded")
-    if config.gradient_checkpointing:
-        roles.checkpoint_activations()
+    pull_levers(roles, config)
     for role, folder in frozen.items():
         roles.heads[role] = read_scalar_head(roles, folder).requires_grad_(False)
     if copied is not None:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onecard.batches import like_lengths
 from onecard.config import ModelConfig
 from onecard.errors import OnecardError, nearest
 from onecard.models.load import Source, find_source, pick_device, pick_dtype, reason
+from onecard.passes import Budget, budget_of, each_item
 
 ARCHITECTURE = "ForSequenceClassification"
 LABELS_OF_THEIR_OWN = ("multi_label_classification", "regression")  # problem types without a softmax over the labels
@@ -55,18 +55,17 @@ class Classifier:
     limit: int | None
     pad: int | None
 
-    @torch.no_grad()
-    def values(self, texts: Sequence[Mapping[str, list[int]]], batch_size: int) -> list[float]:
+    def values(self, texts: Sequence[Mapping[str, list[int]]], batch_size: int | Budget) -> list[float]:
         """The label's value of each tokenized text, in their order; batches of like lengths, padded on the right."""
-        values = [0.0] * len(texts)
-        for places in like_lengths([len(text["input_ids"]) for text in texts], batch_size):
+
+        def read(places: list[int]) -> list[float]:
             chosen = [texts[place] for place in places]
             pad = spare_id(chosen) if self.pad is None else self.pad
             self.model.config.get_text_config().pad_token_id = pad  # without one, a decoder refuses batches
-            logits = self.model(**self.batch(chosen, pad)).logits
-            for place, value in zip(places, self.value(logits.float()).tolist(), strict=True):
-                values[place] = value
-        return values
+            values: list[float] = self.value(self.model(**self.batch(chosen, pad)).logits.float()).tolist()
+            return values
+
+        return each_item([len(text["input_ids"]) for text in texts], budget_of(batch_size), read, padded=True)
 
     def batch(self, texts: Sequence[Mapping[str, list[int]]], pad: int) -> dict[str, Any]:
         """Keyword arguments of the model: what the tokenizer made, as far as the model takes it."""

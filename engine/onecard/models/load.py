@@ -108,13 +108,13 @@ def pick_dtype(config: ModelConfig, *, train_all: bool) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def pick_attention(config: ModelConfig, dtype: torch.dtype) -> str:
-    """`auto`: flash-attn where it can run, else PyTorch's own attention."""
+def pick_attention(config: ModelConfig, dtype: torch.dtype) -> str | None:
+    """`auto`: flash-attn where it can run; else None, what transformers takes: PyTorch's own, if the model can."""
     if config.attn_implementation != "auto":
         return config.attn_implementation
     new_enough = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
     can_flash = new_enough and dtype != torch.float32 and importlib.util.find_spec("flash_attn")
-    return "flash_attention_2" if can_flash else "sdpa"
+    return "flash_attention_2" if can_flash else None
 
 
 def is_dropout(name: object, value: object) -> bool:

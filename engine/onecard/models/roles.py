@@ -26,6 +26,7 @@ from onecard.models.attention import has_own_attention
 from onecard.models.head import LanguageHead, read_head
 from onecard.models.layout import LAYOUTS
 from onecard.models.load import save_model as save_plain_model
+from onecard.models.offload import LEAST_BYTES, Offloader
 from onecard.models.scalar import ScalarHead
 from onecard_kernels import linear_logprobs
 
@@ -49,6 +50,7 @@ class Roles(nn.Module):
         self.layout = "restarted" if layout == "packed" and not has_own_attention(model) else layout
         self.heads = nn.ModuleDict()
         self.copies = nn.ModuleDict()  # role -> a whole frozen model; only where all weights are trained
+        self.offloader: Offloader | None = None
         self.current = ""
         self.activate(self.trained[0])
 
@@ -113,6 +115,25 @@ class Roles(nn.Module):
             gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
         )
 
+    def offload_activations(self, least_bytes: int = LEAST_BYTES) -> None:
+        """Hold what the trunk's backward needs in host memory, storages below `least_bytes` excepted."""
+        self.offloader = Offloader(self, self.device, least_bytes)
+
+    def offloading(self) -> AbstractContextManager[None]:
+        """Around the trunk's forward, whatever the role; nothing to do where no backward follows."""
+        return self.offloader.hooks() if self.offloader is not None and torch.is_grad_enabled() else nullcontext()
+
+    def cast_adapters(self, dtype: torch.dtype) -> None:
+        """Hold every adapter's weights in `dtype`, those of frozen roles too.
+
+        PEFT holds them in float32 whatever the base is, and then casts the input of each adapted layer to float32, a
+        copy that the backward needs. In the base's own dtype there is nothing to cast.
+        """
+        prefix = self.model.base_model.prefix
+        for name, parameter in self.model.named_parameters():
+            if prefix in name:
+                parameter.data = parameter.data.to(dtype)
+
     def causal_model(self) -> Any:
         """The Hugging Face model of the current role, adapters injected."""
         if self.current in self.copies:
@@ -126,7 +147,8 @@ class Roles(nn.Module):
     def hidden(self, batch: TokenBatch, rows: Tensor) -> Tensor:
         """Hidden states [r, D] of the current role at flat `rows`."""
         layout = LAYOUTS[self.layout](batch)
-        states = self.causal_model().get_decoder()(**layout.inputs).last_hidden_state
+        with self.offloading():
+            states = self.causal_model().get_decoder()(**layout.inputs).last_hidden_state
         return states.flatten(0, 1).index_select(0, layout.places[rows])
 
     def logprobs(self, batch: TokenBatch, targets: ResponseTargets, temperature: float = 1.0) -> Tensor:

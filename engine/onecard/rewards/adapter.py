@@ -6,16 +6,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from onecard.batches import TokenSequence, like_lengths, pack, to_device
+from onecard.batches import TokenSequence
 from onecard.data import Row, sft_examples
 from onecard.models.roles import Roles
+from onecard.passes import Budget, sequence_passes
 from onecard.rewards.answers import Case
 from onecard.rollout import end_tokens
 
 
-@torch.no_grad()
 def score(
     roles: Roles, tokenizer: Any, prompts: Sequence[str], responses: Sequence[str], *, max_length: int, batch_size: int
 ) -> list[float]:
@@ -32,28 +30,18 @@ def score(
         assistant_only_loss=True,
         skip_bad_rows=False,
     ).examples
-    scores: list[float] = []
-    for start in range(0, len(examples), batch_size):
-        batch = to_device(pack(examples[start : start + batch_size]), roles.device)
-        scores += roles.scores(batch).tolist()
-    return scores
+    return score_sequences(roles, examples, batch_size=batch_size, role=roles.current)
 
 
-@torch.no_grad()
 def score_sequences(
-    roles: Roles, sequences: Sequence[TokenSequence], *, batch_size: int, role: str = "reward"
+    roles: Roles, sequences: Sequence[TokenSequence], *, batch_size: int | Budget, role: str = "reward"
 ) -> list[float]:
     """One reward for each sequence, read at its last token: the tokens as they were sampled, never tokenized again.
 
     The scores come back in the order of `sequences`. `role` is whose adapter and head are asked.
     """
-    scores = [0.0] * len(sequences)
     with roles.playing(role):
-        for places in like_lengths([len(sequence) for sequence in sequences], batch_size):
-            batch = to_device(pack([sequences[place] for place in places]), roles.device)
-            for place, value in zip(places, roles.scores(batch).tolist(), strict=True):
-                scores[place] = value
-    return scores
+        return sequence_passes(roles, sequences, batch_size, lambda batch: roles.scores(batch).tolist())
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from onecard.batches import Episode
 from onecard.data import Prompt
 from onecard.models.roles import Roles
+from onecard.passes import Budget
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Case:
     prompts: Sequence[Prompt]
     episodes: Sequence[Episode]
     answers: Answers
-    batch_size: int
+    batch_size: int | Budget  # of the passes that models are asked in
 
 
 Measure: TypeAlias = Callable[[Case], list[float]]  # a built-in reward: one number for each answer

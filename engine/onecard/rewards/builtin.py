@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from onecard.batches import like_lengths, pack, to_device
 from onecard.data import Prompt
 from onecard.errors import OnecardError
+from onecard.passes import per_token
 from onecard.rewards.answers import Case, Measure
 
 NGRAMS = (1, 2)
@@ -38,18 +38,10 @@ NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d
 AROUND = " \"'`$*"
 
 
-@torch.no_grad()
 def fluency(case: Case) -> list[float]:
     """1/k sum_t log ref(y_t | x, y_<t) over an answer's k tokens, the one that ended it included; temperature 1."""
-    means = [0.0] * len(case.episodes)
-    with case.roles.playing("reference"):
-        for places in like_lengths([len(episode) for episode in case.episodes], case.batch_size):
-            batch = to_device(pack([case.episodes[place].sequence for place in places]), case.roles.device)
-            logprobs = case.roles.logprobs(batch, batch.targets).double().cpu()
-            pieces = logprobs.split([len(case.episodes[place].sampling_logprobs) for place in places])
-            for place, piece in zip(places, pieces, strict=True):
-                means[place] = float(piece.mean())
-    return means
+    logprobs = per_token(case.roles, "reference", case.episodes, case.roles.logprobs, case.batch_size)
+    return [float(each.double().mean()) for each in logprobs]
 
 
 def words(text: str) -> list[str]:

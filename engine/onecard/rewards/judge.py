@@ -12,6 +12,7 @@ from onecard.data import Prompt
 from onecard.errors import OnecardError
 from onecard.models.classifier import is_classifier, load_classifier
 from onecard.models.roles import Roles
+from onecard.passes import Budget
 from onecard.rewards.adapter import AdapterReward
 from onecard.rewards.answers import Answers, Case, Measure
 from onecard.rewards.builtin import builtin_name, load_builtin
@@ -29,7 +30,7 @@ class Judge:
     functions: Mapping[str, RewardFunction]
     weights: Mapping[str, float]
     missing_eos_penalty: float
-    batch_size: int
+    batch_size: int | Budget
     measures: Mapping[str, Measure] = field(default_factory=dict)
 
     def scores(self, roles: Roles, tokenizer: Any, prompts: Sequence[Prompt], episodes: Sequence[Episode]) -> Scores:
@@ -72,8 +73,11 @@ class Asked:
         return f"{self.what}_model"
 
 
-def load_judge(config: PPOConfig | EvaluateConfig) -> Judge:
-    """The rewards that the settings name; functions are imported now, so that a wrong name stops at once."""
+def load_judge(config: PPOConfig | EvaluateConfig, budget: Budget | None = None) -> Judge:
+    """The rewards that the settings name; functions are imported now, so that a wrong name stops at once.
+
+    `budget` is what the run's passes without gradients are cut by, if the models are to be asked under it too.
+    """
     asked = Asked(
         "reward",
         config.reward_model_path,
@@ -82,7 +86,7 @@ def load_judge(config: PPOConfig | EvaluateConfig) -> Judge:
         config.reward_weights,
         config.missing_eos_penalty,
     )
-    judge = make_judge(asked, config, config.per_device_eval_batch_size)
+    judge = make_judge(asked, config, budget or config.per_device_eval_batch_size)
     if judge is None:
         raise OnecardError(
             "--reward_model_path or --reward_funcs is missing: give a reward model, or a function as module:function."
@@ -90,13 +94,13 @@ def load_judge(config: PPOConfig | EvaluateConfig) -> Judge:
     return judge
 
 
-def load_constraint(config: PPOConfig) -> Judge | None:
+def load_constraint(config: PPOConfig, budget: Budget | None = None) -> Judge | None:
     """What gives answers their costs, which are all added up; None where no setting names anything."""
     asked = Asked("constraint", config.constraint_model_path, config.constraint_label, config.constraint_funcs)
-    return make_judge(asked, config, config.per_device_eval_batch_size)
+    return make_judge(asked, config, budget or config.per_device_eval_batch_size)
 
 
-def make_judge(asked: Asked, config: ModelConfig, batch_size: int) -> Judge | None:
+def make_judge(asked: Asked, config: ModelConfig, batch_size: int | Budget) -> Judge | None:
     """A judge with everything loaded but the adapter, which plays a role of the run's own; None if it has no parts."""
     terms = parse_terms(asked.functions, asked.functions_setting)
     names = part_names([term.entry for term in terms], setting=asked.functions_setting, model=asked.part)

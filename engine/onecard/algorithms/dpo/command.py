@@ -8,15 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from onecard.algorithms.common import Recipe, pair_tokenizer, run_recipe
+from onecard.algorithms.common import Recipe, Sharing, pair_tokenizer, run_recipe
 from onecard.algorithms.dpo.losses import preference_loss
 from onecard.algorithms.dpo.reference import with_reference
 from onecard.algorithms.dpo.variants import Variant, loss_keywords, pick_variant
-from onecard.batches import LabelledSequence, pack_labelled, pack_pairs
+from onecard.batches import LabelledSequence, pack_labelled, pack_pairs, rows_sharing
 from onecard.config import DPOConfig
 from onecard.data import Row, Tokenized, labelled_examples
 from onecard.models.build import reference_adapter
 from onecard.models.roles import Roles
+from onecard_kernels.dpo import WHOLE_BATCH
 
 Collate = Callable[[Sequence[Any]], Any]  # of pairs, or of labelled answers
 Prepare = Callable[[Roles, Sequence[Any], Sequence[Any]], tuple[Sequence[Any], Sequence[Any]]]
@@ -65,6 +66,7 @@ def make_recipe(config: DPOConfig) -> Recipe[Any, Any]:
     reference_adapter(config)
     loss = partial(preference_loss, use_weighting=True) if config.use_weighting else variant.loss
     collate: Collate = pack_labelled if variant.labelled else pack_pairs
+    shares = config.share_prompts and not variant.labelled
     return Recipe(
         command="dpo",
         trained="policy",
@@ -74,6 +76,8 @@ def make_recipe(config: DPOConfig) -> Recipe[Any, Any]:
         loss=lambda roles, batch, normalizer: loss(roles, batch, keywords, normalizer),
         reference=variant.reference is not None,
         prepare=reference_pass(config, variant, collate) if config.precompute_ref_log_probs else None,
+        sharing=Sharing(partial(pack_pairs, share_prompts=True), rows_sharing) if shares else None,
+        uncut=next((f"loss_type {name}" for name in config.loss_type if name in WHOLE_BATCH), ""),
     )
 
 

@@ -149,7 +149,7 @@ def labelled_loss(roles: Roles, batch: LabelledBatch, keywords: Keywords, normal
     logps = sequence_logps(roles, answers)
     loss = kto_loss(logps, ref_logps, batch.desirable, kl, **keywords, normalizer=normalizer)
     sums = {
-        "logps/chosen_sum": logps.detach()[batch.desirable].sum() / normalizer,
-        "logps/rejected_sum": logps.detach()[~batch.desirable].sum() / normalizer,
+        "logps/chosen_sum": torch.where(batch.desirable, logps.detach(), 0.0).sum() / normalizer,
+        "logps/rejected_sum": torch.where(batch.desirable, 0.0, logps.detach()).sum() / normalizer,
     }
     return Loss(loss.loss, {**loss.metrics, **sums})

@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from onecard import __version__, runs
-from onecard.algorithms.common import weights_digest
-from onecard.batches import LabelledSequence, PreferencePair, like_lengths, to_device
+from onecard.algorithms.common import rows_padded, weights_digest
+from onecard.batches import LabelledSequence, PreferencePair, to_device
 from onecard.config import DPOConfig
 from onecard.metrics import progress, say
 from onecard.models.load import find_source, pick_attention, pick_dtype
 from onecard.models.roles import Roles
+from onecard.passes import Budget, budget_of, each_item, looking_budget
 
 E = TypeVar("E", PreferencePair, LabelledSequence)
 
@@ -52,7 +53,9 @@ def cache_key(config: DPOConfig, roles: Roles, examples: Sequence[E]) -> str:
         "load_in_4bit": config.load_in_4bit,
         "attention": pick_attention(config, dtype),
         "layout": roles.layout,
-        "batch": config.per_device_eval_batch_size,
+        "batch": f"{config.micro_batch_tokens} tokens"
+        if config.micro_batch_tokens
+        else config.per_device_eval_batch_size,
         "device": roles.device.type,
         "threads": torch.get_num_threads() if roles.device.type == "cpu" else 0,
         "versions": [__version__, torch.__version__, transformers.__version__],
@@ -89,22 +92,25 @@ def write_table(path: Path, table: Tensor) -> None:
         say(f"reference: {path} cannot be written ({error}); the next run computes it again.")
 
 
-@torch.no_grad()
 def compute_table(
     roles: Roles,
     examples: Sequence[E],
     collate: Callable[[Sequence[E]], Any],
     reference: Callable[[Roles, Any], Tensor],
-    size: int,
+    size: int | Budget,
 ) -> Tensor:
     """Both log-probs of each example under the reference, fp32 [N, 2], on the CPU."""
-    table = torch.zeros(len(examples), 2)
+    padded = roles.layout == "padded"
+    sizes = [rows_padded(example) if padded else len(example) for example in examples]
     with progress("reference", len(examples)) as bar:
-        for places in like_lengths([len(example) for example in examples], size):
+
+        def read(places: list[int]) -> Tensor:
             batch = to_device(collate([examples[place] for place in places]), roles.device)
-            table[places] = reference(roles, batch).view(2, -1).T.float().cpu()
+            found = reference(roles, batch).view(2, -1).T.float().cpu()
             bar.advance(by=len(places))
-    return table
+            return found
+
+        return torch.stack(each_item(sizes, budget_of(size), lambda places: list(read(places)), padded=padded))
 
 
 def with_reference(
@@ -120,7 +126,7 @@ def with_reference(
     path = cache_folder() / NAME / f"{cache_key(config, roles, examples)}.safetensors"
     table = read_table(path, len(examples))
     if table is None:
-        table = compute_table(roles, examples, collate, reference, config.per_device_eval_batch_size)
+        table = compute_table(roles, examples, collate, reference, looking_budget(config))
         write_table(path, table)
     return [
         replace(example, ref_logps=(first, second))

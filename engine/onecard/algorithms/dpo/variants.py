@@ -138,6 +138,11 @@ def check_together(config: DPOConfig) -> None:
             f"gradient_accumulation_steps is {config.gradient_accumulation_steps}, expected 1 with loss_type "
             f"{sorting[0]}, which sorts the whole batch; raise per_device_train_batch_size instead"
         )
+    if config.micro_batch_tokens > 0:
+        raise OnecardError(
+            f"micro_batch_tokens is {config.micro_batch_tokens}, expected 0 with loss_type {sorting[0]}, which sorts "
+            "the whole batch"
+        )
     if config.use_weighting:
         raise OnecardError(
             f"use_weighting: loss_type {sorting[0]} sorts the whole batch, so no weight belongs to one of its terms."

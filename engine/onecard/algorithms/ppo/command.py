@@ -27,8 +27,10 @@ from onecard.config import PPOConfig
 from onecard.data import Prompt, prompt_examples
 from onecard.metrics import say
 from onecard.models.build import JUDGES, load_ppo_roles, reward_adapter
+from onecard.models.levers import in_head_chunks, lever_notes
 from onecard.models.load import find_source, load_tokenizer
 from onecard.models.roles import ADAPTER_WEIGHTS, HEAD_WEIGHTS, Roles
+from onecard.passes import looking_budget
 from onecard.rewards.functions import digest_functions
 from onecard.rewards.judge import load_constraint, load_judge
 from onecard.runs import open_run, with_folder
@@ -83,12 +85,14 @@ def identity(config: PPOConfig, training: Sequence[Prompt], heldout: Sequence[Pr
     }
 
 
+@in_head_chunks
 def run(config: PPOConfig) -> Path:
     """`onecard ppo`. Returns the folder of the trained policy."""
     config = with_passes(with_folder(config, "ppo"))
     check_settings(config)
     run = open_run(config)
-    judge, constraint = load_judge(config), load_constraint(config)
+    budget = looking_budget(config)
+    judge, constraint = load_judge(config, budget), load_constraint(config, budget)
     for setting in JUDGES.values():
         reward_adapter(config, setting)
     tokenizer = load_tokenizer(config)
@@ -108,7 +112,7 @@ def run(config: PPOConfig) -> Path:
     sampler = make_sampler(config, roles, tokenizer)
     judges = [judge, *([constraint] if constraint else [])]
     if run.checkpoint is None:  # a run that goes on has been checked, and its policy has left the reference
-        check_start(roles, sampler, judges, training, heldout, config)
+        check_start(roles, sampler, judges, training, heldout, config, budget)
     trained = sum(parameter.numel() for parameter in roles.trained_parameters().values())
     steps = total_steps(config, len(training))
     for role in roles.trained:
@@ -117,11 +121,15 @@ def run(config: PPOConfig) -> Path:
         f"model: {trained:,} trained parameters on {roles.device}, {roles.layout} batches; "
         f"{steps} iterations of {episodes_per_step(config)} responses."
     )
+    for note in lever_notes(roles, config):
+        say(note)
     if config.dry_run:
         dry_run.show(config, roles, tokenizer, training[0])
         return run.folder
     begins = config.normalize_reward and run.checkpoint is None
     scale = measure_scale(roles, sampler, judge, training, config) if begins else None
-    job = PPO(config, roles, sampler, judge, training, heldout, steps, constraint=constraint, scale=scale)
+    job = PPO(
+        config, roles, sampler, judge, training, heldout, steps, constraint=constraint, scale=scale, budget=budget
+    )
     train(config, job, roles, run, identity(config, training, heldout))
     return finish(roles, tokenizer, run)

@@ -15,6 +15,7 @@ from onecard.data import Prompt
 from onecard.draws import own_draws
 from onecard.metrics import Bar
 from onecard.models.roles import Roles
+from onecard.passes import Budget
 from onecard.rewards.judge import response_text
 
 MOST_PROMPTS = 128  # an answer costs as much as a training step's; the mean of 128 is known to a tenth of a deviation
@@ -35,6 +36,7 @@ def evaluate_policy(
     sampler: Sampler,
     judge: Callable[[Sequence[Prompt], Sequence[Episode]], Judged],
     config: PPOConfig,
+    budget: Budget,
     bar: Bar,
 ) -> Found:
     """One answer to each of (at most 128) prompts, always with the same seed. Training's own draws stay as they are."""
@@ -42,9 +44,9 @@ def evaluate_policy(
     with bar.part("evaluate", len(prompts)) as part, own_draws(roles.device, config.seed, "evaluate"):
         episodes = sampler.sample(roles, prompts, range(len(prompts)), part).episodes
         judged = judge(prompts, episodes)
-    logprobs = logprobs_of(roles, "policy", episodes, config)
+    logprobs, ref_logprobs = (logprobs_of(roles, role, episodes, config, budget) for role in ("policy", "reference"))
     scores = judged.scores.sums
-    metrics = answer_metrics(episodes, logprobs, logprobs_of(roles, "reference", episodes, config), scores)
+    metrics = answer_metrics(episodes, logprobs, ref_logprobs, scores)
     metrics |= judged_metrics(judged, config)
     shown = zip(prompts[:SHOWN_SAMPLES], episodes, scores.tolist(), strict=False)
     samples = [

@@ -9,7 +9,7 @@ later stage changes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,19 +17,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from onecard.algorithms.ppo.estimators import Rewarded, estimator_of, with_company
-from onecard.batches import (
-    Episode,
-    Experience,
-    ResponseTargets,
-    TokenBatch,
-    last_rows,
-    like_lengths,
-    pack,
-    to_device,
-)
+from onecard.batches import Episode, Experience, ResponseTargets, TokenBatch, last_rows
 from onecard.config import PPOConfig
 from onecard.errors import OnecardError
 from onecard.models.roles import Roles
+from onecard.passes import Budget, looking_budget, per_token
 from onecard_kernels import masked_whiten, token_kl
 
 
@@ -62,40 +54,18 @@ class Shaped:
     returns: Tensor
 
 
-@torch.no_grad()
-def per_token(
-    roles: Roles,
-    role: str,
-    episodes: Sequence[Episode],
-    read: Callable[[TokenBatch, ResponseTargets], Tensor],
-    batch_size: int,
-    beyond: int = 0,
+def logprobs_of(
+    roles: Roles, role: str, episodes: Sequence[Episode], config: PPOConfig, budget: Budget
 ) -> list[Tensor]:
-    """`read` of each episode's response tokens under a role, in batches of like lengths, in the episodes' order.
-
-    `read` gives `beyond` more numbers for each episode, after those of its tokens.
-    """
-    found: list[Tensor] = [torch.empty(0)] * len(episodes)
-    with roles.playing(role):
-        for chosen in like_lengths([len(episode) for episode in episodes], batch_size):
-            batch = to_device(pack([episodes[index].sequence for index in chosen]), roles.device)
-            lengths = [len(episodes[index].sampling_logprobs) + beyond for index in chosen]
-            pieces = read(batch, batch.targets).cpu().split(lengths)
-            for index, piece in zip(chosen, pieces, strict=True):
-                found[index] = piece.clone()  # a view would keep its whole batch alive
-    return found
-
-
-def logprobs_of(roles: Roles, role: str, episodes: Sequence[Episode], config: PPOConfig) -> list[Tensor]:
     """Log-probs of the sampled tokens under a role, at the temperature they were sampled with."""
 
     def read(batch: TokenBatch, targets: ResponseTargets) -> Tensor:
         return roles.logprobs(batch, targets, config.temperature)
 
-    return per_token(roles, role, episodes, read, config.per_device_eval_batch_size)
+    return per_token(roles, role, episodes, read, budget)
 
 
-def values_of(roles: Roles, episodes: Sequence[Episode], config: PPOConfig) -> list[Tensor]:
+def values_of(roles: Roles, episodes: Sequence[Episode], budget: Budget) -> list[Tensor]:
     """The critic's k + 1 values of each episode: of the states in which its tokens are chosen, and after the last one.
 
     A state's value is read at the row that predicts the next token, so the state after the last one is its own row.
@@ -105,18 +75,19 @@ def values_of(roles: Roles, episodes: Sequence[Episode], config: PPOConfig) -> l
         rows, _ = torch.cat([targets.rows, last_rows(batch)]).sort()
         return roles.scalars(batch, rows)
 
-    return per_token(roles, "value", episodes, read, config.per_device_eval_batch_size, beyond=1)
+    return per_token(roles, "value", episodes, read, budget, beyond=1)
 
 
-def make_passes(roles: Roles, episodes: Sequence[Episode], config: PPOConfig) -> Passes:
+def make_passes(roles: Roles, episodes: Sequence[Episode], config: PPOConfig, budget: Budget | None = None) -> Passes:
     """Passes without gradients: of the policy, the reference, and the critic where there is one.
 
-    A role whose numbers are none any more is named.
+    `budget`: the run's; by default one of its own. A role whose numbers are none any more is named.
     """
+    budget = budget or looking_budget(config)
     passes = {
-        "policy's log-probs": logprobs_of(roles, "policy", episodes, config),
-        "reference's log-probs": logprobs_of(roles, "reference", episodes, config),
-        "critic's values": values_of(roles, episodes, config) if "value" in roles.adapters else [],
+        "policy's log-probs": logprobs_of(roles, "policy", episodes, config, budget),
+        "reference's log-probs": logprobs_of(roles, "reference", episodes, config, budget),
+        "critic's values": values_of(roles, episodes, budget) if "value" in roles.adapters else [],
     }
     for what, pieces in passes.items():
         if not all(bool(piece.isfinite().all()) for piece in pieces):

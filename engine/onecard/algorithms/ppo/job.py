@@ -29,6 +29,7 @@ from onecard.data import Prompt, stream_indices
 from onecard.draws import own_draws
 from onecard.metrics import Bar, phase_memory
 from onecard.models.roles import Roles
+from onecard.passes import Budget, looking_budget
 from onecard.rewards.judge import Judge
 from onecard.trainer import Objective, Trainer
 
@@ -121,6 +122,7 @@ class PPO:
         *,
         constraint: Judge | None = None,
         scale: Scale | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.config, self.roles, self.sampler = config, roles, sampler
         self.rewards, self.constraint = judge, constraint
@@ -128,6 +130,7 @@ class PPO:
         # A warm-up begins at a rate of 0. An iteration is worth too much for that: this one begins a step later.
         self.schedule_from = 1 if config.warmup_steps else 0
         self.objective = ppo_objective(roles, config)
+        self.budget = budget or looking_budget(config)  # of passes without gradients, which judges may share
         self.controls = Controls(config.kl_coef, config.constraint_lambda, scale or Scale())
 
     def batches(self, first_step: int) -> Iterator[tuple[float, list[int]]]:
@@ -159,7 +162,7 @@ class PPO:
         with own_draws(roles.device, config.seed, trainer.step, "judge"):
             judged = self.judge(prompts, episodes)
         verdict = verdict_on(judged.scores.total, judged.costs, controls.multiplier, config)
-        passes = make_passes(roles, episodes, config)
+        passes = make_passes(roles, episodes, config, self.budget)
         shaped = shape_rewards(
             passes, verdict.scores, controls.kl_coef, config, dense=judged.scores.dense, kept=verdict.kept
         )
@@ -188,7 +191,7 @@ class PPO:
         """Answers to the held-out prompts, which are kept in `samples.jsonl` too."""
         if not self.heldout:
             return {}
-        found = evaluate_policy(self.heldout, self.roles, self.sampler, self.judge, self.config, bar)
+        found = evaluate_policy(self.heldout, self.roles, self.sampler, self.judge, self.config, self.budget, bar)
         for sample in found.samples:
             runs.log(trainer.run.folder, {"step": trainer.step, **sample}, runs.SAMPLES)
         return found.metrics
@@ -197,10 +200,18 @@ class PPO:
         return {"episode": step * episodes_per_step(self.config)}
 
     def state(self) -> dict[str, Any]:
-        return asdict(self.controls)
+        tokens = {name: budget.cut.tokens for name, budget in self.budgets().items()}
+        return {"controls": asdict(self.controls), "tokens": tokens}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.controls = Controls(**{**state, "scale": Scale(**state["scale"])})
+        controls = state["controls"]
+        self.controls = Controls(**{**controls, "scale": Scale(**controls["scale"])})
+        for name, budget in self.budgets().items():
+            budget.cut = replace(budget.cut, tokens=state["tokens"][name])
+
+    def budgets(self) -> dict[str, Budget]:
+        """What may have become smaller in the course of the run."""
+        return {"passes": self.budget, "rollout": self.sampler.budget}
 
 
 def advancing(batches: Iterator[list[Experience]], bar: Bar) -> Iterator[list[Experience]]:

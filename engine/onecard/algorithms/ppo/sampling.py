@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onecard.batches import Episode, TokenSequence
+from onecard.batches import Episode
 from onecard.config import PPOConfig
 from onecard.data import Prompt
 from onecard.metrics import Bar
 from onecard.models.roles import Roles
-from onecard.rollout import Response, Rollout, Sampling, end_tokens, sample_responses
+from onecard.passes import Budget
+from onecard.rollout import Rollout, Sampling, end_tokens, make_episode, sample_responses, sampling_budget
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Sampler:
     tokenizer: Any
     sampling: Sampling
     ends: frozenset[int]
-    batch_size: int
+    budget: Budget
 
     def sample(self, roles: Roles, prompts: Sequence[Prompt], places: Sequence[int], bar: Bar | None) -> Sampled:
         """One episode for each prompt. `places` are the prompts' indices in the dataset."""
@@ -39,7 +40,7 @@ class Sampler:
             self.sampling,
             ends=self.ends,
             pad=self.tokenizer.pad_token_id,
-            batch_size=self.batch_size,
+            batch_size=self.budget,
             bar=bar,
         )
         episodes = [
@@ -53,11 +54,5 @@ def make_sampler(config: PPOConfig, roles: Roles, tokenizer: Any) -> Sampler:
     """The sampler that the settings ask for."""
     ends = end_tokens(roles, tokenizer, config.stop_token)
     sampling = Sampling(config.response_length, config.temperature)
-    return Sampler(tokenizer, sampling, ends, config.local_rollout_forward_batch_size)
-
-
-def make_episode(prompt: Prompt, place: int, response: Response) -> Episode:
-    """Prompt and response as one sequence; the mask, not any token id, says which is which."""
-    mask = (False,) * len(prompt.tokens) + (True,) * len(response.tokens)
-    sequence = TokenSequence(prompt.tokens + response.tokens, mask)
-    return Episode(sequence, response.logprobs, response.finished, place)
+    budget = sampling_budget(config.local_rollout_forward_batch_size, int(config.rollout_cache_gib * 2**30))
+    return Sampler(tokenizer, sampling, ends, budget)

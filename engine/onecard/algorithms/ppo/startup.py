@@ -13,35 +13,40 @@ they are not would learn nonsense:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from onecard.algorithms.ppo.experience import logprobs_of
 from onecard.algorithms.ppo.sampling import Sampler
-from onecard.batches import Episode, pack, to_device
+from onecard.batches import Episode, ResponseTargets, TokenBatch
 from onecard.config import PPOConfig
+from onecard.cut import Cut
 from onecard.data import Prompt
 from onecard.draws import own_draws
 from onecard.errors import OnecardError
 from onecard.models.load import find_source
 from onecard.models.roles import Roles
+from onecard.passes import LEARNING, Budget, per_token
 from onecard.rewards.judge import Judge
 
 MOST_PROMPTS = 8
 # (mean, largest) difference in nats. 16-bit passes of one model differ by their own rounding, most for unlikely tokens.
 LIMITS = {torch.float32: (1e-4, 1e-3)}
 LIMITS_16_BIT = (0.05, 1.0)
+CHECKING = replace(LEARNING, smaller="the check goes on in micro-batches of at most {size}.")
 
 
 def new_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfig) -> Tensor:
     """The log-probs that the first minibatch's ratio will be made from: in training mode, with gradients."""
-    pieces = []
-    size = config.per_device_train_batch_size
-    for start in range(0, len(episodes), size):
-        batch = to_device(pack([episode.sequence for episode in episodes[start : start + size]]), roles.device)
-        pieces.append(roles.logprobs(batch, batch.targets, config.temperature).detach().cpu())
-    return torch.cat(pieces)
+    budget = Budget(Cut(config.per_device_train_batch_size, config.micro_batch_tokens), CHECKING)
+
+    def read(batch: TokenBatch, targets: ResponseTargets) -> Tensor:
+        with torch.enable_grad():
+            return roles.logprobs(batch, targets, config.temperature).detach()
+
+    return torch.cat(per_token(roles, "policy", episodes, read, budget))
 
 
 def check_start(
@@ -51,6 +56,7 @@ def check_start(
     training: Sequence[Prompt],
     heldout: Sequence[Prompt],
     config: PPOConfig,
+    budget: Budget,
 ) -> None:
     """Raise where a reward fails, or log-probs differ that should be equal. Leaves all random states as they were."""
     before = roles.training
@@ -62,19 +68,19 @@ def check_start(
             for judge in judges:
                 judge.scores(roles, sampler.tokenizer, chosen, sampled)
             episodes += sampled
-    compare_logprobs(roles, episodes, config)
+    compare_logprobs(roles, episodes, config, budget)
     roles.train(before)
 
 
-def compare_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfig) -> None:
+def compare_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfig, budget: Budget) -> None:
     """The comparisons. Dropout makes all of them differ, so the one that shows it alone comes first.
 
     Where `ref_adapter` is another adapter than the policy starts as, those two are not equal, and not compared.
     """
     roles.train()
     sampled = torch.cat([episode.sampling_logprobs for episode in episodes])
-    old = torch.cat(logprobs_of(roles, "policy", episodes, config))
-    reference = torch.cat(logprobs_of(roles, "reference", episodes, config))
+    old = torch.cat(logprobs_of(roles, "policy", episodes, config, budget))
+    reference = torch.cat(logprobs_of(roles, "reference", episodes, config, budget))
     new = new_logprobs(roles, episodes, config)
     mean, largest = LIMITS.get(roles.causal_model().dtype, LIMITS_16_BIT)
     cold = min(1.0, config.temperature)  # dividing the logits by it magnifies their rounding

@@ -10,33 +10,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.algorithms.common import Recipe, run_recipe
-from onecard.algorithms.reward.kinds import OF_EXAMPLE, check_settings, collate, loss_of, reward_loss, tokenize
-from onecard.batches import TokenBatch, part, to_device
+from onecard.algorithms.common import Recipe, Sharing, run_recipe
+from onecard.algorithms.reward.kinds import (
+    OF_EXAMPLE,
+    check_settings,
+    collate,
+    collate_sharing,
+    loss_of,
+    reward_loss,
+    rows,
+    tokenize,
+)
+from onecard.batches import TokenBatch, unpack
 from onecard.config import RewardConfig
 from onecard.errors import OnecardError
 from onecard.metrics import Bar, add_up, progress, say
 from onecard.models.roles import Roles
+from onecard.passes import Budget, looking_budget, sequence_passes
 
 MOST_NORMALIZED = 2048  # rows that the mean and standard deviation of the scores are taken from
 
 
-@torch.no_grad()
-def scores_of(roles: Roles, batch: TokenBatch, size: int, bar: Bar) -> Tensor:
-    """Scores fp32 [S] of a record's sequences, on the CPU, `size` of them at a time."""
-    scores = []
+def scores_of(roles: Roles, batch: TokenBatch, budget: Budget, bar: Bar) -> Tensor:
+    """Scores fp32 [S] of a record's sequences, on the CPU."""
     with bar.part("scores", len(batch.lengths)) as shown:
-        for start in range(0, len(batch.lengths), size):
-            some = part(batch, start, min(start + size, len(batch.lengths)))
-            scores.append(roles.scores(to_device(some, roles.device)).cpu())
-            shown.advance(by=size)
-    return torch.cat(scores)
+
+        def read(some: TokenBatch) -> Tensor:
+            scores = roles.scores(some).cpu()
+            shown.advance(by=len(scores))
+            return scores
+
+        return torch.stack(sequence_passes(roles, unpack(batch), budget, lambda some: list(read(some))))
 
 
-def heldout_row(roles: Roles, examples: Sequence[Any], config: RewardConfig, bar: Bar) -> dict[str, float]:
+def heldout_row(
+    roles: Roles, examples: Sequence[Any], config: RewardConfig, budget: Budget, bar: Bar
+) -> dict[str, float]:
     """Loss and metrics of all held-out examples together."""
     batch = collate(examples)
-    scores = scores_of(roles, batch.sequences, config.per_device_eval_batch_size, bar)
+    scores = scores_of(roles, batch.sequences, budget, bar)
     row = add_up([loss_of(scores, batch, config, len(examples))])
     spread = {"std_reward": float(scores.std())} if len(scores) > 1 else {}
     return {**row, **spread, **OF_EXAMPLE[type(examples[0])].summary(scores, batch)}
@@ -46,7 +58,7 @@ def normalize(roles: Roles, examples: Sequence[Any], config: RewardConfig) -> No
     """Fold the scores' mean and standard deviation over training rows into the head: they become 0 and 1."""
     some = examples[:: math.ceil(len(examples) / MOST_NORMALIZED)]  # spread over all: a file may be sorted
     with progress("normalize_scores", 1) as bar:
-        scores = scores_of(roles, collate(some).sequences, config.per_device_eval_batch_size, bar).double()
+        scores = scores_of(roles, collate(some).sequences, looking_budget(config), bar).double()
     mean, std = float(scores.mean()), float(scores.std(correction=0))
     if not std > 0:
         raise OnecardError(
@@ -57,14 +69,14 @@ def normalize(roles: Roles, examples: Sequence[Any], config: RewardConfig) -> No
     say(f"normalize_scores: mean {mean:.4g} and standard deviation {std:.4g} of {len(some)} training rows' scores.")
 
 
-def run(config: RewardConfig) -> Path:
-    """`onecard reward`. Returns the folder of the reward adapter."""
+def make_recipe(config: RewardConfig) -> Recipe[Any, Any]:
+    """What a reward run is made of; its settings go together, or this stops."""
     if config.normalize_scores and config.score_activation == "sigmoid":
         raise OnecardError(
             "normalize_scores: scores from a sigmoid lie in 0 to 1, and not around 0 with standard deviation 1; leave "
             "it or --score_activation sigmoid out."
         )
-    recipe: Recipe[Any, Any] = Recipe(
+    return Recipe(
         command="reward",
         trained="reward",
         tokenize=lambda rows, tokenizer, max_length: tokenize(rows, tokenizer, max_length, config),
@@ -72,8 +84,13 @@ def run(config: RewardConfig) -> Path:
         count=len,
         loss=lambda roles, batch, normalizer: reward_loss(roles, batch, config, normalizer),
         scalar=True,
-        heldout=lambda roles, examples, bar: heldout_row(roles, examples, config, bar),
+        heldout=lambda roles, examples, budget, bar: heldout_row(roles, examples, config, budget, bar),
         check=lambda examples: check_settings(examples, config),
+        sharing=Sharing(collate_sharing, rows) if config.share_prompts else None,
         adjust=(lambda roles, examples: normalize(roles, examples, config)) if config.normalize_scores else None,
     )
-    return run_recipe(config, recipe)
+
+
+def run(config: RewardConfig) -> Path:
+    """`onecard reward`. Returns the folder of the reward adapter."""
+    return run_recipe(config, make_recipe(config))

@@ -21,6 +21,7 @@ from onecard.batches import (
     pack_pairs,
     pack_rankings,
     pack_scored,
+    rows_sharing,
 )
 from onecard.config import RewardConfig
 from onecard.data import Row, Tokenized, ranking_examples, scored_examples
@@ -34,6 +35,7 @@ class Kind:
     """A kind of rows: `columns` make them out; `example` and `record` are what they become.
 
     `loss(scores, record, config, normalizer)`; `summary(scores, record)` is what of held-out rows is no sum.
+    `shares`: an example is several answers to one prompt, and `collate` takes `share_prompts`.
     """
 
     name: str
@@ -41,9 +43,10 @@ class Kind:
     example: type
     record: type
     tokenize: Callable[[Sequence[Row], Any, int, RewardConfig], Tokenized[Any]]
-    collate: Callable[[Sequence[Any]], Any]
+    collate: Callable[..., Any]
     loss: Callable[[Tensor, Any, RewardConfig, int], Loss]
     summary: Callable[[Tensor, Any], dict[str, float]] = lambda scores, record: {}
+    shares: bool = True
 
 
 def tokenize_pairs(rows: Sequence[Row], tokenizer: Any, max_length: int, config: RewardConfig) -> Tokenized[Any]:
@@ -99,7 +102,7 @@ KINDS = (
     Kind("pairs", ("chosen", "rejected"), PreferencePair, PreferenceBatch, tokenize_pairs, pack_pairs, pairs_loss),
     Kind(
         "scores", ("completion", "score"), ScoredSequence, ScoredBatch, tokenize_scores, pack_scored, scores_loss,
-        summary=lambda scores, batch: agreement(scores, batch.scores),
+        summary=lambda scores, batch: agreement(scores, batch.scores), shares=False,
     ),
     Kind("rankings", ("completions",), Ranking, RankingBatch, tokenize_rankings, pack_rankings, rankings_loss),
 )  # fmt: skip
@@ -110,6 +113,17 @@ OF_RECORD = {kind.record: kind for kind in KINDS}
 def collate(examples: Sequence[Any]) -> Any:
     """The record of examples, which are all of one kind."""
     return OF_EXAMPLE[type(examples[0])].collate(examples)
+
+
+def collate_sharing(examples: Sequence[Any]) -> Any:
+    """The same with prompts laid once for all their answers, where the kind has several to one."""
+    kind = OF_EXAMPLE[type(examples[0])]
+    return kind.collate(examples, share_prompts=True) if kind.shares else kind.collate(examples)
+
+
+def rows(example: Any) -> int:
+    """Rows of the model that an example takes in `collate_sharing`."""
+    return rows_sharing(example) if OF_EXAMPLE[type(example)].shares else len(example)
 
 
 def loss_of(scores: Tensor, batch: Any, config: RewardConfig, normalizer: int) -> Loss:

@@ -1,0 +1,58 @@
+"""The settings that trade memory for something else, where they act. docs/memory.md has what each saves and costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
+import torch
+
+from onecard.config import TrainConfig
+from onecard.models.roles import Roles
+from onecard_kernels.logprob import plans
+
+C = TypeVar("C", bound=TrainConfig)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def pull_levers(roles: Roles, config: TrainConfig) -> None:
+    """Hold adapters and activations as the settings say."""
+    if config.use_peft and config.adapter_dtype != "float32":
+        roles.cast_adapters(getattr(torch, config.adapter_dtype))
+    if config.gradient_checkpointing:
+        roles.checkpoint_activations()
+    if config.activation_offloading and roles.device.type != "cpu":
+        roles.offload_activations()
+
+
+def lever_notes(roles: Roles, config: TrainConfig) -> list[str]:
+    """A line for each setting that saves little or nothing here. No errors: the same settings may run elsewhere."""
+    notes = []
+    if config.activation_offloading and roles.device.type == "cpu":
+        notes.append("activation_offloading: left out on the CPU, whose memory is the host's.")
+    dtype = roles.causal_model().dtype
+    if config.adapter_dtype != "float32" and dtype != getattr(torch, config.adapter_dtype):
+        notes.append(
+            f"adapter_dtype: the base is {str(dtype).removeprefix('torch.')}, so each layer's input is cast for "
+            f"adapters in {config.adapter_dtype}; it saves little here."
+        )
+    return notes
+
+
+def head_chunks(tokens: int) -> AbstractContextManager[None]:
+    """Inside, the linear losses form the logits of `tokens` tokens at a time; 0: of as many as suit the device."""
+    return plans.override(rows=tokens) if tokens else nullcontext()
+
+
+def in_head_chunks(run: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C, P], R]:
+    """`run(config, ...)`, all of it with `head_chunk_tokens` of its config."""
+
+    @wraps(run)
+    def chunked(config: C, *args: P.args, **keywords: P.kwargs) -> R:
+        with head_chunks(config.head_chunk_tokens):
+            return run(config, *args, **keywords)
+
+    return chunked
