@@ -1,0 +1,167 @@
+"""What is measured: models, lengths and settings, most telling first; and the FLOPs that a step cannot do without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks.train_step.material import Model
+
+RANK = 16  # of every adapter
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting of one algorithm. Lengths are in tokens; `mixed`: each is drawn from half of it to all of it.
+
+    A step is `items` pairs (DPO) or responses (PPO), with `per_pass` of them in a micro-batch. `cap_gib`: of a GPU's
+    memory, what the allocator may hold at most (0: all of it).
+    """
+
+    name: str
+    kind: str  # dpo | ppo
+    model: Model
+    prompt: int
+    response: int
+    items: int
+    per_pass: int
+    mixed: bool = False
+    gradient_checkpointing: bool = False
+    precompute_ref_log_probs: bool = False
+    load_in_4bit: bool = False
+    optim: str = "adamw_torch"
+    cap_gib: float = 0.0
+    micro_batch_tokens: int = 0  # ours; TRL counts pairs
+    in_turns: bool = True  # candidates are in memory together; else one after the other, each alone
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What differs between cases, beside model and lengths."""
+        names = ("gradient_checkpointing", "precompute_ref_log_probs", "load_in_4bit", "optim")
+        return {name: getattr(self, name) for name in names}
+
+
+SMALL = Model("small, 32k words", hidden=256, layers=6, heads=8, key_heads=4, inner=704, vocab=32000)
+DEEP = Model("deep, 8k words", hidden=512, layers=8, heads=8, key_heads=4, inner=1408, vocab=8192)
+WIDE = Model("wide, 128k words", hidden=256, layers=4, heads=8, key_heads=4, inner=704, vocab=128256)
+TINY = Model("tiny", hidden=32, layers=2, heads=4, key_heads=2, inner=64, vocab=128)
+
+LLAMA_8B = Model("Llama-3.1-8B", 4096, 32, 32, 8, 14336, 128256)
+QWEN_1_5B = Model("Qwen2.5-1.5B", 1536, 28, 12, 2, 8960, 151936, kind="qwen2", tied=True)
+QWEN_0_5B = Model("Qwen2.5-0.5B", 896, 24, 14, 2, 4864, 151936, kind="qwen2", tied=True)
+
+
+def on_cpu() -> list[Case]:
+    """The tables of a CPU: fp32, small models, one of them with most of its work in the trunk, as large models have."""
+    base = Case("small", "dpo", SMALL, prompt=256, response=128, items=2, per_pass=2)
+    ppo = Case("small", "ppo", SMALL, prompt=64, response=64, items=16, per_pass=4, mixed=True)
+    deep = replace(base, name="deep", model=DEEP)
+    return [
+        base,
+        deep,
+        replace(deep, name="deep, checkpointed", gradient_checkpointing=True),
+        replace(deep, name="deep, mixed lengths", mixed=True),
+        ppo,
+        replace(base, name="small, checkpointed", gradient_checkpointing=True),
+        replace(base, name="small, mixed lengths", mixed=True),
+        replace(deep, name="deep, reference precomputed", precompute_ref_log_probs=True),
+        replace(base, name="wide", model=WIDE, items=1, per_pass=1),
+        replace(ppo, name="deep", model=DEEP),
+    ]
+
+
+def on_a_gpu() -> list[Case]:
+    """The tables of a GPU: bf16, real shapes. First what the README claims, then cards, then smaller models."""
+    dpo = Case(
+        "8B, NF4", "dpo", LLAMA_8B, prompt=512, response=512, items=4, per_pass=1, gradient_checkpointing=True,
+        load_in_4bit=True, optim="paged_adamw_8bit", micro_batch_tokens=2048,
+    )  # fmt: skip
+    ppo = replace(dpo, kind="ppo", items=16, mixed=True)
+    small: dict[str, Any] = {"load_in_4bit": False, "optim": "adamw_torch"}
+    alone: dict[str, Any] = {"in_turns": False}
+    return [
+        dpo,
+        replace(ppo, name="8B, NF4, 12 GB card", cap_gib=10.5, **alone),
+        replace(dpo, name="8B, NF4, 12 GB card", cap_gib=10.5, **alone),
+        replace(dpo, name="8B, bf16", **small, **alone),
+        replace(ppo, name="8B, NF4, 16 GB card", cap_gib=15.0, **alone),
+        replace(dpo, name="8B, NF4, 16 GB card", cap_gib=15.0, **alone),
+        replace(ppo, name="8B, bf16, 24 GB card", cap_gib=23.0, **small, **alone),
+        replace(dpo, name="8B, bf16, 24 GB card", cap_gib=23.0, **small, **alone),
+        replace(dpo, name="8B, NF4, mixed lengths", mixed=True),
+        replace(ppo, name="8B, NF4"),
+        *(
+            replace(case, name=name, model=model, gradient_checkpointing=False, **small)
+            for name, model in (("1.5B, bf16", QWEN_1_5B), ("0.5B, bf16", QWEN_0_5B))
+            for case in (dpo, ppo)
+        ),
+    ]
+
+
+def tiny(case: Case) -> Case:
+    """The same code at sizes that take a CPU no time. Its card is not narrowed, for there is none."""
+    model = replace(TINY, kind=case.model.kind, tied=case.model.tied)
+    return replace(
+        case, model=model, prompt=24, response=16, items=min(case.items, 4), micro_batch_tokens=80, cap_gib=0.0
+    )
+
+
+def quick(cases: Sequence[Case]) -> list[Case]:
+    """The first of each kind."""
+    return [next(case for case in cases if case.kind == kind) for kind in ("dpo", "ppo")]
+
+
+def linears(model: Model) -> list[tuple[int, int]]:
+    """(in, out) of a layer's matrices: query, key, value, output; gate, up, down."""
+    d, kv = model.hidden, model.hidden // model.heads * model.key_heads
+    return [(d, d), (d, kv), (d, kv), (d, d), (d, model.inner), (d, model.inner), (model.inner, d)]
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one sequence: a multiplication and an addition are two. Norms, softmax, rotations and the optimizer are none.
+
+    Nothing that a memory setting does twice is counted, and nothing that sharing prompts saves is left out: the same
+    step has one number, whoever does it.
+    """
+
+    trunk: int
+    adapters: int
+    attention: int
+    head: int
+
+    @classmethod
+    def of(cls, model: Model, tokens: int, scored: int) -> Flops:
+        """`tokens` through the trunk, of which `scored` rows meet the head."""
+        matrices = linears(model)
+        return cls(
+            trunk=2 * tokens * model.layers * sum(i * o for i, o in matrices),
+            # in -> RANK -> out beside each matrix
+            adapters=2 * tokens * model.layers * sum(RANK * (i + o) for i, o in matrices),
+            # each query meets itself and what is before it, once for q k and once for the weights times v
+            attention=2 * 2 * model.hidden * model.layers * tokens * (tokens + 1) // 2,
+            head=2 * scored * model.hidden * model.vocab,
+        )
+
+    @property
+    def reference(self) -> int:
+        """A forward pass with the adapters off."""
+        return self.trunk + self.attention + self.head
+
+    @property
+    def forward(self) -> int:
+        """A forward pass of a role with an adapter."""
+        return self.reference + self.adapters
+
+    @property
+    def backward(self) -> int:
+        """Of frozen matrices the gradient of their inputs alone; of adapters that of their weights too; of attention's
+        two products four."""
+        return self.trunk + self.head + 2 * self.adapters + 2 * self.attention
+
+
+def dpo_flops(model: Model, sequences: Sequence[tuple[int, int]], *, precomputed: bool) -> int:
+    """A step on sequences of so many (tokens, response tokens): reference, policy, and the policy's way back."""
+    found = [Flops.of(model, tokens, scored) for tokens, scored in sequences]
+    return sum(each.forward + each.backward + (0 if precomputed else each.reference) for each in found)

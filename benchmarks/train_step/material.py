@@ -1,0 +1,207 @@
+"""What both sides train on: a model of drawn weights, and pairs of drawn tokens. Nothing is downloaded.
+
+A model is a folder with a `config.json` and a tokenizer, but no weights. Where a library would read them, they are
+drawn on the device instead, the same ones each time, and quantized layer by layer where it asks for NF4: so a card
+that an 8B model fits on after loading is enough.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+SEED = 7
+END, PAD = 0, 1  # token ids; each answer ends with END
+FIRST_WORD = 2
+STD = 0.02  # of drawn weights
+NORMS_AND_BIASES = 2  # parameters with fewer dimensions than this are gains, which are 1, and biases, which are 0
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder's sizes. `kind` is its `model_type`."""
+
+    name: str
+    hidden: int
+    layers: int
+    heads: int
+    key_heads: int
+    inner: int  # of the feed-forward part
+    vocab: int
+    kind: str = "llama"
+    tied: bool = False  # embeddings and head are one matrix
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The entries of a `config.json`."""
+        return {
+            "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[self.kind]],
+            "model_type": self.kind,
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.key_heads,
+            "intermediate_size": self.inner,
+            "vocab_size": self.vocab,
+            "tie_word_embeddings": self.tied,
+            "max_position_embeddings": 8192,
+            "eos_token_id": END,
+            "bos_token_id": None,
+            "pad_token_id": PAD,
+        }
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Token ids of a prompt and its two answers, which end with END."""
+
+    prompt: tuple[int, ...]
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens: both answers with the prompt, as TRL counts them."""
+        return 2 * len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+def word(token: int) -> str:
+    """The text of a token."""
+    return {END: "<end>", PAD: "<pad>"}.get(token, f"w{token}")
+
+
+def text(tokens: Sequence[int]) -> str:
+    """Words with a blank before each, so that a prompt's and an answer's can be put together."""
+    return "".join(f" {word(token)}" for token in tokens)
+
+
+def write_folder(model: Model, folder: Path) -> Path:
+    """`config.json` and a tokenizer of whole words; no weights."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word(token): token for token in range(model.vocab)}
+    plain = Tokenizer(models.WordLevel(vocabulary, unk_token=word(PAD)))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=plain, eos_token=word(END), pad_token=word(PAD)).save_pretrained(
+        str(folder)
+    )
+    (folder / "config.json").write_text(json.dumps(model.settings, indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+def whole_words(folder: Path) -> Any:
+    """The tokenizer of a folder. `AutoTokenizer` would go by the model's type, and split words as that does."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(str(folder))
+
+
+def draw_pairs(count: int, prompt: int, response: int, vocab: int, *, mixed: bool) -> list[Pair]:
+    """Pairs of these lengths, or with each length drawn from half of it to all of it."""
+    draw = random.Random(f"{SEED} {count} {prompt} {response} {mixed}")
+
+    def tokens(longest: int) -> tuple[int, ...]:
+        length = draw.randint((longest + 1) // 2, longest) if mixed else longest
+        return tuple(draw.randrange(FIRST_WORD, vocab) for _ in range(length))
+
+    return [
+        Pair(tokens(prompt), *((*tokens(response)[:-1], END) for _ in range(2)))  # type: ignore[misc]
+        for _ in range(count)
+    ]
+
+
+@contextmanager
+def drawn_weights() -> Iterator[None]:
+    """Inside, `AutoModelForCausalLM.from_pretrained` draws the weights of a folder that has none."""
+    from transformers import AutoModelForCausalLM
+
+    with mock.patch.object(AutoModelForCausalLM, "from_pretrained", draw_model):
+        yield
+
+
+def draw_model(
+    folder: str,
+    *,
+    config: Any = None,
+    dtype: torch.dtype,
+    attn_implementation: str = "sdpa",
+    device_map: dict[str, Any],
+    quantization_config: Any = None,
+    **_: Any,
+) -> Any:
+    """A model as `from_pretrained` would give it, with weights N(0, STD) from one seed, made a matrix at a time."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    device = torch.device(device_map[""])
+    settings = AutoConfig.from_pretrained(folder) if config is None else config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(settings, dtype=dtype, attn_implementation=attn_implementation)
+    if quantization_config is not None:
+        mark_quantized(model, quantization_config)
+    generator = torch.Generator(device).manual_seed(SEED)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            value = drawn(name, parameter.shape, dtype, device, generator)
+            setattr(module, name, held(module, name, value, device))
+    rebuild_positions(model, device)
+    model.tie_weights()
+    return model.eval()
+
+
+def drawn(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Any:
+    """One parameter's values."""
+    if len(shape) < NORMS_AND_BIASES:
+        return (torch.zeros if name == "bias" else torch.ones)(shape, dtype=dtype, device=device)
+    return torch.empty(shape, dtype=dtype, device=device).normal_(std=STD, generator=generator)
+
+
+def held(module: nn.Module, name: str, value: torch.Tensor, device: torch.device) -> nn.Parameter:
+    """The parameter; of a 4-bit layer, its weight is quantized here and now."""
+    if name != "weight" or type(module).__name__ != "Linear4bit":
+        return nn.Parameter(value)
+    import bitsandbytes
+
+    meta: Any = module.weight
+    fresh: Any = bitsandbytes.nn.Params4bit(
+        value,
+        requires_grad=False,
+        compress_statistics=meta.compress_statistics,
+        quant_type=meta.quant_type,
+        quant_storage=meta.quant_storage,
+        module=module,
+    )
+    quantized: nn.Parameter = fresh._quantize(device)
+    return quantized
+
+
+def mark_quantized(model: Any, quantization_config: Any) -> None:
+    """4-bit layers for all linear ones but the head, and what PEFT and TRL look at to know of them."""
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    replace_with_bnb_linear(model, modules_to_not_convert=[head], quantization_config=quantization_config)
+    model.hf_quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
+    model.quantization_method = quantization_config.quant_method
+    model.is_loaded_in_4bit = model.is_quantized = True
+    model.config.quantization_config = quantization_config
+
+
+def rebuild_positions(model: Any, device: torch.device) -> None:
+    """Rotary embeddings hold tensors that are computed and not read, so that meta tensors know nothing of them."""
+    for name, module in list(model.named_modules()):
+        if name.endswith("rotary_emb"):
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, type(module)(config=module.config).to(device))
+    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    assert not left, f"buffers that nobody computed: {left}"
