@@ -1,4 +1,4 @@
-"""The command line: `onecard sft | reward | dpo | ppo | generate | chat | evaluate | merge | demo`.
+"""The command line: `onecard sft | reward | dpo | ppo | generate | chat | evaluate | merge | fit | demo`.
 
 Each command's flags are the fields of its config dataclass. Nothing heavy is imported before a command really runs, so
 `--help` answers at once.
@@ -19,7 +19,7 @@ import click
 import yaml
 
 from onecard import __version__, config
-from onecard.errors import Interrupted, OnecardError, nearest
+from onecard.errors import Interrupted, OnecardError, is_out_of_memory, nearest
 
 # command -> (config class, module:function that runs it, example shown under --help)
 COMMANDS: dict[str, tuple[type, str, str]] = {
@@ -55,6 +55,11 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
         "onecard evaluate --model runs/ppo --baseline runs/sft --dataset prompts.jsonl --reward_model_path runs/reward",
     ),
     "merge": (config.MergeConfig, "onecard.merge:run", "onecard merge --model runs/dpo --output_dir merged"),
+    "fit": (
+        config.FitConfig,
+        "onecard.fit.command:run",
+        "onecard fit --model Llama-3.1-8B --algorithm ppo --load_in_4bit --gradient_checkpointing --card 12GB",
+    ),
     "demo": (config.DemoConfig, "onecard.demo.flow:run", "onecard demo"),
 }
 
@@ -94,8 +99,8 @@ def field_option(item: Field[Any], hint: Any) -> click.Option:
     return click.Option([flag, item.name], type=kind, **common)
 
 
-def read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
-    """A YAML mapping whose keys are all in `known`."""
+def read_mapping(path: str) -> dict[Any, Any]:
+    """A YAML mapping."""
     try:
         with open(path, encoding="utf-8") as file:
             values = yaml.safe_load(file)
@@ -108,6 +113,12 @@ def read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise OnecardError(f"--config: {path} holds a {type(values).__name__}, expected `key: value` lines.")
+    return values
+
+
+def read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
+    """A YAML mapping whose keys are all in `known`."""
+    values = read_mapping(path)
     for key in values:
         if key not in known:
             raise OnecardError(f"--config: {path} has an unknown key '{key}'.{nearest(str(key), known)}")
@@ -138,29 +149,75 @@ def load_config_file(context: click.Context, parameter: click.Parameter, path: s
     context.default_map = values
 
 
+def options_of(settings: type) -> list[click.Parameter]:
+    """A flag for each field of `settings`."""
+    hints = get_type_hints(settings)
+    return [field_option(item, hints[item.name]) for item in fields(settings)]
+
+
+def config_option() -> click.Parameter:
+    """A file with any of the command's settings."""
+    return click.Option(
+        ["--config"],
+        type=click.Path(),
+        is_eager=True,
+        expose_value=False,
+        callback=load_config_file,
+        help="YAML file with any of these settings.",
+    )
+
+
+def given(settings: type, values: dict[str, Any]) -> Any:
+    """Settings from what click found for their flags."""
+    names = {item.name for item in fields(settings)}
+    lists = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if key in names}
+    return settings(**lists)
+
+
+class FitCommand(click.Command):
+    """`onecard fit` takes the settings of the command that it plans beside its own; `--help` shows its own alone."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not {"-h", "--help"}.intersection(args):
+            known = {param.name for param in self.params}
+            planned = COMMANDS[self.algorithm_in(args)][0]
+            theirs = {param.name: param for param in options_of(planned)}
+            # where both have a setting of a name, as ppo has a response_length, it is the planned command's
+            own = [theirs.pop(param.name, param) for param in self.params]
+            self.params = own + [param for name, param in theirs.items() if name not in known]
+        return super().parse_args(ctx, args)
+
+    def algorithm_in(self, args: list[str]) -> str:
+        """What `--algorithm` says, there or in the file that `--config` names. Other words are for click to refuse."""
+        default = config.FitConfig.algorithm
+        names = [word.partition("=") for word in args]
+        for flag in ("--algorithm", "--config"):
+            for place, (name, equals, value) in enumerate(names):
+                if name != flag:
+                    continue
+                said = value if equals else args[place + 1] if place + 1 < len(args) else ""
+                if flag == "--config":
+                    said = str(read_mapping(said).get("algorithm", ""))
+                if said in get_args(config.Algorithm):
+                    return said
+        return default
+
+
 def make_command(name: str, settings: type, target: str, example: str) -> click.Command:
     """A click command with a flag for each field of `settings`."""
-    hints = get_type_hints(settings)
-    params: list[click.Parameter] = [
-        click.Option(
-            ["--config"],
-            type=click.Path(),
-            is_eager=True,
-            expose_value=False,
-            callback=load_config_file,
-            help="YAML file with any of these settings.",
-        )
-    ]
-    params += [field_option(item, hints[item.name]) for item in fields(settings)]
+    params = [config_option(), *options_of(settings)]
+    kind = FitCommand if settings is config.FitConfig else click.Command
 
     def run(**values: Any) -> None:
-        lists = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         module, function = target.split(":")
-        entry: Callable[[Any], object] = getattr(importlib.import_module(module), function)
-        entry(settings(**lists))
+        entry: Callable[..., object] = getattr(importlib.import_module(module), function)
+        if settings is config.FitConfig:
+            entry(given(settings, values), given(COMMANDS[values["algorithm"]][0], values))
+        else:
+            entry(given(settings, values))
 
     summary = (settings.__doc__ or "").strip()
-    return click.Command(name, params=params, callback=run, help=f"{summary}\n\n\b\nExample:\n  {example}")
+    return kind(name, params=params, callback=run, help=f"{summary}\n\n\b\nExample:\n  {example}")
 
 
 class Commands(click.Group):
@@ -225,12 +282,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         code = 130
     except RuntimeError as error:  # after click.Abort, which is one
-        # torch's name for it, which is not imported here; on a CPU its allocator says so in words
-        if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
+        if not is_out_of_memory(error):
             raise
-        code = fail(
-            "out of memory. Lower per_device_train_batch_size (and raise gradient_accumulation_steps), in ppo "
-            "local_rollout_forward_batch_size too, or add --gradient_checkpointing or --load_in_4bit; a training run "
-            "then starts anew, for these are its settings."
+        code = fail(  # passes over the model are cut smaller, and done again: this was something else
+            "out of memory where no batch can be made smaller: in loading weights, or in the optimizer's step. What "
+            "helps: --load_in_4bit, --optim paged_adamw_8bit, a smaller --lora_r, a smaller model. `onecard fit` says "
+            "beforehand what fits; a training run then starts anew, for these are its settings."
         )
     sys.exit(code if isinstance(code, int) else 0)

@@ -20,6 +20,8 @@ Estimator = Literal["gae", "reinforce", "rloo", "grpo", "a2c"]
 ConstraintMode = Literal["skip", "lagrangian"]
 Truncation = Literal["keep_start", "keep_end", "error"]
 Activation = Literal["none", "sigmoid"]
+Algorithm = Literal["sft", "reward", "dpo", "ppo"]
+Target = Literal["cuda", "cpu"]
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
 
@@ -345,6 +347,21 @@ class EvaluateConfig(JudgeConfig, ModelConfig):
     per_device_eval_batch_size: int = option(16, "Sequences in one pass without gradients.", least=1)
     local_rollout_forward_batch_size: int = option(64, "Prompts sampled together.", least=1)
     seed: int = option(42, "Seed of the sampling.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """Whether a training run fits on a card, and which settings make it fit: planned without weights and without a GPU.
+
+    Beside these it takes every setting of the command that it plans, and that command's config.yaml as --config.
+    """
+
+    algorithm: Algorithm = option("ppo", "The command that is planned: sft, reward, dpo or ppo.")
+    card: str = option("", "Memory of the card, such as 12GB, or a card's name, such as 'RTX 3060'. Empty: only plan.")
+    device: Target = option("cuda", "What the run is planned for. cpu: for comparison with what a CPU run allocates.")
+    prompt_length: int = option(0, "Tokens of a prompt; 0: what max_length leaves beside the response.", least=0)
+    response_length: int = option(0, "Tokens of a response; 0: half of max_length. In ppo its own setting.", least=0)
+    json: bool = option(False, "Print the answer as JSON.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,7 +106,10 @@ def test_normalised_scores_begin_around_0(quick, ppo, tmp_path, functions):
         assert 100 <= raw <= 106
         assert row[f"{start}objective/scores"] == pytest.approx((raw + shift) / std, abs=1e-4)
     state = json.loads((tmp_path / "run" / "checkpoint-2" / "state.json").read_text())
-    assert state["job"]["scale"] == {"mean": pytest.approx(-shift, rel=1e-5), "std": pytest.approx(std, rel=1e-5)}
+    assert state["job"]["controls"]["scale"] == {
+        "mean": pytest.approx(-shift, rel=1e-5),
+        "std": pytest.approx(std, rel=1e-5),
+    }
     shutil.rmtree(tmp_path / "run")
     before = tree(tmp_path)
     line = error_line(ppo({"--reward_funcs": f"{functions}:same", "--normalize_reward": True}))

@@ -147,7 +147,7 @@ def test_help_does_not_wait_for_torch():
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), "DefaultCPUAllocator: can't"])
-def test_out_of_memory_is_one_line_that_says_what_to_lower(onecard, monkeypatch, error):
+def test_out_of_memory_is_one_line_that_says_what_helps(onecard, monkeypatch, error):
     error = RuntimeError(error) if isinstance(error, str) else error
 
     def run(config):
@@ -156,7 +156,8 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(onecard, monkeypatch,
     monkeypatch.setattr(dpo, "run", run)
     result = onecard("dpo", "--model", "x")
     assert result.code == 2
-    assert result.err.startswith("onecard: error: out of memory. Lower per_device_train_batch_size")
+    assert result.err.startswith("onecard: error: out of memory where no batch can be made smaller")
+    assert "--load_in_4bit" in result.err
     assert result.err.count("\n") == 1
 
 

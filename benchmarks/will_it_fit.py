@@ -1,0 +1,133 @@
+"""`python -m benchmarks.will_it_fit`: the table model x algorithm x card, each cell planned by `onecard fit`.
+
+Three sets of settings are planned for each model and algorithm, the fastest first; a cell names the first that the card
+holds, and what it takes of the card. A cell is marked where the training step of that model was also measured on a GPU
+under a cap of that card (`python -m benchmarks.train_step --device cuda`). The plans go into one JSON file, the table
+into README.md between its markers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks import records
+from benchmarks.render import updated
+from onecard.config import DPOConfig, FitConfig, PPOConfig, SFTConfig, TrainConfig
+from onecard.fit.cards import GIB, Card
+from onecard.fit.command import answer, as_json
+from onecard.metrics import progress
+
+PLANS = records.ROOT / "benchmarks" / "results" / "plan" / "will-it-fit.json"
+README = records.ROOT / "README.md"
+NAME = "will-it-fit"
+
+MODELS = ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Gemma-2-2B", "Qwen3-4B", "Qwen2.5-7B", "Llama-3.1-8B", "Qwen2.5-14B")
+ALGORITHMS: dict[str, type[TrainConfig]] = {"sft": SFTConfig, "dpo": DPOConfig, "ppo": PPOConfig}
+CARDS = (8, 12, 16, 24, 32)
+PROMPT = RESPONSE = 512
+TOGETHER: dict[str, Any] = {"optim": "paged_adamw_8bit", "max_length": PROMPT + RESPONSE}
+# by name, the fastest first: what is added to the settings before
+LEVELS: dict[str, dict[str, Any]] = {
+    "16 bit": {"gradient_checkpointing": True, "micro_batch_tokens": 2 * (PROMPT + RESPONSE)},
+    "4 bit": {"load_in_4bit": True},
+    "least": {"micro_batch_tokens": PROMPT + RESPONSE, "adapter_dtype": "bfloat16"},
+}
+ROLLOUT = {"16 bit": 8, "4 bit": 8, "least": 1}
+
+
+def settings_of(algorithm: str, model: str, level: str) -> TrainConfig:
+    """The settings of a level; PPO has a reward adapter beside policy and critic."""
+    config = ALGORITHMS[algorithm](model=model, **TOGETHER)
+    for name, changes in LEVELS.items():
+        config = replace(config, **changes)
+        if name == level:
+            break
+    if isinstance(config, PPOConfig):
+        rollout = {"local_rollout_forward_batch_size": ROLLOUT[level], "response_length": RESPONSE}
+        config = replace(config, **rollout, reward_model_path="runs/reward")
+    return config
+
+
+def plan(algorithm: str, model: str, level: str) -> dict[str, Any]:
+    """One plan as plain data."""
+    config = settings_of(algorithm, model, level)
+    fit = FitConfig(algorithm=algorithm, prompt_length=PROMPT, response_length=RESPONSE)  # type: ignore[arg-type]
+    return {"level": level, **as_json(answer(fit, config))}
+
+
+def needed(row: Mapping[str, Any], card: int) -> float | None:
+    """GiB that a plan takes of a card, context and fragmentation included; None where that is more than it has."""
+    held = Card(f"{card} GB", card * GIB)
+    peak = int(row["peak_gib"] * GIB)
+    return held.needed(peak) / GIB if held.holds(peak) else None
+
+
+def measured(folder: Path) -> set[tuple[str, str, int]]:
+    """(model, algorithm, card) of training steps that ran on a GPU under the cap of a card."""
+    found = set()
+    for path in sorted(folder.glob("*/train-step*.json")):
+        for result in json.loads(path.read_text(encoding="utf-8"))["results"]:
+            ran = any(row["role"] == "ours" and row["seconds"] for row in result["rows"])
+            if ran and result["cap_gib"] and not result["refused"]:
+                card = next((card for card in CARDS if result["cap_gib"] <= card), None)
+                if card is not None:
+                    found.add((result["model"], result["kind"], card))
+    return found
+
+
+def cell(rows: Sequence[Mapping[str, Any]], card: int, *, marked: bool) -> str:
+    """The first level that fits, and its GiB."""
+    for row in rows:
+        gib = needed(row, card)
+        if gib is not None:
+            return f"{row['level']} {gib:.1f}" + (" ✓" if marked else "")
+    return "–"
+
+
+def table(plans: Mapping[str, Any], marks: set[tuple[str, str, int]]) -> str:
+    """The Markdown table of a file of plans."""
+    heads = [f"{card} GB" for card in CARDS]
+    lines = [f"| model | | {' | '.join(heads)} |", f"|---|---|{'---|' * len(CARDS)}"]
+    for model, algorithm in product(MODELS, ALGORITHMS):
+        rows = [row for row in plans["rows"] if (row["model"], row["algorithm"]) == (model, algorithm)]
+        cells = [cell(rows, card, marked=(model, algorithm, card) in marks) for card in CARDS]
+        lines.append(f"| {model if algorithm == 'sft' else ''} | {algorithm} | {' | '.join(cells)} |")
+    dirty = " with changes" if plans["dirty"] else ""
+    lines += ["", f"GiB of the card. Plans of commit {plans['commit'][:7]}{dirty}: `python -m benchmarks.will_it_fit`."]
+    return "\n".join(lines)
+
+
+def plans_of(pairs: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """All levels of each model and algorithm."""
+    with progress("plan", len(pairs) * len(LEVELS)) as bar:
+        for (model, algorithm), level in product(pairs, LEVELS):
+            yield plan(algorithm, model, level)
+            bar.advance()
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--out", type=click.Path(path_type=Path), default=PLANS, help="The file of plans.")
+@click.option("--readme", type=click.Path(path_type=Path), default=README, help="Where the table goes.")
+@click.option("--render", is_flag=True, help="Only make the table again, from the file of plans.")
+def command(out: Path, readme: Path, render: bool) -> None:
+    """Plan every cell (a few minutes on two cores, no GPU), and put the table into README.md."""
+    if not render:
+        commit, dirty = records.commit()
+        rows = list(plans_of(list(product(MODELS, ALGORITHMS))))
+        found = {"commit": commit, "dirty": dirty, "versions": records.versions(), "rows": rows}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        records.write_atomically(out, (json.dumps(found, indent=1) + "\n").encode())
+    plans = json.loads(out.read_text(encoding="utf-8"))
+    text = updated(readme.read_text(encoding="utf-8"), {NAME: table(plans, measured(PLANS.parent.parent))})
+    records.write_atomically(readme, text.encode())
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,132 @@
+"""The memory plan of a run: what each phase holds at most, on the device that it is planned for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from onecard.config import TrainConfig
+from onecard.fit.phases import Lengths, Rehearsal
+from onecard.fit.tracker import PAGED, Phase, Tracker
+from onecard.fit.weights import cast_of, load_peak, plan_base, plan_roles
+from onecard.fit.workspaces import workspaces
+from onecard.models.attention import planned_for
+from onecard.models.levers import head_chunks
+
+WEIGHTS, ADAPTERS = "weights", "adapters and heads"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of a run. `phases` in their order; `paged`: optimizer states that leave the card when it is full."""
+
+    parameters: int
+    trained: int
+    phases: tuple[Phase, ...]
+    paged: int
+    seconds: float
+
+    @property
+    def peak(self) -> int:
+        """The most that is allocated at once."""
+        return max(phase.peak for phase in self.phases)
+
+    @property
+    def highest(self) -> Phase:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: phase.peak)
+
+
+class TargetAttention(TorchFunctionMode):
+    """Inside, `scaled_dot_product_attention` on meta is the operator that the target device would run.
+
+    By itself it would be taken apart into products and a softmax over all pairs of tokens.
+    """
+
+    def __init__(self, target: torch.device) -> None:
+        super().__init__()
+        self.target = target
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not scaled_dot_product_attention or not args[0].is_meta:
+            return func(*args, **(kwargs or {}))
+        return attention(self.target, *args, **(kwargs or {}))
+
+
+def attention(
+    target: torch.device,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What `scaled_dot_product_attention` chooses: flash attention; the memory-efficient one where there is a mask."""
+    ops, mask = torch.ops.aten, attn_mask
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask.logical_not(), float("-inf"))
+    if target.type == "cpu":
+        flash = ops._scaled_dot_product_flash_attention_for_cpu
+        return flash(query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if mask is None and half:
+        out = ops._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)
+        return out[0]
+    if key.shape[1] != query.shape[1]:
+        key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for each in (key, value))
+    if mask is not None:
+        mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    grows = torch.is_grad_enabled() and query.requires_grad
+    efficient = ops._scaled_dot_product_efficient_attention
+    return efficient(query, key, value, mask, grows, dropout_p, is_causal, scale=scale)[0]
+
+
+@contextmanager
+def planning(target: torch.device, tracker: Tracker) -> Iterator[None]:
+    """Inside, tensors on meta take the ways of the target device, and are counted."""
+    with planned_for(target), TargetAttention(target), tracker:
+        yield
+
+
+def make_plan(
+    model: Any,
+    config: TrainConfig,
+    lengths: Lengths,
+    target: torch.device,
+    *,
+    own_reference: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """The plan of a training command with these settings, for a transformers config of its base."""
+    began = time.perf_counter()
+    if target.type == "cpu":  # there is nowhere to offload to
+        config = replace(config, activation_offloading=False)
+    tracker = Tracker(target, workspaces())
+    with planning(target, tracker), head_chunks(config.head_chunk_tokens):
+        with tracker.making(WEIGHTS):
+            base = plan_base(model, config, target, train_all=not config.use_peft)
+            cast = cast_of(config, own_reference=own_reference)
+            whole = "reference" in cast.adapters and not config.use_peft
+            copy = plan_base(model, config, target) if whole else None
+        load = Phase("load", 0, tracker.current + load_peak(base), dict(tracker.by_kind), "quantization")
+        parameters = tracker.by_kind[WEIGHTS]
+        with tracker.making(ADAPTERS):
+            roles = plan_roles(base, copy, config, cast).train()
+        rehearsal = Rehearsal(tracker, roles, config, lengths)
+        phases = rehearsal.run()
+        trained = sum(parameter.numel() for parameter in rehearsal.parameters)
+        paged = tracker.by_kind.get(PAGED, 0)
+    return Plan(parameters, trained, (load, *phases), paged, time.perf_counter() - began)

@@ -1,0 +1,183 @@
+"""A run's weights on `meta`: the model that a config describes, in NF4 if asked for, adapters and heads as roles.
+
+No weight is read and no number computed; what is made has the sizes, dtypes and owners of the real thing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from onecard.config import DPOConfig, ModelConfig, PPOConfig, RewardConfig, TrainConfig
+from onecard.errors import OnecardError
+from onecard.models.attention import use_own_attention
+from onecard.models.build import JUDGES, has_critic, head_shape, lora_config, scalar_head
+from onecard.models.levers import pull_levers
+from onecard.models.load import reason, without_dropout
+from onecard.models.roles import Roles
+
+META = torch.device("meta")
+BLOCK, NESTED_BLOCK = 64, 256  # of bitsandbytes' NF4, and of its block statistics when these are quantized too
+
+
+def dtype_for(config: ModelConfig, target: torch.device, *, train_all: bool) -> torch.dtype:
+    """`models.load.pick_dtype` for a device that is not here; a planned GPU has bfloat16."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    return torch.float32 if train_all or target.type == "cpu" else torch.bfloat16
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def nf4_weight(layer: Any, dtype: torch.dtype) -> Any:
+    """What bitsandbytes makes of a layer's weight on a device, with doubly quantized statistics; no numbers in it."""
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Params4bit
+
+    rows, columns = layer.out_features, layer.in_features
+    blocks = math.ceil(rows * columns / BLOCK)
+    nested = QuantState(
+        absmax=empty(math.ceil(blocks / NESTED_BLOCK), dtype=torch.float32),
+        code=empty(256, dtype=torch.float32),
+        blocksize=NESTED_BLOCK,
+        dtype=torch.float32,
+    )
+    state = QuantState(
+        absmax=empty(blocks, dtype=torch.uint8),
+        shape=torch.Size((rows, columns)),
+        code=empty(16, dtype=torch.float32),
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=empty(dtype=torch.float32),
+        state2=nested,
+    )
+    packed = empty((rows * columns + 1) // 2, 1, dtype=torch.uint8)
+    weight = Params4bit(packed, False, quant_state=state, quant_type="nf4", bnb_quantized=True, module=layer)
+    layer.quant_state = state
+    return weight
+
+
+def quantize(model: Any, dtype: torch.dtype) -> Any:
+    """Put NF4 layers where transformers would put them: in place of all linear ones but the head."""
+    from bitsandbytes.nn import Linear4bit
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    model = replace_with_bnb_linear(
+        model, modules_to_not_convert=get_keys_to_not_convert(model), quantization_config=settings
+    )
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.weight = nf4_weight(layer, dtype)
+            if layer.bias is not None:  # made in torch's default dtype; the loader casts it
+                layer.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def load_peak(model: Any) -> int:
+    """What loading holds beside the weights: the largest layer in 16 bit while it is quantized, and its statistics."""
+    from bitsandbytes.nn import Params4bit
+
+    found = 0
+    for weight in model.parameters():
+        if isinstance(weight, Params4bit):
+            size = weight.quant_state.shape.numel()
+            found = max(found, size * weight.quant_state.dtype.itemsize + 3 * 4 * math.ceil(size / BLOCK))
+    return found
+
+
+def plan_base(settings: Any, config: ModelConfig, target: torch.device, *, train_all: bool = False) -> Any:
+    """`models.load.load_base` on meta, of a transformers config."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = dtype_for(config, target, train_all=train_all)
+    attention = None if config.attn_implementation == "auto" else config.attn_implementation
+    try:
+        with META:
+            model = AutoModelForCausalLM.from_config(
+                without_dropout(settings), dtype=dtype, attn_implementation=attention
+            )
+        if config.load_in_4bit:
+            model = quantize(model, dtype)
+    except Exception as error:  # a model class raises whatever its arithmetic raises on odd sizes
+        raise OnecardError(f"model: nothing can be built of this config: {reason(error)}") from error
+    if config.attn_implementation == "auto":
+        use_own_attention(model)
+    return model.requires_grad_(train_all)
+
+
+def lora(model: Any, config: TrainConfig, names: Mapping[str, bool]) -> Any:
+    """`model` with an adapter of each name; True where it belongs to a role with a scalar head."""
+    from peft import get_peft_model
+
+    try:
+        with META:
+            for name, scalar in names.items():
+                settings = lora_config(config, base_of(model), scalar=scalar)
+                if hasattr(model, "peft_config"):
+                    model.add_adapter(name, settings)
+                else:
+                    model = get_peft_model(model, settings, adapter_name=name)
+    except OnecardError:
+        raise
+    except Exception as error:  # PEFT raises as its parsers do
+        raise OnecardError(f"lora_target_modules: {reason(error)}") from error
+    return model
+
+
+def base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Who plays in a run: the trained roles, every role's adapter (None: none), and which have a scalar head."""
+
+    trained: tuple[str, ...]
+    adapters: dict[str, str | None]
+    scalar: tuple[str, ...] = ()
+
+
+def cast_of(config: TrainConfig, *, own_reference: bool) -> Cast:
+    """The roles of a command; `own_reference`: the reference is an adapter, since the policy starts as one."""
+    own_reference |= bool(getattr(config, "ref_adapter", ""))
+    reference = {"reference": "reference" if own_reference else None}
+    if isinstance(config, PPOConfig):
+        adapters: dict[str, str | None] = {"policy": "policy", **reference}
+        if has_critic(config):
+            adapters["value"] = "value" if config.critic == "adapter" else "policy"
+        judges = [role for role, setting in JUDGES.items() if getattr(config, setting)]
+        adapters |= {role: role for role in judges}
+        trained = tuple(role for role in ("policy", "value") if role in adapters)
+        return Cast(trained, adapters, tuple(role for role in ("value", *judges) if role in adapters))
+    role = "reward" if isinstance(config, RewardConfig) else "policy"
+    more = reference if isinstance(config, DPOConfig) else {}
+    if not config.use_peft:
+        return Cast((role,), {role: None, **dict.fromkeys(more)}, (role,) if role == "reward" else ())
+    return Cast((role,), {role: role, **more}, (role,) if role == "reward" else ())
+
+
+def plan_roles(base: Any, copy: Any, config: TrainConfig, cast: Cast) -> Roles:
+    """`models.build.load_roles` and `load_ppo_roles` on meta. `copy`: a whole model that is the reference, or None."""
+    names = {name: role in cast.scalar for role, name in reversed(cast.adapters.items()) if name is not None}
+    model = lora(base, config, {name: names[name] for name in reversed(names)})
+    roles = Roles(model, cast.trained, dict(cast.adapters), "packed" if config.padding_free else "padded")
+    pull_levers(roles, config)
+    if copy is not None:
+        roles.copies["reference"] = copy.requires_grad_(False)
+    for role in cast.scalar:
+        roles.heads[role] = scalar_head(*head_shape(roles)).requires_grad_(role in cast.trained)
+    return roles

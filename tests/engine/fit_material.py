@@ -1,0 +1,114 @@
+"""A plan beside what the same phases really allocate on this CPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import peak_bytes
+from onecard.algorithms.ppo.experience import logprobs_of, values_of
+from onecard.batches import Episode
+from onecard.config import DPOConfig, PPOConfig, RewardConfig, TrainConfig
+from onecard.cut import Cut
+from onecard.fit.model import read_config
+from onecard.fit.phases import Lengths, episodes_per_step, work_of
+from onecard.fit.plan import Plan, make_plan
+from onecard.models.build import load_ppo_roles, load_roles
+from onecard.models.levers import head_chunks
+from onecard.models.load import load_tokenizer
+from onecard.models.roles import Roles
+from onecard.optim import clip_grad_norm, make_optimizer
+from onecard.passes import looking_budget
+from onecard.rewards.adapter import score_sequences
+from onecard.rollout import Sampling, sample_responses, sampling_budget
+from onecard.trainer import accumulate
+
+CPU = torch.device("cpu")
+LENGTHS = Lengths(96, 64)
+SHORTER = replace(LENGTHS, prompt=LENGTHS.prompt - 1)  # the plan takes prompts to be of different lengths
+
+
+def planned(config: TrainConfig) -> Plan:
+    return make_plan(read_config(Path(config.model) / "config.json"), config, LENGTHS, CPU)
+
+
+def real_roles(config: TrainConfig, folder: Path) -> Roles:
+    """The weights as the command loads them; a reward adapter is written first where one is asked for."""
+    if not isinstance(config, PPOConfig):
+        scores, pairs = isinstance(config, RewardConfig), isinstance(config, DPOConfig)
+        return load_roles(config, trained="reward" if scores else "policy", reference=pairs, scalar=scores)
+    if config.reward_model_path:
+        reward = RewardConfig(model=config.model, load_in_4bit=config.load_in_4bit)
+        load_roles(reward, trained="reward", scalar=True).export("reward", folder / "reward", load_tokenizer(reward))
+        config = replace(config, reward_model_path=str(folder / "reward"))
+    return load_ppo_roles(config)
+
+
+def bytes_of(roles: Roles) -> int:
+    """All weights, quantization states included, each storage once."""
+    tensors = [*roles.parameters(), *roles.buffers()]
+    for state in (getattr(parameter, "quant_state", None) for parameter in roles.parameters()):
+        if state is not None:
+            tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    return sum(storages.values())
+
+
+def measured(config: TrainConfig, folder: Path) -> dict[str, int]:
+    """What each phase allocates above what was held before it; `weights` are bytes held all the time."""
+    with head_chunks(config.head_chunk_tokens):
+        return measured_phases(config, real_roles(config, folder).train())
+
+
+def measured_phases(config: TrainConfig, roles: Roles) -> dict[str, int]:
+    """The same of weights that are there."""
+    found = {"weights": bytes_of(roles)}
+
+    def take(name: str, work: Callable[[], object]) -> None:
+        found[name] = peak_bytes(lambda: work() and None, CPU)
+
+    if isinstance(config, PPOConfig):
+        take_passes(config, roles, take)
+    work = work_of(config, roles, LENGTHS)
+    padded = roles.layout == "padded"
+    cut = Cut(config.per_device_train_batch_size, config.micro_batch_tokens, padded=padded)
+    examples = [work.example] * work.examples
+    if padded:
+        examples[-1] = work_of(config, roles, SHORTER).example
+    take("train", lambda: accumulate(work.objective, examples, cut, CPU))
+    parameters = list(roles.trained_parameters().values())
+    optimizer = make_optimizer(config, parameters)
+    optimizer.step()  # makes the states
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+
+    def step() -> None:
+        clip_grad_norm(parameters, config.max_grad_norm or math.inf)
+        optimizer.step()
+
+    take("optimizer step", step)
+    return found
+
+
+def take_passes(config: PPOConfig, roles: Roles, take: Callable[[str, Callable[[], object]], None]) -> None:
+    """PPO's phases before the training."""
+    count = episodes_per_step(config)
+    prompts = [(5,) * LENGTHS.prompt] * (count - 1) + [(5,) * SHORTER.prompt]
+    sampling, rollout = Sampling(config.response_length), sampling_budget(config.local_rollout_forward_batch_size)
+    take(
+        "rollout",
+        lambda: sample_responses(roles, prompts, sampling, ends=(), pad=0, batch_size=rollout),
+    )
+    sequences = [LENGTHS.sequence(1)] * (count - 1) + [SHORTER.sequence(1)]
+    episodes = [Episode(sequence, torch.zeros(LENGTHS.response), True, 0) for sequence in sequences]
+    budget = looking_budget(config)
+    if "reward" in roles.adapters:
+        take("reward pass", lambda: score_sequences(roles, sequences, batch_size=budget))
+    take("policy pass", lambda: logprobs_of(roles, "policy", episodes, config, budget))
+    take("reference pass", lambda: logprobs_of(roles, "reference", episodes, config, budget))
+    if "value" in roles.adapters:
+        take("value pass", lambda: values_of(roles, episodes, budget))

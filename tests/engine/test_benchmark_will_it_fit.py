@@ -1,0 +1,74 @@
+"""The table of what fits: cells by hand, and the committed one against its file and against the engine as it is."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import will_it_fit
+from benchmarks.render import OPENING
+from onecard.fit.cards import GIB, Card
+
+
+def rows(*peaks: float) -> list[dict[str, object]]:
+    return [{"level": level, "peak_gib": peak} for level, peak in zip(will_it_fit.LEVELS, peaks, strict=True)]
+
+
+def test_a_cell_is_the_first_level_that_the_card_holds():
+    """12 GB have 11.52 GiB to give; a peak of 10 GiB takes 10 + 0.5 + 0.5, one of 10.6 takes 11.63."""
+    assert will_it_fit.cell(rows(10.0, 8.0, 6.0), 12, marked=False) == "16 bit 11.0"
+    assert will_it_fit.cell(rows(10.6, 8.0, 6.0), 12, marked=False) == "4 bit 8.9"
+    assert will_it_fit.cell(rows(20.0, 10.6, 6.0), 12, marked=True) == "least 6.8 ✓"
+    assert will_it_fit.cell(rows(20.0, 12.0, 10.6), 12, marked=True) == "–"
+    assert will_it_fit.needed({"peak_gib": 10.0}, 12) == pytest.approx(Card("", 12 * GIB).needed(10 * GIB) / GIB)
+
+
+def test_levels_add_up_and_ppo_has_all_its_roles():
+    least = will_it_fit.settings_of("ppo", "Llama-3.1-8B", "least")
+    assert (least.load_in_4bit, least.micro_batch_tokens, least.adapter_dtype) == (True, 1024, "bfloat16")
+    assert (least.gradient_checkpointing, least.optim) == (True, "paged_adamw_8bit")
+    assert (least.reward_model_path != "", least.response_length, least.local_rollout_forward_batch_size) == (
+        True,
+        512,
+        1,
+    )
+    first = will_it_fit.settings_of("dpo", "Llama-3.1-8B", "16 bit")
+    assert (first.load_in_4bit, first.micro_batch_tokens, first.adapter_dtype) == (False, 2048, "float32")
+
+
+def test_steps_that_ran_under_a_card_s_cap_are_marked(tmp_path):
+    def result(
+        kind: str, cap: float, role: str = "ours", seconds: tuple[float, ...] = (1.0,), refused: str | None = None
+    ):
+        row = {"role": role, "seconds": seconds}
+        return {"model": "Llama-3.1-8B", "kind": kind, "cap_gib": cap, "refused": refused, "rows": [row]}
+
+    results = [
+        result("ppo", 10.5), result("dpo", 15.0), result("ppo", 23.0, seconds=()), result("dpo", 23.0, "peer"),
+        result("dpo", 0.0), result("dpo", 10.5, refused="wrong"),
+    ]  # fmt: skip
+    (tmp_path / "some-card").mkdir()
+    (tmp_path / "some-card" / "train-step-1.json").write_text(json.dumps({"results": results}))
+    assert will_it_fit.measured(tmp_path) == {("Llama-3.1-8B", "ppo", 12), ("Llama-3.1-8B", "dpo", 16)}
+
+
+def test_the_readme_has_the_table_of_the_committed_plans(tmp_path):
+    copy = tmp_path / "README.md"
+    committed = will_it_fit.README.read_text(encoding="utf-8")
+    copy.write_text(committed, encoding="utf-8")
+    done = CliRunner().invoke(will_it_fit.command, ["--render", "--readme", str(copy)])
+    assert done.exit_code == 0, done.output
+    assert OPENING.format(will_it_fit.NAME) in committed
+    assert copy.read_text(encoding="utf-8") == committed
+
+
+@pytest.mark.parametrize(
+    ("model", "algorithm", "level"), [("Qwen2.5-0.5B", "sft", "4 bit"), ("Gemma-2-2B", "dpo", "16 bit")]
+)
+def test_the_committed_plans_are_those_of_this_engine(model, algorithm, level):
+    """An engine that takes more or less memory than the table says needs a new table."""
+    plans = json.loads(will_it_fit.PLANS.read_text(encoding="utf-8"))["rows"]
+    [known] = [row for row in plans if (row["model"], row["algorithm"], row["level"]) == (model, algorithm, level)]
+    assert will_it_fit.plan(algorithm, model, level)["peak_gib"] == pytest.approx(known["peak_gib"], rel=0.01)

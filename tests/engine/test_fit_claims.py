@@ -1,0 +1,74 @@
+"""What the README promises of memory, by the plan, at the settings that the promises are made for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from onecard.config import DPOConfig, PPOConfig
+from onecard.fit.model import find_model, shapes
+from onecard.fit.phases import Lengths
+from onecard.fit.plan import Plan, make_plan
+from onecard.fit.weights import plan_base
+
+GIB = 2**30
+SETTINGS = {
+    "load_in_4bit": True,
+    "gradient_checkpointing": True,
+    "micro_batch_tokens": 2048,
+    "optim": "paged_adamw_8bit",
+    "lora_r": 16,
+}
+DPO = DPOConfig(**SETTINGS)
+# Policy, critic and reward: three adapters; eight prompts are sampled together.
+PPO = PPOConfig(
+    **SETTINGS, reward_model_path="reward", response_length=512, batch_size=8, local_rollout_forward_batch_size=8
+)
+
+# By public knowledge, in billions; what a shape's sizes come to says that they are right.
+PARAMETERS = {
+    "Llama-3.1-8B": 8.030,
+    "Qwen2.5-0.5B": 0.494,
+    "Qwen2.5-1.5B": 1.544,
+    "Qwen2.5-7B": 7.616,
+    "Qwen2.5-14B": 14.770,
+    "Qwen3-4B": 4.022,
+    "Gemma-2-2B": 2.614,
+}
+
+
+def planned(model: str, config) -> Plan:
+    return make_plan(find_model(model).config, config, Lengths(512, 512), torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "most"),
+    [
+        ("Llama-3.1-8B", PPO, 9.5),
+        ("Llama-3.1-8B", DPO, 8.5),
+        ("Qwen2.5-14B", PPO, 16.0),
+        ("Qwen2.5-1.5B", PPO, 4.0),
+    ],
+    ids=["8B ppo", "8B dpo", "14B ppo", "1.5B ppo"],
+)
+def test_allocated_peaks_are_as_promised(model, config, most):
+    plan = planned(model, config)
+    print(f"{model}: {plan.peak / GIB:.2f} GiB in {plan.highest.name}, promised {most}")
+    assert plan.peak <= most * GIB
+
+
+def test_an_8b_base_in_nf4_takes_what_arithmetic_says():
+    """Half a byte a weight, 1/64 for block statistics and 4/(64 * 256) for theirs; embeddings and head in 16 bit."""
+    model = find_model("Llama-3.1-8B").config
+    linear = 32 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336)
+    by_hand = linear * (1 / 2 + 1 / 64 + 4 / 64 / 256) + 2 * 128256 * 4096 * 2
+    plan = make_plan(model, DPO, Lengths(8, 8), torch.device("cuda"))
+    assert plan.parameters == pytest.approx(by_hand, rel=2e-3)  # norms, codes and the allocator's steps beside it
+    assert plan.phases[-1].parts["adapters and heads"] == 41_943_040 * 4
+
+
+@pytest.mark.parametrize("name", list(PARAMETERS))
+def test_shipped_shapes_have_their_models_parameters(name):
+    model = plan_base(find_model(name).config, DPOConfig(), torch.device("cuda"))
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 3) == PARAMETERS[name]
+    assert set(shapes()) == set(PARAMETERS)
