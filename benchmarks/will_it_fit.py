@@ -69,8 +69,11 @@ def needed(row: Mapping[str, Any], card: int) -> float | None:
     return held.needed(peak) / GIB if held.holds(peak) else None
 
 
-def measured(folder: Path) -> set[tuple[str, str, int]]:
-    """(model, algorithm, card) of training steps that ran on a GPU under the cap of a card."""
+Marks = set[tuple[str, str, int, bool]]
+
+
+def measured(folder: Path) -> Marks:
+    """(model, algorithm, card, base in 4 bit) of training steps that ran on a GPU under the cap of a card."""
     found = set()
     for path in sorted(folder.glob("*/train-step*.json")):
         for result in json.loads(path.read_text(encoding="utf-8"))["results"]:
@@ -78,26 +81,27 @@ def measured(folder: Path) -> set[tuple[str, str, int]]:
             if ran and result["cap_gib"] and not result["refused"]:
                 card = next((card for card in CARDS if result["cap_gib"] <= card), None)
                 if card is not None:
-                    found.add((result["model"], result["kind"], card))
+                    found.add((result["model"], result["kind"], card, result["settings"]["load_in_4bit"]))
     return found
 
 
-def cell(rows: Sequence[Mapping[str, Any]], card: int, *, marked: bool) -> str:
+def cell(rows: Sequence[Mapping[str, Any]], card: int, marks: Marks) -> str:
     """The first level that fits, and its GiB."""
     for row in rows:
         gib = needed(row, card)
         if gib is not None:
-            return f"{row['level']} {gib:.1f}" + (" ✓" if marked else "")
+            measured_too = (row["model"], row["algorithm"], card, row["level"] != "16 bit") in marks
+            return f"{row['level']} {gib:.1f}" + (" ✓" if measured_too else "")
     return "–"
 
 
-def table(plans: Mapping[str, Any], marks: set[tuple[str, str, int]]) -> str:
+def table(plans: Mapping[str, Any], marks: Marks) -> str:
     """The Markdown table of a file of plans."""
     heads = [f"{card} GB" for card in CARDS]
     lines = [f"| model | | {' | '.join(heads)} |", f"|---|---|{'---|' * len(CARDS)}"]
     for model, algorithm in product(MODELS, ALGORITHMS):
         rows = [row for row in plans["rows"] if (row["model"], row["algorithm"]) == (model, algorithm)]
-        cells = [cell(rows, card, marked=(model, algorithm, card) in marks) for card in CARDS]
+        cells = [cell(rows, card, marks) for card in CARDS]
         lines.append(f"| {model if algorithm == 'sft' else ''} | {algorithm} | {' | '.join(cells)} |")
     dirty = " with changes" if plans["dirty"] else ""
     lines += ["", f"GiB of the card. Plans of commit {plans['commit'][:7]}{dirty}: `python -m benchmarks.will_it_fit`."]

@@ -7,12 +7,14 @@ Each command's flags are the fields of its config dataclass. Nothing heavy is im
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
@@ -174,17 +176,27 @@ def given(settings: type, values: dict[str, Any]) -> Any:
     return settings(**lists)
 
 
+def command_of_run(config_path: str) -> str:
+    """The command whose run folder a config.yaml stands in; empty for other files."""
+    try:
+        return str(json.loads(Path(config_path).with_name("run.json").read_text(encoding="utf-8"))["command"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 class FitCommand(click.Command):
     """`onecard fit` takes the settings of the command that it plans beside its own; `--help` shows its own alone."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not {"-h", "--help"}.intersection(args):
             known = {param.name for param in self.params}
-            planned = COMMANDS[self.algorithm_in(args)][0]
+            algorithm = self.algorithm_in(args)
+            planned = COMMANDS[algorithm][0]
             theirs = {param.name: param for param in options_of(planned)}
             # where both have a setting of a name, as ppo has a response_length, it is the planned command's
             own = [theirs.pop(param.name, param) for param in self.params]
             self.params = own + [param for name, param in theirs.items() if name not in known]
+            next(param for param in own if param.name == "algorithm").default = algorithm
         return super().parse_args(ctx, args)
 
     def algorithm_in(self, args: list[str]) -> str:
@@ -197,7 +209,7 @@ class FitCommand(click.Command):
                     continue
                 said = value if equals else args[place + 1] if place + 1 < len(args) else ""
                 if flag == "--config":
-                    said = str(read_mapping(said).get("algorithm", ""))
+                    said = str(read_mapping(said).get("algorithm", "")) or command_of_run(said)
                 if said in get_args(config.Algorithm):
                     return said
         return default

@@ -100,12 +100,15 @@ class TrainConfig(ModelConfig):
     max_grad_norm: float = option(1.0, "Gradient norm is clipped to this; 0: not clipped.", least=0)
     num_train_epochs: float = option(1.0, "Passes over the training rows.", least=0)
     max_steps: int = option(-1, "Steps; overrides num_train_epochs when above 0.")
-    per_device_train_batch_size: int = option(8, "Sequences (pairs for reward and dpo) in one micro-batch.", least=1)
+    per_device_train_batch_size: int = option(
+        8, "Sequences (pairs for reward and dpo) in one micro-batch; with micro_batch_tokens, only in a step's count.",
+        least=1,
+    )  # fmt: skip
     gradient_accumulation_steps: int = option(1, "Micro-batches in one optimizer step.", least=1)
     per_device_eval_batch_size: int = option(16, "Sequences (pairs) in one evaluation micro-batch.", least=1)
     micro_batch_tokens: int = option(
-        0, "Tokens in one pass over the model: how a step's sequences are cut for memory, with the same result. 0: "
-        "per_device_train_batch_size sequences.", least=0,
+        0, "Tokens in one pass over the model: how a step's sequences are cut for memory, with the same result "
+        "(but for kto, whose KL is each micro-batch's own). 0: per_device_train_batch_size sequences.", least=0,
     )  # fmt: skip
     head_chunk_tokens: int = option(
         0, "Tokens whose logits are held at a time; fewer take less memory and more time. 0: what suits the device.",
@@ -172,9 +175,7 @@ class RewardConfig(TrainConfig):
     center_rewards_coefficient: float = option(
         0.0, "Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0; pairs and rankings.", least=0
     )
-    share_prompts: bool = option(
-        True, "Run a prompt once for both answers of a pair. Needs padding_free; the result is the same to rounding."
-    )
+    share_prompts: bool = option(True, "Run a prompt once for all its answers: same to rounding. Needs padding_free.")
     score_activation: Activation = option(
         "none", "sigmoid: scores are fitted by the sigmoid of the head, for scores from 0 to 1."
     )
@@ -207,9 +208,7 @@ class DPOConfig(SpeakingConfig):
     cpo_alpha: float = option(1.0, "Weight of the likelihood of the chosen answer in cpo.", least=0)
     desirable_weight: float = option(1.0, "Weight of the desirable answers in kto and apo_zero_unpaired.", least=0)
     undesirable_weight: float = option(1.0, "Weight of the undesirable answers in kto and apo_zero_unpaired.", least=0)
-    share_prompts: bool = option(
-        True, "Run a prompt once for both answers of a pair. Needs padding_free; the result is the same to rounding."
-    )
+    share_prompts: bool = option(True, "Run a prompt once for all its answers: same to rounding. Needs padding_free.")
     ref_adapter: str = option("", "Adapter folder that is the reference. Empty: the policy as it starts.")
     precompute_ref_log_probs: bool = option(
         False, "Compute the reference's log-probs once, before training, and keep them on disk for other runs."

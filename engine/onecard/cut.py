@@ -1,7 +1,7 @@
 """How items are cut into passes over the model: by count, or by a budget of tokens.
 
 A cut changes memory and time and nothing else: a step's normaliser is the whole step's, so every cut gives the same
-gradient to rounding.
+gradient to rounding (but for kto, whose KL is each micro-batch's own).
 """
 
 from __future__ import annotations

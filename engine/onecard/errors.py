@@ -18,9 +18,15 @@ class Interrupted(Exception):
     """A run that somebody stopped, where it can go on. The message says how; the command line exits with code 130."""
 
 
+# What torch, the CUDA driver, Triton, cuBLAS and torch's allocator on a CPU write, in lower case.
+NO_MEMORY = ("out of memory", "cublas_status_alloc_failed", "defaultcpuallocator")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the host, had no memory left: torch's name for it on a GPU, and its allocator's on a CPU."""
-    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    """Whether a device, or the host, had no memory left; such errors are all RuntimeErrors."""
+    if not isinstance(error, RuntimeError):
+        return False
+    return type(error).__name__ == "OutOfMemoryError" or any(words in str(error).lower() for words in NO_MEMORY)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -3,7 +3,7 @@
     items, their sizes -> Budget.cut -> the places of each pass -> read -> results, in the items' order
 
 A pass that runs out of memory is done again in smaller ones. What is read of an item does not depend on what else is in
-its pass, but for rounding.
+its pass, but for rounding (and for kto's KL and aot's sorts, which are each pass's own).
 """
 
 from __future__ import annotations

@@ -102,6 +102,15 @@ def test_help_shows_its_own_settings(onecard):
         (["--algorithm", "sft", "--cliprange", "0.1"], "No such option"),
         (["--response_length", "512"], "leaves no room for a prompt"),
         (["--gamma", "2"], "gamma: 2, expected 0 to 1"),
+        (["--no_use_peft"], "use_peft: PPO holds its roles as adapters"),
+        (
+            ["--algorithm", "dpo", "--no_use_peft", "--load_in_4bit"],
+            "use_peft: all weights cannot be trained",
+        ),
+        (
+            ["--prompt_length", "500"],
+            "prompt_length: 500 and response_length 16 are more than the 512 tokens",
+        ),
         (["--card", "0.3GB"], "card: 0.3 GiB is too little. The least that was found is"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -123,6 +132,7 @@ def test_bad_input_is_one_clear_line(onecard, small, arguments, line):
         (json.dumps({**SMALL, "num_attention_heads": 0}), "config"),
         (json.dumps({**SMALL, "hidden_size": "wide"}), "config"),
         (json.dumps({"model_type": "t5"}), "config"),
+        (json.dumps({**SMALL, "model_type": "mixtral", "num_local_experts": 4}), "model: config cannot be planned"),
     ],
 )
 def test_a_config_that_cannot_be_built_is_one_clear_line(onecard, tmp_path, content, line):
@@ -132,6 +142,19 @@ def test_a_config_that_cannot_be_built_is_one_clear_line(onecard, tmp_path, cont
     assert done.code == 2
     assert line in done.err.splitlines()[-1]
     assert "Traceback" not in done.err
+
+
+def test_a_loss_that_sorts_its_batch_has_no_budget_to_look_for(onecard, small):
+    done = onecard("fit", "--model", small, "--algorithm", "dpo", "--loss_type", "aot", "--card", "24GB", "--json")
+    assert json.loads(done.out)["micro_batch_tokens"] is None
+
+
+def test_a_run_folders_config_is_planned_as_its_command(onecard, small, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"command": "dpo"}))
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump({"model": str(small), "beta": 0.2, "max_length": 64}))
+    done = onecard("fit", "--config", tmp_path / "run" / "config.yaml", "--json")
+    assert json.loads(done.out)["algorithm"] == "dpo", done.err
 
 
 def test_too_little_memory_names_the_card_that_would_do(onecard):

@@ -33,7 +33,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("BloomConfig", {"vocab_size": 200, "hidden_size": 64, "n_layer": 2, "n_head": 4}),
     "qwen2_moe": ("Qwen2MoeConfig", {**LLAMA, "num_experts": 4, "moe_intermediate_size": 32,
                                      "shared_expert_intermediate_size": 32, "use_sliding_window": True,
-                                     "sliding_window": 6, "max_window_layers": 0}),
+                                     "sliding_window": 6, "max_window_layers": 3}),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A plan beside what the same phases really allocate on this CPU."""
+"""A plan beside what the same phases really allocate, on this CPU or on a GPU."""
 
 from __future__ import annotations
 
@@ -28,12 +28,33 @@ from onecard.rollout import Sampling, sample_responses, sampling_budget
 from onecard.trainer import accumulate
 
 CPU = torch.device("cpu")
+MOST_OFF = 0.05
 LENGTHS = Lengths(96, 64)
 SHORTER = replace(LENGTHS, prompt=LENGTHS.prompt - 1)  # the plan takes prompts to be of different lengths
 
 
-def planned(config: TrainConfig) -> Plan:
-    return make_plan(read_config(Path(config.model) / "config.json"), config, LENGTHS, CPU)
+def planned(config: TrainConfig, device: torch.device = CPU) -> Plan:
+    return make_plan(read_config(Path(config.model) / "config.json"), config, LENGTHS, device)
+
+
+def compared(config: TrainConfig, folder: Path, device: torch.device = CPU) -> tuple[dict[str, int], dict[str, int]]:
+    """(bytes that the plan says, bytes that the device says) of each phase, above what was held before it."""
+    plan, real = planned(config, device), measured(config, folder)
+    phases = {phase.name: phase for phase in plan.phases}
+    held = plan.phases[-1].parts
+    assert set(phases) - {"load"} == set(real) - {"weights"}
+    found = {"weights": held["weights"] + held.get("adapters and heads", 0)}
+    found |= {name: phases[name].peak - phases[name].before for name in real if name != "weights"}
+    return found, real
+
+
+def check_close(found: dict[str, int], real: dict[str, int]) -> None:
+    """At most 5 % off in each phase; of the optimizer step's few vectors, of the whole that is held then."""
+    for name in real:
+        print(f"{name}: {real[name] / 2**20:.2f} MiB, planned {found[name] / 2**20:.2f}")
+    whole = real["weights"] + real["optimizer step"]
+    off = {name: abs(found[name] - real[name]) / (whole if name == "optimizer step" else real[name]) for name in real}
+    assert all(error <= MOST_OFF for error in off.values()), off
 
 
 def real_roles(config: TrainConfig, folder: Path) -> Roles:
@@ -69,7 +90,7 @@ def measured_phases(config: TrainConfig, roles: Roles) -> dict[str, int]:
     found = {"weights": bytes_of(roles)}
 
     def take(name: str, work: Callable[[], object]) -> None:
-        found[name] = peak_bytes(lambda: work() and None, CPU)
+        found[name] = peak_bytes(lambda: work() and None, roles.device)
 
     if isinstance(config, PPOConfig):
         take_passes(config, roles, take)
@@ -79,7 +100,7 @@ def measured_phases(config: TrainConfig, roles: Roles) -> dict[str, int]:
     examples = [work.example] * work.examples
     if padded:
         examples[-1] = work_of(config, roles, SHORTER).example
-    take("train", lambda: accumulate(work.objective, examples, cut, CPU))
+    take("train", lambda: accumulate(work.objective, examples, cut, roles.device))
     parameters = list(roles.trained_parameters().values())
     optimizer = make_optimizer(config, parameters)
     optimizer.step()  # makes the states

@@ -13,7 +13,13 @@ from onecard.algorithms.common import check_model
 from onecard.batches import PreferencePair, TokenBatch, pack, pack_pairs
 from onecard.config import ModelConfig
 from onecard.errors import OnecardError
-from onecard.models.attention import attend, has_own_attention
+from onecard.models.attention import (
+    attend,
+    has_own_attention,
+    passes_windows_on,
+    takes_segments,
+    use_own_attention,
+)
 from onecard.models.load import load_base
 from onecard.models.roles import Roles
 from tests.engine.attention_material import (
@@ -174,16 +180,38 @@ def test_what_it_does_not_know_is_an_error(argument):
             attend(*call, **{argument: value})
 
 
-def test_a_window_that_is_only_in_the_mask_is_an_error_and_not_forgotten():
-    """This family hands its attention a mask and no window: packed, it would look back without end."""
+def test_a_model_whose_windows_are_only_in_its_masks_keeps_the_masks():
+    """This family hands its attention a mask and no window: by segments it would look back without end."""
     model = random_model("qwen2_moe")
-    truth = judged(model).detach()
+    truth, slopes = judged(model).detach(), gradient(model, judged(model))
     roles = own_roles(model)
-    with pytest.raises(OnecardError, match="Qwen2MoeAttention has attention with sliding_window"):
-        logprobs(roles, "packed")
-    assert distance(logprobs(roles, "padded").detach(), truth) < ROUNDING
+    assert has_own_attention(model)
+    assert roles.layout == "restarted"
+    check_model(roles)
+    assert roles.layout == "restarted"
+    for layout in ("restarted", "padded"):
+        for share in (False, True):
+            found = logprobs(roles, layout, share_prompts=share)
+            assert distance(found.detach(), truth) < ROUNDING, (layout, share)
+            assert distance(gradient(model, found), slopes) < ROUNDING, (layout, share)
     wide = own_roles(random_model("qwen2_moe", sliding_window=LONGEST))
+    assert distance(judged(wide.model).detach(), truth) > 1e-2
+    assert wide.layout == "packed"
     assert distance(logprobs(wide, "packed").detach(), logprobs(wide, "padded").detach()) < ROUNDING
+
+
+@pytest.mark.parametrize("name", TAKES_OURS)
+def test_layers_that_hand_their_window_on_are_packed(name):
+    model = random_model(name)
+    use_own_attention(model)
+    assert takes_segments(model)
+    assert passes_windows_on(model) == (name in ("qwen2", "qwen3", "gemma2", "gemma3", "mistral"))
+
+
+def test_a_window_that_is_only_in_the_mask_is_never_forgotten():
+    """Where a layer was taken for one that hands its window on."""
+    with pytest.raises(OnecardError, match="Qwen2MoeAttention has attention with sliding_window"):
+        logprobs(own_roles(random_model("qwen2_moe")), "packed")
 
 
 LONGEST = 128  # max_position_embeddings: such a window is none

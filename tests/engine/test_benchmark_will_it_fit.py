@@ -13,15 +13,16 @@ from onecard.fit.cards import GIB, Card
 
 
 def rows(*peaks: float) -> list[dict[str, object]]:
-    return [{"level": level, "peak_gib": peak} for level, peak in zip(will_it_fit.LEVELS, peaks, strict=True)]
+    own = {"model": "A", "algorithm": "ppo"}
+    return [{**own, "level": level, "peak_gib": peak} for level, peak in zip(will_it_fit.LEVELS, peaks, strict=True)]
 
 
 def test_a_cell_is_the_first_level_that_the_card_holds():
     """12 GB have 11.52 GiB to give; a peak of 10 GiB takes 10 + 0.5 + 0.5, one of 10.6 takes 11.63."""
-    assert will_it_fit.cell(rows(10.0, 8.0, 6.0), 12, marked=False) == "16 bit 11.0"
-    assert will_it_fit.cell(rows(10.6, 8.0, 6.0), 12, marked=False) == "4 bit 8.9"
-    assert will_it_fit.cell(rows(20.0, 10.6, 6.0), 12, marked=True) == "least 6.8 ✓"
-    assert will_it_fit.cell(rows(20.0, 12.0, 10.6), 12, marked=True) == "–"
+    assert will_it_fit.cell(rows(10.0, 8.0, 6.0), 12, set()) == "16 bit 11.0"
+    assert will_it_fit.cell(rows(10.6, 8.0, 6.0), 12, {("A", "ppo", 12, False)}) == "4 bit 8.9"
+    assert will_it_fit.cell(rows(20.0, 10.6, 6.0), 12, {("A", "ppo", 12, True)}) == "least 6.8 ✓"
+    assert will_it_fit.cell(rows(20.0, 12.0, 10.6), 12, {("A", "ppo", 12, True)}) == "–"
     assert will_it_fit.needed({"peak_gib": 10.0}, 12) == pytest.approx(Card("", 12 * GIB).needed(10 * GIB) / GIB)
 
 
@@ -43,7 +44,15 @@ def test_steps_that_ran_under_a_card_s_cap_are_marked(tmp_path):
         kind: str, cap: float, role: str = "ours", seconds: tuple[float, ...] = (1.0,), refused: str | None = None
     ):
         row = {"role": role, "seconds": seconds}
-        return {"model": "Llama-3.1-8B", "kind": kind, "cap_gib": cap, "refused": refused, "rows": [row]}
+        settings = {"load_in_4bit": cap < 20}
+        return {
+            "model": "Llama-3.1-8B",
+            "kind": kind,
+            "cap_gib": cap,
+            "refused": refused,
+            "rows": [row],
+            "settings": settings,
+        }
 
     results = [
         result("ppo", 10.5), result("dpo", 15.0), result("ppo", 23.0, seconds=()), result("dpo", 23.0, "peer"),
@@ -51,7 +60,10 @@ def test_steps_that_ran_under_a_card_s_cap_are_marked(tmp_path):
     ]  # fmt: skip
     (tmp_path / "some-card").mkdir()
     (tmp_path / "some-card" / "train-step-1.json").write_text(json.dumps({"results": results}))
-    assert will_it_fit.measured(tmp_path) == {("Llama-3.1-8B", "ppo", 12), ("Llama-3.1-8B", "dpo", 16)}
+    assert will_it_fit.measured(tmp_path) == {
+        ("Llama-3.1-8B", "ppo", 12, True),
+        ("Llama-3.1-8B", "dpo", 16, True),
+    }
 
 
 def test_the_readme_has_the_table_of_the_committed_plans(tmp_path):

@@ -199,6 +199,8 @@ def test_the_key_changes_with_all_that_the_values_depend_on(config, roles, tiny_
         "kind": key(LABELLED),
         "dtype": key(dtype="bfloat16"),
         "4 bit": key(load_in_4bit=True),
+        "adapters' type": key(adapter_dtype="bfloat16"),
+        "head chunks": key(head_chunk_tokens=64),
         "batch": key(per_device_eval_batch_size=4),
         "attention": key(attn_implementation="eager"),
         "hub": key(model="some/name"),

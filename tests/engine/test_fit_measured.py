@@ -15,10 +15,9 @@ from onecard.fit.phases import Lengths, episodes_per_step
 from onecard.fit.plan import make_plan
 from onecard.models.build import load_ppo_roles
 from onecard.rollout import Sampling, sample_responses, sampling_budget
-from tests.engine.fit_material import CPU, measured, planned
+from tests.engine.fit_material import CPU, MOST_OFF, check_close, compared
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")
-MOST_OFF = 0.05
 
 STEP = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 PPO = {**STEP, "num_mini_batches": 1, "response_length": 64}
@@ -40,6 +39,13 @@ CASES = {
     "dpo, a few tokens": ("llama", DPOConfig, {**STEP, "micro_batch_tokens": 320}),
     "dpo, prompts not shared": ("qwen", DPOConfig, {**STEP, "share_prompts": False}),
     "dpo, padded": ("llama", DPOConfig, {**STEP, "padding_free": False}),
+    "dpo, padded and checkpointed": (
+        "llama",
+        DPOConfig,
+        {**STEP, "padding_free": False, "gradient_checkpointing": True},
+    ),
+    "dpo, all weights": ("llama", DPOConfig, {**STEP, "use_peft": False}),
+    "sft, sdpa and checkpointed": ("qwen", SFTConfig, {**STEP, "attn_implementation": "sdpa", **LEAN}),
     "dpo, eager": ("llama", DPOConfig, {**STEP, "attn_implementation": "eager"}),
     "kto": ("llama", DPOConfig, {**STEP, "loss_type": ["kto"]}),
     "ppo": ("llama", PPOConfig, SCORED),
@@ -88,20 +94,7 @@ def test_the_plan_is_what_the_profiler_sees(case, folders, request, tmp_path):
     folder = request.getfixturevalue(model) if model == "tinystories" else folders / model
     config = kind(model=str(folder), **settings)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    plan, real = planned(config), measured(config, tmp_path)
-    phases = {phase.name: phase for phase in plan.phases}
-    held = plan.phases[-1].parts
-    found = {"weights": held["weights"] + held.get("adapters and heads", 0)}
-    found |= {name: phases[name].peak - phases[name].before for name in real if name != "weights"}
-    off = {name: found[name] / real[name] - 1 for name in real}
-    for name in real:
-        print(f"{case}: {name} {real[name] / 2**20:.2f} MiB, planned {found[name] / 2**20:.2f} ({off[name]:+.1%})")
-    rounding = off.pop("optimizer step")
-    assert all(abs(error) <= MOST_OFF for error in off.values()), off
-    # A few vectors beside gradients and states, and never where a step's memory is highest: of the whole that is held
-    whole = real["weights"] + real["optimizer step"]
-    assert abs(rounding * real["optimizer step"]) <= MOST_OFF * whole
-    assert set(phases) - {"load"} == set(real) - {"weights"}
+    check_close(*compared(config, tmp_path))
 
 
 def test_a_rollouts_cache_at_its_final_length(folders):

@@ -7,13 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
+from transformers import LlamaConfig
 
 from onecard.config import DPOConfig, PPOConfig, SFTConfig
 from onecard.errors import OnecardError
 from onecard.fit.cards import CARDS, GIB, Card, find_card, smallest
 from onecard.fit.phases import Lengths, rows_of
-from onecard.fit.plan import Plan, TargetAttention, planning
+from onecard.fit.plan import Plan, make_plan, planning, target_attention
 from onecard.fit.search import largest_tokens, make_fit
 from onecard.fit.tracker import PAGED, WORK, Phase, Tracker
 from onecard.fit.weights import META, nf4_weight
@@ -121,16 +122,56 @@ def test_attention_makes_no_matrix_of_all_pairs(target, masked):
     query = meta(1, 32, 1024, 64, dtype=torch.bfloat16)
     mask = torch.ones(1, 1, 1024, 1024, dtype=torch.bool, device=META) if masked else None
     with planning(device, tracker), torch.no_grad(), tracker.phase("attention") as phase:
-        out = scaled_dot_product_attention(query, query, query, attn_mask=mask, is_causal=not masked)
+        out = functional.scaled_dot_product_attention(query, query, query, attn_mask=mask, is_causal=not masked)
     assert out.shape == query.shape
     assert phase.peak < 16 << 20
 
 
 def test_attention_outside_of_meta_is_pytorchs():
     query = torch.randn(1, 2, 8, 4)
-    with TargetAttention(CUDA):
-        found = scaled_dot_product_attention(query, query, query, is_causal=True)
-    assert torch.equal(found, scaled_dot_product_attention(query, query, query, is_causal=True))
+    own = functional.scaled_dot_product_attention
+    with target_attention(CUDA):
+        found = functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+    assert functional.scaled_dot_product_attention is own
+    assert torch.equal(found, own(query, query, query, is_causal=True))
+
+
+def peaks(**settings) -> dict[str, int]:
+    """Peaks of a DPO plan for a small Llama, by phase."""
+    model = LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    plan = make_plan(model, DPOConfig(model="x", **settings), Lengths(48, 16), CUDA)
+    assert not plan.phases[-1].before < 0
+    return {"weights": plan.parameters, **{phase.name: phase.peak for phase in plan.phases}}
+
+
+def test_a_reference_that_is_a_whole_model_is_held_where_the_run_holds_it():
+    """Of all weights in float32 the copy is one too; a loss without a reference has none, a known one lets it go."""
+    with_copy, without = peaks(use_peft=False), peaks(use_peft=False, loss_type=["simpo"])
+    assert with_copy["weights"] == 2 * without["weights"]
+    known = peaks(use_peft=False, precompute_ref_log_probs=True)
+    assert known["load"] == with_copy["load"]
+    assert known["optimizer step"] == without["optimizer step"]
+    assert known["reference pass"] > with_copy["weights"]
+
+
+def test_only_kto_runs_mismatched_answers():
+    assert peaks(loss_type=["apo_zero_unpaired"])["train"] < peaks(loss_type=["kto"])["train"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"padding_free": False},
+        {"attn_implementation": "sdpa"},
+        {"dtype": "float32"},
+        {"use_peft": False},
+    ],
+)
+def test_checkpointed_layers_are_recomputed_as_they_were_run(settings):
+    assert peaks(**settings, gradient_checkpointing=True)["train"] < peaks(**settings)["train"]
 
 
 @pytest.mark.parametrize(

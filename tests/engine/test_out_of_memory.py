@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from onecard import passes
-from onecard.config import TrainConfig
+from onecard.config import ModelConfig, TrainConfig
 from onecard.cut import Cut
 from onecard.errors import OnecardError, is_out_of_memory
+from onecard.models.load import load_base
 from onecard.passes import Budget, attempt, each_item, each_pass, looking_budget
 from onecard.rollout import Held, Sampling, sampling_budget
 from onecard.trainer import Objective, Trainer
@@ -203,10 +204,39 @@ def test_other_errors_are_not_taken_for_it():
 
     with pytest.raises(RuntimeError, match="a bug"):
         attempt(wrong)
-    assert is_out_of_memory(RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"))
-    assert is_out_of_memory(no_memory())
-    assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
     assert attempt(lambda: None) == (None,)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("Allocation on device"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), True),
+        (type("AcceleratorError", (RuntimeError,), {})("CUDA error: out of memory"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), False),
+        (OnecardError("out of memory: one sequence of 9 tokens is too much"), False),
+        (OSError("DefaultCPUAllocator: out of memory"), False),
+        (type("OutOfMemoryError", (Exception,), {})("of another library"), False),
+    ],
+)
+def test_by_what_it_is_told(error, is_one):
+    assert is_out_of_memory(error) == is_one
+
+
+def test_weights_that_find_no_memory_are_not_called_a_model_that_cannot_be_loaded(monkeypatch, tiny_model):
+    def from_pretrained(*arguments: Any, **options: Any) -> None:
+        raise no_memory()
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_base(ModelConfig(model=str(tiny_model)))
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *a, **o: {}["a bug"])
+    with pytest.raises(OnecardError, match="model: cannot load"):
+        load_base(ModelConfig(model=str(tiny_model)))
 
 
 def test_what_the_host_really_cannot_hold_is_recovered_from():

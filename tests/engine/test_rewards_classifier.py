@@ -288,6 +288,16 @@ def test_weights_that_are_not_there_are_not_drawn(tmp_path, tiny_model):
         load_judge(config(tmp_path))
 
 
+def test_a_classifier_that_finds_no_memory_is_not_called_one_that_cannot_be_loaded(tmp_path, monkeypatch):
+    def from_pretrained(*arguments: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    folder = classifier(tmp_path, "bert")
+    monkeypatch.setattr("transformers.AutoModelForSequenceClassification.from_pretrained", from_pretrained)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_judge(config(folder))
+
+
 def test_a_text_of_no_tokens_is_named(tmp_path):
     folder = classifier(tmp_path, "gpt2")
     with pytest.raises(OnecardError, match="reward_model_path: its tokenizer makes no token of ''"):

@@ -14,10 +14,12 @@ from onecard.config import FitConfig, PPOConfig, TrainConfig
 from onecard.errors import OnecardError
 from onecard.fit.cards import GIB, Card, context, find_card, fragmentation, smallest
 from onecard.fit.model import Planned, find_model
-from onecard.fit.phases import Lengths, rows_of
+from onecard.fit.phases import Lengths, is_uncut, rows_of
 from onecard.fit.plan import Plan, make_plan
-from onecard.fit.search import Fitting, largest_tokens, make_fit
+from onecard.fit.search import Fitting, flags, largest_tokens, make_fit
 from onecard.metrics import say
+from onecard.models.build import check_trained_weights
+from onecard.models.load import reason
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,10 @@ def lengths_of(fit: FitConfig, config: TrainConfig, model: Any) -> Lengths:
     total = min(config.max_length, limit)
     response = config.response_length if isinstance(config, PPOConfig) else fit.response_length or total // 2
     prompt = fit.prompt_length or total - response
+    if prompt + response > limit:
+        raise OnecardError(
+            f"prompt_length: {prompt} and response_length {response} are more than the {limit} tokens of the model."
+        )
     if prompt < 1:
         raise OnecardError(
             f"response_length: {response} leaves no room for a prompt in {total} tokens, the smaller of max_length "
@@ -52,6 +58,7 @@ def answer(fit: FitConfig, config: TrainConfig) -> Answer:
     """Plan a run, and where a card is given look for what fits on it."""
     card = find_card(fit.card) if fit.card else None
     found = find_model(config.model)
+    check_trained_weights(config, adapter=found.adapter)
     if isinstance(config, PPOConfig):
         check_settings(config)
     lengths = lengths_of(fit, config, found.config)
@@ -61,14 +68,17 @@ def answer(fit: FitConfig, config: TrainConfig) -> Answer:
     if card is None:
         return known
     rows, examples = rows_of(config, lengths)
+
+    def tokens_of(fitting: TrainConfig) -> int | None:
+        return None if is_uncut(fitting) else largest_tokens(fitting, plan_of, card, rows, examples)
+
     if card.holds(plan.peak):
-        return replace(known, fits=True, tokens=largest_tokens(config, plan_of, card, rows, examples))
+        return replace(known, fits=True, tokens=tokens_of(config))
     say(f"fit: {plan.peak / GIB:.2f} GiB is too much for {card.name}; looking for settings that are not.")
     fitting = make_fit(config, plan_of, card, rows)
     if fitting.config is None:
         raise OnecardError(too_little(card, fitting))
-    tokens = largest_tokens(fitting.config, plan_of, card, rows, examples)
-    return replace(known, fits=False, fitting=fitting, tokens=tokens)
+    return replace(known, fits=False, fitting=fitting, tokens=tokens_of(fitting.config))
 
 
 def planner(found: Planned, lengths: Lengths, target: torch.device) -> Callable[[TrainConfig], Plan]:
@@ -78,7 +88,12 @@ def planner(found: Planned, lengths: Lengths, target: torch.device) -> Callable[
     def plan_of(config: TrainConfig) -> Plan:
         key = repr(config)
         if key not in plans:
-            plans[key] = make_plan(found.config, config, lengths, target, own_reference=found.adapter)
+            try:
+                plans[key] = make_plan(found.config, config, lengths, target, own_reference=found.adapter)
+            except OnecardError:
+                raise
+            except Exception as error:  # a model's code raises whatever it meets where tensors have no numbers
+                raise OnecardError(f"model: {found.name} cannot be planned: {reason(error)}") from error
         return plans[key]
 
     return plan_of
@@ -88,7 +103,7 @@ def too_little(card: Card, fitting: Fitting) -> str:
     """The error where no settings help."""
     peak = fitting.plan.peak
     larger = smallest(peak)
-    what = ", ".join(f"{name} {value}" for name, value in fitting.changed.items()) or "these settings"
+    what = flags(fitting.changed) or "these settings"
     where = f"; the smallest card that would hold it: {larger.name} ({larger.memory // GIB} GiB)" if larger else ""
     return (
         f"card: {card.name} is too little. The least that was found is {card.needed(peak) / GIB:.2f} GiB, with {what}"
@@ -136,18 +151,13 @@ def gib(size: int) -> float:
     return round(size / GIB, 4)
 
 
-def show(found: Answer) -> None:
-    """The answer as a table on stdout."""
-    from onecard.fit.table import print_answer
-
-    print_answer(found)
-
-
 def run(fit: FitConfig, config: TrainConfig) -> Answer:
     """`onecard fit`."""
     found = answer(fit, config)
     if fit.json:
         print(json.dumps(as_json(found), indent=2))
     else:
-        show(found)
+        from onecard.fit.table import print_answer
+
+        print_answer(found)
     return found

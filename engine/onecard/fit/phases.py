@@ -66,8 +66,8 @@ def pair(lengths: Lengths) -> PreferencePair:
     return PreferencePair(lengths.sequence(1), lengths.sequence(2))
 
 
-def labelled(lengths: Lengths) -> LabelledSequence:
-    return LabelledSequence(lengths.sequence(1), True, lengths.sequence(2))
+def labelled(lengths: Lengths, *, mismatched: bool) -> LabelledSequence:
+    return LabelledSequence(lengths.sequence(1), True, lengths.sequence(2) if mismatched else TokenSequence((), ()))
 
 
 def experience(lengths: Lengths, *, values: bool) -> Experience:
@@ -102,8 +102,19 @@ def example_of(config: TrainConfig, lengths: Lengths) -> Any:
     if isinstance(config, RewardConfig):
         return pair(lengths)
     assert isinstance(config, DPOConfig)
-    example = labelled(lengths) if pick_variant(config).labelled else pair(lengths)
+    kto = config.loss_type == ["kto"]  # the one loss that looks at mismatched answers
+    example = labelled(lengths, mismatched=kto) if pick_variant(config).labelled else pair(lengths)
     return replace(example, ref_logps=(0.0, 0.0)) if config.precompute_ref_log_probs else example
+
+
+def has_reference(config: TrainConfig) -> bool:
+    """Whether a frozen reference is held beside the trained roles."""
+    return isinstance(config, PPOConfig) or recipe_of(config).reference
+
+
+def is_uncut(config: TrainConfig) -> bool:
+    """Whether a step is one micro-batch or none: a loss that sorts the whole batch."""
+    return not isinstance(config, PPOConfig) and bool(recipe_of(config).uncut)
 
 
 def work_of(config: TrainConfig, roles: Roles, lengths: Lengths) -> Work:
@@ -142,6 +153,8 @@ class Rehearsal:
 
     def run(self) -> list[Phase]:
         """All phases of the command, in their order."""
+        if isinstance(self.config, DPOConfig) and self.config.precompute_ref_log_probs:
+            self.precompute(self.config)
         optimizer = self.make_optimizer()
         self.step(optimizer)  # the states are made in the first one, and stay
         if isinstance(self.config, PPOConfig):
@@ -251,6 +264,19 @@ class Rehearsal:
                 continue
             with self.phase(f"{role} pass"), torch.no_grad(), roles.playing(role):
                 read(to_device(pack([sequences[place] for place in chosen]), META))
+
+    def precompute(self, config: DPOConfig) -> None:
+        """The reference's pass before training; a reference that is a whole model is let go of after it."""
+        roles, variant = self.roles, pick_variant(config)
+        assert variant.reference is not None
+        example = replace(example_of(config, self.lengths), ref_logps=None)
+        cut = replace(looking_budget(config).cut, padded=roles.layout == "padded")
+        chosen = next(cut.places([len(example)] * max(config.per_device_eval_batch_size, 1)))
+        record = recipe_of(config).collate([example] * len(chosen))
+        with self.phase("reference pass"), torch.no_grad():
+            variant.reference(roles, to_device(record, META))
+        if "reference" in roles.copies:
+            del roles.copies["reference"], roles.adapters["reference"], record
 
     def train(self) -> None:
         """The largest micro-batch of a step, with gradients from another one where a step has several."""

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 
 from onecard.config import TrainConfig
-from onecard.fit.phases import Lengths, Rehearsal
+from onecard.fit.phases import Lengths, Rehearsal, has_reference
 from onecard.fit.tracker import PAGED, Phase, Tracker
 from onecard.fit.weights import cast_of, load_peak, plan_base, plan_roles
 from onecard.fit.workspaces import workspaces
@@ -45,22 +44,23 @@ class Plan:
         return max(self.phases, key=lambda phase: phase.peak)
 
 
-class TargetAttention(TorchFunctionMode):
-    """Inside, `scaled_dot_product_attention` on meta is the operator that the target device would run.
+@contextmanager
+def target_attention(target: torch.device) -> Iterator[None]:
+    """Inside, `scaled_dot_product_attention` is the operator that the target device would run.
 
-    By itself it would be taken apart into products and a softmax over all pairs of tokens.
+    On meta it would be taken apart into products and a softmax over all pairs of tokens. The function itself is
+    replaced: a mode is not there when a backward recomputes a checkpointed layer.
     """
+    own = functional.scaled_dot_product_attention
 
-    def __init__(self, target: torch.device) -> None:
-        super().__init__()
-        self.target = target
+    def run(query: Tensor, *given: Any, **more: Any) -> Tensor:
+        return attention(target, query, *given, **more) if query.is_meta else own(query, *given, **more)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is not scaled_dot_product_attention or not args[0].is_meta:
-            return func(*args, **(kwargs or {}))
-        return attention(self.target, *args, **(kwargs or {}))
+    functional.scaled_dot_product_attention = run
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = own
 
 
 def attention(
@@ -97,7 +97,7 @@ def attention(
 @contextmanager
 def planning(target: torch.device, tracker: Tracker) -> Iterator[None]:
     """Inside, tensors on meta take the ways of the target device, and are counted."""
-    with planned_for(target), TargetAttention(target), tracker:
+    with planned_for(target), target_attention(target), tracker:
         yield
 
 
@@ -108,7 +108,6 @@ def make_plan(
     target: torch.device,
     *,
     own_reference: bool = False,
-    note: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """The plan of a training command with these settings, for a transformers config of its base."""
     began = time.perf_counter()
@@ -118,13 +117,14 @@ def make_plan(
     with planning(target, tracker), head_chunks(config.head_chunk_tokens):
         with tracker.making(WEIGHTS):
             base = plan_base(model, config, target, train_all=not config.use_peft)
-            cast = cast_of(config, own_reference=own_reference)
+            cast = cast_of(config, reference=has_reference(config), own_reference=own_reference)
             whole = "reference" in cast.adapters and not config.use_peft
-            copy = plan_base(model, config, target) if whole else None
+            copy = plan_base(model, config, target, train_all=True) if whole else None
         load = Phase("load", 0, tracker.current + load_peak(base), dict(tracker.by_kind), "quantization")
         parameters = tracker.by_kind[WEIGHTS]
         with tracker.making(ADAPTERS):
             roles = plan_roles(base, copy, config, cast).train()
+        del copy  # the roles have it, and let it go where its log-probs are known
         rehearsal = Rehearsal(tracker, roles, config, lengths)
         phases = rehearsal.run()
         trained = sum(parameter.numel() for parameter in rehearsal.parameters)

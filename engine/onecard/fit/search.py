@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from onecard.config import PPOConfig, TrainConfig
 from onecard.fit.cards import Card
+from onecard.fit.phases import is_uncut
 from onecard.fit.plan import Plan
 
 PlanOf = Callable[[TrainConfig], Plan]
@@ -29,7 +30,11 @@ def smaller_weights(config: TrainConfig, rows: int) -> TrainConfig:
 
 
 def smaller_passes(config: TrainConfig, rows: int) -> TrainConfig:
-    return replace(config, micro_batch_tokens=rows)
+    return config if is_uncut(config) else replace(config, micro_batch_tokens=rows)
+
+
+def smaller_adapters(config: TrainConfig, rows: int) -> TrainConfig:
+    return replace(config, adapter_dtype="bfloat16") if config.use_peft else config
 
 
 def smaller_rollout(config: TrainConfig, rows: int) -> TrainConfig:
@@ -42,6 +47,7 @@ LEVERS = (
     Lever(("load_in_4bit",), smaller_weights),
     Lever(("micro_batch_tokens",), smaller_passes),
     Lever(("local_rollout_forward_batch_size",), smaller_rollout),
+    Lever(("adapter_dtype",), smaller_adapters),
     Lever(("activation_offloading",), lambda config, rows: replace(config, activation_offloading=True)),
 )
 
@@ -82,6 +88,11 @@ def changes(before: TrainConfig, after: TrainConfig) -> dict[str, object]:
     """Settings of the levers that differ, with their new values."""
     names = [name for lever in LEVERS for name in lever.names if hasattr(after, name)]
     return {name: getattr(after, name) for name in names if getattr(before, name) != getattr(after, name)}
+
+
+def flags(settings: Mapping[str, object]) -> str:
+    """Settings as they are written on the command line."""
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in settings.items())
 
 
 def largest_tokens(config: TrainConfig, plan_of: PlanOf, card: Card, rows: int, examples: int) -> int | None:

@@ -10,6 +10,7 @@ from rich.table import Table
 from onecard.fit.cards import GIB, context, fragmentation
 from onecard.fit.phases import CACHE, GRADIENTS, STATES
 from onecard.fit.plan import ADAPTERS, WEIGHTS, Plan
+from onecard.fit.search import flags
 from onecard.fit.tracker import WORK
 
 if TYPE_CHECKING:
@@ -19,9 +20,9 @@ COLUMNS = {
     WEIGHTS: "weights",
     ADAPTERS: "adapters",
     GRADIENTS: "gradients",
-    STATES: "optimizer",
-    CACHE: "kv cache",
-    WORK: "activations",
+    STATES: "states",
+    CACHE: "cache",
+    WORK: "work",
 }
 
 
@@ -65,13 +66,7 @@ def print_answer(found: Answer) -> None:
     else:
         console.print(f"no: {card.name} has {shown(card.usable)} GiB to give.", style="bold")
     if found.fitting is not None:
-        flags = " ".join(flag(name, value) for name, value in found.fitting.changed.items())
         needed = card.needed(found.fitting.plan.peak)
-        console.print(f"It fits with {flags}: {shown(needed)} GiB.", soft_wrap=True)
+        console.print(f"It fits with {flags(found.fitting.changed)}: {shown(needed)} GiB.", soft_wrap=True)
     if found.tokens is not None:
         console.print(f"Largest --micro_batch_tokens that fits: {found.tokens}")
-
-
-def flag(name: str, value: object) -> str:
-    """A setting as it is written on the command line."""
-    return f"--{name}" if value is True else f"--{name} {value}"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from onecard.config import DPOConfig, ModelConfig, PPOConfig, RewardConfig, TrainConfig
+from onecard.config import ModelConfig, PPOConfig, RewardConfig, TrainConfig
 from onecard.errors import OnecardError
 from onecard.models.attention import use_own_attention
 from onecard.models.build import JUDGES, has_critic, head_shape, lora_config, scalar_head
@@ -151,12 +151,12 @@ class Cast:
     scalar: tuple[str, ...] = ()
 
 
-def cast_of(config: TrainConfig, *, own_reference: bool) -> Cast:
-    """The roles of a command; `own_reference`: the reference is an adapter, since the policy starts as one."""
+def cast_of(config: TrainConfig, *, reference: bool, own_reference: bool) -> Cast:
+    """The roles of a command. `reference`: there is one; `own_reference`: an adapter, as the policy starts as one."""
     own_reference |= bool(getattr(config, "ref_adapter", ""))
-    reference = {"reference": "reference" if own_reference else None}
+    more = {"reference": "reference" if own_reference else None} if reference else {}
     if isinstance(config, PPOConfig):
-        adapters: dict[str, str | None] = {"policy": "policy", **reference}
+        adapters: dict[str, str | None] = {"policy": "policy", **more}
         if has_critic(config):
             adapters["value"] = "value" if config.critic == "adapter" else "policy"
         judges = [role for role, setting in JUDGES.items() if getattr(config, setting)]
@@ -164,7 +164,6 @@ def cast_of(config: TrainConfig, *, own_reference: bool) -> Cast:
         trained = tuple(role for role in ("policy", "value") if role in adapters)
         return Cast(trained, adapters, tuple(role for role in ("value", *judges) if role in adapters))
     role = "reward" if isinstance(config, RewardConfig) else "policy"
-    more = reference if isinstance(config, DPOConfig) else {}
     if not config.use_peft:
         return Cast((role,), {role: None, **dict.fromkeys(more)}, (role,) if role == "reward" else ())
     return Cast((role,), {role: role, **more}, (role,) if role == "reward" else ())

@@ -7,9 +7,11 @@ attends to its own rows (and to a prompt that it shares), with no mask over all 
 |---|---|
 | GPU of compute capability 8.0 or newer, 16 bit | flash-attn's varlen kernel if it is installed, else PyTorch's own |
 | elsewhere: CPU, float32, older GPUs | PyTorch's `scaled_dot_product_attention`, one sequence at a time |
+| heads wider than 256, or no multiple of 8 | the same |
 | models that cap attention's logits (Gemma 2), without flash-attn | the formula, one sequence at a time |
 
-Without `Segments` (padded batches, sampling with a cache) it is transformers' own SDPA.
+Without `Segments` (padded batches, sampling with a cache, models whose windows are in their masks alone) it is
+transformers' own SDPA.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
 
 from onecard.batches import TokenBatch
 from onecard.errors import OnecardError
 
 NAME = "onecard"
-MOST_FLASH_DIMENSIONS = 256  # of one head
+MOST_FLASH_DIMENSIONS, FLASH_STEP = 256, 8  # of one head: at most so many, and a multiple of this
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def attend(
     """
     strange = [name for name in ("s_aux", "position_bias", "sinks") if others.get(name) is not None]
     if segments is not None and "sliding_window" not in others:
-        strange += windows_in_masks(module)
+        strange += windows_of(getattr(module, "config", None))
     if strange:
         raise OnecardError(
             f"model: {type(module).__name__} has attention with {strange[0]}, which onecard's own does not know; "
@@ -130,9 +132,8 @@ def attend(
     return run(query, key, value, segments, score).to(query.dtype), None
 
 
-def windows_in_masks(module: nn.Module) -> list[str]:
+def windows_of(config: Any) -> list[str]:
     """Settings by which a model looks less far back than it could. Where it does not pass them on, only masks know."""
-    config = getattr(module, "config", None)
     longest = getattr(config, "max_position_embeddings", None) or math.inf
     names = ("sliding_window", "attention_chunk_size")
     return [name for name in names if (getattr(config, name, None) or math.inf) < longest]
@@ -144,7 +145,8 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Segments, Score], Tensor]
 def kernel_for(query: Tensor, score: Score) -> Kernel:
     """The fastest of the kernels that can do it."""
     device = target_of(query)
-    flash = has_flash(device, query.dtype) and query.shape[-1] <= MOST_FLASH_DIMENSIONS
+    width = query.shape[-1]
+    flash = has_flash(device, query.dtype) and width <= MOST_FLASH_DIMENSIONS and width % FLASH_STEP == 0
     if flash and importlib.util.find_spec("flash_attn") and not query.is_meta:
         return by_flash_attn
     if score.softcap is not None:
@@ -209,13 +211,9 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, score: Score) -> Tensor:
         key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for each in (key, value))
     plain = queries == keys and (score.window is None or score.window >= keys)
     mask = None if plain else sees(queries, keys, score, query.device)
-    if query.is_meta and target_of(query).type == "cpu":  # on meta, PyTorch would take its formula apart
-        if mask is not None:
-            mask = torch.zeros(queries, keys, dtype=query.dtype, device=query.device).masked_fill(~mask, float("-inf"))
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out: Tensor = flash(query, key, value, 0.0, plain, attn_mask=mask, scale=score.scale)[0]
-        return out
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=plain, scale=score.scale)
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=plain, scale=score.scale
+    )
 
 
 def formula(query: Tensor, key: Tensor, value: Tensor, score: Score, visible: Tensor) -> Tensor:
@@ -291,3 +289,17 @@ def use_own_attention(model: Any) -> bool:
 def has_own_attention(model: Any) -> bool:
     """Whether `use_own_attention` has been there."""
     return getattr(model.config.get_text_config(), "_attn_implementation", "") == NAME
+
+
+def takes_segments(model: Any) -> bool:
+    """Whether packed sequences attend by `Segments`: this attention is told of all that the model's masks would say."""
+    return has_own_attention(model) and (not windows_of(model.config.get_text_config()) or passes_windows_on(model))
+
+
+def passes_windows_on(model: Any) -> bool:
+    """Whether every kind of attention layer hands on a `sliding_window`; `attend` stops at one that does not."""
+    kinds = {type(module) for module in model.modules() if type(module).__name__.endswith("Attention")}
+    try:
+        return bool(kinds) and all("sliding_window=" in inspect.getsource(kind.forward) for kind in kinds)
+    except OSError:  # a class without a source
+        return False

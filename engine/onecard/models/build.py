@@ -120,18 +120,27 @@ def remove_adapter_dropout(model: Any) -> None:
         settings.lora_dropout = 0.0
 
 
+def check_trained_weights(config: TrainConfig, *, adapter: bool) -> None:
+    """Refuse to train all weights where these cannot be trained. `adapter`: `config.model` is one."""
+    if config.use_peft:
+        return
+    if isinstance(config, PPOConfig):
+        raise OnecardError("use_peft: PPO holds its roles as adapters on one base; leave --no_use_peft out.")
+    if config.load_in_4bit or adapter:
+        what = "a 4-bit base" if config.load_in_4bit else f"the adapter {find_source(config.model).adapter}"
+        raise OnecardError(f"use_peft: all weights cannot be trained on {what}; leave --no_use_peft out.")
+    if config.dtype == "float16":
+        raise OnecardError("dtype: all weights cannot be trained in float16, where small updates vanish; use float32.")
+    if config.adapter_dtype != "float32":
+        raise OnecardError(f"adapter_dtype: {config.adapter_dtype}, but with --no_use_peft there are no adapters.")
+
+
 def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, scalar: bool = False) -> Roles:
     """The weights of a training run: the trained role, a reference if asked for, a scalar head if asked for."""
     source = find_source(config.model)
     if not scalar:
         check_speaks(source)
-    if not config.use_peft and config.adapter_dtype != "float32":
-        raise OnecardError(f"adapter_dtype: {config.adapter_dtype}, but with --no_use_peft there are no adapters.")
-    if not config.use_peft and (config.load_in_4bit or source.adapter is not None):
-        what = "a 4-bit base" if config.load_in_4bit else f"the adapter {source.adapter}"
-        raise OnecardError(f"use_peft: all weights cannot be trained on {what}; leave --no_use_peft out.")
-    if not config.use_peft and config.dtype == "float16":
-        raise OnecardError("dtype: all weights cannot be trained in float16, where small updates vanish; use float32.")
+    check_trained_weights(config, adapter=source.adapter is not None)
     base = load_base(config, train_all=not config.use_peft)
     adapters: dict[str, str | None] = {trained: None}
     frozen = copy.deepcopy(base).requires_grad_(False) if reference and not config.use_peft else None
@@ -186,8 +195,7 @@ def load_ppo_roles(config: PPOConfig) -> Roles:
     whole answers score; or with a new adapter and a head of zeros, so that the first advantages are plain returns. A
     critic on the policy's trunk is a head of zeros: the reward's head would read other hidden states than it knows.
     """
-    if not config.use_peft:
-        raise OnecardError("use_peft: PPO holds its roles as adapters on one base; leave --no_use_peft out.")
+    check_trained_weights(config, adapter=False)
     check_speaks(find_source(config.model))
     judges = {role: reward_adapter(config, setting) for role, setting in JUDGES.items()}
     frozen = {role: folder for role, folder in judges.items() if folder is not None}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from onecard.config import ModelConfig
-from onecard.errors import OnecardError, nearest
+from onecard.errors import OnecardError, is_out_of_memory, nearest
 from onecard.models.load import Source, find_source, pick_device, pick_dtype, reason
 from onecard.passes import Budget, budget_of, each_item
 
@@ -111,6 +111,8 @@ def load_classifier(path: str, setting: str, label: str, label_setting: str, con
     except OnecardError:
         raise
     except Exception as error:  # the loaders raise whatever their parsers raise
+        if is_out_of_memory(error):
+            raise
         raise OnecardError(f"{setting}: cannot load '{base}': {reason(error)}") from error
     if info["missing_keys"]:  # which transformers would fill with random numbers, and say so in a warning
         raise OnecardError(f"{setting}: '{base}' has no weights for {', '.join(sorted(info['missing_keys'])[:3])}.")

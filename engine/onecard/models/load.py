@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from onecard.config import ModelConfig
-from onecard.errors import OnecardError
+from onecard.errors import OnecardError, is_out_of_memory
 from onecard.models.attention import use_own_attention
 from onecard.runs import TRAINED, holds_weights, weights_folder
 
@@ -199,6 +199,8 @@ def load_base(config: ModelConfig, *, train_all: bool = False) -> Any:
             **remote,
         )
     except Exception as error:  # the loaders raise whatever their parsers raise
+        if is_out_of_memory(error):  # the command line has more to say about it
+            raise
         raise OnecardError(f"model: cannot load '{source.base}': {reason(error)}") from error
     model.dropouts = own_dropouts  # for `save_model`
     if config.attn_implementation == "auto":

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from onecard.batches import ResponseTargets, TokenBatch, last_rows
-from onecard.models.attention import has_own_attention
+from onecard.models.attention import takes_segments
 from onecard.models.head import LanguageHead, read_head
 from onecard.models.layout import LAYOUTS
 from onecard.models.load import save_model as save_plain_model
@@ -47,7 +47,7 @@ class Roles(nn.Module):
         self.model = model
         self.trained = tuple(trained)
         self.adapters = adapters
-        self.layout = "restarted" if layout == "packed" and not has_own_attention(model) else layout
+        self.layout = "restarted" if layout == "packed" and not takes_segments(model) else layout
         self.heads = nn.ModuleDict()
         self.copies = nn.ModuleDict()  # role -> a whole frozen model; only where all weights are trained
         self.offloader: Offloader | None = None

@@ -38,7 +38,7 @@ def cache_folder() -> Path:
 def cache_key(config: DPOConfig, roles: Roles, examples: Sequence[E]) -> str:
     """Changes with what the log-probs depend on: a run that is gone on with finds the same.
 
-    Among it batch size, layout, device and threads, which change the rounding. A hub name stands for its weights.
+    Among it what changes the rounding: batch size, head chunks, layout, device and threads.
     """
     reference = config.ref_adapter or config.model
     dtype = pick_dtype(config, train_all=not config.use_peft)
@@ -50,12 +50,14 @@ def cache_key(config: DPOConfig, roles: Roles, examples: Sequence[E]) -> str:
         "base": "" if Path(base).is_dir() else base,  # a hub name stands for its weights
         "examples": runs.fingerprint(examples),
         "dtype": str(dtype),
+        "adapter_dtype": config.adapter_dtype,
         "load_in_4bit": config.load_in_4bit,
         "attention": pick_attention(config, dtype),
         "layout": roles.layout,
         "batch": f"{config.micro_batch_tokens} tokens"
         if config.micro_batch_tokens
         else config.per_device_eval_batch_size,
+        "head_chunk_tokens": config.head_chunk_tokens,
         "device": roles.device.type,
         "threads": torch.get_num_threads() if roles.device.type == "cpu" else 0,
         "versions": [__version__, torch.__version__, transformers.__version__],
