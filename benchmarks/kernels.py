@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks import anatomy, records, render, tables, targets
+from benchmarks import anatomy, options, records, render, tables, targets
 from benchmarks.anatomy import OURS, Benchmark
 from benchmarks.cases import Refused, Timing, free, measure_case
 from benchmarks.records import LIMIT, Report, Result, Row
@@ -28,7 +27,6 @@ REPEATS = {"cpu": 7, "cuda": 30}
 BUDGET = {"cpu": 20.0, "cuda": 3.0}  # seconds of timed rounds a case, so that a run ends: 15 and 8 minutes
 QUICK_REPEATS, QUICK_BUDGET = 5, 1.0
 WARMUP = {"cpu": 0, "cuda": 3}  # on top of the check and the memory pass, which run every work in full
-CLOCKS = {False: (time.perf_counter, "wall time"), True: (time.process_time, "processor time of one thread")}
 STYLES = {"ours": "bold green", LIMIT: "dim"}
 PEERS = sorted({c.name for benchmark in BENCHMARKS.values() for c in benchmark.candidates} - {OURS})
 MODES = list(dict.fromkeys(mode for benchmark in BENCHMARKS.values() for mode in benchmark.modes))
@@ -178,16 +176,8 @@ def parts_of(
     type=click.IntRange(1),
     help="Timed calls of each candidate. Default: 7 on cpu and 30 on cuda, fewer where they take long.",
 )
-@click.option(
-    "--busy",
-    is_flag=True,
-    help="The machine is busy with other work: one thread, and processor time instead of wall time (cpu only).",
-)
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the JSON, the Markdown and the plots. Default: benchmarks/results/<device>.",
-)
+@options.BUSY
+@options.out_option("the JSON, the Markdown and the plots")
 @click.option("--data-only", is_flag=True, help="Write the JSON alone; benchmarks.render makes the rest of it later.")
 def command(
     device: str,
@@ -215,12 +205,8 @@ def command(
     python -m benchmarks.kernels --device cuda --benchmark linear_logprobs --shape llama3-8b-8k --mode frozen
     """
     where = ready_device(device)
-    if busy and device == "cuda":
-        raise click.UsageError("--busy counts processor time, which says nothing of a GPU; leave it out.")
     parts = parts_of(device, names, shapes, modes, quick=quick, every=every)
-    if busy:
-        torch.set_num_threads(1)  # threads that wait for a preempted one would count their waiting
-    clock, clock_name = CLOCKS[busy]
+    clock, clock_name = options.pick_clock(device, busy=busy)
     budget = math.inf if repeats else QUICK_BUDGET if quick else BUDGET[device]
     repeats = repeats or (QUICK_REPEATS if quick else REPEATS[device])
     line, folder = records.machine(where)

@@ -17,8 +17,7 @@ from typing import Any
 import click
 import torch
 
-from benchmarks import measure, records
-from benchmarks.kernels import CLOCKS
+from benchmarks import measure, options, records
 from benchmarks.kernels import main as guarded
 from onecard.algorithms.dpo.command import make_recipe
 from onecard.algorithms.supervised import Supervised
@@ -137,7 +136,7 @@ def measured(device: torch.device, repeats: int, *, busy: bool = False) -> list[
             peaks[name] = measure.peak_bytes(step, device)
             bar.advance()
         works = {name: [step] for name, step in steps.items()}
-        times = measure.interleave(works, measure.stopwatch(device, CLOCKS[busy][0]), repeats=repeats)
+        times = measure.interleave(works, measure.stopwatch(device, options.CLOCKS[busy][0]), repeats=repeats)
         base = times["none"]
         return [
             Row(name, step.held(), peaks[name], measure.spread([t / b for t, b in zip(times[name], base, strict=True)]))
@@ -161,7 +160,7 @@ def table(rows: list[Row], device: torch.device, repeats: int, *, busy: bool) ->
     about = (
         f"A DPO step of {PAIRS} pairs, prompts of {PROMPT} and answers of {RESPONSE} tokens, on a random Llama of "
         f"{size['num_hidden_layers']} layers of {size['hidden_size']} and a vocabulary of {size['vocab_size']}, "
-        f"bfloat16 base, LoRA of rank {DPOConfig().lora_r}. Time ({CLOCKS[busy][1]}): median and quartiles of "
+        f"bfloat16 base, LoRA of rank {DPOConfig().lora_r}. Time ({options.CLOCKS[busy][1]}): median and quartiles of "
         f"{repeats} steps that take turns, over the step without a lever beside it. {records.machine(device)[0]}; "
         f"commit {head[:12]}{' with changes' if dirty else ''}; torch {versions['torch']}; {records.now()}; made by "
         f"`python -m benchmarks.levers{' --busy' if busy else ''}`."
@@ -187,10 +186,7 @@ def command(device: str, repeats: int, busy: bool, only_print: bool) -> None:
     """What each memory lever saves and costs, into docs/memory.md."""
     if device == "cuda" and not torch.cuda.is_available():
         raise click.UsageError("--device: cuda, but there is no GPU here.")
-    if busy and device == "cuda":
-        raise click.UsageError("--busy counts processor time, which says nothing of a GPU; leave it out.")
-    if busy:
-        torch.set_num_threads(1)
+    options.pick_clock(device, busy=busy)
     where = torch.device(device)
     text = table(measured(where, repeats, busy=busy), where, repeats, busy=busy)
     click.echo(text)

@@ -9,12 +9,15 @@ import platform
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+R = TypeVar("R")
 
 SCHEMA = 2
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,11 +144,14 @@ def now() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ")
 
 
+def stamped(name: str, date: str, commit: str, *more: str, dirty: bool, quick: bool = False) -> str:
+    """A file name that sorts by date, and names the code; quick runs and dirty trees are told apart in a listing."""
+    marks = "".join(mark for mark, on in (("-dirty", dirty), ("-quick", quick)) if on)
+    return "-".join((name, re.sub(r"[-:]", "", date), commit[:7], *more)) + f"{marks}.json"
+
+
 def file_name(report: Report) -> str:
-    """Sorts by date, and names the code; quick runs and dirty trees are told apart in a directory listing."""
-    stamp = re.sub(r"[-:]", "", report.date)
-    marks = "".join(mark for mark, on in (("-dirty", report.dirty), ("-quick", report.quick)) if on)
-    return f"kernels-{stamp}-{report.commit[:7]}{marks}.json"
+    return stamped("kernels", report.date, report.commit, dirty=report.dirty, quick=report.quick)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -164,7 +170,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
-def save(report: Report, path: Path) -> None:
+def save(report: Any, path: Path) -> None:
+    """Any benchmark's report, as JSON."""
     write_atomically(path, (json.dumps(asdict(report), indent=1, allow_nan=False) + "\n").encode())
 
 
@@ -173,15 +180,23 @@ def result_of(values: dict[str, Any]) -> Result:
     return Result(**{**values, "rows": rows})
 
 
-def load(path: Path) -> Report:
-    """Raises ValueError with the file's name for anything that is not such a report."""
+def read(path: Path, what: str, expected: dict[str, Any], build: Callable[[dict[str, Any]], R]) -> R:
+    """A report whose `expected` entries are so. Raises ValueError with the file's name for anything else."""
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if values.get("schema") != SCHEMA:
-            raise ValueError(f"schema {values.get('schema')!r}, expected {SCHEMA}")
-        results = tuple(result_of(found) for found in values.pop("results"))
-        return Report(results=results, **values)
+        for name, value in expected.items():
+            if values.get(name) != value:
+                raise ValueError(f"{name} {values.get(name)!r}, expected {value!r}")
+        return build(values)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no benchmark report: {error}") from None
+        raise ValueError(f"{path} is no {what}: {error}") from None
+
+
+def report_of(values: dict[str, Any]) -> Report:
+    return Report(results=tuple(result_of(found) for found in values.pop("results")), **values)
+
+
+def load(path: Path) -> Report:
+    return read(path, "benchmark report", {"schema": SCHEMA}, report_of)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -166,6 +166,26 @@ def update_readme(readme: Path, path: Path) -> None:
     records.write_atomically(readme, new.encode())
 
 
+def run(
+    files: Sequence[Path],
+    readme: Path | None,
+    render_file: Callable[[Path], Iterable[Path]],
+    update: Callable[[Path, Path], None],
+) -> None:
+    """Tables and plots of each file; with `readme`, the summary of one file there too."""
+    if readme is not None and len(files) > 1:
+        raise click.UsageError("--readme takes its numbers from one FILE; give one.")
+    try:
+        for path in files:
+            for made in render_file(path):
+                click.echo(f"wrote {made}")
+        if readme is not None:
+            update(readme, files[0])
+            click.echo(f"updated {readme}")
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
@@ -180,17 +200,7 @@ def command(files: tuple[Path, ...], readme: Path | None) -> None:
     python -m benchmarks.render benchmarks/results/cpu-2-cores/*.json
     python -m benchmarks.render benchmarks/results/cpu-2-cores/RUN.json --readme README.md
     """
-    if readme is not None and len(files) > 1:
-        raise click.UsageError("--readme takes its numbers from one FILE; give one.")
-    try:
-        for path in files:
-            for made in render(path):
-                click.echo(f"wrote {made}")
-        if readme is not None:
-            update_readme(readme, files[0])
-            click.echo(f"updated {readme}")
-    except ValueError as error:
-        raise click.ClickException(str(error)) from None
+    run(files, readme, render, update_readme)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,22 +8,21 @@ no log-probabilities here, and ours does: a trainer would have to ask `generate`
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from benchmarks import measure, records
+from benchmarks import measure, options, records
 from benchmarks.cases import Refused
-from benchmarks.kernels import CLOCKS, ready_device
 from benchmarks.kernels import main as guarded
+from benchmarks.kernels import ready_device
 from onecard.batches import TokenSequence, pack, to_device
 from onecard.config import ModelConfig
 from onecard.data import load_rows
@@ -213,26 +212,14 @@ def ratio_of(first: Row, second: Row) -> measure.Spread:
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--model", default="", help="Hugging Face name or folder. Default: a small Llama of random weights.")
 @click.option("--prompts", default="", help="File whose `prompt` or `text` column begins the prompts of --model.")
-@click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="cpu: fp32; cuda: bf16."
-)
+@options.DEVICE
 @click.option("--num-prompts", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True)
 @click.option("--repeats", type=click.IntRange(1), default=7, show_default=True, help="Timed rollouts of each sampler.")
-@click.option(
-    "--busy",
-    is_flag=True,
-    help="The machine is busy with other work: one thread, and processor time instead of wall time (cpu only).",
-)
-@click.option(
-    "--out",
-    "--output",
-    "out",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the JSON. Default: benchmarks/results/<device>.",
-)
+@options.BUSY
+@options.out_option("the JSON")
 def command(
     model: str,
     prompts: str,
@@ -253,11 +240,7 @@ def command(
     if bool(model) != bool(prompts):
         raise click.UsageError("--model and --prompts: give both, or none for random weights and prompts.")
     where = ready_device(device)
-    if busy and device == "cuda":
-        raise click.UsageError("--busy counts processor time, which says nothing of a GPU; leave it out.")
-    if busy:
-        torch.set_num_threads(1)  # threads that wait for a preempted one would count their waiting
-    clock, clock_name = CLOCKS[busy]
+    clock, clock_name = options.pick_clock(device, busy=busy)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     sampling = Sampling(max_new_tokens, temperature)
     try:
@@ -311,10 +294,9 @@ def command(
 
 def save(report: Report, folder: Path) -> Path:
     """Named as the kernels' results are."""
-    stamp = "".join(letter for letter in report.date if letter not in "-:")
-    marks = "-dirty" if report.dirty else ""
-    path = folder / f"{report.benchmark}-{stamp}-{report.commit[:7]}-{records.slug(report.model)}{marks}.json"
-    records.write_atomically(path, (json.dumps(asdict(report), indent=1, allow_nan=False) + "\n").encode())
+    model = records.slug(report.model)
+    path = folder / records.stamped(report.benchmark, report.date, report.commit, model, dirty=report.dirty)
+    records.save(report, path)
     return path
 
 

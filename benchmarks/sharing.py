@@ -7,24 +7,23 @@ so that both ways have the same number of them.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import click
 import torch
 
-from benchmarks import measure, records
+from benchmarks import measure, options, records
 from benchmarks.cases import Refused
-from benchmarks.kernels import CLOCKS, ready_device
 from benchmarks.kernels import main as guarded
+from benchmarks.kernels import ready_device
 from onecard.algorithms.dpo import make_recipe
 from onecard.batches import PreferencePair, TokenSequence, answers
 from onecard.config import DPOConfig
@@ -188,25 +187,13 @@ def lengths_of(shape: str) -> tuple[int, int]:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="cpu: fp32; cuda: bf16."
-)
+@options.DEVICE
 @click.option("--shape", "shapes", multiple=True, help="Tokens of prompt/answer; several times. Default: the device's.")
 @click.option("--tokens", type=click.IntRange(1), help="Of a step's pairs, laid apart. Default: the device's.")
 @click.option("--repeats", type=click.IntRange(1), help="Timed steps of each way. Default: the device's.")
 @click.option("--quick", is_flag=True, help="Tiny shapes: does it run here?")
-@click.option(
-    "--busy",
-    is_flag=True,
-    help="The machine is busy with other work: one thread, and processor time instead of wall time (cpu only).",
-)
-@click.option(
-    "--out",
-    "--output",
-    "out",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the JSON. Default: benchmarks/results/<device>.",
-)
+@options.BUSY
+@options.out_option("the JSON")
 def command(
     device: str,
     shapes: tuple[str, ...],
@@ -222,11 +209,7 @@ def command(
     written, and the exit status is 1.
     """
     where = ready_device(device)
-    if busy and device == "cuda":
-        raise click.UsageError("--busy counts processor time, which says nothing of a GPU; leave it out.")
-    if busy:
-        torch.set_num_threads(1)  # threads that wait for a preempted one would count their waiting
-    clock, clock_name = CLOCKS[busy]
+    clock, clock_name = options.pick_clock(device, busy=busy)
     wanted = [lengths_of(shape) for shape in shapes or (QUICK_SHAPES if quick else SHAPES[device])]
     rounds = repeats or (QUICK_REPEATS if quick else REPEATS[device])
     count = tokens or (QUICK_TOKENS if quick else TOKENS[device])
@@ -274,10 +257,10 @@ def line_of(case: Case) -> str:
 
 def save(report: Report, folder: Path) -> Path:
     """Named as the kernels' results are."""
-    stamp = re.sub(r"[-:]", "", report.date)
-    marks = "".join(mark for mark, on in (("-dirty", report.dirty), ("-quick", report.quick)) if on)
-    path = folder / f"{report.benchmark}-{stamp}-{report.commit[:7]}{marks}.json"
-    records.write_atomically(path, (json.dumps(asdict(report), indent=1, allow_nan=False) + "\n").encode())
+    path = folder / records.stamped(
+        report.benchmark, report.date, report.commit, dirty=report.dirty, quick=report.quick
+    )
+    records.save(report, path)
     return path
 
 

@@ -19,7 +19,7 @@ import click
 
 from benchmarks import records
 from benchmarks.render import updated
-from onecard.config import DPOConfig, FitConfig, PPOConfig, SFTConfig, TrainConfig
+from onecard.config import Algorithm, DPOConfig, FitConfig, PPOConfig, SFTConfig, TrainConfig
 from onecard.fit.cards import GIB, Card
 from onecard.fit.command import answer, as_json
 from onecard.metrics import progress
@@ -29,7 +29,7 @@ README = records.ROOT / "README.md"
 NAME = "will-it-fit"
 
 MODELS = ("Qwen2.5-0.5B", "Qwen2.5-1.5B", "Gemma-2-2B", "Qwen3-4B", "Qwen2.5-7B", "Llama-3.1-8B", "Qwen2.5-14B")
-ALGORITHMS: dict[str, type[TrainConfig]] = {"sft": SFTConfig, "dpo": DPOConfig, "ppo": PPOConfig}
+ALGORITHMS: dict[Algorithm, type[TrainConfig]] = {"sft": SFTConfig, "dpo": DPOConfig, "ppo": PPOConfig}
 CARDS = (8, 12, 16, 24, 32)
 PROMPT = RESPONSE = 512
 TOGETHER: dict[str, Any] = {"optim": "paged_adamw_8bit", "max_length": PROMPT + RESPONSE}
@@ -42,7 +42,7 @@ LEVELS: dict[str, dict[str, Any]] = {
 ROLLOUT = {"16 bit": 8, "4 bit": 8, "least": 1}
 
 
-def settings_of(algorithm: str, model: str, level: str) -> TrainConfig:
+def settings_of(algorithm: Algorithm, model: str, level: str) -> TrainConfig:
     """The settings of a level; PPO has a reward adapter beside policy and critic."""
     config = ALGORITHMS[algorithm](model=model, **TOGETHER)
     for name, changes in LEVELS.items():
@@ -55,10 +55,10 @@ def settings_of(algorithm: str, model: str, level: str) -> TrainConfig:
     return config
 
 
-def plan(algorithm: str, model: str, level: str) -> dict[str, Any]:
+def plan(algorithm: Algorithm, model: str, level: str) -> dict[str, Any]:
     """One plan as plain data."""
     config = settings_of(algorithm, model, level)
-    fit = FitConfig(algorithm=algorithm, prompt_length=PROMPT, response_length=RESPONSE)  # type: ignore[arg-type]
+    fit = FitConfig(algorithm=algorithm, prompt_length=PROMPT, response_length=RESPONSE)
     return {"level": level, **as_json(answer(fit, config))}
 
 
@@ -108,7 +108,7 @@ def table(plans: Mapping[str, Any], marks: Marks) -> str:
     return "\n".join(lines)
 
 
-def plans_of(pairs: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+def plans_of(pairs: Sequence[tuple[str, Algorithm]]) -> Iterator[dict[str, Any]]:
     """All levels of each model and algorithm."""
     with progress("plan", len(pairs) * len(LEVELS)) as bar:
         for (model, algorithm), level in product(pairs, LEVELS):

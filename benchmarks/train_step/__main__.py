@@ -14,10 +14,10 @@ import click
 import torch
 from rich.console import Console
 
-from benchmarks import records
+from benchmarks import options, records
 from benchmarks.cases import Refused
-from benchmarks.kernels import CLOCKS, ready_device
 from benchmarks.kernels import main as guarded
+from benchmarks.kernels import ready_device
 from benchmarks.train_step import cases, render, results
 from benchmarks.train_step.cases import Case
 from benchmarks.train_step.dpo import quiet
@@ -60,16 +60,8 @@ def picked(device: str, kinds: Sequence[str], names: Sequence[str], *, quick: bo
 @click.option("--case", "names", multiple=True, help="Only this case, by name (repeatable).")
 @click.option("--minutes", type=click.FloatRange(min=0), help="No case is begun after so many minutes.")
 @click.option("--repeats", type=click.IntRange(1), help="Timed rounds of each case, at any cost. Default: 7 or 10.")
-@click.option(
-    "--busy",
-    is_flag=True,
-    help="The machine is busy with other work: one thread, and processor time instead of wall time (cpu only).",
-)
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for the JSON, the Markdown and the plots. Default: benchmarks/results/<device>.",
-)
+@options.BUSY
+@options.out_option("the JSON, the Markdown and the plots")
 @click.option(
     "--data-only", is_flag=True, help="Write the JSON alone; benchmarks.train_step.render makes the rest later."
 )
@@ -91,14 +83,10 @@ def command(
     norm of the first step do not agree is not timed, and the exit status is 1. The file is written after every case.
     """
     where = ready_device(device)
-    if busy and device == "cuda":
-        raise click.UsageError("--busy counts processor time, which says nothing of a GPU; leave it out.")
     if device == "cpu" and torch.cuda.is_available():
         raise click.UsageError("--device cpu: the engine takes the GPU that is here; set CUDA_VISIBLE_DEVICES= for it.")
     chosen = picked(device, kinds, names, quick=quick, smoke=smoke)
-    if busy:
-        torch.set_num_threads(1)  # threads that wait for a preempted one would count their waiting
-    clock, clock_name = CLOCKS[busy]
+    clock, clock_name = options.pick_clock(device, busy=busy)
     few = quick or smoke
     timing = Timing(
         repeats=repeats or (3 if few else REPEATS[device]),
@@ -134,11 +122,11 @@ def command(
         with console.status("") as status:
             result = measure_case(case, where, dtype, timing, status.update)
         report = replace(report, results=(*report.results, result))
-        results.save(report, path)
+        records.save(report, path)
         console.print(render.brief(result), highlight=False)
     report = replace(report, complete=left_out == 0, dirty=report.dirty or records.commit() != (head, dirty))
     if report.results:
-        results.save(report, path)
+        records.save(report, path)
         for made in (path, *([] if data_only else render.render(path))):
             console.print(f"wrote {made}", highlight=False, soft_wrap=True)
     if left_out:

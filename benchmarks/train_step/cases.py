@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.train_step.material import Model
+from onecard.config import Optim
 
 RANK = 16  # of every adapter
 
@@ -30,7 +31,7 @@ class Case:
     gradient_checkpointing: bool = False
     precompute_ref_log_probs: bool = False
     load_in_4bit: bool = False
-    optim: str = "adamw_torch"
+    optim: Optim = "adamw_torch"
     cap_gib: float = 0.0
     micro_batch_tokens: int = 0  # ours; TRL counts pairs
     in_turns: bool = True  # candidates are in memory together; else one after the other, each alone

@@ -12,21 +12,22 @@ import gc
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from rich.progress import Progress
 
-from benchmarks.train_step.material import Pair, drawn_weights
+from benchmarks.train_step.material import DTYPES, Pair, drawn_weights
 from onecard.algorithms.common import Recipe
 from onecard.algorithms.dpo.command import make_recipe
 from onecard.algorithms.supervised import Supervised
 from onecard.batches import PreferencePair, TokenSequence
-from onecard.config import DPOConfig
+from onecard.config import DPOConfig, Optim
 from onecard.metrics import Bar
 from onecard.models.build import load_roles
 from onecard.runs import Run
@@ -49,7 +50,7 @@ class Task:
     load_in_4bit: bool = False
     gradient_checkpointing: bool = False
     precompute_ref_log_probs: bool = False
-    optim: str = "adamw_torch"
+    optim: Optim = "adamw_torch"
 
     def places(self, step: int) -> list[int]:
         """Which pairs a step learns from."""
@@ -60,40 +61,37 @@ class Task:
         return sum(self.pairs[place].tokens for place in self.places(step))
 
 
-class Side:
+class Side(ABC):
     """A trainer that takes one optimizer step each time it is called, on the next pairs."""
 
     def __init__(self, task: Task) -> None:
         self.task, self.done = task, 0
         self.row: dict[str, float] = {}
 
+    @abstractmethod
     def ready(self) -> None:
         """What is outside of a step's time."""
 
+    @abstractmethod
     def step(self, places: Sequence[int]) -> dict[str, float]:
-        raise NotImplementedError
+        """One optimizer step on these pairs; its row."""
 
     def __call__(self) -> None:
         self.row = self.step(self.task.places(self.done))
         self.done += 1
 
+    @abstractmethod
     def model(self) -> Any:
         """What holds the weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def optimizer(self) -> Any:
-        raise NotImplementedError
+        """What updates them."""
 
 
-class NoBar:
+def no_bar() -> Bar:
     """A progress bar that shows nothing."""
-
-    def advance(self, row: Any = None, by: int = 1) -> None:
-        pass
-
-    @contextmanager
-    def part(self, label: str, total: int) -> Iterator[NoBar]:
-        yield self
+    return Bar(Progress(disable=True), "", 0)
 
 
 class Ours(Side):
@@ -103,7 +101,7 @@ class Ours(Side):
         super().__init__(task)
         config = DPOConfig(
             model=str(task.folder),
-            dtype=str(task.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            dtype=DTYPES[task.dtype],
             load_in_4bit=task.load_in_4bit,
             gradient_checkpointing=task.gradient_checkpointing,
             precompute_ref_log_probs=task.precompute_ref_log_probs,
@@ -111,7 +109,7 @@ class Ours(Side):
             gradient_accumulation_steps=task.per_step // task.per_pass,
             max_steps=1 << 30,
             share_prompts=share_prompts,
-            optim=task.optim,  # type: ignore[arg-type]
+            optim=task.optim,
             lr_scheduler_type="constant",
             **settings,
         )
@@ -126,10 +124,13 @@ class Ours(Side):
         self.job = Supervised(config, "dpo", recipe.objective(self.roles), self.examples, [])
         self.trainer = Trainer(config, self.job, self.roles, Run(task.folder, None, ()))
         self.roles.train()
+        self.bar = no_bar()
+
+    def ready(self) -> None:
+        """Nothing is."""
 
     def step(self, places: Sequence[int]) -> dict[str, float]:
-        bar: Bar = NoBar()  # type: ignore[assignment]
-        return self.job.step(self.trainer, places, bar)
+        return self.job.step(self.trainer, places, self.bar)
 
     def model(self) -> Any:
         return self.roles.model

@@ -19,11 +19,16 @@ from unittest import mock
 import torch
 from torch import nn
 
+from onecard.config import Dtype
+
 SEED = 7
 END, PAD = 0, 1  # token ids; each answer ends with END
 FIRST_WORD = 2
 STD = 0.02  # of drawn weights
 NORMS_AND_BIASES = 2  # parameters with fewer dimensions than this are gains, which are 1, and biases, which are 0
+
+
+DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -114,10 +119,7 @@ def draw_pairs(count: int, prompt: int, response: int, vocab: int, *, mixed: boo
         length = draw.randint((longest + 1) // 2, longest) if mixed else longest
         return tuple(draw.randrange(FIRST_WORD, vocab) for _ in range(length))
 
-    return [
-        Pair(tokens(prompt), *((*tokens(response)[:-1], END) for _ in range(2)))  # type: ignore[misc]
-        for _ in range(count)
-    ]
+    return [Pair(tokens(prompt), (*tokens(response)[:-1], END), (*tokens(response)[:-1], END)) for _ in range(count)]
 
 
 @contextmanager

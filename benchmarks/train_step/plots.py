@@ -15,14 +15,15 @@ from benchmarks.train_step.results import Report, Result, title
 
 matplotlib.use("Agg")  # before pyplot is there: no display is asked for
 from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 
-def saved(figure: object) -> bytes:
+def saved(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.tight_layout()  # type: ignore[attr-defined]
+    figure.tight_layout()
     # the same bytes from the same file
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})  # type: ignore[attr-defined]
-    pyplot.close(figure)  # type: ignore[arg-type]
+    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
     return buffer.getvalue()
 
 

@@ -14,13 +14,12 @@ from unittest import mock
 import torch
 
 from benchmarks.train_step.cases import Case, Flops
-from benchmarks.train_step.dpo import NoBar, forget, held_bytes
-from benchmarks.train_step.material import FIRST_WORD, SEED, draw_pairs, drawn_weights, text
+from benchmarks.train_step.dpo import forget, held_bytes, no_bar
+from benchmarks.train_step.material import DTYPES, FIRST_WORD, SEED, draw_pairs, drawn_weights, text
 from onecard.algorithms.ppo.job import PPO
 from onecard.algorithms.ppo.sampling import make_sampler
 from onecard.config import PPOConfig, RewardConfig
 from onecard.data import Prompt
-from onecard.metrics import Bar
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
 from onecard.passes import looking_budget
@@ -86,7 +85,7 @@ class Iterations:
 
     def __init__(self, case: Case, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
         self.case, self.device, self.done = case, device, 0
-        name: Any = str(dtype).removeprefix("torch.")
+        name = DTYPES[dtype]
         shared: dict[str, Any] = {"model": str(folder), "dtype": name, "load_in_4bit": case.load_in_4bit}
         reward = folder / "reward"
         with drawn_weights():
@@ -96,7 +95,7 @@ class Iterations:
                 **shared,
                 adapter_dtype=name,
                 gradient_checkpointing=case.gradient_checkpointing,
-                optim=case.optim,  # type: ignore[arg-type]
+                optim=case.optim,
                 reward_model_path=str(reward),
                 max_length=case.prompt + case.response + 1,
                 response_length=case.response,
@@ -148,7 +147,6 @@ class Iterations:
             return PASS_OF[role]
 
         _, indices = next(self.order)
-        bar: Bar = NoBar()  # type: ignore[assignment]
         with ExitStack() as stack:
             for target, name, changed in (
                 (job, "sampler", sampler),
@@ -161,7 +159,7 @@ class Iterations:
                 changed = watch.around(phase, getattr(experience, name))
                 stack.enter_context(mock.patch(f"{module}.{name}", changed))
             with watch.phase(WHOLE) if self.device.type == "cpu" else whole(watch):
-                row = job.step(trainer, indices, bar)
+                row = job.step(trainer, indices, no_bar())
         trainer.step += 1
         self.done += 1
         return row

@@ -10,7 +10,7 @@ import click
 
 from benchmarks import measure, records, tables
 from benchmarks.kernels import main as guarded
-from benchmarks.render import table, updated
+from benchmarks.render import run, table, updated
 from benchmarks.train_step import results
 from benchmarks.train_step.plots import PLOTS
 from benchmarks.train_step.ppo import ROLLOUT, WHOLE
@@ -250,17 +250,7 @@ def update_readme(readme: Path, path: Path) -> None:
 )
 def command(files: tuple[Path, ...], readme: Path | None) -> None:
     """Make the Markdown table and the plots of each FILE, beside it. Numbers come from the file alone."""
-    if readme is not None and len(files) > 1:
-        raise click.UsageError("--readme takes its numbers from one FILE; give one.")
-    try:
-        for path in files:
-            for made in render(path):
-                click.echo(f"wrote {made}")
-        if readme is not None:
-            update_readme(readme, files[0])
-            click.echo(f"updated {readme}")
-    except ValueError as error:
-        raise click.ClickException(str(error)) from None
+    run(files, readme, render, update_readme)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

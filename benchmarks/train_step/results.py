@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -82,27 +80,16 @@ def versions() -> dict[str, str]:
 
 def file_name(report: Report) -> str:
     """Sorts by date, and names the code."""
-    stamp = re.sub(r"[-:]", "", report.date)
-    marks = "".join(mark for mark, on in (("-dirty", report.dirty), ("-quick", report.quick)) if on)
-    return f"{BENCHMARK}-{stamp}-{report.commit[:7]}{marks}.json"
+    return records.stamped(BENCHMARK, report.date, report.commit, dirty=report.dirty, quick=report.quick)
 
 
-def save(report: Report, path: Path) -> None:
-    records.write_atomically(path, (json.dumps(asdict(report), indent=1, allow_nan=False) + "\n").encode())
+def report_of(values: dict[str, Any]) -> Report:
+    return Report(results=tuple(result_of(found) for found in values.pop("results")), **values)
 
 
 def load(path: Path) -> Report:
-    """Raises ValueError with the file's name for anything that is not such a report."""
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if (values.get("benchmark"), values.get("schema")) != (BENCHMARK, SCHEMA):
-            raise ValueError(f"benchmark {values.get('benchmark')!r}, schema {values.get('schema')!r}")
-        results = tuple(result_of(found) for found in values.pop("results"))
-        return Report(results=results, **values)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no report of benchmarks.train_step: {error}") from None
+    expected = {"benchmark": BENCHMARK, "schema": SCHEMA}
+    return records.read(path, "report of benchmarks.train_step", expected, report_of)
 
 
 def result_of(values: dict[str, Any]) -> Result:

@@ -15,7 +15,7 @@ from benchmarks import measure
 from benchmarks.train_step import __main__ as program
 from benchmarks.train_step import cases, material, peer, ppo, render, results, run
 from benchmarks.train_step.cases import RANK, TINY, Case, Flops, dpo_flops
-from benchmarks.train_step.dpo import SAME, NoBar, Ours, held_bytes, shake
+from benchmarks.train_step.dpo import SAME, Ours, held_bytes, no_bar, shake
 from benchmarks.train_step.material import END, draw_model, draw_pairs, drawn_weights, text, whole_words, write_folder
 from benchmarks.train_step.results import OURS, Row
 from benchmarks.train_step.run import GEMMS, TRL, TRL_ANSWERS, TRL_LIGER, UNSHARED, Timing
@@ -246,7 +246,7 @@ def test_watching_an_iteration_changes_nothing(iterations):
     watch = ppo.Watch(CPU)
     row = watched.run(watch)
     _, indices = next(alone.order)
-    plain = alone.job.step(alone.trainer, indices, NoBar())
+    plain = alone.job.step(alone.trainer, indices, no_bar())
     timed = {name for name in row if name.startswith(("time/", "memory/"))}
     assert {name: row[name] for name in row.keys() - timed} == {name: plain[name] for name in plain.keys() - timed}
     assert set(watch.seconds) == {*ppo.PHASES, ppo.WHOLE}

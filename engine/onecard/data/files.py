@@ -131,8 +131,8 @@ def parse(text: bytes, place: str) -> Any:
 
 def read_csv(path: Path, content: bytes) -> Numbered:
     """Comma-separated, with a header, quoted as spreadsheets do it."""
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.csv  # type: ignore[import-untyped]
+    import pyarrow
+    import pyarrow.csv
 
     try:
         table = pyarrow.csv.read_csv(
@@ -152,7 +152,7 @@ def read_csv(path: Path, content: bytes) -> Numbered:
 def read_parquet(path: Path, content: bytes) -> Numbered:
     """Parquet."""
     import pyarrow
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(content))
