@@ -87,7 +87,9 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-ON_A_CPU = words("--no_padding_free --save_steps 0")  # a block mask costs more there than a little padding
+ON_A_CPU = words(
+    "--no_padding_free --save_steps 0"
+)  # these texts are short: packed, each would be an attention call of its own
 
 SFT = Task(
     "sft",

@@ -143,7 +143,6 @@ def peaks(**settings) -> dict[str, int]:
         num_key_value_heads=2,
     )  # fmt: skip
     plan = make_plan(model, DPOConfig(model="x", **settings), Lengths(48, 16), CUDA)
-    assert not plan.phases[-1].before < 0
     return {"weights": plan.parameters, **{phase.name: phase.peak for phase in plan.phases}}
 
 

@@ -18,7 +18,7 @@ from transformers import (
 
 from onecard.algorithms.ppo.sampling import make_sampler
 from onecard.config import PPOConfig
-from onecard.models.cache import cache_bytes, cache_bytes_per_token
+from onecard.models.cache import cache_bytes
 from onecard.rollout import Sampling, sampling_budget
 from tests.engine.rollout_material import Player, spied
 
@@ -55,22 +55,19 @@ def test_the_bytes_are_those_of_a_real_cache(name, dtype):
             model(input_ids=torch.ones(5, 1, dtype=torch.int64), past_key_values=cache, use_cache=True)
         assert held(cache) == 5 * cache_bytes(model, length), length
     if "window" not in name:
-        assert cache_bytes(model, 40) == 40 * cache_bytes_per_token(model)
+        assert cache_bytes(model, 40) == 40 * cache_bytes(model, 1)
 
 
 def test_bytes_per_token_by_hand():
     """3 layers * keys and values * 2 heads * 8 * 4 bytes."""
-    assert (
-        cache_bytes_per_token(AutoModelForCausalLM.from_config(MODELS["grouped"], dtype=torch.float32))
-        == 3 * 2 * 2 * 8 * 4
-    )
+    assert cache_bytes(AutoModelForCausalLM.from_config(MODELS["grouped"], dtype=torch.float32), 1) == 3 * 2 * 2 * 8 * 4
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 18])
 def test_prompts_sampled_together_stay_within_the_budget(player: Player, rows):
     """As many rows as the longest prompt of a batch leaves room for, whatever the others' lengths."""
     prompts, new = list(player.prompts * 3), 6
-    per_token = cache_bytes_per_token(player.model)
+    per_token = cache_bytes(player.model, 1)
     longest = max(map(len, prompts)) + new
     budget = rows * longest * per_token
     torch.manual_seed(0)

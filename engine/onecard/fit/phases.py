@@ -15,7 +15,9 @@ from torch import Tensor
 from onecard.algorithms.common import Recipe
 from onecard.algorithms.dpo.command import make_recipe as dpo_recipe
 from onecard.algorithms.dpo.variants import pick_variant
+from onecard.algorithms.ppo.experience import state_values
 from onecard.algorithms.ppo.losses import ppo_objective
+from onecard.algorithms.ppo.sampling import rollout_budget
 from onecard.algorithms.ppo.settings import episodes_per_step, minibatch_size
 from onecard.algorithms.reward.command import make_recipe as reward_recipe
 from onecard.algorithms.sft import make_recipe as sft_recipe
@@ -26,7 +28,6 @@ from onecard.batches import (
     PreferencePair,
     TokenBatch,
     TokenSequence,
-    last_rows,
     pack,
     to_device,
 )
@@ -38,7 +39,7 @@ from onecard.models.cache import cache_bytes
 from onecard.models.roles import Roles
 from onecard.optim import clip_grad_norm, make_optimizer
 from onecard.passes import looking_budget
-from onecard.rollout import Held, Sampling, draw, evaluating, sampling_budget
+from onecard.rollout import Held, Sampling, draw, evaluating
 from onecard.trainer import Objective, accumulate
 
 GRADIENTS, STATES, CACHE = "gradients", "optimizer states", "kv cache"
@@ -207,7 +208,7 @@ class Rehearsal:
         """One pass over the prompts, and the pass over the last token of their answers."""
         model = self.roles.causal_model()
         prompts = [(0,) * self.lengths.prompt] * episodes_per_step(config)
-        budget = sampling_budget(config.local_rollout_forward_batch_size, int(config.rollout_cache_gib * 2**30))
+        budget = rollout_budget(config)
         sizes = [cache_bytes(model, self.lengths.total)] * len(prompts)
         chosen = next(replace(budget.cut, padded=True).places(sizes))
         sampling = Sampling(config.response_length, config.temperature)
@@ -254,11 +255,12 @@ class Rehearsal:
         def logprobs(batch: TokenBatch) -> Tensor:
             return roles.logprobs(batch, batch.targets, config.temperature)
 
-        def values(batch: TokenBatch) -> Tensor:
-            rows, _ = torch.cat([batch.targets.rows, last_rows(batch)]).sort()
-            return roles.scalars(batch, rows)
-
-        reads = {"reward": roles.scores, "policy": logprobs, "reference": logprobs, "value": values}
+        reads = {
+            "reward": roles.scores,
+            "policy": logprobs,
+            "reference": logprobs,
+            "value": partial(state_values, roles),
+        }
         for role, read in reads.items():
             if role not in roles.adapters:
                 continue

@@ -17,7 +17,7 @@ PlanOf = Callable[[TrainConfig], Plan]
 class Lever:
     """A setting that takes less memory: `pulled(config, rows)` gives it, or the same config where it is pulled."""
 
-    names: tuple[str, ...]
+    name: str
     pulled: Callable[[TrainConfig, int], TrainConfig]
 
 
@@ -42,13 +42,13 @@ def smaller_rollout(config: TrainConfig, rows: int) -> TrainConfig:
 
 
 LEVERS = (
-    Lever(("gradient_checkpointing",), lambda config, rows: replace(config, gradient_checkpointing=True)),
-    Lever(("optim",), smaller_optimizer),
-    Lever(("load_in_4bit",), smaller_weights),
-    Lever(("micro_batch_tokens",), smaller_passes),
-    Lever(("local_rollout_forward_batch_size",), smaller_rollout),
-    Lever(("adapter_dtype",), smaller_adapters),
-    Lever(("activation_offloading",), lambda config, rows: replace(config, activation_offloading=True)),
+    Lever("gradient_checkpointing", lambda config, rows: replace(config, gradient_checkpointing=True)),
+    Lever("optim", smaller_optimizer),
+    Lever("load_in_4bit", smaller_weights),
+    Lever("micro_batch_tokens", smaller_passes),
+    Lever("local_rollout_forward_batch_size", smaller_rollout),
+    Lever("adapter_dtype", smaller_adapters),
+    Lever("activation_offloading", lambda config, rows: replace(config, activation_offloading=True)),
 )
 
 
@@ -86,7 +86,7 @@ def make_fit(config: TrainConfig, plan_of: PlanOf, card: Card, rows: int) -> Fit
 
 def changes(before: TrainConfig, after: TrainConfig) -> dict[str, object]:
     """Settings of the levers that differ, with their new values."""
-    names = [name for lever in LEVERS for name in lever.names if hasattr(after, name)]
+    names = [lever.name for lever in LEVERS if hasattr(after, lever.name)]
     return {name: getattr(after, name) for name in names if getattr(before, name) != getattr(after, name)}
 
 

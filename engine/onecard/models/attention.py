@@ -154,9 +154,11 @@ def kernel_for(query: Tensor, score: Score) -> Kernel:
     return by_torch_varlen if flash else by_sdpa
 
 
-def flat(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    """[1, H, n, d] -> [n, H, d], as the varlen kernels want it."""
-    return [each.squeeze(0).transpose(0, 1) for each in (query, key, value)]
+def flat(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tuple[Any, ...]:
+    """What both varlen kernels begin with: [n, H, d] each, where sequences begin, and the longest of them."""
+    heads_last = [each.squeeze(0).transpose(0, 1) for each in (query, key, value)]
+    longest = max(segments.lengths), max(segments.key_lengths)
+    return *heads_last, segments.cu_queries, segments.cu_keys, *longest
 
 
 def by_flash_attn(query: Tensor, key: Tensor, value: Tensor, segments: Segments, score: Score) -> Tensor:
@@ -164,11 +166,7 @@ def by_flash_attn(query: Tensor, key: Tensor, value: Tensor, segments: Segments,
     flash_attn_varlen_func: Callable[..., Any] = importlib.import_module("flash_attn").flash_attn_varlen_func
     window = (-1, -1) if score.window is None else (score.window - 1, 0)
     out: Tensor = flash_attn_varlen_func(
-        *flat(query, key, value),
-        segments.cu_queries,
-        segments.cu_keys,
-        max(segments.lengths),
-        max(segments.key_lengths),
+        *flat(query, key, value, segments),
         softmax_scale=score.scale,
         causal=True,
         window_size=window,
@@ -186,11 +184,7 @@ def by_torch_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segment
     back = -1 if score.window is None else score.window - 1
     attention: Callable[..., Any] = varlen_attn
     out: Tensor = attention(
-        *flat(query, key, value),
-        segments.cu_queries,
-        segments.cu_keys,
-        max(segments.lengths),
-        max(segments.key_lengths),
+        *flat(query, key, value, segments),
         scale=score.scale,
         window_size=(back, 0),
         **grouped,

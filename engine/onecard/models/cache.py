@@ -21,8 +21,3 @@ def cache_bytes(model: Any, length: int) -> int:
     windows = [getattr(layer, "sliding_window", None) or length for layer in layers if isinstance(layer, DynamicLayer)]
     tokens = sum(min(length, window) for window in windows)
     return int(2 * kv_heads * head_dim * model.dtype.itemsize * tokens)
-
-
-def cache_bytes_per_token(model: Any) -> int:
-    """The same of a row's first token: what each token takes in a model without windows."""
-    return cache_bytes(model, 1)

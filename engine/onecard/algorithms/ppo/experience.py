@@ -65,6 +65,12 @@ def logprobs_of(
     return per_token(roles, role, episodes, read, budget)
 
 
+def state_values(roles: Roles, batch: TokenBatch) -> Tensor:
+    """The current role's scalars of the states before each response token and after the last, sequence by sequence."""
+    rows, _ = torch.cat([batch.targets.rows, last_rows(batch)]).sort()
+    return roles.scalars(batch, rows)
+
+
 def values_of(roles: Roles, episodes: Sequence[Episode], budget: Budget) -> list[Tensor]:
     """The critic's k + 1 values of each episode: of the states in which its tokens are chosen, and after the last one.
 
@@ -72,8 +78,7 @@ def values_of(roles: Roles, episodes: Sequence[Episode], budget: Budget) -> list
     """
 
     def read(batch: TokenBatch, targets: ResponseTargets) -> Tensor:
-        rows, _ = torch.cat([targets.rows, last_rows(batch)]).sort()
-        return roles.scalars(batch, rows)
+        return state_values(roles, batch)
 
     return per_token(roles, "value", episodes, read, budget, beyond=1)
 

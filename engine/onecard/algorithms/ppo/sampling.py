@@ -50,9 +50,13 @@ class Sampler:
         return Sampled(episodes, rollout)
 
 
+def rollout_budget(config: PPOConfig) -> Budget:
+    """How many prompts are sampled together."""
+    return sampling_budget(config.local_rollout_forward_batch_size, int(config.rollout_cache_gib * 2**30))
+
+
 def make_sampler(config: PPOConfig, roles: Roles, tokenizer: Any) -> Sampler:
     """The sampler that the settings ask for."""
     ends = end_tokens(roles, tokenizer, config.stop_token)
     sampling = Sampling(config.response_length, config.temperature)
-    budget = sampling_budget(config.local_rollout_forward_batch_size, int(config.rollout_cache_gib * 2**30))
-    return Sampler(tokenizer, sampling, ends, budget)
+    return Sampler(tokenizer, sampling, ends, rollout_budget(config))
