@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -255,7 +255,7 @@ class Rehearsal:
         def logprobs(batch: TokenBatch) -> Tensor:
             return roles.logprobs(batch, batch.targets, config.temperature)
 
-        reads = {
+        reads: dict[str, Callable[[TokenBatch], Tensor]] = {
             "reward": roles.scores,
             "policy": logprobs,
             "reference": logprobs,
