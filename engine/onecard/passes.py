@@ -128,6 +128,20 @@ def each_item(
     return [found[place] for place in range(len(sizes))]
 
 
+@torch.no_grad()
+def at_once(sizes: Sequence[int], budget: Budget, work: Callable[[int], R]) -> R:
+    """What `work` gives, told how many items of these sizes may be held at once, each as large as the largest.
+
+    Where memory runs out it is done again from its beginning, with fewer.
+    """
+    while True:
+        largest = next(replace(budget.cut, padded=True).places(sizes))
+        done = attempt(partial(work, len(largest)))
+        if done is not None:
+            return done[0]
+        budget.shrink([sizes[place] for place in largest], padded=True)
+
+
 def sequence_passes(
     roles: Roles, sequences: Sequence[TokenSequence], size: int | Budget, read: Callable[[TokenBatch], Sequence[R]]
 ) -> list[R]:

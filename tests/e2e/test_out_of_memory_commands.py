@@ -55,8 +55,8 @@ def room_for(limits: Limits, *, rows: float = 1e9, in_step: int | None = None) -
         return found
 
     def small_logits(self: Held) -> Tensor:
-        if short() and len(self.rows) > rows:
-            failed.append(len(self.rows))
+        if short() and len(self.owners) > rows:
+            failed.append(len(self.owners))
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return logits(self)
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from onecard.errors import OnecardError
-from onecard.rollout import Sampling, draw, warpers
+from onecard.rollout import Held, Sampling, draw, warpers
+from onecard.rollout.drawing import BLOCK, NOT_FINITE, first_beyond
 from tests.engine.rollout_material import (
     common_ends,
     greedy_by_transformers,
@@ -147,13 +148,55 @@ def test_the_models_own_generation_config_is_ignored(stories260k):
 # --- draw
 
 
-def test_logits_that_are_not_finite_are_one_line():
-    for bad in (float("nan"), float("inf")):
-        logits = torch.zeros(2, 5)
-        logits[1, 3] = bad
-        for sampling in (Sampling(1), Sampling(1, 0.0), Sampling(1, top_k=2), Sampling(1, top_p=0.5)):
-            with pytest.raises(OnecardError, match="logits are not finite"):
-                draw(logits, sampling, warpers(sampling))
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sampling", [Sampling(1), Sampling(1, 0.0), Sampling(1, top_k=2), Sampling(1, top_p=0.5)])
+def test_a_row_of_logits_that_are_not_finite_gets_no_token(bad, sampling):
+    logits = torch.zeros(3, 5)
+    logits[1, 3] = bad
+    tokens, _ = draw(logits, sampling, warpers(sampling))
+    assert tokens[1] == NOT_FINITE
+    assert (tokens[::2] >= 0).all()
+
+
+def test_logits_that_are_not_finite_are_one_line(player, monkeypatch):
+    """From the third pass on, in one row of several: nothing goes on with what they gave."""
+    whole, calls = Held.logits, []
+
+    def broken(self: Held) -> torch.Tensor:
+        calls.append(whole(self))
+        calls[-1][-1, 2] = float("nan") if len(calls) == 2 else 0.0
+        return calls[-1]
+
+    monkeypatch.setattr(Held, "logits", broken)
+    with pytest.raises(OnecardError, match="logits are not finite"):
+        player.sample(Sampling(8), ends=())
+    assert len(calls) == 2
+
+
+def test_the_token_is_the_first_beyond_the_chance():
+    """Blocks of words against one float64 sum over all of them, at sizes around those of a block."""
+    torch.manual_seed(0)
+    for words in (1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 50257):
+        probs = (torch.randn(64, words) * 4).softmax(-1)
+        probs[:, ::3] *= torch.rand(64, 1) > 0.5  # runs of words that cannot come, sums that are not 1
+        chances = torch.rand(64)
+        sums = probs.double().cumsum(-1)
+        expected = torch.searchsorted(sums, chances.double().unsqueeze(1) * sums[:, -1:], right=True)
+        possible = (sums[:, -1] > 0).nonzero().flatten()
+        assert torch.equal(first_beyond(probs, chances)[possible], expected[possible])
+
+
+def test_the_least_and_the_largest_chance_find_words_that_can_come():
+    words = 2 * BLOCK + 77
+    least, largest = torch.zeros(1), torch.full((1,), 1 - 2.0**-24)
+    for first, last in ((0, words - 1), (BLOCK - 1, BLOCK), (BLOCK, 2 * BLOCK - 1), (2 * BLOCK, 2 * BLOCK + 76)):
+        probs = torch.zeros(1, words)
+        probs[0, first], probs[0, last] = 0.3, 0.7
+        assert first_beyond(probs, least) == first
+        assert first_beyond(probs, largest) == last
+    even = torch.full((1, words), 1 / words)  # its blocks' sums and its words' are rounded differently
+    assert first_beyond(even, least) == 0
+    assert first_beyond(even, largest) == words - 1
 
 
 def test_a_token_of_no_probability_is_never_drawn():

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from onecard import rollout
 from onecard.batches import TokenSequence, pack
 from onecard.errors import OnecardError
 from onecard.models.build import load_roles
 from onecard.models.load import load_tokenizer
 from onecard.models.roles import Roles
-from onecard.rollout import Response, Sampling, end_tokens, sample_responses
+from onecard.rollout import Response, Sampling, end_tokens, sample_responses, sampler
 from tests.engine.rollout_material import (
     TEXTS,
     Player,
@@ -43,7 +42,7 @@ def test_finished_rows_leave_and_a_batch_ends_with_its_last_row(player, monkeypa
     assert len(rows) == longest  # no pass after the last token
     needed = sum(len(response.tokens) for response in found)
     assert needed <= sum(rows) < 1.25 * needed
-    monkeypatch.setattr(rollout, "LEAVING_SHARE", 2.0)  # nobody leaves
+    monkeypatch.setattr(sampler, "LEAVING_SHARE", 2.0)  # nobody leaves
     all_rows, same = passes()
     assert all_rows == [12] * longest
     assert [response.tokens for response in same] == [response.tokens for response in found]
@@ -88,7 +87,7 @@ def test_the_bar_moves_with_each_response(player, monkeypatch):
     bar = Counting()
     bar.rows = []
     ticks = itertools.count()
-    monkeypatch.setattr(rollout.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(sampler.time, "perf_counter", lambda: float(next(ticks)))
     found = player.sample(Sampling(7), ends=(), batch_size=4, bar=bar)
     assert len(bar.rows) == len(player.prompts)
     assert bar.rows == [{"time/tokens_per_second": 7.0}] * len(player.prompts)

@@ -33,13 +33,14 @@ from onecard.batches import (
 )
 from onecard.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig
 from onecard.cut import Cut
+from onecard.fit.rollouts import sample_longest
 from onecard.fit.tracker import PAGED, WORK, Phase, Tracker
 from onecard.fit.weights import META
 from onecard.models.cache import cache_bytes
 from onecard.models.roles import Roles
 from onecard.optim import clip_grad_norm, make_optimizer
 from onecard.passes import looking_budget
-from onecard.rollout import Held, Sampling, draw, evaluating
+from onecard.rollout import Sampling, evaluating, make_held
 from onecard.trainer import Objective, accumulate
 
 GRADIENTS, STATES, CACHE = "gradients", "optimizer states", "kv cache"
@@ -205,45 +206,14 @@ class Rehearsal:
             self.tracker.name(STATES, [each for each in kept if self.tracker.kind(each) == WORK])
 
     def rollout(self, config: PPOConfig) -> None:
-        """One pass over the prompts, and the pass over the last token of their answers."""
+        """One pass over the prompts, and the passes at which the cache is largest: it grows, and the last one."""
         model = self.roles.causal_model()
-        prompts = [(0,) * self.lengths.prompt] * episodes_per_step(config)
-        budget = rollout_budget(config)
-        sizes = [cache_bytes(model, self.lengths.total)] * len(prompts)
-        chosen = next(replace(budget.cut, padded=True).places(sizes))
+        sizes = [cache_bytes(model, self.lengths.total)] * episodes_per_step(config)
+        rows = len(next(replace(rollout_budget(config).cut, padded=True).places(sizes)))
         sampling = Sampling(config.response_length, config.temperature)
         with self.phase("rollout"), torch.no_grad(), evaluating(model), self.roles.playing("policy"):
-            held = Held(model, [prompts[place] for place in chosen], 0, META)
-            update = held.cache.update
-
-            def followed(*given: Any, **more: Any) -> Any:
-                found = update(*given, **more)
-                self.tracker.name(CACHE, found)
-                return found
-
-            held.cache.update = followed
-            tokens, _ = draw(held.logits(), sampling, [])
-            held.extend(tokens)
-            self.grow(held)
-            draw(held.logits(), sampling, [])
-            del held.cache.update  # it knows itself by it, and would not be let go of
-
-    def grow(self, held: Held) -> None:
-        """The cache, mask and positions as they are when the last token is due."""
-        done = self.lengths.total - 1
-        for layer in held.cache.layers:
-            if not isinstance(getattr(layer, "keys", None), Tensor):
-                continue
-            shape, dtype = list(layer.keys.shape), layer.keys.dtype
-            window = getattr(layer, "sliding_window", None)
-            shape[-2] = done if window is None else min(done, window - 1)
-            layer.keys = layer.values = None
-            with self.tracker.making(CACHE):
-                layer.keys, layer.values = (torch.empty(shape, dtype=dtype, device=META) for _ in range(2))
-            if hasattr(layer, "cumulative_length"):
-                layer.cumulative_length = done
-        held.mask = held.mask.new_ones(len(held.rows), done + 1)
-        held.positions = held.positions[:, -1:] + 1
+            held = make_held(model, rows, self.lengths.total - 1, META)
+            sample_longest(held, self.lengths.prompt, self.lengths.total, sampling, partial(self.tracker.name, CACHE))
 
     def passes(self, config: PPOConfig) -> None:
         """Those without gradients, in PPO: the judges', the policy's and the reference's, the critic's."""

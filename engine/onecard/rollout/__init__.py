@@ -1,0 +1,46 @@
+"""Prompts -> responses, sampled from the model itself: each token with the log-probability it was drawn with.
+
+    prompts, longest first -> rows of a cache -> a pass for each token -> where a row ends, the next prompt comes in
+
+    held.py       the rows that the model runs on, for models of any kind: batches, padded on the left
+    slots.py      the same where a row can be told its own length: a row that ended takes the next prompt
+    drawing.py    logits -> a token and its log-probability
+    ends.py       what ends a response
+    sampler.py    the loop
+
+The model's own `generation_config` (top-k, top-p, repetition penalty) is not used, but for the ids that end a response:
+what is sampled is the policy, at the temperature that was asked for. Masks, never ids, say what is padding: a pad token
+may be the EOS, the EOS may be the BOS, and all of them may stand inside a prompt. There is no beam search.
+"""
+
+from onecard.rollout.drawing import Sampling, chances_of, draw, warpers
+from onecard.rollout.ends import end_tokens, stop_ids
+from onecard.rollout.held import Held, Padded, evaluating
+from onecard.rollout.sampler import (
+    Response,
+    Rollout,
+    generate,
+    make_episode,
+    make_held,
+    sample_responses,
+    sampling_budget,
+)
+
+__all__ = [
+    "Held",
+    "Padded",
+    "Response",
+    "Rollout",
+    "Sampling",
+    "chances_of",
+    "draw",
+    "end_tokens",
+    "evaluating",
+    "generate",
+    "make_episode",
+    "make_held",
+    "sample_responses",
+    "sampling_budget",
+    "stop_ids",
+    "warpers",
+]

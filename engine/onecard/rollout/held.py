@@ -1,0 +1,145 @@
+"""The rows of a cache that the model runs on, and the simplest kind of them: batches, padded on the left."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, then each module as it was. In training mode, checkpointed layers silently keep no cache."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def unwatched(cache: Any) -> None:
+    """Nobody watches."""
+
+
+class Held:
+    """At most `size` rows, sampled together. `places[i]` says which prompt row i belongs to, `ages[i]` how many tokens
+    it has drawn: int64 [rows], on the device; `owners[i]` is the prompt on the host, None where its response has ended.
+
+    Its kinds differ in what they tell the model of a row's place, and so in when a prompt may come in.
+    """
+
+    refills: bool  # a prompt may come in while others go on
+
+    def __init__(self, model: Any, size: int, device: torch.device) -> None:
+        self.model, self.size, self.device = model, size, device
+        self.places = self.ages = torch.zeros(0, dtype=torch.int64, device=device)
+        self.owners: list[int | None] = []
+        self.cache: Any = None
+        self.watch: Callable[[Any], None] = unwatched
+        known = inspect.signature(model.forward).parameters
+        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        self.takes_positions = "position_ids" in known  # not so where attention itself knows distances (ALiBi)
+
+    def new_cache(self) -> Any:
+        """A cache of nothing; whoever plans its memory watches what comes into it."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        self.watch(cache)
+        return cache
+
+    def room(self, waiting: int) -> list[int]:
+        """The rows in which so many prompts, or as many of them as there is room for, may come in by now."""
+        raise NotImplementedError
+
+    def admit(self, prompts: Sequence[Sequence[int]], places: Sequence[int], rows: Sequence[int], pad: int) -> Tensor:
+        """Prompts come into these rows: fp32 logits [prompts, V] of their first tokens."""
+        raise NotImplementedError
+
+    def extend(self, tokens: Tensor, rows: Sequence[int] | None = None) -> None:
+        """These rows (None: all) go on with one token each."""
+        raise NotImplementedError
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only these rows stay."""
+        index = torch.tensor(rows, device=self.device)
+        self.places, self.ages = self.places[index], self.ages[index]
+        self.owners = [self.owners[row] for row in rows]
+        self.cache.reorder_cache(index)  # unlike `batch_select_indices`, every kind of layer has it
+
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model is told of the newest tokens: ids, mask and positions."""
+        raise NotImplementedError
+
+    def logits(self) -> Tensor:
+        """One pass over the newest tokens of all rows: fp32 [rows, V], of the token to come."""
+        return self.run(**self.inputs())
+
+    def run(self, *, position_ids: Tensor, **inputs: Tensor) -> Tensor:
+        positions = {"position_ids": position_ids} if self.takes_positions else {}
+        output = self.model(
+            past_key_values=self.cache, use_cache=True, return_dict=True, **inputs, **positions, **self.last_only
+        )
+        logits: Tensor = output.logits[:, -1].float()
+        return logits
+
+
+def padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, mask and positions of prompts that end together. `7 8 9` and `5`:
+
+    tokens  7 8 9      mask  1 1 1      positions  0 1 2
+            . . 5            0 0 1                 0 0 0
+    """
+    width = max(len(prompt) for prompt in prompts)
+    padding = [width - len(prompt) for prompt in prompts]
+    tokens = [[pad] * more + list(prompt) for more, prompt in zip(padding, prompts, strict=True)]
+    mask = torch.tensor([[0] * more + [1] * (width - more) for more in padding], device=device)
+    return torch.tensor(tokens, device=device), mask, (mask.cumsum(1) - 1).clamp(min=0)
+
+
+class Padded(Held):
+    """A batch of prompts, padded on the left; the next ones come in when all of them have ended. For any model: what a
+    mask and positions can say is all that it has to understand.
+
+    `7 8 9` and `5`, after each has drawn one token:
+
+        mask       1 1 1 1      tokens  4      positions  3
+                   0 0 1 1              6                 1
+
+    Columns that are padding for all rows that stay are kept.
+    """
+
+    refills = False
+    tokens: Tensor
+    mask: Tensor
+    positions: Tensor
+
+    def room(self, waiting: int) -> list[int]:
+        return list(range(min(self.size, waiting))) if set(self.owners) <= {None} else []
+
+    def admit(self, prompts: Sequence[Sequence[int]], places: Sequence[int], rows: Sequence[int], pad: int) -> Tensor:
+        self.cache = None  # the last batch's is free before the next one's grows
+        self.cache = self.new_cache()
+        self.owners, self.places = list(places), torch.tensor(places, device=self.device)
+        self.ages = torch.zeros_like(self.places)
+        self.tokens, self.mask, self.positions = padded(prompts, pad, self.device)
+        return self.logits()
+
+    def inputs(self) -> dict[str, Tensor]:
+        return {"input_ids": self.tokens, "attention_mask": self.mask, "position_ids": self.positions}
+
+    def extend(self, tokens: Tensor, rows: Sequence[int] | None = None) -> None:
+        self.tokens, self.ages = tokens.unsqueeze(1), self.ages + 1
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        self.positions = self.positions[:, -1:] + 1
+
+    def keep(self, rows: Sequence[int]) -> None:
+        super().keep(rows)
+        index = torch.tensor(rows, device=self.device)
+        self.tokens, self.mask, self.positions = self.tokens[index], self.mask[index], self.positions[index]

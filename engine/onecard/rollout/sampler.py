@@ -1,0 +1,236 @@
+"""The loop: each pass gives every row its next token; a row that ends makes room."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onecard.batches import Episode, TokenSequence, like_lengths
+from onecard.cut import Cut
+from onecard.data import Prompt
+from onecard.draws import drawn_again_after_errors
+from onecard.errors import OnecardError
+from onecard.metrics import Bar, progress
+from onecard.models.cache import cache_bytes
+from onecard.models.roles import Roles
+from onecard.passes import Budget, Wording, at_once
+from onecard.rollout.drawing import NOT_FINITE, Sampling, chances_of, draw, warpers
+from onecard.rollout.ends import end_tokens
+from onecard.rollout.held import Held, Padded, evaluating
+
+# Finished rows leave when they are this share of those held and nobody waits. To leave costs one copy of the cache of
+# the rows that stay, and saves this share of all steps to come, so it pays in a few. Measured on two small models, 1/16
+# to 1/4 are alike; at every single end, or from a half on, it is slower.
+LEAVING_SHARE = 1 / 8
+
+
+@dataclass(frozen=True)
+class Response:
+    """What was drawn behind one prompt: k tokens, and `logprobs` fp32 [k] (CPU), of each in what it was drawn from.
+
+    That is `log_softmax(logits / temperature)` in fp32, after top-k and top-p where they are asked for, and with
+    undivided logits at temperature 0. `finished`: the last token is one that ends a response, and it is among `tokens`;
+    else the response was cut at `max_new_tokens`.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: Tensor
+    finished: bool
+
+    @property
+    def body(self) -> tuple[int, ...]:
+        """The tokens without the one that ended it."""
+        return self.tokens[:-1] if self.finished else self.tokens
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses in the order of their prompts, and the seconds they took."""
+
+    responses: tuple[Response, ...]
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Response tokens, ending ones included; prompt tokens do not count."""
+        return sum(len(response.tokens) for response in self.responses) / self.seconds
+
+
+SAMPLING = Wording(
+    smaller="prompts that are sampled together hold a cache of at most {size} from here on; all are drawn again.",
+    single="the cache of one prompt and its answer, {size}, is too much beside the rest. Lower the length of answers "
+    "(response_length, or max_new_tokens), or add --load_in_4bit; `onecard fit` says beforehand what fits.",
+    shown=lambda size: f"{size / 2**20:,.1f} MiB",
+)
+
+
+def sampling_budget(batch_size: int, cache_bytes: int = 0) -> Budget:
+    """At most so many prompts sampled together, with a cache of at most so many bytes (0: of any)."""
+    return Budget(Cut(batch_size, cache_bytes, like=True, most=batch_size), SAMPLING)
+
+
+def make_held(model: Any, rows: int, columns: int, device: torch.device) -> Held:
+    """Rows for a model: those that take the next prompt one by one, where it understands them."""
+    from onecard.rollout.slots import Slots, takes_slots  # they come with transformers
+
+    return Slots(model, rows, columns, device) if takes_slots(model) else Padded(model, rows, device)
+
+
+class Drawn:
+    """What has been drawn of each prompt: tokens on the host, log-probabilities [prompts, most] on the device."""
+
+    def __init__(self, prompts: int, sampling: Sampling, ends: Collection[int], device: torch.device) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(prompts)]
+        self.logprobs = torch.zeros(prompts, sampling.max_new_tokens, device=device)
+        self.most, self.ends = sampling.max_new_tokens, ends
+
+    def add(self, place: int, token: int) -> bool:
+        """One more token; whether it is the response's last."""
+        self.tokens[place].append(token)
+        return token in self.ends or len(self.tokens[place]) == self.most
+
+    def response(self, place: int) -> Response:
+        tokens = tuple(self.tokens[place])
+        logprobs = self.logprobs[place, : len(tokens)].to("cpu", copy=True)
+        return Response(tokens, logprobs, tokens[-1] in self.ends)
+
+
+def sample_rows(
+    held: Held,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    ends: Collection[int],
+    *,
+    pad: int,
+    chances: Tensor | None = None,
+    hear: Callable[[int], object] | None = None,
+) -> Iterator[tuple[int, Response]]:
+    """(which prompt, its response), as they end; prompts come in in their order.
+
+    `chances` [prompts, max_new_tokens] choose the tokens, if given (see `draw`); `hear` is told each token as it is
+    drawn.
+    """
+    filters = warpers(sampling)
+    drawn = Drawn(len(prompts), sampling, ends, held.device)
+    waiting = deque(range(len(prompts)))
+
+    def go_on(logits: Tensor, rows: Sequence[int] | None = None) -> Iterator[tuple[int, Response]]:
+        """One token for each of these rows (None: all)."""
+        index = slice(None) if rows is None else torch.tensor(rows, device=held.device)
+        places, ages = held.places[index], held.ages[index].clamp(max=sampling.max_new_tokens - 1)
+        chosen_by = None if chances is None else chances[places, ages]
+        tokens, drawn.logprobs[places, ages] = draw(logits, sampling, filters, chosen_by)
+        held.extend(tokens, rows)
+        for row, token in zip(range(len(held.owners)) if rows is None else rows, tokens.tolist(), strict=True):
+            place = held.owners[row]
+            if place is None:
+                continue
+            if token == NOT_FINITE:
+                raise OnecardError(
+                    "model: its logits are not finite, so nothing can be sampled: it has diverged, or its dtype "
+                    "overflows."
+                )
+            if hear is not None:
+                hear(token)
+            if drawn.add(place, token):
+                held.owners[row] = None
+                yield place, drawn.response(place)
+
+    while True:
+        rows = held.room(len(waiting))
+        if rows:
+            places = [waiting.popleft() for _ in rows]
+            yield from go_on(held.admit([prompts[place] for place in places], places, rows, pad), rows)
+        staying = [row for row, place in enumerate(held.owners) if place is not None]
+        if not staying:
+            if not waiting:
+                return
+            continue
+        leaving = len(held.owners) - len(staying)
+        if leaving >= max(1, LEAVING_SHARE * len(held.owners)) and not (waiting and held.refills):
+            held.keep(staying)
+        yield from go_on(held.logits())
+
+
+def sample_responses(
+    roles: Roles,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    ends: Collection[int],
+    pad: int,
+    batch_size: int | Budget,
+    bar: Bar | None = None,
+    seed: int | None = None,
+    hear: Callable[[int], object] | None = None,
+) -> Rollout:
+    """One response of the current role to each prompt, in the prompts' order. `bar` moves with each response.
+
+    Draws come from torch's global generator; with `seed`, each prompt has draws of its own, made of the seed and its
+    place. `hear` is told each token as it is drawn. Whether prompt and response fit into the model's context is for
+    callers to check. Where memory runs out, all prompts are drawn again from the first on, fewer at a time; what had
+    ended is not kept, for the answers that end early are the short ones.
+    """
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise OnecardError(f"prompt {index} has no tokens, so there is nothing to go on from.")
+    model = roles.causal_model()
+    began = time.perf_counter()
+    lengths = [len(prompt) + sampling.max_new_tokens for prompt in prompts]
+    # the longest first: a batch is of like lengths, and what comes in later has room where another has been
+    order = [place for alone in like_lengths(lengths, 1) for place in alone]
+    counts: dict[int, int] = {}  # tokens of each response that the bar has been told of
+
+    def read(rows: int) -> dict[int, Response]:
+        chances = None
+        if seed is not None:
+            chances = torch.stack([chances_of(seed, place, sampling.max_new_tokens) for place in order])
+            chances = chances.to(roles.device)
+        held = make_held(model, rows, max(lengths) - 1, roles.device)  # the last token has no keys
+        found: dict[int, Response] = {}
+        ordered = [prompts[place] for place in order]
+        with drawn_again_after_errors(roles.device):
+            for index, response in sample_rows(held, ordered, sampling, ends, pad=pad, chances=chances, hear=hear):
+                place = order[index]
+                found[place] = response
+                told = place in counts
+                counts[place] = len(response.tokens)
+                if bar is not None and not told:
+                    bar.advance({"time/tokens_per_second": sum(counts.values()) / (time.perf_counter() - began)})
+        return found
+
+    budget = batch_size if isinstance(batch_size, Budget) else sampling_budget(batch_size)
+    sizes = [cache_bytes(model, length) for length in lengths]
+    with evaluating(model):
+        found = at_once(sizes, budget, read) if prompts else {}
+    return Rollout(tuple(found[place] for place in range(len(prompts))), time.perf_counter() - began)
+
+
+def make_episode(prompt: Prompt, place: int, response: Response) -> Episode:
+    """Prompt and response as one sequence; the mask, not any token id, says which is which."""
+    mask = (False,) * len(prompt.tokens) + (True,) * len(response.tokens)
+    sequence = TokenSequence(prompt.tokens + response.tokens, mask)
+    return Episode(sequence, response.logprobs, response.finished, place)
+
+
+def generate(
+    roles: Roles, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling, *, batch_size: int
+) -> list[str]:
+    """One response text to each prompt, in the prompts' order."""
+    with progress("generate", len(prompts)) as bar:
+        rollout = sample_responses(
+            roles,
+            [prompt.tokens for prompt in prompts],
+            sampling,
+            ends=end_tokens(roles, tokenizer),
+            pad=tokenizer.pad_token_id,
+            batch_size=batch_size,
+            bar=bar,
+        )
+    return [tokenizer.decode(response.body, skip_special_tokens=True) for response in rollout.responses]
