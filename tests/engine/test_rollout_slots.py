@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from onecard.models.attention import use_own_attention
-from onecard.rollout import Padded, Sampling, sampler
+from onecard.rollout import Padded, Sampling, sampler, slots
+from onecard.rollout.replay import cuda_graph, recorded_by, recorder_for
 from onecard.rollout.slots import GROWTH, SlotLayer, Slots, takes_slots
 from tests.engine.rollout_material import Player, common_ends, load, own_logprobs, spied
 
@@ -72,6 +73,71 @@ def test_a_short_prompt_does_not_see_whose_place_it_takes(player: Player):
     for prompt, response in zip(prompts, found, strict=True):
         own = own_logprobs(player, prompt, response, 1.0)
         torch.testing.assert_close(response.logprobs, own, atol=1e-4, rtol=0)
+
+
+class Kept:
+    """Records a pass as a GPU would: for inputs that stay where they are, and results that are overwritten."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, int]] = []
+
+    def __call__(self, run: Any, inputs: dict[str, torch.Tensor]) -> Any:
+        out = run(inputs)
+        rows, columns = inputs["attention_mask"].shape[0], inputs["attention_mask"].shape[-1]
+        self.shapes.append((rows, columns))
+
+        def replay(new: dict[str, torch.Tensor]) -> torch.Tensor:
+            for name, held in inputs.items():
+                held.copy_(new[name])
+            out.copy_(run(inputs))
+            return out.clone()
+
+        return replay
+
+
+def test_recorded_passes_give_the_same_answers(monkeypatch, player: Player):
+    """Recorded anew when the cache grows and when rows leave, and at no other time."""
+    monkeypatch.setattr(slots, "GROWTH", 32)
+    prompts, ends = player.prompts * 4, common_ends(player)
+
+    def sampled() -> Any:
+        return player.sample(Sampling(50), prompts, ends=ends, batch_size=6, seed=5).responses
+
+    plain, recorder = sampled(), Kept()
+    with recorded_by(recorder), spied(player.model) as shapes:
+        replayed = sampled()
+    for one, other in zip(plain, replayed, strict=True):
+        assert one.tokens == other.tokens
+        torch.testing.assert_close(one.logprobs, other.logprobs, atol=2e-5, rtol=0)
+    assert len(recorder.shapes) == len(set(recorder.shapes))  # never the same twice
+    assert {columns for _, columns in recorder.shapes} >= {32, 64}
+    assert recorder.shapes[0] == (6, 32)
+    assert len(recorder.shapes) < len(shapes) / 5
+
+
+def test_a_pass_that_cannot_be_recorded_is_run(capsys, player: Player):
+    tried = []
+
+    def refuses(run: Any, inputs: Any) -> Any:
+        tried.append(inputs)
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    plain = player.sample(Sampling(9), batch_size=4, seed=2).responses
+    with recorded_by(refuses):
+        found = player.sample(Sampling(9), batch_size=4, seed=2).responses
+    assert [one.tokens for one in found] == [one.tokens for one in plain]
+    assert len(tried) == 1
+    assert "goes on without a recorded pass: operation not permitted" in capsys.readouterr().err
+
+
+def test_passes_are_recorded_on_a_gpu_where_one_asks_for_it(monkeypatch):
+    assert recorder_for(torch.device("cuda")) is None
+    monkeypatch.setenv("ONECARD_ROLLOUT_GRAPHS", "1")
+    assert recorder_for(torch.device("cuda")) is cuda_graph
+    assert recorder_for(torch.device("cpu")) is None
+    assert recorder_for(torch.device("meta")) is None
+    with recorded_by(None):
+        assert recorder_for(torch.device("cuda")) is None
 
 
 def test_memory_grows_with_the_longest_row_and_no_further_than_its_end(player: Player):

@@ -4,6 +4,7 @@
 
     held.py       the rows that the model runs on, for models of any kind: batches, padded on the left
     slots.py      the same where a row can be told its own length: a row that ended takes the next prompt
+    replay.py     such a row's pass, recorded once on a GPU and replayed
     drawing.py    logits -> a token and its log-probability
     ends.py       what ends a response
     sampler.py    the loop

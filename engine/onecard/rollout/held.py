@@ -79,7 +79,10 @@ class Held:
 
     def logits(self) -> Tensor:
         """One pass over the newest tokens of all rows: fp32 [rows, V], of the token to come."""
-        return self.run(**self.inputs())
+        return self.step(self.inputs())
+
+    def step(self, inputs: dict[str, Tensor]) -> Tensor:
+        return self.run(**inputs)
 
     def run(self, *, position_ids: Tensor, **inputs: Tensor) -> Tensor:
         positions = {"position_ids": position_ids} if self.takes_positions else {}

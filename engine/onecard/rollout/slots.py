@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 
 from onecard.models.attention import has_own_attention, windows_of
 from onecard.rollout.held import Held, padded
+from onecard.rollout.replay import Replayed, recorder_for
 
 # Prompts come in when so large a share of the rows is free. To come in costs a pass of its own, however few they are,
 # and a free row costs its share of every step.
@@ -109,6 +110,8 @@ class Slots(Held):
     def __init__(self, model: Any, size: int, limit: int, device: torch.device) -> None:
         super().__init__(model, size, device)
         self.layout = Layout(limit)
+        recorder = recorder_for(device)
+        self.replayed = None if recorder is None else Replayed(recorder)
         self.places, self.ages, self.lengths, self.tokens = torch.zeros(4, size, dtype=torch.int64, device=device)
         self.owners = [None] * size
         self.columns = [0] * size  # `lengths` on the host
@@ -144,19 +147,30 @@ class Slots(Held):
     def inputs(self) -> dict[str, Tensor]:
         layout = self.layout
         going_on = [columns for columns, place in zip(self.columns, self.owners, strict=True) if place is not None]
-        layout.read = max(going_on) + 1
-        layout.grow(layout.read)
+        layout.grow(max(going_on) + 1)
+        layout.read = max(going_on) + 1 if self.replayed is None else layout.capacity
         # a row that has ended goes on at its last column, until a prompt comes in
-        layout.lengths = self.lengths.clamp(max=layout.read - 1)
-        seen = torch.arange(layout.read, device=self.device) <= layout.lengths.unsqueeze(1)
-        positions = layout.lengths.unsqueeze(1)
-        return {"input_ids": self.tokens.unsqueeze(1), "attention_mask": seen[:, None, None], "position_ids": positions}
+        lengths = self.lengths.clamp(max=layout.read - 1)
+        seen = torch.arange(layout.read, device=self.device) <= lengths.unsqueeze(1)
+        return {
+            "input_ids": self.tokens.unsqueeze(1),
+            "attention_mask": seen[:, None, None],
+            "position_ids": lengths.unsqueeze(1),
+        }
 
-    def logits(self) -> Tensor:
-        found = super().logits()
+    def step(self, inputs: dict[str, Tensor]) -> Tensor:
+        if self.replayed is None:
+            found = self.write(inputs)
+        else:
+            found = self.replayed(self.write, inputs, (len(self.owners), self.layout.capacity))
         self.lengths = self.lengths + 1
         self.columns = [columns + 1 for columns in self.columns]
         return found
+
+    def write(self, inputs: dict[str, Tensor]) -> Tensor:
+        """One pass; keys and values go where the positions say."""
+        self.layout.lengths = inputs["position_ids"].squeeze(1)
+        return self.run(**inputs)
 
     def extend(self, tokens: Tensor, rows: Sequence[int] | None = None) -> None:
         if rows is None:
