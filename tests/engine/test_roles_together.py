@@ -10,6 +10,7 @@ from onecard.config import PPOConfig, RewardConfig
 from onecard.errors import OnecardError
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
+from tests.engine.roles_material import gradients, policy_part, ppo_roles, value_part
 
 TEXTS = ("Once upon a time there was a dog.", "Lily likes to play in the park with her friends", "One day a big cat")
 BASES = {"fp32": {}, "bf16": {"dtype": "bfloat16"}, "nf4": {"load_in_4bit": True}}
@@ -21,31 +22,6 @@ def texts_of(model) -> list[TokenSequence]:
     return [TokenSequence(tokens, (False, *(True,) * (len(tokens) - 1))) for tokens in ids]
 
 
-def ppo_roles(model, **settings):
-    """Both adapters and the value head away from their start, where half of all gradients are zero."""
-    roles = load_ppo_roles(PPOConfig(model=str(model), **settings))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in roles.trained_parameters().values():
-            parameter.add_(torch.randn_like(parameter) * 0.02)
-    return roles.train()
-
-
-def policy_part(roles, batch) -> torch.Tensor:
-    return roles.logprobs(batch, batch.targets).sum()
-
-
-def value_part(roles, batch) -> torch.Tensor:
-    with roles.playing("value"):
-        return roles.scalars(batch, batch.targets.rows).square().sum()
-
-
-def gradients(roles) -> dict[str, torch.Tensor]:
-    found = {name: parameter.grad.clone() for name, parameter in roles.trained_parameters().items()}
-    roles.zero_grad()
-    return found
-
-
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("base", BASES)
 def test_one_backward_of_both_roles_gives_each_role_s_own_gradients(tinystories, base, checkpointing):
@@ -55,6 +31,7 @@ def test_one_backward_of_both_roles_gives_each_role_s_own_gradients(tinystories,
     policy_part(roles, batch).backward()
     value_part(roles, batch).backward()
     apart = gradients(roles)
+    assert apart.keys() == roles.trained_parameters().keys()
     (policy_part(roles, batch) + value_part(roles, batch)).backward()
     together = gradients(roles)
     assert {name.split(".")[-2] for name in apart if "lora" in name} == {"policy", "value"}
@@ -71,13 +48,12 @@ def test_a_backward_under_another_role_is_the_same(tinystories, checkpointing, p
     roles = ppo_roles(tinystories, gradient_checkpointing=checkpointing)
     batch = pack(texts_of(tinystories))
     policy_part(roles, batch).backward()
-    expected = {name: p.grad.clone() for name, p in roles.trained_parameters().items() if p.grad is not None}
-    roles.zero_grad()
+    expected = gradients(roles)
     loss = policy_part(roles, batch)
     with roles.playing(playing):
         loss.backward()
         assert roles.current == playing
-    got = {name: p.grad.clone() for name, p in roles.trained_parameters().items() if p.grad is not None}
+    got = gradients(roles)
     assert got.keys() == expected.keys()
     assert all(".policy." in name for name in got)
     for name, gradient in expected.items():

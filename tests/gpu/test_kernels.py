@@ -5,78 +5,109 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.measure import peak_bytes
 from onecard_kernels import linear_logprobs, selective_log_softmax
+from onecard_kernels.logprob import products, reference
 from tests.closeness import LOGPROB_BARS, assert_within, error
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-def inputs(n: int, d: int, v: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states and head whose logits have a standard deviation of 4, targets, and a gradient per token."""
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device="cuda", generator=generator)
-
-    hidden = normal(n, d).to(dtype).requires_grad_()
-    weight = (normal(v, d) * 4 / d**0.5).to(dtype)
-    targets = torch.randint(v, (n,), device="cuda", generator=generator)
-    return hidden, weight, targets, normal(n)
+from tests.gpu.card import BF16, DEVICE, DTYPES, FP32, LOW, Shape, inputs, normal, sized, truth
 
 
-def truth(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    logits = hidden.double() @ weight.double().T
-    return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+def chosen(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return reference.selective_log_softmax(logits, targets).logprobs
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("shape", [(300, 128, 32000), (1100, 896, 151936), (64, 256, 50257)])
-@pytest.mark.parametrize("trained", [False, True])
-def test_values_and_gradients_against_fp64(dtype, shape, trained):
-    """Two chunks with a remainder, and a vocabulary that no block size divides."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    hidden, weight, targets, upstream = inputs(*shape, dtype)
-    weight.requires_grad_(trained)
-    leaves = [hidden, weight] if trained else [hidden]
+@pytest.mark.parametrize("dtype", LOW)
+def test_products_of_16_bits_come_out_in_fp32(dtype: str) -> None:
+    """Log-probabilities within 1e-4 of fp64 of the same inputs; a product that rounds its result could not be."""
+    n, d, v = sized((300, 4096, 128256), (20, 64, 300))
+    hidden, weight, targets = inputs(n, d, v, LOW[dtype])
+    operand = products.operand_dtype(hidden.dtype, weight.dtype, FP32, DEVICE)
+    assert operand == sized(LOW[dtype], FP32)
+    scratch = products.scratch_for(weight, operand, v)
+    logits = torch.full((n, v), float("nan"), device=DEVICE)
+    products.project(hidden.to(operand), weight, logits, scratch)
+    exact = hidden.double() @ weight.double().T
+    assert_within(logits, exact, 5e-4)  # of up to 25: tensor cores may cut off what they add, not round it
+    right = chosen(exact, targets)
+    assert_within(chosen(logits, targets), right, 1e-4)
+    rounded = hidden @ weight.T
+    assert error(rounded, exact) > 5e-4
+    assert error(chosen(rounded.float(), targets), right) > 5e-4
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_the_backward_s_products_of_16_bits_come_out_in_fp32(dtype: str) -> None:
+    """Both, added to what is there: by hidden over all columns of the vocabulary, by the head over all tokens."""
+    n, d, v = sized((300, 512, 128256), (20, 64, 300))
+    hidden, weight, _ = inputs(n, d, v, LOW[dtype])
+    operand = products.operand_dtype(hidden.dtype, weight.dtype, FP32, DEVICE)
+    scratch = products.scratch_for(weight, operand, v)
+    slopes = normal(n, v).to(operand)
+    exact = slopes.double() @ weight.double()
+    bar = 2.0**-12 * float(exact.abs().max())  # of long sums on tensor cores, see above; bf16 rounds at 2^-9
+    first = products.back(slopes, weight, None, FP32, scratch)
+    assert first.dtype == FP32
+    assert_within(first, exact, bar)
+    assert_within(products.back(slopes, weight, first, FP32, scratch), 2 * exact, 2 * bar)
+    exact = slopes.double().T @ hidden.double()
+    total = torch.ones(v, d, device=DEVICE)
+    products.outer(slopes, hidden.to(operand), total)
+    assert_within(total, exact + 1, 2.0**-16 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", sized([(300, 128, 32000), (1100, 896, 151936), (64, 256, 50257)], [(20, 16, 131)]), ids=str
+)
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_values_and_gradients_against_fp64(dtype: str, shape: Shape, trained: bool) -> None:
+    """The default path: chunks with a remainder, and a vocabulary that no block size divides."""
+    hidden, weight, targets = inputs(*shape, DTYPES[dtype])
+    upstream = normal(shape[0])
+    leaves = [hidden.requires_grad_(), *([weight.requires_grad_()] if trained else [])]
     got = linear_logprobs(hidden, weight, targets).logprobs
-    expected = truth(hidden, weight, targets)
-    assert_within(got, expected, LOGPROB_BARS[dtype, 4])
     gradients = torch.autograd.grad(got, leaves, upstream)
-    true_gradients = torch.autograd.grad(expected, leaves, upstream.double())
-    eager = (hidden @ weight.T).float().log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
-    eager_gradients = torch.autograd.grad(eager, leaves, upstream)
-    for ours, eagers, right in zip(gradients, eager_gradients, true_gradients, strict=True):
-        assert error(ours, right) <= 2 * error(eagers, right)
+    found = []
+    for products_in, softmax_in in ((torch.float64, torch.float64), (DTYPES[dtype], FP32)):
+        h, w = (x.detach().to(products_in).requires_grad_(x.requires_grad) for x in (hidden, weight))
+        logp = chosen((h @ w.T).to(softmax_in), targets)
+        found.append((logp.detach(), torch.autograd.grad(logp, [h, w][: len(leaves)], upstream.to(logp))))
+    (right, true_gradients), (_, eager_gradients) = found
+    assert_within(got, right, LOGPROB_BARS[DTYPES[dtype], 4])
+    for ours, eagers, true in zip(gradients, eager_gradients, true_gradients, strict=True):
+        assert error(ours, true) <= 2 * error(eagers, true)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_selective_log_softmax_against_fp64(dtype):
-    logits = (torch.randn(257, 50257, device="cuda") * 4).to(dtype).requires_grad_()
-    targets = torch.randint(50257, (257,), device="cuda")
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_selective_log_softmax_against_fp64(dtype: str) -> None:
+    n, v = sized((257, 50257), (20, 131))
+    logits = (normal(n, v) * 4).to(DTYPES[dtype])
+    targets = torch.randint(v, (n,), device=DEVICE)
     got = selective_log_softmax(logits, targets, return_entropy=True)
-    logp = logits.double().log_softmax(-1)
-    assert_within(got.logprobs, logp.gather(-1, targets[:, None]).squeeze(-1), 2e-5)
-    assert_within(got.entropy, -(logp.exp() * logp).sum(-1), 1e-4)
+    right = reference.selective_log_softmax(logits.double(), targets, return_entropy=True)
+    assert_within(got.logprobs, right.logprobs, 2e-5)
+    assert got.entropy is not None
+    assert right.entropy is not None
+    assert_within(got.entropy, right.entropy, 1e-4)
 
 
-def test_workspace_is_below_a_gigabyte_at_8b_shapes():
+def test_workspace_is_below_a_gigabyte_at_8b_shapes() -> None:
     """N = 8192, D = 4096, V = 128256: the full bf16 logits would be 1.96 GiB, in fp32 with their gradient 7.8 GiB."""
-    hidden, weight, targets, upstream = inputs(8192, 4096, 128256, torch.bfloat16)
+    hidden, weight, targets = inputs(*sized((8192, 4096, 128256), (40, 16, 131)), BF16)
+    hidden.requires_grad_()
     linear_logprobs(hidden[:8], weight, targets[:8])  # the BLAS library's own workspace is not ours
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    logprobs = linear_logprobs(hidden, weight, targets).logprobs
-    assert torch.cuda.max_memory_allocated() - before < 1 << 30
-    logprobs.backward(upstream)
+    assert 0 < peak_bytes(lambda: linear_logprobs(hidden, weight, targets), DEVICE) < 1 << 30
+    linear_logprobs(hidden, weight, targets).logprobs.backward(normal(targets.numel()))
     assert hidden.grad is not None
     assert hidden.grad.isfinite().all()
 
 
-def test_more_logits_than_an_int32_counts():
+def test_more_logits_than_an_int32_counts() -> None:
     """20,000 x 151,936 logits pass 2^31, in chunks: the last row must be as right as the first."""
-    hidden, weight, targets, _ = inputs(20000, 64, 151936, torch.bfloat16)
+    n, d, v = sized((20000, 64, 151936), (20, 16, 131))
+    hidden, weight, targets = inputs(n, d, v, BF16)
     with torch.no_grad():
         got = linear_logprobs(hidden, weight, targets).logprobs
-        ends = torch.tensor([0, 1, 19998, 19999], device="cuda")
-        assert_within(got[ends], truth(hidden[ends], weight, targets[ends]), LOGPROB_BARS[torch.bfloat16, 4])
+    ends = torch.tensor([0, 1, n - 2, n - 1], device=DEVICE)
+    right, _ = truth(hidden[ends], weight, targets[ends], torch.ones(4, device=DEVICE), torch.float64)
+    assert_within(got[ends], right, LOGPROB_BARS[BF16, 4])

@@ -12,8 +12,7 @@ from onecard.models.build import load_ppo_roles
 from onecard.models.load import load_tokenizer
 from onecard.rollout import Sampling, end_tokens, sample_responses
 from onecard_kernels import gae, linear_ppo_loss, masked_whiten, value_loss
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+from tests.gpu.card import CARD, DEVICE, card_only, sized
 
 
 def test_losses_and_advantages_are_those_of_the_cpu():
@@ -28,7 +27,7 @@ def test_losses_and_advantages_are_those_of_the_cpu():
     targets = torch.randint(300, shape, generator=generator)
     old, rewards, values = normal(*shape) * 0.1 - 5.7, normal(*shape), normal(*shape)
     results = []
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", DEVICE):
         h, w, y, o, r, v, m = (x.to(device) for x in (hidden, weight, targets, old, rewards, values, mask))
         h.requires_grad_()
         advantages, returns = gae(r, v, m, gamma=0.99)
@@ -36,8 +35,8 @@ def test_losses_and_advantages_are_those_of_the_cpu():
         critic = value_loss(v + 0.3, v, returns, m)
         loss.loss.backward()
         results.append([x.cpu() for x in (loss.loss.detach(), h.grad, critic.loss, *loss.metrics.values())])
-    for cpu, cuda in zip(*results, strict=True):
-        torch.testing.assert_close(cuda, cpu, rtol=1e-9, atol=1e-12)
+    for cpu, card in zip(*results, strict=True):
+        torch.testing.assert_close(card, cpu, rtol=1e-9, atol=1e-12)
 
 
 VARIANTS = {
@@ -49,7 +48,11 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# tests/e2e/test_ppo_variants.py has many more on the CPU
+DRY = [pytest.param("NF4, checkpointing, paged", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("variant", sized(list(VARIANTS), DRY))
 def test_a_run_from_a_reward_adapter(onecard, tmp_path, tiny_model, pairs, variant):
     """Startup checks pass in every dtype, all numbers are finite, and a resumed run takes its checkpoint."""
     reward = onecard("reward", "--model", tiny_model, "--dataset", pairs, "--output_dir", tmp_path / "reward",
@@ -65,11 +68,12 @@ def test_a_run_from_a_reward_adapter(onecard, tmp_path, tiny_model, pairs, varia
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(abs(value) < float("inf") for row in rows for value in row.values())
     for row in rows:
-        if "loss" in row:
+        if "loss" in row and CARD:
             assert 0 < max(row["memory/rollout_gib"], row["memory/learn_gib"]) <= row["memory/peak_gib"]
     assert onecard(*arguments, "--resume").code == 0
 
 
+@card_only("the allocator's own count of bytes")
 def test_nothing_of_the_rollout_stays_allocated(tiny_model):
     """The cache and the logits are gone when sampling is over."""
     config = PPOConfig(model=str(tiny_model), dtype="bfloat16")
