@@ -215,7 +215,7 @@ def test_a_row_beyond_two_to_the_31() -> None:
 def test_blocks_fit_the_row() -> None:
     for columns in (1, 7, 1000, 32000, 151936):
         for itemsize in (2, 4, 8):
-            block = rows.block_for(columns, itemsize)
+            block = rows.block_for(columns, itemsize, cut=rows.FORWARD)
             size = block.unroll * block.threads * block.vector
             assert block.threads == 32 * block.warps
             assert block.vector * itemsize == 16

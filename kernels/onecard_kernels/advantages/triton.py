@@ -11,7 +11,7 @@ from ..launch import launch
 from ..logprob.passes import result_dtype
 from ..records import Advantages
 
-# Positions that one program scans at once, 8 to a thread; a longer row takes several turns.
+# Positions that one program scans at once; a longer row takes several turns.
 LARGEST_BLOCK = 2048
 PER_THREAD = 4  # positions; with eight, two carries and their masks run out of registers
 

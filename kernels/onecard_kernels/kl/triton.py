@@ -13,6 +13,7 @@ from ..logprob.triton_tiled import NEVER, alive, flags, scales, transform
 from ..records import Head
 
 BLOCK = 4096
+WARPS = 8
 
 
 def kl_pass_(z: Tensor, r: Tensor, head: Head, *, ref_bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -71,7 +72,7 @@ def kl_pass_(z: Tensor, r: Tensor, head: Head, *, ref_bias: Tensor | None = None
         outer,
         head.factor,
         v,
-        num_warps=max(1, min(8, block // 256)),
+        num_warps=max(1, min(WARPS, block // 256)),
         BLOCK=block,
         WRITE=out is not None,
         REF_BIAS=ref_bias is not None,

@@ -17,7 +17,7 @@ from .. import launch
 from ..records import Head
 from . import state as slots
 from .online import Wanted
-from .triton_row_parts import FAR, LOWEST, block_for, per_row
+from .triton_row_parts import FAR, LOWEST, Cut, block_for, per_row
 
 SHIFT = tl.constexpr(slots.SHIFT)
 OFF = tl.constexpr(slots.OFF)
@@ -30,6 +30,8 @@ RESCALE = tl.constexpr(slots.RESCALE)
 # e^(2 * 20) times a vocabulary is far from fp32's end (and bf16's). fp16 ends at 65504: 8 e^8 is below it.
 LIMIT = 20.0
 LIMIT_FP16 = 8.0
+
+CUT = Cut()
 
 
 @triton.jit
@@ -242,7 +244,7 @@ def exp_tile(
         return
     in_place = wanted.direction and out.dtype == z.dtype and out.data_ptr() == z.data_ptr()
     cap = head.softcap
-    block = block_for(columns, z.element_size(), z.stride(0))
+    block = block_for(columns, z.element_size(), z.stride(0), cut=CUT)
     # More is held per logit, fewer of them at a time: or registers run out.
     extras = (head.bias is not None, head.forbidden is not None, cap is not None or spread is not None, in_place)
     fuller = sum(extras) - (sum(extras) > 1 and block.vector > 1)

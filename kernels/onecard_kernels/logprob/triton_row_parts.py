@@ -29,8 +29,12 @@ FAR = tl.constexpr(-2000.0)  # 2^-2000 is 0 in fp64 too; a finite exponent, for 
 # Per-row statistics that the backward reads, `[STATS, rows]`.
 SHIFT, TOTAL, OFF, LOGPROB, ENTROPY = (tl.constexpr(i) for i in range(STATS))
 
-BYTES_PER_THREAD = 64  # four 16-byte loads of each thread in flight
-MAX_WARPS = 8
+
+class Cut(NamedTuple):
+    """What a program takes of a long row at once. Each kernel has a cut of its own, which only a card can judge."""
+
+    thread_bytes: int = 64  # four 16-byte loads of each thread in flight
+    warps: int = 8
 
 
 class Block(NamedTuple):
@@ -40,15 +44,15 @@ class Block(NamedTuple):
     warps: int
 
 
-def block_for(columns: int, itemsize: int, *strides: int) -> Block:
+def block_for(columns: int, itemsize: int, *strides: int, cut: Cut) -> Block:
     """Enough bytes in flight on long rows, no more threads than short ones have work for.
 
     Rows that do not all begin at 16 bytes (an odd vocabulary) have no wide loads: neighbours then go to neighbouring
     threads, so that one load of a warp is one piece of memory still.
     """
     vector = max(1, 16 // itemsize)
-    unroll = BYTES_PER_THREAD // (32 if itemsize == 8 else 16)  # fp64 takes two registers a number
-    warps = MAX_WARPS
+    unroll = cut.thread_bytes // (32 if itemsize == 8 else 16)  # fp64 takes two registers a number
+    warps = cut.warps
     while warps > 1 and 32 * warps * vector * unroll >= 2 * columns:
         warps //= 2
     while unroll > 1 and 32 * warps * vector * unroll >= 2 * columns:

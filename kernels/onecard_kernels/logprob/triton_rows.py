@@ -19,6 +19,7 @@ from .triton_row_parts import (
     OFF,
     SHIFT,
     TOTAL,
+    Cut,
     RowStrides,
     accumulator,
     block_for,
@@ -30,6 +31,8 @@ from .triton_row_parts import (
     store_statistics,
     with_strides,
 )
+
+FORWARD = BACKWARD = Cut()
 
 
 # Numbers are annotated: a Python float would arrive as fp32, too coarse for fp64 logits.
@@ -167,7 +170,7 @@ def forward(
     if count == 0:
         return logprobs, entropies, stats
     logits, strides = with_strides(logits)
-    block = block_for(columns, logits.element_size(), strides.outer_stride, strides.inner_stride)
+    block = block_for(columns, logits.element_size(), strides.outer_stride, strides.inner_stride, cut=FORWARD)
     targets = per_row(targets)
     launch.launch(
         _forward_kernel,
@@ -219,7 +222,7 @@ def backward(
         out_strides = RowStrides(strides.inner, strides.inner * columns, columns)
     else:
         written, out_strides = out, strides
-    block = block_for(columns, logits.element_size(), strides.outer_stride, strides.inner_stride)
+    block = block_for(columns, logits.element_size(), strides.outer_stride, strides.inner_stride, cut=BACKWARD)
     targets = per_row(targets)
     launch.launch(
         _backward_kernel,

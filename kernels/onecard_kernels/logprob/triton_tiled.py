@@ -22,6 +22,7 @@ __all__ = ["TileConfig", "config_for", "tiled_statistics"]
 # NaN. A share of nothing but NEVER has a sum of nonsense, which exp(NEVER - any true logit) = 0 takes out of the row's.
 NEVER = tl.constexpr(-1e30)
 BARELY = tl.constexpr(-1e29)  # what is below is NEVER
+COMBINED = 32  # rows of a program that puts shares together
 
 
 def tiled_statistics(
@@ -111,7 +112,7 @@ def tiled_statistics(
         UPCAST=interpreted(),
         **flags(head),
     )
-    shares, rows = triton.next_power_of_2(splits), 32
+    shares, rows = triton.next_power_of_2(splits), COMBINED
     launch(
         _combine_kernel,
         (triton.cdiv(n, rows),),

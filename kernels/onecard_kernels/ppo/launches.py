@@ -14,6 +14,7 @@ from .terms import SUMS
 from .triton import finish_kernel, policy_kernel, scale_kernel, value_kernel
 
 BLOCK = 1024  # tokens of one program
+PER_THREAD = 4  # tokens, one load of 16 bytes in fp32
 COLUMNS = 1024  # programs whose sums are added at once
 POLICY_SUMS = len(SUMS)
 VALUE_SUMS = 3  # loss, clipfrac, valid tokens
@@ -42,7 +43,7 @@ def _blocks(n: int) -> tuple[int, int]:
 
 
 def _warps(block: int) -> int:
-    return max(1, block // 128)  # four tokens to a thread, one load of 16 bytes in fp32
+    return max(1, block // (32 * PER_THREAD))
 
 
 def as_loadable(mask: Tensor) -> Tensor:

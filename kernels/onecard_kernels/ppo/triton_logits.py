@@ -14,10 +14,12 @@ from torch import Tensor
 from ..launch import launch
 from ..logprob import triton_rows as rows
 from ..logprob.passes import result_dtype
-from ..logprob.triton_row_parts import checked_target, row_address, row_statistics, store_statistics
+from ..logprob.triton_row_parts import Cut, checked_target, row_address, row_statistics, store_statistics
 from .launches import POLICY_SUMS, finish, policy_choices, policy_numbers
 from .options import PolicyOptions, PolicyTokens
 from .triton import token_terms
+
+CUT = Cut()
 
 
 @triton.jit
@@ -130,7 +132,7 @@ def forward(
         return *done, stats, slope, entropy_slope
     sums = logits.new_empty(POLICY_SUMS, count, dtype=dtype)
     logits, strides = rows.with_strides(logits)
-    block = rows.block_for(columns, logits.element_size(), strides.outer_stride, strides.inner_stride)
+    block = rows.block_for(columns, logits.element_size(), strides.outer_stride, strides.inner_stride, cut=CUT)
     per_token = (targets, tokens.mask, tokens.old_logprobs, tokens.advantages)
     launch(
         _forward_kernel,
