@@ -13,8 +13,8 @@ from tests.gpu.card import CARD, LLAMA
 # A run that is cut off has then seen what tells most: kernels, cheap ones first, and whole runs last.
 ORDER = (
     "test_kernels", "test_tokens_on_a_card", "test_losses_on_a_card", "test_regressions_on_a_card",
-    "test_roles_on_a_card", "test_attention_on_a_card", "test_offload_on_a_card", "test_ppo_on_a_card",
-    "test_fit_on_a_card",
+    "test_roles_on_a_card", "test_attention_on_a_card", "test_offload_on_a_card", "test_rollout_on_a_card",
+    "test_ppo_on_a_card", "test_fit_on_a_card",
 )  # fmt: skip
 HERE = Path(__file__).parent
 
