@@ -1,35 +1,29 @@
 #!/usr/bin/env bash
-# What to run on a borrowed GPU machine: the tests that need a GPU, the kernel benchmark, whole training steps.
+# What to run on a borrowed GPU machine, in commands of at most ten minutes:
 #
-#   OUT=/tmp/gpu benchmarks/on_a_gpu.sh                  tests and kernels, in at most ten minutes
-#   OUT=/tmp/gpu benchmarks/on_a_gpu.sh tests            one of them: tests, benchmark
-#   OUT=/tmp/gpu benchmarks/on_a_gpu.sh benchmark --benchmark linear_logprobs --shape llama3-8b-8k
-#   OUT=/tmp/gpu benchmarks/on_a_gpu.sh train_step       DPO and PPO steps of real shapes, in at most ten minutes
-#   OUT=/tmp/gpu benchmarks/on_a_gpu.sh train_step --case '8B, NF4, 12 GB card'
+#   OUT=/tmp/gpu benchmarks/on_a_gpu.sh first      tests, sanitizer, rollouts: what breaks?
+#   OUT=/tmp/gpu benchmarks/on_a_gpu.sh kernels    the kernels' tables, then as many knobs as there is time for
+#   OUT=/tmp/gpu benchmarks/on_a_gpu.sh engine     whole steps and where their time goes
+#   OUT=/tmp/gpu benchmarks/on_a_gpu.sh train_step --case '8B, NF4, 12 GB card'      one part, with options of its own
+#   OUT=/tmp/dry benchmarks/on_a_gpu.sh rehearse   every part on a CPU, at tiny sizes: shows that it runs
+#
+# Parts: tests, sanitize, benchmark, tune, train_step, rollout, profile. Each has its seconds (TESTS_SECONDS=... and so
+# on say otherwise) and a log of its own.
 #
 # It needs a python3 with torch 2.11 (CUDA 13) and triton 3.6 or newer, click, rich, matplotlib and pytest; nothing is
-# installed or fetched, and this repository need not be. train_step also needs transformers, peft, trl, datasets and
-# bitsandbytes. Peers (trl, liger-kernel, cut-cross-entropy) that are not on PYTHONPATH stand in the tables with the
-# reason. Where there is no .git, say ONECARD_COMMIT=<hash>.
+# installed or fetched, and this repository need not be. From `engine` on it also needs transformers, peft, trl, datasets
+# and bitsandbytes; tests that lack them fail. Peers (trl, liger-kernel, cut-cross-entropy) that are not on PYTHONPATH
+# stand in the tables with the reason. Where there is no .git, say ONECARD_COMMIT=<hash>.
 #
-# Into OUT (default: benchmarks/results/<device>): tests.txt, benchmark.txt, train_step.txt, and kernels-*.json and
-# train-step-*.json, which are written after every case, so that a run that is cut off leaves what it had. Tables and
-# plots are made from them afterwards, anywhere:
-#   python -m benchmarks.render kernels-*.json
+# Into OUT (default: benchmarks/results/<device>): a log of each part, and JSON that is written after every case, so that
+# a run that is cut off leaves what it had. Tables and plots are made from the JSON afterwards, anywhere:
+#   python -m benchmarks.render kernels-*.json             python -m benchmarks.tune.render tune-*.json
 #   python -m benchmarks.train_step.render train-step-*.json
+#   python -m benchmarks.rollout.render rollout-*.json     python -m benchmarks.where_time_goes --render ppo-time-*.json
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="kernels:engine:.${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 COLUMNS=120
 PYTHON=${PYTHON:-python3}
-TEST_SECONDS=${TEST_SECONDS:-120}
-BENCHMARK_SECONDS=${BENCHMARK_SECONDS:-465}
-TRAIN_STEP_SECONDS=${TRAIN_STEP_SECONDS:-570}
-PART=both
-case "${1:-}" in tests | benchmark | both | train_step) PART=$1; shift ;; esac
-if [ -z "${OUT:-}" ]; then
-  OUT=$("$PYTHON" -c 'import torch; from benchmarks import records; print(records.ROOT / "benchmarks/results" / records.machine(torch.device("cuda"))[1])') || exit 2
-fi
-mkdir -p "$OUT"
 status=0
 
 limited() { # seconds, log, command...
@@ -44,15 +38,73 @@ limited() { # seconds, log, command...
   status=$ended
 }
 
-if [ "$PART" = train_step ]; then # no case is begun when two thirds of the time are over
-  limited "$TRAIN_STEP_SECONDS" train_step.txt "$PYTHON" -m benchmarks.train_step --device cuda --data-only \
-    --minutes $((TRAIN_STEP_SECONDS / 90)) --out "$OUT" "$@"
-  exit "$status"
+minutes() { # of so many seconds, those after which nothing more is begun
+  "$PYTHON" -c "print($1 * ${2:-0.7} / 60)"
+}
+
+# A part's command, on a GPU and in a rehearsal. Those of whole steps begin no case when two thirds of the time are over.
+gpu() { case $1 in
+  tests) run=(pytest -q -p no:cacheprovider --durations=15 tests/gpu) ;;
+  sanitize) run=(benchmarks.sanitize --minutes "$(minutes "$2" 0.9)") ;;
+  benchmark) run=(benchmarks.kernels --device cuda --data-only) ;;
+  tune) run=(benchmarks.tune --device cuda --data-only --minutes "$(minutes "$2" 0.9)") ;;
+  train_step) run=(benchmarks.train_step --device cuda --data-only --minutes "$(minutes "$2")") ;;
+  rollout) run=(benchmarks.rollout --table --device cuda --data-only --minutes "$(minutes "$2")") ;;
+  profile) run=(benchmarks.where_time_goes --device cuda) ;;
+esac; }
+dry() { case $1 in
+  tests) run=(pytest -q -p no:cacheprovider tests/gpu) ;;
+  sanitize) run=(benchmarks.sanitize --dry) ;;
+  benchmark) run=(benchmarks.kernels --quick --benchmark gae --data-only) ;;
+  tune) run=(benchmarks.tune --dry --data-only) ;;
+  train_step) run=(benchmarks.train_step --smoke --data-only) ;;
+  rollout) run=(benchmarks.rollout --smoke --data-only) ;;
+  profile) run=(benchmarks.where_time_goes --smoke) ;;
+esac; }
+
+part() { # kind of command, name, seconds, options...
+  local kind=$1 name=$2 seconds=$3 limit out=(--out "$OUT")
+  shift 3
+  limit=${name^^}_SECONDS
+  seconds=${!limit:-$seconds}
+  "$kind" "$name" "$seconds"
+  [ "$name" = tests ] && out=()
+  echo "--- $name, at most $seconds s"
+  limited "$seconds" "$name.txt" "$PYTHON" -m "${run[@]}" "${out[@]}" "$@"
+}
+
+WHAT=${1:-first}
+shift || true
+if [ "$WHAT" != rehearse ]; then
+  "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+    echo "on_a_gpu.sh: torch sees no GPU here; to try it without one: $0 rehearse" >&2
+    exit 2
+  }
 fi
-if [ "$PART" != benchmark ]; then
-  limited "$TEST_SECONDS" tests.txt "$PYTHON" -m pytest -q -p no:cacheprovider tests/gpu
+if [ -z "${OUT:-}" ]; then
+  OUT=$("$PYTHON" -c 'import torch; from benchmarks import records; print(records.ROOT / "benchmarks/results" / records.machine(torch.device("cuda"))[1])') || exit 2
 fi
-if [ "$PART" != tests ]; then
-  limited "$BENCHMARK_SECONDS" benchmark.txt "$PYTHON" -m benchmarks.kernels --device cuda --data-only --out "$OUT" "$@"
-fi
+mkdir -p "$OUT"
+
+case $WHAT in
+  first)
+    part gpu sanitize 240 >"$OUT/sanitize.log" & # small kernels; the tests do not time anything
+    part gpu tests 300
+    wait $! || status=1
+    part gpu rollout 240 ;;
+  kernels)
+    part gpu benchmark 330
+    part gpu tune 240 ;;
+  engine)
+    part gpu train_step 480
+    part gpu profile 90 ;;
+  rehearse)
+    for name in tests sanitize benchmark tune train_step rollout profile; do
+      TRITON_INTERPRET=1 part dry "$name" 900
+    done ;;
+  tests | sanitize | benchmark | tune | train_step | rollout | profile) part gpu "$WHAT" 570 "$@" ;;
+  *)
+    echo "on_a_gpu.sh: '$WHAT', expected first, kernels, engine, rehearse or a part of them" >&2
+    exit 2 ;;
+esac
 exit "$status"

@@ -69,33 +69,42 @@ def on_cpu() -> list[Case]:
         replace(deep, name="deep, reference precomputed", precompute_ref_log_probs=True),
         replace(base, name="wide", model=WIDE, items=1, per_pass=1),
         replace(ppo, name="deep", model=DEEP),
+        replace(ppo, name="small, one length", mixed=False),
     ]
 
 
 def on_a_gpu() -> list[Case]:
-    """The tables of a GPU: bf16, real shapes. First what the README claims, then cards, then smaller models."""
+    """The tables of a GPU: bf16, real shapes. First what the README claims, then cards, then smaller models.
+
+    Lengths of a card's cases are not mixed: they show what the longest takes, and the plan is of that.
+    """
     dpo = Case(
         "8B, NF4", "dpo", LLAMA_8B, prompt=512, response=512, items=4, per_pass=1, gradient_checkpointing=True,
         load_in_4bit=True, optim="paged_adamw_8bit", micro_batch_tokens=2048,
     )  # fmt: skip
-    ppo = replace(dpo, kind="ppo", items=16, mixed=True)
+    ppo = replace(dpo, kind="ppo", items=16)
     small: dict[str, Any] = {"load_in_4bit": False, "optim": "adamw_torch"}
-    alone: dict[str, Any] = {"in_turns": False}
+    cards = [
+        replace(case, name=name, cap_gib=cap, in_turns=False, **more)
+        for name, cap, more in (
+            ("8B, NF4, 12 GB card", 10.5, {}),
+            ("1.5B, NF4, under 5 GiB", 5.0, {"model": QWEN_1_5B}),
+            ("8B, NF4, 16 GB card", 15.0, {}),
+            ("8B, bf16, 24 GB card", 23.0, small),
+        )
+        for case in (ppo, dpo)
+    ]
     return [
         dpo,
-        replace(ppo, name="8B, NF4, 12 GB card", cap_gib=10.5, **alone),
-        replace(dpo, name="8B, NF4, 12 GB card", cap_gib=10.5, **alone),
-        replace(dpo, name="8B, bf16", **small, **alone),
-        replace(ppo, name="8B, NF4, 16 GB card", cap_gib=15.0, **alone),
-        replace(dpo, name="8B, NF4, 16 GB card", cap_gib=15.0, **alone),
-        replace(ppo, name="8B, bf16, 24 GB card", cap_gib=23.0, **small, **alone),
-        replace(dpo, name="8B, bf16, 24 GB card", cap_gib=23.0, **small, **alone),
+        *cards[:4],
+        replace(ppo, mixed=True),
+        replace(dpo, name="8B, bf16", in_turns=False, **small),
+        *cards[4:],
         replace(dpo, name="8B, NF4, mixed lengths", mixed=True),
-        replace(ppo, name="8B, NF4"),
         *(
             replace(case, name=name, model=model, gradient_checkpointing=False, **small)
             for name, model in (("1.5B, bf16", QWEN_1_5B), ("0.5B, bf16", QWEN_0_5B))
-            for case in (dpo, ppo)
+            for case in (dpo, replace(ppo, mixed=True))
         ),
     ]
 

@@ -14,6 +14,7 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from unittest import mock
 import torch
 from rich.progress import Progress
 
+from benchmarks.train_step.cases import Case
 from benchmarks.train_step.material import DTYPES, Pair, drawn_weights
+from benchmarks.train_step.watch import OPTIMIZER, TRAIN, Watch
 from onecard.algorithms.common import Recipe
 from onecard.algorithms.dpo.command import make_recipe
 from onecard.algorithms.supervised import Supervised
@@ -33,6 +36,7 @@ from onecard.models.build import load_roles
 from onecard.runs import Run
 from onecard.trainer import Trainer
 
+CPU = torch.device("cpu")
 NOISE = 0.01  # standard deviation of adapters' second matrix: with zeros, the policy is its reference and says nothing
 SAME = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins")
 
@@ -67,6 +71,7 @@ class Side(ABC):
     def __init__(self, task: Task) -> None:
         self.task, self.done = task, 0
         self.row: dict[str, float] = {}
+        self.learned: list[tuple[float, float]] = []  # loss and gradient norm of each step
 
     @abstractmethod
     def ready(self) -> None:
@@ -78,6 +83,7 @@ class Side(ABC):
 
     def __call__(self) -> None:
         self.row = self.step(self.task.places(self.done))
+        self.learned.append((self.row["loss"], self.row["grad_norm"]))
         self.done += 1
 
     @abstractmethod
@@ -87,6 +93,36 @@ class Side(ABC):
     @abstractmethod
     def optimizer(self) -> Any:
         """What updates them."""
+
+
+def task_on(
+    case: Case, folder: Path, dtype: torch.dtype, device: torch.device = CPU, pairs: Sequence[Pair] = ()
+) -> Task:
+    """A case as a task, on these pairs."""
+    return Task(folder, device, dtype, tuple(pairs), case.items, case.per_pass, **case.settings)
+
+
+def own_settings(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+    """Of ours alone: TRL counts pairs, and has no other dtype for adapters."""
+    return {"micro_batch_tokens": case.micro_batch_tokens, "adapter_dtype": DTYPES[dtype]}
+
+
+def config_of(task: Task, *, share_prompts: bool = True, **settings: Any) -> DPOConfig:
+    """Ours."""
+    return DPOConfig(
+        model=str(task.folder),
+        dtype=DTYPES[task.dtype],
+        load_in_4bit=task.load_in_4bit,
+        gradient_checkpointing=task.gradient_checkpointing,
+        precompute_ref_log_probs=task.precompute_ref_log_probs,
+        per_device_train_batch_size=task.per_pass,
+        gradient_accumulation_steps=task.per_step // task.per_pass,
+        max_steps=1 << 30,
+        share_prompts=share_prompts,
+        optim=task.optim,
+        lr_scheduler_type="constant",
+        **settings,
+    )
 
 
 def no_bar() -> Bar:
@@ -99,20 +135,7 @@ class Ours(Side):
 
     def __init__(self, task: Task, *, share_prompts: bool = True, **settings: Any) -> None:
         super().__init__(task)
-        config = DPOConfig(
-            model=str(task.folder),
-            dtype=DTYPES[task.dtype],
-            load_in_4bit=task.load_in_4bit,
-            gradient_checkpointing=task.gradient_checkpointing,
-            precompute_ref_log_probs=task.precompute_ref_log_probs,
-            per_device_train_batch_size=task.per_pass,
-            gradient_accumulation_steps=task.per_step // task.per_pass,
-            max_steps=1 << 30,
-            share_prompts=share_prompts,
-            optim=task.optim,
-            lr_scheduler_type="constant",
-            **settings,
-        )
+        config = config_of(task, share_prompts=share_prompts, **settings)
         self.examples = [example(pair) for pair in task.pairs]
         with drawn_weights():
             self.roles = load_roles(config, trained="policy", reference=True)
@@ -124,13 +147,26 @@ class Ours(Side):
         self.job = Supervised(config, "dpo", recipe.objective(self.roles), self.examples, [])
         self.trainer = Trainer(config, self.job, self.roles, Run(task.folder, None, ()))
         self.roles.train()
-        self.bar = no_bar()
+        self.bar, self.first_cuts = no_bar(), self.cuts()
 
     def ready(self) -> None:
         """Nothing is."""
 
     def step(self, places: Sequence[int]) -> dict[str, float]:
         return self.job.step(self.trainer, places, self.bar)
+
+    def cuts(self) -> tuple[Any, ...]:
+        """How passes are cut now."""
+        return self.trainer.cut, self.job.budget.cut
+
+    def watched(self, watch: Watch) -> None:
+        """A step, watched by phase."""
+        with ExitStack() as stack:
+            for phase, name in ((TRAIN, "gradients"), (OPTIMIZER, "apply")):
+                changed = watch.around(phase, getattr(self.trainer, name))
+                stack.enter_context(mock.patch.object(self.trainer, name, changed))
+            with watch.whole():
+                self()
 
     def model(self) -> Any:
         return self.roles.model
@@ -165,9 +201,13 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def held_bytes(model: Any, optimizer: Any) -> int:
-    """Weights, what quantized ones need beside them, buffers, and the optimizer's states."""
+def held_bytes(model: Any, optimizer: Any, *, paged: bool = True) -> int:
+    """Weights, what quantized ones need beside them, buffers, and the optimizer's states and float32 copies of weights.
+
+    Not `paged`: without states in memory that host and card share, which the card's allocator knows nothing of.
+    """
     states = [value for state in optimizer.state.values() for value in state.values()]
+    states += [updated for group in optimizer.param_groups for updated in group["params"]]
     quantized = [
         value
         for parameter in model.parameters()
@@ -177,7 +217,9 @@ def held_bytes(model: Any, optimizer: Any) -> int:
     ]
     tensors = [*model.parameters(), *model.buffers(), *states, *quantized]
     storages = {
-        each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors if torch.is_tensor(each)
+        each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
+        for each in tensors
+        if torch.is_tensor(each) and (paged or not getattr(each, "is_paged", False))
     }
     return sum(storages.values())
 

@@ -10,8 +10,8 @@ import matplotlib
 from benchmarks import measure, records
 from benchmarks.render import COLOURS
 from benchmarks.train_step import results
-from benchmarks.train_step.ppo import PHASES
 from benchmarks.train_step.results import Report, Result, title
+from benchmarks.train_step.watch import PHASES
 
 matplotlib.use("Agg")  # before pyplot is there: no display is asked for
 from matplotlib import pyplot

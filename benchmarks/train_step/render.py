@@ -12,10 +12,11 @@ from benchmarks import measure, records, tables
 from benchmarks.kernels import main as guarded
 from benchmarks.render import run, table, updated
 from benchmarks.train_step import results
+from benchmarks.train_step.memory_tables import memory_parts, memory_verdict, steps_verdict
 from benchmarks.train_step.plots import PLOTS
-from benchmarks.train_step.ppo import ROLLOUT, WHOLE
 from benchmarks.train_step.results import OURS, Report, Result, Row, title
 from benchmarks.train_step.run import GEMMS, TRL, UNSHARED
+from benchmarks.train_step.watch import ROLLOUT, WHOLE
 
 NONE = tables.NONE
 DPO_HEADINGS = ("", "tokens/s", "quartiles", "onecard is faster by", "of GEMM rate", "step's memory, MiB",
@@ -152,7 +153,7 @@ def markdown(report: Report, name: str) -> str:
             parts.append(f"REFUSED, nothing is reported: {result.refused}")
             continue
         headings, lines = LINES[result.kind]
-        parts.append(table(headings, lines(result)))
+        parts += [table(headings, lines(result)), *memory_parts(result)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -162,7 +163,8 @@ def brief(result: Result) -> str:
     if result.refused is not None:
         return f"{head}: REFUSED, {result.refused}"
     _, lines = LINES[result.kind]
-    return "\n".join([head, *("  " + " | ".join(cell for cell in line if cell) for line in lines(result))])
+    shown = [*lines(result), [memory_verdict(result)], [steps_verdict(result)]]
+    return "\n".join([head, *("  " + " | ".join(cell for cell in line if cell) for line in shown)])
 
 
 def dpo_summary(report: Report, name: str) -> str:

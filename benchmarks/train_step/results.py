@@ -32,6 +32,28 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """The peak of a phase, in bytes, as `onecard fit` plans it and as it was: all at once, and above what stays between
+    steps. None: not measured.
+    """
+
+    phase: str
+    planned: int
+    planned_above: int
+    measured: int | None = None
+    measured_above: int | None = None
+
+    @property
+    def off(self) -> float | None:
+        """How far the plan is from the measured peak, as a share of that."""
+        return off(self.planned, self.measured)
+
+
+def off(planned: int, measured: int | None) -> float | None:
+    return (planned - measured) / measured if measured else None
+
+
+@dataclass(frozen=True)
 class Result:
     """One case."""
 
@@ -47,6 +69,10 @@ class Result:
     in_turns: bool  # candidates took turns; else one came after the other, each alone in memory
     rows: tuple[Row, ...] = ()
     refused: str | None = None
+    memory: tuple[Memory, ...] = ()
+    unplanned: str | None = None  # why no plan stands beside the measured memory
+    learned: tuple[tuple[float, float], ...] = ()  # loss and gradient norm of each whole step of ours, in their order
+    shrunk: bool = False  # memory ran out, and passes were made smaller than the settings say
 
 
 @dataclass(frozen=True)
@@ -95,7 +121,11 @@ def load(path: Path) -> Report:
 def result_of(values: dict[str, Any]) -> Result:
     lists = ("seconds", "tokens", "flops")
     rows = tuple(Row(**{**row, **{name: tuple(row[name]) for name in lists}}) for row in values["rows"])
-    return Result(**{**values, "rows": rows})
+    more = {
+        "memory": tuple(Memory(**each) for each in values.get("memory", ())),
+        "learned": tuple((loss, norm) for loss, norm in values.get("learned", ())),
+    }
+    return Result(**{**values, **more, "rows": rows})
 
 
 def rate(row: Row) -> measure.Spread | None:

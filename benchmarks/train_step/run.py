@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,21 +14,21 @@ import torch
 
 from benchmarks import measure
 from benchmarks.records import LIMIT
-from benchmarks.train_step import ppo
+from benchmarks.train_step import planned, ppo
+from benchmarks.train_step.agreement import agreed, disagreement
 from benchmarks.train_step.cases import Case, Flops, dpo_flops
-from benchmarks.train_step.dpo import SAME, Ours, Side, Task, forget, held_bytes
+from benchmarks.train_step.dpo import SAME, Ours, Side, Task, forget, held_bytes, own_settings, task_on
+from benchmarks.train_step.limits import BareProducts, capped
 from benchmarks.train_step.material import draw_pairs, write_folder
 from benchmarks.train_step.peer import Theirs
-from benchmarks.train_step.results import OURS, Result, Row
+from benchmarks.train_step.results import OURS, Memory, Result, Row
+from benchmarks.train_step.watch import PHASES, WHOLE, Peaks, Watch, highest, phase_peaks
 from onecard.errors import OnecardError
 
 UNSHARED, TRL = "onecard, prompts not shared", "TRL"
 TRL_ANSWERS, TRL_LIGER, GEMMS = "TRL, head on answers alone", "TRL + Liger's layers", "bare GEMMs"
 STEPS = 8  # of pairs that differ; then they come again
-# By which loss, rewards and gradient norm of the first step may differ: absolutely, and relative to themselves. In
-# bf16, log-probs of hundreds of tokens are added up, each with a rounding of its own, and a reward is a tenth of them.
-CLOSE = {torch.float32: (2e-3, 1e-3), torch.bfloat16: (0.25, 0.25)}
-GEMM_FLOPS = {"cpu": 2e10, "cuda": 2e13}  # enough to be timed, and little beside a step; of small steps as many
+LONG = 15.0  # seconds of a PPO iteration from which one is timed at least, and not three
 
 
 @dataclass(frozen=True)
@@ -48,10 +47,7 @@ Build = Callable[[Task], Side]
 
 def candidates(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[str, Build]]:
     """Each candidate's role, and what makes it."""
-    settings = {
-        "micro_batch_tokens": case.micro_batch_tokens,
-        "adapter_dtype": str(dtype).removeprefix("torch."),
-    }
+    settings = own_settings(case, dtype)
     found: dict[str, tuple[str, Build]] = {
         OURS: ("ours", partial(Ours, **settings)),
         UNSHARED: ("ours", partial(Ours, share_prompts=False, **settings)),
@@ -62,50 +58,10 @@ def candidates(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str
     return {**found, TRL_LIGER: ("peer", partial(Theirs, liger=True))}
 
 
-def gemm(case: Case, device: torch.device, dtype: torch.dtype, rows: int, step: float) -> tuple[measure.Work, int]:
-    """Bare products of the feed-forward matrix's shape, and their FLOPs: the rate that this machine gives."""
-    model = case.model
-    left = torch.randn(rows, model.hidden, device=device, dtype=dtype)
-    right = torch.randn(model.hidden, model.inner, device=device, dtype=dtype)
-    out = torch.empty(rows, model.inner, device=device, dtype=dtype)
-    one = 2 * rows * model.hidden * model.inner
-    times = max(1, int(min(GEMM_FLOPS[device.type], step) / one))
-
-    def run() -> None:
-        for _ in range(times):
-            torch.mm(left, right, out=out)
-
-    return run, one * times
-
-
 def reason(error: BaseException) -> str:
     """One line of why something could not run."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:160]}".rstrip(": ")
-
-
-@contextmanager
-def capped(gib: float, device: torch.device) -> Iterator[None]:
-    """Inside, an allocation past `gib` fails. A big card with a cap is not a consumer card: it is as fast as before."""
-    if not gib or device.type != "cuda":
-        yield
-        return
-    torch.cuda.set_per_process_memory_fraction(
-        gib * 2**30 / torch.cuda.get_device_properties(device).total_memory, device
-    )
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
-
-
-def disagreement(mine: Mapping[str, float], theirs: Mapping[str, float], dtype: torch.dtype) -> str | None:
-    """What of a first step is not the same, if anything."""
-    absolute, relative = CLOSE[dtype]
-    for name in SAME:
-        if not math.isclose(mine[name], theirs[name], rel_tol=relative, abs_tol=absolute):
-            return f"{name} of the first step is {mine[name]:.6g}, and {theirs[name]:.6g} in"
-    return None
 
 
 def empty(case: Case, dtype: torch.dtype, parameters: int) -> Result:
@@ -136,27 +92,39 @@ def parameters_of(case: Case) -> int:
 def measure_case(
     case: Case, device: torch.device, dtype: torch.dtype, timing: Timing, tell: Callable[[str], None]
 ) -> Result:
-    """All of a case."""
+    """All of a case. One whose plan is above its cap is refused before it is begun."""
+    wrong = planned.too_large(case, dtype)
+    if wrong:
+        return replace(empty(case, dtype, parameters_of(case)), refused=wrong)
     with tempfile.TemporaryDirectory() as folder, capped(case.cap_gib, device):
         write_folder(case.model, Path(folder))
         measured = {"dpo": measure_dpo, "ppo": measure_ppo}[case.kind]
         try:
-            return measured(case, Path(folder), device, dtype, timing, tell)
+            return checked(with_plan(measured(case, Path(folder), device, dtype, timing, tell), case, device, dtype))
         finally:
             forget()
 
 
+def with_plan(result: Result, case: Case, device: torch.device, dtype: torch.dtype) -> Result:
+    """The plan beside what was measured; alone where nothing could be."""
+    if case.mixed or result.refused:
+        return replace(result, memory=(), unplanned=result.refused or planned.MIXED)
+    if result.memory:
+        return result
+    return replace(result, memory=planned.compared(planned.plan_of(case, dtype, device), None, None))
+
+
+def checked(result: Result) -> Result:
+    """The result; a refusal where a step of ours came to no numbers."""
+    wrong = next((pair for pair in result.learned if not all(map(math.isfinite, pair))), None)
+    if wrong:  # JSON has no such numbers, and nothing measured of such a run says anything
+        return replace(result, rows=(), memory=(), learned=(), refused=f"loss and gradient norm of a step are {wrong}")
+    return result
+
+
 def task_of(case: Case, folder: Path, device: torch.device, dtype: torch.dtype) -> Task:
     pairs = draw_pairs(STEPS * case.items, case.prompt, case.response, case.model.vocab, mixed=case.mixed)
-    return Task(
-        folder,
-        device,
-        dtype,
-        tuple(pairs),
-        case.items,
-        case.per_pass,
-        **case.settings,
-    )
+    return task_on(case, folder, dtype, device, pairs)
 
 
 def measure_dpo(
@@ -167,21 +135,17 @@ def measure_dpo(
     names = list(candidates(case, device, dtype))
     groups = [names] if case.in_turns else [[name] for name in names]
     result = empty(case, dtype, parameters_of(case))
-    rows: list[Row] = []
     for names in groups:
-        rows += measure_sides(case, task, names, timing, tell)
+        found = measure_sides(case, task, names, timing, tell)
+        result = replace(
+            result,
+            rows=(*result.rows, *found.rows),
+            memory=result.memory or found.memory,
+            learned=result.learned or found.learned,
+            shrunk=result.shrunk or found.shrunk,
+        )
         forget()
-    return agreed(replace(result, rows=tuple(rows)), dtype)
-
-
-def agreed(result: Result, dtype: torch.dtype) -> Result:
-    """The result, or a refusal without times where ours and TRL do not do the same thing."""
-    first = {row.name: row.first for row in result.rows if row.first}
-    for name, found in first.items():
-        wrong = OURS in first and disagreement(first[OURS], found, dtype)
-        if wrong:
-            return replace(result, rows=(), refused=f"{wrong} {name}")
-    return result
+    return agreed(result, dtype)
 
 
 def first_steps(task: Task, builds: Mapping[str, Build]) -> tuple[dict[str, Side], dict[str, str]]:
@@ -201,18 +165,29 @@ def first_steps(task: Task, builds: Mapping[str, Build]) -> tuple[dict[str, Side
     return sides, reasons
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Of candidates that are in memory together: their rows; of ours, its memory by phase and what it learned."""
+
+    rows: list[Row]
+    memory: tuple[Memory, ...] = ()
+    learned: tuple[tuple[float, float], ...] = ()
+    shrunk: bool = False
+
+
 def measure_sides(
     case: Case, task: Task, names: Sequence[str], timing: Timing, tell: Callable[[str], None]
-) -> list[Row]:
-    """Rows of candidates that are in memory together: first step, rounds, memory."""
+) -> Measured:
+    """First step, rounds, memory."""
     known = candidates(case, task.device, task.dtype)
     tell(f"{case.name}: first step")
     sides, reasons = first_steps(task, {name: known[name][1] for name in names})
     firsts = {name: {key: side.row[key] for key in SAME} for name, side in sides.items()}
     if OURS in sides and any(disagreement(firsts[OURS], found, task.dtype) for found in firsts.values()):
-        return [Row(name, known[name][0], first=firsts[name]) for name in sides]  # `agreed` says what is wrong
+        # `agreed` says what is wrong
+        return Measured([Row(name, known[name][0], first=firsts[name]) for name in sides])
     longest, first = max(pair.tokens for pair in task.pairs), step_flops(case, task, 0)
-    bare, bare_flops = gemm(case, task.device, task.dtype, longest, first)
+    bare = BareProducts(case, task.device, task.dtype, longest, first)
     works: dict[str, list[measure.Work]] = {**{name: [side] for name, side in sides.items()}, GEMMS: [bare]}
     begun = 1 + timing.warmup
     times = measure.interleave(
@@ -227,7 +202,8 @@ def measure_sides(
     steps = range(begun, begun + rounds)
     flops = tuple(step_flops(case, task, step) for step in steps)
     tokens = tuple(task.tokens(step) for step in steps)
-    rows = []
+    rows: list[Row] = []
+    memory: tuple[Memory, ...] = ()
     for name in names:
         role = known[name][0]
         if name in reasons:
@@ -236,9 +212,26 @@ def measure_sides(
         tell(f"{case.name}: memory of {name}")
         side = sides[name]
         held = held_bytes(side.model(), side.optimizer())
-        peak = measure.peak_bytes(side, task.device)
+        if name == OURS and isinstance(side, Ours):
+            found = phase_peaks(side.watched, task.device)
+            peak, memory = found.above[WHOLE], memory_of(case, task, side, found, alone=len(sides) == 1)
+        else:
+            peak = measure.peak_bytes(side, task.device)
         rows.append(Row(name, role, None, tuple(times[name]), tokens, flops, peak, held, firsts[name]))
-    return [*rows, Row(GEMMS, LIMIT, None, tuple(times[GEMMS]), flops=(bare_flops,) * rounds)]
+    limit = Row(GEMMS, LIMIT, None, tuple(times[GEMMS]), flops=(bare.flops,) * rounds)
+    ours = sides.get(OURS)
+    if not isinstance(ours, Ours):
+        return Measured([*rows, limit])
+    return Measured([*rows, limit], memory, tuple(ours.learned), ours.cuts() != ours.first_cuts)
+
+
+def memory_of(case: Case, task: Task, side: Side, found: Peaks, *, alone: bool) -> tuple[Memory, ...]:
+    """The plan beside the peaks of our step. Where others are in memory too, what is held is ours, added up."""
+    if case.mixed:
+        return ()
+    added_up = held_bytes(side.model(), side.optimizer(), paged=task.device.type == "cpu")
+    held = found.held if alone and found.held is not None else added_up
+    return planned.compared(planned.plan_of(case, task.dtype, task.device), held, found)
 
 
 def step_flops(case: Case, task: Task, step: int) -> int:
@@ -260,38 +253,55 @@ def measure_ppo(
     try:
         iterations = ppo.Iterations(case, folder, device, dtype)
     except TOO_MUCH as error:
-        return replace(result, rows=(Row(ppo.WHOLE, "ours", reason(error)),))
+        return replace(result, rows=(Row(WHOLE, "ours", reason(error)),))
     length = case.prompt + case.response
     step = case.items * Flops.of(case.model, length, case.response).forward
-    bare, bare_flops = gemm(case, device, dtype, case.per_pass * length, step)
+    bare = BareProducts(case, device, dtype, case.per_pass * length, step)
     seconds_of = measure.stopwatch(device, timing.clock)
-    names = (*ppo.PHASES, ppo.WHOLE)
-    seconds: dict[str, list[float]] = {name: [] for name in (*names, GEMMS)}
-    tokens: dict[str, list[int]] = {name: [] for name in names}
-    flops: dict[str, list[int]] = {name: [] for name in names}
+    limits: list[float] = []
+    watches: list[Watch] = []
+    counts: list[dict[str, tuple[int, int]]] = []
     try:
         for turn in range(-1, timing.repeats):  # the first one warms up, and makes the optimizer's states
             tell(f"{case.name}: iteration {max(turn, 0) + 1}")
-            watch = ppo.Watch(device, timing.clock)
+            watch = Watch(device, timing.clock)
             iterations.run(watch)
             taken = seconds_of(bare)
             if turn < 0:
                 continue
-            seconds[GEMMS].append(taken)
-            counts = iterations.counts()
-            for name in names:
-                seconds[name].append(watch.seconds[name])
-                tokens[name].append(counts[name][0])
-                flops[name].append(counts[name][1])
-            if turn + 1 >= measure.LEAST_ROUNDS and sum(seconds[ppo.WHOLE]) > timing.budget:
+            limits.append(taken)
+            watches.append(watch)
+            counts.append(iterations.counts())
+            spent = sum(each.seconds[WHOLE] for each in watches)
+            least = measure.LEAST_ROUNDS if spent < LONG * len(watches) else 1
+            if len(watches) >= least and spent > timing.budget:
                 break
         tell(f"{case.name}: memory")
-        held, peaks = iterations.held(), ppo.phase_peaks(iterations.run, device)
+        held = iterations.held()
+        # a GPU's allocator has kept the peaks of the timed iterations, at no cost
+        peaks = highest(watches) if device.type == "cuda" else phase_peaks(iterations.run, device)
     except TOO_MUCH as error:
-        return replace(result, rows=(Row(ppo.WHOLE, "ours", reason(error)),))
+        row = Row(WHOLE, "ours", reason(error))
+        return replace(result, rows=(row,), learned=tuple(iterations.learned))
     rows = [
-        Row(name, "ours", None, tuple(seconds[name]), tuple(tokens[name]), tuple(flops[name]), peaks[name], held)
-        for name in names
+        Row(
+            name,
+            "ours",
+            None,
+            tuple(watch.seconds[name] for watch in watches),
+            tuple(count[name][0] for count in counts),
+            tuple(count[name][1] for count in counts),
+            peaks.above[name],
+            held,
+        )
+        for name in (*PHASES, WHOLE)
     ]
-    limit = Row(GEMMS, LIMIT, None, tuple(seconds[GEMMS]), flops=(bare_flops,) * len(seconds[GEMMS]))
-    return replace(result, rows=(*rows, limit))
+    limit = Row(GEMMS, LIMIT, None, tuple(limits), flops=(bare.flops,) * len(limits))
+    memory = () if case.mixed else planned.compared(planned.plan_of(case, dtype, device), peaks.held or held, peaks)
+    return replace(
+        result,
+        rows=(*rows, limit),
+        memory=memory,
+        learned=tuple(iterations.learned),
+        shrunk=iterations.cuts() != iterations.first_cuts,
+    )

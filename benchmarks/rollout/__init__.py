@@ -1,0 +1,1 @@
+"""Response tokens per second, ours against transformers' `generate`. `python -m benchmarks.rollout --help`."""

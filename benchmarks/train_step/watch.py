@@ -1,0 +1,123 @@
+"""A stopwatch and a look at memory around the parts of a step, by name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+import torch
+
+ROLLOUT, REWARD, OLD, REFERENCE, VALUES = "rollout", "reward", "old log-probs", "reference log-probs", "values"
+TRAIN, OPTIMIZER, WHOLE = "train", "optimizer", "the whole iteration"
+PHASES = (ROLLOUT, REWARD, OLD, REFERENCE, VALUES, TRAIN, OPTIMIZER)
+MARK = "phase: "
+
+
+@dataclass
+class Watch:
+    """Seconds and peaks by phase, of one step. A phase that comes several times is added up."""
+
+    device: torch.device
+    clock: Callable[[], float] = time.perf_counter
+    seconds: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)  # on a GPU: all that was allocated at once
+    held: int = 0  # on a GPU: what was allocated when the step began
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what happens inside."""
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        began = self.clock()
+        with torch.profiler.record_function(MARK + name):
+            yield
+        if on_gpu:
+            torch.cuda.synchronize(self.device)
+            self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated(self.device))
+        self.seconds[name] = self.seconds.get(name, 0.0) + self.clock() - began
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """All of it. On a GPU its phases reset the peak: its own is the highest of theirs."""
+        if self.device.type == "cpu":
+            with self.phase(WHOLE):
+                yield
+            return
+        torch.cuda.synchronize(self.device)
+        self.held, began = torch.cuda.memory_allocated(self.device), self.clock()
+        yield
+        torch.cuda.synchronize(self.device)
+        self.seconds[WHOLE] = self.clock() - began
+        self.peaks[WHOLE] = max(self.peaks.values())
+
+    def around(self, name: str | Callable[..., str], work: Callable[..., Any]) -> Callable[..., Any]:
+        """`work` as a phase; its name may depend on what `work` is given."""
+
+        @wraps(work)
+        def watched(*arguments: Any, **keywords: Any) -> Any:
+            with self.phase(name if isinstance(name, str) else name(*arguments, **keywords)):
+                return work(*arguments, **keywords)
+
+        return watched
+
+    def above(self) -> dict[str, int]:
+        """Each phase's peak above what was held when the step began; on a GPU."""
+        return {name: peak - self.held for name, peak in self.peaks.items()}
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What the allocator had given out when a step began, and the most that each phase held above it."""
+
+    held: int | None  # None where no allocator says it
+    above: dict[str, int]
+
+
+def highest(watches: list[Watch]) -> Peaks:
+    """Of several steps on a GPU: each phase's highest."""
+    found = [watch.above() for watch in watches]
+    return Peaks(max(watch.held for watch in watches), {name: max(each[name] for each in found) for name in found[0]})
+
+
+def phase_peaks(work: Callable[[Watch], Any], device: torch.device) -> Peaks:
+    """The most that each phase held above what was there before the step. A pass of its own, never timed.
+
+    On a CPU it is the running sum of the profiler's allocations between a phase's beginning and its end.
+    """
+    if device.type == "cuda":
+        watch = Watch(device)
+        work(watch)
+        return highest([watch])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work(Watch(device))
+    changes, spans = [], []
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU:
+            changes.append((event.start_ns(), event.nbytes()))
+        elif event.name().startswith(MARK):
+            spans.append((event.name().removeprefix(MARK), event.start_ns(), event.start_ns() + event.duration_ns()))
+    return Peaks(None, peaks_within(changes, spans))
+
+
+def peaks_within(changes: list[tuple[int, int]], spans: list[tuple[str, int, int]]) -> dict[str, int]:
+    """The highest running sum of `(when, bytes)` within each `(name, from, to)`, with what was there when it began."""
+    peaks: dict[str, int] = {}
+    ordered = sorted(changes, key=lambda change: change[0])
+    for name, start, stop in spans:
+        total, peak = 0, None
+        for when, size in ordered:
+            if when > stop:
+                break
+            if when >= start and peak is None:
+                peak = total
+            total += size
+            if when >= start:
+                peak = max(peak or 0, total)
+        peaks[name] = max(peaks.get(name, 0), total if peak is None else peak)
+    return peaks

@@ -1,0 +1,1 @@
+"""Where the time of a PPO iteration goes. `python -m benchmarks.where_time_goes --help`."""
