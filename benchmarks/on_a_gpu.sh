@@ -19,7 +19,7 @@
 # a run that is cut off leaves what it had. Tables and plots are made from the JSON afterwards, anywhere:
 #   python -m benchmarks.render kernels-*.json             python -m benchmarks.tune.render tune-*.json
 #   python -m benchmarks.train_step.render train-step-*.json
-#   python -m benchmarks.rollout.render rollout-*.json     python -m benchmarks.where_time_goes --render ppo-time-*.json
+#   python -m benchmarks.rollout.render rollout-*.json     python -m benchmarks.where_time_goes --render where-time-goes-*.json
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="kernels:engine:.${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 COLUMNS=120

@@ -79,7 +79,7 @@ class Theirs(Side):
         if liger:
             use_liger(self.trainer.model)
         if task.gradient_checkpointing:  # what `train` does before its loop, which is not entered here
-            self.trainer.model.activation_checkpointing_enable()
+            self.trainer.model.gradient_checkpointing_enable()  # newer releases have another name for it
         self.trainer.create_optimizer()
         self.wrapped, self.prepared = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
         self.trainer.model_wrapped, self.trainer.optimizer = self.wrapped, self.prepared

@@ -13,6 +13,7 @@ from onecard.algorithms.common import check_model
 from onecard.batches import PreferencePair, TokenBatch, pack, pack_pairs
 from onecard.config import ModelConfig
 from onecard.errors import OnecardError
+from onecard.models import attention
 from onecard.models.attention import (
     attend,
     has_own_attention,
@@ -215,3 +216,20 @@ def test_a_window_that_is_only_in_the_mask_is_never_forgotten():
 
 
 LONGEST = 128  # max_position_embeddings: such a window is none
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_query_over_shared_keys_repeats_nothing(masked):
+    """Against the formula in float64, and by the size of what is made: less than one copy of the keys."""
+    from benchmarks.measure import peak_bytes
+
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 8, 1, 16), torch.randn(3, 2, 500, 16), torch.randn(3, 2, 500, 16)
+    mask = torch.rand(3, 1, 1, 500) > 0.4 if masked else None
+    given = (torch.nn.Module(), query, key, value, mask)
+    out, _ = attention.attend(*given)
+    seen = torch.ones(3, 1, 1, 500, dtype=torch.bool) if mask is None else mask
+    score = attention.Score(16**-0.5)
+    expected = attention.formula(query.double(), key.double(), value.double(), score, seen).transpose(1, 2)
+    torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
+    assert peak_bytes(lambda: attention.attend(*given) and None, torch.device("cpu")) < key.nbytes / 2

@@ -250,6 +250,18 @@ def by_formula(query: Tensor, key: Tensor, value: Tensor, segments: Segments, sc
     return one_by_one(query, key, value, segments, run)
 
 
+def newest(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, score: Score) -> Tensor:
+    """One query of each row over all its keys, [b, H, 1, d] -> [b, 1, H, d].
+
+    Heads that share keys are queries of them, and nothing is repeated: else every step would write and read a copy of
+    the whole cache for each of these heads. Older releases of transformers do.
+    """
+    rows, heads, _, width = query.shape
+    shared = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
+    out = functional.scaled_dot_product_attention(shared, key, value, attn_mask=mask, scale=score.scale)
+    return out.reshape(rows, 1, heads, value.shape[-1])
+
+
 def batched(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, score: Score, **others: Any
 ) -> Tensor:
@@ -257,6 +269,9 @@ def batched(
     if score.softcap is not None:
         seen = sees(query.shape[2], key.shape[2], score, query.device) if mask is None else mask
         return formula(query, key, value, score, seen).transpose(1, 2)
+    one_for_all = mask is None or mask.shape[1] == 1
+    if query.shape[2] == 1 and key.shape[1] != query.shape[1] and one_for_all and not others.get("dropout"):
+        return newest(query, key, value, mask, score)
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     out: Tensor = sdpa_attention_forward(module, query, key, value, mask, scaling=score.scale, **others)[0]
