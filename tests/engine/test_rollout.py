@@ -207,3 +207,20 @@ def test_a_token_of_no_probability_is_never_drawn():
     assert set(tokens.tolist()) == {7, 30}
     expected = torch.tensor([0.0, 0.5]).log_softmax(0)
     torch.testing.assert_close(logprobs, expected[(tokens == 30).long()])
+
+
+def test_a_chance_between_two_sums_of_a_block_stays_in_it():
+    """A block's sum, added up at once, may lie a rounding beyond the sum of its words one by one."""
+    found = 0
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        probs = torch.zeros(1, 3 * BLOCK)
+        probs[0, :BLOCK] = (torch.randn(BLOCK, generator=generator) * 8).exp()  # of all sizes, or sums are exact
+        probs[0, -1] = probs.sum()
+        at_once, one_by_one = probs[0, :BLOCK].sum(dtype=torch.float64), probs[0, :BLOCK].double().cumsum(0)[-1]
+        total = at_once + probs[0, -1].double()
+        chance = one_by_one / total
+        if one_by_one <= chance * total < at_once:
+            found += 1
+            assert first_beyond(probs, chance.reshape(1)) < BLOCK  # beyond it, words that cannot come
+    assert found > 5

@@ -75,6 +75,17 @@ def test_a_short_prompt_does_not_see_whose_place_it_takes(player: Player):
         torch.testing.assert_close(response.logprobs, own, atol=1e-4, rtol=0)
 
 
+def test_no_row_leaves_while_a_prompt_waits(monkeypatch, player: Player):
+    """Where prompts come in by halves, free rows are kept for them."""
+    monkeypatch.setattr(slots, "OPENING_SHARE", 0.5)
+    with spied(player.model) as shapes:
+        player.sample(Sampling(40), player.prompts * 4, ends=common_ends(player), batch_size=8, seed=2)
+    incoming = [place for place, (_, columns) in enumerate(shapes) if columns > 1]
+    assert len(incoming) > 3
+    assert {rows for rows, columns in shapes[: incoming[-1]] if columns == 1} == {8}
+    assert min(rows for rows, _ in shapes[incoming[-1] :]) < 8  # then they leave
+
+
 class Kept:
     """Records a pass as a GPU would: for inputs that stay where they are, and results that are overwritten."""
 

@@ -79,7 +79,7 @@ class Replayed:
     def __call__(self, run: Pass, inputs: Inputs, shape: tuple[int, ...]) -> Tensor:
         if shape != self.shape:
             self.shape, self.replay = shape, None  # a recording keeps the memory of its pass
-            self.replay = self.record(run, {name: each.clone() for name, each in inputs.items()})
+            self.replay = self.record(run, inputs)
         return run(inputs) if self.replay is None else self.replay(inputs)
 
     def record(self, run: Pass, inputs: Inputs) -> Pass | None:
