@@ -112,3 +112,23 @@ def test_a_rollouts_cache_at_its_final_length(folders):
     real = peak_bytes(sample, CPU)
     assert phase.peak - phase.before == pytest.approx(real, rel=MOST_OFF)
     assert phase.parts["kv cache"] > 0.7 * real
+
+
+@pytest.mark.parametrize("lengths", [Lengths(96, 64), Lengths(120, 130)], ids=str)
+def test_a_rollout_in_which_prompts_come_in_beside_the_whole_cache(folders, lengths):
+    """More episodes than rows. Answers end one after the other, so that the cache is full when the last ones come."""
+    rows, more = 4, {"local_rollout_forward_batch_size": 4, "per_device_train_batch_size": 16}
+    config = PPOConfig(model=str(folders / "llama"), response_length=lengths.response, num_mini_batches=1, **more)
+    plan = make_plan(read_config(folders / "llama" / "config.json"), config, lengths, CPU)
+    phase = next(phase for phase in plan.phases if phase.name == "rollout")
+    roles = load_ppo_roles(config)
+    prompts = [(5,) * lengths.prompt] * (episodes_per_step(config) - 1) + [(5,) * (lengths.prompt - 1)]
+    assert len(prompts) == 16
+    ends = range(0, 400, 40)
+
+    def sample() -> None:
+        sample_responses(
+            roles, prompts, Sampling(lengths.response), ends=ends, pad=0, batch_size=sampling_budget(rows), seed=1
+        )
+
+    assert phase.peak - phase.before == pytest.approx(peak_bytes(sample, CPU), rel=MOST_OFF)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from onecard.models.attention import use_own_attention
-from onecard.rollout import Padded, Sampling, sampler, slots
+from onecard.rollout import Held, Padded, Sampling, sampler, slots
 from onecard.rollout.replay import cuda_graph, recorded_by, recorder_for
 from onecard.rollout.slots import GROWTH, SlotLayer, Slots, takes_slots
 from tests.engine.rollout_material import Player, common_ends, load, own_logprobs, spied
@@ -126,6 +126,72 @@ def test_recorded_passes_give_the_same_answers(monkeypatch, player: Player):
     assert len(recorder.shapes) < len(shapes) / 5
 
 
+def test_where_all_rows_end_at_once_the_next_begin_with_new_memory(monkeypatch, player: Player):
+    """No pass over many prompts beside a whole cache; and nothing is replayed into memory that is gone."""
+    recorder, taken = Kept(), []
+    admit = Slots.admit
+
+    def watched(self: Slots, prompts: Any, *given: Any) -> Any:
+        taken.append((len(prompts), self.cache is None))
+        return admit(self, prompts, *given)
+
+    monkeypatch.setattr(Slots, "admit", watched)
+    with recorded_by(recorder):
+        found = player.sample(Sampling(9), player.prompts * 2, ends=(), batch_size=4, seed=3).responses
+    assert taken == [(4, True)] * 3
+    assert len(recorder.shapes) == 3
+    plain = player.sample(Sampling(9), player.prompts * 2, ends=(), batch_size=1, seed=3).responses
+    assert [one.tokens for one in found] == [one.tokens for one in plain]
+
+
+def test_few_come_in_beside_a_whole_cache(monkeypatch, player: Player):
+    """However many rows are free: a pass over all of them would be the largest of the rollout."""
+    monkeypatch.setattr(slots, "OPENING_SHARE", 0.25)
+    sizes = []
+    admit = Slots.admit
+
+    def watched(self: Slots, prompts: Any, *given: Any) -> Any:
+        sizes.append((len(prompts), self.cache is None))
+        return admit(self, prompts, *given)
+
+    monkeypatch.setattr(Slots, "admit", watched)
+    player.sample(Sampling(40), player.prompts * 6, ends=common_ends(player), batch_size=8, seed=4)
+    assert sizes[0] == (8, True)
+    assert {count for count, fresh in sizes if not fresh} == {2}
+
+
+def test_a_row_that_has_ended_may_draw_nothing_finite(monkeypatch, player: Player):
+    """It goes on unseen until it leaves, and what it draws is fed to the model."""
+    monkeypatch.setattr(sampler, "LEAVING_SHARE", 2.0)
+    whole = Held.logits
+
+    def broken(self: Held) -> torch.Tensor:
+        found = whole(self)
+        ended = [row for row, place in enumerate(self.owners) if place is None]
+        found[ended] = torch.nan
+        return found
+
+    def sampled() -> Any:
+        return player.sample(Sampling(40), player.prompts, ends=common_ends(player), batch_size=6, seed=6).responses
+
+    plain = sampled()
+    monkeypatch.setattr(Held, "logits", broken)
+    assert [one.tokens for one in sampled()] == [one.tokens for one in plain]
+
+
+def test_what_an_ended_row_left_behind_is_wiped(player: Player):
+    """A newcomer's masked columns have no weight, but no weight times nan is nan."""
+    held = Slots(player.model, 2, 60, torch.device("cpu"))
+    with torch.no_grad():
+        held.admit([(5, 6, 7), (5, 6, 7)], [0, 1], [0, 1], 0)
+        for layer in held.cache.layers:
+            layer.values[1, :, 1:] = torch.nan
+        held.owners[1] = None
+        held.admit([(8,)], [2], [1], 0)
+        held.extend(torch.tensor([4, 4]))
+        assert held.logits().isfinite().all()
+
+
 def test_a_pass_that_cannot_be_recorded_is_run(capsys, player: Player):
     tried = []
 
@@ -139,6 +205,24 @@ def test_a_pass_that_cannot_be_recorded_is_run(capsys, player: Player):
     assert [one.tokens for one in found] == [one.tokens for one in plain]
     assert len(tried) == 1
     assert "goes on without a recorded pass: operation not permitted" in capsys.readouterr().err
+
+
+def test_memory_that_runs_out_while_recording_is_no_refusal(player: Player):
+    """It goes where all such errors go: fewer rows, from the beginning."""
+    sizes = []
+
+    def too_much(run: Any, inputs: Any) -> Any:
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return run
+
+    with recorded_by(too_much):
+        found = player.sample(Sampling(9), batch_size=4, seed=2).responses
+    assert sizes[:2] == [4, 2]
+    assert [one.tokens for one in found] == [
+        one.tokens for one in player.sample(Sampling(9), batch_size=2, seed=2).responses
+    ]
 
 
 def test_passes_are_recorded_on_a_gpu_where_one_asks_for_it(monkeypatch):
@@ -215,6 +299,11 @@ def test_which_models_take_slots(tinystories):
     assert not takes_slots(plain)
     assert use_own_attention(plain)
     assert takes_slots(plain)
+    for kind in ("dynamic", "longrope"):  # whose rotations depend on what stands beside a row
+        stretched = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
+        use_own_attention(stretched)
+        stretched.config.rope_parameters = {**stretched.config.rope_parameters, "rope_type": kind}
+        assert not takes_slots(stretched)
     windowed = AutoModelForCausalLM.from_config(MistralConfig(**SMALL, sliding_window=16))
     use_own_attention(windowed)
     assert not takes_slots(windowed)

@@ -213,7 +213,8 @@ class Rehearsal:
         sampling = Sampling(config.response_length, config.temperature)
         with self.phase("rollout"), torch.no_grad(), evaluating(model), self.roles.playing("policy"):
             held = make_held(model, rows, self.lengths.total - 1, META)
-            sample_longest(held, self.lengths.prompt, self.lengths.total, sampling, partial(self.tracker.name, CACHE))
+            waiting, making = len(sizes) - rows, partial(self.tracker.making, CACHE)
+            sample_longest(held, self.lengths.prompt, self.lengths.total, waiting, sampling, making)
 
     def passes(self, config: PPOConfig) -> None:
         """Those without gradients, in PPO: the judges', the policy's and the reference's, the critic's."""

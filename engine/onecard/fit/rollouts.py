@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -11,56 +12,57 @@ from torch import Tensor
 
 from onecard.rollout import Held, Sampling, draw
 
-Name = Callable[[list[Tensor]], None]  # is told the tensors of the cache
+Making = Callable[[], AbstractContextManager[None]]  # what is made inside is the cache's
 
 
-def sample_longest(held: Held, prompt: int, total: int, sampling: Sampling, name: Name) -> None:
-    """Every row from a prompt of so many tokens to the last one that can be drawn, `total` with the prompt."""
-    held.watch = partial(follow, name)
+def sample_longest(held: Held, prompt: int, total: int, waiting: int, sampling: Sampling, making: Making) -> None:
+    """Every row from a prompt of so many tokens to the last one that can be drawn, `total` with the prompt.
+
+    `waiting`: prompts that come in where others have ended.
+    """
+    held.watch = partial(follow, making)
     rows = list(range(held.size))
     tokens, _ = draw(held.admit([(0,) * prompt] * held.size, rows, rows, 0), sampling, [])
     held.extend(tokens)
     for stretch in (stretch_slots if held.refills else stretch_padded)(held, total - 1):
-        stretch(name)
+        stretch(making)
         draw(held.logits(), sampling, [])
+    if waiting and held.refills:  # beside a cache that is as large as it gets
+        held.owners[1:] = [None] * (held.size - 1)
+        if rows := held.room(waiting):
+            draw(held.admit([(0,) * prompt] * len(rows), rows, rows, 0), sampling, [])
     del held.cache.update  # it knows itself by it, and would not be let go of
 
 
-def follow(name: Name, cache: Any) -> None:
-    """`name` is told what each layer of the cache holds after each pass."""
+def follow(making: Making, cache: Any) -> None:
+    """What comes into the cache is the cache's."""
     update = cache.update
 
-    def named(key: Tensor, value: Tensor, layer: int, *given: Any, **more: Any) -> Any:
-        found = update(key, value, layer, *given, **more)
-        name(kept(cache.layers[layer]))
-        return found
+    def followed(*given: Any, **more: Any) -> Any:
+        with making():
+            return update(*given, **more)
 
-    cache.update = named
-
-
-def kept(layer: Any) -> list[Tensor]:
-    both = (getattr(layer, "keys", None), getattr(layer, "values", None))
-    return [each for each in both if isinstance(each, Tensor)]
+    cache.update = followed
 
 
-def hold(layer: Any, columns: int, name: Name) -> None:
+def hold(layer: Any, columns: int, making: Making) -> None:
     """Keys and values of so many tokens, in place of those that are there."""
     shape, dtype = list(layer.keys.shape), layer.keys.dtype
     shape[-2] = columns
     layer.keys = layer.values = None
-    layer.keys, layer.values = (torch.empty(shape, dtype=dtype, device="meta") for _ in range(2))
-    name(kept(layer))
+    with making():
+        layer.keys, layer.values = (torch.empty(shape, dtype=dtype, device="meta") for _ in range(2))
 
 
-def stretch_padded(held: Any, columns: int) -> list[Callable[[Name], None]]:
+def stretch_padded(held: Any, columns: int) -> list[Callable[[Making], None]]:
     """The cache, mask and positions as they are when the last token is due."""
 
-    def last(name: Name) -> None:
+    def last(making: Making) -> None:
         for layer in held.cache.layers:
-            if not kept(layer):
+            if not isinstance(getattr(layer, "keys", None), Tensor):
                 continue
             window = getattr(layer, "sliding_window", None)
-            hold(layer, columns - 1 if window is None else min(columns - 1, window - 1), name)
+            hold(layer, columns - 1 if window is None else min(columns - 1, window - 1), making)
             if hasattr(layer, "cumulative_length"):
                 layer.cumulative_length = columns - 1
         held.mask = held.mask.new_ones(len(held.places), columns)
@@ -69,17 +71,19 @@ def stretch_padded(held: Any, columns: int) -> list[Callable[[Name], None]]:
     return [last]
 
 
-def stretch_slots(held: Any, columns: int) -> list[Callable[[Name], None]]:
+def stretch_slots(held: Any, columns: int) -> list[Callable[[Making], None]]:
     """The memory grows for the last time, and then its last column is read."""
     from onecard.rollout.slots import GROWTH
 
-    def grows(name: Name) -> None:
+    def grows(making: Making) -> None:
         held.layout.capacity = (columns - 1) // GROWTH * GROWTH
         for layer in held.cache.layers:
-            hold(layer, held.layout.capacity, name)
+            hold(layer, held.layout.capacity, making)
         held.columns = [held.layout.capacity] * held.size
+        with making():
+            held.grow(held.layout.capacity + 1)
 
-    def last(name: Name) -> None:
+    def last(making: Making) -> None:
         held.columns = [columns - 1] * held.size
 
     return [last] if held.layout.capacity == columns else [grows, last]

@@ -35,6 +35,7 @@ class Held:
     """
 
     refills: bool  # a prompt may come in while others go on
+    least_leaving = 0.0  # of the rows, the share below which it does not pay that some leave
 
     def __init__(self, model: Any, size: int, device: torch.device) -> None:
         self.model, self.size, self.device = model, size, device

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from onecard.errors import is_out_of_memory
 from onecard.metrics import say
 
 Inputs = dict[str, Tensor]
@@ -82,12 +83,18 @@ class Replayed:
             self.replay = self.record(run, inputs)
         return run(inputs) if self.replay is None else self.replay(inputs)
 
+    def forget(self) -> None:
+        """The memory that was recorded is no longer there."""
+        self.shape = self.replay = None
+
     def record(self, run: Pass, inputs: Inputs) -> Pass | None:
         if self.recorder is None:
             return None
         try:
             return self.recorder(run, inputs)
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             self.recorder = None
             say(f"sampling goes on without a recorded pass: {str(error).splitlines()[0][:160]}")
             return None

@@ -125,8 +125,9 @@ def sample_rows(
         index = slice(None) if rows is None else torch.tensor(rows, device=held.device)
         places, ages = held.places[index], held.ages[index].clamp(max=sampling.max_new_tokens - 1)
         chosen_by = None if chances is None else chances[places, ages]
+        # rows that have ended go on too, until they leave: what they draw is written behind a response that was taken
         tokens, drawn.logprobs[places, ages] = draw(logits, sampling, filters, chosen_by)
-        held.extend(tokens, rows)
+        held.extend(tokens.clamp(min=0), rows)
         for row, token in zip(range(len(held.owners)) if rows is None else rows, tokens.tolist(), strict=True):
             place = held.owners[row]
             if place is None:
@@ -143,17 +144,15 @@ def sample_rows(
                 yield place, drawn.response(place)
 
     while True:
-        rows = held.room(len(waiting))
-        if rows:
+        while waiting and (rows := held.room(len(waiting))):
             places = [waiting.popleft() for _ in rows]
             yield from go_on(held.admit([prompts[place] for place in places], places, rows, pad), rows)
         staying = [row for row, place in enumerate(held.owners) if place is not None]
         if not staying:
-            if not waiting:
-                return
-            continue
+            return
         leaving = len(held.owners) - len(staying)
-        if leaving >= max(1, LEAVING_SHARE * len(held.owners)) and not (waiting and held.refills):
+        enough = max(LEAVING_SHARE, held.least_leaving) * len(held.owners)
+        if leaving >= max(1, enough) and not (waiting and held.refills):
             held.keep(staying)
         yield from go_on(held.logits())
 
@@ -206,7 +205,7 @@ def sample_responses(
         return found
 
     budget = batch_size if isinstance(batch_size, Budget) else sampling_budget(batch_size)
-    sizes = [cache_bytes(model, length) for length in lengths]
+    sizes = [max(1, cache_bytes(model, length)) for length in lengths]  # a model may keep no keys
     with evaluating(model):
         found = at_once(sizes, budget, read) if prompts else {}
     return Rollout(tuple(found[place] for place in range(len(prompts))), time.perf_counter() - began)

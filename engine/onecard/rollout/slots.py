@@ -10,6 +10,8 @@ Rows never move, so a step has the same shapes from the first to the last but fo
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,13 +32,22 @@ GROWTH = 128  # columns by which the cache grows, up to the longest that a row c
 
 def takes_slots(model: Any) -> bool:
     """Whether a model's rows can be told their places one by one: masks of our own making go straight to attention, all
-    layers keep all keys, and positions are given."""
+    layers keep all keys, and positions are given and mean the same whatever stands beside them."""
     config = model.config.get_text_config(decoder=True)
     return (
         has_own_attention(model)
+        and "position_ids" in inspect.signature(model.forward).parameters
         and not windows_of(config)
+        and not stretches(config)
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
     )
+
+
+def stretches(config: Any) -> bool:
+    """Whether rotations depend on the longest row of a pass (RoPE of kind dynamic or longrope)."""
+    given = getattr(config, "rope_parameters", None) or {}
+    kinds = [given, *(each for each in given.values() if isinstance(each, dict))]
+    return any(each.get("rope_type") in ("dynamic", "longrope") for each in kinds)
 
 
 class Layout:
@@ -70,26 +81,34 @@ class SlotLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return 0 if self.layout.rows is not None else self.layout.read - 1
 
-    def roomy(self, held: Tensor | None, new: Tensor) -> Tensor:
+    def roomy(self, held: Tensor | None, like: Tensor) -> Tensor:
         """The memory with room for what is to come, zeros where nothing was written: masked is not the same as nan."""
         capacity = self.layout.capacity
         if held is not None and held.shape[2] >= capacity:
             return held
-        grown = new.new_zeros(self.count, new.shape[1], capacity, new.shape[3])
+        grown = like.new_zeros(self.count, like.shape[1], capacity, like.shape[3])
         if held is not None:
             grown[:, :, : held.shape[2]] = held
         return grown
 
+    def grow(self) -> None:
+        """To the layout's capacity; keys first, so that never both are there twice."""
+        if self.keys is not None:
+            self.keys = self.roomy(self.keys, self.keys)
+            self.values = self.roomy(self.values, self.values)
+
     def update(self, key_states: Tensor, value_states: Tensor, *given: Any, **more: Any) -> tuple[Tensor, Tensor]:
         layout = self.layout
-        self.keys, self.values = self.roomy(self.keys, key_states), self.roomy(self.values, value_states)
-        self.is_initialized = True
+        if self.keys is None:
+            self.keys, self.values = self.roomy(None, key_states), self.roomy(None, value_states)
+            self.is_initialized = True
         both = ((self.keys, key_states), (self.values, value_states))
         if layout.rows is not None:
             assert layout.source is not None
             for held, new in both:
                 source = layout.source[:, None, :, None].expand_as(new)
                 held[layout.rows, :, : new.shape[2]] = new.gather(2, source)
+                held[layout.rows, :, new.shape[2] :] = 0  # whoever was there may have ended in nan
             return key_states, value_states
         assert layout.lengths is not None
         rows = torch.arange(self.count, device=key_states.device)
@@ -99,7 +118,8 @@ class SlotLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.count = len(beam_idx)
-        self.keys, self.values = self.keys.index_select(0, beam_idx), self.values.index_select(0, beam_idx)
+        self.keys = self.keys.index_select(0, beam_idx)
+        self.values = self.values.index_select(0, beam_idx)
 
 
 class Slots(Held):
@@ -112,6 +132,7 @@ class Slots(Held):
         self.layout = Layout(limit)
         recorder = recorder_for(device)
         self.replayed = None if recorder is None else Replayed(recorder)
+        self.least_leaving = 0.0 if recorder is None else 0.5  # a pass over fewer rows is recorded anew
         self.places, self.ages, self.lengths, self.tokens = torch.zeros(4, size, dtype=torch.int64, device=device)
         self.owners = [None] * size
         self.columns = [0] * size  # `lengths` on the host
@@ -123,16 +144,33 @@ class Slots(Held):
         cache.layer_class_to_replicate = None
         return cache
 
+    @property
+    def opening(self) -> int:
+        """Rows that are free when prompts come in, and how many come in at once: beside a whole cache there is no
+        room for a pass over many prompts."""
+        return max(1, math.ceil(OPENING_SHARE * self.size))
+
     def room(self, waiting: int) -> list[int]:
         free = [row for row, place in enumerate(self.owners) if place is None]
-        return free[:waiting] if len(free) >= OPENING_SHARE * self.size else []
+        if len(free) == self.size:  # the first ones, or all have ended at once: then nothing is worth keeping
+            self.cache, self.layout.capacity = None, 0
+            if self.replayed is not None:
+                self.replayed.forget()
+            return free[:waiting]
+        return free[: min(waiting, self.opening)] if len(free) >= self.opening else []
+
+    def grow(self, columns: int) -> None:
+        """Room for so many, here and not inside a pass: what is recorded must find all memory in its place."""
+        self.layout.grow(columns)
+        for layer in self.cache.layers:
+            layer.grow()
 
     def admit(self, prompts: Sequence[Sequence[int]], places: Sequence[int], rows: Sequence[int], pad: int) -> Tensor:
         layout, index = self.layout, torch.tensor(rows, device=self.device)
         self.cache = self.new_cache() if self.cache is None else self.cache
         tokens, mask, positions = padded(prompts, pad, self.device)
         lengths, width = mask.sum(1), mask.shape[1]
-        layout.grow(width)
+        self.grow(width)
         layout.rows = index
         before = (width - lengths).unsqueeze(1)
         layout.source = (torch.arange(width, device=self.device) + before).clamp(max=width - 1)
@@ -147,7 +185,7 @@ class Slots(Held):
     def inputs(self) -> dict[str, Tensor]:
         layout = self.layout
         going_on = [columns for columns, place in zip(self.columns, self.owners, strict=True) if place is not None]
-        layout.grow(max(going_on) + 1)
+        self.grow(max(going_on) + 1)
         layout.read = max(going_on) + 1 if self.replayed is None else layout.capacity
         # a row that has ended goes on at its last column, until a prompt comes in
         lengths = self.lengths.clamp(max=layout.read - 1)
