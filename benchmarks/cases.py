@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import click
 import torch
 
 from benchmarks import anatomy, measure, truth
@@ -21,6 +23,15 @@ LONG_START = "compiles for long: timed at the first shape alone (--all-shapes: e
 
 class Refused(Exception):
     """Ours is wrong, or does not run: there is nothing to time."""
+
+
+def closing(results: Iterable[Any], left_out: int, minutes: float | None) -> None:
+    """The last words of a run over cases; raises Refused for those with nothing to time."""
+    if left_out:
+        click.echo(f"{left_out} cases were not begun after {minutes:g} minutes.")
+    refused = [f"{result.name}: {result.refused}" for result in results if result.refused]
+    if refused:
+        raise Refused(" ".join(refused))
 
 
 @dataclass(frozen=True)

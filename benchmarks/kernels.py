@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -79,7 +78,7 @@ class Run:
             self.path.unlink(missing_ok=True)  # all that there was has been refused
             return
         # The tree must not have changed under the run either
-        dirty = self.report.dirty or records.commit() != (self.report.commit, False)
+        dirty = records.is_dirty(self.report.commit, dirty=self.report.dirty)
         self.report = replace(self.report, complete=complete, dirty=dirty)
         records.save(self.report, self.path)
 
@@ -209,26 +208,11 @@ def command(
     clock, clock_name = options.pick_clock(device, busy=busy)
     budget = math.inf if repeats else QUICK_BUDGET if quick else BUDGET[device]
     repeats = repeats or (QUICK_REPEATS if quick else REPEATS[device])
-    line, folder = records.machine(where)
-    head, dirty = records.commit()
-    report = Report(
-        device=device,
-        machine=line,
-        folder=folder,
-        quick=quick,
-        complete=False,
-        clock=clock_name,
-        repeats=repeats,
-        date=records.now(),
-        commit=head,
-        dirty=dirty,
-        load=os.getloadavg()[0],
-        versions=records.versions(),
-        results=(),
-    )
+    about = records.header(where)
+    report = Report(**about, quick=quick, complete=False, clock=clock_name, repeats=repeats, results=())
     console = Console()
-    console.print(f"{line}; {torch.__version__}; commit {head[:12]}{' (dirty)' if dirty else ''}", highlight=False)
-    path = (out or records.ROOT / "benchmarks" / "results" / folder) / records.file_name(report)
+    console.print(records.opening(about), highlight=False)
+    path = (out or records.ROOT / "benchmarks" / "results" / report.folder) / records.file_name(report)
     run = Run(report, path, Timing(repeats, WARMUP[device], budget, clock), console, without)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     refused = []

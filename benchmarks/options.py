@@ -32,6 +32,18 @@ def out_option(written: str) -> Callable[[Callable[..., None]], Callable[..., No
     )
 
 
+FILES = click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+
+
+def readme_option(what: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """`--readme`, of a render command: what is put between which markers."""
+    return click.option(
+        "--readme",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help=f"Also put {what} and <!-- /benchmark --> in this file.",
+    )
+
+
 def pick_clock(device: str, *, busy: bool) -> tuple[Callable[[], float], str]:
     """The clock and its name; a busy machine's counts one thread's own time."""
     if busy and device == "cuda":

@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -97,6 +97,33 @@ def commit() -> tuple[str, bool]:
         return head, changes != ""
     told = os.environ.get("ONECARD_COMMIT", "")
     return told.removesuffix("-dirty") or "unknown", not told or told.endswith("-dirty")
+
+
+def header(device: torch.device) -> dict[str, Any]:
+    """What every report says: where and when it was made, from which code, with what."""
+    line, folder = machine(device)
+    head, dirty = commit()
+    return {
+        "device": device.type,
+        "machine": line,
+        "folder": folder,
+        "date": now(),
+        "commit": head,
+        "dirty": dirty,
+        "load": os.getloadavg()[0],
+        "versions": versions(),
+    }
+
+
+def opening(about: Mapping[str, Any]) -> str:
+    """The first line on the terminal, from a header."""
+    dirty = " (dirty)" if about["dirty"] else ""
+    return f"{about['machine']}; {torch.__version__}; commit {about['commit'][:12]}{dirty}"
+
+
+def is_dirty(commit_before: str, *, dirty: bool) -> bool:
+    """Whether a report belongs to no commit: changes when it began, or other code by now."""
+    return dirty or commit() != (commit_before, False)
 
 
 def processor() -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import matplotlib
 
-from benchmarks import records, tables, targets
+from benchmarks import options, records, tables, targets
 from benchmarks.anatomy import OURS
 from benchmarks.records import LIMIT, Report, Result, Row
 
@@ -151,19 +151,20 @@ def updated(text: str, bodies: Mapping[str, str]) -> str:
 
 def update_readme(readme: Path, path: Path) -> None:
     report = records.load(path)
+    put(readme, path, lambda name: {r.benchmark: summary(report, r, name) for r in report.results if r.rows})
+
+
+def put(readme: Path, path: Path, summaries: Callable[[str], Mapping[str, str]]) -> None:
+    """Summaries between their markers, from the name of a report as seen from there; other blocks stay as they are."""
+    whole, parent = path.resolve(), readme.resolve().parent
+    name = whole.relative_to(parent).as_posix() if whole.is_relative_to(parent) else path.name
     try:
-        text = readme.read_text(encoding="utf-8")
+        text = updated(readme.read_text(encoding="utf-8"), summaries(name))
     except OSError as error:
         raise ValueError(f"{readme}: {error.strerror}") from None
-    try:
-        name = path.resolve().relative_to(readme.resolve().parent).as_posix()
-    except ValueError:
-        name = path.name
-    try:
-        new = updated(text, {r.benchmark: summary(report, r, name) for r in report.results if r.rows})
     except ValueError as error:
         raise ValueError(f"{readme}: {error}") from None
-    records.write_atomically(readme, new.encode())
+    records.write_atomically(readme, text.encode())
 
 
 def run(
@@ -187,12 +188,8 @@ def run(
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--readme",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Also put each summary between <!-- benchmark:NAME --> and <!-- /benchmark --> in this file.",
-)
+@options.FILES
+@options.readme_option("each summary between <!-- benchmark:NAME -->")
 def command(files: tuple[Path, ...], readme: Path | None) -> None:
     """Make the Markdown table and the plots of each FILE, beside it. Numbers come from the file alone.
 

@@ -7,7 +7,6 @@ so that both ways have the same number of them.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import tempfile
@@ -213,10 +212,8 @@ def command(
     wanted = [lengths_of(shape) for shape in shapes or (QUICK_SHAPES if quick else SHAPES[device])]
     rounds = repeats or (QUICK_REPEATS if quick else REPEATS[device])
     count = tokens or (QUICK_TOKENS if quick else TOKENS[device])
-    line, folder = records.machine(where)
-    head, dirty = records.commit()
-    load, date = os.getloadavg()[0], records.now()
-    click.echo(f"{line}; {torch.__version__}; commit {head[:12]}{' (dirty)' if dirty else ''}")
+    about = records.header(where)
+    click.echo(records.opening(about))
     roles = random_roles(device)
     cases = []
     with every_prompt_shared():
@@ -225,23 +222,16 @@ def command(
             click.echo(line_of(cases[-1]))
     causal = roles.causal_model()
     report = Report(
+        **{**about, "dirty": records.is_dirty(about["commit"], dirty=about["dirty"])},
         benchmark=BENCHMARK,
-        device=device,
-        machine=line,
-        folder=folder,
         quick=quick,
         parameters=sum(parameter.numel() for parameter in causal.parameters()),
         dtype=str(causal.dtype).removeprefix("torch."),
         clock=clock_name,
         repeats=rounds,
-        date=date,
-        commit=head,
-        dirty=dirty or records.commit() != (head, dirty),
-        load=load,
-        versions=records.versions(),
         cases=tuple(cases),
     )
-    path = save(report, out or records.ROOT / "benchmarks" / "results" / folder)
+    path = save(report, out or records.ROOT / "benchmarks" / "results" / report.folder)
     click.echo(f"wrote {path}")
 
 

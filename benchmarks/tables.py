@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.anatomy import OURS
 from benchmarks.measure import Spread, spread
@@ -123,7 +124,7 @@ def size(row: Row) -> str:
     return " x ".join(map(str, row.sizes.values()))
 
 
-def rounds(report: Report) -> str:
+def rounds(report: Any) -> str:
     counts = {len(row.seconds) for result in report.results for row in result.rows if row.seconds}
     if not counts:
         return "no"
@@ -131,20 +132,25 @@ def rounds(report: Report) -> str:
 
 
 def provenance(report: Report) -> str:
-    """One line: where, when, and from which code. A tree with changes and a run for show are said first."""
+    """One line: where, when, and from which code."""
+    return provenance_of(report, f"median of {rounds(report)} interleaved calls, {report.clock}")
+
+
+def provenance_of(report: Any, how: str, *, read: str = "ratios") -> str:
+    """Of any report. A tree with changes and a run for show are said first. `read`: what of a CPU's numbers counts."""
     warnings = [
         text
         for text, on in (
             ("DIRTY TREE: these numbers belong to no commit", report.dirty),
             ("QUICK RUN: too small to conclude from", report.quick),
-            ("CUT OFF: cases are missing", not report.complete),
-            ("CPU: read the ratios, not the times", report.device == "cpu"),
+            ("CUT OFF: cases are missing", not getattr(report, "complete", True)),
+            (f"CPU: read the {read}, not the times", report.device == "cpu"),
         )
         if on
     ]
     libraries = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     facts = (
-        f"{report.machine}; commit {report.commit[:12]}; {report.date}; median of {rounds(report)} "
-        f"interleaved calls, {report.clock}; load {report.load:.1f} at the start; {libraries}"
+        f"{report.machine}; commit {report.commit[:12]}; {report.date}; {how}; "
+        f"load {report.load:.1f} at the start; {libraries}"
     )
     return ". ".join([*warnings, facts]) + "."

@@ -9,7 +9,6 @@ no log-probabilities here, and ours does: a trainer would have to ask `generate`
 from __future__ import annotations
 
 import math
-import os
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ import click
 import torch
 
 from benchmarks import decoding, options, records
-from benchmarks.cases import Refused
+from benchmarks.cases import closing
 from benchmarks.kernels import main as guarded
 from benchmarks.kernels import ready_device
 from benchmarks.rollout import cases, record, render
@@ -170,27 +169,14 @@ def command(
         raise click.UsageError("--device cpu: the engine takes the GPU that is here; set CUDA_VISIBLE_DEVICES= for it.")
     clock, clock_name = options.pick_clock(device, busy=busy)
     quiet()
-    line, folder = records.machine(where)
-    head, dirty = records.commit()
-    report = Report(
-        device=device,
-        machine=line,
-        folder=folder,
-        quick=smoke,
-        complete=False,
-        clock=clock_name,
-        repeats=repeats or (2 if smoke else REPEATS[device]),
-        date=records.now(),
-        commit=head,
-        dirty=dirty,
-        load=os.getloadavg()[0],
-        versions=versions(),
-    )
-    click.echo(f"{line}; {torch.__version__}; commit {head[:12]}{' (dirty)' if dirty else ''}")
+    about = {**records.header(where), "versions": versions()}
+    rounds = repeats or (2 if smoke else REPEATS[device])
+    report = Report(**about, quick=smoke, complete=False, clock=clock_name, repeats=rounds)
+    click.echo(records.opening(about))
     # the name is that of the whole run, from its first case on
     name = records.slug(found[0].name) if len(found) == 1 else "table"
-    stamped = records.stamped(record.BENCHMARK, report.date, head, name, dirty=dirty, quick=smoke)
-    path = (out or records.ROOT / "benchmarks" / "results" / folder) / stamped
+    stamped = records.stamped(record.BENCHMARK, report.date, report.commit, name, dirty=report.dirty, quick=smoke)
+    path = (out or records.ROOT / "benchmarks" / "results" / report.folder) / stamped
     began, left_out = time.monotonic(), 0
     for case in found:
         if minutes is not None and time.monotonic() - began > 60 * minutes:
@@ -200,16 +186,12 @@ def command(
         report = replace(report, results=(*report.results, result))
         records.save(report, path)
         click.echo(render.brief(result))
-    report = replace(report, complete=left_out == 0, dirty=dirty or records.commit() != (head, dirty))
+    report = replace(report, complete=left_out == 0, dirty=records.is_dirty(report.commit, dirty=report.dirty))
     if report.results:
         records.save(report, path)
         for made in (path, *([] if data_only else render.render(path))):
             click.echo(f"wrote {made}")
-    if left_out:
-        click.echo(f"{left_out} cases were not begun after {minutes:g} minutes.")
-    refused = [f"{result.name}: {result.refused}" for result in report.results if result.refused]
-    if refused:
-        raise Refused(" ".join(refused))
+    closing(report.results, left_out, minutes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,9 +10,9 @@ from pathlib import Path
 import click
 import matplotlib
 
-from benchmarks import measure, records, tables
+from benchmarks import measure, options, records, tables
 from benchmarks.kernels import main as guarded
-from benchmarks.render import COLOURS, run, table, updated
+from benchmarks.render import COLOURS, put, run, table
 from benchmarks.rollout import record
 from benchmarks.rollout.record import Report, Result
 
@@ -66,23 +66,7 @@ def step_line(result: Result) -> str:
 
 def provenance(report: Report) -> str:
     """One line: where, when, and from which code."""
-    warnings = [
-        words
-        for words, on in (
-            ("DIRTY TREE: these numbers belong to no commit", report.dirty),
-            ("QUICK RUN: too small to conclude from", report.quick),
-            ("CUT OFF: cases are missing", not report.complete),
-            ("CPU: read the ratios, not the times", report.device == "cpu"),
-        )
-        if on
-    ]
-    counts = [len(row.seconds) for result in report.results for row in result.rows] or [0]
-    libraries = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    facts = (
-        f"{report.machine}; commit {report.commit[:12]}; {report.date}; median of {min(counts)} to {max(counts)} "
-        f"rounds, {report.clock}; load {report.load:.1f} at the start; {libraries}"
-    )
-    return ". ".join([*warnings, facts]) + "."
+    return tables.provenance_of(report, f"median of {tables.rounds(report)} rounds, {report.clock}")
 
 
 def markdown(report: Report, name: str) -> str:
@@ -159,22 +143,12 @@ def render(path: Path) -> list[Path]:
 
 def update_readme(readme: Path, path: Path) -> None:
     """Put the summary between its markers; other blocks stay as they are."""
-    whole, parent = path.resolve(), readme.resolve().parent
-    name = whole.relative_to(parent).as_posix() if whole.is_relative_to(parent) else path.name
-    try:
-        text = updated(readme.read_text(encoding="utf-8"), {record.BENCHMARK: summary(record.load(path), name)})
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{readme}: {error}") from None
-    records.write_atomically(readme, text.encode())
+    put(readme, path, lambda name: {record.BENCHMARK: summary(record.load(path), name)})
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--readme",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Also put the summary between <!-- benchmark:rollout --> and <!-- /benchmark --> here.",
-)
+@options.FILES
+@options.readme_option("the summary between <!-- benchmark:rollout -->")
 def command(files: tuple[Path, ...], readme: Path | None) -> None:
     """Make the Markdown table and the plot of each FILE, beside it. Numbers come from the file alone."""
     run(files, readme, render, update_readme)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import options, records
-from benchmarks.cases import Refused
+from benchmarks.cases import closing
 from benchmarks.kernels import main as guarded
 from benchmarks.kernels import ready_device
 from benchmarks.train_step import cases, render, results
@@ -95,24 +94,11 @@ def command(
         clock=clock,
     )
     quiet()
-    line, folder = records.machine(where)
-    head, dirty = records.commit()
-    report = Report(
-        device=device,
-        machine=line,
-        folder=folder,
-        quick=few,
-        complete=False,
-        clock=clock_name,
-        date=records.now(),
-        commit=head,
-        dirty=dirty,
-        load=os.getloadavg()[0],
-        versions=results.versions(),
-    )
+    about = {**records.header(where), "versions": results.versions()}
+    report = Report(**about, quick=few, complete=False, clock=clock_name)
     console = Console()
-    console.print(f"{line}; {torch.__version__}; commit {head[:12]}{' (dirty)' if dirty else ''}", highlight=False)
-    path = (out or records.ROOT / "benchmarks" / "results" / folder) / results.file_name(report)
+    console.print(records.opening(about), highlight=False)
+    path = (out or records.ROOT / "benchmarks" / "results" / report.folder) / results.file_name(report)
     dtype = torch.bfloat16 if smoke or device == "cuda" else torch.float32
     began, left_out = time.monotonic(), 0
     for case in chosen:
@@ -124,16 +110,12 @@ def command(
         report = replace(report, results=(*report.results, result))
         records.save(report, path)
         console.print(render.brief(result), highlight=False)
-    report = replace(report, complete=left_out == 0, dirty=report.dirty or records.commit() != (head, dirty))
+    report = replace(report, complete=left_out == 0, dirty=records.is_dirty(report.commit, dirty=report.dirty))
     if report.results:
         records.save(report, path)
         for made in (path, *([] if data_only else render.render(path))):
             console.print(f"wrote {made}", highlight=False, soft_wrap=True)
-    if left_out:
-        console.print(f"{left_out} cases were not begun after {minutes:g} minutes.", highlight=False)
-    refused = [f"{result.name}: {result.refused}" for result in report.results if result.refused]
-    if refused:
-        raise Refused(" ".join(refused))
+    closing(report.results, left_out, minutes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

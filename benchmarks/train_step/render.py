@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from benchmarks import measure, records, tables
+from benchmarks import measure, options, records, tables
 from benchmarks.kernels import main as guarded
-from benchmarks.render import run, table, updated
+from benchmarks.render import put, run, table
 from benchmarks.train_step import results
 from benchmarks.train_step.memory_tables import memory_parts, memory_verdict, steps_verdict
 from benchmarks.train_step.plots import PLOTS
@@ -120,24 +120,7 @@ def sizes(result: Result) -> str:
 
 def provenance(report: Report) -> str:
     """One line: where, when, and from which code."""
-    warnings = [
-        words
-        for words, on in (
-            ("DIRTY TREE: these numbers belong to no commit", report.dirty),
-            ("QUICK RUN: too small to conclude from", report.quick),
-            ("CUT OFF: cases are missing", not report.complete),
-            ("CPU: read the ratios, not the times", report.device == "cpu"),
-        )
-        if on
-    ]
-    counts = sorted({len(row.seconds) for result in report.results for row in result.rows if row.seconds}) or [0]
-    rounds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    libraries = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    facts = (
-        f"{report.machine}; commit {report.commit[:12]}; {report.date}; median of {rounds} rounds, {report.clock}; "
-        f"load {report.load:.1f} at the start; {libraries}"
-    )
-    return ". ".join([*warnings, facts]) + "."
+    return tables.provenance_of(report, f"median of {tables.rounds(report)} rounds, {report.clock}")
 
 
 def markdown(report: Report, name: str) -> str:
@@ -232,24 +215,19 @@ def render(path: Path) -> list[Path]:
 def update_readme(readme: Path, path: Path) -> None:
     """Put the summaries between their markers; other blocks stay as they are."""
     report = results.load(path)
-    whole, parent = path.resolve(), readme.resolve().parent
-    name = whole.relative_to(parent).as_posix() if whole.is_relative_to(parent) else path.name
     kinds = {result.kind for result in report.results}
-    bodies = {block: make(report, name) for block, make in SUMMARIES.items() if block.rpartition("-")[2] in kinds}
-    try:
-        text = updated(readme.read_text(encoding="utf-8"), bodies)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{readme}: {error}") from None
-    records.write_atomically(readme, text.encode())
+    put(
+        readme,
+        path,
+        lambda name: {
+            block: make(report, name) for block, make in SUMMARIES.items() if block.rpartition("-")[2] in kinds
+        },
+    )
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--readme",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Also put the summaries between <!-- benchmark:train-step-dpo --> (and -ppo) and <!-- /benchmark --> here.",
-)
+@options.FILES
+@options.readme_option("the summaries between <!-- benchmark:train-step-dpo --> (and -ppo)")
 def command(files: tuple[Path, ...], readme: Path | None) -> None:
     """Make the Markdown table and the plots of each FILE, beside it. Numbers come from the file alone."""
     run(files, readme, render, update_readme)

@@ -74,23 +74,7 @@ class Sweep:
 
 
 def report_of(device: torch.device, clock: str, repeats: int, *, dry: bool) -> Report:
-    line, folder = records.machine(device)
-    head, dirty = records.commit()
-    return Report(
-        device=device.type,
-        machine=line,
-        folder=folder,
-        quick=dry,
-        complete=False,
-        clock=clock,
-        repeats=repeats,
-        date=records.now(),
-        commit=head,
-        dirty=dirty,
-        load=os.getloadavg()[0],
-        versions=records.versions(),
-        results=(),
-    )
+    return Report(**records.header(device), quick=dry, complete=False, clock=clock, repeats=repeats, results=())
 
 
 def interpreted() -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from benchmarks import records, render, tables
+from benchmarks import options, records, render, tables
 from benchmarks.kernels import main as guarded
 from benchmarks.tune import proposal
 from benchmarks.tune.knobs import KNOBS
@@ -97,20 +97,12 @@ def render_file(path: Path) -> list[Path]:
 
 def update(readme: Path, path: Path) -> None:
     """The summary between <!-- benchmark:tune --> and its end."""
-    try:
-        new = render.updated(readme.read_text(encoding="utf-8"), {KIND: summary(load(path), path.name)})
-    except ValueError as error:
-        raise ValueError(f"{readme}: {error}") from None
-    records.write_atomically(readme, new.encode())
+    render.put(readme, path, lambda name: {KIND: summary(load(path), name)})
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--readme",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Also put the summary between <!-- benchmark:tune --> and <!-- /benchmark --> in this file.",
-)
+@options.FILES
+@options.readme_option("the summary between <!-- benchmark:tune -->")
 def command(files: tuple[Path, ...], readme: Path | None) -> None:
     """Make the Markdown tables of each FILE, beside it: what is proposed, then every knob. Numbers come from the file.
 

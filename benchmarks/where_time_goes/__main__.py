@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,37 +51,28 @@ def command(device: str, name: str, smoke: bool, out: Path | None, files: tuple[
     (case, *_) = picked(device, ["ppo"], [name] if name else [], quick=False, smoke=smoke)
     quiet()
     dtype = torch.bfloat16 if smoke or device == "cuda" else torch.float32
-    line, folder = records.machine(where)
-    head, dirty = records.commit()
+    about = {**records.header(where), "versions": versions.versions()}
     console = Console()
-    console.print(f"{line}; {torch.__version__}; commit {head[:12]}{' (dirty)' if dirty else ''}", highlight=False)
-    load = os.getloadavg()[0]
+    console.print(records.opening(about), highlight=False)
     try:
         with console.status("") as status:
             found = measured(case, where, dtype, lambda words: status.update(f"{case.name}: {words}"))
     except TOO_MUCH as error:
         raise click.ClickException(f"--case {case.name!r}: {reason(error)}") from None
     report = record.Report(
-        device=device,
-        machine=line,
-        folder=folder,
+        **{**about, "dirty": records.is_dirty(about["commit"], dirty=about["dirty"])},
         case=case.name,
         model=case.model.name,
         parameters=parameters_of(case),
         dtype=str(dtype).removeprefix("torch."),
         settings=case.settings,
         quick=smoke,
-        date=records.now(),
-        commit=head,
-        dirty=dirty or records.commit() != (head, dirty),
-        load=load,
-        versions=versions.versions(),
         **record.results(found, device),
     )
     stamped = records.stamped(
         record.BENCHMARK, report.date, report.commit, records.slug(case.name), dirty=report.dirty, quick=smoke
     )
-    path = (out or records.ROOT / "benchmarks" / "results" / folder) / stamped
+    path = (out or records.ROOT / "benchmarks" / "results" / report.folder) / stamped
     records.save(report, path)
     click.echo(record.phase_table(report))
     click.echo("\n" + record.cost_table(report, report.costs))

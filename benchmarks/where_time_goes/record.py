@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import records
+from benchmarks import records, tables
 from benchmarks.render import table
 from benchmarks.where_time_goes.costs import Cost, kind, largest
 from benchmarks.where_time_goes.costs import Phase as Found
@@ -121,21 +121,7 @@ def load(path: Path) -> Report:
 
 def provenance(report: Report) -> str:
     """One line: where, when, and from which code."""
-    warnings = [
-        words
-        for words, on in (
-            ("DIRTY TREE: these numbers belong to no commit", report.dirty),
-            ("QUICK RUN: too small to conclude from", report.quick),
-            ("CPU: read the shares, not the times", report.device == "cpu"),
-        )
-        if on
-    ]
-    libraries = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    facts = (
-        f"{report.machine}; commit {report.commit[:12]}; {report.date}; one iteration, wall time; "
-        f"load {report.load:.1f} at the start; {libraries}"
-    )
-    return ". ".join([*warnings, facts]) + "."
+    return tables.provenance_of(report, "one iteration, wall time", read="shares")
 
 
 def phase_table(report: Report) -> str:
