@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from onecard import report, rollout
+from onecard import report
 from onecard.algorithms.ppo import command, startup
 from onecard.models import build, load
+from onecard.rollout import sampler
 from tests.e2e.ppo_material import (
     error_line,
     no_report,
@@ -246,12 +247,12 @@ def test_another_run_is_not_gone_on_with(quick, ppo, tmp_path, material):
 
 def shift_sampling(patch: pytest.MonkeyPatch, tmp_path: Path, material: Path, tiny_model: Path) -> dict[str, Any]:
     """Tokens are drawn at half the temperature that is asked for."""
-    whole = rollout.draw
+    whole = sampler.draw
 
     def colder(logits, *more):
         return whole(logits * 2, *more)
 
-    patch.setattr(rollout, "draw", colder)
+    patch.setattr(sampler, "draw", colder)
     return {}
 
 

@@ -23,10 +23,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onecard import checkpoint, cli, report, rollout
+from onecard import checkpoint, cli, report
 from onecard.algorithms.ppo.job import PPO
 from onecard.algorithms.ppo.sampling import Sampler
 from onecard.models.roles import Roles
+from onecard.rollout import sampler
 from onecard.trainer import Trainer
 
 STEPS = 6
@@ -95,7 +96,7 @@ def stop_in_update(patch: pytest.MonkeyPatch, step: int, update: int) -> None:
 
 def stop_in_sampling(patch: pytest.MonkeyPatch, step: int, draws: int) -> None:
     """Interrupt the sampling of iteration `step` after so many draws."""
-    whole_step, whole_draw = PPO.step, rollout.draw
+    whole_step, whole_draw = PPO.step, sampler.draw
     left: list[int] = []
 
     def stepping(self, trainer, indices, bar):
@@ -109,7 +110,7 @@ def stop_in_sampling(patch: pytest.MonkeyPatch, step: int, draws: int) -> None:
         return whole_draw(*words)
 
     patch.setattr(PPO, "step", stepping)
-    patch.setattr(rollout, "draw", drawing)
+    patch.setattr(sampler, "draw", drawing)
 
 
 def same(first: Any, second: Any) -> bool:
