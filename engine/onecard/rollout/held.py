@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,7 +28,7 @@ def unwatched(cache: Any) -> None:
     """Nobody watches."""
 
 
-class Held:
+class Held(ABC):
     """At most `size` rows, sampled together. `places[i]` says which prompt row i belongs to, `ages[i]` how many tokens
     it has drawn: int64 [rows], on the device; `owners[i]` is the prompt on the host, None where its response has ended.
 
@@ -55,17 +56,17 @@ class Held:
         self.watch(cache)
         return cache
 
+    @abstractmethod
     def room(self, waiting: int) -> list[int]:
         """The rows in which so many prompts, or as many of them as there is room for, may come in by now."""
-        raise NotImplementedError
 
+    @abstractmethod
     def admit(self, prompts: Sequence[Sequence[int]], places: Sequence[int], rows: Sequence[int], pad: int) -> Tensor:
         """Prompts come into these rows: fp32 logits [prompts, V] of their first tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def extend(self, tokens: Tensor, rows: Sequence[int] | None = None) -> None:
         """These rows (None: all) go on with one token each."""
-        raise NotImplementedError
 
     def keep(self, rows: Sequence[int]) -> None:
         """Only these rows stay."""
@@ -74,9 +75,9 @@ class Held:
         self.owners = [self.owners[row] for row in rows]
         self.cache.reorder_cache(index)  # unlike `batch_select_indices`, every kind of layer has it
 
+    @abstractmethod
     def inputs(self) -> dict[str, Tensor]:
         """What the model is told of the newest tokens: ids, mask and positions."""
-        raise NotImplementedError
 
     def logits(self) -> Tensor:
         """One pass over the newest tokens of all rows: fp32 [rows, V], of the token to come."""
