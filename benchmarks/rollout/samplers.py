@@ -38,7 +38,7 @@ def recorded(task: Task) -> int:
 
 def sampled(task: Task) -> Any:
     return sample_responses(
-        task.roles, task.prompts, task.sampling, ends=task.ends, pad=task.pad, batch_size=task.batch_size
+        task.roles, task.prompts, task.sampling, ends=task.ends, batch_size=task.batch_size
     )
 
 

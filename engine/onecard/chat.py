@@ -26,8 +26,10 @@ from onecard.models.build import load_player
 from onecard.models.load import context_length, load_tokenizer
 from onecard.models.roles import Roles
 from onecard.rollout import Sampling, end_tokens, sample_responses
+from onecard.startup import check_decoding
 
 HALF = "\ufffd"  # what a tokenizer decodes the first bytes of a character to, as long as the others are not there
+CHECKED_TOKENS = 512  # of the text that the startup check samples behind; how long a conversation gets is not known
 CONTEXT_TOKENS = 8  # of the prompt, decoded with the answer: SentencePiece drops the space that opens a text
 
 
@@ -146,7 +148,6 @@ class Chat:
                 [prompt],
                 self.sampling,
                 ends=self.ends,
-                pad=self.tokenizer.pad_token_id,
                 batch_size=1,
                 hear=lambda token: None if token in self.ends else voice.hear(token),
             )
@@ -213,7 +214,9 @@ def run(config: ChatConfig) -> None:
     if config.system and not tokenizer.chat_template:
         raise OnecardError("system: the model's tokenizer has no chat template, so it knows no system message.")
     room = longest_prompt(config)
-    chat = Chat(config, load_player(config, role="policy"), tokenizer, room)
+    roles = load_player(config, role="policy")
+    check_decoding(roles, min(CHECKED_TOKENS, config.max_new_tokens + (room or CHECKED_TOKENS)))
+    chat = Chat(config, roles, tokenizer, room)
     if sys.stdin.isatty():
         with suppress(ImportError):  # Windows has none
             importlib.import_module("readline")  # from now on `input` knows the lines before

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from onecard.algorithms.common import check_model, longest_sequence
+from onecard.algorithms.common import longest_sequence
 from onecard.batches import Episode, ResponseTargets, TokenBatch, TokenSequence
 from onecard.config import EvaluateConfig
 from onecard.data import Prompt, Row, load_rows, preference_examples, prompt_examples, sft_examples
@@ -31,6 +31,7 @@ from onecard.outputs import output_folder
 from onecard.passes import per_token, sequence_passes
 from onecard.rewards.judge import Judge, load_judge, response_text
 from onecard.rollout import Sampling, end_tokens, make_episode, sample_responses
+from onecard.startup import check_decoding, check_model
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,6 @@ def listen(roles: Roles, role: str, material: Material, config: EvaluateConfig, 
             [prompt.tokens for prompt in prompts],
             Sampling(config.response_length, config.temperature),
             ends=end_tokens(roles, tokenizer),
-            pad=tokenizer.pad_token_id,
             batch_size=config.local_rollout_forward_batch_size,
             bar=part,
             seed=config.seed,
@@ -188,13 +188,13 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         if baseline is not None and apart:
             check_same_tokens(config, tokenizer)
             alone = load_players(replace(config, model=config.baseline), {"baseline": baseline.adapter})
-            check_model(alone)
+            check_start(config, alone, material)
             other = listen(alone, "baseline", material, config, bar, kl=False)
             del alone
         roles = load_players(config, adapters)
         if reward is not None:
             roles.heads["reward"] = read_scalar_head(roles, reward).requires_grad_(False)
-        check_model(roles)
+        check_start(config, roles, material)
         side = listen(roles, "policy", material, config, bar, kl=True)
         if baseline is not None and not apart:
             other = listen(roles, "baseline", material, config, bar, kl=True)
@@ -209,6 +209,14 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             if judge is not None:
                 won = win_rate(scores["objective/scores"], other_scores["objective/scores"])
     return Evaluation(config, len(material.prompts), measures, won, samples)
+
+
+def check_start(config: EvaluateConfig, roles: Roles, material: Material) -> None:
+    """What is taken for granted of the model, on texts as long as the longest."""
+    longest = max(len(prompt.tokens) for prompt in material.prompts) + config.response_length
+    longest_scored = max([longest + 1, *map(len, material.answers)])
+    check_model(roles, longest_scored, row=config.per_device_eval_batch_size * longest_scored, trains=False)
+    check_decoding(roles, longest)
 
 
 def check_same_tokens(config: EvaluateConfig, tokenizer: Any) -> None:

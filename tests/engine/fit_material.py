@@ -122,7 +122,7 @@ def take_passes(config: PPOConfig, roles: Roles, take: Callable[[str, Callable[[
     sampling, rollout = Sampling(config.response_length), sampling_budget(config.local_rollout_forward_batch_size)
     take(
         "rollout",
-        lambda: sample_responses(roles, prompts, sampling, ends=(), pad=0, batch_size=rollout),
+        lambda: sample_responses(roles, prompts, sampling, ends=(), batch_size=rollout),
     )
     sequences = [LENGTHS.sequence(1)] * (count - 1) + [SHORTER.sequence(1)]
     episodes = [Episode(sequence, torch.zeros(LENGTHS.response), True, 0) for sequence in sequences]

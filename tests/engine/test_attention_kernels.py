@@ -75,28 +75,30 @@ def test_the_table_of_kernels(monkeypatch, capability, dtype, size, softcap, pac
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if package else None)
     query = SimpleNamespace(device=CUDA, dtype=dtype, shape=(1, 2, 3, size), is_meta=False)
-    assert kernel_for(query, Score(1.0, softcap)).__name__ == expected
+    assert kernel_for(query, query, Score(1.0, softcap)).__name__ == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_cpu_it_is_pytorch_s_own(monkeypatch, dtype):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     query = torch.zeros(1, 2, 3, 8, dtype=dtype)
-    assert kernel_for(query, Score(1.0)) is attention.by_sdpa
-    assert kernel_for(query, Score(1.0, softcap=2.0)) is attention.by_formula
+    assert kernel_for(query, query, Score(1.0)) is attention.by_sdpa
+    assert kernel_for(query, query, Score(1.0, softcap=2.0)) is attention.by_formula
 
 
 def test_a_plan_takes_the_path_of_the_planned_device():
     query = torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16, device=META)
-    assert kernel_for(query, Score(1.0)) is attention.by_sdpa
+    assert kernel_for(query, query, Score(1.0)) is attention.by_sdpa
     with planned_for(CUDA):
-        assert kernel_for(query, Score(1.0)) is attention.by_torch_varlen
-        assert kernel_for(query.float(), Score(1.0)) is attention.by_sdpa
-        assert kernel_for(torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16), Score(1.0)) is attention.by_sdpa  # is real
+        assert kernel_for(query, query, Score(1.0)) is attention.by_torch_varlen
+        assert kernel_for(query.float(), query, Score(1.0)) is attention.by_sdpa
+        assert (
+            kernel_for(*[torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16)] * 2, Score(1.0)) is attention.by_sdpa
+        )  # is real
         with planned_for(CPU):
-            assert kernel_for(query, Score(1.0)) is attention.by_sdpa
-        assert kernel_for(query, Score(1.0)) is attention.by_torch_varlen
-    assert kernel_for(query, Score(1.0)) is attention.by_sdpa
+            assert kernel_for(query, query, Score(1.0)) is attention.by_sdpa
+        assert kernel_for(query, query, Score(1.0)) is attention.by_torch_varlen
+    assert kernel_for(query, query, Score(1.0)) is attention.by_sdpa
 
 
 # --- what each is told
@@ -153,6 +155,7 @@ def varlen_reference(
 ) -> Tensor:  # fmt: skip
     """What both varlen kernels promise: causal from the bottom right corner, `back` keys before a query's own place."""
     assert query.dim() == key.dim() == 3
+    assert query.shape[2] == key.shape[2] == value.shape[2]  # the kernels take no other widths
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert ahead == 0
     queries, keys = cu_q.diff().tolist(), cu_k.diff().tolist()
@@ -215,7 +218,7 @@ KERNELS = {
 def test_every_kernel_is_the_formula(monkeypatch, kernel, score, record, groups):
     """Values and gradients, over the whole path from what a layer hands over."""
     stand_ins(monkeypatch)
-    monkeypatch.setattr(attention, "kernel_for", lambda query, score: getattr(attention, kernel))
+    monkeypatch.setattr(attention, "kernel_for", lambda query, value, score: getattr(attention, kernel))
     batch, wanted = RECORDS[record], SCORES[score]
     query, key, value = inputs(batch, groups)
     out, _ = attention.attend(
@@ -230,6 +233,33 @@ def test_every_kernel_is_the_formula(monkeypatch, kernel, score, record, groups)
     expected = torch.autograd.grad((truth * slope).sum(), [query, key, value])
     for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one, two, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_values_may_be_narrower_than_queries(monkeypatch, kernel):
+    """As in multi-head latent attention: queries and keys of 8 numbers, values of 5."""
+    stand_ins(monkeypatch)
+    monkeypatch.setattr(attention, "kernel_for", lambda query, value, score: getattr(attention, kernel))
+    batch = RECORDS["shared"]
+    query, key, value = inputs(batch, 4)
+    narrow = value.detach()[..., :5].requires_grad_()
+    out, _ = attention.attend(torch.nn.Identity(), query, key, narrow, None, scaling=0.3, segments=segments_of(batch))
+    truth = by_hand(query, key, narrow, batch, SCORES["plain"])
+    assert out.is_contiguous()
+    torch.testing.assert_close(out[0].double(), truth, atol=1e-6, rtol=1e-5)
+    [found], [expected] = (torch.autograd.grad(each.square().sum(), [narrow]) for each in (out, truth))
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_values_wider_than_queries_take_pytorchs_attention(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    query, narrow, wide = (
+        SimpleNamespace(device=CUDA, dtype=torch.bfloat16, shape=(1, 2, 3, size), is_meta=False)
+        for size in (192, 128, 256)
+    )
+    assert kernel_for(query, narrow, Score(1.0)) is attention.by_flash_attn
+    assert kernel_for(query, wide, Score(1.0)) is attention.by_sdpa
 
 
 def test_an_older_pytorch_shares_heads_without_being_asked(monkeypatch):

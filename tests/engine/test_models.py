@@ -55,8 +55,8 @@ def test_packing_needs_the_cache_off(tinystories):
     roles = load_roles(DPOConfig(model=str(tinystories), attn_implementation="sdpa"), trained="policy")
     trunk = roles.causal_model().get_decoder()
     layout = LAYOUTS["restarted"](pack(texts_of(tinystories)))
-    right = trunk(**layout.inputs).last_hidden_state
-    wrong = trunk(**{**layout.inputs, "use_cache": True}).last_hidden_state
+    right = trunk(**layout.passes[0]).last_hidden_state
+    wrong = trunk(**{**layout.passes[0], "use_cache": True}).last_hidden_state
     assert (right - wrong).abs().max() > 0.1
 
 

@@ -55,15 +55,14 @@ def test_any_of_several_ids_ends(player):
         assert short.finished == (long.tokens[length - 1] in ends)
 
 
-def test_padding_may_have_any_id(player):
-    """Also that of an end, of a word, or of what stands inside the prompts: masks decide."""
-    eos, word = player.tokenizer.eos_token_id, player.prompts[1][3]
-    plain = player.sample(Sampling(30, 0.0)).responses
-    for pad in (eos, word, player.tokenizer.bos_token_id):
-        found = player.sample(Sampling(30, 0.0), pad=pad).responses
-        assert [response.tokens for response in found] == [response.tokens for response in plain]
-        for one, other in zip(found, plain, strict=True):
-            torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-5, rtol=0)
+def test_padding_is_masked_whatever_its_token_means(player):
+    """Token 0 pads. Here it ends responses too, and stands inside a prompt: masks decide."""
+    prompts = [(*player.prompts[1][:4], 0, *player.prompts[1][4:]), *player.prompts]
+    together = player.sample(Sampling(30, 0.0), prompts, ends={0}).responses
+    for prompt, one in zip(prompts, together, strict=True):
+        other = player.sample(Sampling(30, 0.0), [prompt], ends={0}).responses[0]
+        assert one.tokens == other.tokens
+        torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-5, rtol=0)
 
 
 def test_ends_inside_a_prompt_are_only_text(stories260):
@@ -73,13 +72,12 @@ def test_ends_inside_a_prompt_are_only_text(stories260):
     assert stories260.ends == {eos}
     middle = (*stories260.prompts[3][:9], eos, pad, *stories260.prompts[3][1:6])
     prompts = [stories260.prompts[0], middle, stories260.prompts[1]]
-    for used in (pad, eos):
-        found = stories260.sample(Sampling(30, 0.0), prompts, pad=used).responses
-        for prompt, response in zip(prompts, found, strict=True):
-            assert response.tokens == greedy_by_transformers(stories260, prompt, 30)
-            torch.testing.assert_close(
-                response.logprobs, own_logprobs(stories260, prompt, response, 1.0), atol=1e-4, rtol=0
-            )
+    found = stories260.sample(Sampling(30, 0.0), prompts).responses
+    for prompt, response in zip(prompts, found, strict=True):
+        assert response.tokens == greedy_by_transformers(stories260, prompt, 30)
+        torch.testing.assert_close(
+            response.logprobs, own_logprobs(stories260, prompt, response, 1.0), atol=1e-4, rtol=0
+        )
 
 
 def test_responses_come_in_the_order_of_their_prompts(player):

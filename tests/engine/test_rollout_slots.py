@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from onecard.models.attention import use_own_attention
+from onecard.models.roles import Roles
 from onecard.rollout import Held, Padded, Sampling, sampler, slots
 from onecard.rollout.replay import cuda_graph, recorded_by, recorder_for
 from onecard.rollout.slots import GROWTH, SlotLayer, Slots, takes_slots
@@ -22,8 +23,8 @@ SMALL = {
 }  # fmt: skip
 
 
-def batched(model: Any, rows: int, columns: int, device: torch.device) -> Padded:
-    return Padded(model, rows, device)
+def batched(roles: Roles, rows: int, columns: int) -> Padded:
+    return Padded(roles.causal_model(), rows, roles.device)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -183,11 +184,11 @@ def test_what_an_ended_row_left_behind_is_wiped(player: Player):
     """A newcomer's masked columns have no weight, but no weight times nan is nan."""
     held = Slots(player.model, 2, 60, torch.device("cpu"))
     with torch.no_grad():
-        held.admit([(5, 6, 7), (5, 6, 7)], [0, 1], [0, 1], 0)
+        held.admit([(5, 6, 7), (5, 6, 7)], [0, 1], [0, 1])
         for layer in held.cache.layers:
             layer.values[1, :, 1:] = torch.nan
         held.owners[1] = None
-        held.admit([(8,)], [2], [1], 0)
+        held.admit([(8,)], [2], [1])
         held.extend(torch.tensor([4, 4]))
         assert held.logits().isfinite().all()
 
@@ -247,7 +248,7 @@ def test_memory_grows_with_the_longest_row_and_no_further_than_its_end(player: P
 
 def run(held: Slots, player: Player, length: int) -> Any:
     """Token after token of one row; the other one has no prompt."""
-    logits = held.admit([player.prompts[0]], [0], [0], 0)
+    logits = held.admit([player.prompts[0]], [0], [0])
     for _ in range(length - 1 - len(player.prompts[0])):  # a column each
         held.extend(torch.tensor([5]) if len(logits) == 1 else torch.tensor([5, 6]), [0] if len(logits) == 1 else None)
         logits = held.logits()

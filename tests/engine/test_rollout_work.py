@@ -212,7 +212,7 @@ def test_every_kind_of_model_is_sampled_rightly(make):
     roles = Roles(model, ("policy",), {"policy": None}, "packed").eval()
     prompts = [torch.randint(1, 60, (length,)).tolist() for length in (3, 9, 5, 12, 4, 7)]
     with spied(model) as shapes:
-        found = sample_responses(roles, prompts, Sampling(24), ends=range(5), pad=0, batch_size=6).responses
+        found = sample_responses(roles, prompts, Sampling(24), ends=range(5), batch_size=6).responses
     assert len({rows for rows, _ in shapes}) > 2
     for prompt, response in zip(prompts, found, strict=True):
         tokens = torch.tensor([[*prompt, *response.tokens]])

@@ -10,23 +10,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import torch
-
 from onecard import checkpoint, dry_run, report, runs
-from onecard.algorithms.samples import speaker
+from onecard.algorithms.samples import HeldoutSamples, heldout_samples
 from onecard.algorithms.supervised import Supervised
-from onecard.batches import LabelledSequence, PreferencePair, TokenSequence, pack, to_device
+from onecard.batches import LabelledSequence, PreferencePair, TokenSequence
 from onecard.config import EvaluateConfig, SpeakingConfig, TrainConfig
 from onecard.data import Row, Tokenized, hold_out, load_rows, preference_examples
 from onecard.errors import OnecardError
 from onecard.metrics import Bar, say
 from onecard.models.build import load_roles
-from onecard.models.head import check_head
 from onecard.models.levers import in_head_chunks, lever_notes
 from onecard.models.load import context_length, find_source, load_tokenizer
 from onecard.models.roles import Roles
 from onecard.passes import Budget
 from onecard.runs import Run, open_run, with_folder
+from onecard.startup import check_decoding, check_model
 from onecard.trainer import Objective, train
 from onecard_kernels import Loss
 
@@ -46,10 +44,30 @@ class Sharing(Generic[E, B]):
     size: Callable[[E], int] = len
 
 
+def lengths_of(example: object) -> list[int]:
+    """Tokens of each of an example's texts."""
+    return [len(sequence) for sequence in runs.CONTENTS[type(example)](example)[0] if len(sequence)]
+
+
 def rows_padded(example: E) -> int:
     """Rows of the model that an example takes where its sequences are padded to the longest of them."""
-    lengths = [len(sequence) for sequence in runs.CONTENTS[type(example)](example)[0] if len(sequence)]
-    return len(lengths) * max(lengths)
+    return len(lengths_of(example)) * max(lengths_of(example))
+
+
+def check_start(
+    config: TrainConfig,
+    roles: Roles,
+    training: Sequence[object],
+    heldout: Sequence[object],
+    samples: HeldoutSamples | None,
+) -> None:
+    """What the run takes for granted of the model, on texts as long as the longest example's."""
+    lengths = [lengths_of(example) for examples in (training, heldout) for example in examples]
+    longest, together = max(map(max, lengths)), max(map(sum, lengths))
+    items = max(config.per_device_train_batch_size, config.per_device_eval_batch_size)
+    check_model(roles, longest, row=max(config.micro_batch_tokens or items * together, together))
+    if samples is not None:
+        check_decoding(roles, samples.longest)
 
 
 @dataclass(frozen=True)
@@ -173,29 +191,6 @@ def reference_identity(config: TrainConfig) -> dict[str, str]:
     return {"ref_adapter": weights_digest(adapter)} if adapter else {}
 
 
-@torch.no_grad()
-def check_model(roles: Roles) -> None:
-    """Stop, or pad, where the model would not do what this code takes for granted. Costs two tiny forward passes."""
-    model = roles.causal_model()
-    check_head(model, model.get_decoder(), roles.head())
-    if roles.layout == "padded":
-        return
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    tokens = [(7919 * place + 13) % vocabulary for place in range(24)]
-    pieces = [TokenSequence(tuple(piece), (True,) * len(piece)) for piece in (tokens[:15], tokens[15:])]
-    batch = to_device(pack(pieces), roles.device)
-    wanted = roles.layout
-    roles.layout = "padded"
-    apart = roles.logprobs(batch, batch.targets)
-    limit = 1e-3 if model.dtype == torch.float32 else 0.3  # a 16-bit model's own rounding differs between layouts
-    for layout in dict.fromkeys((wanted, "restarted")):
-        roles.layout = layout
-        if (roles.logprobs(batch, batch.targets) - apart).abs().max().item() <= limit:
-            return
-    roles.layout = "padded"
-    say(f"model: {type(model).__name__} mixes packed sequences up, so batches are padded (--no_padding_free).")
-
-
 def finish(roles: Roles, tokenizer: Any, run: Run) -> Path:
     """Export the (first) trained role, write the report, and say where things are."""
     role = roles.trained[0]
@@ -222,7 +217,8 @@ def run_recipe(config: TrainConfig, recipe: Recipe[E, B]) -> Path:
     if recipe.check:
         recipe.check(training)
     roles = load_roles(config, trained=recipe.trained, reference=recipe.reference, scalar=recipe.scalar)
-    check_model(roles)
+    samples = heldout_samples(config, roles, tokenizer, heldout) if isinstance(config, SpeakingConfig) else None
+    check_start(config, roles, training, heldout, samples)
     trained = sum(parameter.numel() for parameter in roles.trained_parameters().values())
     if config.use_peft:
         say(f"{recipe.trained}: {described(roles, recipe.trained, find_source(config.model).adapter)}.")
@@ -235,9 +231,8 @@ def run_recipe(config: TrainConfig, recipe: Recipe[E, B]) -> Path:
     if recipe.prepare:
         training, heldout = recipe.prepare(roles, training, heldout)
     objective = recipe.objective(roles)
-    speak = speaker(config, roles, tokenizer, heldout) if isinstance(config, SpeakingConfig) else None
     row = partial(recipe.heldout, roles, heldout) if recipe.heldout else None
-    job = Supervised(config, recipe.command, objective, training, heldout, speak, row)
+    job = Supervised(config, recipe.command, objective, training, heldout, samples, row)
     data = {"training data": training, "held-out data": heldout}
     model = weights_digest(config.model)
     identity = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from onecard.batches import LabelledSequence, PreferencePair, TokenSequence
@@ -10,9 +11,8 @@ from onecard.config import SpeakingConfig
 from onecard.draws import own_draws
 from onecard.metrics import Bar
 from onecard.models.roles import Roles
+from onecard.models.trunk import trunk_of
 from onecard.rollout import Sampling, end_tokens, sample_responses
-
-Speak = Callable[[Bar], list[dict[str, Any]]]
 
 BEGINNING = 8  # tokens of a text without a prompt that stand for one
 
@@ -30,33 +30,49 @@ def prompt_of(example: object) -> tuple[int, ...]:
     return sequence.tokens[: sequence.response_mask.index(True)] or sequence.tokens[:BEGINNING]
 
 
-def speaker(config: SpeakingConfig, roles: Roles, tokenizer: Any, heldout: Sequence[object]) -> Speak | None:
-    """A function that lets the policy answer `eval_samples` prompts; None if that is 0, or nothing is held out.
+@dataclass(frozen=True)
+class HeldoutSamples:
+    """The policy's answers to a few held-out prompts.
 
-    It draws the same way each time, so answers differ by what was learned in between. Training draws as if it had not
-    been called.
+    They are drawn the same way each time, so they differ by what was learned in between. Training draws as if nothing
+    had been drawn here.
     """
-    different = list(dict.fromkeys(map(prompt_of, heldout)))
-    context = getattr(roles.causal_model().config.get_text_config(), "max_position_embeddings", None)
-    room = None if context is None else context - config.eval_sample_length
-    prompts = [prompt for prompt in different if room is None or len(prompt) <= room][: config.eval_samples]
-    if not prompts:
-        return None
-    texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
-    ends = end_tokens(roles, tokenizer)
 
-    def speak(bar: Bar) -> list[dict[str, Any]]:
+    config: SpeakingConfig
+    roles: Roles
+    tokenizer: Any
+    prompts: Sequence[tuple[int, ...]]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its answer."""
+        return max(map(len, self.prompts)) + self.config.eval_sample_length
+
+    def __call__(self, bar: Bar) -> list[dict[str, Any]]:
+        """A row of prompt and completion, both as text, for each prompt."""
+        config, roles, prompts = self.config, self.roles, self.prompts
         with bar.part("samples", len(prompts)) as part, own_draws(roles.device, config.seed, "samples"):
             rollout = sample_responses(
                 roles,
                 prompts,
                 Sampling(config.eval_sample_length),
-                ends=ends,
-                pad=tokenizer.pad_token_id,
+                ends=end_tokens(roles, self.tokenizer),
                 batch_size=config.per_device_eval_batch_size,
                 bar=part,
             )
-        answers = [tokenizer.decode(response.body, skip_special_tokens=True) for response in rollout.responses]
-        return [{"prompt": text, "completion": answer} for text, answer in zip(texts, answers, strict=True)]
+        rows = zip(prompts, rollout.responses, strict=True)
+        return [{"prompt": self.text(prompt), "completion": self.text(response.body)} for prompt, response in rows]
 
-    return speak
+    def text(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def heldout_samples(
+    config: SpeakingConfig, roles: Roles, tokenizer: Any, heldout: Sequence[object]
+) -> HeldoutSamples | None:
+    """Answers to the first `eval_samples` prompts with room for one; None if that is 0, or nothing is held out."""
+    different = list(dict.fromkeys(map(prompt_of, heldout)))
+    context = getattr(trunk_of(roles.causal_model()).config, "max_position_embeddings", None)
+    room = None if context is None else context - config.eval_sample_length
+    prompts = [prompt for prompt in different if room is None or len(prompt) <= room][: config.eval_samples]
+    return HeldoutSamples(config, roles, tokenizer, prompts) if prompts else None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic
 
 from onecard import runs
-from onecard.algorithms.samples import Speak
+from onecard.algorithms.samples import HeldoutSamples
 from onecard.batches import to_device
 from onecard.config import TrainConfig
 from onecard.cut import Cut
@@ -66,11 +66,17 @@ class Supervised(Generic[E, B]):
         objective: Objective[E, B],
         training: Sequence[E],
         heldout: Sequence[E],
-        speak: Speak | None = None,
+        samples: HeldoutSamples | None = None,
         # where it is more than sums over micro-batches
         heldout_row: Callable[[Budget, Bar], dict[str, float]] | None = None,
     ) -> None:
-        self.name, self.objective, self.training, self.heldout, self.speak = name, objective, training, heldout, speak
+        self.name, self.objective, self.training, self.heldout, self.samples = (
+            name,
+            objective,
+            training,
+            heldout,
+            samples,
+        )
         self.heldout_row = heldout_row
         self.budget = Budget(Cut(config.per_device_eval_batch_size, config.micro_batch_tokens))  # of evaluations
         self.plan = make_plan(config, len(training))
@@ -107,7 +113,7 @@ class Supervised(Generic[E, B]):
             sizes = [objective.size(example) for example in heldout]
             passes = each_pass(sizes, self.budget, read, padded=weights.layout == "padded")
         losses = [loss for _, found in passes for loss in found]
-        for sample in self.speak(bar) if self.speak else []:
+        for sample in self.samples(bar) if self.samples else []:
             runs.log(trainer.run.folder, {"step": trainer.step, **sample}, runs.SAMPLES)
         return per_kind(add_up(losses))
 

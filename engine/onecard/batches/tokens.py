@@ -69,6 +69,12 @@ class TokenBatch:
     def num_tokens(self) -> int:
         return sum(self.lengths)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text, with the prompt that it shares."""
+        spans = self.shared.spans if self.shared else ((0, 0),) * len(self.lengths)
+        return max(own + stop - start for own, (start, stop) in zip(self.lengths, spans, strict=True))
+
 
 def pack(sequences: Sequence[TokenSequence], continued: Mapping[int, tuple[int, int]] | None = None) -> TokenBatch:
     """Lay sequences end to end (CPU tensors).

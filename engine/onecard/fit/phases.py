@@ -38,9 +38,10 @@ from onecard.fit.tracker import PAGED, WORK, Phase, Tracker
 from onecard.fit.weights import META
 from onecard.models.cache import cache_bytes
 from onecard.models.roles import Roles
+from onecard.models.trunk import evaluating
 from onecard.optim import clip_grad_norm, make_optimizer
 from onecard.passes import looking_budget
-from onecard.rollout import Sampling, evaluating, make_held
+from onecard.rollout import Sampling, make_held
 from onecard.trainer import Objective, accumulate
 
 GRADIENTS, STATES, CACHE = "gradients", "optimizer states", "kv cache"
@@ -212,7 +213,7 @@ class Rehearsal:
         rows = len(next(replace(rollout_budget(config).cut, padded=True).places(sizes)))
         sampling = Sampling(config.response_length, config.temperature)
         with self.phase("rollout"), torch.no_grad(), evaluating(model), self.roles.playing("policy"):
-            held = make_held(model, rows, self.lengths.total - 1, META)
+            held = make_held(self.roles, rows, self.lengths.total - 1)
             waiting, making = len(sizes) - rows, partial(self.tracker.making, CACHE)
             sample_longest(held, self.lengths.prompt, self.lengths.total, waiting, sampling, making)
 

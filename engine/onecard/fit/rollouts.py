@@ -22,7 +22,7 @@ def sample_longest(held: Held, prompt: int, total: int, waiting: int, sampling: 
     """
     held.watch = partial(follow, making)
     rows = list(range(held.size))
-    tokens, _ = draw(held.admit([(0,) * prompt] * held.size, rows, rows, 0), sampling, [])
+    tokens, _ = draw(held.admit([(0,) * prompt] * held.size, rows, rows), sampling, [])
     held.extend(tokens)
     for stretch in (stretch_slots if held.refills else stretch_padded)(held, total - 1):
         stretch(making)
@@ -30,7 +30,7 @@ def sample_longest(held: Held, prompt: int, total: int, waiting: int, sampling: 
     if waiting and held.refills:  # beside a cache that is as large as it gets
         held.owners[1:] = [None] * (held.size - 1)
         if rows := held.room(waiting):
-            draw(held.admit([(0,) * prompt] * len(rows), rows, rows, 0), sampling, [])
+            draw(held.admit([(0,) * prompt] * len(rows), rows, rows), sampling, [])
     del held.cache.update  # it knows itself by it, and would not be let go of
 
 

@@ -31,9 +31,16 @@ from torch.nn import functional
 
 from onecard.batches import TokenBatch
 from onecard.errors import OnecardError
+from onecard.models.trunk import trunk_of
 
 NAME = "onecard"
+# What models pass to their attention that changes nothing in it
+UNUSED = ("position_ids", "use_cache", "output_attentions", "output_router_logits", "output_hidden_states")
 MOST_FLASH_DIMENSIONS, FLASH_STEP = 256, 8  # of one head: at most so many, and a multiple of this
+
+
+# Of a packed row: transformers takes a mask of four dimensions as it is, and `attend` knows this one by its shape
+PACKED_MASK = (1, 1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -106,18 +113,26 @@ def attend(
     segments: Segments | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [b, H, n, d], key and value [b, G, m, d] -> [b, n, H, d].
+    """transformers' attention interface: query [b, H, n, d], key [b, G, m, d], value [b, G, m, e] -> [b, n, H, e].
 
-    With `segments`, b is 1 and `attention_mask` is not looked at. `others` may have a `sliding_window`.
+    With `segments`, b is 1 and `attention_mask` is not looked at. Of `others` a `sliding_window` is known; what else
+    says something of the attention (top-k indices, sinks, biases) raises.
     """
-    strange = [name for name in ("s_aux", "position_bias", "sinks") if others.get(name) is not None]
+    known = {*UNUSED, "sliding_window", "is_causal"}
+    unknown = [name for name, value in others.items() if value is not None and name not in known]
     if segments is not None and "sliding_window" not in others:
-        strange += windows_of(getattr(module, "config", None))
-    if strange:
+        unknown += windows_of(getattr(module, "config", None))
+    if segments is not None and others.get("is_causal") is False:
+        unknown.append("is_causal=False")
+    if unknown:
         raise OnecardError(
-            f"model: {type(module).__name__} has attention with {strange[0]}, which onecard's own does not know; "
+            f"model: {type(module).__name__} has attention with {unknown[0]}, which onecard's own does not know; "
             "give --attn_implementation eager."
         )
+    if segments is None and attention_mask is not None and attention_mask.shape == PACKED_MASK and key.shape[2] > 1:
+        raise OnecardError(f"model: {type(module).__name__} is not told where packed sequences begin.")
+    for name in UNUSED:
+        others.pop(name, None)
     score = Score(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, others.pop("sliding_window", None))
     if segments is not None and dropout:
         raise OnecardError(
@@ -128,8 +143,8 @@ def attend(
         return batched(module, query, key, value, attention_mask, score, dropout=dropout, **others), None
     if segments.key_rows is not None:
         key, value = (each.index_select(2, segments.key_rows) for each in (key, value))
-    run = kernel_for(query, score)
-    return run(query, key, value, segments, score).to(query.dtype), None
+    run = kernel_for(query, value, score)
+    return run(query, key, value, segments, score).to(query.dtype).contiguous(), None
 
 
 def windows_of(config: Any) -> list[str]:
@@ -142,11 +157,12 @@ def windows_of(config: Any) -> list[str]:
 Kernel = Callable[[Tensor, Tensor, Tensor, Segments, Score], Tensor]
 
 
-def kernel_for(query: Tensor, score: Score) -> Kernel:
+def kernel_for(query: Tensor, value: Tensor, score: Score) -> Kernel:
     """The fastest of the kernels that can do it."""
     device = target_of(query)
     width = query.shape[-1]
-    flash = has_flash(device, query.dtype) and width <= MOST_FLASH_DIMENSIONS and width % FLASH_STEP == 0
+    fits = width <= MOST_FLASH_DIMENSIONS and width % FLASH_STEP == 0 and value.shape[-1] <= width
+    flash = has_flash(device, query.dtype) and fits
     if flash and importlib.util.find_spec("flash_attn") and not query.is_meta:
         return by_flash_attn
     if score.softcap is not None:
@@ -155,7 +171,11 @@ def kernel_for(query: Tensor, score: Score) -> Kernel:
 
 
 def flat(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tuple[Any, ...]:
-    """What both varlen kernels begin with: [n, H, d] each, where sequences begin, and the longest of them."""
+    """What both varlen kernels begin with: [n, H, d] each, where sequences begin, and the longest of them.
+
+    Multi-head latent attention has values narrower than its queries, which the kernels do not take: zeros fill them up.
+    """
+    value = functional.pad(value, (0, query.shape[-1] - value.shape[-1]))
     heads_last = [each.squeeze(0).transpose(0, 1) for each in (query, key, value)]
     longest = max(segments.lengths), max(segments.key_lengths)
     return *heads_last, segments.cu_queries, segments.cu_keys, *longest
@@ -172,7 +192,7 @@ def by_flash_attn(query: Tensor, key: Tensor, value: Tensor, segments: Segments,
         window_size=window,
         softcap=score.softcap or 0.0,
     )
-    return out.unsqueeze(0)
+    return out.unsqueeze(0)[..., : value.shape[-1]]
 
 
 def by_torch_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, score: Score) -> Tensor:
@@ -189,7 +209,7 @@ def by_torch_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segment
         window_size=(back, 0),
         **grouped,
     )
-    return out.unsqueeze(0)
+    return out.unsqueeze(0)[..., : value.shape[-1]]
 
 
 def sees(queries: int, keys: int, score: Score, device: torch.device) -> Tensor:
@@ -283,31 +303,74 @@ def use_own_attention(model: Any) -> bool:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    trunk = model.get_decoder()
+    trunk = trunk_of(model)
     passes_on = any(each.kind is each.VAR_KEYWORD for each in inspect.signature(trunk.forward).parameters.values())
-    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
-    known = capped or getattr(model, "_supports_sdpa", False)  # others have something of their own in their attention
-    if not (passes_on and known and getattr(model, "_supports_attention_backend", False)):
+    capped = getattr(trunk.config, "attn_logit_softcapping", None) is not None
+    known = capped or getattr(trunk, "_supports_sdpa", False)  # others have something of their own in their attention
+    takes_a_name = getattr(trunk, "_supports_attention_backend", False)
+    if not (passes_on and known and takes_a_name and has_plain_attention(trunk.config)):
         return False
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+    model.plain_attention = trunk.config._attn_implementation
+    trunk.set_attn_implementation(NAME)
     return True
+
+
+def has_plain_attention(config: Any) -> bool:
+    """Whether all layers are attention to all keys before a query, or to a window of them, by the caches they keep.
+
+    Others keep a state that goes on from token to token (Mamba, linear attention, short convolutions), or choose their
+    keys (sparse attention).
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    # A layer that keeps nothing (an MLP, or keys that another layer has) is `DummyLayer`, which older releases lack
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+    return kinds <= {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__, "DummyLayer"}
 
 
 def has_own_attention(model: Any) -> bool:
     """Whether `use_own_attention` has been there."""
-    return getattr(model.config.get_text_config(), "_attn_implementation", "") == NAME
+    return getattr(trunk_of(model).config, "_attn_implementation", "") == NAME
+
+
+def use_plain_attention(model: Any) -> None:
+    """Give a model back the attention that transformers chose for it."""
+    if has_own_attention(model):
+        trunk_of(model).set_attn_implementation(model.plain_attention)
+
+
+@contextmanager
+def plain_attention(model: Any) -> Iterator[None]:
+    """Inside, the model attends as transformers would have it."""
+    own = has_own_attention(model)
+    use_plain_attention(model)
+    try:
+        yield
+    finally:
+        if own:
+            trunk_of(model).set_attn_implementation(NAME)
 
 
 def takes_segments(model: Any) -> bool:
     """Whether packed sequences attend by `Segments`: this attention is told of all that the model's masks would say."""
-    return has_own_attention(model) and (not windows_of(model.config.get_text_config()) or passes_windows_on(model))
+    return has_own_attention(model) and (not windows_of(trunk_of(model).config) or passes_windows_on(model))
+
+
+def structural_layout(model: Any, layout: str) -> str:
+    """The fastest of the layouts that a model's structure allows, if `layout` is packed; else `layout`."""
+    if layout != "packed" or takes_segments(model):
+        return layout
+    trunk = trunk_of(model)
+    takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
+    return "restarted" if takes_positions and has_plain_attention(trunk.config) else "padded"
 
 
 def passes_windows_on(model: Any) -> bool:
     """Whether every kind of attention layer hands on a `sliding_window`; `attend` stops at one that does not."""
-    kinds = {type(module) for module in model.modules() if type(module).__name__.endswith("Attention")}
+    kinds = {type(module) for module in trunk_of(model).modules() if type(module).__name__.endswith("Attention")}
     try:
         return bool(kinds) and all("sliding_window=" in inspect.getsource(kind.forward) for kind in kinds)
     except OSError:  # a class without a source

@@ -170,7 +170,7 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
 
 def head_shape(roles: Roles) -> tuple[int, torch.device]:
     """What `scalar_head` needs to know of a model."""
-    return roles.causal_model().config.get_text_config().hidden_size, roles.device
+    return roles.head().weight.shape[1], roles.device  # not hidden_size: some models project what their head reads
 
 
 def read_scalar_head(roles: Roles, folder: Path) -> ScalarHead:

@@ -1,4 +1,4 @@
-"""The model's door: a flat `TokenBatch` laid out as the model's keyword arguments, packed or padded.
+"""A flat `TokenBatch` as the keyword arguments of the model's passes: packed, padded, or one sequence a pass.
 
 All layouts come from the same record and give the same hidden states for the same flat rows. `use_cache=False` is
 part of the layout, not a matter of memory: with a cache transformers builds no block mask for packed sequences, and the
@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from onecard.batches import TokenBatch
-from onecard.models.attention import segments_of
+from onecard.models.attention import PACKED_MASK, segments_of
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`inputs`: keyword arguments of the trunk; `places` [n]: where flat row i lies in its flattened output."""
+    """`passes`: keyword arguments of the trunk for each pass; `places` [n]: where flat row i lies in their flattened
+    outputs, one after another.
+    """
 
-    inputs: dict[str, Any]
+    passes: tuple[dict[str, Any], ...]
     places: Tensor
 
 
@@ -32,16 +34,14 @@ def packed(batch: TokenBatch) -> Layout:
 
     A mask of four dimensions is one that transformers takes as it is; no layer looks at it.
     """
-    return Layout(
-        inputs={
-            "input_ids": batch.tokens.unsqueeze(0),
-            "position_ids": batch.positions.unsqueeze(0),
-            "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.tokens.device),
-            "segments": segments_of(batch),
-            "use_cache": False,
-        },
-        places=torch.arange(batch.num_tokens, device=batch.tokens.device),
-    )
+    inputs = {
+        "input_ids": batch.tokens.unsqueeze(0),
+        "position_ids": batch.positions.unsqueeze(0),
+        "attention_mask": torch.ones(PACKED_MASK, dtype=torch.bool, device=batch.tokens.device),
+        "segments": segments_of(batch),
+        "use_cache": False,
+    }
+    return Layout((inputs,), torch.arange(batch.num_tokens, device=batch.tokens.device))
 
 
 def apart(batch: TokenBatch) -> tuple[TokenBatch, Tensor]:
@@ -67,14 +67,12 @@ def apart(batch: TokenBatch) -> tuple[TokenBatch, Tensor]:
 def restarted(batch: TokenBatch) -> Layout:
     """All sequences in one row. Positions that start again tell transformers to mask one sequence from another."""
     batch, places = apart(batch)
-    return Layout(
-        inputs={
-            "input_ids": batch.tokens.unsqueeze(0),
-            "position_ids": batch.positions.unsqueeze(0),
-            "use_cache": False,
-        },
-        places=places,
-    )
+    inputs = {
+        "input_ids": batch.tokens.unsqueeze(0),
+        "position_ids": batch.positions.unsqueeze(0),
+        "use_cache": False,
+    }
+    return Layout((inputs,), places)
 
 
 def padded(batch: TokenBatch) -> Layout:
@@ -90,16 +88,25 @@ def padded(batch: TokenBatch) -> Layout:
     mask = torch.zeros_like(tokens)
     tokens[places] = batch.tokens
     mask[places] = 1
-    position_ids = torch.arange(columns, device=batch.tokens.device).expand(rows, -1)
-    return Layout(
-        inputs={
-            "input_ids": tokens.view(rows, columns),
-            "attention_mask": mask.view(rows, columns),
-            "position_ids": position_ids,
-            "use_cache": False,
-        },
-        places=places[own],
-    )
+    inputs = {
+        "input_ids": tokens.view(rows, columns),
+        "attention_mask": mask.view(rows, columns),
+        "position_ids": torch.arange(columns, device=batch.tokens.device).expand(rows, -1),
+        "use_cache": False,
+    }
+    return Layout((inputs,), places[own])
 
 
-LAYOUTS: dict[str, Callable[[TokenBatch], Layout]] = {"packed": packed, "restarted": restarted, "padded": padded}
+def single(batch: TokenBatch) -> Layout:
+    """A pass for each sequence: what the model computes of it by itself, whatever kind of model it is."""
+    batch, places = apart(batch)
+    passes = tuple({"input_ids": each.unsqueeze(0), "use_cache": False} for each in batch.tokens.split(batch.lengths))
+    return Layout(passes, places)
+
+
+LAYOUTS: dict[str, Callable[[TokenBatch], Layout]] = {
+    "packed": packed,
+    "restarted": restarted,
+    "padded": padded,
+    "single": single,
+}

@@ -118,16 +118,19 @@ def pick_attention(config: ModelConfig, dtype: torch.dtype) -> str | None:
 
 
 def is_dropout(name: object, value: object) -> bool:
-    """Whether an entry of a model's config is a dropout probability."""
-    return isinstance(value, float) and ("dropout" in str(name) or str(name).endswith("pdrop"))
+    """Whether an entry of a model's config is noise in training: dropout, skipped layers, router jitter."""
+    return isinstance(value, float) and any(word in str(name) for word in ("drop", "jitter"))
 
 
 def without_dropout(model_config: Any) -> Any:
     """The same config with every dropout at 0: with dropout, old and new log-probs of one policy would differ."""
-    for owner in {id(c): c for c in (model_config, model_config.get_text_config())}.values():
-        for name, value in owner.to_dict().items():
-            if is_dropout(name, value):
-                setattr(owner, name, 0.0)
+    from transformers import PretrainedConfig
+
+    for name, value in list(vars(model_config).items()):
+        if isinstance(value, PretrainedConfig):
+            without_dropout(value)
+        elif is_dropout(name, value):
+            setattr(model_config, name, 0.0)
     return model_config
 
 

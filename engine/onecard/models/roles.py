@@ -22,12 +22,13 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from onecard.batches import ResponseTargets, TokenBatch, last_rows
-from onecard.models.attention import takes_segments
+from onecard.models.attention import structural_layout, use_plain_attention
 from onecard.models.head import LanguageHead, read_head
 from onecard.models.layout import LAYOUTS
 from onecard.models.load import save_model as save_plain_model
 from onecard.models.offload import LEAST_BYTES, Offloader
 from onecard.models.scalar import ScalarHead
+from onecard.models.trunk import rotation_limit, trunk_of
 from onecard_kernels import linear_logprobs
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -47,10 +48,12 @@ class Roles(nn.Module):
         self.model = model
         self.trained = tuple(trained)
         self.adapters = adapters
-        self.layout = "restarted" if layout == "packed" and not takes_segments(model) else layout
+        self.layout = structural_layout(model.get_base_model() if self.has_adapters else model, layout)
+        self.decoding = ""  # a name of `rollout.make_held`; empty: what the model's structure allows
         self.heads = nn.ModuleDict()
         self.copies = nn.ModuleDict()  # role -> a whole frozen model; only where all weights are trained
         self.offloader: Offloader | None = None
+        self.trained_in_evaluation_mode = False  # a model that draws noise in training mode which no setting turns off
         self.current = ""
         self.activate(self.trained[0])
 
@@ -101,6 +104,16 @@ class Roles(nn.Module):
         finally:
             self.activate(before)
 
+    def train(self, mode: bool = True) -> Roles:
+        """PyTorch's; of a model that is trained in evaluation mode, the checkpointed layers alone: they would keep all
+        activations without it.
+        """
+        super().train(mode)
+        if mode and self.trained_in_evaluation_mode:
+            for module in self.model.modules():
+                module.training = getattr(module, "gradient_checkpointing", False)
+        return self
+
     def checkpoint_activations(self) -> None:
         """Keep one activation per layer, and recompute the rest in the backward, under the role that it was run in.
 
@@ -140,16 +153,25 @@ class Roles(nn.Module):
             return self.copies[self.current]
         return self.model.get_base_model() if self.has_adapters else self.model
 
+    def use_plain_attention(self) -> None:
+        """Give every model of the run back the attention that transformers chose for it."""
+        for model in (self.model.get_base_model() if self.has_adapters else self.model, *self.copies.values()):
+            use_plain_attention(model)
+
     def head(self) -> LanguageHead:
         """The current role's language model head."""
         return read_head(self.causal_model())
 
     def hidden(self, batch: TokenBatch, rows: Tensor) -> Tensor:
         """Hidden states [r, D] of the current role at flat `rows`."""
-        layout = LAYOUTS[self.layout](batch)
+        trunk = trunk_of(self.causal_model())
+        limit = rotation_limit(trunk.config)
+        alone = limit is not None and batch.longest > limit
+        layout = LAYOUTS["single" if alone else self.layout](batch)
         with self.offloading():
-            states = self.causal_model().get_decoder()(**layout.inputs).last_hidden_state
-        return states.flatten(0, 1).index_select(0, layout.places[rows])
+            states = [trunk(**inputs).last_hidden_state.flatten(0, 1) for inputs in layout.passes]
+        whole = states[0] if len(states) == 1 else torch.cat(states)
+        return whole.index_select(0, layout.places[rows])
 
     def logprobs(self, batch: TokenBatch, targets: ResponseTargets, temperature: float = 1.0) -> Tensor:
         """Log-probabilities [r] of the response tokens under the current role, fp32, nats."""

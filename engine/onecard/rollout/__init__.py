@@ -16,10 +16,11 @@ may be the EOS, the EOS may be the BOS, and all of them may stand inside a promp
 
 from onecard.rollout.drawing import Sampling, chances_of, draw, warpers
 from onecard.rollout.ends import end_tokens, stop_ids
-from onecard.rollout.held import Held, Padded, evaluating
+from onecard.rollout.held import Held, Padded
 from onecard.rollout.sampler import (
     Response,
     Rollout,
+    decodings,
     generate,
     make_episode,
     make_held,
@@ -34,9 +35,9 @@ __all__ = [
     "Rollout",
     "Sampling",
     "chances_of",
+    "decodings",
     "draw",
     "end_tokens",
-    "evaluating",
     "generate",
     "make_episode",
     "make_held",

@@ -19,10 +19,11 @@ from onecard.errors import OnecardError
 from onecard.metrics import Bar, progress
 from onecard.models.cache import cache_bytes
 from onecard.models.roles import Roles
+from onecard.models.trunk import evaluating, rotation_limit, trunk_of
 from onecard.passes import Budget, Wording, at_once
 from onecard.rollout.drawing import NOT_FINITE, Sampling, chances_of, draw, warpers
 from onecard.rollout.ends import end_tokens
-from onecard.rollout.held import Held, Padded, evaluating
+from onecard.rollout.held import Held, Padded, Uncached, cache_argument
 
 # Finished rows leave when they are this share of those held and nobody waits. To leave costs one copy of the cache of
 # the rows that stay, and saves this share of all steps to come, so it pays in a few. Measured on two small models, 1/16
@@ -75,11 +76,32 @@ def sampling_budget(batch_size: int, cache_bytes: int = 0) -> Budget:
     return Budget(Cut(batch_size, cache_bytes, like=True, most=batch_size), SAMPLING)
 
 
-def make_held(model: Any, rows: int, columns: int, device: torch.device) -> Held:
-    """Rows for a model: those that take the next prompt one by one, where it understands them."""
-    from onecard.rollout.slots import Slots, takes_slots  # they come with transformers
+def decodings(model: Any) -> list[str]:
+    """How rows can be sampled together, as far as a model's structure says, the fastest first."""
+    from onecard.rollout.slots import takes_slots  # it comes with transformers
 
-    return Slots(model, rows, columns, device) if takes_slots(model) else Padded(model, rows, device)
+    slots = ["slots"] if takes_slots(model) else []
+    return slots + (["padded", "single"] if cache_argument(model) else []) + ["uncached"]
+
+
+def make_held(roles: Roles, rows: int, columns: int) -> Held:
+    """Rows for the current role, of at most `columns` tokens that a next one looks at.
+
+    slots: a row that ends takes the next prompt; padded: batches; single: batches of one; uncached: rows run whole, for
+    models without a cache, and where rotations change with the length of a text.
+    """
+    from onecard.rollout.slots import Slots
+
+    model, device = roles.causal_model(), roles.device
+    limit = rotation_limit(trunk_of(model).config)
+    decoding = "uncached" if limit is not None and columns >= limit else roles.decoding or decodings(model)[0]
+    makers: dict[str, Callable[[], Held]] = {
+        "slots": lambda: Slots(model, rows, columns, device),
+        "padded": lambda: Padded(model, rows, device),
+        "single": lambda: Padded(model, 1, device),
+        "uncached": lambda: Uncached(model, rows, device),
+    }
+    return makers[decoding]()
 
 
 class Drawn:
@@ -107,7 +129,6 @@ def sample_rows(
     sampling: Sampling,
     ends: Collection[int],
     *,
-    pad: int,
     chances: Tensor | None = None,
     hear: Callable[[int], object] | None = None,
 ) -> Iterator[tuple[int, Response]]:
@@ -146,7 +167,7 @@ def sample_rows(
     while True:
         while waiting and (rows := held.room(len(waiting))):
             places = [waiting.popleft() for _ in rows]
-            yield from go_on(held.admit([prompts[place] for place in places], places, rows, pad), rows)
+            yield from go_on(held.admit([prompts[place] for place in places], places, rows), rows)
         staying = [row for row, place in enumerate(held.owners) if place is not None]
         if not staying:
             return
@@ -163,7 +184,6 @@ def sample_responses(
     sampling: Sampling,
     *,
     ends: Collection[int],
-    pad: int,
     batch_size: int | Budget,
     bar: Bar | None = None,
     seed: int | None = None,
@@ -191,11 +211,11 @@ def sample_responses(
         if seed is not None:
             chances = torch.stack([chances_of(seed, place, sampling.max_new_tokens) for place in order])
             chances = chances.to(roles.device)
-        held = make_held(model, rows, max(lengths) - 1, roles.device)  # the last token has no keys
+        held = make_held(roles, rows, max(lengths) - 1)  # the last token has no keys
         found: dict[int, Response] = {}
         ordered = [prompts[place] for place in order]
         with drawn_again_after_errors(roles.device):
-            for index, response in sample_rows(held, ordered, sampling, ends, pad=pad, chances=chances, hear=hear):
+            for index, response in sample_rows(held, ordered, sampling, ends, chances=chances, hear=hear):
                 place = order[index]
                 found[place] = response
                 told = place in counts
@@ -228,7 +248,6 @@ def generate(
             [prompt.tokens for prompt in prompts],
             sampling,
             ends=end_tokens(roles, tokenizer),
-            pad=tokenizer.pad_token_id,
             batch_size=batch_size,
             bar=bar,
         )

@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from onecard.models.attention import has_own_attention, windows_of
+from onecard.models.trunk import rotation_limit, trunk_of
 from onecard.rollout.held import Held, padded
 from onecard.rollout.replay import Replayed, recorder_for
 
@@ -33,21 +34,14 @@ GROWTH = 128  # columns by which the cache grows, up to the longest that a row c
 def takes_slots(model: Any) -> bool:
     """Whether a model's rows can be told their places one by one: masks of our own making go straight to attention, all
     layers keep all keys, and positions are given and mean the same whatever stands beside them."""
-    config = model.config.get_text_config(decoder=True)
+    config = trunk_of(model).config
     return (
         has_own_attention(model)
         and "position_ids" in inspect.signature(model.forward).parameters
         and not windows_of(config)
-        and not stretches(config)
+        and rotation_limit(config) is None
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
     )
-
-
-def stretches(config: Any) -> bool:
-    """Whether rotations depend on the longest row of a pass (RoPE of kind dynamic or longrope)."""
-    given = getattr(config, "rope_parameters", None) or {}
-    kinds = [given, *(each for each in given.values() if isinstance(each, dict))]
-    return any(each.get("rope_type") in ("dynamic", "longrope") for each in kinds)
 
 
 class Layout:
@@ -165,10 +159,10 @@ class Slots(Held):
         for layer in self.cache.layers:
             layer.grow()
 
-    def admit(self, prompts: Sequence[Sequence[int]], places: Sequence[int], rows: Sequence[int], pad: int) -> Tensor:
+    def admit(self, prompts: Sequence[Sequence[int]], places: Sequence[int], rows: Sequence[int]) -> Tensor:
         layout, index = self.layout, torch.tensor(rows, device=self.device)
         self.cache = self.new_cache() if self.cache is None else self.cache
-        tokens, mask, positions = padded(prompts, pad, self.device)
+        tokens, mask, positions = padded(prompts, self.device)
         lengths, width = mask.sum(1), mask.shape[1]
         self.grow(width)
         layout.rows = index

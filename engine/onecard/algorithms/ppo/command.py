@@ -10,7 +10,6 @@ from pathlib import Path
 
 from onecard import dry_run
 from onecard.algorithms.common import (
-    check_model,
     described,
     finish,
     load_examples,
@@ -34,6 +33,7 @@ from onecard.passes import looking_budget
 from onecard.rewards.functions import digest_functions
 from onecard.rewards.judge import load_constraint, load_judge
 from onecard.runs import open_run, with_folder
+from onecard.startup import check_decoding, check_model
 from onecard.trainer import train
 
 
@@ -108,7 +108,10 @@ def run(config: PPOConfig) -> Path:
         ),
     )
     roles = load_ppo_roles(config)
-    check_model(roles)
+    longest = max(len(prompt.tokens) for prompt in (*training, *heldout)) + config.response_length
+    items = max(config.per_device_train_batch_size, config.per_device_eval_batch_size)
+    check_model(roles, longest + 1, row=config.micro_batch_tokens or items * (longest + 1))
+    check_decoding(roles, longest)
     sampler = make_sampler(config, roles, tokenizer)
     judges = [judge, *([constraint] if constraint else [])]
     if run.checkpoint is None:  # a run that goes on has been checked, and its policy has left the reference

@@ -39,7 +39,6 @@ class Sampler:
             [prompt.tokens for prompt in prompts],
             self.sampling,
             ends=self.ends,
-            pad=self.tokenizer.pad_token_id,
             batch_size=self.budget,
             bar=bar,
         )

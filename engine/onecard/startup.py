@@ -1,0 +1,339 @@
+"""What a run takes for granted of a model, tried on a few texts before the first step.
+
+The judge is the plain model: one text a pass, in evaluation mode, with the attention that transformers chose for it.
+
+| what is compared | where it differs |
+|---|---|
+| log-probs from hidden states, with the model's own logits | refused |
+| log-probs of each layout, with the judge's | the next layout is taken; the last one is what the judge does |
+| the gradient of one text by another one's embeddings, with 0 | the same |
+| the gradient of a text's beginning by the embeddings of its end, with 0 | refused: not causal |
+| log-probs in training mode, twice, with those in evaluation mode | the model is trained in evaluation mode |
+| log-probs of sampled tokens, as drawn, with the judge's | the next way of sampling; the last one has no cache |
+
+One text is as long as the run's longest: windows, top-k attention and long-context rotations show on long texts alone.
+16-bit passes of one model differ by their own rounding; how much is measured on the judge itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onecard.batches import TokenBatch, TokenSequence, pack, to_device
+from onecard.draws import own_draws
+from onecard.errors import OnecardError, is_out_of_memory
+from onecard.metrics import say
+from onecard.models.attention import has_own_attention, has_plain_attention, plain_attention, takes_segments
+from onecard.models.head import check_head
+from onecard.models.layout import LAYOUTS
+from onecard.models.load import reason
+from onecard.models.roles import Roles
+from onecard.models.trunk import evaluating, trunk_of
+from onecard.passes import attempt
+from onecard.rollout import Sampling, decodings, sample_responses
+
+SHORT, SHARED, TAIL = (
+    24,
+    12,
+    7,
+)  # tokens: of short texts, of the beginning that two share, and behind texts for rounding
+LIMIT = 1e-3  # nat: of any token in float32
+LIMIT_16_BIT = 0.05  # nat: the mean over a text in 16 bit, beside three times the judge's own rounding
+ROUNDING_16_BIT = 0.1  # nat: the mean over a text by rounding, above which nothing can be told
+NEW = 8  # tokens that are sampled behind each prompt
+WAYS = {
+    "slots": "in rows that take one prompt after another",
+    "padded": "in padded batches",
+    "single": "one prompt at a time",
+    "uncached": "one prompt at a time and without a cache, which is slow for long texts",
+}
+REPEATED, REPEATED_16_BIT = 1e-5, 1e-3  # nat: the mean over a text between two passes of the same
+
+
+def text(vocabulary: int, length: int, place: int) -> tuple[int, ...]:
+    """Tokens spread over the vocabulary, others for each place."""
+    return tuple((7919 * index + 104729 * place + 13) % vocabulary for index in range(length))
+
+
+def scored(tokens: tuple[int, ...], prompt: int = 1) -> TokenSequence:
+    """A text of which every token behind the first `prompt` is scored."""
+    return TokenSequence(tokens, (False,) * prompt + (True,) * (len(tokens) - prompt))
+
+
+def probe(roles: Roles, longest: int) -> list[TokenSequence]:
+    """A short text, one of `longest` tokens, and a short one that begins as the first does."""
+    vocabulary = trunk_of(roles.causal_model()).get_input_embeddings().weight.shape[0]
+    short = min(SHORT, longest)
+    first, long, last = (text(vocabulary, n, place) for place, n in enumerate((short, longest, short)))
+    shared = min(SHARED, short - 1)
+    return [scored(first), scored(long), scored(first[:shared] + last[shared:], shared)]
+
+
+def logprobs(roles: Roles, batch: TokenBatch, layout: str) -> list[Tensor]:
+    """Log-probs of each text under the current role, laid so."""
+    before = roles.layout
+    roles.layout = layout
+    try:
+        found = roles.logprobs(batch, batch.targets)
+    finally:
+        roles.layout = before
+    return list(found.split(list(batch.num_targets)))
+
+
+def context_of(model: Any) -> int | None:
+    """How many positions a model was made for, where its config says so."""
+    return getattr(trunk_of(model).config, "max_position_embeddings", None)
+
+
+def is_16_bit(roles: Roles) -> bool:
+    return roles.causal_model().dtype in (torch.bfloat16, torch.float16)
+
+
+def distance(found: Tensor, truth: Tensor) -> float:
+    """Mean difference over a text in nats, without the eighth of its tokens that differ most: by rounding alone, a
+    router may choose other experts for a few.
+    """
+    off = (found - truth).abs().nan_to_num(nan=torch.inf).sort().values
+    return float(off[: max(1, len(off) - len(off) // 8)].mean())
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Log-probs of texts by the plain model, and how far rounding alone moves them (None: float32)."""
+
+    logprobs: list[Tensor]
+    rounding: float | None
+
+    def difference(self, found: Sequence[Tensor]) -> str:
+        """How far log-probs are off where that is more than rounding; else empty."""
+        pairs = list(zip(found, self.logprobs, strict=True))
+        if self.rounding is None:
+            largest = max(float((one - other).abs().nan_to_num(nan=torch.inf).max()) for one, other in pairs)
+            return "" if largest <= LIMIT else f"off by up to {largest:.3g} nat"
+        if self.rounding > ROUNDING_16_BIT:
+            return f"not to be told apart where rounding alone makes {self.rounding:.3g} nat a token"
+        mean = max(distance(one, other) for one, other in pairs)
+        return "" if mean <= LIMIT_16_BIT + 3 * self.rounding else f"off by {mean:.3g} nat a token"
+
+
+def make_judge(roles: Roles, texts: Sequence[TokenSequence]) -> Judge:
+    """The plain model's log-probs of each text. In 16 bit also of longer ones, whose first tokens a tail cannot change
+    but by rounding: matrix products of another shape add up in another order.
+    """
+    model = roles.causal_model()
+    with evaluating(model), plain_attention(model):
+        truth = logprobs(roles, to_device(pack(texts), roles.device), "single")
+        if not is_16_bit(roles):
+            return Judge(truth, None)
+        context = context_of(model) or math.inf
+        longer = {
+            place: TokenSequence(each.tokens + each.tokens[:TAIL], each.response_mask + (True,) * min(TAIL, len(each)))
+            for place, each in enumerate(texts)
+            if len(each) + TAIL <= context
+        }
+        moved = logprobs(roles, to_device(pack(list(longer.values())), roles.device), "single") if longer else []
+    pairs = [(one, truth[place]) for place, one in zip(longer, moved, strict=True)]
+    return Judge(truth, max((distance(one[: len(other)], other) for one, other in pairs), default=0.0))
+
+
+def slopes(roles: Roles, batch: TokenBatch, layout: str, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """For each set of flat rows, the gradient of their hidden states by every row's embedding [n, D].
+
+    It is exactly 0, in every dtype, where attention masks or separate rows keep texts apart; a state that goes on from
+    one text to the next (Mamba, linear attention, convolutions) gives something else.
+    """
+    trunk = trunk_of(roles.causal_model())
+    laid = LAYOUTS[layout](batch)
+    leaves: list[Tensor] = []
+
+    def leaf(module: torch.nn.Module, inputs: object, output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1].clone()  # some models scale it in place
+
+    hook = trunk.get_input_embeddings().register_forward_hook(leaf)
+    try:
+        with torch.enable_grad():
+            passes = [trunk(**inputs).last_hidden_state.flatten(0, 1) for inputs in laid.passes]
+            states = torch.cat(passes)[laid.places].float()
+            sums = [states[list(each)].square().sum() for each in rows]
+            found = [torch.autograd.grad(each, leaves[0], retain_graph=True)[0] for each in sums]
+    finally:
+        hook.remove()
+    return [each.flatten(0, 1)[laid.places] for each in found]
+
+
+def mixes(roles: Roles, layout: str, texts: Sequence[TokenSequence]) -> bool:
+    """Whether one of two texts, in one pass, changes the other's hidden states."""
+    batch = to_device(pack(texts), roles.device)
+    first, second = range(batch.lengths[0]), range(batch.lengths[0], batch.num_tokens)
+    by_first, by_second = slopes(roles, batch, layout, [first, second])
+    return bool(by_first[list(second)].any()) or bool(by_second[list(first)].any())
+
+
+def check_causal(roles: Roles, example: TokenSequence) -> None:
+    """Refuse a model in which a token's hidden state depends on what follows it."""
+    model = roles.causal_model()
+    batch, half = to_device(pack([example]), roles.device), len(example) // 2
+    with evaluating(model), plain_attention(model):
+        [found] = slopes(roles, batch, "single", [range(half)])
+    if found[half:].any():
+        raise OnecardError(
+            f"model: {type(model).__name__} is not causal: what it makes of a token depends on the tokens that follow; "
+            "expected a causal language model (of some families, one with is_decoder in its config)."
+        )
+
+
+def candidates(roles: Roles) -> Iterator[tuple[bool, str]]:
+    """`(own attention, layout)` from the fastest to the plain model itself."""
+    model, wanted = roles.causal_model(), roles.layout
+    own = has_own_attention(model)
+    if wanted == "packed" and own and takes_segments(model):
+        yield True, "packed"
+    if wanted != "padded" and has_plain_attention(trunk_of(model).config):
+        yield False, "restarted"
+    if wanted == "padded" and own:
+        yield True, "padded"
+    yield False, "padded"
+    yield False, "single"
+
+
+def fault(roles: Roles, layout: str, judge: Judge, texts: Sequence[TokenSequence], row: int) -> str:
+    """What is wrong with a layout; empty where nothing is."""
+    name = f"{layout} batches"
+    try:
+        if mixes(roles, layout, [texts[0], texts[2]]):
+            return f"{name} mix texts up"
+        shared = {2: (0, min(SHARED, len(texts[0]) - 1))}
+        missing = max(0, row - sum(map(len, texts))) if layout == "restarted" else 0
+        filling = [texts[0]] * -(-missing // len(texts[0]))
+        with evaluating(roles.causal_model()):
+            for continued in ({}, shared) if layout == "packed" else ({},):
+                batch = to_device(pack([*texts, *filling], continued), roles.device)
+                off = judge.difference(logprobs(roles, batch, layout)[: len(texts)])
+                if off:
+                    return f"log-probs of {name} are {off}"
+    except Exception as error:  # a model raises whatever its arithmetic raises on what it was not made for
+        if is_out_of_memory(error):
+            raise
+        return f"{name} cannot be run ({reason(error)})"
+    return ""
+
+
+def choose_layout(roles: Roles, longest: int, row: int) -> Judge:
+    """Lay batches in the fastest way that gives what the plain model gives; say so where it is not the one asked for.
+
+    `row`: tokens of the longest row that the run makes of several texts.
+    """
+    texts = probe(roles, longest)
+    check_causal(roles, texts[0])
+    judge = make_judge(roles, texts)
+    faults: list[str] = []
+    for own, layout in candidates(roles):
+        if not own:
+            roles.use_plain_attention()
+        found = "" if layout == "single" else fault(roles, layout, judge, texts, row)
+        if not found:
+            roles.layout = layout
+            break
+        faults.append(found)
+    if faults:
+        say(f"model: {type(roles.causal_model()).__name__}: {faults[-1]}, so they are {roles.layout}.")
+    return judge
+
+
+def check_training_mode(roles: Roles, judge: Judge, longest: int) -> None:
+    """Train a model in evaluation mode that draws noise in training mode (router jitter, skipped layers): old and new
+    log-probs of one policy would differ.
+    """
+    batch = to_device(pack(probe(roles, longest)), roles.device)
+    with evaluating(roles.causal_model()):
+        still = Judge(logprobs(roles, batch, roles.layout), None if judge.rounding is None else 0.0)
+    repeated = REPEATED_16_BIT if is_16_bit(roles) else REPEATED
+
+    def differs() -> str:
+        before = roles.training
+        roles.train()
+        with own_draws(roles.device, "startup check"):
+            first, second = (logprobs(roles, batch, roles.layout) for _ in range(2))
+        roles.train(before)
+        noise = max(distance(one, other) for one, other in zip(first, second, strict=True))
+        return f"off by {noise:.3g} nat from one pass to the next" if noise > repeated else still.difference(first)
+
+    if found := differs():
+        roles.trained_in_evaluation_mode = True
+        name = type(roles.causal_model()).__name__
+        if differs():
+            raise OnecardError(
+                f"model: log-probs of {name} in training mode are {found}, by noise in its layers that its config does "
+                "not name; it can be trained without --gradient_checkpointing, in evaluation mode."
+            )
+        say(f"model: {name}: log-probs in training mode are {found}, so it is trained in evaluation mode.")
+
+
+@torch.no_grad()
+def check_model(roles: Roles, longest: int, row: int = 0, *, trains: bool = True) -> None:
+    """Refuse a model that would be computed wrongly, and lay batches in the fastest way that is right.
+
+    `longest`: tokens of the run's longest text; `row`: of the longest row that it makes of several texts; `trains`:
+    passes run in training mode. Where so long a text takes too much memory, half as long a one is tried.
+    """
+    model = roles.causal_model()
+    check_head(model, trunk_of(model), roles.head())
+    context = context_of(model) or longest
+    longest, row = max(2, min(longest, context)), min(row, context + 1)
+    while (judge := attempt(partial(choose_layout, roles, longest, row))) is None:
+        if longest <= SHORT:
+            raise OnecardError(
+                f"out of memory: a pass over texts of {longest} tokens is too much, with nothing trained."
+            )
+        longest, row = longest // 2, row // 2
+    if trains:
+        check_training_mode(roles, judge[0], longest)
+
+
+def sampled_logprobs(
+    roles: Roles, prompts: Sequence[tuple[int, ...]], new: int
+) -> tuple[list[Tensor], list[TokenSequence]]:
+    """Log-probs of `new` tokens behind each prompt as they were drawn, two prompts at a time, and the whole texts."""
+    responses = sample_responses(roles, prompts, Sampling(new), ends=(), batch_size=2, seed=0).responses
+    texts = [scored(p + response.tokens, len(p)) for p, response in zip(prompts, responses, strict=True)]
+    return [response.logprobs for response in responses], texts
+
+
+@torch.no_grad()
+def check_decoding(roles: Roles, longest: int) -> None:
+    """Sample in the fastest way in which tokens are drawn with the plain model's log-probs.
+
+    `longest`: tokens of the longest prompt with its response. One prompt is as long, two others are short.
+    """
+    model = roles.causal_model()
+    vocabulary = trunk_of(model).get_input_embeddings().weight.shape[0]
+    context = context_of(model) or longest
+    longest = max(2, min(longest, context))
+    new = min(NEW, longest // 2)
+    lengths = (longest - new, min(SHORT, longest - new), min(SHARED, longest - new))
+    prompts = [text(vocabulary, length, place) for place, length in enumerate(lengths)]
+    faults: list[str] = []
+    for decoding in decodings(model):
+        roles.decoding = decoding
+        if decoding == "uncached":
+            break
+        try:
+            found, texts = sampled_logprobs(roles, prompts, new)
+            off = make_judge(roles, texts).difference([each.to(roles.device) for each in found])
+        except Exception as error:  # as in `fault`
+            if is_out_of_memory(error):
+                raise
+            off = f"not to be had ({reason(error)})"
+        if not off:
+            break
+        faults.append(f"log-probs of tokens sampled {WAYS[decoding]} are {off}")
+    if faults:
+        say(f"model: {type(model).__name__}: {faults[-1]}, so they are sampled {WAYS[roles.decoding]}.")
