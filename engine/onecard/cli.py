@@ -78,8 +78,20 @@ class FiniteFloat(click.FloatRange):
         return number
 
 
-SCALARS: dict[Any, click.ParamType] = {str: click.STRING, int: click.INT, float: FiniteFloat()}
-RANGES: dict[Any, Callable[..., click.ParamType]] = {int: click.IntRange, float: FiniteFloat}
+class Integer(click.IntRange):
+    """An integer of 64 bits, with or without a sign: torch takes no other as a seed."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number = super().convert(value, param, ctx)
+        if not -(2**63) <= number < 2**64:
+            self.fail(f"{number} does not fit into 64 bits.", param, ctx)
+        return number
+
+
+SCALARS: dict[Any, click.ParamType] = {str: click.STRING, int: Integer(), float: FiniteFloat()}
+RANGES: dict[Any, Callable[..., click.ParamType]] = {int: Integer, float: FiniteFloat}
 
 
 def field_option(item: Field[Any], hint: Any) -> click.Option:

@@ -74,7 +74,7 @@ def _load(address: str) -> Callable[..., Any]:
     return _LOADED[address]
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace an import; this one it runs, and traces what came
+@launch.constant_in_graphs  # torch.compile cannot trace an import; this one it runs, and traces what came
 def _import(address: str) -> None:
     """With all of its backend: the tracer reads _LOADED once, and sees no entry that comes later."""
     if address in _LOADED:

@@ -6,13 +6,15 @@ the `meta` device at real sizes, and its launches, with their dtypes, block size
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,15 @@ def recording() -> Iterator[list[Launch]]:
         _recorders.pop()
 
 
+def constant_in_graphs(function: F) -> F:
+    """torch.compile calls `function` and keeps its answer as a constant of the graph.
+
+    `torch.compiler.assume_constant_result` does the same, and imports the compiler (one to three seconds) to do it.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 @cache
 def _triton() -> Any:
     """The module, or None: it does not exist for every platform, and the torch backend needs none."""
@@ -56,7 +67,7 @@ def interpreted() -> bool:
     return _triton() is not None and bool(_triton().knobs.runtime.interpret)
 
 
-@torch.compiler.assume_constant_result  # a compiled function keeps the answer: the tracer need not follow the imports
+@constant_in_graphs  # the tracer need not follow the imports
 def why_not(device: torch.device) -> str | None:
     """Why kernels cannot run on tensors of this device, or None."""
     if _triton() is None:

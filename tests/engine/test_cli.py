@@ -79,6 +79,7 @@ BAD = {
     "not a number": (["sft", "--learning_rate", "fast"], "--learning_rate", "'fast'"),
     "below the least": (["sft", "--save_steps", "-1"], "--save_steps", "-1 is not in the range x>=0"),
     "not a number at all": (["sft", "--learning_rate", "nan"], "--learning_rate", "nan"),
+    "an integer of 67 bits": (["sft", "--seed", "99999999999999999999"], "--seed", "does not fit into 64 bits"),
     "unknown choice": (["sft", "--optim", "adam"], "'adam' is not one of", "adamw_torch"),
     "a stray word": (["sft", "word"], "unexpected extra argument", "word"),
     "missing value": (["sft", "--model"], "--model", "requires an argument"),

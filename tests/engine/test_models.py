@@ -166,26 +166,30 @@ def test_scores_do_not_depend_on_the_layout(tinystories):
 
 
 @pytest.mark.parametrize(
-    ("name", "setting", "value"),
-    [
-        ("GemmaLike", "final_logit_softcapping", 3.0),
-        ("CohereLike", "logit_scale", 0.25),
-        ("Granite", "logits_scaling", 4.0),
-    ],
+    ("setting", "value"), [("final_logit_softcapping", 3.0), ("logit_scale", 0.25), ("logits_scaling", 4.0)]
 )
-def test_head_settings_are_read_from_the_config(tinystories, name, setting, value):
-    """Each family's transform of the logits is in the record with its own meaning."""
+def test_the_head_is_what_the_model_does_not_what_its_config_says(tinystories, setting, value):
+    """A Llama applies none of these: names in a config are no proof of what becomes of the logits."""
     model = load_base(DPOConfig(model=str(tinystories)))
     setattr(model.config, setting, value)
     head = heads.read_head(model)
-    assert (head.softcap, head.logit_scale) == ((3.0, 1.0) if "softcap" in setting else (None, 0.25))
+    assert (head.softcap, head.logit_scale) == (None, 1.0)
+
+
+def test_the_transform_is_found_once_and_weights_are_read_each_time(tinystories):
+    model = load_base(DPOConfig(model=str(tinystories)))
+    heads.read_head(model)
+    model.forward = None  # another pass would fail
+    with torch.no_grad():
+        model.get_output_embeddings().weight.add_(1.0)
+    assert torch.equal(heads.read_head(model).weight, model.get_output_embeddings().weight)
 
 
 def test_a_head_that_makes_its_logits_otherwise_is_refused(tinystories):
-    """A config that promises a scale which the model does not apply: the check sees it on a few tokens."""
+    """The check sees a wrong scale on a few tokens."""
     model = load_base(DPOConfig(model=str(tinystories)))
     heads.check_head(model, model.get_decoder(), heads.read_head(model))
-    with pytest.raises(OnecardError, match="makes its logits in a way that onecard does not know"):
+    with pytest.raises(OnecardError, match="makes its logits in a way that the linear functions cannot repeat"):
         heads.check_head(model, model.get_decoder(), replace(heads.read_head(model), logit_scale=0.9))
 
 

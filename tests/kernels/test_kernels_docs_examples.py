@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from tests.kernels.kernels_docs import EXAMPLES, PAGE, B, D, Leaves, Names, T, V
 
 KEEP = 5
 PEERS = ("trl",)
+TRUNK = ("q_proj", "v_proj")  # where an example has LoRA
 
 
 def parts(code: str) -> tuple[str, list[str]]:
@@ -38,7 +39,7 @@ def run(code: str, names: Names, leaves: Leaves, after: str = "") -> tuple[Tenso
     return loss.detach(), list(torch.autograd.grad(loss, list(leaves.values())))
 
 
-def model_of(kind: str, dtype: torch.dtype, lora: bool = False) -> tuple[Any, Leaves]:
+def model_of(kind: str, dtype: torch.dtype, lora: Sequence[str] = ()) -> tuple[Any, Leaves]:
     """A random model of two layers whose logits are spread like a trained one's, and the weights that learn."""
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{kind}Config")(
@@ -61,7 +62,7 @@ def model_of(kind: str, dtype: torch.dtype, lora: bool = False) -> tuple[Any, Le
         model.get_output_embeddings().weight.mul_(20.0)
     if lora:
         peft = pytest.importorskip("peft")
-        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=list(lora)))
         with torch.no_grad():
             for name, x in model.named_parameters():
                 if "lora_B" in name:
@@ -76,6 +77,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "Gemma2": {"final_logit_softcapping": 3.0},
     "Cohere": {"logit_scale": 0.25},
     "Granite": {"logits_scaling": 3.0},
+    "HyperCLOVAX": {"logits_scaling": 0.3},
 }
 
 
@@ -102,7 +104,7 @@ def batch(dtype: torch.dtype, model: Any) -> Names:
     }
 
 
-def of_model(dtype: torch.dtype, kind: str = "Llama", lora: bool = False) -> tuple[Names, Leaves]:
+def of_model(dtype: torch.dtype, kind: str = "Llama", lora: Sequence[str] = ()) -> tuple[Names, Leaves]:
     model, leaves = model_of(kind, dtype, lora)
     return batch(dtype, model), leaves
 
@@ -122,7 +124,8 @@ PAIRS: dict[str, tuple[Callable[[torch.dtype], tuple[Names, Leaves]], str]] = {
     "per_token_logps": (kept, CALL),
     "dpo": (of_model, ""),
     "completions": (of_model, ""),
-    "lora": (lambda dtype: of_model(dtype, lora=True), ""),
+    "lora": (lambda dtype: of_model(dtype, lora=TRUNK), ""),
+    "adapter_on_the_head": (lambda dtype: of_model(dtype, lora=(*TRUNK, "lm_head")), ""),
 }
 
 
@@ -176,7 +179,7 @@ def test_before_and_after_are_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "Llama"])
 def test_transformed_logits_are_arguments(kind: str) -> None:
-    compare(EXAMPLES["lora"], lambda dtype: of_model(dtype, kind, lora=True), "")
+    compare(EXAMPLES["lora"], lambda dtype: of_model(dtype, kind, lora=TRUNK), "")
 
 
 def test_recipes_are_the_papers_formulas() -> None:
