@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from onecard.startup import check_model
 from onecard.batches import PreferencePair, TokenBatch, pack, pack_pairs
 from onecard.config import ModelConfig
 from onecard.errors import OnecardError
@@ -23,6 +22,7 @@ from onecard.models.attention import (
 )
 from onecard.models.load import load_base
 from onecard.models.roles import Roles
+from onecard.startup import check_model
 from tests.engine.attention_material import (
     CONFIGS,
     PAIRS,

@@ -9,6 +9,7 @@ from torch import nn
 
 import onecard_kernels
 from onecard.errors import OnecardError
+from onecard.models.trunk import trunk_of
 from onecard_kernels import LanguageHead, LogitTransform
 
 __all__ = ["LanguageHead", "check_head", "read_head"]
@@ -23,7 +24,9 @@ def read_head(model: Any) -> LanguageHead:
         if model not in _transforms:
             planned = model.get_input_embeddings().weight.is_meta
             _transforms[model] = (
-                named_transform(model.config) if planned else onecard_kernels.find_logit_transform(model)
+                named_transform(model.config)
+                if planned
+                else onecard_kernels.find_logit_transform(model, trunk=trunk_of(model))
             )
         return onecard_kernels.read_head(model, _transforms[model])
     except ValueError as error:
