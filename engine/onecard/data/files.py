@@ -1,7 +1,7 @@
 """From a file, a folder or a hub name to rows, each knowing the place it came from.
 
-The readers are plain: nothing here knows what the columns mean. What can be wrong with a file as a whole is an
-`OnecardError` at once, since no row can be skipped to mend it; what can be wrong with one row is for `examples.py`.
+What can be wrong with a file as a whole is an `OnecardError` at once, since no row can be skipped to mend it; what can
+be wrong with one row is for `examples.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from onecard.data.readers import COMPRESSED, READERS, Numbered, kind, read_csv, 
 from onecard.data.splits import data_files, files_by_split, has_settings
 from onecard.errors import OnecardError, nearest
 
-ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".xz", ".lz4")  # beside data files in a folder: not passed over
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar", ".xz", ".lz4")  # an error beside data files in a folder
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 
 

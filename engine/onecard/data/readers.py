@@ -1,8 +1,6 @@
 """One file to numbered records, by its suffix: JSON lines, JSON, CSV and Parquet, compressed or not.
 
     rows.jsonl.gz -> bytes -> decompressed -> text (UTF-8, or UTF-16 and UTF-32 by their byte order mark) -> records
-
-What is wrong with a file as a whole is an `OnecardError`: no row can be skipped to mend it.
 """
 
 from __future__ import annotations
