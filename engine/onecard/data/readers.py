@@ -1,6 +1,6 @@
 """One file to numbered records, by its suffix: JSON lines, JSON, CSV and Parquet, compressed or not.
 
-    rows.jsonl.gz -> bytes -> decompressed -> text (UTF-8, or UTF-16 and UTF-32 by their byte order mark) -> records
+rows.jsonl.gz -> bytes -> decompressed -> text (UTF-8, or UTF-16 and UTF-32 by their byte order mark) -> records
 """
 
 from __future__ import annotations
