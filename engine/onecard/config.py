@@ -55,10 +55,10 @@ class ModelConfig:
 class TrainConfig(ModelConfig):
     """What all training commands share. A step is an optimizer step; in PPO, an iteration."""
 
-    dataset: str = option("", "Training rows: a .jsonl, .json, .csv or .parquet file, or a hub dataset name.")
-    dataset_train_split: str = option("train", "Split of a hub dataset to train on.")
+    dataset: str = option("", "Training rows: a .jsonl, .json, .csv or .parquet file, a folder, or a hub dataset name.")
+    dataset_train_split: str = option("train", "Split of a folder or hub dataset to train on.")
     eval_dataset: str = option("", "Held-out rows. Empty: test_size of the training rows are held out.")
-    dataset_test_split: str = option("test", "Split to use when eval_dataset is a hub dataset.")
+    dataset_test_split: str = option("test", "Split to use when eval_dataset is a folder or a hub dataset.")
     test_size: float = option(
         0.05, "Rows to hold out when there is no eval_dataset: a share below 1, or a count; 0: none.", least=0
     )
@@ -308,7 +308,7 @@ class GenerateConfig(SampledConfig):
 
     prompt: list[str] = option([], "A prompt; may be given several times.")
     dataset: str = option("", "Rows with a `prompt` column, instead of --prompt.")
-    dataset_split: str = option("test", "Split to use when dataset is a hub dataset.")
+    dataset_split: str = option("test", "Split to use when dataset is a folder or a hub dataset.")
     output: str = option("", "Write JSONL rows `prompt, completion` here. Empty: print them.")
     num_generations: int = option(1, "Responses to each prompt.", least=1)
     batch_size: int = option(16, "Prompts generated together.", least=1)
@@ -335,7 +335,7 @@ class EvaluateConfig(JudgeConfig, ModelConfig):
     """How good a policy's answers are: rewards, win rate over a baseline, KL to the reference, length, variety."""
 
     dataset: str = option("", "Rows with a `prompt` column; perplexity is of `completion` or `chosen`.")
-    dataset_split: str = option("test", "Split to use when dataset is a hub dataset.")
+    dataset_split: str = option("test", "Split to use when dataset is a folder or a hub dataset.")
     baseline: str = option("", "Another model, run or adapter on the same base, whose answers are compared.")
     ref_adapter: str = option("", "Adapter that KL is measured to. Empty: the base.")
     output_dir: str = option("", "Folder of evaluation.json, evaluation.md and samples.jsonl. Empty: only print.")

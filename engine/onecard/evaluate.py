@@ -19,6 +19,7 @@ from onecard.algorithms.common import longest_sequence
 from onecard.batches import Episode, ResponseTargets, TokenBatch, TokenSequence
 from onecard.config import EvaluateConfig
 from onecard.data import Prompt, Row, load_rows, preference_examples, prompt_examples, sft_examples
+from onecard.data.columns import has
 from onecard.errors import OnecardError
 from onecard.evaluation_report import FILES, Evaluation, show, write
 from onecard.measures import Estimate, distinct, estimate, win_rate
@@ -78,10 +79,10 @@ def given_answers(
 ) -> tuple[Sequence[TokenSequence], tuple[str, ...]]:
     """The rows' `completion`, or else `chosen`, each behind its prompt, tokenized as in training."""
     for name in ("completion", "chosen"):
-        having = [row for row in rows if row.values.get(name) is not None]
+        having = [row for row in rows if has(row.values, name)]
         if not having:
             continue
-        if name == "chosen" and all("rejected" in row.values for row in having):
+        if name == "chosen" and all(has(row.values, "rejected") for row in having):
             pairs = preference_examples(having, tokenizer, max_length=max_length, skip_bad_rows=False)
             return [pair.chosen for pair in pairs.examples], pairs.notes
         plain = [

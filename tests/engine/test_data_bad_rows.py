@@ -71,6 +71,24 @@ BAD_SFT = {
         "no column 'completion'; there are prompt, chosen, rejected.",
     ),
     "null": ({"text": None}, "text is null"),
+    "every kind null": (
+        {"messages": None, "prompt": None, "completion": None, "text": None},
+        "messages, prompt, completion, text are null",
+    ),
+    "every kind null beside others": (
+        {"messages": None, "text": None, "chosen": None, "source": "a", "txt": "b"},
+        "messages, text are null; there are source, txt.",
+    ),
+    "null and nothing known": (
+        {"txt": None, "source": None},
+        "no column 'messages', 'prompt' + 'completion', or 'text'; every column is null (txt, source).",
+    ),
+    "half, the rest null": (
+        {"messages": None, "prompt": "a", "completion": None, "text": None},
+        "completion is null",
+    ),
+    "other half, the rest null": ({"text": None, "completion": "b"}, "no column 'prompt'; there are completion."),
+    "NaN": ({"text": float("nan")}, "text: expected text or a list of messages, got NaN"),
     "number": ({"text": 3}, "text: expected text or a list of messages, got a number"),
     "truth": ({"text": True}, "text: expected text or a list of messages, got true or false"),
     "messages in text": (

@@ -2,15 +2,21 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from onecard.data import (
+    Row,
     hold_out,
     labelled_examples,
+    load_rows,
     preference_examples,
     prompt_examples,
     ranking_examples,
@@ -109,6 +115,64 @@ def test_messages() -> None:
         tokenizer=tokenizer,
     ).examples
     assert labelled[1].mismatched == answer(other, [BOT], tokenizer)
+
+
+QUESTION, GOOD, POOR = [USER], [say("assistant", "how")], [BOT]
+MIXED = {
+    "text and messages": ("sft", [{"text": "Hello there"}, {"messages": QUESTION + GOOD}]),
+    "text and completions": ("sft", [{"prompt": "Hello", "completion": " you"}, {"text": "Hello there"}]),
+    "messages in two forms": ("sft", [{"prompt": QUESTION, "completion": GOOD}, {"messages": QUESTION + POOR}]),
+    "all that a table may hold": (
+        "sft",
+        [
+            {"messages": QUESTION + GOOD, "score": 1.5},
+            {"prompt": "", "completion": " you", "tag": "a"},
+            {"prompt": "Hello", "completion": "", "label": True},
+            {"text": "Hello there", "margin": 0.5},
+        ],
+    ),
+    "pairs with their prompt and without": (
+        "pairs",
+        [
+            {"prompt": QUESTION, "chosen": GOOD, "rejected": POOR, "margin": 0.5},
+            {"chosen": QUESTION + GOOD, "rejected": QUESTION + POOR},
+        ],
+    ),
+    "scores": ("scores", [SCORED, SCORED | {"tag": "a"}]),
+    "rankings": ("rankings", [RANKED, RANKED | {"completions": [" you", " how"], "score": 2.0}]),
+    "labels": ("labels", [LABELLED[0], LABELLED[0] | {"text": "Hello", "label": False}]),
+}
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "saved"])
+@pytest.mark.parametrize(("kind", "records"), MIXED.values(), ids=MIXED)
+def test_null_is_no_column_in_a_table_of_several_kinds(
+    tmp_path: Path, form: str, kind: str, records: list[dict[str, Any]]
+) -> None:
+    full = [dict.fromkeys(name for record in records for name in record) | record for record in records]
+    path = tmp_path / f"x.{form}"
+    if form == "jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in full))
+    elif form == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(full), path)
+    else:
+        datasets.Dataset.from_list(full).save_to_disk(str(path))
+
+    def examples(found: Sequence[Row]) -> Any:
+        if kind == "sft":
+            return sft([row.values for row in found], chat()).examples
+        if kind == "pairs":
+            return preference_examples(found, chat(), max_length=64, skip_bad_rows=False).examples
+        return make(kind, *(row.values for row in found), tokenizer=chat()).examples
+
+    found = load_rows(str(path), split="train")
+    assert any(None in row.values.values() for row in found)
+    assert examples(found) == examples(rows(*records))
+
+
+def test_numbers_may_be_decimals() -> None:
+    assert make("scores", SCORED | {"score": Decimal("1.50")}).examples[0].score == 1.5
+    assert make("labels", *LABELLED[1:], LABELLED[0] | {"label": Decimal(1)}).examples[-1].desirable
 
 
 BAD = {

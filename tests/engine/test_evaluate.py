@@ -234,6 +234,8 @@ def test_chosen_answers_have_a_perplexity_too(material, tmp_path):
     completed = perplexity([{"prompt": prompt, "completion": " a cat."} for prompt in PROMPTS])
     assert perplexity([{"prompt": p, "chosen": " a cat.", "rejected": " no."} for p in PROMPTS]) == completed
     assert perplexity([{"prompt": p, "chosen": " a cat."} for p in PROMPTS]) == completed
+    null = {"completion": None, "rejected": None}
+    assert perplexity([{"prompt": p, "chosen": " a cat.", **null} for p in PROMPTS]) == completed
     assert perplexity([{"prompt": prompt} for prompt in PROMPTS]) is None
 
 

@@ -27,10 +27,23 @@ def test_the_columns_choose_the_kind(name: str) -> None:
     assert isinstance(collate(made.examples), batch)
 
 
+@pytest.mark.parametrize("name", RECORDS)
+def test_null_columns_choose_no_kind(name: str) -> None:
+    every = dict.fromkeys(["prompt", "chosen", "rejected", "margin", "completion", "score", "completions", "extra"])
+    found = rows(every | RECORDS[name][0], RECORDS[name][0])
+    assert kind_of_rows(found).name == name
+    assert len(tokenize(found, built("<s> $A"), 64, RewardConfig()).examples) == 2
+    assert kind_of(rows(every)[0]) is None
+    with pytest.raises(OnecardError, match=r"or 'completions'; every column is null \(prompt, chosen, "):
+        kind_of_rows(rows(every, every))
+
+
 @pytest.mark.parametrize(
     ("record", "name"),
     [
         ({"chosen": " you"}, "pairs"),
+        ({"chosen": " you", "rejected": None, "completions": None}, "pairs"),
+        ({"chosen": None, "rejected": None, "completion": " you", "score": None}, "scores"),
         ({"prompt": "Hello", "score": 1}, "scores"),
         ({"completion": "a", "completions": ["a", "b"]}, "rankings"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -136,6 +137,18 @@ def test_regex_is_found_anywhere_and_keeps_its_spaces_and_colons():
         ("the sum is 72.", "12 + 60 = 72\n#### 72", 1),
         ("none at all", "4", 0),
         ("", "4", 0),
+        ("0.00001", 0.00001, 1),
+        ("The sum is 12345678901234567890123", 12345678901234567890123, 1),
+        ("12345678901234567890124", 12345678901234567890123, 0),
+        ("1.5", Decimal("1.50"), 1),
+        ("1.5", "1.50", 1),
+        ("The code is 02134.", "02134", 1),
+        ("2134", "02134", 0),
+        ("02134", "2134", 1),
+        ("12:30", "12:30", 1),
+        ("30", "12:30", 0),
+        ("It is\nTrue", "True", 1),
+        ("n/a", "N/A", 1),
         ("4 cats", "4 cats", 1),
         ("I see 4", "4 cats", 0),
     ],
@@ -146,6 +159,8 @@ def test_an_exact_answer(answer, expected, score):
 
 def test_an_exact_answer_is_the_answer_column_s_before_the_solution_s():
     assert scores("exact_answer", case("4", "5", solution=["5", "5"], answer=["4", 4])) == [1.0, 0.0]
+    assert scores("exact_answer", case("4", "5", solution=["4", "4"], answer=[None, "5"])) == [1.0, 1.0]
+    assert scores("exact_answer", case("4", "5", solution=["4", None], answer=[None, "5"])) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -161,6 +176,14 @@ def test_an_exact_answer_is_the_answer_column_s_before_the_solution_s():
         ("exact_answer", case("a", label=["b"]), "no column 'answer' or 'solution' in the dataset; there are label."),
         ("exact_answer", case("a"), "no column 'answer' or 'solution' in the dataset; there are none beside prompt."),
         ("exact_answer", case("a", answer=[None]), "exact_answer: answer is null, expected text or a number; prompt"),
+        (
+            "exact_answer",
+            case("a", solution=[None], answer=[None]),
+            "exact_answer: answer is null, expected text or a ",
+        ),
+        ("exact_answer", case("a", answer=[True]), "exact_answer: answer is bool, expected text or a number; prompt"),
+        ("exact_answer", case("a", answer=[1.2e22]), "exact_answer: answer is 1.2e+22, which is no exact number, exp"),
+        ("exact_answer", case("a", answer=[float("nan")]), "exact_answer: answer is nan, which is no exact number, "),
         ("exact_answer", case("a", answer=[["b"]]), "exact_answer: answer is list, expected text or a number; prompt"),
     ],
 )

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any, TypeAlias, TypeGuard
 
-from onecard.data.files import kind
+from onecard.data.readers import kind
 from onecard.errors import nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -25,6 +26,11 @@ class BadRowError(Exception):
 
 def is_chat(text: Text) -> TypeGuard[Messages]:
     return not isinstance(text, str)
+
+
+def has(values: Mapping[str, Any], name: str) -> bool:
+    """Whether a row has a column. Null is no column: Parquet and CSV write it where other rows have a value."""
+    return values.get(name) is not None
 
 
 def column(values: Mapping[str, Any], name: str) -> Any:
@@ -86,7 +92,7 @@ def unicode(text: str, place: str) -> str:
 def number(values: Mapping[str, Any], name: str) -> float:
     """A column's finite number."""
     value = column(values, name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
         raise BadRowError(f"{name}: expected a number, got {kind(value)}")
     try:
         found = float(value)
@@ -126,12 +132,16 @@ def must_answer(name: str, text: Text) -> None:
 
 
 def there_are(values: Mapping[str, Any]) -> str:
-    return f"there are {', '.join(map(str, values))}." if values else "the row is empty."
+    """The columns that a row has, as an error names them."""
+    present = [str(name) for name in values if has(values, name)]
+    if not present:
+        return f"every column is null ({', '.join(map(str, values))})." if values else "the row is empty."
+    return f"there are {', '.join(present)}."
 
 
 def unused(values: Mapping[str, Any]) -> list[str]:
     """Column names that might be a misspelling: not those that mean something by themselves."""
-    return [str(name) for name in values if name not in KNOWN]
+    return [str(name) for name in values if name not in KNOWN and has(values, name)]
 
 
 KNOWN = ("text", "messages", "prompt", "completion", "chosen", "rejected", "margin", "score")

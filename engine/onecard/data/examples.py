@@ -4,7 +4,7 @@ Text is a string or a tuple of chat messages, in TRL's columns:
 
 | training | columns |
 |---|---|
-| SFT | `messages`, or `prompt` + `completion`, or `text` (the first that a row has) |
+| SFT | `messages`, or `prompt` + `completion`, or `text` (the first that a row has; null is no column) |
 | reward, DPO: pairs | `chosen`, `rejected`, `prompt`; `margin` if known |
 | reward: scores | `prompt`, `completion`, `score` |
 | reward: rankings | `prompt`, `completions`: two answers or more, the best first |
@@ -26,6 +26,7 @@ from onecard.data.columns import (
     Text,
     as_text,
     column,
+    has,
     is_chat,
     must_answer,
     must_ask,
@@ -36,7 +37,8 @@ from onecard.data.columns import (
     truth,
     unused,
 )
-from onecard.data.files import Row, kind
+from onecard.data.files import Row
+from onecard.data.readers import kind
 from onecard.errors import nearest
 
 
@@ -111,23 +113,24 @@ class PromptRow:
 def sft_row(row: Row) -> SFTRow:
     """The first kind of SFT example that the row has the columns of."""
     values = row.values
-    whole = [make for columns, make in SFT_KINDS.items() if all(name in values for name in columns)]
-    begun = [make for columns, make in SFT_KINDS.items() if any(name in values for name in columns)]
+    whole = [make for columns, make in SFT_KINDS.items() if all(has(values, name) for name in columns)]
+    begun = [make for columns, make in SFT_KINDS.items() if any(has(values, name) for name in columns)]
     for make in whole + begun:  # of a kind that is only begun, `make` says which column is missing
         return make(values)
+    null = [name for columns in SFT_KINDS for name in columns if name in values]
+    if null:
+        beside = f"; {there_are(values)}" if any(has(values, str(name)) for name in values) else ""
+        raise BadRowError(f"{', '.join(null)} {'is' if len(null) == 1 else 'are'} null{beside}")
     near = next(filter(None, (nearest(name, unused(values)) for name in ("messages", "text"))), "")
     raise BadRowError(f"no column 'messages', 'prompt' + 'completion', or 'text'; {there_are(values)}{near}")
 
 
 def preference_row(row: Row) -> PreferenceRow:
-    """A pair with its prompt, which chat answers may carry at their start.
-
-    Null is an optional column that is not there: Parquet has it where other rows have one.
-    """
+    """A pair with its prompt, which chat answers may carry at their start."""
     values = row.values
     chosen, rejected = text_or_messages(values, "chosen"), text_or_messages(values, "rejected")
     must_match("rejected", rejected, "chosen", chosen)
-    given = text_or_messages(values, "prompt") if values.get("prompt") is not None or not is_chat(chosen) else None
+    given = text_or_messages(values, "prompt") if has(values, "prompt") or not is_chat(chosen) else None
     if is_chat(chosen) and is_chat(rejected) and not isinstance(given, tuple):
         # A text prompt beside whole conversations only repeats their first message, as in UltraFeedback.
         prompt: Text = shared_start(chosen, rejected)
@@ -138,7 +141,7 @@ def preference_row(row: Row) -> PreferenceRow:
     must_ask("prompt", prompt)
     must_answer("chosen", chosen)
     must_answer("rejected", rejected)
-    margin = 0.0 if values.get("margin") is None else number(values, "margin")
+    margin = number(values, "margin") if has(values, "margin") else 0.0
     return PreferenceRow(prompt, chosen, rejected, margin)
 
 

@@ -1,22 +1,24 @@
 """From a file, a folder or a hub name to rows, each knowing the place it came from.
 
-The readers are plain: nothing here knows what the columns mean. What can be wrong with a file as a whole is an
-`OnecardError` at once, since no row can be skipped to mend it; what can be wrong with one row is for `examples.py`.
+What can be wrong with a file as a whole is an `OnecardError` at once, since no row can be skipped to mend it; what can
+be wrong with one row is for `examples.py`.
 """
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from onecard.data.csv_table import with_values
+from onecard.data.readers import COMPRESSED, READERS, Numbered, kind, read_csv, read_file, read_tsv, reason, suffixes
+from onecard.data.splits import data_files, files_by_split, has_settings
 from onecard.errors import OnecardError, nearest
 
-# Read as text whatever they look like: a CSV of sums has answers such as `4`, which are no numbers to a tokenizer.
-TEXT_COLUMNS = ("text", "prompt", "completion", "chosen", "rejected")
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar", ".xz", ".lz4")  # an error beside data files in a folder
+SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 
 
 @dataclass(frozen=True)
@@ -35,28 +37,20 @@ class Row:
         return f"{self.source}:{self.number}"
 
 
-Numbered = Iterator[tuple[int, Any]]
-
-
 def load_rows(source: str, *, split: str) -> list[Row]:
-    """All rows of a `.jsonl`, `.json`, `.csv` or `.parquet` file, a dataset folder, or a hub dataset.
+    """All rows of a file (`readers.READERS` has the kinds), a folder of files, a saved dataset, or a hub dataset.
 
-    `split` picks one of a dataset's splits; a file has none and takes no notice.
+    `split` picks one of a dataset's splits; a file has none and takes no notice, nor does a folder without any.
     """
     if not source:
         raise OnecardError("dataset: empty; expected a file, a folder or a Hugging Face dataset name.")
     path = Path(source).expanduser()
     if path.is_dir():
-        numbered = read_folder(path, split)
+        rows = read_folder(source, path, split)
     elif path.exists() or looks_like_file(source):
-        numbered = read_file(path)
+        rows = read_files({source: path})
     else:
-        numbered = read_hub(source, split)
-    rows = []
-    for number, values in numbered:
-        if not isinstance(values, dict):
-            raise OnecardError(f"{source}:{number}: expected an object, got {kind(values)}.")
-        rows.append(Row(source, number, values))
+        rows = made_rows(source, read_hub(source, split))
     if not rows:
         raise OnecardError(f"{source}: no rows.")
     return rows
@@ -69,113 +63,66 @@ def prompt_rows(prompts: Sequence[str]) -> list[Row]:
 
 def looks_like_file(source: str) -> bool:
     """A hub name is `name` or `owner/name`; only the owner's form may hold a dot."""
-    if Path(source).suffix.lower() in READERS or source.startswith((".", "/", "~")):
+    if Path(source).suffix.lower() in (*READERS, *COMPRESSED) or source.startswith((".", "/", "~")):
         return True
     return source.count("/") > 1 or "\\" in source or ("/" not in source and Path(source).suffix[1:].isalpha())
 
 
-def read_file(path: Path) -> Numbered:
-    """Rows of one file, by its suffix."""
-    if not path.exists():
-        raise OnecardError(f"{path}: no such file.")
-    suffix = path.suffix.lower()
-    if suffix not in READERS:
-        raise OnecardError(
-            f"{path}: unknown kind of file '{suffix}'; expected one of {', '.join(READERS)}.{nearest(suffix, READERS)}"
-        )
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise OnecardError(f"{path}: cannot be read: {error.strerror}.") from error
-    if not content.strip():
-        raise OnecardError(f"{path}: the file is empty.")
-    return READERS[suffix](path, content)
+def made_rows(source: str, numbered: Numbered) -> list[Row]:
+    """Rows of records, which are objects."""
+    rows = []
+    for number, values in numbered:
+        if not isinstance(values, dict):
+            raise OnecardError(f"{source}:{number}: expected an object, got {kind(values)}.")
+        rows.append(Row(source, number, values))
+    return rows
 
 
-def read_jsonl(path: Path, content: bytes) -> Numbered:
-    """One object a line; blank lines are counted and passed over."""
-    # Split by hand: `splitlines` would also cut at the separators that JSON allows inside a string.
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if line.strip():
-            yield number, parse(line, f"{path}:{number}")
+def read_files(files: Mapping[str, Path]) -> list[Row]:
+    """Rows of files, one file after the other, under the names that are given for them."""
+    rows = [row for name, path in files.items() for row in made_rows(name, read_file(path))]
+    tables = {name for name, path in files.items() if READERS[suffixes(path)[0]] in (read_csv, read_tsv)}
+    of_tables = iter(with_values([row.values for row in rows if row.source in tables]))
+    return [replace(row, values=next(of_tables)) if row.source in tables else row for row in rows]
 
 
-def read_json(path: Path, content: bytes) -> Numbered:
-    """A list of objects, or an object that holds one list of them."""
-    try:
-        document = parse(content.removeprefix(b"\xef\xbb\xbf"), str(path))
-    except OnecardError as error:
-        if "Extra data" in str(error):
-            raise OnecardError(f"{error} If it holds one object a line, name it .jsonl.") from error
-        raise
-    if isinstance(document, dict):
-        lists = [value for value in document.values() if isinstance(value, list)]
-        document = lists[0] if len(lists) == 1 else document
-    if not isinstance(document, list):
-        raise OnecardError(f"{path}: expected a list of objects, or an object with one list; got {kind(document)}.")
-    yield from enumerate(document, start=1)
+def read_folder(source: str, path: Path, split: str) -> list[Row]:
+    """A folder that `save_to_disk` wrote, or one of data files; what neither has is left to `datasets`."""
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return made_rows(source, read_saved(path, split))
+    files = data_files(path, (*READERS, *(kind + more for kind in READERS for more in COMPRESSED), *ARCHIVES))
+    if has_settings(path) or not any(suffixes(Path(file))[0] in READERS for file in files):
+        return made_rows(source, read_hub(str(path), split))
+
+    def read(chosen: Sequence[PurePosixPath]) -> list[Row]:
+        return read_files({str(Path(source) / file): path / file for file in chosen})
+
+    splits = files_by_split(files)
+    if split in splits:
+        return read(splits[split])
+    if SPLIT_NAME.fullmatch(split) and split != "all":
+        if splits:
+            raise OnecardError(f"{source}: no split '{split}'; there are {', '.join(splits)}.{nearest(split, splits)}")
+        return read(files)
+    return part_of(source, split, {name: read(chosen) for name, chosen in (splits or {"train": files}).items()})
 
 
-def parse(text: bytes, place: str) -> Any:
-    """JSON, with the place in the error."""
-    try:
-        return json.loads(text.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise OnecardError(f"{place}: not UTF-8: {error.reason} at byte {error.start + 1}.") from error
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise OnecardError(f"{place}: not JSON: {error.msg.removesuffix(' at')} at {where}.") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested without end
-        raise OnecardError(f"{place}: not JSON that can be read: {reason(error)}.") from error
-
-
-def read_csv(path: Path, content: bytes) -> Numbered:
-    """Comma-separated, with a header, quoted as spreadsheets do it."""
-    import pyarrow
-    import pyarrow.csv
-
-    try:
-        table = pyarrow.csv.read_csv(
-            io.BytesIO(content),
-            read_options=pyarrow.csv.ReadOptions(use_threads=False),  # with threads, errors do not name their row
-            parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-            convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(TEXT_COLUMNS, pyarrow.string())),
-        )
-    except pyarrow.ArrowException as error:
-        raise OnecardError(f"{path}: {reason(error)}.") from error
-    twice = next((name for name in table.column_names if table.column_names.count(name) > 1), None)
-    if twice is not None:
-        raise OnecardError(f"{path}: the header names column '{twice}' twice.")
-    return enumerate(table.to_pylist(), start=2)
-
-
-def read_parquet(path: Path, content: bytes) -> Numbered:
-    """Parquet."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(io.BytesIO(content))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise OnecardError(f"{path}: not a Parquet file: {reason(error)}.") from error
-    return enumerate(table.to_pylist(), start=1)
-
-
-READERS: dict[str, Callable[[Path, bytes], Numbered]] = {
-    ".jsonl": read_jsonl,
-    ".json": read_json,
-    ".csv": read_csv,
-    ".parquet": read_parquet,
-}
-
-
-def read_folder(path: Path, split: str) -> Numbered:
-    """A folder that `save_to_disk` wrote, or one of data files."""
+def part_of(source: str, split: str, rows: Mapping[str, list[Row]]) -> list[Row]:
+    """What `train[:100]+test[50%:]` says, as `datasets` reads it."""
     import datasets
 
-    saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    if not saved:
-        return read_hub(str(path), split)
+    spec = "+".join(rows) if split == "all" else split
+    try:
+        parts = datasets.ReadInstruction.from_spec(spec).to_absolute({name: len(part) for name, part in rows.items()})
+    except (ValueError, AssertionError) as error:
+        raise OnecardError(f"{source}: split '{split}': {reason(error)}.") from error
+    return [row for part in parts for row in rows[part.splitname][part.from_ : part.to]]
+
+
+def read_saved(path: Path, split: str) -> Numbered:
+    """A folder that `save_to_disk` wrote."""
+    import datasets
+
     try:
         dataset = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever the library's parsers raise
@@ -198,18 +145,3 @@ def read_hub(source: str, split: str) -> Numbered:
             f"{source}: no such file, nor a dataset with split '{split}' that can be loaded: {reason(error)}."
         ) from error
     return enumerate(dataset, start=1)
-
-
-def reason(error: BaseException) -> str:
-    """The first line of a library's message, without its full stop; the rest is advice about the library."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200].rstrip(". ")
-
-
-KINDS = {"NoneType": "null", "str": "text", "bool": "true or false", "dict": "an object", "list": "a list"}
-
-
-def kind(value: object) -> str:
-    """What a value is, in the words of the file and not of Python."""
-    name = type(value).__name__
-    return "a number" if name in ("int", "float") else KINDS.get(name, name)

@@ -35,6 +35,7 @@ STOP_WORDS = frozenset(re.findall(r"\w+", """
     those to too up us very was we were what when where which who whom whose why will with would you your
 """))  # fmt: skip
 NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")  # no minus in 3-4
+LEADING_ZERO = re.compile(r"[-+]?0[\d,]")  # 02134 is a code, and 2134 another one
 AROUND = " \"'`$*"
 
 
@@ -117,25 +118,31 @@ def exact_answer(case: Case) -> list[float]:
 
     Said alike: but for case, white space, quotes, stars or dollars around it, and stops after it; of a text with
     `####`, as in GSM8K, what follows counts. Where a number is expected, the last number of the answer is looked at
-    too: 1,234.50 is 1234.5.
+    too: 1,234.50 is 1234.5, but 02134 is not 2134.
     """
     answers = case.answers
-    column = next((name for name in ANSWER_COLUMNS if name in answers.columns), None)
-    if column is None:
+    columns = [name for name in ANSWER_COLUMNS if name in answers.columns]
+    if not columns:
         there = ", ".join(answers.columns) or "none beside prompt"
         raise OnecardError(f"exact_answer: no column 'answer' or 'solution' in the dataset; there are {there}.")
-    return [
-        float(says(answer, expected_text(expected, column, prompt)))
-        for prompt, answer, expected in zip(answers.prompts, answers.completions, answers.columns[column], strict=True)
-    ]
+    scores = []
+    for place, (prompt, answer) in enumerate(zip(answers.prompts, answers.completions, strict=True)):
+        given = {name: answers.columns[name][place] for name in columns}
+        column = next((name for name, value in given.items() if value is not None), columns[0])
+        scores.append(float(says(answer, expected_text(given[column], column, prompt))))
+    return scores
 
 
 def expected_text(expected: Any, column: str, prompt: str) -> str:
     """A row's expected answer in its normal form."""
-    if isinstance(expected, bool) or not isinstance(expected, str | int | float):
-        what = "null" if expected is None else type(expected).__name__
-        raise OnecardError(f"exact_answer: {column} is {what}, expected text or a number; prompt {prompt[:80]!r}")
-    return normal(str(expected))
+    what = "null" if expected is None else type(expected).__name__
+    if isinstance(expected, str):
+        return normal(expected)
+    if isinstance(expected, float) and not abs(expected) < 2**53:  # NaN too
+        what = f"{expected}, which is no exact number"
+    elif isinstance(expected, int | float | Decimal) and not isinstance(expected, bool):
+        return f"{Decimal(str(expected)):f}"  # 0.00001, not 1e-05
+    raise OnecardError(f"exact_answer: {column} is {what}, expected text or a number; prompt {prompt[:80]!r}")
 
 
 def says(answer: str, expected: str) -> bool:
@@ -144,7 +151,11 @@ def says(answer: str, expected: str) -> bool:
     if normal(answer) == expected or (lines and normal(lines[-1]) == expected):
         return True
     numbers = NUMBER.findall(answer)
-    return bool(NUMBER.fullmatch(expected) and numbers and number(numbers[-1]) == number(expected))
+    if not numbers or not NUMBER.fullmatch(expected):
+        return False
+    if LEADING_ZERO.match(expected):
+        return bool(numbers[-1] == expected)
+    return number(numbers[-1]) == number(expected)
 
 
 def normal(text: str) -> str:

@@ -25,6 +25,7 @@ from onecard.batches import (
 )
 from onecard.config import RewardConfig
 from onecard.data import Row, Tokenized, ranking_examples, scored_examples
+from onecard.data.columns import has, there_are
 from onecard.errors import OnecardError, nearest
 from onecard.models.roles import Roles
 from onecard_kernels import Loss
@@ -140,9 +141,9 @@ def reward_loss(roles: Roles, batch: Any, config: RewardConfig, normalizer: int)
 
 def kind_of(row: Row) -> Kind | None:
     """The first kind that a row has all columns of, or else one of them."""
-    for has in (all, any):
+    for some in (all, any):
         for kind in KINDS:
-            if has(column in row.values for column in kind.columns):
+            if some(has(row.values, column) for column in kind.columns):
                 return kind
     return None
 
@@ -152,9 +153,9 @@ def kind_of_rows(rows: Sequence[Row]) -> Kind:
     found = {row: kind for row, kind in ((str(row), kind_of(row)) for row in rows) if kind is not None}
     if not found:
         known = ", or ".join(" + ".join(f"'{column}'" for column in kind.columns) for kind in KINDS)
-        names = [str(name) for name in rows[0].values]
+        names = [str(name) for name in rows[0].values if has(rows[0].values, name)]
         near = next(filter(None, (nearest(column, names) for kind in KINDS for column in kind.columns)), "")
-        raise OnecardError(f"{rows[0]}: no column {known}; there are {', '.join(names) or 'none'}.{near}")
+        raise OnecardError(f"{rows[0]}: no column {known}; {there_are(rows[0].values)}{near}")
     first, kind = next(iter(found.items()))
     for row, other in found.items():
         if other is not kind:

@@ -1,0 +1,212 @@
+"""One file to numbered records, by its suffix: JSON lines, JSON, CSV and Parquet, compressed or not.
+
+rows.jsonl.gz -> bytes -> decompressed -> text (UTF-8, or UTF-16 and UTF-32 by their byte order mark) -> records
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from onecard.data.csv_table import read_table
+from onecard.errors import OnecardError, nearest
+
+Numbered = Iterator[tuple[int, Any]]
+
+COMPRESSED: Mapping[str, str] = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # suffix -> pyarrow's codec
+SIGNATURES: Mapping[str, re.Pattern[bytes]] = {
+    ".gz": re.compile(rb"\x1f\x8b\x08"),
+    ".zst": re.compile(rb"\x28\xb5\x2f\xfd"),
+    ".bz2": re.compile(rb"BZh[1-9]1AY&SY"),
+    ".xz": re.compile(rb"\xfd7zXZ\x00"),
+    ".zip": re.compile(rb"PK\x03\x04"),
+}
+BYTE_ORDER_MARKS = (  # UTF-32's before UTF-16's, which it begins with
+    (codecs.BOM_UTF8, "UTF-8"),
+    (codecs.BOM_UTF32_LE, "UTF-32-LE"),
+    (codecs.BOM_UTF32_BE, "UTF-32-BE"),
+    (codecs.BOM_UTF16_LE, "UTF-16-LE"),
+    (codecs.BOM_UTF16_BE, "UTF-16-BE"),
+)
+
+
+def suffixes(path: Path) -> tuple[str, str]:
+    """The kind of a file and its compression: (".jsonl", ".gz") of rows.jsonl.gz, (".csv", "") of rows.csv."""
+    last = path.suffix.lower()
+    if last not in COMPRESSED:
+        return last, ""
+    return Path(path.stem).suffix.lower(), last
+
+
+def read_file(path: Path) -> Numbered:
+    """Records of one file with their numbers; a CSV file's cells are text, or None where they are empty."""
+    if not path.exists():
+        raise OnecardError(f"{path}: no such file.")
+    suffix, compression = suffixes(path)
+    if suffix not in READERS:
+        suffix = suffix or compression
+        raise OnecardError(
+            f"{path}: unknown kind of file '{suffix}'; expected one of {', '.join(READERS)}, "
+            f"or one of them with {', '.join(COMPRESSED)} behind it.{nearest(suffix, READERS)}"
+        )
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise OnecardError(f"{path}: cannot be read: {error.strerror}.") from error
+    if compression and content:
+        check_signature(path, content, compression)
+        content = decompressed(path, content, compression)
+    if not content.strip():
+        raise OnecardError(f"{path}: the file is empty.")
+    check_signature(path, content, suffix)
+    return READERS[suffix](path, content)
+
+
+def check_signature(path: Path, content: bytes, suffix: str) -> None:
+    """A compressed file or an archive is named as one."""
+    found = next((kind for kind, signature in SIGNATURES.items() if signature.match(content)), suffix)
+    if found != suffix:
+        raise OnecardError(f"{path}: expected a {suffix} file, but its content is that of a {found} file.")
+
+
+def decompressed(path: Path, content: bytes, compression: str) -> bytes:
+    """All frames of a compressed file; one that is cut off is an error."""
+    import pyarrow
+
+    try:
+        return bytes(pyarrow.CompressedInputStream(pyarrow.BufferReader(content), COMPRESSED[compression]).read())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise OnecardError(f"{path}: cannot be decompressed as {compression}: {reason(error)}.") from error
+
+
+def text_of(path: Path, content: bytes) -> str:
+    """A file's text without its byte order mark."""
+    mark, encoding = next((each for each in BYTE_ORDER_MARKS if content.startswith(each[0])), (b"", "UTF-8"))
+    if not mark and b"\0" in content[:4]:
+        raise OnecardError(
+            f"{path}: UTF-16 or UTF-32 without a byte order mark; expected UTF-8, or one of them with its mark."
+        )
+    content = content[len(mark) :]
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        if encoding != "UTF-8":
+            raise OnecardError(f"{path}: not {encoding}: {error.reason} at byte {error.start + 1}.") from error
+        line, byte = content.count(b"\n", 0, error.start) + 1, error.start - content.rfind(b"\n", 0, error.start)
+        raise OnecardError(
+            f"{path}:{line}: not UTF-8: {error.reason} at byte {byte}. If it is Windows-1252 (Latin-1), "
+            "`iconv -f WINDOWS-1252 -t UTF-8` converts it."
+        ) from error
+
+
+def read_jsonl(path: Path, content: bytes) -> Numbered:
+    """One object a line; blank lines are counted and passed over."""
+    # Split by hand: `splitlines` would also cut at the separators that JSON allows inside a string.
+    for number, line in enumerate(text_of(path, content).split("\n"), start=1):
+        if line.strip():
+            yield number, parse(line, f"{path}:{number}")
+
+
+def read_json(path: Path, content: bytes) -> Numbered:
+    """A list of objects, an object that holds one list of them, or one object a line."""
+    text = text_of(path, content)
+    first, _, more = text.strip().partition("\n")
+    if more and is_object(first):
+        yield from read_jsonl(path, content)
+        return
+    document = parse(text, str(path))
+    if isinstance(document, dict):
+        lists = [value for value in document.values() if isinstance(value, list)]
+        document = lists[0] if len(lists) == 1 else document
+    if not isinstance(document, list):
+        raise OnecardError(f"{path}: expected a list of objects, or an object with one list; got {kind(document)}.")
+    yield from enumerate(document, start=1)
+
+
+def is_object(line: str) -> bool:
+    """Whether a line is a whole JSON object."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def parse(text: str, place: str) -> Any:
+    """JSON, with the place in the error."""
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise OnecardError(f"{place}: not JSON: {error.msg.removesuffix(' at')} at {where}.") from error
+    except (ValueError, RecursionError) as error:  # a key twice, a number of thousands of digits, endless nesting
+        raise OnecardError(f"{place}: not JSON that can be read: {reason(error)}.") from error
+
+
+def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, whose keys differ: of two values under one key, JSON does not say which counts."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key '{next(name for name in names if names.count(name) > 1)}' occurs twice")
+    return values
+
+
+def read_csv(path: Path, content: bytes) -> Numbered:
+    """Comma-separated, with a header, quoted as spreadsheets do it."""
+    return read_table(str(path), text_of(path, content), ",")
+
+
+def read_tsv(path: Path, content: bytes) -> Numbered:
+    """The same with tabs between the cells."""
+    return read_table(str(path), text_of(path, content), "\t")
+
+
+def read_parquet(path: Path, content: bytes) -> Numbered:
+    """Parquet."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
+        table = file.read(use_threads=False)  # Arrow's threads may abort a process that ends soon after
+    except (pyarrow.ArrowException, OSError) as error:
+        raise OnecardError(f"{path}: not a Parquet file: {reason(error)}.") from error
+    twice = next((name for name in table.column_names if table.column_names.count(name) > 1), None)
+    if twice is not None:
+        raise OnecardError(f"{path}: column '{twice}' is there twice.")
+    try:
+        records = table.to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # broken UTF-8, a date of the year 10000
+        raise OnecardError(f"{path}: a value cannot be read: {reason(error)}.") from error
+    return enumerate(records, start=1)
+
+
+READERS: dict[str, Callable[[Path, bytes], Numbered]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".parquet": read_parquet,
+}
+
+
+def reason(error: BaseException) -> str:
+    """The first line of a library's message, without its full stop; the rest is advice about the library."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200].rstrip(". ")
+
+
+KINDS = {"NoneType": "null", "str": "text", "bool": "true or false", "dict": "an object", "list": "a list"}
+
+
+def kind(value: object) -> str:
+    """What a value is, in the words of the file and not of Python."""
+    if isinstance(value, float) and value != value:
+        return "NaN"
+    name = type(value).__name__
+    return "a number" if name in ("int", "float", "Decimal") else KINDS.get(name, name)
