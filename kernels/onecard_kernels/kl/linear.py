@@ -13,7 +13,7 @@ from ..logprob.ops import linear_of
 from ..logprob.passes import Rows, result_dtype
 from ..logprob.plans import CHUNKED
 from ..logprob.tiles import Linear
-from ..once import once
+from ..once import no_forward_ad, once
 from ..records import Head
 
 
@@ -59,20 +59,22 @@ def linear_kl(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    head = Head(bias, temperature, logit_scale, softcap, forbidden)
+    constants = {"ref_hidden": ref_hidden, "weight": weight, "ref_weight": ref_weight, "bias": bias}
+    constants["ref_bias"] = ref_bias
+    checks.reverse_mode("linear_kl", hidden=hidden, **constants)
+    head = checks.plain_head(bias, temperature, logit_scale, softcap, forbidden)
     checks.product("hidden", hidden, "weight", weight)
     checks.head(head, weight.shape[0], hidden)
     _check_reference(hidden, ref_hidden, weight, ref_weight, ref_bias)
     if mask is not None:
         checks.mask(mask, "hidden's tokens", hidden[..., 0])
-    constants = {"ref_hidden": ref_hidden, "weight": weight, "ref_weight": ref_weight, "bias": bias}
-    _check_constants({**constants, "ref_bias": ref_bias})
+    _check_constants(constants)
     dispatch.resolve("linear_kl", backend, hidden.device)
     if ref_weight is None and ref_bias is None:
         ref_bias = bias
     kl, _ = torch.ops.onecard.linear_kl(
         *(hidden, ref_hidden, weight, ref_weight, mask, bias, ref_bias, forbidden),
-        *(temperature, logit_scale, softcap),
+        *(head.temperature, head.logit_scale, head.softcap),
         torch.is_grad_enabled() and hidden.requires_grad,
         backend,
     )
@@ -198,3 +200,4 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
 
 
 _forward.register_autograd(once(_backward), setup_context=_setup)
+no_forward_ad("linear_kl", _forward)

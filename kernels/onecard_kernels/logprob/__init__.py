@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import checks, dispatch
-from ..records import Head, LogProbs
+from ..records import LogProbs
 from . import ops
 
 __all__ = ["linear_logprobs", "selective_log_softmax"]
@@ -35,6 +35,7 @@ def selective_log_softmax(
         targets: `[...]`, integer ids; `targets[t]` is the token that `logits[t]` predicts.
         temperature: divides the logits.
         mask: `[...]`, bool or 0/1. Masked tokens give 0 with zero gradient; their targets may be anything (-100).
+            Without a mask a target of -100 is an error: the caller would count it as a token.
         return_entropy: also give H, detached.
         entropy_requires_grad: also give H, with its gradient.
         inplace_backward: write the gradient into the logits' storage. Saves that much memory; the logits are gone after
@@ -48,6 +49,8 @@ def selective_log_softmax(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
+    checks.reverse_mode("selective_log_softmax", logits=logits)
+    temperature = checks.plain(temperature)
     checks.logits(logits, targets, temperature, mask)
     if inplace_backward and any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True)):
         raise ValueError("logits is expanded (stride 0), expected memory of its own for inplace_backward=True")
@@ -99,7 +102,7 @@ def linear_logprobs(
         temperature, logit_scale, softcap: numbers, in the order of the equation.
         forbidden: bool `[V]`, tokens that cannot be sampled (padded rows of the head).
         mask: `[...]`, bool or 0/1. Masked tokens give 0 with zero gradient and cost nothing; their targets may be
-            anything (-100).
+            anything (-100). Without a mask a target of -100 is an error: the caller would count it as a token.
         return_entropy: also give H, detached. Costs no GEMM.
         entropy_requires_grad: also give H, with its gradient. Costs one more GEMM.
         return_log_sum_sq_probs: also give log sum_v p_v^2, detached.
@@ -113,7 +116,8 @@ def linear_logprobs(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    head = Head(bias, temperature, logit_scale, softcap, forbidden)
+    checks.reverse_mode("linear_logprobs", hidden=hidden, weight=weight, bias=bias)
+    head = checks.plain_head(bias, temperature, logit_scale, softcap, forbidden)
     checks.linear(hidden, weight, targets, head, mask)
     dispatch.resolve("linear_logprobs", backend, hidden.device)
     return ops.linear_logprobs(

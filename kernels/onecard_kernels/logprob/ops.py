@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..once import once
+from .. import checks
+from ..once import no_forward_ad, once
 from ..records import Head, LogProbs
 from . import linear as raw
 from .passes import Rows, blocks, result_dtype
@@ -96,6 +97,7 @@ def _forward(
     with torch.autocast(hidden.device.type, enabled=False):
         rows = Rows(targets.shape, mask)
         y = rows.pick(targets).long()
+        checks.ids(y, weight.shape[0])
         linear = linear_of(hidden, weight, Head(bias, temperature, logit_scale, softcap, forbidden), backend)
         directions = raw.Directions(mode == FROZEN, mode == FROZEN and entropy_grad)
         kept = mode == TRAINED
@@ -123,7 +125,7 @@ def _(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any) -> tuple[Tens
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, targets, mask, bias, forbidden, *ctx.numbers, _, entropy_grad, _, mode, ctx.backend = inputs
     logprobs, h, lssp, direction, entropy_direction, saved = output
-    ctx.mode, ctx.entropy_grad, ctx.shape = mode, entropy_grad, hidden.shape
+    ctx.mode, ctx.entropy_grad, ctx.shape, ctx.weight_shape = mode, entropy_grad, hidden.shape, weight.shape
     detached = (lssp, direction, entropy_direction, saved)
     ctx.mark_non_differentiable(*detached, *(() if entropy_grad else (h,)))
     ctx.set_materialize_grads(False)
@@ -143,6 +145,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad = torch.ops.onecard.scale_directions(*ctx.saved_tensors, on_logprobs, on_entropy)
         return grad.view(ctx.shape), *none[1:]
     need = ctx.needs_input_grad
+    checks.still_there("weight", ctx.saved_tensors[1], ctx.weight_shape)
     hidden, weight, bias = torch.ops.onecard.linear_logprobs_backward(
         *ctx.saved_tensors, on_logprobs, on_entropy, *ctx.numbers, need[0], need[1], need[4], ctx.backend
     )
@@ -233,3 +236,6 @@ def _(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Any, bias: Any, *re
         torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else hidden.new_empty(0),
         torch.empty_like(bias) if need_bias else hidden.new_empty(0),
     )
+
+
+no_forward_ad("linear_logprobs", _forward, scale_directions, _recompute)
