@@ -297,12 +297,12 @@ def linear(hidden: Tensor, weight: Tensor, targets_: Tensor, head_: Head, mask_:
     mask(mask_, "targets", targets_)
 
 
-def still_there(name: str, value: Tensor, expected: torch.Size) -> None:
-    """In a backward, what the forward has saved: ZeRO-3 empties a weight in between unless it is told not to."""
-    if value.shape != expected:
+def still_there(weight: Tensor) -> None:
+    """In a backward: ZeRO-3 empties a weight after the forward unless it is told not to."""
+    if weight.dim() != 2:
         raise ValueError(
-            f"{name} has shape {tuple(value.shape)} in the backward, expected {tuple(expected)} as in the forward: "
-            f"ZeRO-3 has emptied it; keep deepspeed.zero.GatheredParameters({name}) around the backward too"
+            f"weight has shape {tuple(weight.shape)} in the backward, expected [V, D] as in the forward: ZeRO-3 has "
+            "emptied it; keep deepspeed.zero.GatheredParameters(weight) around the backward too"
         )
 
 

@@ -125,7 +125,7 @@ def _(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any) -> tuple[Tens
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, targets, mask, bias, forbidden, *ctx.numbers, _, entropy_grad, _, mode, ctx.backend = inputs
     logprobs, h, lssp, direction, entropy_direction, saved = output
-    ctx.mode, ctx.entropy_grad, ctx.shape, ctx.weight_shape = mode, entropy_grad, hidden.shape, weight.shape
+    ctx.mode, ctx.entropy_grad, ctx.shape = mode, entropy_grad, hidden.shape
     detached = (lssp, direction, entropy_direction, saved)
     ctx.mark_non_differentiable(*detached, *(() if entropy_grad else (h,)))
     ctx.set_materialize_grads(False)
@@ -145,7 +145,6 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad = torch.ops.onecard.scale_directions(*ctx.saved_tensors, on_logprobs, on_entropy)
         return grad.view(ctx.shape), *none[1:]
     need = ctx.needs_input_grad
-    checks.still_there("weight", ctx.saved_tensors[1], ctx.weight_shape)
     hidden, weight, bias = torch.ops.onecard.linear_logprobs_backward(
         *ctx.saved_tensors, on_logprobs, on_entropy, *ctx.numbers, need[0], need[1], need[4], ctx.backend
     )
@@ -208,6 +207,7 @@ def _recompute(
     need_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    checks.still_there(weight)
     with torch.autocast(hidden.device.type, enabled=False):
         rows = Rows(targets.shape, mask)
         linear = linear_of(hidden, weight, Head(bias, temperature, logit_scale, softcap, forbidden), backend)

@@ -105,6 +105,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     hidden, weight, bias = inputs[0], inputs[1], inputs[8]
     ctx.shape, ctx.needs = hidden.shape, inputs[-2]
     ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
+    # A parameter, to see whether it is still there; a weight that was computed is not held for that.
+    ctx.weight = weight if ctx.needs[1] and weight.is_leaf else None
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[2:])
@@ -114,6 +116,8 @@ def _backward(ctx: Any, grad: Tensor | None, *rest: Tensor | None) -> tuple[Tens
     none = (None,) * 21
     if grad is None:
         return none
+    if ctx.weight is not None:
+        checks.still_there(ctx.weight)
     by_hidden, by_weight, by_bias = torch.ops.onecard.scale_linear_ppo(*ctx.saved_tensors, grad, *ctx.dtypes)
     return (
         by_hidden.view(ctx.shape) if ctx.needs[0] else None,
