@@ -83,12 +83,7 @@ def tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor")
     kind = type(value)
     if hasattr(value, "full_tensor") and hasattr(value, "placements"):
-        raise TypeError(
-            f"{name} is a {kind.__name__}, expected a plain tensor: pass "
-            f'{name}.full_tensor(grad_placements=[Partial("avg")] * {name}.device_mesh.ndim), with Partial of '
-            "torch.distributed.tensor, which averages the gradient over the ranks as FSDP does; full_tensor() alone "
-            "would keep each rank's own"
-        )
+        raise TypeError(f"{name} is a {kind.__name__}, expected a plain tensor: {_gathering(name)}")
     if kind not in PLAIN and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise TypeError(
             f"{name} is a {kind.__name__}, expected a plain dense tensor: dequantize (or gather) it before the call"
@@ -96,6 +91,17 @@ def tensor(name: str, value: object) -> None:
     if value.is_nested or value.is_quantized or value.layout != torch.strided:
         what = "nested" if value.is_nested else "quantized" if value.is_quantized else f"of layout {value.layout}"
         raise TypeError(f"{name} is {what}, expected a plain dense tensor")
+
+
+def _gathering(name: str) -> str:
+    """How a DTensor becomes a tensor, with the right gradient for who shards it: FSDP averages over ranks."""
+    if name not in ("weight", "bias", "ref_weight", "ref_bias"):
+        return f"pass {name}.to_local(), or {name}.full_tensor() where each rank computes the loss of the whole batch"
+    return (
+        f'pass {name}.full_tensor(grad_placements=[Partial("avg")] * {name}.device_mesh.ndim), with Partial of '
+        "torch.distributed.tensor, which averages the gradient over the ranks as FSDP does; full_tensor() alone would "
+        "keep each rank's own"
+    )
 
 
 def floating(name: str, value: Tensor) -> None:
