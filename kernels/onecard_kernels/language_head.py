@@ -122,7 +122,8 @@ def check_head(model: Any, head: LanguageHead, *, trunk: Any = None) -> None:
     dtype = torch.float64 if own.dtype == torch.float64 else torch.float32
     weight = head.weight.full_tensor() if hasattr(head.weight, "full_tensor") else head.weight
     hidden, own = hidden.to(weight.device, dtype), own.to(weight.device, dtype)
-    z = torch.cat([hidden @ rows.to(dtype).T for rows in weight.split(16384)], 1)  # never a copy of the whole head
+    with torch.autocast(weight.device.type, enabled=False):
+        z = torch.cat([hidden @ rows.to(dtype).T for rows in weight.split(16384)], 1)  # never a copy of the whole head
     z = (z if head.bias is None else z + head.bias) * head.logit_scale
     z = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
     if z.shape != own.shape:

@@ -77,7 +77,7 @@ def linear_dpo_loss(
 
     Args:
         hidden: `[..., D]`, `[2B, T, D]` or packed `[tokens, D]`.
-        weight: `[V, D]`.
+        weight: `[V, D]`. Autocast acts on both as in `linear_logprobs`.
         targets: `[...]`, integer ids; `targets[t]` is the token that `hidden[t]` predicts. Anything (-100) where
             sequence_ids is -1.
         sequence_ids: `[...]`, integers: 0..B-1 for chosen, B..2B-1 for rejected, -1 for no response token.

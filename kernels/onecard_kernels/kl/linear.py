@@ -44,7 +44,8 @@ def linear_kl(
     Args:
         hidden: `[..., D]`, the policy's, any floating dtype.
         ref_hidden: `[..., D]`, the reference's, a constant.
-        weight: `[V, D]`, the head, a constant: only `hidden` gets a gradient.
+        weight: `[V, D]`, the head, a constant: only `hidden` gets a gradient. Autocast acts on hidden states and heads
+            as in `linear_logprobs`.
         ref_weight: `[V, D']`, the reference's head if it is another one; None: the same head, read once for both.
         ref_bias: `[V]`; None: the policy's bias with the policy's head, no bias with a `ref_weight`.
         bias, temperature, logit_scale, softcap, forbidden: the head, see `linear_logprobs`; all but the bias serve the
@@ -72,6 +73,10 @@ def linear_kl(
     dispatch.resolve("linear_kl", backend, hidden.device)
     if ref_weight is None and ref_bias is None:
         ref_bias = bias
+    hidden, ref_hidden, weight, *other = products.under_autocast(
+        hidden, ref_hidden, weight, *(() if ref_weight is None else (ref_weight,))
+    )
+    ref_weight = other[0] if other else None
     kl, _ = torch.ops.onecard.linear_kl(
         *(hidden, ref_hidden, weight, ref_weight, mask, bias, ref_bias, forbidden),
         *(head.temperature, head.logit_scale, head.softcap),

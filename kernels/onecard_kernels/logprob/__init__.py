@@ -7,6 +7,7 @@ from torch import Tensor
 from .. import checks, dispatch
 from ..records import LogProbs
 from . import ops
+from .products import under_autocast
 
 __all__ = ["linear_logprobs", "selective_log_softmax"]
 
@@ -96,7 +97,8 @@ def linear_logprobs(
     Args:
         hidden: `[..., D]`, any floating dtype. Any strides: `hidden[:, :-1]` is not copied.
         weight: `[V, D]`; bf16, fp16, fp32 or fp64, not necessarily hidden's. Logits and softmax are fp32 (fp64 if
-            either is fp64) under autocast too.
+            either is fp64). Under autocast hidden and weight are cast to its dtype, as for a linear layer, and the
+            products still accumulate in fp32; torch.autocast(enabled=False) around the call keeps them as they are.
         targets: `[...]`, integer ids; `targets[t]` is the token that `hidden[t]` predicts.
         bias: `[V]`, finite.
         temperature, logit_scale, softcap: numbers, in the order of the equation.
@@ -120,6 +122,7 @@ def linear_logprobs(
     head = checks.plain_head(bias, temperature, logit_scale, softcap, forbidden)
     checks.linear(hidden, weight, targets, head, mask)
     dispatch.resolve("linear_logprobs", backend, hidden.device)
+    hidden, weight = under_autocast(hidden, weight)
     return ops.linear_logprobs(
         hidden,
         weight,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import checks, dispatch
+from ..logprob.products import under_autocast
 from ..records import Loss, divisor_of
 from . import local_ops
 from .options import PolicyTokens, policy_options
@@ -95,7 +96,7 @@ def linear_ppo_loss(
 
     Args:
         hidden: `[..., D]`, `[B, T, D]` or packed `[tokens, D]`.
-        weight: `[V, D]`.
+        weight: `[V, D]`. Autocast acts on both as in `linear_logprobs`.
         targets: `[...]`, integer ids; `targets[t]` is the token that `hidden[t]` predicts. Anything (-100) where mask
             is 0.
         old_logprobs, advantages, mask: `[...]`, see `ppo_loss`.
@@ -122,6 +123,7 @@ def linear_ppo_loss(
     tokens.check("targets", targets, options)
     checks.linear(hidden, weight, targets, head, mask)
     dispatch.resolve("linear_logprobs", backend, hidden.device)
+    hidden, weight = under_autocast(hidden, weight)
     loss, sums = local_ops.sums_of(hidden, weight, targets, head, tokens, options, backend)
     divisor = divisor_of(normalizer, sums[-1].clamp(min=1.0), loss.dtype)
     return Loss(loss / divisor, metrics_of(sums / divisor, entropy=True, kl=ref_logprobs is not None))
