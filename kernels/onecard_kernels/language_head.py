@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .logprob.products import autocast_is_on
+
 TOKENS = 12
 TINY, HUGE = 2.0**-40, 2.0**100  # tanh(x) is x at the first and 1 at the second
 # In the place of the head's output. 13 numbers and 12 tokens: each column sees all of them but one.
@@ -269,7 +271,7 @@ def _with_lora(model: Any, layer: Any) -> tuple[Tensor, Tensor | None]:
         if layer.merged and layer.disable_adapters:
             raise ValueError("LoRA on the head is merged and disabled, expected unmerged: call unmerge_adapter()")
         return weight, bias
-    if torch.is_autocast_enabled(weight.device.type):
+    if autocast_is_on(weight):
         raise ValueError(
             "the head has LoRA, and autocast would round W + scaling * B @ A to 16 bits, which can leave nothing of "
             "B @ A: read the head and call the loss under torch.autocast(enabled=False)"
