@@ -258,7 +258,8 @@ def _weight_and_bias(model: Any, layer: Any) -> tuple[Tensor, Tensor | None]:
         raise ValueError(f"{type(model).__name__} has a {kind} of peft on its head, expected LoRA or modules_to_save")
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
-        raise ValueError(f"{type(model).__name__}'s head is a {kind}, expected a layer with a weight of shape [V, D]")
+        shape = f"of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)
+        raise ValueError(f"{type(model).__name__}'s head is a {kind} with weight {shape}, expected a tensor [V, D]")
     if not weight.is_floating_point():
         raise ValueError(f"{type(model).__name__}'s head is a {kind} in {weight.dtype}, expected an unquantized weight")
     return weight, getattr(layer, "bias", None)
