@@ -22,7 +22,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ from onecard.models.head import check_head
 from onecard.models.layout import LAYOUTS
 from onecard.models.load import reason
 from onecard.models.roles import Roles
-from onecard.models.trunk import evaluating, trunk_of
+from onecard.models.trunk import context_of, evaluating, trunk_of
 from onecard.passes import attempt
 from onecard.rollout import Sampling, decodings, sample_responses
 
@@ -88,11 +87,6 @@ def logprobs(roles: Roles, batch: TokenBatch, layout: str) -> list[Tensor]:
     return list(found.split(list(batch.num_targets)))
 
 
-def context_of(model: Any) -> int | None:
-    """How many positions a model was made for, where its config says so."""
-    return getattr(trunk_of(model).config, "max_position_embeddings", None)
-
-
 def is_16_bit(roles: Roles) -> bool:
     return roles.causal_model().dtype in (torch.bfloat16, torch.float16)
 
@@ -133,7 +127,7 @@ def make_judge(roles: Roles, texts: Sequence[TokenSequence]) -> Judge:
         truth = logprobs(roles, to_device(pack(texts), roles.device), "single")
         if not is_16_bit(roles):
             return Judge(truth, None)
-        context = context_of(model) or math.inf
+        context = context_of(trunk_of(model).config) or math.inf
         longer = {
             place: TokenSequence(each.tokens + each.tokens[:TAIL], each.response_mask + (True,) * min(TAIL, len(each)))
             for place, each in enumerate(texts)
@@ -308,7 +302,7 @@ def check_model(roles: Roles, longest: int, row: int = 0, *, trains: bool = True
     passes run in training mode. Where so long a text takes too much memory, half as long a one is tried.
     """
     model = roles.causal_model()
-    context = context_of(model) or longest
+    context = context_of(trunk_of(model).config) or longest
     longest, row = max(2, min(longest, context)), min(row, context + 1)
     try:
         check_head(model, trunk_of(model), roles.head())
@@ -345,7 +339,7 @@ def check_decoding(roles: Roles, longest: int) -> None:
     """
     model = roles.causal_model()
     vocabulary = trunk_of(model).get_input_embeddings().weight.shape[0]
-    context = context_of(model) or longest
+    context = context_of(trunk_of(model).config) or longest
     longest = max(2, min(longest, context))
     new = min(NEW, longest // 2)
     lengths = (longest - new, min(SHORT, longest - new), min(SHARED, longest - new))

@@ -16,7 +16,7 @@ may be the EOS, the EOS may be the BOS, and all of them may stand inside a promp
 
 from onecard.rollout.drawing import Sampling, chances_of, draw, warpers
 from onecard.rollout.ends import end_tokens, stop_ids
-from onecard.rollout.held import Held, Padded
+from onecard.rollout.held import Held, Padded, Uncached
 from onecard.rollout.sampler import (
     Response,
     Rollout,
@@ -34,6 +34,7 @@ __all__ = [
     "Response",
     "Rollout",
     "Sampling",
+    "Uncached",
     "chances_of",
     "decodings",
     "draw",
