@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -172,6 +173,20 @@ def mixes(roles: Roles, layout: str, texts: Sequence[TokenSequence]) -> bool:
     return bool(by_first[list(second)].any()) or bool(by_second[list(first)].any())
 
 
+@contextmanager
+def errors_of(model: Any) -> Iterator[None]:
+    """One line for what the plain model raises: whatever its arithmetic raises on what it was not made for."""
+    try:
+        yield
+    except OnecardError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise OnecardError(f"model: {type(model).__name__} cannot be run in {dtype}: {reason(error)}.") from error
+
+
 def check_causal(roles: Roles, example: TokenSequence) -> None:
     """Refuse a model in which a token's hidden state depends on what follows it."""
     model = roles.causal_model()
@@ -214,7 +229,7 @@ def fault(roles: Roles, layout: str, judge: Judge, texts: Sequence[TokenSequence
                 off = judge.difference(logprobs(roles, batch, layout)[: len(texts)])
                 if off:
                     return f"log-probs of {name} are {off}"
-    except Exception as error:  # a model raises whatever its arithmetic raises on what it was not made for
+    except Exception as error:  # as in `errors_of`
         if is_out_of_memory(error):
             raise
         return f"{name} cannot be run ({reason(error)})"
@@ -304,7 +319,7 @@ def check_model(roles: Roles, longest: int, row: int = 0, *, trains: bool = True
     model = roles.causal_model()
     context = context_of(trunk_of(model).config) or longest
     longest, row = max(2, min(longest, context)), min(row, context + 1)
-    try:
+    with errors_of(model):
         check_head(model, trunk_of(model), roles.head())
         while (judge := attempt(partial(choose_layout, roles, longest, row))) is None:
             if longest <= SHORT:
@@ -313,13 +328,6 @@ def check_model(roles: Roles, longest: int, row: int = 0, *, trains: bool = True
         if trains:
             check_training_mode(roles, judge[0], longest)
             check_learning(roles)
-    except OnecardError:
-        raise
-    except Exception as error:  # the model itself, which raises whatever its arithmetic raises
-        if is_out_of_memory(error):
-            raise
-        dtype = str(model.dtype).removeprefix("torch.")
-        raise OnecardError(f"model: {type(model).__name__} cannot be run in {dtype}: {reason(error)}.") from error
 
 
 def sampled_logprobs(
@@ -344,6 +352,8 @@ def check_decoding(roles: Roles, longest: int) -> None:
     new = min(NEW, longest // 2)
     lengths = (longest - new, min(SHORT, longest - new), min(SHARED, longest - new))
     prompts = [text(vocabulary, length, place) for place, length in enumerate(lengths)]
+    with errors_of(model):
+        make_judge(roles, [scored(prompts[-1] + prompts[-1])])
     faults: list[str] = []
     for decoding in decodings(model):
         roles.decoding = decoding
@@ -352,7 +362,7 @@ def check_decoding(roles: Roles, longest: int) -> None:
         try:
             found, texts = sampled_logprobs(roles, prompts, new)
             off = make_judge(roles, texts).difference([each.to(roles.device) for each in found])
-        except Exception as error:  # as in `fault`
+        except Exception as error:  # as in `errors_of`
             if is_out_of_memory(error):
                 raise
             off = f"not to be had ({reason(error)})"

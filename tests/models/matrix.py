@@ -43,6 +43,7 @@ from onecard.errors import OnecardError
 from onecard.models.build import load_roles
 from onecard.models.load import load_tokenizer
 from onecard.models.roles import HEAD_WEIGHTS, Roles
+from onecard.models.trunk import trunk_of
 from onecard.rollout import Sampling, sample_responses
 from onecard.startup import check_decoding, check_model
 from tests.models.families import CONTEXT, FAMILIES, SIZES, write_model
@@ -116,16 +117,9 @@ def plain_logprobs(model: Any, sequences: Sequence[TokenSequence]) -> Tensor:
 
 
 def plain_hidden(model: Any, tokens: Sequence[int]) -> Tensor:
-    """What the head reads, fp32 [n, D]."""
-    causal = model.get_base_model() if hasattr(model, "peft_config") else model
-    seen: list[Tensor] = []
-    head = causal.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    try:
-        plain_logits(model, tokens)
-    finally:
-        hook.remove()
-    return seen[0][0].float()
+    """The text decoder's last hidden states, fp32 [n, D]."""
+    trunk = trunk_of(model.get_base_model() if hasattr(model, "peft_config") else model)
+    return trunk(input_ids=torch.tensor([tokens]), use_cache=False).last_hidden_state[0].float()
 
 
 def plain_scores(model: Any, folder: Path, sequences: Sequence[TokenSequence]) -> Tensor:
