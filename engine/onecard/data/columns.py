@@ -16,6 +16,7 @@ from onecard.errors import nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MESSAGE_COLUMNS = ("messages", "prompt", "completion", "completions", "chosen", "rejected")
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # what a chat template is given beside the messages
 # Settings of `apply_chat_template` itself, which a row's variables must not change.
 TEMPLATE_SETTINGS = (
     "conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message",

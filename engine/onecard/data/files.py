@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from onecard.data.columns import MESSAGE_COLUMNS
+from onecard.data.columns import MESSAGE_COLUMNS, TEMPLATE_COLUMNS
 from onecard.data.csv_table import with_values
 from onecard.data.readers import (
     COMPRESSED,
@@ -30,7 +30,7 @@ from onecard.data.splits import data_files, files_by_split, has_settings
 from onecard.errors import OnecardError, nearest
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar", ".xz", ".lz4")  # an error beside data files in a folder
-NESTED_COLUMNS = (*MESSAGE_COLUMNS, "tools", "chat_template_kwargs")
+NESTED_COLUMNS = (*MESSAGE_COLUMNS, *TEMPLATE_COLUMNS)
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 
 

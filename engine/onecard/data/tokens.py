@@ -233,12 +233,19 @@ def continued(before: list[int], whole: list[int], response: str, tokenizer: Tok
     """Ids of `response` after the ids `before`, where `whole` are those of both texts together.
 
     Usually they are the rest of `whole`. Where a token of `whole` lies across the border, the response is tokenized by
-    itself. A sentencepiece tokenizer then puts a space in front of it; behind another character it does not, unless
-    that one merges with it too, so of these ways the first is taken that reads as `whole` does.
+    itself.
     """
     if whole[: len(before)] == before:
         return whole[len(before) :]
-    expected = spelled(whole, tokenizer)
+    return behind(before, response, spelled(whole, tokenizer), tokenizer)
+
+
+def behind(before: list[int], response: str, expected: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of `response` by itself that read as `expected` behind the ids `before`.
+
+    A sentencepiece tokenizer puts a space in front of a text; behind another character it does not, unless that one
+    merges with it too, so of these ways the first is taken that reads as it should.
+    """
     for character in ("", "\n", ".", "0"):
         front, both = bare(character, tokenizer), bare(character + response, tokenizer)
         way = both[len(front) :]
