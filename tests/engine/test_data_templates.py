@@ -23,6 +23,7 @@ from onecard.data import (
 )
 from onecard.data.templates import answer_ends, closing_token, rendered, template_date, today
 from onecard.errors import OnecardError
+from onecard.evaluate import given_answers
 from onecard.models.classifier import Classifier
 from onecard.rewards.classifier import ClassifierReward
 from onecard.rollout import end_tokens
@@ -212,8 +213,9 @@ def test_keep_end_cuts_no_answer_where_sides_are_learned_from_other_places_on() 
     chosen = [say("assistant", "a"), say("user", "b" * 40), say("assistant", "last")]
     made = preference_examples(
         rows({"prompt": [USER], "chosen": chosen, "rejected": [say("assistant", "only")]}), tokenizer,
-        max_length=70, truncation_mode="keep_end", skip_bad_rows=False,
+        max_length=65, truncation_mode="keep_end", skip_bad_rows=False,
     )  # fmt: skip
+    assert made.notes[0] == "1 of 1 prompts were cut at their beginning"
     assert marked(made.examples[0].rejected, tokenizer).endswith("[[only<|im_end|>]]")
 
 
@@ -223,7 +225,8 @@ TOOL = {"type": "function", "function": {"name": "weather", "description": "the 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "A"}}}
 CALLS = say("assistant", "", tool_calls=[CALL])
 TOOLS = (
-    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% if tools is not none %}<|im_start|>system\n"
+    "{% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}"
     "{% for c in (m.tool_calls or []) %}<call>{{ c.function | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -262,6 +265,12 @@ def test_tools_are_columns_of_rewards_too_and_reach_a_classifier_s_template() ->
     assert prompt.columns["tools"] == [TOOL]
     reward = ClassifierReward(Classifier(None, tokenizer, 0, None, None), "reward_model_path")
     assert reward.conversation(prompt, "fine").startswith(DEFINED)
+
+
+def test_tools_reach_the_template_of_answers_whose_perplexity_is_taken() -> None:
+    record = {"prompt": [USER], "completion": [BOT], "tools": [TOOL], "score": 1}
+    [sequence], _ = given_answers(rows(record), byte_tokenizer(TOOLS, special=IM), 900)
+    assert spelled(sequence.tokens, byte_tokenizer(TOOLS, special=IM)).startswith(DEFINED)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from onecard.rollout import (
     text_before_end,
     tokens_before_end,
 )
+from onecard.rollout.ends import is_text
 from tests.engine.data_material import real
 from tests.engine.rollout_material import (
     common_ends,
@@ -158,6 +159,11 @@ def test_a_stop_text_is_found_as_it_stands_behind_other_text(stories260, player)
         assert stop_ids(text, stories260.tokenizer) == set()
 
 
+def test_white_space_is_no_other_white_space(player):
+    space = player.tokenizer.get_vocab()["▁"]
+    assert [is_text(space, text, player.tokenizer) for text in (" ", "\t", "\n")] == [True, False, False]
+
+
 def test_a_stop_text_that_cannot_be_written_is_one_clear_line(player, stories260):
     for text in ("€", "\t", "{", "\r\n", "###"):  # this tokenizer drops them
         with pytest.raises(OnecardError, match="is not in the tokenizer's vocabulary"):
@@ -232,6 +238,16 @@ def test_a_token_without_text_of_its_own_stops_as_a_token(stories260):
         assert [stops.found(prompt, sampled[:end]) for end in range(1, len(sampled) + 1)][-2:] == ["", stop]
         assert text_before_end(tokenizer, prompt, sampled, finished=True, stop=stop).strip() == "upon"
         assert tokens_before_end(tokenizer, prompt, sampled, finished=True, stop=stop) == answer[:-1]
+
+
+def test_a_stop_string_is_found_at_the_end_of_a_long_run_of_bytes(stories260):
+    """This tokenizer decodes bytes together: a run that begins within a character is unreadable as a whole."""
+    tokenizer = stories260.tokenizer
+    for text in ("漢" * 12 + "字", "漢" * 13 + "字。"):
+        answer = tokenizer.encode(text, add_special_tokens=False)
+        stops = StopStrings(tokenizer, [text[12:].lstrip("漢")])
+        found = [stops.found([1], answer[:end]) for end in range(1, len(answer) + 1)]
+        assert found == [""] * (len(answer) - 1) + stops.strings
 
 
 @pytest.mark.parametrize("name", ["stories260K", "TinyStories-656K", "bytes"])

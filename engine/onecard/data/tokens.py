@@ -278,18 +278,25 @@ def spelled(ids: Iterable[int], tokenizer: Tokenizer, *, skip_special_tokens: bo
 HALF = "\ufffd"  # what the first bytes of a character are decoded to while the others are not there
 
 
-def continuation_text(before: Sequence[int], after: Sequence[int], tokenizer: Tokenizer) -> str:
+def continuation_text(
+    before: Sequence[int], after: Sequence[int], tokenizer: Tokenizer, *, skip_special_tokens: bool = True
+) -> str:
     """The text of the ids `after` behind the ids `before`: text(before + after) less text(before).
 
     By themselves, ids lose the space that opens them in a sentencepiece tokenizer. A character that begins in `before`
     and ends in `after` is part of the result.
     """
-    start, whole = (spelled(ids, tokenizer, skip_special_tokens=True) for ids in (before, [*before, *after]))
+
+    def read(before: Sequence[int]) -> tuple[str, str]:
+        both = ([*before], [*before, *after])
+        start, whole = (spelled(ids, tokenizer, skip_special_tokens=skip_special_tokens) for ids in both)
+        return start, whole
+
+    start, whole = read(before)
     if not whole.startswith(start) and not start.endswith(HALF):
         # The first bytes of `after` belong to no character, and the bytes before them are unreadable together with
         # them: a letter stands for `before`.
-        letter = bare("a", tokenizer)
-        start, whole = (spelled(ids, tokenizer, skip_special_tokens=True) for ids in (letter, [*letter, *after]))
+        start, whole = read(bare("a", tokenizer))
     while not whole.startswith(start):  # the half character at the end of `before` is whole now
         start = start[:-1]
     return whole[len(start) :]
