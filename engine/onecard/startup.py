@@ -9,6 +9,7 @@ The judge is the plain model: one text a pass, in evaluation mode, with the atte
 | the gradient of one text by another one's embeddings, with 0 | the same |
 | the gradient of a text's beginning by the embeddings of its end, with 0 | refused: not causal |
 | log-probs in training mode, twice, with those in evaluation mode | the model is trained in evaluation mode |
+| the gradient of each adapter, with None | refused: it would never learn |
 | log-probs of sampled tokens, as drawn, with the judge's | the next way of sampling; the last one has no cache |
 
 One text is as long as the run's longest: windows, top-k attention and long-context rotations show on long texts alone.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,7 +37,7 @@ from onecard.models.head import check_head
 from onecard.models.layout import LAYOUTS
 from onecard.models.load import reason
 from onecard.models.roles import Roles
-from onecard.models.trunk import evaluating, trunk_of
+from onecard.models.trunk import context_of, evaluating, trunk_of
 from onecard.passes import attempt
 from onecard.rollout import Sampling, decodings, sample_responses
 
@@ -87,11 +89,6 @@ def logprobs(roles: Roles, batch: TokenBatch, layout: str) -> list[Tensor]:
     return list(found.split(list(batch.num_targets)))
 
 
-def context_of(model: Any) -> int | None:
-    """How many positions a model was made for, where its config says so."""
-    return getattr(trunk_of(model).config, "max_position_embeddings", None)
-
-
 def is_16_bit(roles: Roles) -> bool:
     return roles.causal_model().dtype in (torch.bfloat16, torch.float16)
 
@@ -132,7 +129,7 @@ def make_judge(roles: Roles, texts: Sequence[TokenSequence]) -> Judge:
         truth = logprobs(roles, to_device(pack(texts), roles.device), "single")
         if not is_16_bit(roles):
             return Judge(truth, None)
-        context = context_of(model) or math.inf
+        context = context_of(trunk_of(model).config) or math.inf
         longer = {
             place: TokenSequence(each.tokens + each.tokens[:TAIL], each.response_mask + (True,) * min(TAIL, len(each)))
             for place, each in enumerate(texts)
@@ -177,6 +174,20 @@ def mixes(roles: Roles, layout: str, texts: Sequence[TokenSequence]) -> bool:
     return bool(by_first[list(second)].any()) or bool(by_second[list(first)].any())
 
 
+@contextmanager
+def errors_of(model: Any) -> Iterator[None]:
+    """One line for what the plain model raises: whatever its arithmetic raises on what it was not made for."""
+    try:
+        yield
+    except OnecardError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise OnecardError(f"model: {type(model).__name__} cannot be run in {dtype}: {reason(error)}.") from error
+
+
 def check_causal(roles: Roles, example: TokenSequence) -> None:
     """Refuse a model in which a token's hidden state depends on what follows it."""
     model = roles.causal_model()
@@ -219,7 +230,7 @@ def fault(roles: Roles, layout: str, judge: Judge, texts: Sequence[TokenSequence
                 off = judge.difference(logprobs(roles, batch, layout)[: len(texts)])
                 if off:
                     return f"log-probs of {name} are {off}"
-    except Exception as error:  # a model raises whatever its arithmetic raises on what it was not made for
+    except Exception as error:  # as in `errors_of`
         if is_out_of_memory(error):
             raise
         return f"{name} cannot be run ({reason(error)})"
@@ -277,6 +288,28 @@ def check_training_mode(roles: Roles, judge: Judge, longest: int) -> None:
         say(f"model: {name}: log-probs in training mode are {found}, so it is trained in evaluation mode.")
 
 
+def check_learning(roles: Roles) -> None:
+    """Refuse adapters on layers that no text goes through: they would never learn. All experts need not be chosen."""
+    batch = to_device(pack(probe(roles, SHORT)[:1]), roles.device)
+    for role in roles.trained:
+        with roles.playing(role), torch.enable_grad():
+            found = (
+                roles.scalars(batch, batch.targets.rows)
+                if role in roles.heads
+                else roles.logprobs(batch, batch.targets)
+            )
+            found.sum().backward()
+    trained = roles.trained_parameters() if roles.has_adapters else {}
+    idle = {name.partition(".lora_")[0] for name, each in trained.items() if each.grad is None and "expert" not in name}
+    roles.zero_grad(set_to_none=True)
+    if idle:
+        names = sorted(name.rpartition("base_model.model.")[2] for name in idle)
+        raise OnecardError(
+            f"lora_target_modules: {len(idle)} adapters would never learn, for texts do not go through their layers or "
+            f"use the weights alone: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; leave them out."
+        )
+
+
 @torch.no_grad()
 def check_model(roles: Roles, longest: int, row: int = 0, *, trains: bool = True) -> None:
     """Refuse a model that would be computed wrongly, and lay batches in the fastest way that is right.
@@ -285,17 +318,17 @@ def check_model(roles: Roles, longest: int, row: int = 0, *, trains: bool = True
     passes run in training mode. Where so long a text takes too much memory, half as long a one is tried.
     """
     model = roles.causal_model()
-    check_head(model, trunk_of(model), roles.head())
-    context = context_of(model) or longest
+    context = context_of(trunk_of(model).config) or longest
     longest, row = max(2, min(longest, context)), min(row, context + 1)
-    while (judge := attempt(partial(choose_layout, roles, longest, row))) is None:
-        if longest <= SHORT:
-            raise OnecardError(
-                f"out of memory: a pass over texts of {longest} tokens is too much, with nothing trained."
-            )
-        longest, row = longest // 2, row // 2
-    if trains:
-        check_training_mode(roles, judge[0], longest)
+    with errors_of(model):
+        check_head(model, trunk_of(model), roles.head())
+        while (judge := attempt(partial(choose_layout, roles, longest, row))) is None:
+            if longest <= SHORT:
+                raise OnecardError(f"out of memory: a pass over texts of {longest} tokens is too much before training.")
+            longest, row = longest // 2, row // 2
+        if trains:
+            check_training_mode(roles, judge[0], longest)
+            check_learning(roles)
 
 
 def sampled_logprobs(
@@ -315,11 +348,13 @@ def check_decoding(roles: Roles, longest: int) -> None:
     """
     model = roles.causal_model()
     vocabulary = trunk_of(model).get_input_embeddings().weight.shape[0]
-    context = context_of(model) or longest
+    context = context_of(trunk_of(model).config) or longest
     longest = max(2, min(longest, context))
     new = min(NEW, longest // 2)
     lengths = (longest - new, min(SHORT, longest - new), min(SHARED, longest - new))
     prompts = [text(vocabulary, length, place) for place, length in enumerate(lengths)]
+    with errors_of(model):
+        make_judge(roles, [scored(prompts[-1] + prompts[-1])])
     faults: list[str] = []
     for decoding in decodings(model):
         roles.decoding = decoding
@@ -328,7 +363,7 @@ def check_decoding(roles: Roles, longest: int) -> None:
         try:
             found, texts = sampled_logprobs(roles, prompts, new)
             off = make_judge(roles, texts).difference([each.to(roles.device) for each in found])
-        except Exception as error:  # as in `fault`
+        except Exception as error:  # as in `errors_of`
             if is_out_of_memory(error):
                 raise
             off = f"not to be had ({reason(error)})"

@@ -12,7 +12,7 @@ from onecard.data.tokens import spelled
 from onecard.draws import own_draws
 from onecard.metrics import Bar
 from onecard.models.roles import Roles
-from onecard.models.trunk import trunk_of
+from onecard.models.trunk import context_of, trunk_of
 from onecard.rollout import Response, Sampling, end_tokens, sample_responses, text_before_end
 
 BEGINNING = 8  # tokens of a text without a prompt that stand for one
@@ -75,7 +75,7 @@ def heldout_samples(
 ) -> HeldoutSamples | None:
     """Answers to the first `eval_samples` prompts with room for one; None if that is 0, or nothing is held out."""
     different = list(dict.fromkeys(map(prompt_of, heldout)))
-    context = getattr(trunk_of(roles.causal_model()).config, "max_position_embeddings", None)
+    context = context_of(trunk_of(roles.causal_model()).config)
     room = None if context is None else context - config.eval_sample_length
     prompts = [prompt for prompt in different if room is None or len(prompt) <= room][: config.eval_samples]
     return HeldoutSamples(config, roles, tokenizer, prompts) if prompts else None

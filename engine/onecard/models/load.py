@@ -16,6 +16,7 @@ import torch
 from onecard.config import ModelConfig
 from onecard.errors import OnecardError, is_out_of_memory
 from onecard.models.attention import use_own_attention
+from onecard.models.trunk import context_of
 from onecard.runs import TRAINED, holds_weights, weights_folder
 
 # bitsandbytes warns on CPU that an optional faster kernel is not installed; the one it falls back to is exact.
@@ -109,7 +110,7 @@ def context_length(config: ModelConfig) -> int | None:
         found = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except Exception as error:
         raise OnecardError(f"model: cannot load '{name}': {reason(error)}") from error
-    return getattr(found.get_text_config(), "max_position_embeddings", None)
+    return context_of(found.get_text_config())
 
 
 def pick_device() -> torch.device:

@@ -16,7 +16,7 @@ may be the EOS, the EOS may be the BOS, and all of them may stand inside a promp
 
 from onecard.rollout.drawing import Sampling, chances_of, draw, warpers
 from onecard.rollout.ends import StopStrings, end_tokens, stop_ids, text_before_end, tokens_before_end
-from onecard.rollout.held import Held, Padded
+from onecard.rollout.held import Held, Padded, Uncached
 from onecard.rollout.sampler import (
     Response,
     Rollout,
@@ -35,6 +35,7 @@ __all__ = [
     "Rollout",
     "Sampling",
     "StopStrings",
+    "Uncached",
     "chances_of",
     "decodings",
     "draw",
