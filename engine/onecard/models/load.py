@@ -66,7 +66,9 @@ def reason(error: Exception) -> str:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The tokenizer of the adapter folder if it holds one, else of the base."""
+    """The tokenizer of the adapter folder if it holds one, else of the base. Its `generation_eos` are the ids that the
+    model's generation config ends responses with.
+    """
     from transformers import AutoTokenizer
 
     source = find_source(config.model)
@@ -80,7 +82,23 @@ def load_tokenizer(config: ModelConfig) -> Any:
         raise OnecardError(f"model: the tokenizer of '{name}' has no EOS token, so no response could end.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks, never ids, decide what is padding
+    tokenizer.generation_eos = generation_eos(source.base, trust_remote_code=config.trust_remote_code)
     return tokenizer
+
+
+def generation_eos(base: str, *, trust_remote_code: bool) -> frozenset[int]:
+    """The EOS ids of the base's generation config, or of its config if it has none, as in transformers' `generate`."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(base)
+    except Exception:  # no such file
+        try:
+            found = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).get_text_config()
+        except Exception as error:
+            raise OnecardError(f"model: cannot load '{base}': {reason(error)}") from error
+    ids = getattr(found, "eos_token_id", None)
+    return frozenset([ids] if isinstance(ids, int) else ids or [])
 
 
 def context_length(config: ModelConfig) -> int | None:
