@@ -34,6 +34,9 @@ from onecard.rewards.judge import Judge, load_judge, response_text
 from onecard.rollout import Sampling, end_tokens, make_episode, sample_responses
 from onecard.startup import check_decoding, check_model
 
+# The settings that name the roles beside the policy.
+SETTINGS = {"reference": "ref_adapter", "baseline": "baseline", "reward": "reward_model_path"}
+
 
 @dataclass(frozen=True)
 class Material:
@@ -188,11 +191,13 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         other = None
         if baseline is not None and apart:
             check_same_tokens(config, tokenizer)
-            alone = load_players(replace(config, model=config.baseline), {"baseline": baseline.adapter})
+            alone = load_players(
+                replace(config, model=config.baseline), {"baseline": baseline.adapter}, {"baseline": "baseline"}
+            )
             check_start(config, alone, material)
             other = listen(alone, "baseline", material, config, bar, kl=False)
             del alone
-        roles = load_players(config, adapters)
+        roles = load_players(config, adapters, SETTINGS)
         if reward is not None:
             roles.heads["reward"] = read_scalar_head(roles, reward).requires_grad_(False)
         check_start(config, roles, material)

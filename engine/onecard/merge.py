@@ -15,6 +15,7 @@ from onecard.checkpoint import replace_folder
 from onecard.config import MergeConfig
 from onecard.errors import OnecardError
 from onecard.metrics import say
+from onecard.models.adapters import read_adapter
 from onecard.models.load import Source, find_source, load_base, load_tokenizer, reason, save_model
 from onecard.models.roles import HEAD_WEIGHTS
 from onecard.outputs import output_folder
@@ -48,16 +49,15 @@ def untie(model: Any) -> None:
 
 def merged(config: MergeConfig, source: Source) -> Any:
     """The base with the adapter's weights added to its own."""
-    from peft import PeftModel
-
     base = load_base(config)
     if getattr(base, "quantization_method", None) is not None:
         raise OnecardError(
             f"model: the base {source.base} is itself stored quantized, and cannot take an adapter in; merge into the "
             "16-bit model that it was made from."
         )
+    assert source.adapter is not None
+    model = read_adapter(base, source.adapter, "default")
     try:
-        model = PeftModel.from_pretrained(base, str(source.adapter))
         untie(model.get_base_model())
         with warnings.catch_warnings():  # PEFT sees that they are two now, and says so in the config and aloud
             warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")

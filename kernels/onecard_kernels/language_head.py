@@ -268,7 +268,7 @@ def _with_lora(model: Any, layer: Any) -> tuple[Tensor, Tensor | None]:
         if layer.merged and layer.disable_adapters:
             raise ValueError("LoRA on the head is merged and disabled, expected unmerged: call unmerge_adapter()")
         return weight, bias
-    if torch.is_autocast_enabled(weight.device.type):
+    if not weight.is_meta and torch.is_autocast_enabled(weight.device.type):
         raise ValueError(
             "the head has LoRA, and autocast would round W + scaling * B @ A to 16 bits, which can leave nothing of "
             "B @ A: read the head and call the loss under torch.autocast(enabled=False)"
