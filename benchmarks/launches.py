@@ -129,7 +129,8 @@ def policy_arguments(
     """The entropy and the records of a row of POLICY, every tensor of it `x`."""
     entropy, ref, weights = (x if given.get(name) else None for name in ("entropy", "ref_logprobs", "weights"))
     options = NO_OPTIONS._replace(**{name: given[name] for name in PolicyOptions._fields if name in given})
-    return entropy, (PolicyTokens(x, x, mask, ref, weights), options)
+    old = None if given.get("on_policy") else x
+    return entropy, (PolicyTokens(old, x, mask, ref, weights), options)
 
 
 POLICY: dict[str, dict[str, Any]] = {
@@ -137,6 +138,7 @@ POLICY: dict[str, dict[str, Any]] = {
         "entropy": True, "entropy_coef": 0.01, "ref_logprobs": True, "kl_coef": 0.05, "weights": True, "dual_clip": 3.0
     },
     "plain": {},
+    "on policy": {"on_policy": True},
     "entropy": {"entropy": True, "entropy_coef": 0.01},
     "KL shown": {"ref_logprobs": True},
     "KL k1": {"ref_logprobs": True, "kl_coef": 0.05, "kl_estimator": "k1"},

@@ -9,6 +9,7 @@ The judge is the plain model: one text a pass, in evaluation mode, with the atte
 | the gradient of one text by another one's embeddings, with 0 | the same |
 | the gradient of a text's beginning by the embeddings of its end, with 0 | refused: not causal |
 | log-probs in training mode, twice, with those in evaluation mode | the model is trained in evaluation mode |
+| the gradient of each adapter, with None | refused: it would never learn |
 | log-probs of sampled tokens, as drawn, with the judge's | the next way of sampling; the last one has no cache |
 
 One text is as long as the run's longest: windows, top-k attention and long-context rotations show on long texts alone.
@@ -277,6 +278,28 @@ def check_training_mode(roles: Roles, judge: Judge, longest: int) -> None:
         say(f"model: {name}: log-probs in training mode are {found}, so it is trained in evaluation mode.")
 
 
+def check_learning(roles: Roles) -> None:
+    """Refuse adapters on layers that no text goes through: they would never learn. All experts need not be chosen."""
+    batch = to_device(pack(probe(roles, SHORT)[:1]), roles.device)
+    for role in roles.trained:
+        with roles.playing(role), torch.enable_grad():
+            found = (
+                roles.scalars(batch, batch.targets.rows)
+                if role in roles.heads
+                else roles.logprobs(batch, batch.targets)
+            )
+            found.sum().backward()
+    trained = roles.trained_parameters() if roles.has_adapters else {}
+    idle = {name.partition(".lora_")[0] for name, each in trained.items() if each.grad is None and "expert" not in name}
+    roles.zero_grad(set_to_none=True)
+    if idle:
+        names = sorted(name.rpartition("base_model.model.")[2] for name in idle)
+        raise OnecardError(
+            f"lora_target_modules: {len(idle)} adapters would never learn, for texts do not go through their layers or "
+            f"use the weights alone: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; leave them out."
+        )
+
+
 @torch.no_grad()
 def check_model(roles: Roles, longest: int, row: int = 0, *, trains: bool = True) -> None:
     """Refuse a model that would be computed wrongly, and lay batches in the fastest way that is right.
@@ -285,17 +308,24 @@ def check_model(roles: Roles, longest: int, row: int = 0, *, trains: bool = True
     passes run in training mode. Where so long a text takes too much memory, half as long a one is tried.
     """
     model = roles.causal_model()
-    check_head(model, trunk_of(model), roles.head())
     context = context_of(model) or longest
     longest, row = max(2, min(longest, context)), min(row, context + 1)
-    while (judge := attempt(partial(choose_layout, roles, longest, row))) is None:
-        if longest <= SHORT:
-            raise OnecardError(
-                f"out of memory: a pass over texts of {longest} tokens is too much, with nothing trained."
-            )
-        longest, row = longest // 2, row // 2
-    if trains:
-        check_training_mode(roles, judge[0], longest)
+    try:
+        check_head(model, trunk_of(model), roles.head())
+        while (judge := attempt(partial(choose_layout, roles, longest, row))) is None:
+            if longest <= SHORT:
+                raise OnecardError(f"out of memory: a pass over texts of {longest} tokens is too much before training.")
+            longest, row = longest // 2, row // 2
+        if trains:
+            check_training_mode(roles, judge[0], longest)
+            check_learning(roles)
+    except OnecardError:
+        raise
+    except Exception as error:  # the model itself, which raises whatever its arithmetic raises
+        if is_out_of_memory(error):
+            raise
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise OnecardError(f"model: {type(model).__name__} cannot be run in {dtype}: {reason(error)}.") from error
 
 
 def sampled_logprobs(

@@ -1,7 +1,8 @@
 """Errors that name the argument, what came and what was expected, raised before any work is done.
 
 Shapes, dtypes, devices and Python numbers are always checked. The *values* inside tensors are looked at on CPU, and
-on other devices only with ONECARD_CHECK=1: reading them there would wait for the device. Never under torch.compile.
+on other devices only with ONECARD_CHECK=1: reading them there would wait for the device. Never under torch.compile,
+nor inside the transforms of torch.func, where there are none yet. Token ids are looked at by the operators (`ids`).
 """
 
 from __future__ import annotations
@@ -9,30 +10,112 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 
 from .records import Head
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Tensors whose numbers are in their own memory. The last two stand for such a tensor while a program is traced.
+PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 def values_are_checked(device: torch.device) -> bool:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     return device.type == "cpu" or os.environ.get("ONECARD_CHECK") == "1"
 
 
+def reverse_mode(function: str, **given: object) -> None:
+    """Of a function whose gradients come from operators of our own: torch.func cannot look into them."""
+    if torch.compiler.is_compiling():  # there the operators ask
+        return
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"{function} does not support torch.func (grad, vmap, jvp: forward-mode AD): differentiate with backward "
+            "or torch.autograd.grad, and give a batch as leading dimensions"
+        )
+    name = _with_tangent(given)
+    if name is not None:
+        raise NotImplementedError(
+            f"{function} does not support forward-mode AD, and {name} has a tangent: differentiate with backward or "
+            "torch.autograd.grad"
+        )
+
+
+def constants(function: str, **given: object) -> None:
+    """Of what a function detaches: a tangent of forward-mode AD would be lost without a word."""
+    name = None if torch.compiler.is_compiling() else _with_tangent(given)
+    if name is not None:
+        raise NotImplementedError(
+            f"{function} takes {name} as a constant, and {name} has a tangent of forward-mode AD: pass {name}.detach()"
+        )
+
+
+def _with_tangent(given: dict[str, object]) -> str | None:
+    if forward_ad._current_level < 0:
+        return None
+    for name, value in given.items():
+        if isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            return name
+    return None
+
+
+def plain(value: Any) -> Any:
+    """A NumPy scalar, or a 0-d CPU tensor without a gradient, as a Python number; anything else as it is."""
+    if type(value) in (int, float) or getattr(value, "shape", None) != ():
+        return value
+    if isinstance(value, Tensor) and (value.requires_grad or not value.is_cpu):
+        return value
+    return value.item()
+
+
 def tensor(name: str, value: object) -> None:
+    if value is None:
+        raise ValueError(f"{name} is None, expected a tensor")
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor")
+    kind = type(value)
+    if hasattr(value, "full_tensor") and hasattr(value, "placements"):
+        raise TypeError(f"{name} is a {kind.__name__}, expected a plain tensor: {_gathering(name)}")
+    if kind not in PLAIN and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(
+            f"{name} is a {kind.__name__}, expected a plain dense tensor: dequantize (or gather) it before the call"
+        )
+    if value.is_nested or value.is_quantized or value.layout != torch.strided:
+        what = "nested" if value.is_nested else "quantized" if value.is_quantized else f"of layout {value.layout}"
+        raise TypeError(f"{name} is {what}, expected a plain dense tensor")
+
+
+def _gathering(name: str) -> str:
+    """How a DTensor becomes a tensor, with the right gradient for who shards it: FSDP averages over ranks."""
+    if name not in ("weight", "bias", "ref_weight", "ref_bias"):
+        return f"pass {name}.to_local(), or {name}.full_tensor() where each rank computes the loss of the whole batch"
+    return (
+        f'pass {name}.full_tensor(grad_placements=[Partial("avg")] * {name}.device_mesh.ndim), with Partial of '
+        "torch.distributed.tensor, which averages the gradient over the ranks as FSDP does; full_tensor() alone would "
+        "keep each rank's own"
+    )
 
 
 def floating(name: str, value: Tensor) -> None:
     tensor(name, value)
-    if not value.is_floating_point():
-        raise TypeError(f"{name} has dtype {value.dtype}, expected a floating point dtype")
+    if value.dtype in FLOATS:
+        return
+    if type(value) not in PLAIN:
+        raise TypeError(
+            f"{name} is a {type(value).__name__} of {value.dtype} (quantized), expected a plain dense tensor: "
+            "dequantize it before the call"
+        )
+    if value.is_floating_point():
+        raise TypeError(f"{name} has dtype {value.dtype}, expected 16 bits or more: multiply it by its scale first")
+    raise TypeError(f"{name} has dtype {value.dtype}, expected a floating point dtype")
 
 
 def integer(name: str, value: Tensor) -> None:
@@ -99,13 +182,18 @@ def alike(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
     device(name, value, like_name, like)
 
 
-def normalizer(value: float | Tensor | None) -> None:
+def normalizer(value: float | Tensor | None) -> float | Tensor | None:
+    """As it is, but for a number of NumPy's, which becomes one of Python's."""
     if isinstance(value, Tensor):
+        tensor("normalizer", value)
         shape("normalizer", value, (), "a number or a 0-d tensor")
         if values_are_checked(value.device):
             positive("normalizer", value.item())
-    elif value is not None:
-        positive("normalizer", value)
+        return value
+    number: float | None = plain(value)
+    if number is not None:
+        positive("normalizer", number)
+    return number
 
 
 def mask(value: Tensor | None, like_name: str, like: Tensor) -> None:
@@ -122,22 +210,22 @@ def mask(value: Tensor | None, like_name: str, like: Tensor) -> None:
             raise ValueError(f"mask holds {odd[0].item()}, expected only 0 and 1")
 
 
-def targets(value: Tensor, vocabulary: int, valid: Tensor | None) -> None:
-    """Targets are token ids in [0, vocabulary) wherever they count; anything may stand where the mask is 0.
+def ids(y: Tensor, vocabulary: int, valid: Tensor | None = None) -> None:
+    """The targets that count are token ids in [0, vocabulary); anything may stand where the mask is 0, and only there.
 
-    Where values are not looked at, kernels clamp the address, and on CUDA a device assert reports it without waiting.
+    A -100 that no mask covers is an error, not a token to skip: the caller divides by the number of tokens, and would
+    count it. The operators ask, so that it is the same under torch.compile; on CUDA a device assert does not wait.
     """
-    if not values_are_checked(value.device) and (value.device.type != "cuda" or torch.compiler.is_compiling()):
-        return
-    outside = (value < 0) | (value >= vocabulary)
+    outside = (y < 0) | (y >= vocabulary)
     if valid is not None:
         outside &= valid.bool()
-    if not values_are_checked(value.device):
+    if values_are_checked(y.device):
+        if bool(outside.any()):
+            raise ValueError(
+                f"targets holds {y[outside][0].item()}, expected ids from 0 to {vocabulary - 1} wherever mask is 1"
+            )
+    elif y.device.type == "cuda":
         torch._assert_async(~outside.any(), f"targets holds ids outside of 0 to {vocabulary - 1} where mask is 1")
-    elif bool(outside.any()):
-        raise ValueError(
-            f"targets holds {value[outside][0].item()}, expected ids from 0 to {vocabulary - 1} wherever mask is 1"
-        )
 
 
 def bias(name: str, value: Tensor | None, vocabulary: int, like: Tensor) -> None:
@@ -148,6 +236,12 @@ def bias(name: str, value: Tensor | None, vocabulary: int, like: Tensor) -> None
     device(name, value, "hidden", like)
     if values_are_checked(like.device) and not bool(value.isfinite().all()):
         raise ValueError(f"{name} holds inf or NaN, expected finite values; forbid tokens with `forbidden`")
+
+
+def plain_head(
+    bias: Tensor | None, temperature: float, logit_scale: float, softcap: float | None, forbidden: Tensor | None
+) -> Head:
+    return Head(bias, plain(temperature), plain(logit_scale), plain(softcap), forbidden)
 
 
 def head(value: Head, vocabulary: int, like: Tensor) -> None:
@@ -176,7 +270,6 @@ def logits(value: Tensor, targets_: Tensor, temperature: float, mask_: Tensor | 
     device("targets", targets_, "logits", value)
     positive("temperature", temperature)
     mask(mask_, "targets", targets_)
-    targets(targets_, value.shape[-1], mask_)
 
 
 def product(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> None:
@@ -185,6 +278,11 @@ def product(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) 
     floating(weight_name, weight)
     if hidden.dim() < 1:
         raise ValueError(f"{hidden_name} has shape (), expected [..., D]")
+    if tuple(weight.shape) == (0,):
+        raise ValueError(
+            f"{weight_name} has shape (0,), expected [V, D]: ZeRO-3 has emptied it; gather it around the call and its "
+            f"backward, with deepspeed.zero.GatheredParameters({weight_name})"
+        )
     if weight.dim() != 2 or weight.shape[0] == 0:
         raise ValueError(f"{weight_name} has shape {tuple(weight.shape)}, expected [V, D] with V above 0")
     if weight.shape[1] != hidden.shape[-1]:
@@ -203,7 +301,15 @@ def linear(hidden: Tensor, weight: Tensor, targets_: Tensor, head_: Head, mask_:
     device("targets", targets_, "hidden", hidden)
     head(head_, weight.shape[0], hidden)
     mask(mask_, "targets", targets_)
-    targets(targets_, weight.shape[0], mask_)
+
+
+def still_there(weight: Tensor) -> None:
+    """In a backward: ZeRO-3 empties a weight after the forward unless it is told not to."""
+    if weight.dim() != 2:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)} in the backward, expected [V, D] as in the forward: ZeRO-3 has "
+            "emptied it; keep deepspeed.zero.GatheredParameters(weight) around the backward too"
+        )
 
 
 def _is_number(value: object) -> bool:

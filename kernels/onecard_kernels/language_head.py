@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .logprob.products import autocast_is_on
+
 TOKENS = 12
 TINY, HUGE = 2.0**-40, 2.0**100  # tanh(x) is x at the first and 1 at the second
 # In the place of the head's output. 13 numbers and 12 tokens: each column sees all of them but one.
@@ -122,7 +124,8 @@ def check_head(model: Any, head: LanguageHead, *, trunk: Any = None) -> None:
     dtype = torch.float64 if own.dtype == torch.float64 else torch.float32
     weight = head.weight.full_tensor() if hasattr(head.weight, "full_tensor") else head.weight
     hidden, own = hidden.to(weight.device, dtype), own.to(weight.device, dtype)
-    z = torch.cat([hidden @ rows.to(dtype).T for rows in weight.split(16384)], 1)  # never a copy of the whole head
+    with torch.autocast(weight.device.type, enabled=False):
+        z = torch.cat([hidden @ rows.to(dtype).T for rows in weight.split(16384)], 1)  # never a copy of the whole head
     z = (z if head.bias is None else z + head.bias) * head.logit_scale
     z = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
     if z.shape != own.shape:
@@ -255,7 +258,8 @@ def _weight_and_bias(model: Any, layer: Any) -> tuple[Tensor, Tensor | None]:
         raise ValueError(f"{type(model).__name__} has a {kind} of peft on its head, expected LoRA or modules_to_save")
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
-        raise ValueError(f"{type(model).__name__}'s head is a {kind}, expected a layer with a weight of shape [V, D]")
+        shape = f"of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)
+        raise ValueError(f"{type(model).__name__}'s head is a {kind} with weight {shape}, expected a tensor [V, D]")
     if not weight.is_floating_point():
         raise ValueError(f"{type(model).__name__}'s head is a {kind} in {weight.dtype}, expected an unquantized weight")
     return weight, getattr(layer, "bias", None)
@@ -268,7 +272,7 @@ def _with_lora(model: Any, layer: Any) -> tuple[Tensor, Tensor | None]:
         if layer.merged and layer.disable_adapters:
             raise ValueError("LoRA on the head is merged and disabled, expected unmerged: call unmerge_adapter()")
         return weight, bias
-    if not weight.is_meta and torch.is_autocast_enabled(weight.device.type):
+    if autocast_is_on(weight):
         raise ValueError(
             "the head has LoRA, and autocast would round W + scaling * B @ A to 16 bits, which can leave nothing of "
             "B @ A: read the head and call the loss under torch.autocast(enabled=False)"

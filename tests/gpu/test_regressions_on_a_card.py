@@ -193,21 +193,22 @@ def test_two_runs_are_equal_to_the_last_bit(implementation: str, backend: str) -
 
 @over_paths
 @pytest.mark.parametrize("dtype", LOW)
-def test_autocast_changes_nothing(dtype: str, implementation: str, backend: str) -> None:
+def test_autocast_rounds_operands_alone(dtype: str, implementation: str, backend: str) -> None:
     hidden, weight, targets = inputs(*sized((130, 256, 32000), FEW), FP32)
 
-    def run() -> tuple[torch.Tensor, ...]:
+    def run(cast: torch.dtype) -> tuple[torch.Tensor, ...]:
         leaf, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        out = linear_logprobs(leaf, head, targets, entropy_requires_grad=True, backend=backend)
+        operands = leaf.to(cast), head.to(cast)
+        out = linear_logprobs(*operands, targets, entropy_requires_grad=True, backend=backend)
         assert out.entropy is not None
         grads = torch.autograd.grad((out.logprobs + out.entropy).sum(), (leaf, head))
         return out.logprobs, out.entropy, *grads
 
     with plans.override(implementation=implementation):
-        plain = run()
+        cast = run(LOW[dtype])
         with torch.autocast(DEVICE.type, dtype=LOW[dtype]):
-            inside = run()
-    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
+            inside = run(FP32)
+    assert all(torch.equal(a, b) for a, b in zip(cast, inside, strict=True))
 
 
 @over_backends

@@ -212,6 +212,23 @@ def test_a_training_step_is_one_graph(step: Step) -> None:
         compare(plain, compiled, trunk, batch(length), number)
 
 
+@pytest.mark.parametrize("step", [frozen, linear_ppo_trained, kl], ids=lambda step: step.__name__)
+def test_autocast_is_followed_and_noticed(step: Step) -> None:
+    """A graph that was compiled without it is not taken inside of it, nor the other way."""
+    trunk, b, plain = nn.Linear(D, D), batch(), train(step, "torch")
+    compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
+    losses = []
+    for inside in (False, True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            expected, got = plain(trunk, b, 0.2), compiled(trunk, b, 0.2)
+        assert torch.equal(got, expected)
+        for mine, true in zip(gradients(got, trunk, b), gradients(expected, trunk, b), strict=True):
+            assert torch.equal(mine, true)
+        losses.append(got.detach())
+    assert torch.equal(losses[0], losses[2])
+    assert not torch.equal(losses[0], losses[1])
+
+
 @pytest.mark.skipif(not RUNS, reason="triton does not run here")
 @pytest.mark.parametrize("step", [frozen, kl, logits_ppo, whole_ppo], ids=lambda step: step.__name__)
 def test_the_same_on_triton(step: Step) -> None:

@@ -131,7 +131,7 @@ PAIRS: dict[str, tuple[Callable[[torch.dtype], tuple[Names, Leaves]], str]] = {
 
 def test_every_block_has_a_test() -> None:
     assert len(EXAMPLES) == PAGE.count("```python"), "a block without <!-- example: NAME --> above it"
-    assert set(EXAMPLES) == {*PAIRS, "recipes", "token_local_sft", "override"}
+    assert set(EXAMPLES) == {*PAIRS, "recipes", "token_local_sft", "override", "ddp"}  # ddp: in test_distributed
 
 
 def built(make: Callable[[torch.dtype], tuple[Names, Leaves]], dtype: torch.dtype) -> tuple[Names, Leaves]:

@@ -154,17 +154,31 @@ def test_tied_embedding_gets_both_gradients() -> None:
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_autocast_changes_nothing(train: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_hidden_states_and_head(train: bool, dtype: torch.dtype) -> None:
+    """As it does for a linear layer, and with a backward outside of it; the way back is to switch it off."""
     hidden, weight, targets = inputs(train)
-    leaves = (hidden, weight) if train else (hidden,)
-    plain = linear_logprobs(hidden, weight, targets, entropy_requires_grad=True)
-    expected = torch.autograd.grad((plain.logprobs + plain.entropy).sum(), leaves)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = linear_logprobs(hidden, weight, targets, entropy_requires_grad=True)
-        grads = torch.autograd.grad((out.logprobs + out.entropy).sum(), leaves)
-    assert torch.equal(out.logprobs, plain.logprobs)
-    for a, b in zip(grads, expected, strict=True):
-        assert torch.equal(a, b)
+
+    def run(cast: torch.dtype | None = None) -> list[torch.Tensor]:
+        operands = (hidden, weight) if cast is None else (hidden.to(cast), weight.to(cast))
+        out = linear_logprobs(*operands, targets, entropy_requires_grad=True)
+        return [out.logprobs, out.entropy]
+
+    def grads(out: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [*out, *torch.autograd.grad((out[0] + out[1]).sum(), (hidden, weight) if train else (hidden,))]
+
+    with torch.autocast("cpu", dtype=dtype):
+        inside = run()
+        with torch.autocast("cpu", enabled=False):
+            off = run()
+    inside, off, cast, plain = map(grads, (inside, off, run(dtype), run()))
+    assert all(x.dtype == torch.float32 for x in inside)
+    assert all(map(torch.equal, inside, cast))
+    assert all(map(torch.equal, off, plain))
+    assert not torch.equal(inside[0], plain[0])
+    with torch.autocast("cpu", dtype=dtype):
+        wide = linear_logprobs(hidden.double(), weight, targets).logprobs
+    assert torch.equal(wide, linear_logprobs(hidden.double(), weight, targets).logprobs)  # as autocast leaves fp64
 
 
 @pytest.mark.parametrize("train", [False, True])

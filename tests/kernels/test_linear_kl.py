@@ -339,13 +339,20 @@ def with_ones(hidden: Tensor, ref: Tensor, weight: Tensor) -> Tensor:
     return torch.autograd.grad(linear_kl(hidden, ref, weight).sum(), hidden)[0]
 
 
-def test_autocast_changes_nothing() -> None:
+@pytest.mark.parametrize("own_head", [False, True])
+def test_autocast_casts_hidden_states_and_heads(own_head: bool) -> None:
     hidden, ref, weight = torch.randn(T, D), torch.randn(T, D), torch.randn(V, D)
-    grad = torch.ones(T)
-    plain = with_gradient(linear_kl, hidden, ref, weight, grad=grad)
+    grad, heads = torch.ones(T), {"ref_weight": torch.randn(V, D)} if own_head else {}
+    plain = with_gradient(linear_kl, hidden, ref, weight, grad=grad, **heads)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = with_gradient(linear_kl, hidden, ref, weight, grad=grad)
-    assert all(torch.equal(a, b) for a, b in zip(got, plain, strict=True))
+        got = with_gradient(linear_kl, hidden, ref, weight, grad=grad, **heads)
+        with torch.autocast("cpu", enabled=False):
+            off = with_gradient(linear_kl, hidden, ref, weight, grad=grad, **heads)
+    rounded = (x.bfloat16() for x in (hidden, ref, weight))
+    cast = with_gradient(linear_kl, *rounded, grad=grad, **{name: x.bfloat16() for name, x in heads.items()})
+    assert all(torch.equal(a, b.float()) for a, b in zip(got, cast, strict=True))
+    assert all(map(torch.equal, off, plain))
+    assert not torch.equal(got[0], plain[0])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+from torch.autograd import forward_ad
 
 import onecard_kernels
 from onecard_kernels import dispatch
@@ -74,6 +76,8 @@ def linear_ppo_cases(backend: str) -> Cases:
     full = (torch.randn(N) - 2, torch.rand(N), bias.clone().requires_grad_(), *rest, *clip)
     yield torch.randn(N, D), leaf(V, D), TARGETS, *tokens, *full, [False, True, True], backend
     yield torch.randn(N, D), weight, TARGETS, *tokens, None, None, *NO_HEAD, *clip, [False] * 3, backend
+    own = (None, *tokens[1:])
+    yield leaf(N, D), weight, TARGETS, *own, None, None, *NO_HEAD, *clip, [True, False, False], backend
 
 
 def scale_linear_ppo_cases(backend: str) -> Cases:
@@ -110,6 +114,7 @@ def ppo_cases(backend: str) -> Cases:
     ref = (torch.randn(N), torch.rand(N))
     yield leaf(N), *tokens, leaf(N), *ref, None, 4.0, *options, True, True
     yield leaf(N), *tokens, *off, torch.tensor(3.0), None, *options[:2], 2.0, 0.0, 0.0, "k1", True, False
+    yield leaf(N), None, *tokens[1:], *off, None, 4.0, *options, True, False
     yield (
         torch.randn(N).half(),
         *tokens,
@@ -129,6 +134,7 @@ def ppo_cases(backend: str) -> Cases:
 def value_cases(backend: str) -> Cases:
     yield leaf(N), torch.randn(N), torch.randn(N), MASK, torch.rand(N), None, 2.0, 0.2, True
     yield torch.randn(N), torch.randn(N).half(), torch.randn(N), MASK.bool(), None, torch.tensor(3), None, None, False
+    yield torch.randn(N), None, torch.randn(N), MASK.bool(), None, None, 2.0, None, False
 
 
 def scale_cases(backend: str) -> Cases:
@@ -142,6 +148,7 @@ def logits_ppo_cases(backend: str) -> Cases:
     numbers = (0.7, 0.2, 0.2, 2.0, 0.1, 0.1, "k3")
     yield leaf(N, V), TARGETS, *tokens, torch.randn(N), torch.rand(N), None, 6.0, *numbers
     yield leaf(N, V), TARGETS, *tokens, None, None, torch.tensor(3.0), None, *numbers[:3], None, 0.0, 0.0, "k1"
+    yield leaf(N, V), TARGETS, None, *tokens[1:], None, None, None, 6.0, *numbers
 
 
 def logits_ppo_backward_cases(backend: str) -> Cases:
@@ -223,6 +230,20 @@ def test_operators_of_triton(case: tuple[CustomOpDef, Callable[[str], Cases]]) -
 def test_no_operator_is_left_out() -> None:
     registered = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("onecard::")}
     assert {operator._qualname for operator, _ in COVERED} == registered
+
+
+@needs_triton
+@pytest.mark.parametrize("case", COVERED, ids=lambda case: name_of(case[0]))
+def test_no_operator_drops_a_tangent(case: tuple[CustomOpDef, Callable[[str], Cases]]) -> None:
+    """By any of its floating inputs: in a compiled graph no check of arguments comes before the operator."""
+    operator, cases = case
+    arguments = [x.detach() if isinstance(x, Tensor) else x for x in next(cases("torch"))]
+    for place, x in enumerate(arguments):
+        if isinstance(x, Tensor) and x.is_floating_point():
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(x, torch.ones_like(x))
+                with pytest.raises(NotImplementedError, match="does not support forward-mode AD"):
+                    operator(*arguments[:place], dual, *arguments[place + 1 :])
 
 
 def test_no_name_is_registered_twice() -> None:

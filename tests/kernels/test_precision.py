@@ -6,13 +6,14 @@ has whole tiles and a rest as well.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.closeness import LOGPROB_BARS, assert_like_eager, assert_within
+from tests.closeness import LOGPROB_BARS, assert_like_eager, assert_within, error
 from tests.kernels.regression_material import EPS, Case, H
 from tests.kernels.regression_running import double, evaluate, over
 
@@ -105,6 +106,35 @@ def test_confident_tokens_keep_the_true_class_gradient(case: Case, away: float, 
         mine, true = (x.gather(1, data["targets"].unsqueeze(1)) for x in both)
         stored = 0.0 if dtype == torch.float32 else 2.0**-7
         assert_within(mine / true, torch.ones_like(true), 128 * EPS + stored, "p_y - 1")
+
+
+def under_autocast(equation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The plain equation as a model of fp32 weights runs it under autocast: bf16 products, fp32 from there on."""
+
+    def eager(**data: Any) -> Tensor:
+        return equation(**{n: x.bfloat16() if n in ("hidden", "weight") else x for n, x in data.items()})
+
+    return eager
+
+
+@over([*LINEAR, TILED])
+def test_autocast_keeps_its_bars(case: Case) -> None:
+    """1e-4 of the rounded operands' truth, as bf16 inputs; of the unrounded ones' no further than eager, and 5e-2."""
+    data = make(case, torch.float32)
+    leaves = ("hidden", "weight") if case.backend == "torch" and case.leaves else case.leaves
+    rounded = {n: x.bfloat16() if n in ("hidden", "weight") else x for n, x in data.items()}
+    of_rounded, _ = evaluate(case.function.equation, double(rounded), ())
+    truth, true_grads = evaluate(case.function.equation, double(data), leaves)
+    eager, eager_grads = evaluate(under_autocast(case.function.equation), data, leaves)
+    with case.tiles(**TILES[case.backend]), torch.autocast("cpu", torch.bfloat16):
+        held = {n: x.clone().requires_grad_() if n in leaves else x for n, x in data.items()}
+        value = case.call(**held)
+    grads = torch.autograd.grad(value.sum(), [held[n] for n in leaves]) if leaves else ()  # outside, as a trainer does
+    assert_within(value, of_rounded, LOGPROB_BARS[torch.bfloat16, 4])
+    assert_within(value, truth, min(5e-2, 1.1 * error(eager, truth)))
+    for name, grad in zip(leaves, grads, strict=True):
+        assert grad.dtype == torch.float32
+        assert_like_eager(grad, eager_grads[name], true_grads[name], name)
 
 
 def rounding(case: Case, data: dict[str, Any], value: Tensor, other: Tensor, name: str) -> None:

@@ -110,8 +110,8 @@ BAD: list[Case] = [
             ({"normalizer": 0}, ValueError, ("normalizer", "0", "above 0")),
         )
     ),
-    (simpo_loss, {"rejected_lengths": None}, TypeError, ("rejected_lengths", "NoneType", "tensor")),
-    (orpo_loss, {"chosen_lengths": None}, TypeError, ("chosen_lengths", "NoneType", "tensor")),
+    (simpo_loss, {"rejected_lengths": None}, ValueError, ("rejected_lengths", "None", "tensor")),
+    (orpo_loss, {"chosen_lengths": None}, ValueError, ("chosen_lengths", "None", "tensor")),
     (simpo_loss, {"gamma": -0.1}, ValueError, ("gamma", "-0.1", "0 or more")),
     (simpo_loss, {"label_smoothing": 0.6}, ValueError, ("label_smoothing", "0.6", "0 to 0.5")),
     (cpo_loss, {"chosen_lengths": torch.ones(N)}, ValueError, ("rejected_lengths", "None", "both")),

@@ -49,7 +49,7 @@ NAMED = {
     "a trained head": "test_a_trained_head",
     "a LoRA-wrapped head": "test_a_head_wrapped_in_lora",
     "tied embeddings": "test_tied_embeddings_get_the_sum_of_both_gradients",
-    "autocast on": "test_autocast_changes_nothing",
+    "autocast on": "test_autocast_rounds_operands_alone",
     "mixed dtypes": "test_mixed_dtypes",
     "Python-float scalars under torch.compile": "test_python_floats_under_compile",
     "deterministic twice-run equality": "test_two_runs_are_equal",

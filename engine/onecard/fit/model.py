@@ -56,7 +56,7 @@ def read_config(path: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), object_hook=special_float)
     except OSError as error:
         raise OnecardError(f"model: cannot read {path}: {error.strerror}.") from None
     except ValueError as error:
@@ -67,6 +67,11 @@ def read_config(path: Path) -> Any:
         return AutoConfig.for_model(**values)
     except Exception as error:  # config classes raise whatever their checks raise
         raise OnecardError(f"model: {path} is no config that can be built: {reason(error)}") from error
+
+
+def special_float(values: dict[str, Any]) -> Any:
+    """JSON has no infinity: transformers writes it as `{"__float__": "Infinity"}`."""
+    return float(values["__float__"]) if values.keys() == {"__float__"} else values
 
 
 def cached_config(name: str) -> Any:

@@ -42,6 +42,8 @@ def gae(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
+    checks.reverse_mode("gae", rewards=rewards, values=values, last_values=last_values)
+    gamma, lam = checks.plain(gamma), checks.plain(lam)
     checks.within("gamma", gamma, 0.0, 1.0)
     checks.within("lam", lam, 0.0, 1.0)
     checks.floating("rewards", rewards)
@@ -83,6 +85,8 @@ def group_advantages(scores: Tensor, *, group_size: int, kind: str = "grpo", eps
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
+    checks.constants("group_advantages", scores=scores)
+    group_size, eps = checks.plain(group_size), checks.plain(eps)
     checks.one_of("kind", kind, reference.GROUP_KINDS)
     checks.positive("eps", eps)
     checks.floating("scores", scores)
@@ -121,6 +125,8 @@ def masked_whiten(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
+    checks.constants("masked_whiten", x=x)
+    eps = checks.plain(eps)
     checks.positive("eps", eps)
     checks.floating("x", x)
     checks.tensor("mask", mask)

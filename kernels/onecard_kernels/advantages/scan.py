@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..logprob.passes import result_dtype
+from ..once import no_forward_ad
 from ..records import Advantages
 
 
@@ -52,6 +53,7 @@ def _scan(
 
 
 operator = torch.library.custom_op("onecard::gae_scan", _scan, mutates_args=())
+no_forward_ad("gae", operator)
 
 
 @operator.register_fake

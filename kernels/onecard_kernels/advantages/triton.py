@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..launch import launch
 from ..logprob.passes import result_dtype
+from ..once import no_forward_ad
 from ..records import Advantages
 
 # Positions that one program scans at once; a longer row takes several turns.
@@ -139,6 +140,9 @@ _gae = torch.library.custom_op(
 def _(rewards, values, mask, last_values, gamma, lam):
     dtype = result_dtype(*(x.dtype for x in (rewards, values, last_values) if x is not None))
     return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype)
+
+
+no_forward_ad("gae", _gae)
 
 
 @torch.no_grad()

@@ -33,11 +33,14 @@ def check_lengths(chosen: Tensor | None, rejected: Tensor | None, like_name: str
         raise ValueError(f"{missing[0]} is None, expected both chosen_lengths and rejected_lengths, or neither")
 
 
-def check_weights(weights: Tensor | None, normalizer: float | Tensor | None, like_name: str, like: Tensor) -> None:
+def check_weights(
+    weights: Tensor | None, normalizer: float | Tensor | None, like_name: str, like: Tensor
+) -> float | Tensor | None:
+    """The normalizer, as a plain number where it is one of NumPy's."""
     if weights is not None:
         checks.alike("weights", weights, like_name, like)
         checks.no_nan("weights", weights)
-    checks.normalizer(normalizer)
+    return checks.normalizer(normalizer)
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:

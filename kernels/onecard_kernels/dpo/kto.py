@@ -34,9 +34,9 @@ def kto_loss(
 
     Args:
         logps, ref_logps: `[B]`, summed over the response, in nats.
-        desirable: `[B]`, bool.
-        kl: 0-d, an estimate of KL(pi || ref) in nats: the mean of logp - ref_logp over responses put to prompts that
-            are not theirs, the same for all micro-batches of a batch. A constant: it gets no gradient.
+        desirable: `[B]`, bool or 0/1.
+        kl: 0-d or `[1]`, an estimate of KL(pi || ref) in nats: the mean of logp - ref_logp over responses put to
+            prompts that are not theirs, the same for all micro-batches of a batch. A constant: it gets no gradient.
         beta: strength of the pull towards the reference, above 0.
         desirable_weight, undesirable_weight: 0 or more. The paper asks for desirable_weight * desirable responses :
             undesirable_weight * undesirable ones between 1 : 1 and 4 : 3.
@@ -53,13 +53,17 @@ def kto_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
+    numbers = (beta, desirable_weight, undesirable_weight)
+    beta, desirable_weight, undesirable_weight = map(checks.plain, numbers)
     checks.positive("beta", beta)
     checks.at_least("desirable_weight", desirable_weight, 0.0)
     checks.at_least("undesirable_weight", undesirable_weight, 0.0)
     check_responses({"logps": logps, "ref_logps": ref_logps}, "response")
     _check_labels(desirable, kl, logps)
-    check_weights(weights, normalizer, "logps", logps)
+    normalizer = check_weights(weights, normalizer, "logps", logps)
+    checks.constants("kto_loss", ref_logps=ref_logps, kl=kl, weights=weights, normalizer=normalizer)
 
+    desirable, kl = desirable.bool(), kl.reshape(())
     ratio = log_ratio(logps, ref_logps.detach())
     z = kl.detach().to(ratio.dtype).clamp(min=0)
     # 1 - sigmoid(x) as sigmoid(-x), which keeps small values.
@@ -84,12 +88,17 @@ def kto_loss(
 
 def _check_labels(desirable: Tensor, kl: Tensor, logps: Tensor) -> None:
     checks.tensor("desirable", desirable)
-    if desirable.dtype != torch.bool:
-        raise TypeError(f"desirable has dtype {desirable.dtype}, expected torch.bool")
+    if desirable.dtype not in (torch.bool, *checks.INTEGERS):
+        raise TypeError(f"desirable has dtype {desirable.dtype}, expected torch.bool, or integers that are 0 or 1")
     checks.shape("desirable", desirable, logps.shape, "the shape of logps")
     checks.device("desirable", desirable, "logps", logps)
+    if desirable.dtype != torch.bool and checks.values_are_checked(desirable.device):
+        odd = desirable[(desirable != 0) & (desirable != 1)]
+        if odd.numel():
+            raise ValueError(f"desirable holds {odd[0].item()}, expected only 0 and 1")
     checks.floating("kl", kl)
-    checks.shape("kl", kl, (), "one estimate for all responses")
+    if tuple(kl.shape) not in ((), (1,)):
+        raise ValueError(f"kl has shape {tuple(kl.shape)}, expected () or (1,), one estimate for all responses")
     checks.device("kl", kl, "logps", logps)
     if checks.values_are_checked(kl.device):
         checks.finite("kl", kl.item())

@@ -31,6 +31,7 @@ def sequence_sums(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> T
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
     checks.floating("values", values)
+    num_sequences = checks.plain(num_sequences)
     _check_ids(sequence_ids, num_sequences, "values", values)
     dtype = result_dtype(values.dtype)
     flat = values.reshape(-1).to(dtype)
@@ -76,7 +77,7 @@ def linear_dpo_loss(
 
     Args:
         hidden: `[..., D]`, `[2B, T, D]` or packed `[tokens, D]`.
-        weight: `[V, D]`.
+        weight: `[V, D]`. Autocast acts on both as in `linear_logprobs`.
         targets: `[...]`, integer ids; `targets[t]` is the token that `hidden[t]` predicts. Anything (-100) where
             sequence_ids is -1.
         sequence_ids: `[...]`, integers: 0..B-1 for chosen, B..2B-1 for rejected, -1 for no response token.
@@ -93,6 +94,10 @@ def linear_dpo_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
+    differentiable = {"hidden": hidden, "weight": weight, "bias": bias}
+    checks.reverse_mode("linear_dpo_loss", **differentiable, ref_logps=ref_logps, weights=weights)
+    numbers = (beta, label_smoothing, f_alpha_divergence_coef, discopop_tau)
+    beta, label_smoothing, f_alpha_divergence_coef, discopop_tau = map(checks.plain, numbers)
     check_options(
         loss_type,
         loss_weights,

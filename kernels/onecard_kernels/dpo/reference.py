@@ -98,6 +98,8 @@ def dpo_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
+    numbers = (beta, label_smoothing, f_alpha_divergence_coef, discopop_tau)
+    beta, label_smoothing, f_alpha_divergence_coef, discopop_tau = map(checks.plain, numbers)
     types, factors = check_options(
         loss_type,
         loss_weights,
@@ -117,7 +119,9 @@ def dpo_loss(
     }
     check_responses(logps, "pair")
     check_lengths(chosen_lengths, rejected_lengths, "chosen_logps", chosen_logps)
-    check_weights(weights, normalizer, "chosen_logps", chosen_logps)
+    normalizer = check_weights(weights, normalizer, "chosen_logps", chosen_logps)
+    references = {"ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
+    checks.constants("dpo_loss", **references, weights=weights, normalizer=normalizer)
 
     dtype = result_dtype(*(value.dtype for value in logps.values()))
     # The reference is a constant of the loss, whatever graph it comes from.
@@ -158,7 +162,9 @@ def check_options(
 ) -> tuple[tuple[str, ...], tuple[float, ...]]:
     """The loss types and their factors, if they go together with the rest."""
     types = (loss_type,) if isinstance(loss_type, str) else _listed("loss_type", loss_type, "a name or several")
-    factors = (1.0,) * len(types) if loss_weights is None else _listed("loss_weights", loss_weights, "several numbers")
+    factors = (1.0,) * len(types)
+    if loss_weights is not None:
+        factors = tuple(map(checks.plain, _listed("loss_weights", loss_weights, "several numbers")))
     if not types:
         raise ValueError("loss_type is empty, expected at least one of " + ", ".join(map(repr, LOSSES)))
     for name in types:

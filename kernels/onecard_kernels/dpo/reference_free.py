@@ -52,10 +52,13 @@ def simpo_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
+    beta, gamma, label_smoothing = map(checks.plain, (beta, gamma, label_smoothing))
     checks.positive("beta", beta)
     checks.at_least("gamma", gamma, 0.0)
     checks.within("label_smoothing", label_smoothing, 0.0, 0.5)
-    chosen, rejected = _means(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths, weights, normalizer)
+    checks.constants("simpo_loss", weights=weights, normalizer=normalizer)
+    normalizer = checks.normalizer(normalizer)
+    chosen, rejected = _means(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths, weights)
     losses = smoothed_logistic(beta * difference(chosen, rejected) - gamma, label_smoothing)
     return _reduced(losses, {}, beta, chosen, rejected, weights, normalizer)
 
@@ -93,8 +96,11 @@ def orpo_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
+    beta = checks.plain(beta)
     checks.positive("beta", beta)
-    chosen, rejected = _means(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths, weights, normalizer)
+    checks.constants("orpo_loss", weights=weights, normalizer=normalizer)
+    normalizer = checks.normalizer(normalizer)
+    chosen, rejected = _means(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths, weights)
     log_odds = difference(_log_odds(chosen), _log_odds(rejected))
     ratio = F.logsigmoid(log_odds)
     more = {"nll_loss": -chosen, "log_odds_chosen": log_odds, "log_odds_ratio": ratio}
@@ -140,7 +146,10 @@ def cpo_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
+    beta, cpo_alpha, label_smoothing = map(checks.plain, (beta, cpo_alpha, label_smoothing))
     checks.one_of("loss_type", loss_type, CPO_LOSSES)
+    checks.constants("cpo_loss", weights=weights, normalizer=normalizer)
+    normalizer = checks.normalizer(normalizer)
     checks.at_least("cpo_alpha", cpo_alpha, 0.0)
     check_responses({"chosen_logps": chosen_logps, "rejected_logps": rejected_logps}, "pair")
     # Without its weight of 0 the likelihood would still turn a chosen logp of -inf into NaN.
@@ -171,14 +180,13 @@ def _means(
     chosen_lengths: Tensor,
     rejected_lengths: Tensor,
     weights: Tensor | None,
-    normalizer: float | Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Checked and per token, in the result's dtype."""
     check_responses({"chosen_logps": chosen_logps, "rejected_logps": rejected_logps}, "pair")
     checks.tensor("chosen_lengths", chosen_lengths)
     checks.tensor("rejected_lengths", rejected_lengths)
     check_lengths(chosen_lengths, rejected_lengths, "chosen_logps", chosen_logps)
-    check_weights(weights, normalizer, "chosen_logps", chosen_logps)
+    check_weights(weights, None, "chosen_logps", chosen_logps)
     dtype = result_dtype(chosen_logps.dtype, rejected_logps.dtype)
     return per_token(chosen_logps.to(dtype), chosen_lengths), per_token(rejected_logps.to(dtype), rejected_lengths)
 

@@ -13,7 +13,7 @@ from ..logprob.ops import linear_of
 from ..logprob.passes import Rows, result_dtype
 from ..logprob.plans import CHUNKED
 from ..logprob.tiles import Linear
-from ..once import once
+from ..once import no_forward_ad, once
 from ..records import Head
 
 
@@ -44,7 +44,8 @@ def linear_kl(
     Args:
         hidden: `[..., D]`, the policy's, any floating dtype.
         ref_hidden: `[..., D]`, the reference's, a constant.
-        weight: `[V, D]`, the head, a constant: only `hidden` gets a gradient.
+        weight: `[V, D]`, the head, a constant: only `hidden` gets a gradient. Autocast acts on hidden states and heads
+            as in `linear_logprobs`.
         ref_weight: `[V, D']`, the reference's head if it is another one; None: the same head, read once for both.
         ref_bias: `[V]`; None: the policy's bias with the policy's head, no bias with a `ref_weight`.
         bias, temperature, logit_scale, softcap, forbidden: the head, see `linear_logprobs`; all but the bias serve the
@@ -59,20 +60,26 @@ def linear_kl(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    head = Head(bias, temperature, logit_scale, softcap, forbidden)
+    constants = {"ref_hidden": ref_hidden, "weight": weight, "ref_weight": ref_weight, "bias": bias}
+    constants["ref_bias"] = ref_bias
+    checks.reverse_mode("linear_kl", hidden=hidden, **constants)
+    head = checks.plain_head(bias, temperature, logit_scale, softcap, forbidden)
     checks.product("hidden", hidden, "weight", weight)
     checks.head(head, weight.shape[0], hidden)
     _check_reference(hidden, ref_hidden, weight, ref_weight, ref_bias)
     if mask is not None:
         checks.mask(mask, "hidden's tokens", hidden[..., 0])
-    constants = {"ref_hidden": ref_hidden, "weight": weight, "ref_weight": ref_weight, "bias": bias}
-    _check_constants({**constants, "ref_bias": ref_bias})
+    _check_constants(constants)
     dispatch.resolve("linear_kl", backend, hidden.device)
     if ref_weight is None and ref_bias is None:
         ref_bias = bias
+    hidden, ref_hidden, weight, *other = products.under_autocast(
+        hidden, ref_hidden, weight, *(() if ref_weight is None else (ref_weight,))
+    )
+    ref_weight = other[0] if other else None
     kl, _ = torch.ops.onecard.linear_kl(
         *(hidden, ref_hidden, weight, ref_weight, mask, bias, ref_bias, forbidden),
-        *(temperature, logit_scale, softcap),
+        *(head.temperature, head.logit_scale, head.softcap),
         torch.is_grad_enabled() and hidden.requires_grad,
         backend,
     )
@@ -198,3 +205,4 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
 
 
 _forward.register_autograd(once(_backward), setup_context=_setup)
+no_forward_ad("linear_kl", _forward)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import checks, dispatch
-from ..records import Head, LogProbs
+from ..records import LogProbs
 from . import ops
+from .products import under_autocast
 
 __all__ = ["linear_logprobs", "selective_log_softmax"]
 
@@ -35,6 +36,7 @@ def selective_log_softmax(
         targets: `[...]`, integer ids; `targets[t]` is the token that `logits[t]` predicts.
         temperature: divides the logits.
         mask: `[...]`, bool or 0/1. Masked tokens give 0 with zero gradient; their targets may be anything (-100).
+            Without a mask a target of -100 is an error: the caller would count it as a token.
         return_entropy: also give H, detached.
         entropy_requires_grad: also give H, with its gradient.
         inplace_backward: write the gradient into the logits' storage. Saves that much memory; the logits are gone after
@@ -48,6 +50,8 @@ def selective_log_softmax(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
+    checks.reverse_mode("selective_log_softmax", logits=logits)
+    temperature = checks.plain(temperature)
     checks.logits(logits, targets, temperature, mask)
     if inplace_backward and any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True)):
         raise ValueError("logits is expanded (stride 0), expected memory of its own for inplace_backward=True")
@@ -93,13 +97,14 @@ def linear_logprobs(
     Args:
         hidden: `[..., D]`, any floating dtype. Any strides: `hidden[:, :-1]` is not copied.
         weight: `[V, D]`; bf16, fp16, fp32 or fp64, not necessarily hidden's. Logits and softmax are fp32 (fp64 if
-            either is fp64) under autocast too.
+            either is fp64). Under autocast hidden and weight are cast to its dtype, as for a linear layer, and the
+            products still accumulate in fp32; torch.autocast(enabled=False) around the call keeps them as they are.
         targets: `[...]`, integer ids; `targets[t]` is the token that `hidden[t]` predicts.
         bias: `[V]`, finite.
         temperature, logit_scale, softcap: numbers, in the order of the equation.
         forbidden: bool `[V]`, tokens that cannot be sampled (padded rows of the head).
         mask: `[...]`, bool or 0/1. Masked tokens give 0 with zero gradient and cost nothing; their targets may be
-            anything (-100).
+            anything (-100). Without a mask a target of -100 is an error: the caller would count it as a token.
         return_entropy: also give H, detached. Costs no GEMM.
         entropy_requires_grad: also give H, with its gradient. Costs one more GEMM.
         return_log_sum_sq_probs: also give log sum_v p_v^2, detached.
@@ -113,9 +118,11 @@ def linear_logprobs(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    head = Head(bias, temperature, logit_scale, softcap, forbidden)
+    checks.reverse_mode("linear_logprobs", hidden=hidden, weight=weight, bias=bias)
+    head = checks.plain_head(bias, temperature, logit_scale, softcap, forbidden)
     checks.linear(hidden, weight, targets, head, mask)
     dispatch.resolve("linear_logprobs", backend, hidden.device)
+    hidden, weight = under_autocast(hidden, weight)
     return ops.linear_logprobs(
         hidden,
         weight,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..once import once
+from .. import checks
+from ..once import no_forward_ad, once
 from ..records import Head, LogProbs
 from . import linear as raw
 from .passes import Rows, blocks, result_dtype
@@ -96,6 +97,7 @@ def _forward(
     with torch.autocast(hidden.device.type, enabled=False):
         rows = Rows(targets.shape, mask)
         y = rows.pick(targets).long()
+        checks.ids(y, weight.shape[0])
         linear = linear_of(hidden, weight, Head(bias, temperature, logit_scale, softcap, forbidden), backend)
         directions = raw.Directions(mode == FROZEN, mode == FROZEN and entropy_grad)
         kept = mode == TRAINED
@@ -205,6 +207,7 @@ def _recompute(
     need_bias: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    checks.still_there(weight)
     with torch.autocast(hidden.device.type, enabled=False):
         rows = Rows(targets.shape, mask)
         linear = linear_of(hidden, weight, Head(bias, temperature, logit_scale, softcap, forbidden), backend)
@@ -233,3 +236,6 @@ def _(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Any, bias: Any, *re
         torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else hidden.new_empty(0),
         torch.empty_like(bias) if need_bias else hidden.new_empty(0),
     )
+
+
+no_forward_ad("linear_logprobs", _forward, scale_directions, _recompute)

@@ -15,6 +15,22 @@ from torch import Tensor
 SCRATCH_ROWS = 4096  # of the head, upcast at a time: 16 MiB at D = 1024
 
 
+def autocast_is_on(like: Tensor) -> bool:
+    """For tensors of this one's device. `meta` has none, and torch raises where it is asked."""
+    return not like.is_meta and torch.is_autocast_enabled(like.device.type)
+
+
+def under_autocast(*factors: Tensor) -> tuple[Tensor, ...]:
+    """Hidden states and heads as autocast hands them to a linear layer: in its dtype, unless one of them is fp64.
+
+    A cast that autograd sees, so that backward, which runs outside of autocast, finds the same operands.
+    """
+    if not autocast_is_on(factors[0]) or any(x.dtype == torch.float64 for x in factors):
+        return factors
+    dtype = torch.get_autocast_dtype(factors[0].device.type)
+    return tuple(x.to(dtype) for x in factors)
+
+
 def operand_dtype(
     hidden: torch.dtype, weight: torch.dtype, accumulated: torch.dtype, device: torch.device
 ) -> torch.dtype:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..once import once
+from .. import checks
+from ..once import no_forward_ad, once
 from ..records import LogProbs
 from .passes import BLOCK_BYTES, Rows, result_dtype
 
@@ -64,6 +65,7 @@ def _implementation(backend: str) -> Any:
 def _forward_op(
     logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    checks.ids(targets, logits.shape[-1], mask)
     result: tuple[Tensor, Tensor, Tensor] = _implementation(backend).forward(
         logits, targets, mask, temperature, entropy
     )
@@ -122,6 +124,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 _forward_op.register_autograd(once(_backward), setup_context=_setup)
+no_forward_ad("selective_log_softmax", _forward_op, _backward_op)
 
 
 class _InPlace(torch.autograd.Function):
@@ -137,6 +140,7 @@ class _InPlace(torch.autograd.Function):
         entropy: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
+        checks.ids(targets, logits.shape[-1], mask)
         ctx.temperature, ctx.entropy, ctx.backend, ctx.spent = temperature, entropy, backend, False
         logprobs, h, stats = _implementation(backend).forward(logits, targets, mask, temperature, entropy)
         ctx.save_for_backward(logits, targets, mask, stats)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..logprob.passes import result_dtype
 from ..logprob.selective import STATS
-from ..once import once
+from ..once import no_forward_ad, once
 from ..records import Loss
 from .options import PolicyOptions, PolicyTokens, divisor_arguments, dtype_of
 from .terms import SUMS, metrics_of
@@ -27,7 +28,7 @@ def _kernels() -> Any:
 def _forward_op(
     logits: Tensor,
     targets: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
     ref_logprobs: Tensor | None,
@@ -45,6 +46,7 @@ def _forward_op(
     tokens = PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights)
     options = PolicyOptions(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
     divisor = number if normalizer is None else normalizer
+    checks.ids(targets, logits.shape[-1], mask)
     return _kernels().forward(logits, targets, tokens, options, temperature, divisor)
 
 
@@ -52,7 +54,7 @@ def _forward_op(
 def _(
     logits: Tensor,
     targets: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
     ref_logprobs: Tensor | None,
@@ -110,6 +112,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 _forward_op.register_autograd(once(_backward), setup_context=_setup)
+no_forward_ad("logits_ppo_loss", _forward_op, _backward_op)
 
 
 def logits_ppo_loss(

@@ -93,7 +93,7 @@ def policy_tokens(
         policy_kernel,
         (programs,),
         logp,
-        tokens.old_logprobs.contiguous(),
+        logp if tokens.old_logprobs is None else tokens.old_logprobs.contiguous(),
         tokens.advantages.contiguous(),
         as_loadable(tokens.mask),
         *(logp if x is None else x.contiguous() for x in (entropy, tokens.ref_logprobs, tokens.weights)),
@@ -113,7 +113,7 @@ def policy_tokens(
 
 def value_tokens(
     values: Tensor,
-    old_values: Tensor,
+    old_values: Tensor | None,
     returns: Tensor,
     mask: Tensor,
     *,
@@ -131,7 +131,7 @@ def value_tokens(
         value_kernel,
         (programs,),
         v,
-        old_values.contiguous(),
+        v if old_values is None else old_values.contiguous(),
         returns.contiguous(),
         as_loadable(mask),
         v if weights is None else weights.contiguous(),

@@ -5,16 +5,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import checks, dispatch
-from ..records import Head, Loss, divisor_of
+from ..logprob.products import under_autocast
+from ..records import Loss, divisor_of
 from . import local_ops
-from .options import PolicyOptions, PolicyTokens
+from .options import PolicyTokens, policy_options
 from .terms import metrics_of
 
 
 def logits_ppo_loss(
     logits: Tensor,
     targets: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
     *,
@@ -51,10 +52,10 @@ def logits_ppo_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    options = PolicyOptions(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
+    options = policy_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
     tokens = PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights)
-    options.check()
-    checks.normalizer(normalizer)
+    checks.reverse_mode("logits_ppo_loss", logits=logits, **tokens._asdict(), normalizer=normalizer)
+    normalizer, temperature = checks.normalizer(normalizer), checks.plain(temperature)
     checks.integer("targets", targets)
     tokens.check("targets", targets, options)
     checks.logits(logits, targets, temperature, mask)
@@ -67,7 +68,7 @@ def linear_ppo_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
     *,
@@ -95,7 +96,7 @@ def linear_ppo_loss(
 
     Args:
         hidden: `[..., D]`, `[B, T, D]` or packed `[tokens, D]`.
-        weight: `[V, D]`.
+        weight: `[V, D]`. Autocast acts on both as in `linear_logprobs`.
         targets: `[...]`, integer ids; `targets[t]` is the token that `hidden[t]` predicts. Anything (-100) where mask
             is 0.
         old_logprobs, advantages, mask: `[...]`, see `ppo_loss`.
@@ -112,15 +113,17 @@ def linear_ppo_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    options = PolicyOptions(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
+    options = policy_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
     tokens = PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights)
-    options.check()
-    checks.normalizer(normalizer)
+    head = checks.plain_head(bias, temperature, logit_scale, softcap, forbidden)
+    differentiable = {"hidden": hidden, "weight": weight, "bias": bias}
+    checks.reverse_mode("linear_ppo_loss", **differentiable, **tokens._asdict(), normalizer=normalizer)
+    normalizer = checks.normalizer(normalizer)
     checks.integer("targets", targets)
     tokens.check("targets", targets, options)
-    head = Head(bias, temperature, logit_scale, softcap, forbidden)
     checks.linear(hidden, weight, targets, head, mask)
     dispatch.resolve("linear_logprobs", backend, hidden.device)
+    hidden, weight = under_autocast(hidden, weight)
     loss, sums = local_ops.sums_of(hidden, weight, targets, head, tokens, options, backend)
     divisor = divisor_of(normalizer, sums[-1].clamp(min=1.0), loss.dtype)
     return Loss(loss / divisor, metrics_of(sums / divisor, entropy=True, kl=ref_logprobs is not None))

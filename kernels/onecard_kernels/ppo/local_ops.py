@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..logprob.ops import linear_of
 from ..logprob.passes import Rows, result_dtype
 from ..logprob.plans import CHUNKED
-from ..once import once
+from ..once import no_forward_ad, once
 from ..records import Head
 from . import local
 from .options import PolicyOptions, PolicyTokens, dtype_of
@@ -22,7 +23,7 @@ def linear_ppo(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
     ref_logprobs: Tensor | None,
@@ -50,6 +51,7 @@ def linear_ppo(
         linear = linear_of(hidden, weight, head, backend, only=CHUNKED if needs[1] or needs[2] else None)
         needed = (needs[0], needs[1], needs[2])
         y = rows.pick(targets).long()
+        checks.ids(y, weight.shape[0])
         out = local.forward(hidden, y, rows, busy, linear, tokens.picked(rows), options, needed)
         dtype = tokens.dtype_with(hidden, weight)
         by_hidden = None if out.hidden is None else rows.spread(out.hidden)
@@ -74,7 +76,7 @@ def _(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
     ref_logprobs: Tensor | None,
@@ -103,6 +105,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     hidden, weight, bias = inputs[0], inputs[1], inputs[8]
     ctx.shape, ctx.needs = hidden.shape, inputs[-2]
     ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
+    # A parameter, to see whether it is still there; a weight that was computed is not held for that.
+    ctx.weight = weight if ctx.needs[1] and weight.is_leaf else None
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[2:])
@@ -112,6 +116,8 @@ def _backward(ctx: Any, grad: Tensor | None, *rest: Tensor | None) -> tuple[Tens
     none = (None,) * 21
     if grad is None:
         return none
+    if ctx.weight is not None:
+        checks.still_there(ctx.weight)
     by_hidden, by_weight, by_bias = torch.ops.onecard.scale_linear_ppo(*ctx.saved_tensors, grad, *ctx.dtypes)
     return (
         by_hidden.view(ctx.shape) if ctx.needs[0] else None,
@@ -146,6 +152,9 @@ def scale_linear_ppo(
 @scale_linear_ppo.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor, by: Tensor, *dtypes: torch.dtype) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x, dtype=dtype) for x, dtype in zip((hidden, weight, bias), dtypes, strict=True))
+
+
+no_forward_ad("linear_ppo_loss", linear_ppo, scale_linear_ppo)
 
 
 def sums_of(

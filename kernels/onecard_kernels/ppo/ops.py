@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..once import once
+from ..once import no_forward_ad, once
 from ..records import Loss
 from .launches import POLICY_SUMS, VALUE_SUMS, finish, policy_tokens, scale, value_tokens
 from .options import PolicyOptions, PolicyTokens, divisor_arguments, dtype_of
@@ -21,14 +21,14 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 @torch.library.custom_op(
     "onecard::ppo_loss",
     mutates_args=(),
-    schema="(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? entropy,"
+    schema="(Tensor logprobs, Tensor? old_logprobs, Tensor advantages, Tensor mask, Tensor? entropy,"
     " Tensor? ref_logprobs, Tensor? weights, Tensor? normalizer, float? number, float clip_low, float clip_high,"
     " float? dual_clip, float entropy_coef, float kl_coef, str kl_estimator, bool needs_slope,"
     f" bool needs_entropy_slope) -> {RESULTS}",
 )
 def _policy(
     logprobs: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
     entropy: Tensor | None,
@@ -54,7 +54,7 @@ def _policy(
 @_policy.register_fake
 def _(
     logprobs: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
     entropy: Tensor | None,
@@ -69,12 +69,12 @@ def _(
 @torch.library.custom_op(
     "onecard::value_loss",
     mutates_args=(),
-    schema="(Tensor values, Tensor old_values, Tensor returns, Tensor mask, Tensor? weights, Tensor? normalizer,"
+    schema="(Tensor values, Tensor? old_values, Tensor returns, Tensor mask, Tensor? weights, Tensor? normalizer,"
     f" float? number, float? clip, bool needs_slope) -> {RESULTS}",
 )
 def _value(
     values: Tensor,
-    old_values: Tensor,
+    old_values: Tensor | None,
     returns: Tensor,
     mask: Tensor,
     weights: Tensor | None,
@@ -89,7 +89,9 @@ def _value(
 
 
 @_value.register_fake
-def _(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, weights: Tensor | None, *rest: Any) -> Results:
+def _(
+    values: Tensor, old_values: Tensor | None, returns: Tensor, mask: Tensor, weights: Tensor | None, *rest: Any
+) -> Results:
     return _empty(values, dtype_of(values, old_values, returns, weights), VALUE_SUMS, rest[-1], False)
 
 
@@ -156,6 +158,8 @@ def _value_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | N
 
 _policy.register_autograd(once(_policy_backward), setup_context=_save_policy)
 _value.register_autograd(once(_value_backward), setup_context=_save_value)
+no_forward_ad("ppo_loss", _policy, _scale)
+no_forward_ad("value_loss", _value)
 
 
 def _constant(x: Tensor | None) -> Tensor | None:
@@ -190,7 +194,7 @@ def ppo_loss(
 
 def value_loss(
     values: Tensor,
-    old_values: Tensor,
+    old_values: Tensor | None,
     returns: Tensor,
     mask: Tensor,
     *,
@@ -200,7 +204,7 @@ def value_loss(
 ) -> Loss:
     loss, totals, *_ = _value(
         values,
-        old_values.detach(),
+        _constant(old_values),
         returns.detach(),
         mask.detach(),
         _constant(weights),

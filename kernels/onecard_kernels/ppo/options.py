@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class PolicyOptions(NamedTuple):
 class PolicyTokens(NamedTuple):
     """The loss's constants per token, all of one shape, see `ppo_loss`. In the operators' order, as above."""
 
-    old_logprobs: Tensor
+    old_logprobs: Tensor | None  # None: the policy's own
     advantages: Tensor
     mask: Tensor
     ref_logprobs: Tensor | None = None
@@ -52,6 +52,7 @@ class PolicyTokens(NamedTuple):
 
     def check(self, like_name: str, like: Tensor, options: PolicyOptions) -> None:
         """Against the tensor that says which tokens there are."""
+        checks.tensor("advantages", self.advantages)
         checks.tensor("mask", self.mask)
         checks.mask(self.mask, like_name, like)
         if options.kl_in_loss and self.ref_logprobs is None:
@@ -79,13 +80,21 @@ class PolicyTokens(NamedTuple):
         return self._each(lambda x: x[piece], self.mask[piece])
 
     def _each(self, change: Callable[[Tensor], Tensor], mask: Tensor) -> PolicyTokens:
-        ref, weights = (None if x is None else change(x) for x in (self.ref_logprobs, self.weights))
-        return PolicyTokens(change(self.old_logprobs), change(self.advantages), mask, ref, weights)
+        given = (self.old_logprobs, self.ref_logprobs, self.weights)
+        old, ref, weights = (None if x is None else change(x) for x in given)
+        return PolicyTokens(old, change(self.advantages), mask, ref, weights)
 
 
 def dtype_of(*given: Tensor | None) -> torch.dtype:
     """The result's dtype, of inputs of which some may be absent."""
     return result_dtype(*(x.dtype for x in given if x is not None))
+
+
+def policy_options(*given: Any) -> PolicyOptions:
+    """Checked, with plain numbers for those of NumPy."""
+    options = PolicyOptions(*map(checks.plain, given))
+    options.check()
+    return options
 
 
 def divisor_arguments(normalizer: float | Tensor | None) -> tuple[Tensor | None, float | None]:

@@ -6,12 +6,12 @@ from torch import Tensor
 
 from .. import checks, dispatch
 from ..records import Loss
-from .options import PolicyOptions, PolicyTokens
+from .options import PolicyTokens, policy_options
 
 
 def ppo_loss(
     logprobs: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
     *,
@@ -39,7 +39,8 @@ def ppo_loss(
 
     Args:
         logprobs: `[...]`, the policy's, `[B, T]` or packed `[tokens]`, in nats.
-        old_logprobs: `[...]`, those of the policy that sampled the tokens.
+        old_logprobs: `[...]`, those of the policy that sampled the tokens. None: the log-probabilities themselves,
+            detached (the policy itself has just sampled them).
         advantages: `[...]`, one per token.
         mask: `[...]`, bool or 0/1. Masked tokens count nowhere and have zero gradient, whatever any input holds there
             (NaN too).
@@ -66,10 +67,9 @@ def ppo_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    options = PolicyOptions(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
+    options = policy_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
     tokens = PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights)
-    options.check()
-    checks.normalizer(normalizer)
+    normalizer = checks.normalizer(normalizer)
     if options.entropy_in_loss and entropy is None:
         raise ValueError(f"entropy is None, expected a tensor like logprobs because entropy_coef is {entropy_coef!r}")
     checks.floating("logprobs", logprobs)
@@ -78,6 +78,9 @@ def ppo_loss(
     if entropy is not None:
         checks.alike("entropy", entropy, "logprobs", logprobs)
         checks.no_nan("entropy", entropy, mask)
+    checks.constants("ppo_loss", **tokens._asdict(), normalizer=normalizer)
+    if dispatch.resolve("ppo_loss", backend, logprobs.device) == "triton":
+        checks.reverse_mode("ppo_loss", logprobs=logprobs, entropy=entropy)
     run = dispatch.implementation("ppo_loss", backend, logprobs.device)
     result: Loss = run(logprobs, entropy, tokens, options, normalizer)
     return result

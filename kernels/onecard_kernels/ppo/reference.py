@@ -45,7 +45,8 @@ def ppo_loss(
     valid = _Valid(tokens.mask, tokens.dtype_with(logprobs, entropy), normalizer)
     logp, a = valid.keep(logprobs), valid.constant(tokens.advantages)
 
-    d = log_ratio(logp, valid.constant(tokens.old_logprobs)).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    old = logp.detach() if tokens.old_logprobs is None else valid.constant(tokens.old_logprobs)
+    d = log_ratio(logp, old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = d.exp()
     free, clipped = -a * ratio, -a * ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high)
     losses = torch.maximum(free, clipped)
@@ -76,7 +77,7 @@ def ppo_loss(
 
 def value_loss(
     values: Tensor,
-    old_values: Tensor,
+    old_values: Tensor | None,
     returns: Tensor,
     mask: Tensor,
     *,
@@ -87,7 +88,7 @@ def value_loss(
     valid = _Valid(mask, dtype_of(values, old_values, returns, weights), normalizer)
     v, target = valid.keep(values), valid.constant(returns)
     losses, metrics = (v - target).square(), {}
-    if clip is not None:
+    if clip is not None and old_values is not None:
         old = valid.constant(old_values)
         # old + clamp(v - old, -clip, clip) differs from v by rounding inside the range, and would count as clipped.
         clipped = (v.clamp(old - clip, old + clip) - target).square()

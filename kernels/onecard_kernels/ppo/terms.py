@@ -29,7 +29,7 @@ def ppo_terms(
         return torch.where(valid, x.to(dtype), 0.0)
 
     logp, a = keep(logprobs), keep(tokens.advantages)
-    raw = log_ratio(logp, keep(tokens.old_logprobs))
+    raw = log_ratio(logp, logp if tokens.old_logprobs is None else keep(tokens.old_logprobs))
     ratio = raw.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     free, clipped = -a * ratio, -a * ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high)
     losses = torch.maximum(free, clipped)

@@ -46,6 +46,7 @@ def _forward_kernel(
     dual_clip: tl.float64,
     entropy_coef: tl.float64,
     kl_coef: tl.float64,
+    HAS_OLD: tl.constexpr,
     HAS_DUAL: tl.constexpr,
     ENTROPY_IN_LOSS: tl.constexpr,
     HAS_REF: tl.constexpr,
@@ -71,12 +72,15 @@ def _forward_kernel(
         store_statistics(stats_ptr, row, rows, shift, total, off, logprob, entropy)
         logprob = logprob.to(of_tokens)
         entropy = entropy.to(of_tokens)
+        old = logprob
+        if HAS_OLD:
+            old = tl.load(old_ptr + row).to(of_tokens)
         ref = logprob
         if HAS_REF:
             ref = tl.load(ref_ptr + row).to(of_tokens)
         loss, slope, approxkl, clipped, ratio, kl = token_terms(
             logprob,
-            tl.load(old_ptr + row).to(of_tokens),
+            old,
             tl.load(advantage_ptr + row).to(of_tokens),
             ref,
             valid,
@@ -133,12 +137,12 @@ def forward(
     sums = logits.new_empty(POLICY_SUMS, count, dtype=dtype)
     logits, strides = rows.with_strides(logits)
     block = rows.block_for(columns, logits.element_size(), strides.outer_stride, strides.inner_stride, cut=CUT)
-    per_token = (targets, tokens.mask, tokens.old_logprobs, tokens.advantages)
+    per_token = (targets, tokens.mask, tokens.advantages if tokens.old_logprobs is None else tokens.old_logprobs)
     launch(
         _forward_kernel,
         (count,),
         logits,
-        *map(rows.per_row, per_token),
+        *map(rows.per_row, (*per_token, tokens.advantages)),
         *(stats if x is None else rows.per_row(x) for x in (tokens.ref_logprobs, tokens.weights)),
         stats,
         sums,
@@ -150,6 +154,7 @@ def forward(
         rows.LOG2E / temperature,
         *policy_numbers(options),
         num_warps=block.warps,
+        HAS_OLD=tokens.old_logprobs is not None,
         ENTROPY_IN_LOSS=options.entropy_in_loss,
         DTYPE=rows.accumulator(logits.dtype),
         UNROLL=block.unroll,

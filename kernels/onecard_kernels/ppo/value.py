@@ -10,7 +10,7 @@ from ..records import Loss
 
 def value_loss(
     values: Tensor,
-    old_values: Tensor,
+    old_values: Tensor | None,
     returns: Tensor,
     mask: Tensor,
     *,
@@ -29,7 +29,7 @@ def value_loss(
 
     Args:
         values: `[...]`, `[B, T]` or packed `[tokens]`, in the unit of the rewards.
-        old_values: `[...]`, those at sampling time.
+        old_values: `[...]`, those at sampling time; None only without clip.
         returns: `[...]`, what the values are fitted to.
         mask: `[...]`, bool or 0/1. Masked tokens count nowhere and have zero gradient, whatever any input holds there
             (NaN too).
@@ -47,17 +47,24 @@ def value_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
+    clip, normalizer = checks.plain(clip), checks.normalizer(normalizer)
     if clip is not None:
         checks.positive("clip", clip)
-    checks.normalizer(normalizer)
     checks.floating("values", values)
     checks.tensor("mask", mask)
     checks.mask(mask, "values", values)
-    given = {"old_values": old_values, "returns": returns, **({} if weights is None else {"weights": weights})}
+    checks.tensor("returns", returns)
+    if clip is not None and old_values is None:
+        raise ValueError(f"old_values is None, expected a tensor like values because clip is {clip!r}")
+    optional = {"old_values": old_values, "weights": weights}
+    given = {"returns": returns, **{name: value for name, value in optional.items() if value is not None}}
     for name, value in given.items():
         checks.alike(name, value, "values", values)
     for name, value in {"values": values, **given}.items():
         checks.no_nan(name, value, mask)
+    checks.constants("value_loss", **given, normalizer=normalizer)
+    if dispatch.resolve("value_loss", backend, values.device) == "triton":
+        checks.reverse_mode("value_loss", values=values)
     result: Loss = dispatch.implementation("value_loss", backend, values.device)(
         values, old_values, returns, mask, clip=clip, weights=weights, normalizer=normalizer
     )

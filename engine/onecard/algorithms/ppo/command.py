@@ -24,12 +24,18 @@ from onecard.algorithms.ppo.startup import check_start
 from onecard.checkpoint import digest
 from onecard.config import PPOConfig
 from onecard.data import Prompt, prompt_examples
+from onecard.errors import OnecardError
 from onecard.metrics import say
 from onecard.models.adapters import ADAPTER_WEIGHTS
 from onecard.models.build import JUDGES, load_ppo_roles, reward_adapter
 from onecard.models.levers import in_head_chunks, lever_notes
 from onecard.models.load import find_source, load_tokenizer
+<<<<<<< HEAD
 from onecard.models.roles import HEAD_WEIGHTS, Roles
+=======
+from onecard.models.roles import ADAPTER_WEIGHTS, HEAD_WEIGHTS, Roles
+from onecard.models.trunk import rotation_limit, trunk_of
+>>>>>>> main
 from onecard.passes import looking_budget
 from onecard.rewards.functions import digest_functions
 from onecard.rewards.judge import load_constraint, load_judge
@@ -86,6 +92,18 @@ def identity(config: PPOConfig, training: Sequence[Prompt], heldout: Sequence[Pr
     }
 
 
+def check_rotations(roles: Roles, prompts: Sequence[Prompt], config: PPOConfig) -> None:
+    """Refuse answers in which the model's rotations change: their tokens are drawn before, and scored after."""
+    limit = rotation_limit(trunk_of(roles.causal_model()).config)
+    crossing = [p for p in prompts if limit and len(p.tokens) <= limit < len(p.tokens) + config.response_length]
+    if crossing:
+        raise OnecardError(
+            f"response_length: a prompt of {len(crossing[0].tokens)} tokens with an answer of {config.response_length} "
+            f"crosses {limit} tokens, from which on the model rotates a whole text by other factors (RoPE): its tokens "
+            f"would not have the log-probs they were drawn with. Keep prompts and answers within {limit} tokens."
+        )
+
+
 @in_head_chunks
 def run(config: PPOConfig) -> Path:
     """`onecard ppo`. Returns the folder of the trained policy."""
@@ -111,6 +129,7 @@ def run(config: PPOConfig) -> Path:
     roles = load_ppo_roles(config)
     longest = max(len(prompt.tokens) for prompt in (*training, *heldout)) + config.response_length
     items = max(config.per_device_train_batch_size, config.per_device_eval_batch_size)
+    check_rotations(roles, [*training, *heldout], config)
     check_model(roles, longest + 1, row=config.micro_batch_tokens or items * (longest + 1))
     check_decoding(roles, longest)
     sampler = make_sampler(config, roles, tokenizer)
