@@ -26,16 +26,11 @@ from onecard.config import PPOConfig
 from onecard.data import Prompt, prompt_examples
 from onecard.errors import OnecardError
 from onecard.metrics import say
-from onecard.models.adapters import ADAPTER_WEIGHTS
 from onecard.models.build import JUDGES, load_ppo_roles, reward_adapter
 from onecard.models.levers import in_head_chunks, lever_notes
 from onecard.models.load import find_source, load_tokenizer
-<<<<<<< HEAD
-from onecard.models.roles import HEAD_WEIGHTS, Roles
-=======
 from onecard.models.roles import ADAPTER_WEIGHTS, HEAD_WEIGHTS, Roles
 from onecard.models.trunk import rotation_limit, trunk_of
->>>>>>> main
 from onecard.passes import looking_budget
 from onecard.rewards.functions import digest_functions
 from onecard.rewards.judge import load_constraint, load_judge
