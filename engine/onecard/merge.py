@@ -47,6 +47,20 @@ def untie(model: Any) -> None:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
 
 
+def check_apart(model: Any, adapter: Path) -> None:
+    """Refuse an adapter on a layer that shares its weights with another: what it adds would reach that one too."""
+    holders: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name)
+    for names in holders.values():
+        if len(names) > 1 and any(".base_layer." in name for name in names):
+            first, second = (name.replace(".base_layer", "") for name in names[:2])
+            raise OnecardError(
+                f"model: adapter {adapter} is on {first}, which shares its weights with {second}; a plain model has no "
+                "place for two of them, so it cannot be merged."
+            )
+
+
 def merged(config: MergeConfig, source: Source) -> Any:
     """The base with the adapter's weights added to its own."""
     base = load_base(config)
@@ -59,9 +73,12 @@ def merged(config: MergeConfig, source: Source) -> Any:
     model = read_adapter(base, source.adapter, "default")
     try:
         untie(model.get_base_model())
+        check_apart(model.get_base_model(), source.adapter)
         with warnings.catch_warnings():  # PEFT sees that they are two now, and says so in the config and aloud
             warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
             model = model.merge_and_unload(safe_merge=True)
+    except OnecardError:
+        raise
     except Exception as error:  # PEFT raises ValueError, KeyError or RuntimeError as its parsers do
         raise OnecardError(f"model: adapter {source.adapter}: {reason(error)}") from error
     return model

@@ -184,19 +184,40 @@ def resized(where: str, key: str, found: Tensor, held: Tensor) -> str:
     )
 
 
-def renamed(model: Any, settings: Any, name: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A file's tensors under today's names, if PEFT knows those that an older transformers gave to the layers.
+def as_peft_reads(model: Any, name: str, found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A file's tensors under the names that PEFT takes them for: those of modules, for those of checkpoints.
 
-    Names alone: a conversion that makes new tensors is not taken.
+    Names alone change: what makes new tensors (of one for each expert a stacked one) is not taken.
     """
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
     try:
-        made = convert_peft_adapter_state_dict_for_transformers(model, settings, dict(found), adapter_name=name)
+        made = convert_peft_adapter_state_dict_for_transformers(
+            model, model.peft_config[name], dict(found), adapter_name=name
+        )
     except Exception:  # of names that are no adapter's; they are refused by the caller
         return found
     same = {id(tensor) for tensor in made.values()} == {id(tensor) for tensor in found.values()}
     return made if same and len(made) == len(found) else found
+
+
+def file_names(model: Any, name: str, own: Mapping[str, Tensor]) -> dict[str, str]:
+    """The name of each of an adapter's tensors in a file, so that PEFT reads it as what it is.
+
+    PEFT renames what it reads as transformers renames a checkpoint's weights, and takes some modules' own names for a
+    checkpoint's. These are written as a checkpoint names them.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+    read = {id(tensor): key for key, tensor in as_peft_reads(model, name, own).items()}
+    names = {key: key for key in own}
+    lost = [key for key, tensor in own.items() if read.get(id(tensor)) != key]
+    if lost:
+        rules = get_model_conversion_mapping(model.get_base_model(), add_legacy=False)
+        back = [each.reverse_transform() for each in rules if isinstance(each, WeightRenaming)]
+        names |= {key: apply_renamings(key, back) for key in lost}
+    return names
 
 
 def check_tensors(own: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
@@ -218,6 +239,9 @@ def check_tensors(own: Mapping[str, Tensor], found: Mapping[str, Tensor], where:
 def fill_adapter(model: Any, name: str, found: Mapping[str, Tensor], where: str) -> None:
     """Copy a file's tensors into an adapter of a model, all of them or none."""
     own = adapter_tensors(model, name)
+    if not own.keys() <= found.keys():
+        found = as_peft_reads(model, name, found)
+    found = without_base(found, own, model, where)
     check_tensors(own, found, where)
     for key, tensor in own.items():
         tensor.copy_(found[key])
@@ -232,10 +256,7 @@ def read_adapter(model: Any, folder: Path, name: str, setting: str = "model") ->
         model = add_adapter(model, settings, name)
     except Exception as error:  # PEFT raises ValueError, KeyError or RuntimeError as its checks do
         raise OnecardError(f"{where}: {reason(error)}") from error
-    own = adapter_tensors(model, name)
-    if not own.keys() <= found.keys():
-        found = renamed(model, settings, name, found)
-    fill_adapter(model, name, without_base(found, own, model, where), where)
+    fill_adapter(model, name, found, where)
     check_head(model, name, where)
     return model
 
@@ -294,6 +315,7 @@ def portable(settings: Any, model: Any) -> Any:
 
 def write_adapter(model: Any, name: str, folder: Path) -> None:
     """Write an adapter so that PEFT loads it."""
-    weights = {key: each.contiguous() for key, each in adapter_tensors(model, name).items()}
+    own = adapter_tensors(model, name)
+    weights = {written: own[key].contiguous() for key, written in file_names(model, name, own).items()}
     save_file(weights, str(folder / ADAPTER_WEIGHTS))
     portable(model.peft_config[name], model).save_pretrained(str(folder))

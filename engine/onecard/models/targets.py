@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from onecard.errors import OnecardError, is_out_of_memory, nearest, reason
 from onecard.models.trunk import evaluating, trunk_of
 
 ALL_LINEAR = "all-linear"
 SETTING = "lora_target_modules"
-PROBE = 8  # tokens of the pass that shows which layers run
+PROBE = 24  # tokens of the pass that shows which layers would learn
 
 
 @dataclass(frozen=True)
@@ -129,20 +129,28 @@ def is_router(path: str, blocks: frozenset[str]) -> bool:
     return any(part == "gate" or "router" in part or part.endswith("_gate") for part in parts)
 
 
-@torch.no_grad()
 def idle_layers(model: Any, layers: Layers) -> frozenset[str]:
-    """The linear layers, experts aside, that a pass over a few tokens does not run. Nothing runs on meta."""
+    """The linear layers, experts aside, that no gradient reaches in a pass over a few tokens. Nothing runs on meta."""
     trunk = trunk_of(model)
     if model.device.type == "meta":
         return frozenset()
-    ran: set[str] = set()
-    hooks = [
-        module.register_forward_hook(lambda *given, name=name: ran.add(name)) for name, module in layers.linear.items()
-    ]
+    leaves: dict[str, Tensor] = {}
+
+    def leaf(name: str) -> Any:
+        def add(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+            leaves[name] = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+            return output + leaves[name]
+
+        return add
+
+    apart = layers.experts | layers.routers
+    taught = {name: module for name, module in layers.linear.items() if name not in apart}
+    hooks = [module.register_forward_hook(leaf(name)) for name, module in taught.items()]
     rows = trunk.get_input_embeddings().weight.shape[0]
     try:
-        with evaluating(model):
-            trunk(input_ids=torch.arange(PROBE, device=model.device)[None] % rows, use_cache=False)
+        with evaluating(model), torch.enable_grad():
+            tokens = torch.arange(PROBE, device=model.device)[None] % rows
+            trunk(input_ids=tokens, use_cache=False).last_hidden_state.float().sum().backward()
     except Exception as error:  # a model raises whatever its arithmetic raises on what it was not made for
         if is_out_of_memory(error):
             raise
@@ -150,7 +158,7 @@ def idle_layers(model: Any, layers: Layers) -> frozenset[str]:
     finally:
         for hook in hooks:
             hook.remove()
-    return frozenset(layers.linear.keys() - ran - layers.experts)
+    return frozenset(name for name in taught if name not in leaves or leaves[name].grad is None)
 
 
 def find_targets(model: Any, names: Sequence[str]) -> Targets:
@@ -167,12 +175,10 @@ def find_targets(model: Any, names: Sequence[str]) -> Targets:
             left_out = {
                 "experts": len(layers.blocks),
                 "Mamba mixers' out_proj and dt_proj": len({each.rpartition(".")[0] for each in layers.mixers}),
-                "layers that no text runs through": len(unused - apart),
+                "layers that would never learn": len(unused - apart),
             }
             continue
         modules, stacks = named(model, layers, name)
-        if idle := next((each for each in modules if each in unused), None):
-            raise OnecardError(f"{SETTING}: {idle} is not run on text, so an adapter on it would never learn.")
         chosen |= set(modules)
         parameters |= set(stacks)
     order = [name for name, _ in model.named_modules() if name in chosen]
