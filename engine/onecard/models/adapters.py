@@ -297,6 +297,8 @@ def portable(settings: Any, model: Any) -> Any:
 
     made = copy.deepcopy(settings)
     made.inference_mode = True
+    if isinstance(settings.target_modules, str):  # a pattern
+        return made
     taken = set()
     for target in settings.target_modules:
         alone = copy.deepcopy(settings)

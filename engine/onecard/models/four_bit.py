@@ -174,7 +174,7 @@ def check_packed(model: Any) -> None:
         size = sum(each.numel() * each.element_size() for each in rest.values()) / (1 << 30)
         raise OnecardError(
             f"load_in_4bit: {left / total:.0%} of the weights of {type(model).__name__} would stay in 16 bit "
-            f"({size:.3g} GiB: {name} of a {kind}, and others), for bitsandbytes cannot pack them; leave it out."
+            f"({size:.3g} GiB: {name} of a {kind}, and others), which neither transformers nor bitsandbytes packs; leave it out."
         )
     for path, module in model.named_modules():
         if is_linear(module) and is_packed(module.weight):

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 
 from onecard.batches import ResponseTargets, TokenBatch, last_rows
+from onecard.errors import OnecardError, reason
 from onecard.models.adapters import ADAPTER_WEIGHTS, fill_adapter, write_adapter
 from onecard.models.attention import structural_layout, use_plain_attention
 from onecard.models.head import LanguageHead, read_head
@@ -130,9 +131,12 @@ class Roles(nn.Module):
             return nullcontext(), self.playing(self.current)
 
         base = self.model.get_base_model() if self.has_adapters else self.model
-        base.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
-        )
+        try:
+            base.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
+            )
+        except ValueError as error:  # of models without it
+            raise OnecardError(f"gradient_checkpointing: {reason(error)}") from error
 
     def offload_activations(self, least_bytes: int = LEAST_BYTES) -> None:
         """Hold what the trunk's backward needs in host memory, storages below `least_bytes` excepted."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from onecard.errors import OnecardError, is_out_of_memory, nearest, reason
-from onecard.models.trunk import evaluating, trunk_of
+from onecard.models.trunk import trunk_of
 
 ALL_LINEAR = "all-linear"
 SETTING = "lora_target_modules"
@@ -130,35 +130,46 @@ def is_router(path: str, blocks: frozenset[str]) -> bool:
 
 
 def idle_layers(model: Any, layers: Layers) -> frozenset[str]:
-    """The linear layers, experts aside, that no gradient reaches in a pass over a few tokens. Nothing runs on meta."""
-    trunk = trunk_of(model)
+    """The linear layers, experts aside, that no gradient reaches in a pass over a few tokens, whether the model is in
+    training mode or not. Nothing runs on meta.
+    """
     if model.device.type == "meta":
         return frozenset()
-    leaves: dict[str, Tensor] = {}
-
-    def leaf(name: str) -> Any:
-        def add(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-            leaves[name] = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
-            return output + leaves[name]
-
-        return add
-
     apart = layers.experts | layers.routers
     taught = {name: module for name, module in layers.linear.items() if name not in apart}
-    hooks = [module.register_forward_hook(leaf(name)) for name, module in taught.items()]
-    rows = trunk.get_input_embeddings().weight.shape[0]
+    idle, training = set[str](), model.training
     try:
-        with evaluating(model), torch.enable_grad():
-            tokens = torch.arange(PROBE, device=model.device)[None] % rows
-            trunk(input_ids=tokens, use_cache=False).last_hidden_state.float().sum().backward()
+        for mode in (False, True):
+            idle |= taught.keys() - reached(model.train(mode), taught)
     except Exception as error:  # a model raises whatever its arithmetic raises on what it was not made for
         if is_out_of_memory(error):
             raise
         raise OnecardError(f"model: {type(model).__name__} cannot be run: {reason(error)}") from error
     finally:
+        model.train(training)
+    return frozenset(idle)
+
+
+@torch.enable_grad()
+def reached(model: Any, layers: Mapping[str, nn.Module]) -> set[str]:
+    """Those of `layers` whose output changes the text decoder's hidden states, by the gradient of their sum."""
+    trunk, leaves = trunk_of(model), dict[str, Tensor]()
+
+    def add_leaf(name: str) -> Any:
+        def hook(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+            leaves[name] = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+            return output + leaves[name]
+
+        return hook
+
+    hooks = [module.register_forward_hook(add_leaf(name)) for name, module in layers.items()]
+    try:
+        tokens = torch.arange(PROBE, device=model.device)[None] % trunk.get_input_embeddings().weight.shape[0]
+        trunk(input_ids=tokens, use_cache=False).last_hidden_state.float().sum().backward()
+    finally:
         for hook in hooks:
             hook.remove()
-    return frozenset(name for name in taught if name not in leaves or leaves[name].grad is None)
+    return {name for name, leaf in leaves.items() if leaf.grad is not None}
 
 
 def find_targets(model: Any, names: Sequence[str]) -> Targets:
