@@ -28,6 +28,7 @@ from onecard.models.build import check_speaks, load_players, read_scalar_head, r
 from onecard.models.classifier import find_judge
 from onecard.models.load import find_source, load_tokenizer
 from onecard.models.roles import Roles
+from onecard.models.vocabulary import check_tokens
 from onecard.outputs import output_folder
 from onecard.passes import per_token, sequence_passes
 from onecard.rewards.judge import Judge, load_judge, response_text
@@ -219,6 +220,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
 def check_start(config: EvaluateConfig, roles: Roles, material: Material) -> None:
     """What is taken for granted of the model, on texts as long as the longest."""
+    texts = [*(prompt.tokens for prompt in material.prompts), *(answer.tokens for answer in material.answers)]
+    check_tokens(roles.causal_model(), material.tokenizer, texts)
     longest = max(len(prompt.tokens) for prompt in material.prompts) + config.response_length
     longest_scored = max([longest + 1, *map(len, material.answers)])
     check_model(roles, longest_scored, row=config.per_device_eval_batch_size * longest_scored, trains=False)

@@ -132,7 +132,7 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
     if config.use_peft:
         model, adapters = add_adapters(base, config, trained, targets, reference=reference, scalar=scalar)
     roles = Roles(model, (trained,), adapters, "packed" if config.padding_free else "padded")
-    roles.left_out = targets.left_out if targets else {}
+    roles.left_out = targets.left_out if targets else ()
     pull_levers(roles, config)
     if frozen is not None:
         roles.copies["reference"] = frozen
@@ -201,7 +201,7 @@ def load_ppo_roles(config: PPOConfig) -> Roles:
         adapters["value"] = "value" if own_critic else "policy"
     trained = ("policy", "value") if has_critic(config) else ("policy",)
     roles = Roles(model, trained, adapters, "packed" if config.padding_free else "padded")
-    roles.left_out = targets.left_out if targets else {}
+    roles.left_out = targets.left_out if targets else ()
     pull_levers(roles, config)
     for role, folder in frozen.items():
         roles.heads[role] = read_scalar_head(roles, folder).requires_grad_(False)

@@ -84,9 +84,9 @@ def packing_experts(wanted: bool = True) -> Iterator[list[str]]:
             weight = value[0] if isinstance(value, list) else value
             expected = model.get_parameter(name).shape
             if weight.shape != expected:
-                faults.append(f"{name} is {list(weight.shape)} in the file, expected {list(expected)}")
+                faults.append(f"its {name} is {list(weight.shape)}, expected {list(expected)} by its config")
             if weight.numel() >= MOST_NUMBERS:
-                faults.append(f"{name} has {weight.numel():,} numbers, more than can be packed in 4 bit")
+                faults.append(f"its {name} has {weight.numel():,} numbers, more than can be packed in 4 bit")
             packed = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
             return {name: packed.to(weight.device)}
 
@@ -173,8 +173,8 @@ def check_packed(model: Any) -> None:
         kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
         size = sum(each.numel() * each.element_size() for each in rest.values()) / (1 << 30)
         raise OnecardError(
-            f"load_in_4bit: {left / total:.0%} of the weights of {type(model).__name__} would stay in 16 bit "
-            f"({size:.3g} GiB: {name} of a {kind}, and others), which neither transformers nor bitsandbytes packs; leave it out."
+            f"load_in_4bit: {left / total:.0%} of the weights of {type(model).__name__} would stay in 16 bit, {size:.3g} "
+            f"GiB ({name} of a {kind}, and others): transformers and bitsandbytes do not pack them; leave it out."
         )
     for path, module in model.named_modules():
         if is_linear(module) and is_packed(module.weight):

@@ -245,13 +245,11 @@ def check_weights(model: Any, info: Mapping[str, Any], where: str) -> None:
     shapes = sorted(info["mismatched_keys"])
     if shapes:
         name, found, expected = shapes[0]
-        raise OnecardError(
-            f"{where} does not fit its config: {name} is {list(found)} in the files, expected {list(expected)}."
-        )
+        raise OnecardError(f"{where}: its {name} is {list(found)}, expected {list(expected)} by its config.")
     if missing or left:
-        parts = [f"no weights for {listed(missing)}"] if missing else []
-        parts += [f"weights that the model has no place for: {listed(left)}"] if left else []
-        raise OnecardError(f"{where} does not fit its config: the files hold {', and '.join(parts)}.")
+        parts = [f"has no weights for {listed(missing)}"] if missing else []
+        parts += [f"has weights that its config has no place for: {listed(left)}"] if left else []
+        raise OnecardError(f"{where} {', and '.join(parts)}.")
 
 
 def load_base(config: ModelConfig, *, train_all: bool = False, setting: str = "model") -> Any:
@@ -286,7 +284,7 @@ def load_base(config: ModelConfig, *, train_all: bool = False, setting: str = "m
         raise OnecardError(f"{setting}: cannot load '{base}': {reason(error)}") from error
     check_weights(model, info, where)
     if faults:
-        raise OnecardError(f"{where} does not fit its config: {faults[0]}.")
+        raise OnecardError(f"{where}: {faults[0]}.")
     if config.load_in_4bit:
         check_packed(model)
         unpack_in_passes(model)

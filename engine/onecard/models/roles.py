@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -54,7 +54,7 @@ class Roles(nn.Module):
         self.copies = nn.ModuleDict()  # role -> a whole frozen model; only where all weights are trained
         self.offloader: Offloader | None = None
         self.trained_in_evaluation_mode = False  # a model that draws noise in training mode which no setting turns off
-        self.left_out: Mapping[str, int] = {}  # what new adapters leave out, and in how many layers
+        self.left_out: tuple[str, ...] = ()  # layers that new adapters are not on, in words
         self.current = ""
         self.activate(self.trained[0])
 

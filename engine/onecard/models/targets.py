@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,12 +31,12 @@ PROBE = 24  # tokens of the pass that shows which layers would learn
 class Targets:
     """Full names of the modules and of the stacked experts' parameters that get an adapter.
 
-    `left_out`: what all-linear leaves out, and in how many layers.
+    `left_out`: what all-linear leaves out.
     """
 
     modules: tuple[str, ...]
     parameters: tuple[str, ...] = ()
-    left_out: Mapping[str, int] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     def without(self, module: str) -> Targets:
         """The same without one module."""
@@ -183,17 +183,18 @@ def find_targets(model: Any, names: Sequence[str]) -> Targets:
         if name == ALL_LINEAR:
             apart = layers.experts | layers.routers | layers.mixers
             chosen |= layers.linear.keys() - apart - unused
+            mixers = {each.rpartition(".")[0] for each in layers.mixers}
             left_out = {
-                "experts": len(layers.blocks),
-                "Mamba mixers' out_proj and dt_proj": len({each.rpartition(".")[0] for each in layers.mixers}),
-                "layers that would never learn": len(unused - apart),
+                f"the experts of {len(layers.blocks)} layers": len(layers.blocks),
+                f"out_proj and dt_proj of {len(mixers)} Mamba layers": len(mixers),
+                f"{len(unused - apart)} layers that would never learn": len(unused - apart),
             }
             continue
         modules, stacks = named(model, layers, name)
         chosen |= set(modules)
         parameters |= set(stacks)
     order = [name for name, _ in model.named_modules() if name in chosen]
-    return Targets(tuple(order), tuple(sorted(parameters)), {what: n for what, n in left_out.items() if n})
+    return Targets(tuple(order), tuple(sorted(parameters)), tuple(what for what, count in left_out.items() if count))
 
 
 def matches(path: str, name: str) -> bool:
