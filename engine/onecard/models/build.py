@@ -117,6 +117,16 @@ def check_trained_weights(config: TrainConfig, *, adapter: bool) -> None:
         raise OnecardError(f"adapter_dtype: {config.adapter_dtype}, but with --no_use_peft there are no adapters.")
 
 
+def check_precision(roles: Roles) -> None:
+    """Refuse to train weights in float16 that an adapter brings (`modules_to_save`)."""
+    name = next((name for name, each in roles.trained_parameters().items() if each.dtype == torch.float16), None)
+    if name is not None:
+        raise OnecardError(
+            f"dtype: {name.removeprefix('model.')} would be trained in float16, where small gradients vanish; use "
+            "bfloat16 or float32."
+        )
+
+
 def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, scalar: bool = False) -> Roles:
     """The weights of a training run: the trained role, a reference if asked for, a scalar head if asked for."""
     source = find_source(config.model)
@@ -133,6 +143,7 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
         model, adapters = add_adapters(base, config, trained, targets, reference=reference, scalar=scalar)
     roles = Roles(model, (trained,), adapters, "packed" if config.padding_free else "padded")
     roles.left_out = targets.left_out if targets else ()
+    check_precision(roles)
     pull_levers(roles, config)
     if frozen is not None:
         roles.copies["reference"] = frozen
@@ -202,6 +213,7 @@ def load_ppo_roles(config: PPOConfig) -> Roles:
     trained = ("policy", "value") if has_critic(config) else ("policy",)
     roles = Roles(model, trained, adapters, "packed" if config.padding_free else "padded")
     roles.left_out = targets.left_out if targets else ()
+    check_precision(roles)
     pull_levers(roles, config)
     for role, folder in frozen.items():
         roles.heads[role] = read_scalar_head(roles, folder).requires_grad_(False)

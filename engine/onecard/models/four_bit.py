@@ -173,8 +173,8 @@ def check_packed(model: Any) -> None:
         kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
         size = sum(each.numel() * each.element_size() for each in rest.values()) / (1 << 30)
         raise OnecardError(
-            f"load_in_4bit: {left / total:.0%} of the weights of {type(model).__name__} would stay in 16 bit, {size:.3g} "
-            f"GiB ({name} of a {kind}, and others): transformers and bitsandbytes do not pack them; leave it out."
+            f"load_in_4bit: {left / total:.0%} of the weights of {type(model).__name__} would stay in 16 bit, "
+            f"{size:.3g} GiB ({name} of a {kind}, and others): transformers and bitsandbytes do not pack them."
         )
     for path, module in model.named_modules():
         if is_linear(module) and is_packed(module.weight):

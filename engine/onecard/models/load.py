@@ -17,6 +17,7 @@ from onecard.config import ModelConfig
 from onecard.errors import OnecardError, is_out_of_memory, reason
 from onecard.models.attention import use_own_attention
 from onecard.models.four_bit import check_packed, nf4_settings, packing_experts, unpack_in_passes
+from onecard.optim import FULL_PRECISION
 from onecard.runs import TRAINED, holds_weights, weights_folder
 
 # bitsandbytes warns on CPU that an optional faster kernel is not installed; the one it falls back to is exact.
@@ -252,6 +253,16 @@ def check_weights(model: Any, info: Mapping[str, Any], where: str) -> None:
         raise OnecardError(f"{where} {', and '.join(parts)}.")
 
 
+def keep_full_precision(model: Any, base: str, settings: Any, remote: Mapping[str, Any]) -> None:
+    """Give each 16-bit parameter the float32 values of its file, for the masters that training works on."""
+    if getattr(settings, "dtype", None) not in (None, torch.float32):
+        return
+    full = dict(model_class(settings).from_pretrained(base, dtype="auto", **remote).named_parameters())
+    for name, parameter in model.named_parameters():
+        if full[name].dtype == torch.float32 != parameter.dtype:
+            setattr(parameter, FULL_PRECISION, full[name].detach())
+
+
 def load_base(config: ModelConfig, *, train_all: bool = False, setting: str = "model") -> Any:
     """The base model on its device, frozen unless `train_all`. `setting` names it in errors."""
     from transformers import AutoConfig
@@ -289,6 +300,8 @@ def load_base(config: ModelConfig, *, train_all: bool = False, setting: str = "m
         check_packed(model)
         unpack_in_passes(model)
     model.dropouts = own_dropouts  # for `save_model`
+    if train_all and dtype.itemsize < 4:
+        keep_full_precision(model, base, settings, remote)
     if config.attn_implementation == "auto":
         use_own_attention(model)
     return keep_differentiable(model).requires_grad_(train_all)
