@@ -27,6 +27,7 @@ from onecard.metrics import say
 from onecard.models.build import load_player
 from onecard.models.load import context_length, load_tokenizer
 from onecard.models.roles import Roles
+from onecard.models.vocabulary import check_tokens
 from onecard.rollout import Sampling, end_tokens, sample_responses
 from onecard.startup import check_decoding
 
@@ -135,6 +136,7 @@ class Chat:
     def answer(self, line: str) -> None:
         """Say a line, and write the answer as it comes. Ctrl-C ends the answer; what was written of it is kept."""
         conversation, prompt = self.fitting(self.conversation.said(line))
+        check_tokens(self.roles.causal_model(), self.tokenizer, [prompt])
         voice = Voice(self.tokenizer, prompt, write)
         with suppress(KeyboardInterrupt):
             sample_responses(
@@ -209,6 +211,7 @@ def run(config: ChatConfig) -> None:
         raise OnecardError("system: the model's tokenizer has no chat template, so it knows no system message.")
     room = longest_prompt(config)
     roles = load_player(config, role="policy")
+    check_tokens(roles.causal_model(), tokenizer, [])
     check_decoding(roles, min(CHECKED_TOKENS, config.max_new_tokens + (room or CHECKED_TOKENS)))
     chat = Chat(config, roles, tokenizer, room)
     if sys.stdin.isatty():

@@ -29,11 +29,15 @@ from onecard.models.build import check_speaks, load_players, read_scalar_head, r
 from onecard.models.classifier import find_judge
 from onecard.models.load import find_source, load_tokenizer
 from onecard.models.roles import Roles
+from onecard.models.vocabulary import check_tokens
 from onecard.outputs import output_folder
 from onecard.passes import per_token, sequence_passes
 from onecard.rewards.judge import Judge, load_judge, response_text
 from onecard.rollout import Sampling, end_tokens, make_episode, sample_responses
 from onecard.startup import check_decoding, check_model
+
+# The settings that name the roles beside the policy.
+SETTINGS = {"reference": "ref_adapter", "baseline": "baseline", "reward": "reward_model_path"}
 
 
 @dataclass(frozen=True)
@@ -193,11 +197,13 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         other = None
         if baseline is not None and apart:
             check_same_tokens(config, tokenizer)
-            alone = load_players(replace(config, model=config.baseline), {"baseline": baseline.adapter})
+            alone = load_players(
+                replace(config, model=config.baseline), {"baseline": baseline.adapter}, {"baseline": "baseline"}
+            )
             check_start(config, alone, material)
             other = listen(alone, "baseline", material, config, bar, kl=False)
             del alone
-        roles = load_players(config, adapters)
+        roles = load_players(config, adapters, SETTINGS)
         if reward is not None:
             roles.heads["reward"] = read_scalar_head(roles, reward).requires_grad_(False)
         check_start(config, roles, material)
@@ -219,6 +225,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
 def check_start(config: EvaluateConfig, roles: Roles, material: Material) -> None:
     """What is taken for granted of the model, on texts as long as the longest."""
+    texts = [*(prompt.tokens for prompt in material.prompts), *(answer.tokens for answer in material.answers)]
+    check_tokens(roles.causal_model(), material.tokenizer, texts)
     longest = max(len(prompt.tokens) for prompt in material.prompts) + config.response_length
     longest_scored = max([longest + 1, *map(len, material.answers)])
     check_model(roles, longest_scored, row=config.per_device_eval_batch_size * longest_scored, trains=False)

@@ -15,6 +15,7 @@ from onecard.errors import OnecardError
 from onecard.metrics import say
 from onecard.models.build import load_player
 from onecard.models.load import context_length, load_tokenizer
+from onecard.models.vocabulary import check_tokens
 from onecard.rollout import Sampling, generate
 from onecard.startup import check_decoding
 
@@ -51,6 +52,7 @@ def run(config: GenerateConfig) -> None:
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise OnecardError(f"output: {output} cannot be written: it is a folder, or its own folder is not there.")
     roles = load_player(config, role="policy")
+    check_tokens(roles.causal_model(), tokenizer, [prompt.tokens for prompt in prompts])
     check_decoding(roles, max(len(prompt.tokens) for prompt in prompts) + config.max_new_tokens)
     torch.manual_seed(config.seed)
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k)

@@ -15,6 +15,7 @@ from onecard.checkpoint import replace_folder
 from onecard.config import MergeConfig
 from onecard.errors import OnecardError
 from onecard.metrics import say
+from onecard.models.adapters import read_adapter
 from onecard.models.load import Source, find_source, load_base, load_tokenizer, reason, save_model
 from onecard.models.roles import HEAD_WEIGHTS
 from onecard.outputs import output_folder
@@ -46,22 +47,38 @@ def untie(model: Any) -> None:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
 
 
+def check_apart(model: Any, adapter: Path) -> None:
+    """Refuse an adapter on a layer that shares its weights with another: what it adds would reach that one too."""
+    holders: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name)
+    for names in holders.values():
+        if len(names) > 1 and any(".base_layer." in name for name in names):
+            first, second = (name.replace(".base_layer", "") for name in names[:2])
+            raise OnecardError(
+                f"model: adapter {adapter} is on {first}, which shares its weights with {second}; a plain model has no "
+                "place for two of them, so it cannot be merged."
+            )
+
+
 def merged(config: MergeConfig, source: Source) -> Any:
     """The base with the adapter's weights added to its own."""
-    from peft import PeftModel
-
     base = load_base(config)
     if getattr(base, "quantization_method", None) is not None:
         raise OnecardError(
             f"model: the base {source.base} is itself stored quantized, and cannot take an adapter in; merge into the "
             "16-bit model that it was made from."
         )
+    assert source.adapter is not None
+    model = read_adapter(base, source.adapter, "default")
     try:
-        model = PeftModel.from_pretrained(base, str(source.adapter))
         untie(model.get_base_model())
+        check_apart(model.get_base_model(), source.adapter)
         with warnings.catch_warnings():  # PEFT sees that they are two now, and says so in the config and aloud
             warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
             model = model.merge_and_unload(safe_merge=True)
+    except OnecardError:
+        raise
     except Exception as error:  # PEFT raises ValueError, KeyError or RuntimeError as its parsers do
         raise OnecardError(f"model: adapter {source.adapter}: {reason(error)}") from error
     return model

@@ -42,6 +42,14 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 MASTER_BYTES = 32 << 20  # of the float32 gradients that a step holds at a time
+# Attribute of a parameter in 16 bit: the float32 tensor that it was rounded from when it was read.
+FULL_PRECISION = "full_precision"
+
+
+def master_of(weight: nn.Parameter) -> nn.Parameter:
+    """A float32 copy of a 16-bit weight; of its value before it was rounded, which is then let go."""
+    full = vars(weight).pop(FULL_PRECISION, weight.detach())
+    return nn.Parameter(full.to(weight.device, torch.float32, copy=True))
 
 
 class MasterOptimizer(torch.optim.Optimizer):
@@ -50,8 +58,9 @@ class MasterOptimizer(torch.optim.Optimizer):
         master <- update(master, float(gradient));  weight <- round(master)
 
     An update of less than half a step between two 16-bit numbers (2^-9 of the weight, in bfloat16) is lost on the
-    weight and kept in the master. Parameters that are float32 already are their own masters. `state_dict` holds the
-    masters, so that a run that goes on from a checkpoint goes on from them.
+    weight and kept in the master, which starts as the weight was before it was rounded, if that is known. Parameters
+    that are float32 already are their own masters. `state_dict` holds the masters, so that a run that goes on from a
+    checkpoint goes on from them.
     """
 
     def __init__(
@@ -59,9 +68,7 @@ class MasterOptimizer(torch.optim.Optimizer):
     ) -> None:
         # The parent's part is all in the inner optimizer, whose groups and states are these.
         self.parameters = list(parameters)
-        self.masters = [
-            each if each.dtype == torch.float32 else nn.Parameter(each.detach().float()) for each in self.parameters
-        ]
+        self.masters = [each if each.dtype == torch.float32 else master_of(each) for each in self.parameters]
         self.inner = make(self.masters)
         self.param_groups = self.inner.param_groups
         self.state = self.inner.state
@@ -117,7 +124,7 @@ class MasterOptimizer(torch.optim.Optimizer):
 
 
 def make_optimizer(config: TrainConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that `config.optim` names; with `adapter_dtype` bfloat16 it works on float32 masters."""
+    """The optimizer that `config.optim` names; where any weights are held in 16 bit it works on float32 masters."""
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise OnecardError(f"{name}: {getattr(config, name)}, expected a number from 0 to below 1.")
@@ -128,7 +135,8 @@ def make_optimizer(config: TrainConfig, parameters: Iterable[torch.nn.Parameter]
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
     )
-    return make(parameters) if config.adapter_dtype == "float32" else MasterOptimizer(make, parameters)
+    trained = list(parameters)
+    return MasterOptimizer(make, trained) if any(each.dtype.itemsize < 4 for each in trained) else make(trained)
 
 
 def clip_grad_norm(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:

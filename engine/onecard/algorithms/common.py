@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -23,6 +24,7 @@ from onecard.models.build import load_roles
 from onecard.models.levers import in_head_chunks, lever_notes
 from onecard.models.load import context_length, find_source, load_tokenizer
 from onecard.models.roles import Roles
+from onecard.models.vocabulary import check_tokens
 from onecard.passes import Budget
 from onecard.runs import Run, open_run, with_folder
 from onecard.startup import check_decoding, check_model
@@ -48,6 +50,12 @@ class Sharing(Generic[E, B]):
 def lengths_of(example: object) -> list[int]:
     """Tokens of each of an example's texts."""
     return [len(sequence) for sequence in runs.CONTENTS[type(example)](example)[0] if len(sequence)]
+
+
+def tokens_of(*examples: Sequence[object]) -> Iterator[tuple[int, ...]]:
+    """The tokens of each of the examples' texts."""
+    for example in chain(*examples):
+        yield from (sequence.tokens for sequence in runs.CONTENTS[type(example)](example)[0])
 
 
 def rows_padded(example: E) -> int:
@@ -204,7 +212,10 @@ def finish(roles: Roles, tokenizer: Any, run: Run) -> Path:
 
 def described(roles: Roles, role: str, source: Path | None) -> str:
     """What a trained role is. An adapter that is not new has its own rank and layers, not lora_r's."""
-    return f"an adapter of rank {roles.rank(role)}" + (f", as it is in {source}" if source else "")
+    if source is not None:
+        return f"an adapter of rank {roles.rank(role)}, as it is in {source}"
+    without = f", without {' and '.join(roles.left_out)}" if roles.left_out else ""
+    return f"an adapter of rank {roles.rank(role)} on {roles.adapted_layers(role)} layers{without}"
 
 
 @in_head_chunks
@@ -224,6 +235,7 @@ def run_opened(config: TrainConfig, recipe: Recipe[E, B], run: Run) -> Path:
     if recipe.check:
         recipe.check(training)
     roles = load_roles(config, trained=recipe.trained, reference=recipe.reference, scalar=recipe.scalar)
+    check_tokens(roles.causal_model(), tokenizer, tokens_of(training, heldout))
     samples = heldout_samples(config, roles, tokenizer, heldout) if isinstance(config, SpeakingConfig) else None
     check_start(config, roles, training, heldout, samples)
     trained = sum(parameter.numel() for parameter in roles.trained_parameters().values())

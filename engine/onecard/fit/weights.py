@@ -6,7 +6,7 @@ No weight is read and no number computed; what is made has the sizes, dtypes and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,14 @@ from torch import nn
 from onecard.batches import TokenSequence, pack, to_device
 from onecard.config import ModelConfig, PPOConfig, RewardConfig, TrainConfig
 from onecard.errors import OnecardError
+from onecard.models.adapters import add_adapter
 from onecard.models.attention import use_own_attention
 from onecard.models.build import JUDGES, has_critic, head_shape, lora_config, scalar_head
+from onecard.models.four_bit import check_packed, nf4_settings, read_directly, stack_parameters, unpack_in_passes
 from onecard.models.levers import pull_levers
-from onecard.models.load import reason, without_dropout
+from onecard.models.load import model_class, reason, without_dropout
 from onecard.models.roles import Roles
+from onecard.models.targets import Targets, find_targets
 from onecard.models.trunk import context_of, trunk_of
 from onecard.startup import SHORT, candidates
 
@@ -39,13 +42,16 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=META)
 
 
-def nf4_weight(layer: Any, dtype: torch.dtype) -> Any:
-    """What bitsandbytes makes of a layer's weight on a device, with doubly quantized statistics; no numbers in it."""
+def nf4_weight(layer: Any, dtype: torch.dtype, shape: Sequence[int] = ()) -> Any:
+    """What bitsandbytes makes of a layer's weight on a device, with doubly quantized statistics; no numbers in it.
+
+    `shape`: of stacked experts; empty: of a linear layer.
+    """
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Params4bit
 
-    rows, columns = layer.out_features, layer.in_features
-    blocks = math.ceil(rows * columns / BLOCK)
+    shape = torch.Size(shape or (layer.out_features, layer.in_features))
+    blocks = math.ceil(shape.numel() / BLOCK)
     nested = QuantState(
         absmax=empty(math.ceil(blocks / NESTED_BLOCK), dtype=torch.float32),
         code=empty(256, dtype=torch.float32),
@@ -54,7 +60,7 @@ def nf4_weight(layer: Any, dtype: torch.dtype) -> Any:
     )
     state = QuantState(
         absmax=empty(blocks, dtype=torch.uint8),
-        shape=torch.Size((rows, columns)),
+        shape=shape,
         code=empty(16, dtype=torch.float32),
         blocksize=BLOCK,
         quant_type="nf4",
@@ -62,30 +68,29 @@ def nf4_weight(layer: Any, dtype: torch.dtype) -> Any:
         offset=empty(dtype=torch.float32),
         state2=nested,
     )
-    packed = empty((rows * columns + 1) // 2, 1, dtype=torch.uint8)
+    packed = empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8)
     weight = Params4bit(packed, False, quant_state=state, quant_type="nf4", bnb_quantized=True, module=layer)
     layer.quant_state = state
     return weight
 
 
 def quantize(model: Any, dtype: torch.dtype) -> Any:
-    """Put NF4 layers where transformers would put them: in place of all linear ones but the head."""
+    """Pack what `models.load.load_base` packs: linear layers but the head, and stacked experts."""
     from bitsandbytes.nn import Linear4bit
-    from transformers import BitsAndBytesConfig
     from transformers.integrations import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    model = replace_with_bnb_linear(
-        model, modules_to_not_convert=get_keys_to_not_convert(model), quantization_config=settings
-    )
+    kept = [*get_keys_to_not_convert(model), *read_directly(model)]
+    model = replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=nf4_settings(dtype))
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             layer.weight = nf4_weight(layer, dtype)
             if layer.bias is not None:  # made in torch's default dtype; the loader casts it
                 layer.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+        for name, parameter in stack_parameters(layer).items():
+            setattr(layer, name, nf4_weight(layer, dtype, parameter.shape))
+    check_packed(model)
+    unpack_in_passes(model)
     model.is_loaded_in_4bit = True
     return model
 
@@ -104,17 +109,17 @@ def load_peak(model: Any) -> int:
 
 def plan_base(settings: Any, config: ModelConfig, target: torch.device, *, train_all: bool = False) -> Any:
     """`models.load.load_base` on meta, of a transformers config."""
-    from transformers import AutoModelForCausalLM
-
     dtype = dtype_for(config, target, train_all=train_all)
     attention = None if config.attn_implementation == "auto" else config.attn_implementation
     try:
         with META:
-            model = AutoModelForCausalLM.from_config(
+            model = model_class(settings).from_config(
                 without_dropout(settings), dtype=dtype, attn_implementation=attention
             )
         if config.load_in_4bit:
             model = quantize(model, dtype)
+    except OnecardError:
+        raise
     except Exception as error:  # a model class raises whatever its arithmetic raises on odd sizes
         raise OnecardError(f"model: nothing can be built of this config: {reason(error)}") from error
     if config.attn_implementation == "auto":
@@ -124,25 +129,14 @@ def plan_base(settings: Any, config: ModelConfig, target: torch.device, *, train
 
 def lora(model: Any, config: TrainConfig, names: Mapping[str, bool]) -> Any:
     """`model` with an adapter of each name; True where it belongs to a role with a scalar head."""
-    from peft import get_peft_model
-
-    try:
-        with META:
-            for name, scalar in names.items():
-                settings = lora_config(config, base_of(model), scalar=scalar)
-                if hasattr(model, "peft_config"):
-                    model.add_adapter(name, settings)
-                else:
-                    model = get_peft_model(model, settings, adapter_name=name)
-    except OnecardError:
-        raise
-    except Exception as error:  # PEFT raises as its parsers do
-        raise OnecardError(f"lora_target_modules: {reason(error)}") from error
+    targets = find_targets(model, config.lora_target_modules) if names else Targets(())
+    if targets.parameters:
+        raise OnecardError(f"lora_target_modules: adapters on experts ({targets.parameters[0]}) cannot be planned.")
+    base = model
+    with META:
+        for name, scalar in names.items():
+            model = add_adapter(model, lora_config(config, base, targets, scalar=scalar), name)
     return model
-
-
-def base_of(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 @dataclass(frozen=True)

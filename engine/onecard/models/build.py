@@ -14,11 +14,13 @@ from torch import nn
 
 from onecard.config import Activation, EvaluateConfig, ModelConfig, PPOConfig, TrainConfig
 from onecard.errors import OnecardError
+from onecard.models.adapters import add_adapter, read_adapter
 from onecard.models.classifier import is_classifier
 from onecard.models.levers import pull_levers
 from onecard.models.load import Source, find_source, load_base, reason
 from onecard.models.roles import HEAD_WEIGHTS, Roles
 from onecard.models.scalar import ScalarHead
+from onecard.models.targets import Targets, find_targets
 
 
 def scalar_head(hidden_size: int, device: torch.device) -> ScalarHead:
@@ -29,57 +31,46 @@ def scalar_head(hidden_size: int, device: torch.device) -> ScalarHead:
     return head
 
 
-def lora_config(config: TrainConfig, model: Any, *, scalar: bool = False) -> Any:
+def lora_config(config: TrainConfig, model: Any, targets: Targets, *, scalar: bool = False) -> Any:
     """PEFT's record of our LoRA settings. Dropout stays 0: it would make old and new log-probs differ.
 
     A role with a scalar head does not run the language model's, where an adapter would be weights that never learn.
     """
     from peft import LoraConfig
 
-    modules = config.lora_target_modules
     if scalar:
         head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-        modules = [name for name in modules if f".{head}".rpartition(".")[2] != name]
-        if not modules:
+        targets = targets.without(head)
+        if not targets.modules and not targets.parameters:
             raise OnecardError(f"lora_target_modules: {head} alone is nothing that a scalar head would learn with.")
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
-        target_modules="all-linear" if modules == ["all-linear"] else modules,
+        target_modules=list(targets.modules),
+        target_parameters=list(targets.parameters) or None,
         task_type="CAUSAL_LM",
+        base_model_name_or_path=model.name_or_path,
     )
 
 
 def add_adapters(
-    base: Any, config: TrainConfig, trained: str, *, reference: bool, scalar: bool = False
+    base: Any, config: TrainConfig, trained: str, targets: Targets | None, *, reference: bool, scalar: bool = False
 ) -> tuple[Any, dict[str, str | None]]:
-    """`base` with the adapter of the trained role, new or read from the folder that `config.model` names.
+    """`base` with the adapter of the trained role: a new one on `targets`, or read from the folder `config.model`.
 
     The reference is the adapter that `ref_adapter` names; else a frozen second copy of the one that training starts
     from; else the base.
     """
-    from peft import PeftModel, get_peft_model
-
     source = find_source(config.model).adapter
     frozen = (reference_adapter(config) or source) if reference else None
     adapters: dict[str, str | None] = {trained: trained}
-    try:
-        if source is None:
-            model = get_peft_model(base, lora_config(config, base, scalar=scalar), adapter_name=trained)
-        else:
-            model = PeftModel.from_pretrained(base, str(source), adapter_name=trained, is_trainable=True)
-    except OnecardError:
-        raise
-    except Exception as error:  # PEFT raises ValueError, KeyError or RuntimeError as its parsers do
-        name = "lora_target_modules" if source is None else f"model: adapter {source}"
-        raise OnecardError(f"{name}: {reason(error)}") from error
+    if source is None:
+        assert targets is not None
+        model = add_adapter(base, lora_config(config, base, targets, scalar=scalar), trained)
+    else:
+        model = read_adapter(base, source, trained)
     if frozen is not None:
-        try:
-            model.load_adapter(str(frozen), adapter_name="reference", is_trainable=False)
-        except Exception as error:  # as above
-            name = "model: adapter" if frozen == source else "ref_adapter:"
-            raise OnecardError(f"{name} {frozen}: {reason(error)}") from error
-    remove_adapter_dropout(model)
+        model = read_adapter(model, frozen, "reference", "model" if frozen == source else "ref_adapter")
     if reference:
         adapters["reference"] = None if frozen is None else "reference"
     return model, adapters
@@ -111,15 +102,6 @@ def reference_adapter(config: TrainConfig) -> Path | None:
     return source.adapter
 
 
-def remove_adapter_dropout(model: Any) -> None:
-    """An adapter that came with dropout would make old and new log-probs of one policy differ."""
-    for name, module in model.named_modules():
-        if ".lora_dropout." in name and isinstance(module, nn.Dropout):
-            module.p = 0.0
-    for settings in model.peft_config.values():
-        settings.lora_dropout = 0.0
-
-
 def check_trained_weights(config: TrainConfig, *, adapter: bool) -> None:
     """Refuse to train all weights where these cannot be trained. `adapter`: `config.model` is one."""
     if config.use_peft:
@@ -135,6 +117,16 @@ def check_trained_weights(config: TrainConfig, *, adapter: bool) -> None:
         raise OnecardError(f"adapter_dtype: {config.adapter_dtype}, but with --no_use_peft there are no adapters.")
 
 
+def check_precision(roles: Roles) -> None:
+    """Refuse to train weights in float16 that an adapter brings (`modules_to_save`)."""
+    name = next((name for name, each in roles.trained_parameters().items() if each.dtype == torch.float16), None)
+    if name is not None:
+        raise OnecardError(
+            f"dtype: {name.removeprefix('model.')} would be trained in float16, where small gradients vanish; use "
+            "bfloat16 or float32."
+        )
+
+
 def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, scalar: bool = False) -> Roles:
     """The weights of a training run: the trained role, a reference if asked for, a scalar head if asked for."""
     source = find_source(config.model)
@@ -144,11 +136,14 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
     base = load_base(config, train_all=not config.use_peft)
     adapters: dict[str, str | None] = {trained: None}
     frozen = copy.deepcopy(base).requires_grad_(False) if reference and not config.use_peft else None
+    targets = find_targets(base, config.lora_target_modules) if config.use_peft and source.adapter is None else None
     torch.manual_seed(config.seed)  # new weights depend on the seed alone, not on what loading drew
     model = base
     if config.use_peft:
-        model, adapters = add_adapters(base, config, trained, reference=reference, scalar=scalar)
+        model, adapters = add_adapters(base, config, trained, targets, reference=reference, scalar=scalar)
     roles = Roles(model, (trained,), adapters, "packed" if config.padding_free else "padded")
+    roles.left_out = targets.left_out if targets else ()
+    check_precision(roles)
     pull_levers(roles, config)
     if frozen is not None:
         roles.copies["reference"] = frozen
@@ -202,21 +197,23 @@ def load_ppo_roles(config: PPOConfig) -> Roles:
     own_critic = has_critic(config) and config.critic == "adapter"
     copied = frozen.get("reward") if own_critic and config.value_init == "reward" else None
     base = load_base(config)
+    new_critic = own_critic and copied is None
+    new = new_critic or find_source(config.model).adapter is None
+    targets = find_targets(base, config.lora_target_modules) if new else None
     torch.manual_seed(config.seed)
-    model, adapters = add_adapters(base, config, "policy", reference=True)
-    if own_critic and copied is None:
-        model.add_adapter("value", lora_config(config, base, scalar=True))
+    model, adapters = add_adapters(base, config, "policy", targets, reference=True)
+    if new_critic:
+        assert targets is not None
+        add_adapter(model, lora_config(config, base, targets, scalar=True), "value")
     for role, folder in {**({"value": copied} if copied else {}), **frozen}.items():
-        try:
-            model.load_adapter(str(folder), adapter_name=role, is_trainable=role == "value")
-        except Exception as error:  # as in add_adapters
-            raise OnecardError(f"{JUDGES.get(role, JUDGES['reward'])}: {folder}: {reason(error)}") from error
-    remove_adapter_dropout(model)
+        read_adapter(model, folder, role, JUDGES.get(role, JUDGES["reward"]))
     adapters |= {role: role for role in frozen}
     if has_critic(config):
         adapters["value"] = "value" if own_critic else "policy"
     trained = ("policy", "value") if has_critic(config) else ("policy",)
     roles = Roles(model, trained, adapters, "packed" if config.padding_free else "padded")
+    roles.left_out = targets.left_out if targets else ()
+    check_precision(roles)
     pull_levers(roles, config)
     for role, folder in frozen.items():
         roles.heads[role] = read_scalar_head(roles, folder).requires_grad_(False)
@@ -285,25 +282,21 @@ def check_speaks(source: Source, setting: str = "model") -> None:
         raise OnecardError(f"{setting}: {folder} is a reward model, which scores texts and writes none.")
 
 
-def load_players(config: ModelConfig, adapters: Mapping[str, Path | None]) -> Roles:
+def load_players(
+    config: ModelConfig, adapters: Mapping[str, Path | None], settings: Mapping[str, str] | None = None
+) -> Roles:
     """Frozen roles on the base of `config.model`. `adapters` has each one's folder; None is the base itself.
 
-    An adapter that several roles play is held once.
+    An adapter that several roles play is held once. `settings`: which names a role's folder, where not `model`; for
+    the first role, the base as well.
     """
-    from peft import PeftModel
-
-    model = load_base(config)
+    named = dict(settings or {})
+    model = load_base(config, setting=named.get(next(iter(adapters)), "model"))
     names: dict[Path, str] = {}
     for role, folder in adapters.items():
         if folder is None or folder.resolve() in names:
             continue
-        try:
-            if names:
-                model.load_adapter(str(folder), adapter_name=role)
-            else:
-                model = PeftModel.from_pretrained(model, str(folder), adapter_name=role)
-        except Exception as error:  # as in add_adapters
-            raise OnecardError(f"model: adapter {folder}: {reason(error)}") from error
+        model = read_adapter(model, folder, role, named.get(role, "model"))
         names[folder.resolve()] = role
     played = {role: names[folder.resolve()] if folder else None for role, folder in adapters.items()}
     return Roles(model, (next(iter(adapters)),), played, "packed").eval().requires_grad_(False)

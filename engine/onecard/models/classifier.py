@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from onecard.config import ModelConfig
 from onecard.errors import OnecardError, is_out_of_memory, nearest
-from onecard.models.load import Source, find_source, pick_device, pick_dtype, reason
+from onecard.models.load import Source, check_weights, find_source, pick_device, pick_dtype, reason
 from onecard.passes import Budget, budget_of, each_item
 
 ARCHITECTURE = "ForSequenceClassification"
@@ -60,12 +60,19 @@ class Classifier:
 
         def read(places: list[int]) -> list[float]:
             chosen = [texts[place] for place in places]
-            pad = spare_id(chosen) if self.pad is None else self.pad
+            check_known(chosen, self.rows, self.tokenizer)
+            pad = spare_id(chosen) if self.pad is None or self.pad >= self.rows else self.pad
             self.model.config.get_text_config().pad_token_id = pad  # without one, a decoder refuses batches
             values: list[float] = self.value(self.model(**self.batch(chosen, pad)).logits.float()).tolist()
             return values
 
         return each_item([len(text["input_ids"]) for text in texts], budget_of(batch_size), read, padded=True)
+
+    @property
+    def rows(self) -> int:
+        """How many tokens it has embeddings for."""
+        rows: int = self.model.get_input_embeddings().weight.shape[0]
+        return rows
 
     def batch(self, texts: Sequence[Mapping[str, list[int]]], pad: int) -> dict[str, Any]:
         """Keyword arguments of the model: what the tokenizer made, as far as the model takes it."""
@@ -106,6 +113,7 @@ def load_classifier(path: str, setting: str, label: str, label_setting: str, con
             dtype=pick_dtype(config, train_all=False),
             device_map={"": pick_device()},
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `check_weights` names them
             **remote,
         )
     except OnecardError:
@@ -114,8 +122,9 @@ def load_classifier(path: str, setting: str, label: str, label_setting: str, con
         if is_out_of_memory(error):
             raise
         raise OnecardError(f"{setting}: cannot load '{base}': {reason(error)}") from error
-    if info["missing_keys"]:  # which transformers would fill with random numbers, and say so in a warning
-        raise OnecardError(f"{setting}: '{base}' has no weights for {', '.join(sorted(info['missing_keys'])[:3])}.")
+    # RoBERTa's files often have a pooler, which its classifiers do not use.
+    left = {key for key in info["unexpected_keys"] if ".pooler." not in key}
+    check_weights(model, {**info, "unexpected_keys": left}, f"{setting}: '{base}'")
     pad = model.config.get_text_config().pad_token_id
     return Classifier(model.eval().requires_grad_(False), tokenizer, place, longest_text(model, tokenizer), pad)
 
@@ -143,6 +152,16 @@ def longest_text(model: Any, tokenizer: Any) -> int | None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
     limits = [limit for limit in (positions - before, tokenizer.model_max_length) if 0 < limit < 1 << 31]
     return min(limits, default=None)
+
+
+def check_known(texts: Sequence[Mapping[str, list[int]]], rows: int, tokenizer: Any) -> None:
+    """Stop at a token that the classifier has no embedding for."""
+    beyond = next((token for text in texts for token in text["input_ids"] if token >= rows), None)
+    if beyond is not None:
+        raise OnecardError(
+            f"{tokenizer.name_or_path}: token {tokenizer.convert_ids_to_tokens(beyond)!r} has id {beyond}, but the "
+            f"classifier has embeddings for {rows} tokens."
+        )
 
 
 def spare_id(texts: Sequence[Mapping[str, list[int]]]) -> int:

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,27 @@ from typing import Any
 import torch
 
 from onecard.config import ModelConfig
-from onecard.errors import OnecardError, is_out_of_memory
+from onecard.errors import OnecardError, is_out_of_memory, reason
 from onecard.models.attention import use_own_attention
+from onecard.models.four_bit import check_packed, nf4_settings, packing_experts, unpack_in_passes
 from onecard.models.trunk import context_of
+from onecard.optim import FULL_PRECISION
 from onecard.runs import TRAINED, holds_weights, weights_folder
 
 # bitsandbytes warns on CPU that an optional faster kernel is not installed; the one it falls back to is exact.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# The table of missing and left over weights: what it warns of is an error here.
+logging.getLogger("transformers.modeling_utils").addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
+# What else a config may say a model is, and what such a model does
+OTHER_MODELS = {
+    "ForSequenceClassification": "which classifies texts",
+    "ForTokenClassification": "which classifies tokens",
+    "ForQuestionAnswering": "which marks answers in texts",
+    "ForMultipleChoice": "which chooses among texts",
+    "ForMaskedLM": "which fills gaps in texts",
+    "ForNextSentencePrediction": "which compares texts",
+}
+LISTED = 3  # weights in a message
 
 
 @dataclass(frozen=True)
@@ -37,12 +51,7 @@ def find_source(model: str) -> Source:
         raise OnecardError("--model is missing: give a Hugging Face name or a folder.")
     path = weights_folder(Path(model))
     if (path / "adapter_config.json").is_file():
-        try:
-            base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
-        except (ValueError, KeyError, TypeError):
-            base = None
-        if not isinstance(base, str) or not base:
-            raise OnecardError(f"model: {path}/adapter_config.json does not name its base model.")
+        base = base_of_adapter(path)
         # Without this, a folder named like a hub repository would be looked up there.
         if not any((path / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
             raise OnecardError(f"model: adapter {path} has no adapter_model.safetensors.")
@@ -59,10 +68,23 @@ def find_source(model: str) -> Source:
     return Source(base=model)
 
 
-def reason(error: Exception) -> str:
-    """The first line of a library's message, or two where the first only announces: the rest is advice."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])[:300]
+def base_of_adapter(path: Path) -> str:
+    """The base that an adapter folder names. It is no adapter: what that one learned would be left out."""
+    try:
+        base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise OnecardError(f"model: {path}/adapter_config.json does not name its base model.")
+    folder = weights_folder(Path(base))
+    if folder.resolve() == path.resolve():
+        raise OnecardError(f"model: adapter {path} names itself as its base.")
+    if (folder / "adapter_config.json").is_file():
+        raise OnecardError(
+            f"model: adapter {path} names {base} as its base, which is an adapter itself; expected a model (onecard "
+            "merge makes one of an adapter)."
+        )
+    return base
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -198,33 +220,107 @@ def keep_differentiable(model: Any) -> Any:
     return model
 
 
-def load_base(config: ModelConfig, *, train_all: bool = False) -> Any:
-    """The base model on its device, frozen unless `train_all`."""
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+def model_class(settings: Any) -> Any:
+    """The auto class for a config: of text and images where its checkpoint is one that a text-only class also reads.
 
-    source = find_source(config.model)
+    Read as text-only, its adapter and a merged model would not load as what it is.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    mapped = AutoModelForImageTextToText._model_mapping
+    text = type(settings) in AutoModelForCausalLM._model_mapping
+    both = text and type(settings) in mapped and mapped[type(settings)].__name__ in (settings.architectures or [])
+    return AutoModelForImageTextToText if both else AutoModelForCausalLM
+
+
+def check_writes(settings: Any, where: str) -> None:
+    """Refuse a model that its config says is no causal language model, though a part of it could be read as one."""
+    for name in settings.architectures or []:
+        for ending, does in OTHER_MODELS.items():
+            if name.endswith(ending):
+                raise OnecardError(f"{where} is a {name}, {does}; expected a causal language model.")
+    if getattr(settings, "is_encoder_decoder", False):
+        raise OnecardError(f"{where} is an encoder with a decoder; expected a causal language model.")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Up to three of many names.
+
+    >>> listed(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    shown = ", ".join(names[:LISTED])
+    return f"{shown} and {len(names) - LISTED} more" if len(names) > LISTED else shown
+
+
+def check_weights(model: Any, info: Mapping[str, Any], where: str) -> None:
+    """Stop unless the files hold all weights of the model, of its shapes, and no others. `info`: what loading found.
+
+    transformers draws missing weights at random, anew at each load. Of what is left over, buffers that the model
+    computes itself do no harm.
+    """
+    buffers = [name for name, _ in model.named_buffers()]
+    missing = sorted(info["missing_keys"])
+    left = sorted(key for key in info["unexpected_keys"] if not any(name.endswith(key) for name in buffers))
+    shapes = sorted(info["mismatched_keys"])
+    if shapes:
+        name, found, expected = shapes[0]
+        raise OnecardError(f"{where}: its {name} is {list(found)}, expected {list(expected)} by its config.")
+    if missing or left:
+        parts = [f"has no weights for {listed(missing)}"] if missing else []
+        parts += [f"has weights that its config has no place for: {listed(left)}"] if left else []
+        raise OnecardError(f"{where} {', and '.join(parts)}.")
+
+
+def keep_full_precision(model: Any, base: str, settings: Any, remote: Mapping[str, Any]) -> None:
+    """Give each 16-bit parameter the float32 values of its file, for the masters that training works on."""
+    if getattr(settings, "dtype", None) not in (None, torch.float32):
+        return
+    full = dict(model_class(settings).from_pretrained(base, dtype="auto", **remote).named_parameters())
+    for name, parameter in model.named_parameters():
+        if full[name].dtype == torch.float32 != parameter.dtype:
+            setattr(parameter, FULL_PRECISION, full[name].detach())
+
+
+def load_base(config: ModelConfig, *, train_all: bool = False, setting: str = "model") -> Any:
+    """The base model on its device, frozen unless `train_all`. `setting` names it in errors."""
+    from transformers import AutoConfig
+
+    base = find_source(config.model).base
+    where = f"{setting}: '{base}'"
     dtype = pick_dtype(config, train_all=train_all)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
     remote = {"trust_remote_code": config.trust_remote_code}
     try:
-        settings = AutoConfig.from_pretrained(source.base, **remote)
+        settings = AutoConfig.from_pretrained(base, **remote)
+        check_writes(settings, where)
         own_dropouts = dropouts(settings.to_dict())
-        model = AutoModelForCausalLM.from_pretrained(
-            source.base,
-            config=without_dropout(settings),
-            dtype=dtype,
-            attn_implementation=pick_attention(config, dtype),
-            device_map={"": pick_device()},
-            quantization_config=quantization if config.load_in_4bit else None,
-            **remote,
-        )
+        with packing_experts(config.load_in_4bit) as faults:
+            model, info = model_class(settings).from_pretrained(
+                base,
+                config=without_dropout(settings),
+                dtype=dtype,
+                attn_implementation=pick_attention(config, dtype),
+                device_map={"": pick_device()},
+                quantization_config=nf4_settings(dtype) if config.load_in_4bit else None,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `check_weights` names them
+                **remote,
+            )
+    except OnecardError:
+        raise
     except Exception as error:  # the loaders raise whatever their parsers raise
         if is_out_of_memory(error):  # the command line has more to say about it
             raise
-        raise OnecardError(f"model: cannot load '{source.base}': {reason(error)}") from error
+        raise OnecardError(f"{setting}: cannot load '{base}': {reason(error)}") from error
+    check_weights(model, info, where)
+    if faults:
+        raise OnecardError(f"{where}: {faults[0]}.")
+    if config.load_in_4bit:
+        check_packed(model)
+        unpack_in_passes(model)
     model.dropouts = own_dropouts  # for `save_model`
+    if train_all and dtype.itemsize < 4:
+        keep_full_precision(model, base, settings, remote)
     if config.attn_implementation == "auto":
         use_own_attention(model)
     return keep_differentiable(model).requires_grad_(train_all)

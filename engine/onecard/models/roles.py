@@ -11,17 +11,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 
 from onecard.batches import ResponseTargets, TokenBatch, last_rows
+from onecard.errors import OnecardError, reason
+from onecard.models.adapters import ADAPTER_WEIGHTS, fill_adapter, write_adapter
 from onecard.models.attention import structural_layout, use_plain_attention
 from onecard.models.head import LanguageHead, read_head
 from onecard.models.layout import LAYOUTS
@@ -31,7 +32,6 @@ from onecard.models.scalar import ScalarHead
 from onecard.models.trunk import rotation_limit, trunk_of
 from onecard_kernels import linear_logprobs
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_WEIGHTS = "model.safetensors"
 HEAD_WEIGHTS = "head.safetensors"
 
@@ -54,6 +54,7 @@ class Roles(nn.Module):
         self.copies = nn.ModuleDict()  # role -> a whole frozen model; only where all weights are trained
         self.offloader: Offloader | None = None
         self.trained_in_evaluation_mode = False  # a model that draws noise in training mode which no setting turns off
+        self.left_out: tuple[str, ...] = ()  # layers that new adapters are not on, in words
         self.current = ""
         self.activate(self.trained[0])
 
@@ -69,6 +70,12 @@ class Roles(nn.Module):
     def rank(self, role: str) -> int:
         """The rank of a role's adapter."""
         return self.model.peft_config[self.adapters[role]].r
+
+    def adapted_layers(self, role: str) -> int:
+        """How many layers a role's adapter is on."""
+        name = self.adapters[role]
+        return sum(name in getattr(module, "lora_A", ()) or name in getattr(module, "lora_embedding_A", ())
+                   for module in self.model.modules())  # fmt: skip
 
     @property
     def device(self) -> torch.device:
@@ -124,9 +131,12 @@ class Roles(nn.Module):
             return nullcontext(), self.playing(self.current)
 
         base = self.model.get_base_model() if self.has_adapters else self.model
-        base.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
-        )
+        try:
+            base.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
+            )
+        except ValueError as error:  # of models without it
+            raise OnecardError(f"gradient_checkpointing: {reason(error)}") from error
 
     def offload_activations(self, least_bytes: int = LEAST_BYTES) -> None:
         """Hold what the trunk's backward needs in host memory, storages below `least_bytes` excepted."""
@@ -212,14 +222,7 @@ class Roles(nn.Module):
         """
         folder.mkdir(parents=True, exist_ok=True)
         if self.has_adapters and self.has_own_weights(role):
-            from peft import get_peft_model_state_dict
-
-            name = self.adapters[role]
-            weights = get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)
-            save_file({key: value.contiguous() for key, value in weights.items()}, str(folder / ADAPTER_WEIGHTS))
-            settings = copy.copy(self.model.peft_config[name])
-            settings.inference_mode = True
-            settings.save_pretrained(str(folder))
+            write_adapter(self.model, str(self.adapters[role]), folder)
         elif not self.has_adapters:
             save_model(self.model, str(folder / MODEL_WEIGHTS))
         if role in self.heads:
@@ -235,10 +238,8 @@ class Roles(nn.Module):
         for role in self.trained:
             source = folder / role
             if self.has_adapters and self.has_own_weights(role):
-                from peft import set_peft_model_state_dict
-
                 weights = load_file(str(source / ADAPTER_WEIGHTS))
-                set_peft_model_state_dict(self.model, weights, adapter_name=self.adapters[role])
+                fill_adapter(self.model, str(self.adapters[role]), weights, f"checkpoint: adapter {source}")
             elif not self.has_adapters:
                 load_model(self.model, str(source / MODEL_WEIGHTS))
             if role in self.heads:

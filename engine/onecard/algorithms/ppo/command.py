@@ -32,6 +32,7 @@ from onecard.models.levers import in_head_chunks, lever_notes
 from onecard.models.load import find_source, load_tokenizer
 from onecard.models.roles import ADAPTER_WEIGHTS, HEAD_WEIGHTS, Roles
 from onecard.models.trunk import rotation_limit, trunk_of
+from onecard.models.vocabulary import check_tokens
 from onecard.passes import looking_budget
 from onecard.rewards.functions import digest_functions
 from onecard.rewards.judge import load_constraint, load_judge
@@ -131,6 +132,7 @@ def run_opened(config: PPOConfig, run: Run) -> Path:
     roles = load_ppo_roles(config)
     longest = max(len(prompt.tokens) for prompt in (*training, *heldout)) + config.response_length
     items = max(config.per_device_train_batch_size, config.per_device_eval_batch_size)
+    check_tokens(roles.causal_model(), tokenizer, [prompt.tokens for prompt in (*training, *heldout)])
     check_rotations(roles, [*training, *heldout], config)
     check_model(roles, longest + 1, row=config.micro_batch_tokens or items * (longest + 1))
     check_decoding(roles, longest)

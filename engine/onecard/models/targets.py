@@ -1,0 +1,247 @@
+"""Which layers of a model get an adapter: what `lora_target_modules` names.
+
+| name | layers |
+|---|---|
+| all-linear | the linear layers of the text decoder, but for experts, routers, Mamba's output and unused ones |
+| q_proj, layers.0.mlp.up_proj | the linear layers and embeddings whose path is that or ends with it, and the head |
+| experts.down_proj | with two parts or more: experts too, whether they are modules or one stacked parameter |
+
+Vision and audio towers never get one: no text runs through them, so their adapters would never learn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onecard.errors import OnecardError, is_out_of_memory, nearest, reason
+from onecard.models.trunk import trunk_of
+
+ALL_LINEAR = "all-linear"
+SETTING = "lora_target_modules"
+PROBE = 24  # tokens of the pass that shows which layers would learn
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Full names of the modules and of the stacked experts' parameters that get an adapter.
+
+    `left_out`: what all-linear leaves out.
+    """
+
+    modules: tuple[str, ...]
+    parameters: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    def without(self, module: str) -> Targets:
+        """The same without one module."""
+        return Targets(tuple(name for name in self.modules if name != module), self.parameters, self.left_out)
+
+
+def is_linear(module: Any) -> bool:
+    """Whether PEFT puts an adapter beside it: a linear layer, quantized or not."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def is_stack(module: Any) -> bool:
+    """Whether a module holds the weights of several experts in its own parameters."""
+    own = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() >= 2]
+    return bool(own) and "expert" in type(module).__name__.lower() and not is_linear(module)
+
+
+def is_mamba_mixer(module: Any) -> bool:
+    """Whether a module is a Mamba mixer, whose fused kernels read the weights of some of its layers themselves."""
+    return all(hasattr(module, name) for name in ("A_log", "in_proj", "out_proj"))
+
+
+def block_of(path: str) -> str:
+    """The mixture that experts at `path` belong to: what stands before `experts`, or their parent."""
+    before, found, _ = f"{path}.".partition(".experts.")
+    return before if found else path.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a text decoder by their full names, and what kind each is.
+
+    `experts`: linear layers that are experts; `stacks`: parameters that hold several; `routers`: what chooses among
+    them; `mixers`: layers that a Mamba mixer's kernels read; `blocks`: mixtures of experts.
+    """
+
+    linear: Mapping[str, nn.Module]
+    embeddings: tuple[str, ...]
+    head: str
+    experts: frozenset[str]
+    stacks: Mapping[str, nn.Parameter]
+    routers: frozenset[str]
+    mixers: frozenset[str]
+    blocks: frozenset[str]
+
+
+def layers_of(model: Any) -> Layers:
+    """Look through a model that has no adapters yet."""
+    trunk, head = trunk_of(model), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    prefix = names[id(trunk)]
+    inside = {f"{prefix}.{name}" if prefix else name: module for name, module in trunk.named_modules() if name}
+    stacked = {name for name, module in inside.items() if is_stack(module)}
+    listed = {name for name in inside if name.endswith(".experts")} - stacked
+    blocks = frozenset(block_of(name) for name in stacked | listed)
+    linear = {name: module for name, module in inside.items() if is_linear(module)}
+    routers = {name for name in inside if is_router(name, blocks)}
+    experts = {name for name in linear if ".experts." in name} - routers
+    mixers = {
+        f"{name}.{part}"
+        for name, module in inside.items()
+        if is_mamba_mixer(module)
+        for part in ("out_proj", "dt_proj")
+    }
+    return Layers(
+        linear,
+        tuple(name for name, module in inside.items() if isinstance(module, nn.Embedding)),
+        names.get(id(head), ""),
+        frozenset(experts),
+        {
+            f"{name}.{own}": parameter
+            for name in stacked
+            for own, parameter in inside[name].named_parameters(recurse=False)
+            if parameter.dim() == 3 or getattr(parameter, "quant_state", None) is not None
+        },
+        frozenset(routers),
+        frozenset(mixers & linear.keys()),
+        blocks,
+    )
+
+
+def is_router(path: str, blocks: frozenset[str]) -> bool:
+    """Whether a module of a mixture chooses among its experts, or weighs the shared one."""
+    block = next((name for name in blocks if path.startswith(f"{name}.")), None)
+    if block is None:
+        return False
+    parts = path[len(block) + 1 :].split(".")
+    return any(part == "gate" or "router" in part or part.endswith("_gate") for part in parts)
+
+
+def idle_layers(model: Any, layers: Layers) -> frozenset[str]:
+    """The linear layers, experts aside, that no gradient reaches in a pass over a few tokens, whether the model is in
+    training mode or not. Nothing runs on meta.
+    """
+    if model.device.type == "meta":
+        return frozenset()
+    apart = layers.experts | layers.routers
+    taught = {name: module for name, module in layers.linear.items() if name not in apart}
+    idle, training = set[str](), model.training
+    try:
+        for mode in (False, True):
+            idle |= taught.keys() - reached(model.train(mode), taught)
+    except Exception as error:  # a model raises whatever its arithmetic raises on what it was not made for
+        if is_out_of_memory(error):
+            raise
+        raise OnecardError(f"model: {type(model).__name__} cannot be run: {reason(error)}") from error
+    finally:
+        model.train(training)
+    return frozenset(idle)
+
+
+@torch.enable_grad()
+def reached(model: Any, layers: Mapping[str, nn.Module]) -> set[str]:
+    """Those of `layers` whose output changes the text decoder's hidden states, by the gradient of their sum."""
+    trunk, leaves = trunk_of(model), dict[str, Tensor]()
+
+    def add_leaf(name: str) -> Any:
+        def hook(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+            leaves[name] = torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
+            return output + leaves[name]
+
+        return hook
+
+    hooks = [module.register_forward_hook(add_leaf(name)) for name, module in layers.items()]
+    try:
+        tokens = torch.arange(PROBE, device=model.device)[None] % trunk.get_input_embeddings().weight.shape[0]
+        trunk(input_ids=tokens, use_cache=False).last_hidden_state.float().sum().backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+def find_targets(model: Any, names: Sequence[str]) -> Targets:
+    """The layers of a model without adapters that `lora_target_modules` names, or an error that says why not."""
+    layers = layers_of(model)
+    unused = idle_layers(model, layers)
+    chosen: set[str] = set()
+    parameters: set[str] = set()
+    left_out: dict[str, int] = {}
+    for name in names:
+        if name == ALL_LINEAR:
+            apart = layers.experts | layers.routers | layers.mixers
+            chosen |= layers.linear.keys() - apart - unused
+            mixers = {each.rpartition(".")[0] for each in layers.mixers}
+            left_out = {
+                f"the experts of {len(layers.blocks)} layers": len(layers.blocks),
+                f"out_proj and dt_proj of {len(mixers)} Mamba layers": len(mixers),
+                f"{len(unused - apart)} layers that would never learn": len(unused - apart),
+            }
+            continue
+        modules, stacks = named(model, layers, name)
+        chosen |= set(modules)
+        parameters |= set(stacks)
+    order = [name for name, _ in model.named_modules() if name in chosen]
+    return Targets(tuple(order), tuple(sorted(parameters)), tuple(what for what, count in left_out.items() if count))
+
+
+def matches(path: str, name: str) -> bool:
+    """Whether a name is a path's end. The number of an expert may be left out: experts.w1 names experts.0.w1."""
+    unnumbered = re.sub(r"\.experts\.\d+\.", ".experts.", path)
+    return any(each == name or each.endswith(f".{name}") for each in (path, unnumbered))
+
+
+def named(model: Any, layers: Layers, name: str) -> tuple[list[str], list[str]]:
+    """The modules and the stacked experts' parameters that one name means."""
+    plain = [*layers.linear, *layers.embeddings, *([layers.head] if layers.head else [])]
+    found = [path for path in dict.fromkeys(plain) if matches(path, name)]
+    stacks = [path for path in layers.stacks if matches(path, name)]
+    if "." not in name:  # a bare name does not reach into experts, of which there are hundreds
+        reached, found, stacks = [*found, *stacks], [path for path in found if path not in layers.experts], []
+    else:
+        reached = [*found, *stacks]
+    modules = dict(model.named_modules())
+    for path in found:
+        check_takes_adapter(path, modules[path], routers=layers.routers)
+    if packed := next((path for path in stacks if not layers.stacks[path].is_floating_point()), None):
+        raise OnecardError(f"{SETTING}: {packed} is held in 4 bit, where experts take no adapter.")
+    if not found and not stacks:
+        raise OnecardError(f"{SETTING}: {no_match(model, layers, name, reached)}")
+    return found, stacks
+
+
+def check_takes_adapter(path: str, module: nn.Module, routers: frozenset[str]) -> None:
+    """Refuse a router that gives more than a tensor: PEFT would add a product to a tuple."""
+    if path in routers and "router" in type(module).__name__.lower():
+        raise OnecardError(f"{SETTING}: {path} is a {type(module).__name__}, which takes no adapter.")
+
+
+def no_match(model: Any, layers: Layers, name: str, reached: Sequence[str]) -> str:
+    """Why a name means no layer."""
+    if reached:
+        return f"{name} names experts alone ({reached[0]}, ...); to adapt them, write experts.{name}."
+    others = {path: type(module).__name__ for path, module in model.named_modules() if path and matches(path, name)}
+    if path := next((path for path in others if path in layers.routers), None):
+        return f"{path} is a {others[path]}, which takes no adapter."
+    if path := next(iter(others), None):
+        prefix = next(each for each, module in model.named_modules() if module is trunk_of(model))
+        where = "" if path.startswith(f"{prefix}.") else " outside of the text decoder"
+        return f"{path} is a {others[path]}{where}; expected linear layers or embeddings of the text decoder."
+    paths = [*layers.linear, *layers.embeddings, layers.head]
+    known = {ALL_LINEAR, *paths, *(path.rpartition(".")[2] for path in paths)}
+    return (
+        f"no layer of {type(model).__name__} is called {name}; expected {ALL_LINEAR} or names of its layers."
+        f"{nearest(name, sorted(known))}"
+    )
