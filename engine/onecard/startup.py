@@ -32,7 +32,13 @@ from onecard.batches import TokenBatch, TokenSequence, pack, to_device
 from onecard.draws import own_draws
 from onecard.errors import OnecardError, is_out_of_memory
 from onecard.metrics import say
-from onecard.models.attention import has_own_attention, has_plain_attention, plain_attention, takes_segments
+from onecard.models.attention import (
+    chooses_keys,
+    has_own_attention,
+    has_plain_attention,
+    plain_attention,
+    takes_segments,
+)
 from onecard.models.head import check_head
 from onecard.models.layout import LAYOUTS
 from onecard.models.load import reason
@@ -210,6 +216,9 @@ def candidates(roles: Roles) -> Iterator[tuple[bool, str]]:
     """`(own attention, layout)` from the fastest to the plain model itself."""
     model, wanted = roles.causal_model(), roles.layout
     own = has_own_attention(model)
+    if chooses_keys(trunk_of(model).config):
+        yield False, "single"
+        return
     if wanted == "packed" and own and takes_segments(model):
         yield True, "packed"
     if wanted != "padded" and has_plain_attention(trunk_of(model).config):

@@ -317,18 +317,32 @@ def use_own_attention(model: Any) -> bool:
     return True
 
 
+# transformers' caches of layers that attend to all keys before a query, or to a window of them, or keep nothing
+PLAIN_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
+
+
+def cached_layers(config: Any) -> set[str]:
+    """The kinds of layers of a model, by the names of the caches they keep."""
+    from transformers import DynamicCache
+
+    return {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+
+
 def has_plain_attention(config: Any) -> bool:
-    """Whether all layers are attention to all keys before a query, or to a window of them, by the caches they keep.
+    """Whether all layers are attention to all keys before a query, or to a window of them.
 
     Others keep a state that goes on from token to token (Mamba, linear attention, short convolutions), or choose their
     keys (sparse attention).
     """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+    return cached_layers(config) <= PLAIN_LAYERS
 
-    # A layer that keeps nothing (an MLP, or keys that another layer has) is `DummyLayer`, which older releases lack
-    kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
-    return kinds <= {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__, "DummyLayer"}
+
+def chooses_keys(config: Any) -> bool:
+    """Whether a layer attends to keys that it chooses: which of several that score alike depends on what is beside
+    them, so such a model is exact one text a pass alone.
+    """
+    states = {name for name in cached_layers(config) if name.startswith("LinearAttention")}
+    return not cached_layers(config) <= PLAIN_LAYERS | states
 
 
 def has_own_attention(model: Any) -> bool:
@@ -364,6 +378,8 @@ def structural_layout(model: Any, layout: str) -> str:
     if layout != "packed" or takes_segments(model):
         return layout
     trunk = trunk_of(model)
+    if chooses_keys(trunk.config):
+        return "single"
     takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
     return "restarted" if takes_positions and has_plain_attention(trunk.config) else "padded"
 

@@ -17,6 +17,7 @@ from onecard.data import Prompt
 from onecard.draws import drawn_again_after_errors
 from onecard.errors import OnecardError
 from onecard.metrics import Bar, progress
+from onecard.models.attention import chooses_keys
 from onecard.models.cache import cache_bytes
 from onecard.models.roles import Roles
 from onecard.models.trunk import evaluating, rotation_limit, trunk_of
@@ -82,7 +83,8 @@ def decodings(model: Any) -> list[str]:
     from onecard.rollout.slots import takes_slots  # it comes with transformers
 
     slots = ["slots"] if takes_slots(model) else []
-    return slots + (["padded", "single"] if cache_argument(model) else []) + ["uncached"]
+    cached = cache_argument(model) is not None and not chooses_keys(trunk_of(model).config)
+    return slots + (["padded", "single"] if cached else []) + ["uncached"]
 
 
 def make_held(roles: Roles, rows: int, columns: int) -> Held:
