@@ -19,6 +19,8 @@ import torch
 from onecard.config import ChatConfig
 from onecard.data import prompt_tokens
 from onecard.data.columns import BadRowError, Text
+from onecard.data.templates import template_date, today
+from onecard.data.tokens import HALF, continuation_text
 from onecard.errors import OnecardError, nearest
 from onecard.generate import check_sampling, longest_prompt
 from onecard.metrics import say
@@ -29,9 +31,7 @@ from onecard.models.vocabulary import check_tokens
 from onecard.rollout import Sampling, end_tokens, sample_responses
 from onecard.startup import check_decoding
 
-HALF = "\ufffd"  # what a tokenizer decodes the first bytes of a character to, as long as the others are not there
 CHECKED_TOKENS = 512  # of the text that the startup check samples behind; how long a conversation gets is not known
-CONTEXT_TOKENS = 8  # of the prompt, decoded with the answer: SentencePiece drops the space that opens a text
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,7 @@ class Voice:
 
     def text(self) -> str:
         """The answer so far."""
-        before = self.prompt[-CONTEXT_TOKENS:]
-        whole, start = (self.decode(ids) for ids in (before + self.tokens, before))
-        return whole[len(start) :]
-
-    def decode(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+        return continuation_text(self.prompt, self.tokens, self.tokenizer)
 
     def hear(self, token: int) -> None:
         """One more token."""
@@ -227,4 +221,5 @@ def run(config: ChatConfig) -> None:
         say("The tokenizer has no chat template: the model goes on with the text, lines and answers alike.")
     say("/reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer.")
     torch.manual_seed(config.seed)
-    talk(chat)
+    with template_date(today()):
+        talk(chat)

@@ -249,7 +249,7 @@ class PPOConfig(JudgeConfig, TrainConfig):
     num_ppo_epochs: int = option(4, "Passes over an iteration's responses.", least=1)
     num_generations: int = option(1, "Responses to each prompt; batch_size counts all of them.", least=1)
     response_length: int = option(64, "Longest response in tokens.", least=1)
-    stop_token: list[str] = option([], "Text of a token that ends a response, besides EOS; may be given several times.")
+    stop_token: list[str] = option([], "Text that ends a response, besides its end tokens; may be given several times.")
     temperature: float = option(1.0, "Divides the logits wherever the policy or the reference is asked.", least=0)
     per_device_eval_batch_size: int = option(
         16, "Sequences in one pass without gradients: old and reference log-probs, values, scores.", least=1

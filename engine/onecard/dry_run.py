@@ -18,6 +18,7 @@ from torch import nn
 from onecard.batches import LabelledSequence, PreferencePair, Ranking, ScoredSequence, TokenSequence
 from onecard.config import TrainConfig
 from onecard.data import Prompt
+from onecard.data.tokens import continuation_text
 from onecard.models.roles import Roles
 
 Named = list[tuple[str, TokenSequence]]
@@ -94,10 +95,12 @@ def marked(sequence: TokenSequence, tokenizer: Any, *, colour: bool) -> Text:
     """The decoded tokens on one line, special ones too: the prompt dim and the response green, or in [[ ]]."""
     text = Text()
     pairs = zip(sequence.tokens, sequence.response_mask, strict=True)
+    before: list[int] = []
     for response, run in groupby(pairs, key=lambda pair: pair[1]):
         ids = [token for token, _ in run]
-        piece = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        piece = continuation_text(before, ids, tokenizer, skip_special_tokens=False)
         piece = piece.replace("\r", "\\r").replace("\n", "\\n")
+        before += ids
         if colour:
             text.append(piece, style="bold green" if response else "dim")
         else:

@@ -19,7 +19,8 @@ from onecard.algorithms.common import longest_sequence
 from onecard.batches import Episode, ResponseTargets, TokenBatch, TokenSequence
 from onecard.config import EvaluateConfig
 from onecard.data import Prompt, Row, load_rows, preference_examples, prompt_examples, sft_examples
-from onecard.data.columns import has
+from onecard.data.columns import TEMPLATE_COLUMNS, has
+from onecard.data.templates import template_date, today
 from onecard.errors import OnecardError
 from onecard.evaluation_report import FILES, Evaluation, show, write
 from onecard.measures import Estimate, distinct, estimate, win_rate
@@ -90,8 +91,12 @@ def given_answers(
             pairs = preference_examples(having, tokenizer, max_length=max_length, skip_bad_rows=False)
             return [pair.chosen for pair in pairs.examples], pairs.notes
         plain = [
-            replace(row, values={"prompt": row.values["prompt"], "completion": row.values[name]}) for row in having
-        ]
+            replace(row, values={
+                "prompt": row.values["prompt"], "completion": row.values[name],
+                **{column: row.values.get(column) for column in TEMPLATE_COLUMNS},
+            })
+            for row in having
+        ]  # fmt: skip
         found = sft_examples(
             plain, tokenizer, max_length=max_length, completion_only_loss=True, assistant_only_loss=True,
             skip_bad_rows=False,
@@ -250,7 +255,8 @@ def samples_of(material: Material, side: Side, scores: dict[str, list[float]], p
 def run(config: EvaluateConfig) -> Path | None:
     """`onecard evaluate`. Returns the folder that it wrote, if it was given one."""
     folder = output_folder(config.output_dir, FILES) if config.output_dir else None
-    found = evaluate(config)
+    with template_date(today()):
+        found = evaluate(config)
     show(found)
     if folder is not None:
         write(found, folder)

@@ -10,6 +10,7 @@ import torch
 from onecard import checkpoint
 from onecard.config import GenerateConfig, SampledConfig
 from onecard.data import load_rows, prompt_examples, prompt_rows
+from onecard.data.templates import template_date, today
 from onecard.errors import OnecardError
 from onecard.metrics import say
 from onecard.models.build import load_player
@@ -42,7 +43,8 @@ def run(config: GenerateConfig) -> None:
     check_sampling(config)
     tokenizer = load_tokenizer(config)
     rows = load_rows(config.dataset, split=config.dataset_split) if config.dataset else prompt_rows(config.prompt)
-    tokenized = prompt_examples(rows, tokenizer, max_length=longest_prompt(config))
+    with template_date(today()):
+        tokenized = prompt_examples(rows, tokenizer, max_length=longest_prompt(config))
     for note in tokenized.notes:
         say(f"data: {note}")
     prompts = [prompt for prompt in tokenized.examples for _ in range(config.num_generations)]

@@ -8,6 +8,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from onecard import checkpoint
 from onecard.batches import LabelledSequence, PreferencePair, Ranking, ScoredSequence, TokenSequence
 from onecard.checkpoint import Checkpoint
 from onecard.config import TrainConfig
+from onecard.data.templates import today
 from onecard.errors import OnecardError
 
 CONFIG = "config.yaml"
@@ -34,11 +36,15 @@ C = TypeVar("C", bound=TrainConfig)
 
 @dataclass(frozen=True)
 class Run:
-    """A folder that is ready for a run, the checkpoint to go on from, and what the user should know of it."""
+    """A folder that is ready for a run, the checkpoint to go on from, and what the user should know of it.
+
+    `date`: the day on which the run began, which chat templates that write a date write to its end.
+    """
 
     folder: Path
     checkpoint: Checkpoint | None
     notes: tuple[str, ...]
+    date: str = ""
 
 
 def holds_weights(folder: Path) -> bool:
@@ -88,13 +94,14 @@ def open_run(config: TrainConfig) -> Run:
     if not os.access(parent, os.W_OK):
         raise OnecardError(f"output_dir: {parent} cannot be written to.")
     if config.dry_run:
-        return Run(folder, None, ())
+        return Run(folder, None, (), today())
     saved = bool(checkpoint.checkpoint_folders(folder))
     holds_run = saved or (folder / CONFIG).exists()
     if config.resume and saved:
         check_same_settings(config, folder)
         found, torn = checkpoint.newest_checkpoint(folder)
-        return Run(folder, found, tuple(resume_notes(found, torn)))
+        date = begun_on(folder) if found else ""
+        return Run(folder, found, tuple(resume_notes(found, torn)), date or today())
     if holds_run and not (config.overwrite or config.resume):
         raise OnecardError(
             f"output_dir: {folder} holds a run already; add --resume to go on with it, "
@@ -102,7 +109,7 @@ def open_run(config: TrainConfig) -> Run:
         )
     check_nothing_is_lost(config, folder, holds_run)
     notes = resume_notes(None, ()) if config.resume and holds_run else []
-    return Run(folder, None, tuple(notes))
+    return Run(folder, None, tuple(notes), today())
 
 
 def check_nothing_is_lost(config: TrainConfig, folder: Path, holds_run: bool) -> None:
@@ -121,6 +128,15 @@ def check_nothing_is_lost(config: TrainConfig, folder: Path, holds_run: bool) ->
             raise OnecardError(
                 f"{setting}: {value} is part of the run in {folder} that would be replaced; choose another output_dir."
             )
+
+
+def begun_on(folder: Path) -> str:
+    """The date in `run.json`; empty where a run has none, as those of earlier versions."""
+    date = read_identity(folder).get("date", "")
+    try:
+        return datetime.fromisoformat(date).strftime("%Y-%m-%d")
+    except (TypeError, ValueError):
+        return ""
 
 
 def resume_notes(found: Checkpoint | None, torn: tuple[Path, ...]) -> list[str]:
@@ -153,12 +169,18 @@ def fingerprint(examples: Iterable[object]) -> str:
     return state.hexdigest()
 
 
+def read_identity(folder: Path) -> dict[str, str]:
+    """What `run.json` says; nothing where it cannot be read."""
+    try:
+        found = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def check_same_run(folder: Path, identity: dict[str, str]) -> None:
     """Settings are not all that makes a run: the command and what its files held then count too."""
-    try:
-        before = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        before = {}
+    before = read_identity(folder)
     for name, value in identity.items():
         if before.get(name) != value:
             raise OnecardError(f"--resume: the {name} of the run in {folder} was another one ({folder / IDENTITY}).")
@@ -167,7 +189,8 @@ def check_same_run(folder: Path, identity: dict[str, str]) -> None:
 def begin(run: Run, config: TrainConfig, identity: dict[str, str]) -> None:
     """Make the folder, write `config.yaml`, and bring `metrics.jsonl` back to where the checkpoint stands.
 
-    `identity` says what the run is beyond its settings; a run that is gone on with must have the same.
+    `identity` says what the run is beyond its settings; a run that is gone on with must have the same. `run.json` keeps
+    it, and the date of the run.
     """
     if run.checkpoint is not None:
         check_same_run(run.folder, identity)
@@ -179,7 +202,8 @@ def begin(run: Run, config: TrainConfig, identity: dict[str, str]) -> None:
     for name in (METRICS, SAMPLES):
         keep_rows(run.folder / name, run.checkpoint.step if run.checkpoint else -1)
     settings = yaml.safe_dump({**asdict(config), "resume": False, "overwrite": False}, sort_keys=False)
-    checkpoint.write_text(run.folder / IDENTITY, json.dumps(identity, indent=1) + "\n")
+    written = {**identity, "date": run.date}
+    checkpoint.write_text(run.folder / IDENTITY, json.dumps(written, indent=1) + "\n")
     checkpoint.write_text(run.folder / CONFIG, settings)
 
 

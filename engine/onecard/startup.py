@@ -19,7 +19,8 @@ One text is as long as the run's longest: windows, top-k attention and long-cont
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,15 +37,12 @@ from onecard.models.head import check_head
 from onecard.models.layout import LAYOUTS
 from onecard.models.load import reason
 from onecard.models.roles import Roles
-from onecard.models.trunk import evaluating, trunk_of
+from onecard.models.trunk import context_of, evaluating, trunk_of
 from onecard.passes import attempt
 from onecard.rollout import Sampling, decodings, sample_responses
 
-SHORT, SHARED, TAIL = (
-    24,
-    12,
-    7,
-)  # tokens: of short texts, of the beginning that two share, and behind texts for rounding
+# Tokens: of short texts, of the beginning that two of them share, behind texts to see rounding, of the least probe
+SHORT, SHARED, TAIL, LEAST = 24, 12, 7, 8
 LIMIT = 1e-3  # nat: of any token in float32
 LIMIT_16_BIT = 0.05  # nat: the mean over a text in 16 bit, beside three times the judge's own rounding
 ROUNDING_16_BIT = 0.1  # nat: the mean over a text by rounding, above which nothing can be told
@@ -68,11 +66,17 @@ def scored(tokens: tuple[int, ...], prompt: int = 1) -> TokenSequence:
     return TokenSequence(tokens, (False,) * prompt + (True,) * (len(tokens) - prompt))
 
 
-def probe(roles: Roles, longest: int) -> list[TokenSequence]:
-    """A short text, one of `longest` tokens, and a short one that begins as the first does."""
-    vocabulary = trunk_of(roles.causal_model()).get_input_embeddings().weight.shape[0]
-    short = min(SHORT, longest)
-    first, long, last = (text(vocabulary, n, place) for place, n in enumerate((short, longest, short)))
+def vocabulary_of(roles: Roles) -> int:
+    return int(trunk_of(roles.causal_model()).get_input_embeddings().weight.shape[0])
+
+
+def probe(roles: Roles, longest: int, row: int = 0) -> list[TokenSequence]:
+    """A short text, one of `longest` tokens, and a short one that begins as the first does; together at most `row`
+    tokens, if that is given.
+    """
+    short = min(SHORT, longest, max(row // 3, 2) if row else SHORT)
+    middle = min(longest, max(row - 2 * short, 2) if row else longest)
+    first, long, last = (text(vocabulary_of(roles), n, place) for place, n in enumerate((short, middle, short)))
     shared = min(SHARED, short - 1)
     return [scored(first), scored(long), scored(first[:shared] + last[shared:], shared)]
 
@@ -86,11 +90,6 @@ def logprobs(roles: Roles, batch: TokenBatch, layout: str) -> list[Tensor]:
     finally:
         roles.layout = before
     return list(found.split(list(batch.num_targets)))
-
-
-def context_of(model: Any) -> int | None:
-    """How many positions a model was made for, where its config says so."""
-    return getattr(trunk_of(model).config, "max_position_embeddings", None)
 
 
 def is_16_bit(roles: Roles) -> bool:
@@ -129,19 +128,21 @@ def make_judge(roles: Roles, texts: Sequence[TokenSequence]) -> Judge:
     but by rounding: matrix products of another shape add up in another order.
     """
     model = roles.causal_model()
+    context = context_of(trunk_of(model).config) or math.inf
+
+    def judged(each: TokenSequence) -> Tensor:
+        return logprobs(roles, to_device(pack([each]), roles.device), "single")[0]
+
     with evaluating(model), plain_attention(model):
-        truth = logprobs(roles, to_device(pack(texts), roles.device), "single")
+        truth = [judged(each) for each in texts]
         if not is_16_bit(roles):
             return Judge(truth, None)
-        context = context_of(model) or math.inf
-        longer = {
-            place: TokenSequence(each.tokens + each.tokens[:TAIL], each.response_mask + (True,) * min(TAIL, len(each)))
-            for place, each in enumerate(texts)
+        moved = [
+            distance(judged(scored(each.tokens + each.tokens[:TAIL], each.response_mask.index(True)))[: len(own)], own)
+            for each, own in zip(texts, truth, strict=True)
             if len(each) + TAIL <= context
-        }
-        moved = logprobs(roles, to_device(pack(list(longer.values())), roles.device), "single") if longer else []
-    pairs = [(one, truth[place]) for place, one in zip(longer, moved, strict=True)]
-    return Judge(truth, max((distance(one[: len(other)], other) for one, other in pairs), default=0.0))
+        ]
+    return Judge(truth, max(moved, default=0.0))
 
 
 def slopes(roles: Roles, batch: TokenBatch, layout: str, rows: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -178,6 +179,20 @@ def mixes(roles: Roles, layout: str, texts: Sequence[TokenSequence]) -> bool:
     return bool(by_first[list(second)].any()) or bool(by_second[list(first)].any())
 
 
+@contextmanager
+def errors_of(model: Any) -> Iterator[None]:
+    """One line for what the plain model raises: whatever its arithmetic raises on what it was not made for."""
+    try:
+        yield
+    except OnecardError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise OnecardError(f"model: {type(model).__name__} cannot be run in {dtype}: {reason(error)}.") from error
+
+
 def check_causal(roles: Roles, example: TokenSequence) -> None:
     """Refuse a model in which a token's hidden state depends on what follows it."""
     model = roles.causal_model()
@@ -205,57 +220,67 @@ def candidates(roles: Roles) -> Iterator[tuple[bool, str]]:
     yield False, "single"
 
 
-def fault(roles: Roles, layout: str, judge: Judge, texts: Sequence[TokenSequence], row: int) -> str:
+@dataclass(frozen=True)
+class Trial:
+    """Texts of one pass, and the judge of them."""
+
+    texts: list[TokenSequence]
+    judge: Judge
+
+
+def fault(roles: Roles, layout: str, trials: Sequence[Trial], row: int) -> str:
     """What is wrong with a layout; empty where nothing is."""
-    name = f"{layout} batches"
+    name, first = f"{layout} batches", trials[0].texts
     try:
-        if mixes(roles, layout, [texts[0], texts[2]]):
+        if mixes(roles, layout, [first[0], first[2]]):
             return f"{name} mix texts up"
-        shared = {2: (0, min(SHARED, len(texts[0]) - 1))}
-        missing = max(0, row - sum(map(len, texts))) if layout == "restarted" else 0
-        filling = [texts[0]] * -(-missing // len(texts[0]))
+        missing = max(0, row - sum(map(len, first))) if layout == "restarted" else 0
+        filling = [first[0]] * -(-missing // len(first[0]))
+        passes: list[tuple[Trial, Mapping[int, tuple[int, int]]]] = [(trial, {}) for trial in trials]
+        if layout == "packed":
+            passes.append((trials[0], {2: (0, len(first[2]) - sum(first[2].response_mask))}))
         with evaluating(roles.causal_model()):
-            for continued in ({}, shared) if layout == "packed" else ({},):
-                batch = to_device(pack([*texts, *filling], continued), roles.device)
-                off = judge.difference(logprobs(roles, batch, layout)[: len(texts)])
+            for trial, continued in passes:
+                batch = to_device(pack([*trial.texts, *filling], continued), roles.device)
+                off = trial.judge.difference(logprobs(roles, batch, layout)[: len(trial.texts)])
                 if off:
                     return f"log-probs of {name} are {off}"
-    except Exception as error:  # a model raises whatever its arithmetic raises on what it was not made for
+    except Exception as error:  # as in `errors_of`
         if is_out_of_memory(error):
             raise
         return f"{name} cannot be run ({reason(error)})"
     return ""
 
 
-def choose_layout(roles: Roles, longest: int, row: int) -> Judge:
+def choose_layout(roles: Roles, longest: int, row: int) -> None:
     """Lay batches in the fastest way that gives what the plain model gives; say so where it is not the one asked for.
 
-    `row`: tokens of the longest row that the run makes of several texts.
+    `row`: tokens of the longest row that the run makes of several texts; 0: of any.
     """
-    texts = probe(roles, longest)
+    texts = probe(roles, longest, row)
     check_causal(roles, texts[0])
-    judge = make_judge(roles, texts)
+    alone = [scored(text(vocabulary_of(roles), longest, 1))] if len(texts[1]) < longest else []
+    trials = [Trial(each, make_judge(roles, each)) for each in (texts, alone) if each]
     faults: list[str] = []
     for own, layout in candidates(roles):
         if not own:
             roles.use_plain_attention()
-        found = "" if layout == "single" else fault(roles, layout, judge, texts, row)
+        found = "" if layout == "single" else fault(roles, layout, trials, row)
         if not found:
             roles.layout = layout
             break
         faults.append(found)
     if faults:
         say(f"model: {type(roles.causal_model()).__name__}: {faults[-1]}, so they are {roles.layout}.")
-    return judge
 
 
-def check_training_mode(roles: Roles, judge: Judge, longest: int) -> None:
+def check_training_mode(roles: Roles, longest: int, row: int) -> None:
     """Train a model in evaluation mode that draws noise in training mode (router jitter, skipped layers): old and new
     log-probs of one policy would differ.
     """
-    batch = to_device(pack(probe(roles, longest)), roles.device)
+    batch = to_device(pack(probe(roles, longest, row)), roles.device)
     with evaluating(roles.causal_model()):
-        still = Judge(logprobs(roles, batch, roles.layout), None if judge.rounding is None else 0.0)
+        still = Judge(logprobs(roles, batch, roles.layout), 0.0 if is_16_bit(roles) else None)
     repeated = REPEATED_16_BIT if is_16_bit(roles) else REPEATED
 
     def differs() -> str:
@@ -278,54 +303,61 @@ def check_training_mode(roles: Roles, judge: Judge, longest: int) -> None:
         say(f"model: {name}: log-probs in training mode are {found}, so it is trained in evaluation mode.")
 
 
-def check_learning(roles: Roles) -> None:
+def check_learning(roles: Roles, longest: int) -> None:
     """Refuse adapters on layers that no text goes through: they would never learn. All experts need not be chosen."""
-    batch = to_device(pack(probe(roles, SHORT)[:1]), roles.device)
-    for role in roles.trained:
-        with roles.playing(role), torch.enable_grad():
-            found = (
-                roles.scalars(batch, batch.targets.rows)
-                if role in roles.heads
-                else roles.logprobs(batch, batch.targets)
-            )
-            found.sum().backward()
-    trained = roles.trained_parameters() if roles.has_adapters else {}
-    idle = {name.partition(".lora_")[0] for name, each in trained.items() if each.grad is None and "expert" not in name}
-    roles.zero_grad(set_to_none=True)
-    if idle:
-        names = sorted(name.rpartition("base_model.model.")[2] for name in idle)
+    batch = to_device(pack(probe(roles, min(SHORT, longest))[:1]), roles.device)
+    try:
+        for role in roles.trained:
+            with roles.playing(role), torch.enable_grad():
+                found = (
+                    roles.scalars(batch, batch.targets.rows)
+                    if role in roles.heads
+                    else roles.logprobs(batch, batch.targets)
+                )
+                found.sum().backward()
+        trained = roles.trained_parameters() if roles.has_adapters else {}
+        idle = {name.partition(".lora_")[0] for name, each in trained.items() if each.grad is None}
+    finally:
+        roles.zero_grad(set_to_none=True)
+    names = sorted(name.rpartition("base_model.model.")[2] for name in idle if "expert" not in name)
+    if names:
         raise OnecardError(
-            f"lora_target_modules: {len(idle)} adapters would never learn, for texts do not go through their layers or "
-            f"use the weights alone: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; leave them out."
+            f"lora_target_modules: {len(names)} adapters would never learn, for texts do not go through their layers "
+            f"or use the weights alone: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; leave them out."
         )
+
+
+def halving(check: Callable[[int], None], longest: int) -> None:
+    """A check on texts of `longest` tokens; where they take too much memory, on texts half as long."""
+    while attempt(partial(check, longest)) is None:
+        longest //= 2
+        if longest < LEAST:
+            say("out of memory: the startup check is left out.")  # the run itself says what would help
+            return
+        say(f"out of memory: the startup check goes on with texts of at most {longest} tokens.")
 
 
 @torch.no_grad()
 def check_model(roles: Roles, longest: int, row: int = 0, *, trains: bool = True) -> None:
     """Refuse a model that would be computed wrongly, and lay batches in the fastest way that is right.
 
-    `longest`: tokens of the run's longest text; `row`: of the longest row that it makes of several texts; `trains`:
-    passes run in training mode. Where so long a text takes too much memory, half as long a one is tried.
+    `longest`: tokens of the run's longest text; `row`: of the longest row that it makes of several texts (0: of any);
+    `trains`: passes run in training mode.
     """
     model = roles.causal_model()
-    context = context_of(model) or longest
-    longest, row = max(2, min(longest, context)), min(row, context + 1)
-    try:
-        check_head(model, trunk_of(model), roles.head())
-        while (judge := attempt(partial(choose_layout, roles, longest, row))) is None:
-            if longest <= SHORT:
-                raise OnecardError(f"out of memory: a pass over texts of {longest} tokens is too much before training.")
-            longest, row = longest // 2, row // 2
+    context = context_of(trunk_of(model).config) or longest
+    longest = max(2, min(longest, context))
+
+    def check(tokens: int) -> None:
+        share = min(row, context + 1) * tokens // longest
+        choose_layout(roles, tokens, share)
         if trains:
-            check_training_mode(roles, judge[0], longest)
-            check_learning(roles)
-    except OnecardError:
-        raise
-    except Exception as error:  # the model itself, which raises whatever its arithmetic raises
-        if is_out_of_memory(error):
-            raise
-        dtype = str(model.dtype).removeprefix("torch.")
-        raise OnecardError(f"model: {type(model).__name__} cannot be run in {dtype}: {reason(error)}.") from error
+            check_training_mode(roles, tokens, share)
+            check_learning(roles, tokens)
+
+    with errors_of(model):
+        check_head(model, trunk_of(model), roles.head())
+        halving(check, longest)
 
 
 def sampled_logprobs(
@@ -337,28 +369,24 @@ def sampled_logprobs(
     return [response.logprobs for response in responses], texts
 
 
-@torch.no_grad()
-def check_decoding(roles: Roles, longest: int) -> None:
-    """Sample in the fastest way in which tokens are drawn with the plain model's log-probs.
-
-    `longest`: tokens of the longest prompt with its response. One prompt is as long, two others are short.
+def choose_decoding(roles: Roles, longest: int) -> None:
+    """Sample in the fastest way in which tokens are drawn with the plain model's log-probs; say so where it is not the
+    one that the model's structure allows.
     """
-    model = roles.causal_model()
-    vocabulary = trunk_of(model).get_input_embeddings().weight.shape[0]
-    context = context_of(model) or longest
-    longest = max(2, min(longest, context))
     new = min(NEW, longest // 2)
     lengths = (longest - new, min(SHORT, longest - new), min(SHARED, longest - new))
-    prompts = [text(vocabulary, length, place) for place, length in enumerate(lengths)]
+    prompts = [text(vocabulary_of(roles), length, place) for place, length in enumerate(lengths)]
+    with errors_of(roles.causal_model()):
+        make_judge(roles, [scored(prompts[-1] + prompts[-1])])
     faults: list[str] = []
-    for decoding in decodings(model):
+    for decoding in decodings(roles.causal_model()):
         roles.decoding = decoding
         if decoding == "uncached":
             break
         try:
             found, texts = sampled_logprobs(roles, prompts, new)
             off = make_judge(roles, texts).difference([each.to(roles.device) for each in found])
-        except Exception as error:  # as in `fault`
+        except Exception as error:  # as in `errors_of`
             if is_out_of_memory(error):
                 raise
             off = f"not to be had ({reason(error)})"
@@ -366,4 +394,14 @@ def check_decoding(roles: Roles, longest: int) -> None:
             break
         faults.append(f"log-probs of tokens sampled {WAYS[decoding]} are {off}")
     if faults:
-        say(f"model: {type(model).__name__}: {faults[-1]}, so they are sampled {WAYS[roles.decoding]}.")
+        name = type(roles.causal_model()).__name__
+        say(f"model: {name}: {faults[-1]}, so they are sampled {WAYS[roles.decoding]}.")
+
+
+@torch.no_grad()
+def check_decoding(roles: Roles, longest: int) -> None:
+    """Sample in the fastest way that is right. `longest`: tokens of the longest prompt with its response; one prompt of
+    the check is as long, two others are short.
+    """
+    context = context_of(trunk_of(roles.causal_model()).config) or longest
+    halving(partial(choose_decoding, roles), max(2, min(longest, context)))

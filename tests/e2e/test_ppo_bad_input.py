@@ -163,7 +163,8 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no epochs": ({"--num_train_epochs": 0, "--max_steps": -1}, ["num_train_epochs"]),
     "beta of Adam": ({"--adam_beta1": 1}, ["adam_beta1: 1"]),
     "all weights": ({"--no_use_peft": True}, ["use_peft", "--no_use_peft"]),
-    "stop text of several tokens": ({"--stop_token": "cat on"}, ["stop_token: 'cat on' is", "one token"]),
+    "stop text beside a special token": ({"--stop_token": "cat</s>"}, ["stop_token: 'cat</s>' has a special token"]),
+    "empty stop text": ({"--stop_token": ""}, ["stop_token: '' is 0 tokens, expected a text"]),
     "no such layer": ({"--lora_target_modules": "flux"}, ["lora_target_modules", "flux"]),
 }  # fmt: skip
 

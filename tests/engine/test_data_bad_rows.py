@@ -13,9 +13,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-FORGETFUL = CHATML.replace(
-    "{{ m['content'] }}", "{{ m['content'] if loop.last or m['role'] == 'user' else '...' }}"
-)  # as Qwen3's thoughts
+BEGINS = CHATML.replace("assistant\n{% endif %}", "assistant\nSure, {% endif %}")
 STRICT = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system\nhere') }}{% endif %}" + CHATML
 
 
@@ -202,11 +200,16 @@ def test_bad_prompts(record: dict[str, Any], message: str) -> None:
 
 
 BAD_TEMPLATES = {
-    "rewrites earlier turns": (
-        FORGETFUL,
-        [USER, BOT, USER, BOT],
-        "chat template: up to messages[3] it writes the conversation differently when it goes on, "
+    "begins answers that the row does not": (
+        BEGINS,
+        [USER, BOT],
+        "chat template: it does not write messages[1] behind the prompt, which ends in 'rt|>assistant\\nSure, ', "
         "so the assistant's part cannot be told apart",
+    ),
+    "leaves the content out": (
+        CHATML.replace("{{ m['content'] }}", "{{ m['content'] if m['role'] == 'user' else '' }}"),
+        [USER, BOT],
+        "chat template: it does not write the content of messages[1]",
     ),
     "refuses": (STRICT, [say("system", "a"), USER, BOT], "chat template: No system"),
 }

@@ -149,3 +149,14 @@ def test_in_a_terminal_the_response_has_a_colour_and_no_brackets(tiny_model):
     terminal = Console(file=io.StringIO(), force_terminal=True, color_system="standard")
     terminal.print(text)
     assert "\x1b[2mab\x1b[0m\x1b[1;32mcd\x1b[0m" in terminal.file.getvalue()
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_the_space_that_opens_a_response_is_shown(stories260k, colour):
+    """A sentencepiece tokenizer drops it where it decodes the response by itself."""
+    tokenizer = load_tokenizer(SFTConfig(model=str(stories260k)))
+    ids = tokenizer.encode("there was a little girl")
+    start = len(tokenizer.encode("there was a"))
+    sequence = TokenSequence(tuple(ids), (False,) * start + (True,) * (len(ids) - start))
+    shown = dry_run.marked(sequence, tokenizer, colour=colour).plain
+    assert shown == ("<s> there was a little girl" if colour else "<s> there was a[[ little girl]]")

@@ -13,12 +13,14 @@ from transformers import LlamaConfig
 from onecard.config import DPOConfig, PPOConfig, SFTConfig
 from onecard.errors import OnecardError
 from onecard.fit.cards import CARDS, GIB, Card, find_card, smallest
+from onecard.fit.model import read_config
 from onecard.fit.phases import Lengths, rows_of
-from onecard.fit.plan import Plan, make_plan, planning, target_attention
+from onecard.fit.plan import Plan, make_plan, plan_once, planning, runs_token_by_token, target_attention
 from onecard.fit.search import largest_tokens, make_fit
 from onecard.fit.tracker import PAGED, WORK, Phase, Tracker
 from onecard.fit.weights import META, nf4_weight
 from onecard.fit.workspaces import workspaces
+from tests.models.families import FAMILIES, config_of
 
 CUDA = torch.device("cuda")
 
@@ -278,3 +280,27 @@ def test_nothing_is_left_of_a_tracker():
     del x
     gc.collect()
     assert (tracker.current, tracker.held) == (0, {})
+
+
+@pytest.mark.parametrize(("family", "by_token"), [("rwkv", True), ("jamba", True), ("llama", False), ("mamba2", False)])
+def test_which_models_run_token_by_token(family, by_token):
+    config = config_of(FAMILIES[family])
+    assert runs_token_by_token(config, SFTConfig(), CUDA) == by_token
+
+
+def test_a_plan_that_goes_on_from_short_texts_is_the_plan_of_long_ones(capsys):
+    """A recurrence holds so much a token; 5 % is the bar of plans against measured runs."""
+    model = config_of(FAMILIES["jamba"])
+    config = PPOConfig(response_length=40, head_chunk_tokens=8, lora_target_modules=["in_proj"], micro_batch_tokens=160)
+    on_from_short = make_plan(model, config, Lengths(40, 40), CUDA)
+    assert "token by token" in capsys.readouterr().err
+    whole = plan_once(model, config, Lengths(40, 40), CUDA)
+    assert [phase.name for phase in on_from_short.phases] == [phase.name for phase in whole.phases]
+    for one, other in zip(on_from_short.phases, whole.phases, strict=True):
+        assert one.peak == pytest.approx(other.peak, rel=0.05)
+
+
+def test_infinities_are_read_as_transformers_writes_them(tmp_path):
+    config_of(FAMILIES["mamba2"]).save_pretrained(tmp_path)
+    assert '"__float__": "Infinity"' in (tmp_path / "config.json").read_text()
+    assert read_config(tmp_path / "config.json").time_step_limit == [0.0, float("inf")]

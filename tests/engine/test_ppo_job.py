@@ -171,7 +171,7 @@ def test_learning_stops_at_the_minibatch_that_passes_target_kl():
 class WordTokenizer:
     """Ids to words, for texts that a test can read."""
 
-    def decode(self, ids, skip_special_tokens):
+    def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
         return " ".join(f"w{i}" for i in ids if not (skip_special_tokens and i < 3))
 
 
@@ -188,8 +188,8 @@ def test_rewards_see_text_without_the_ending_token_and_the_other_columns():
     """A stop token need not be a special one, so it is taken off by its place; ids are given as sampled."""
     ended = Episode(TokenSequence((9, 7, 8, 5), (False, True, True, True)), torch.zeros(3), True, 0)
     cut = replace(ended, finished=False)
-    assert response_text(WordTokenizer(), ended) == "w7 w8"
-    assert response_text(WordTokenizer(), cut) == "w7 w8 w5"
+    assert response_text(WordTokenizer(), ended) == " w7 w8"  # behind the prompt's "w9"
+    assert response_text(WordTokenizer(), cut) == " w7 w8 w5"
     prompts = [Prompt("a", (9,), {"answer": "x"}), Prompt("b", (9,), {"answer": "y", "level": 2})]
     answers = make_answers(WordTokenizer(), prompts, [ended, cut])
     assert answers.prompts == ("a", "b")

@@ -87,7 +87,7 @@ def config(folder: Path, **settings: Any) -> PPOConfig:
 class Texts:
     """A policy's tokenizer: the answers are texts already."""
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
         return "".join(map(chr, ids))
 
 

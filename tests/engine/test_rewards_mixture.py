@@ -29,7 +29,7 @@ def mine(tmp_path) -> str:
 class WordTokenizer:
     eos_token_id = 2
 
-    def decode(self, ids, skip_special_tokens):
+    def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
         return " ".join(f"w{i}" for i in ids)
 
 

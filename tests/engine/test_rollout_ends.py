@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from onecard.data import Prompt
+from onecard.data.tokens import continuation_text
 from onecard.errors import OnecardError
-from onecard.rollout import Sampling, end_tokens
+from onecard.rollout import (
+    Sampling,
+    StopStrings,
+    end_tokens,
+    make_episode,
+    stop_ids,
+    text_before_end,
+    tokens_before_end,
+)
+from onecard.rollout.ends import is_text
+from tests.engine.data_material import real
 from tests.engine.rollout_material import (
     common_ends,
     greedy_by_transformers,
@@ -130,10 +147,143 @@ def test_a_stop_text_is_taken_as_a_word_and_as_a_piece(stories260):
     assert both == {*stories260.ends, vocabulary["▁to"], *({vocabulary["to"]} if "to" in vocabulary else ())}
 
 
-def test_a_stop_text_that_is_not_one_token_is_one_clear_line(player, stories260):
-    with pytest.raises(OnecardError, match=r"stop_token: 'zzqq' is 4 tokens \(▁ zz q q\), expected text that is one t"):
-        end_tokens(player.roles, player.tokenizer, ["zzqq"])
-    with pytest.raises(OnecardError, match="stop_token: '' is 0 tokens"):
+def test_a_stop_text_is_found_as_it_stands_behind_other_text(stories260, player):
+    """A sentencepiece tokenizer puts a space before a text; white space is not stripped before it is compared."""
+    vocabulary = stories260.tokenizer.get_vocab()
+    for text, piece in {"\n": "<0x0A>", "\t": "<0x09>", "{": "<0x7B>", "}": "<0x7D>", " ": "▁"}.items():
+        assert stop_ids(text, stories260.tokenizer) == {vocabulary[piece]}
+    assert stop_ids(" ", player.tokenizer) == {player.tokenizer.get_vocab()["▁"]}
+    assert stop_ids("<|end_story|>", player.tokenizer) == {2}
+    assert stop_ids("<0x0A>", stories260.tokenizer) == {vocabulary["<0x0A>"]}  # its name in the vocabulary
+    for text in ("\n\n", "zzqq", "\r\n", "### User:"):
+        assert stop_ids(text, stories260.tokenizer) == set()
+
+
+def test_white_space_is_no_other_white_space(player):
+    space = player.tokenizer.get_vocab()["▁"]
+    assert [is_text(space, text, player.tokenizer) for text in (" ", "\t", "\n")] == [True, False, False]
+
+
+def test_a_stop_text_that_cannot_be_written_is_one_clear_line(player, stories260):
+    for text in ("€", "\t", "{", "\r\n", "###"):  # this tokenizer drops them
+        with pytest.raises(OnecardError, match="is not in the tokenizer's vocabulary"):
+            end_tokens(player.roles, player.tokenizer, [text])
+    with pytest.raises(OnecardError, match="stop_token: '' is 0 tokens, expected a text"):
         end_tokens(stories260.roles, stories260.tokenizer, [""])
-    with pytest.raises(OnecardError, match="stop_token: '€' is not in the tokenizer's vocabulary"):
-        end_tokens(player.roles, player.tokenizer, ["€"])  # this tokenizer drops it, and a space is left
+    with pytest.raises(OnecardError, match="stop_token: '<s>!' has a special token beside other text"):
+        StopStrings(stories260.tokenizer, ["<s>!"])
+
+
+def test_words_of_a_vocabulary_without_letters_can_be_stops():
+    core = Tokenizer(models.WordLevel({"<unk>": 0, "stop": 1, "go": 2}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert stop_ids("stop", PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")) == {1}
+
+
+# --- stop strings
+
+
+def merging(*merges: str) -> Any:
+    """Byte-level BPE with a token for each of the texts, beside those of all bytes."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({letter: place for place, letter in enumerate(letters)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in merges])
+    return tokenizer
+
+
+def ids(tokenizer: Any, *texts: str) -> list[int]:
+    """One token for each of the texts."""
+    return [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)[0]) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("stops", "tokens", "stop", "text", "kept"),
+    [
+        (["\n\n"], ["a", "\n", "\n"], "\n\n", "a", ["a"]),
+        (["\n\n"], ["a", "\n\n"], "\n\n", "a", ["a"]),
+        (["\n\n"], ["a", ".\n", "\n"], "\n\n", "a.", ["a", "."]),  # half of a token is text
+        (["\n\n"], ["a", ".\n", "\n\n"], "\n\n", "a.", ["a", "."]),
+        (["\n"], ["a", "\n\n"], "\n", "a", ["a"]),
+        (["\n"], ["a", ".\n"], "\n", "a.", ["a", "."]),
+        (["User:"], ["U", "ser: hi"], "User:", "", []),
+        (["User:", "r"], ["U", "ser: hi"], "User:", "", []),  # the one that begins first
+        (["</s>"], ["a", "</s>"], "</s>", "a", ["a"]),
+        (["é"], ["a", "é"], "é", "a", ["a"]),
+        (["."], ["a", "\n\n"], "", None, None),
+        (["User:"], ["U", "s"], "", None, None),
+    ],
+)
+def test_a_stop_string_is_found_across_tokens(stops, tokens, stop, text, kept):
+    tokenizer = merging("\n\n", ".\n", "ser: hi")
+    sampled = [token for each in tokens for token in tokenizer.encode(each)]
+    prompt = tokenizer.encode("\nUser")  # what the prompt ends with is no part of an answer
+    found = [StopStrings(tokenizer, stops).found(prompt, sampled[:end]) for end in range(1, len(sampled) + 1)]
+    assert found == [""] * (len(sampled) - 1) + [stop]
+    if stop:
+        how = {"finished": True, "stop": stop}
+        assert text_before_end(tokenizer, prompt, sampled, **how) == text
+        before = tokens_before_end(tokenizer, prompt, sampled, **how)
+        assert before == [token for each in kept for token in tokenizer.encode(each)]
+
+
+def test_a_token_without_text_of_its_own_stops_as_a_token(stories260):
+    tokenizer = stories260.tokenizer
+    prompt, answer = tokenizer.encode("Once"), tokenizer.encode(" upon\n", add_special_tokens=False)
+    for stop, token in (("</s>", 2), ("<0x0A>", answer[-1])):
+        stops = StopStrings(tokenizer, [stop])
+        sampled = [*answer[:-1], token]
+        assert [stops.found(prompt, sampled[:end]) for end in range(1, len(sampled) + 1)][-2:] == ["", stop]
+        assert text_before_end(tokenizer, prompt, sampled, finished=True, stop=stop).strip() == "upon"
+        assert tokens_before_end(tokenizer, prompt, sampled, finished=True, stop=stop) == answer[:-1]
+
+
+def test_a_stop_string_is_found_at_the_end_of_a_long_run_of_bytes(stories260):
+    """This tokenizer decodes bytes together: a run that begins within a character is unreadable as a whole."""
+    tokenizer = stories260.tokenizer
+    for text in ("漢" * 12 + "字", "漢" * 13 + "字。"):
+        answer = tokenizer.encode(text, add_special_tokens=False)
+        stops = StopStrings(tokenizer, [text[12:].lstrip("漢")])
+        found = [stops.found([1], answer[:end]) for end in range(1, len(answer) + 1)]
+        assert found == [""] * (len(answer) - 1) + stops.strings
+
+
+@pytest.mark.parametrize("name", ["stories260K", "TinyStories-656K", "bytes"])
+def test_stop_strings_are_found_where_the_whole_text_first_has_one(name):
+    """Of random tokens, bytes of half characters among them: after each token the whole answer is decoded."""
+    tokenizer = merging("\n\n", ".\n", "漢", "字\n") if name == "bytes" else real(name)
+    texts = [". ", "\n\n", "he", "ed.\n", "漢字"][: 5 if name == "bytes" else 4]
+    if name == "stories260K":
+        texts.append("字")
+    stops = StopStrings(tokenizer, texts)
+    likely = [token for text in ("the red. He\n\nled.\n", "漢字漢字\n\n") for token in tokenizer.encode(text)]
+    rng, places = random.Random(0), []
+    for _ in range(150):
+        prompt = [rng.choice(likely) for _ in range(3)]
+        answer = [rng.choice(likely) if rng.random() < 0.7 else rng.randrange(3, len(tokenizer)) for _ in range(60)]
+        wholes = [continuation_text(prompt, answer[:end], tokenizer) for end in range(1, 61)]
+        expected = next((end for end, whole in enumerate(wholes) if any(text in whole for text in texts)), None)
+        got = next((end for end in range(60) if stops.found(prompt, answer[: end + 1])), None)
+        assert got == expected
+        places.append(got)
+    assert 0 < places.count(None) < 150 or len(set(places)) > 10
+
+
+def test_sampling_stops_where_the_text_first_has_a_stop_string(stories260):
+    plain = stories260.sample(Sampling(60, 0.0), ends=()).responses
+    tokenizer, texts = stories260.tokenizer, ["was a", ". S"]
+    stops = StopStrings(tokenizer, texts)
+    found = stories260.sample(Sampling(60, 0.0), ends=(), stops=stops).responses
+    assert {response.finished for response in found} >= {True}
+    for prompt, whole, response in zip(stories260.prompts, plain, found, strict=True):
+        said = [continuation_text(prompt, whole.tokens[:end], tokenizer) for end in range(1, 61)]
+        end = next((place for place, text in enumerate(said, 1) if any(stop in text for stop in texts)), 60)
+        assert response.tokens == whole.tokens[:end]
+        assert response.finished == bool(response.stop) == any(stop in said[end - 1] for stop in texts)
+        text = text_before_end(tokenizer, prompt, response.tokens, finished=response.finished, stop=response.stop)
+        assert not any(stop in text for stop in texts)
+        assert said[end - 1].startswith(text + response.stop)
+        episode = make_episode(Prompt("", prompt), 0, response)
+        assert (episode.stop, episode.response, episode.prompt_tokens) == (response.stop, response.tokens, prompt)

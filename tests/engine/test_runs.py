@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,3 +142,21 @@ def test_resume_without_the_settings_of_the_run_touches_nothing(config, tmp_path
     with pytest.raises(OnecardError, match=r"holds a run but no readable config\.yaml"):
         runs.open_run(replace(config, resume=True))
     assert (tmp_path / "run" / "checkpoint-5").is_dir()
+
+
+def test_a_run_keeps_its_date_and_one_of_an_earlier_version_goes_on_today(config, monkeypatch):
+    monkeypatch.setattr(runs, "today", lambda: "2026-11-29")
+    saved(config)
+    monkeypatch.setattr(runs, "today", lambda: "2026-11-30")
+    resumed = replace(config, resume=True)
+    path = Path(config.output_dir) / "run.json"
+    assert runs.open_run(resumed).date == "2026-11-29"
+    assert runs.open_run(replace(config, overwrite=True)).date == "2026-11-30"
+    runs.begin(runs.open_run(resumed), resumed, SAME)
+    assert json.loads(path.read_text()) == {**SAME, "date": "2026-11-29"}
+    for date in ("", "yesterday", 3, None):
+        path.write_text(json.dumps({**SAME, "date": date}))
+        assert runs.open_run(resumed).date == "2026-11-30"
+    path.write_text(json.dumps(SAME))
+    runs.begin(runs.open_run(resumed), resumed, SAME)
+    assert json.loads(path.read_text()) == {**SAME, "date": "2026-11-30"}

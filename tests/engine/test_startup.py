@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -225,11 +223,11 @@ def test_where_a_long_text_takes_too_much_memory_a_shorter_one_is_tried(monkeypa
     lengths = []
     choose = startup.choose_layout
 
-    def limited(roles: Roles, longest: int, row: int) -> Any:
+    def limited(roles: Roles, longest: int, row: int) -> None:
         lengths.append(longest)
         if longest > 30:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return choose(roles, longest, row)
+        choose(roles, longest, row)
 
     monkeypatch.setattr(startup, "choose_layout", limited)
     check_model(roles_of("llama"), LONGEST)

@@ -1,7 +1,7 @@
 """Tiny random causal language models of the families that transformers has, with their symmetries broken.
 
-A family is a `model_type` with the sizes below, as far as its config has settings of these names, and what else makes it
-show all of its kinds of layers on short texts: windows, top-k attention and chunks are shorter than a text, contexts
+A family is a `model_type` with the sizes below, as far as its config has settings of these names, and what else makes
+it show all of its kinds of layers on short texts: windows, top-k attention and chunks are shorter than a text, contexts
 end within one. Weights are drawn large enough that a token that sees too much or too little changes the result, and
 norms, biases and scales are moved off the ones and zeros that hide a missing term.
 """
@@ -18,8 +18,9 @@ import torch
 CONTEXT, WINDOW, TOP_K = 96, 7, 8
 SIZES: dict[str, Any] = {
     # width and depth
-    "vocab_size": 300, "hidden_size": 48, "n_embd": 48, "d_model": 48, "intermediate_size": 80, "ffn_dim": 80, "dff": 80,
-    "n_inner": 80, "num_hidden_layers": 3, "n_layer": 3, "n_layers": 3, "num_layers": 3, "word_embed_proj_dim": 48,
+    "vocab_size": 300, "hidden_size": 48, "n_embd": 48, "d_model": 48, "intermediate_size": 80, "ffn_dim": 80,
+    "dff": 80, "n_inner": 80, "num_hidden_layers": 3, "n_layer": 3, "n_layers": 3, "num_layers": 3,
+    "word_embed_proj_dim": 48,
     # heads
     "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     "kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
@@ -40,8 +41,19 @@ DELTA = {"layer_types": LINEAR, "linear_num_key_heads": 2, "linear_num_value_hea
 LATENT = {"num_key_value_heads": 4}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 6, "long_factor": [4.0] * 6,
             "original_max_position_embeddings": 32}  # fmt: skip
-VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-          "image_size": 28, "patch_size": 14}  # fmt: skip
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "depth": 2,
+          "num_heads": 2, "out_hidden_size": 48, "image_size": 28, "patch_size": 14, "vision_output_dim": 32,
+          "projector_input_dim": 32, "projector_output_dim": 32}  # fmt: skip
+
+
+PLAIN = """
+    apertus arcee bitnet bloom cohere cohere2 cohere2_moe ctrl cwm diffllama doge ernie4_5 ernie4_5_moe exaone4
+    falcon_mamba flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_oss granite
+    granitemoe granitemoeshared hunyuan_v1_dense hunyuan_v1_moe hyperclovax jetmoe laguna lfm2 llama llama4_text
+    mamba mimo_v2_flash minimax minimax_m2 ministral3 mistral mixtral modernbert-decoder mpt nanochat nemotron
+    olmo olmo2 olmo3 olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe
+    recurrent_gemma rwkv seed_oss smollm3 starcoder2 vaultgemma xglm biogpt afmoe
+"""  # families that need no settings of their own
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     kind: Family(kind)
-    for kind in ["apertus", "arcee", "bitnet", "bloom", "cohere", "cohere2", "cohere2_moe", "ctrl", "cwm", "diffllama", "doge", "ernie4_5", "ernie4_5_moe", "exaone4", "falcon_mamba", "flex_olmo", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite", "granitemoe", "granitemoeshared", "hunyuan_v1_dense", "hunyuan_v1_moe", "hyperclovax", "jetmoe", "laguna", "lfm2", "llama", "llama4_text", "mamba", "mimo_v2_flash", "minimax", "minimax_m2", "ministral3", "mistral", "mixtral", "modernbert-decoder", "mpt", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "openai-gpt", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "recurrent_gemma", "rwkv", "seed_oss", "smollm3", "starcoder2", "vaultgemma", "xglm", "biogpt", "afmoe"]
+    for kind in PLAIN.split()
 } | {
     "axk1": Family("axk1", LATENT),
     "deepseek_v2": Family("deepseek_v2", LATENT),
@@ -101,25 +113,35 @@ FAMILIES: dict[str, Family] = {
     "phi3, longrope": Family("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}),
     "llama, dynamic NTK": Family("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0,
                                                                "factor": 2.0}}),
+    "gemma3": Family("gemma3"),
+    "qwen3_5": Family("qwen3_5", DELTA),
+    "llama4": Family("llama4"),
     "llama, head bias": Family("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
 }  # fmt: skip
 
 
+def sized(kind: Any, sizes: dict[str, Any], without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The sizes that a config class has settings for."""
+    known = inspect.signature(kind.__init__).parameters
+    given = {
+        name: value for name, value in sizes.items() if name not in without and (hasattr(kind, name) or name in known)
+    }
+    for alias, name in getattr(kind, "attribute_map", {}).items():
+        if name in given:
+            given.pop(alias, None)
+    return given
+
+
 def config_of(family: Family) -> Any:
-    """A tiny config of a family."""
+    """A tiny config of a family; of a vision-language model with parts of its own for text and pictures."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     made = CONFIG_MAPPING[family.kind]
-    known = inspect.signature(made.__init__).parameters
-    given = {
-        name: value
-        for name, value in SIZES.items()
-        if name not in family.without and (hasattr(made, name) or name in known)
-    }
-    for alias, name in getattr(made, "attribute_map", {}).items():
-        if name in given:
-            given.pop(alias, None)
-    return made(**{**given, **family.settings})
+    parts = made.sub_configs
+    if not {"text_config", "vision_config"} <= parts.keys():
+        return made(**{**sized(made, SIZES, family.without), **family.settings})
+    text = {**sized(parts["text_config"], SIZES, family.without), **family.settings}
+    return made(text_config=text, vision_config=sized(parts["vision_config"], VISION))
 
 
 @torch.no_grad()
@@ -146,9 +168,26 @@ def random_model(family: Family) -> Any:
     return model
 
 
-def write_model(family: Family, tokenizer: Path, folder: Path) -> None:
-    """The model and a tokenizer of `SIZES["vocab_size"]` tokens as a folder."""
-    from transformers import AutoTokenizer
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE tokenizer of `SIZES["vocab_size"]` tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
 
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=SIZES["vocab_size"],
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat", "a good answer", "a bad answer"] * 5, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+
+
+def write_model(family: Family, folder: Path) -> None:
+    """The model and its tokenizer as a folder."""
     random_model(family).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    write_tokenizer(folder)

@@ -1,31 +1,21 @@
 """Every family of models through every command, and its numbers against plain transformers.
 
-    python tests/models/matrix.py                        # the table on standard output
+    python tests/models/matrix.py                        # the page on standard output
     python tests/models/matrix.py --write docs/models.md
     python tests/models/matrix.py llama mamba2           # some families
 
-The truth is what a user of transformers and PEFT gets: the model loaded by its Auto class, one text a pass, no cache, in
-evaluation mode. Texts are longer than windows, top-k attention and original contexts.
-
-| column | exact: what is equal |
-|---|---|
-| log-probs, bf16 | log-probs of packed, padded and shared texts, in training mode, with an adapter |
-| gradients | of a loss over these log-probs, by every trained parameter |
-| scores | a reward adapter's, read at each text's last token |
-| greedy | tokens sampled at temperature 0 from prompts of different lengths in one batch |
-| sft, dpo, reward | the exported adapter's loss on held-out rows, as the run logged it |
-| ppo | KL to the reference before the first step, 0; its own startup checks; the exported adapter loads |
-| generate | the text of the greedy answer |
-| merge | logits of the merged model and of base with adapter |
-
-A cell that is not exact is refused: the command ends with exit code 2 and one line that names the reason.
+`INTRODUCTION` says what the columns are. The truth is what a user of transformers and PEFT gets: the model loaded by
+its Auto class, one text a pass, no cache, evaluation mode. Texts are longer than windows, top-k attention and original
+contexts.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,14 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, it is not the root that is searched
+
 from onecard import cli, runs
 from onecard.batches import TokenSequence, pack, to_device
 from onecard.config import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 from onecard.data import load_rows, preference_examples, sft_examples
-from onecard.errors import OnecardError
+from onecard.errors import OnecardError, nearest
 from onecard.models.build import load_roles
 from onecard.models.load import load_tokenizer
 from onecard.models.roles import HEAD_WEIGHTS, Roles
+from onecard.models.trunk import trunk_of
 from onecard.rollout import Sampling, sample_responses
 from onecard.startup import check_decoding, check_model
 from tests.models.families import CONTEXT, FAMILIES, SIZES, write_model
@@ -52,9 +45,6 @@ PROMPTS = (CONTEXT - 20, 30, 5)
 NEW = 10  # tokens behind each prompt
 SAME = 1e-4  # nat, or relative to the largest number: float32 over a whole model
 WORSE = 1.5  # in bfloat16, how much farther from the truth in float32 than plain transformers' bfloat16 is
-COLUMNS = (
-    "log-probs", "bf16", "gradients", "scores", "greedy", "sft", "dpo", "reward", "ppo", "generate", "merge",
-)  # fmt: skip
 
 
 def text(length: int, place: int) -> tuple[int, ...]:
@@ -80,7 +70,6 @@ SHARED = {len(LENGTHS): (0, 16)}  # of `texts`, for `pack`
 class Bench:
     """A family's model folder, its tiny data, and room to write."""
 
-    name: str
     model: Path
     data: Path
     work: Path
@@ -116,16 +105,9 @@ def plain_logprobs(model: Any, sequences: Sequence[TokenSequence]) -> Tensor:
 
 
 def plain_hidden(model: Any, tokens: Sequence[int]) -> Tensor:
-    """What the head reads, fp32 [n, D]."""
-    causal = model.get_base_model() if hasattr(model, "peft_config") else model
-    seen: list[Tensor] = []
-    head = causal.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    try:
-        plain_logits(model, tokens)
-    finally:
-        hook.remove()
-    return seen[0][0].float()
+    """The text decoder's last hidden states, fp32 [n, D]."""
+    trunk = trunk_of(model.get_base_model() if hasattr(model, "peft_config") else model)
+    return trunk(input_ids=torch.tensor([tokens]), use_cache=False).last_hidden_state[0].float()
 
 
 def plain_scores(model: Any, folder: Path, sequences: Sequence[TokenSequence]) -> Tensor:
@@ -368,16 +350,20 @@ def check_merge(bench: Bench) -> None:
     same("logits", found, truth)
 
 
-CHECKS: dict[str, Callable[[Bench], None]] = dict(
-    zip(
-        COLUMNS,
-        (
-            check_logprobs, check_bf16, check_gradients, check_scores, check_greedy, check_sft, check_dpo, check_reward,
-            check_ppo, check_generate, check_merge,
-        ),
-        strict=True,
-    )
-)  # fmt: skip
+CHECKS: dict[str, Callable[[Bench], None]] = {
+    "log-probs": check_logprobs,
+    "bf16": check_bf16,
+    "gradients": check_gradients,
+    "scores": check_scores,
+    "greedy": check_greedy,
+    "sft": check_sft,
+    "dpo": check_dpo,
+    "reward": check_reward,
+    "ppo": check_ppo,
+    "generate": check_generate,
+    "merge": check_merge,
+}
+EXACT, REFUSED = "exact", "refused: "
 
 
 # --- the table
@@ -403,22 +389,127 @@ def write_data(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def cells(name: str, tokenizer: Path, columns: Sequence[str] = COLUMNS) -> dict[str, str]:
-    """`exact`, `refused: why`, or what is wrong, of each column."""
-    found = {}
-    with tempfile.TemporaryDirectory() as work:
-        bench = Bench(name, Path(work) / "model", Path(work) / "data", Path(work))
-        write_model(FAMILIES[name], tokenizer, bench.model)
+@dataclass(frozen=True)
+class Row:
+    """A family's cells by column: `exact`, `refused: why`, or what is wrong; and how a run lays and samples it."""
+
+    name: str
+    how: str
+    cells: dict[str, str]
+
+    @property
+    def wrong(self) -> dict[str, str]:
+        return {column: cell for column, cell in self.cells.items() if cell != EXACT and not cell.startswith(REFUSED)}
+
+
+def how_it_runs(bench: Bench) -> str:
+    """The layout of batches and the way of sampling that the startup check takes."""
+    try:
+        roles, _ = adapted(bench)
+    except OnecardError:
+        return "–"
+    return f"{roles.layout}, {roles.decoding}"
+
+
+def make_row(name: str, columns: Sequence[str] = tuple(CHECKS)) -> Row:
+    """All of one family."""
+    cells = {}
+    with tempfile.TemporaryDirectory() as work, contextlib.redirect_stderr(io.StringIO()):
+        bench = Bench(Path(work) / "model", Path(work) / "data", Path(work))
+        write_model(FAMILIES[name], bench.model)
         write_data(bench.data)
+        how = how_it_runs(bench)
         for column in columns:
             try:
-                with contextlib.redirect_stderr(io.StringIO()):
-                    CHECKS[column](bench)
-                found[column] = "exact"
+                CHECKS[column](bench)
+                cells[column] = EXACT
             except OnecardError as error:
-                found[column] = f"refused: {error}"
+                cells[column] = f"{REFUSED}{error}"
             except Inexact as error:
-                found[column] = f"WRONG: {error}"
+                cells[column] = f"wrong: {error}"
             except Exception as error:  # a traceback is a wrong cell, and the others are still wanted
-                found[column] = f"WRONG: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    return found
+                cells[column] = f"wrong: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    return Row(name, how, cells)
+
+
+def page(rows: Sequence[Row]) -> str:
+    """The table as Markdown; reasons of refusals are listed below it."""
+    import peft
+    import transformers
+
+    reasons: dict[str, int] = {}
+    lines = [
+        f"| model | batches, sampling | {' | '.join(CHECKS)} |",
+        "|---|---|" + "---|" * len(CHECKS),
+    ]
+    for row in rows:
+        shown = []
+        for cell in row.cells.values():
+            number = reasons.setdefault(cell, len(reasons) + 1) if cell.startswith(REFUSED) else 0
+            shown.append(f"refused {number}" if number else cell)
+        lines.append(f"| {row.name} | {row.how} | {' | '.join(shown)} |")
+    versions = f"transformers {transformers.__version__}, peft {peft.__version__}, torch {torch.__version__}"
+    return "\n".join(
+        [
+            INTRODUCTION.format(count=len(rows), versions=versions),
+            *lines,
+            "",
+            "Refusals:",
+            "",
+            *(f"{number}. {cell.removeprefix(REFUSED)}" for cell, number in reasons.items()),
+            "",
+        ]
+    )
+
+
+INTRODUCTION = """# Models
+
+{count} families of causal language models, each as a tiny random model, through every command and
+against plain transformers: one text a pass, no cache, evaluation mode. `python tests/models/matrix.py
+--write docs/models.md` makes this page ({versions}, on a CPU).
+
+A cell is `exact` or `refused`: then the command ends with exit code 2 and one line that says why, and
+nothing is written.
+
+| column | what is equal |
+|---|---|
+| log-probs | of texts as the run lays them (packed, padded, with a shared prompt), in training mode, with an adapter |
+| bf16 | the same in bfloat16: no farther from float32 than plain transformers in bfloat16 |
+| gradients | of a loss over these log-probs, by every trained parameter |
+| scores | a reward adapter's, read at each text's last token |
+| greedy | tokens sampled at temperature 0 from prompts of different lengths in one batch |
+| sft, dpo, reward | the exported adapter's loss on held-out rows, as the run logged it |
+| ppo | the KL to the reference before the first step, which is 0; the startup checks; the exported adapter loads |
+| generate | the text of the greedy answer |
+| merge | logits of the merged model, and of the base with the adapter |
+
+`batches, sampling`: what the startup check takes, the fastest that is right. Batches are `packed` (texts
+end to end, each with its own attention), `restarted` (the same by transformers' own masks), `padded`, or
+`single` (one text a pass). Prompts are sampled in `slots` (a row that ends takes the next prompt), in
+`padded` batches, one at a time (`single`), or `uncached` (the whole text again for each token).
+"""
+
+
+def main() -> None:
+    """The table of the families that are named, or of all."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("families", nargs="*", help="names of tests/models/families.py; none: all of them")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="write the page here instead of to standard output")
+    given = parser.parse_args()
+    unknown = [name for name in given.families if name not in FAMILIES]
+    if unknown:
+        parser.error(f"unknown family '{unknown[0]}'.{nearest(unknown[0], FAMILIES)}")
+    names = given.families or sorted(FAMILIES)
+    rows = []
+    for place, name in enumerate(names, start=1):
+        rows.append(make_row(name))
+        print(f"{place}/{len(names)} {name} {rows[-1].wrong or ''}", file=sys.stderr, flush=True)
+    if given.write:
+        given.write.write_text(page(rows), encoding="utf-8")
+    else:
+        print(page(rows))
+    sys.exit(1 if any(row.wrong for row in rows) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,6 +17,7 @@ from onecard.algorithms.supervised import Supervised
 from onecard.batches import LabelledSequence, PreferencePair, TokenSequence
 from onecard.config import EvaluateConfig, SpeakingConfig, TrainConfig
 from onecard.data import Row, Tokenized, hold_out, load_rows, preference_examples
+from onecard.data.templates import template_date
 from onecard.errors import OnecardError
 from onecard.metrics import Bar, say
 from onecard.models.build import load_roles
@@ -222,6 +223,12 @@ def run_recipe(config: TrainConfig, recipe: Recipe[E, B]) -> Path:
     """A training command from its settings to its exported weights. Nothing is written before all of it is loaded."""
     config = with_folder(config, recipe.command)
     run = open_run(config)
+    with template_date(run.date):
+        return run_opened(config, recipe, run)
+
+
+def run_opened(config: TrainConfig, recipe: Recipe[E, B], run: Run) -> Path:
+    """`run_recipe` in the folder that was opened for it."""
     tokenizer = load_tokenizer(config)
     max_length = longest_sequence(config)
     training, heldout = load_examples(config, lambda rows: recipe.tokenize(rows, tokenizer, max_length))

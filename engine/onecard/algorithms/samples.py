@@ -8,11 +8,12 @@ from typing import Any
 
 from onecard.batches import LabelledSequence, PreferencePair, TokenSequence
 from onecard.config import SpeakingConfig
+from onecard.data.tokens import spelled
 from onecard.draws import own_draws
 from onecard.metrics import Bar
 from onecard.models.roles import Roles
-from onecard.models.trunk import trunk_of
-from onecard.rollout import Sampling, end_tokens, sample_responses
+from onecard.models.trunk import context_of, trunk_of
+from onecard.rollout import Response, Sampling, end_tokens, sample_responses, text_before_end
 
 BEGINNING = 8  # tokens of a text without a prompt that stand for one
 
@@ -60,11 +61,13 @@ class HeldoutSamples:
                 batch_size=config.per_device_eval_batch_size,
                 bar=part,
             )
-        rows = zip(prompts, rollout.responses, strict=True)
-        return [{"prompt": self.text(prompt), "completion": self.text(response.body)} for prompt, response in rows]
+        return [self.row(prompt, response) for prompt, response in zip(prompts, rollout.responses, strict=True)]
 
-    def text(self, tokens: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+    def row(self, prompt: Sequence[int], response: Response) -> dict[str, str]:
+        """Prompt and completion, which together read as their tokens do."""
+        completion = text_before_end(self.tokenizer, prompt, response.tokens, finished=response.finished)
+        whole = spelled([*prompt, *response.body], self.tokenizer, skip_special_tokens=True)
+        return {"prompt": whole.removesuffix(completion), "completion": completion}
 
 
 def heldout_samples(
@@ -72,7 +75,7 @@ def heldout_samples(
 ) -> HeldoutSamples | None:
     """Answers to the first `eval_samples` prompts with room for one; None if that is 0, or nothing is held out."""
     different = list(dict.fromkeys(map(prompt_of, heldout)))
-    context = getattr(trunk_of(roles.causal_model()).config, "max_position_embeddings", None)
+    context = context_of(trunk_of(roles.causal_model()).config)
     room = None if context is None else context - config.eval_sample_length
     prompts = [prompt for prompt in different if room is None or len(prompt) <= room][: config.eval_samples]
     return HeldoutSamples(config, roles, tokenizer, prompts) if prompts else None

@@ -16,13 +16,14 @@ class Episode:
     """One answer that the policy sampled. `sampling_logprobs` fp32 [k]: of each response token, as it was drawn (CPU).
 
     The response includes the token that ended it. `finished` is False where it was cut at `response_length` instead.
-    `prompt` is the prompt's index in the dataset.
+    `prompt` is the prompt's index in the dataset. `stop`: the stop string that ended it, if one did.
     """
 
     sequence: TokenSequence
     sampling_logprobs: Tensor
     finished: bool
     prompt: int
+    stop: str = ""
 
     def __len__(self) -> int:
         return len(self.sequence)
@@ -31,6 +32,11 @@ class Episode:
     def response(self) -> tuple[int, ...]:
         """The k response tokens."""
         return self.sequence.tokens[len(self.sequence) - len(self.sampling_logprobs) :]
+
+    @property
+    def prompt_tokens(self) -> tuple[int, ...]:
+        """The tokens before them."""
+        return self.sequence.tokens[: len(self.sequence) - len(self.sampling_logprobs)]
 
 
 @dataclass(frozen=True)

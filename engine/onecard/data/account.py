@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from onecard.data.columns import BadRowError
+from onecard.data.columns import MESSAGE_COLUMNS, BadRowError, has
 from onecard.data.files import Row
 from onecard.data.tokens import Fitted
 from onecard.errors import OnecardError
@@ -15,6 +15,7 @@ T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
 
 EMPTY = "responses are empty: only their end is learned"
+LEFT_OUT = "answers are left out: the chat template writes them differently once the conversation goes on"
 NAMED_BAD_ROWS = 3  # as many as fit a line that is still read
 
 
@@ -60,13 +61,15 @@ def made(example: T, group: str, answers: Sequence[Fitted]) -> Made[T]:
 
 def tokenized(
     rows: Sequence[Row],
+    tokenizer: Any,
     examples: Sequence[Made[T]],
     bad: tuple[BadRow, ...],
     max_length: int,
     more_notes: tuple[str, ...] = (),
 ) -> Tokenized[T]:
     """The examples with a plain account of them."""
-    notes = (*length_notes(examples, max_length), *more_notes, *bad_notes(bad, len(rows)))
+    notes = (*length_notes(examples, max_length), *template_notes(rows, tokenizer, examples), *more_notes)
+    notes += bad_notes(bad, len(rows))
     return Tokenized(tuple(item.example for item in examples), tuple(item.group for item in examples), notes, bad)
 
 
@@ -92,6 +95,20 @@ def length_notes(examples: Sequence[Made[Any]], max_length: int) -> tuple[str, .
         *count_note(sum(item.prompt_cut for item in examples), len(examples), "prompts were cut at their beginning"),
         *count_note(sum(item.cut for item in answers), len(answers), f"responses were cut at max_length {max_length}"),
         *count_note(sum(item.empty for item in answers), len(answers), EMPTY),
+    )
+
+
+def template_notes(rows: Sequence[Row], tokenizer: Any, examples: Sequence[Made[Any]]) -> tuple[str, ...]:
+    """What the chat template does not write: answers as they were sampled, and tools."""
+    answers = [answer for item in examples for answer in item.answers]
+    left_out = sum(answer.left_out for answer in answers)
+    unwritten = 0
+    if tokenizer.chat_template and "tools" not in str(tokenizer.chat_template):
+        chats = (row for row in rows if any(isinstance(row.values.get(name), list) for name in MESSAGE_COLUMNS))
+        unwritten = sum(has(row.values, "tools") for row in chats)
+    return (
+        *count_note(left_out, sum(answer.answers for answer in answers), LEFT_OUT),
+        *count_note(unwritten, len(rows), "rows have tools, which the chat template does not write"),
     )
 
 

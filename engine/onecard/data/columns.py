@@ -5,15 +5,24 @@ Text is a string or a tuple of chat messages.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any, TypeAlias, TypeGuard
 
-from onecard.data.readers import kind
+from onecard.data.readers import kind, reason
 from onecard.errors import nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+MESSAGE_COLUMNS = ("messages", "prompt", "completion", "completions", "chosen", "rejected")
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # what a chat template is given beside the messages
+# Settings of `apply_chat_template` itself, which a row's variables must not change.
+TEMPLATE_SETTINGS = (
+    "conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message",
+    "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs",
+)  # fmt: skip
 
 # A message keeps whatever else it has beside role and content (name, tool calls): the chat template may read it.
 Messages: TypeAlias = tuple[dict[str, Any], ...]
@@ -59,11 +68,15 @@ def as_text(value: object, name: str) -> Text:
 
 
 def message(value: object, place: str) -> dict[str, Any]:
-    """One chat message; null entries, which Parquet adds to make all messages alike, are left out."""
+    """One chat message; null entries, which Parquet adds to make all messages alike, are left out.
+
+    An assistant's message with tool calls may have no content.
+    """
     if not isinstance(value, dict):
         raise BadRowError(f"{place}: expected an object with role and content, got {kind(value)}")
     kept = {key: item for key, item in value.items() if item is not None}
-    for key in ("role", "content"):
+    calls = kept.get("role") == "assistant" and bool(kept.get("tool_calls"))
+    for key in ("role",) if calls and "content" not in kept else ("role", "content"):
         if key not in kept:
             state = (
                 f"{key} is null" if key in value else f"no '{key}'; there are {', '.join(map(str, value)) or 'none'}"
@@ -76,8 +89,39 @@ def message(value: object, place: str) -> dict[str, Any]:
         raise BadRowError(
             f"{place}: unknown role '{role[:40]}'; expected one of {', '.join(ROLES)}.{nearest(role, ROLES)}"
         )
-    unicode(kept["content"], place)
+    unicode(kept.get("content", ""), place)
     return kept
+
+
+def template_arguments(values: Mapping[str, Any], text: Text) -> dict[str, Any]:
+    """What a row's chat template is given beside its messages: `tools`, and the variables in `chat_template_kwargs`.
+
+    Both may be JSON as text. Plain text has no template, and these columns then mean nothing.
+    """
+    if not is_chat(text):
+        return {}
+    tools = parsed(values, "tools", list, "a list of tools")
+    for place, tool in enumerate(tools or ()):
+        if not isinstance(tool, dict):
+            raise BadRowError(f"tools[{place}]: expected an object (a JSON schema), got {kind(tool)}")
+    variables = parsed(values, "chat_template_kwargs", dict, "an object") or {}
+    taken = next((name for name in variables if name in TEMPLATE_SETTINGS), None)
+    if taken is not None:
+        raise BadRowError(f"chat_template_kwargs: '{taken}' is no variable of a chat template")
+    return ({"tools": tools} if tools else {}) | {name: item for name, item in variables.items() if item is not None}
+
+
+def parsed(values: Mapping[str, Any], name: str, expected: type, what: str) -> Any:
+    """A column's list or object, which may be JSON as text; None where there is no column."""
+    value = values.get(name)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise BadRowError(f"{name}: not JSON: {reason(error)}") from error
+    if value is not None and not isinstance(value, expected):
+        raise BadRowError(f"{name}: expected {what}, or its JSON as text, got {kind(value)}")
+    return value
 
 
 def unicode(text: str, place: str) -> str:

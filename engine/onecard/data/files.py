@@ -12,12 +12,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from onecard.data.columns import MESSAGE_COLUMNS, TEMPLATE_COLUMNS
 from onecard.data.csv_table import with_values
-from onecard.data.readers import COMPRESSED, READERS, Numbered, kind, read_csv, read_file, read_tsv, reason, suffixes
+from onecard.data.readers import (
+    COMPRESSED,
+    READERS,
+    Numbered,
+    kind,
+    read_csv,
+    read_file,
+    read_parquet,
+    read_tsv,
+    reason,
+    suffixes,
+)
 from onecard.data.splits import data_files, files_by_split, has_settings
 from onecard.errors import OnecardError, nearest
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar", ".xz", ".lz4")  # an error beside data files in a folder
+NESTED_COLUMNS = (*MESSAGE_COLUMNS, *TEMPLATE_COLUMNS)
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 
 
@@ -50,7 +63,7 @@ def load_rows(source: str, *, split: str) -> list[Row]:
     elif path.exists() or looks_like_file(source):
         rows = read_files({source: path})
     else:
-        rows = made_rows(source, read_hub(source, split))
+        rows = made_rows(source, read_hub(source, split), tabular=True)
     if not rows:
         raise OnecardError(f"{source}: no rows.")
     return rows
@@ -68,19 +81,36 @@ def looks_like_file(source: str) -> bool:
     return source.count("/") > 1 or "\\" in source or ("/" not in source and Path(source).suffix[1:].isalpha())
 
 
-def made_rows(source: str, numbered: Numbered) -> list[Row]:
-    """Rows of records, which are objects."""
+def made_rows(source: str, numbered: Numbered, *, tabular: bool = False) -> list[Row]:
+    """Rows of records, which are objects. `tabular`: null may stand for a key that other rows have."""
     rows = []
     for number, values in numbered:
         if not isinstance(values, dict):
             raise OnecardError(f"{source}:{number}: expected an object, got {kind(values)}.")
-        rows.append(Row(source, number, values))
+        rows.append(Row(source, number, without_added_nulls(values) if tabular else values))
     return rows
+
+
+def without_added_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    """A row of which messages and tools have no null keys, at any depth: Arrow gives all objects of a column the keys
+    of all.
+    """
+    return {name: without_nulls(value) if name in NESTED_COLUMNS else value for name, value in values.items()}
+
+
+def without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return value
 
 
 def read_files(files: Mapping[str, Path]) -> list[Row]:
     """Rows of files, one file after the other, under the names that are given for them."""
-    rows = [row for name, path in files.items() for row in made_rows(name, read_file(path))]
+    rows = []
+    for name, path in files.items():
+        rows += made_rows(name, read_file(path), tabular=READERS.get(suffixes(path)[0]) is read_parquet)
     tables = {name for name, path in files.items() if READERS[suffixes(path)[0]] in (read_csv, read_tsv)}
     of_tables = iter(with_values([row.values for row in rows if row.source in tables]))
     return [replace(row, values=next(of_tables)) if row.source in tables else row for row in rows]
@@ -89,10 +119,10 @@ def read_files(files: Mapping[str, Path]) -> list[Row]:
 def read_folder(source: str, path: Path, split: str) -> list[Row]:
     """A folder that `save_to_disk` wrote, or one of data files; what neither has is left to `datasets`."""
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return made_rows(source, read_saved(path, split))
+        return made_rows(source, read_saved(path, split), tabular=True)
     files = data_files(path, (*READERS, *(kind + more for kind in READERS for more in COMPRESSED), *ARCHIVES))
     if has_settings(path) or not any(suffixes(Path(file))[0] in READERS for file in files):
-        return made_rows(source, read_hub(str(path), split))
+        return made_rows(source, read_hub(str(path), split), tabular=True)
 
     def read(chosen: Sequence[PurePosixPath]) -> list[Row]:
         return read_files({str(Path(source) / file): path / file for file in chosen})

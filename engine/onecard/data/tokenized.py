@@ -10,7 +10,7 @@ from typing import Any
 from onecard.batches import LabelledSequence, PreferencePair, Ranking, ScoredSequence, TokenSequence
 from onecard.config import Truncation
 from onecard.data.account import Made, Tokenized, collect, count_note, made, tokenized
-from onecard.data.columns import BadRowError, Messages, Text, is_chat, must_match
+from onecard.data.columns import BadRowError, Messages, Text, is_chat, must_match, template_arguments
 from onecard.data.examples import (
     CompletionRow,
     LabelledRow,
@@ -44,13 +44,15 @@ class Prompt:
     """A prompt to answer. `text` is as given, or as the chat template wrote it; `tokens` are what generation is fed.
 
     `columns` are the row's other columns, which rewards may look at (an expected answer, say). `messages` are what
-    the prompt was given as, where it was no text: a classifier may have a chat template of its own.
+    the prompt was given as, where it was no text, and `arguments` what the chat template was given beside them: a
+    classifier may have a chat template of its own.
     """
 
     text: str
     tokens: tuple[int, ...]
     columns: Mapping[str, Any] = field(default_factory=dict)
     messages: Messages | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def sft_examples(
@@ -76,12 +78,13 @@ def sft_examples(
             example,
             tokenizer,
             limit,
+            template_arguments(row.values, asked(example)[1]),
             completion_only_loss=completion_only_loss,
             assistant_only_loss=assistant_only_loss,
         )
         return made(answer.sequence, group_of(*asked(example)), [answer])
 
-    return tokenized(rows, *collect(rows, make, skip_bad_rows), max_length)
+    return tokenized(rows, tokenizer, *collect(rows, make, skip_bad_rows), max_length)
 
 
 def preference_examples(
@@ -97,14 +100,16 @@ def preference_examples(
 
     def make(row: Row) -> Made[PreferencePair]:
         example = preference_row(row)
-        chosen, rejected = answer_tokens(example.prompt, [example.chosen, example.rejected], tokenizer, limit)
+        arguments = template_arguments(row.values, example.chosen)
+        answers = answer_tokens(example.prompt, [example.chosen, example.rejected], tokenizer, limit, arguments)
+        chosen, rejected = answers
         pair = PreferencePair(chosen.sequence, rejected.sequence, example.margin)
-        return made(pair, group_of(example.prompt, example.chosen), [chosen, rejected])
+        return made(pair, group_of(example.prompt, example.chosen), answers)
 
     pairs, bad = collect(rows, make, skip_bad_rows)
     identical = sum(pair.example.chosen == pair.example.rejected for pair in pairs)
     note = count_note(identical, len(pairs), "pairs have the same tokens on both sides")
-    return tokenized(rows, pairs, bad, max_length, note)
+    return tokenized(rows, tokenizer, pairs, bad, max_length, note)
 
 
 def scored_examples(
@@ -121,11 +126,12 @@ def scored_examples(
 
     def make(row: Row) -> Made[ScoredSequence]:
         example = scored_row(row, bounds)
-        answers = answer_tokens(example.prompt, [example.completion], tokenizer, limit)
+        arguments = template_arguments(row.values, example.completion)
+        answers = answer_tokens(example.prompt, [example.completion], tokenizer, limit, arguments)
         scored = ScoredSequence(answers[0].sequence, example.score)
         return made(scored, group_of(example.prompt, example.completion), answers)
 
-    return tokenized(rows, *collect(rows, make, skip_bad_rows), max_length)
+    return tokenized(rows, tokenizer, *collect(rows, make, skip_bad_rows), max_length)
 
 
 def ranking_examples(
@@ -141,14 +147,15 @@ def ranking_examples(
 
     def make(row: Row) -> Made[Ranking]:
         example = ranking_row(row)
-        answers = answer_tokens(example.prompt, example.completions, tokenizer, limit)
+        arguments = template_arguments(row.values, example.completions[0])
+        answers = answer_tokens(example.prompt, example.completions, tokenizer, limit, arguments)
         ranking = Ranking(tuple(answer.sequence for answer in answers))
         return made(ranking, group_of(example.prompt, example.completions[0]), answers)
 
     rankings, bad = collect(rows, make, skip_bad_rows)
     identical = sum(len(set(item.example.sequences)) < len(item.example.sequences) for item in rankings)
     note = count_note(identical, len(rankings), "rankings have answers with the same tokens")
-    return tokenized(rows, rankings, bad, max_length, note)
+    return tokenized(rows, tokenizer, rankings, bad, max_length, note)
 
 
 def labelled_examples(
@@ -170,7 +177,8 @@ def labelled_examples(
 
     def own(row: Row) -> tuple[Row, LabelledRow, Fitted]:
         example = labelled_row(row)
-        return row, example, answer_tokens(example.prompt, [example.completion], tokenizer, limit)[0]
+        arguments = template_arguments(row.values, example.completion)
+        return row, example, answer_tokens(example.prompt, [example.completion], tokenizer, limit, arguments)[0]
 
     good, bad = collect(rows, own, skip_bad_rows)
     if mismatched and len(good) < 2:
@@ -182,7 +190,9 @@ def labelled_examples(
         exchanged = TokenSequence((), ())
         if mismatched:
             must_match("the next row's completion", other.completion, "prompt", example.prompt)
-            exchanged = answer_tokens(example.prompt, [other.completion], tokenizer, lenient)[0].sequence
+            arguments = template_arguments(row.values, example.completion)
+            answers = answer_tokens(example.prompt, [other.completion], tokenizer, lenient, arguments)
+            exchanged = answers[0].sequence
         labelled = LabelledSequence(answer.sequence, example.desirable, exchanged)
         return made(labelled, group_of(example.prompt, example.completion), [answer])
 
@@ -193,7 +203,7 @@ def labelled_examples(
         *count_note(count if desirable in (0, count) else 0, count, f"labels are {str(desirable > 0).lower()}"),
         *count_note(same if mismatched else 0, count, SIDE_BY_SIDE),
     )
-    return tokenized(rows, examples, bad + unmatched, max_length, notes)
+    return tokenized(rows, tokenizer, examples, bad + unmatched, max_length, notes)
 
 
 def prompt_examples(
@@ -213,16 +223,18 @@ def prompt_examples(
 
     def make(row: Row) -> Made[Prompt]:
         prompt = prompt_row(row).prompt
-        tokens = prompt_tokens(prompt, tokenizer)
+        arguments = template_arguments(row.values, prompt)
+        tokens = prompt_tokens(prompt, tokenizer, arguments)
         if not tokens:
             raise BadRowError("prompt: it has no tokens, so there is nothing to go on from")
         kept = tokens if max_length is None else fitted_prompt(tokens, tokenizer, Limit(max_length, truncation_mode))
         columns = {name: row.values.get(name) for name in others}
         messages = prompt if is_chat(prompt) else None
-        example = Prompt(prompt_text(prompt, tokenizer), tuple(kept), columns, messages)
+        text = prompt_text(prompt, tokenizer, arguments)
+        example = Prompt(text, tuple(kept), columns, messages, arguments)
         return Made(example, group_of(prompt), prompt_cut=len(kept) < len(tokens))
 
-    return tokenized(rows, *collect(rows, make, skip_bad_rows), max_length or 0)
+    return tokenized(rows, tokenizer, *collect(rows, make, skip_bad_rows), max_length or 0)
 
 
 def group_of(*texts: Text) -> str:

@@ -1,12 +1,13 @@
-"""From examples to token ids and response masks. The one place that builds masks.
+"""From examples to token ids and response masks, and back to text. The one place that builds masks.
 
 Four rules hold for text and chat alike:
 
 - A prompt's ids are `prompt_tokens`, which is also what generation feeds, so that a response is learned and scored
   behind the very ids it would be sampled behind.
-- A response ends with exactly one EOS, unless it was cut at `max_length`.
-- What a chat template writes after the EOS of an answer (ChatML: a line break) is no part of the answer: generation
-  stops at the EOS and never writes it.
+- A response ends with exactly one end token, unless it was cut at `max_length`: of text the EOS, of chat messages the
+  token that the chat template closes an answer with (`templates.closing_token`).
+- What a chat template writes behind that token (ChatML: a line break) is no part of the answer: generation stops at
+  the token and never writes it.
 - No special token is doubled: a text that opens with the BOS gets no other, and a chat template's are the only ones.
 
 A worked example, where `<s>` is BOS and `</s>` is EOS, prompt "Hello", completion " you":
@@ -17,26 +18,27 @@ A worked example, where `<s>` is BOS and `</s>` is EOS, prompt "Hello", completi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from onecard.batches import TokenSequence, predicted_tokens
 from onecard.config import Truncation
-from onecard.data.columns import BadRowError, Messages, Text
+from onecard.data.columns import BadRowError, Messages, Text, is_chat
 from onecard.data.examples import CompletionRow, MessagesRow, SFTRow
-from onecard.data.files import reason
-from onecard.errors import OnecardError
+from onecard.data.templates import NO_ARGUMENTS, closing_token, rendered, rendered_answer, through_end
 
 Tokenizer: TypeAlias = Any  # a transformers tokenizer; its classes are not imported, for the sake of start-up time
 
 
 @dataclass(frozen=True)
 class Masked:
-    """Token ids with their response mask, before they are cut to length."""
+    """Token ids with their response mask, before they are cut to length. Of `answers`, `left_out` are not masked."""
 
     tokens: list[int]
     mask: list[bool]
+    answers: int = 1
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,47 +52,64 @@ class Limit:
 @dataclass(frozen=True)
 class Fitted:
     """What became of one text: `cut` if response tokens were lost, `prompt_cut` if the prompt's first tokens were,
-    `empty` if its response holds nothing to read.
+    `empty` if its response holds nothing to read. Of its `answers`, `left_out` are not learned.
     """
 
     sequence: TokenSequence
     cut: bool
     prompt_cut: bool
     empty: bool
+    answers: int = 1
+    left_out: int = 0
 
 
-def prompt_tokens(prompt: Text, tokenizer: Tokenizer) -> list[int]:
-    """The ids that training puts before a response and that generation continues."""
+def prompt_tokens(prompt: Text, tokenizer: Tokenizer, arguments: Mapping[str, Any] = NO_ARGUMENTS) -> list[int]:
+    """The ids that training puts before a response and that generation continues.
+
+    `arguments` are what a chat template is given beside the messages.
+    """
     if isinstance(prompt, str):
         return opened(prompt, tokenizer)
-    return bare(prompt_text(prompt, tokenizer), tokenizer)
+    return bare(prompt_text(prompt, tokenizer, arguments), tokenizer)
 
 
-def prompt_text(prompt: Text, tokenizer: Tokenizer) -> str:
+def prompt_text(prompt: Text, tokenizer: Tokenizer, arguments: Mapping[str, Any] = NO_ARGUMENTS) -> str:
     """A text prompt as it is; messages as the chat template writes them, up to where the assistant begins."""
-    return prompt if isinstance(prompt, str) else rendered(prompt, tokenizer, answer_next=True)
+    return rendered(prompt, tokenizer, arguments, answer_next=True) if is_chat(prompt) else str(prompt)
 
 
 def sft_tokens(
-    row: SFTRow, tokenizer: Tokenizer, limit: Limit, *, completion_only_loss: bool, assistant_only_loss: bool
+    row: SFTRow,
+    tokenizer: Tokenizer,
+    limit: Limit,
+    arguments: Mapping[str, Any] = NO_ARGUMENTS,
+    *,
+    completion_only_loss: bool,
+    assistant_only_loss: bool,
 ) -> Fitted:
     """One SFT example; the loss options say whether the prompt, or all turns, are learned too."""
     if isinstance(row, CompletionRow):
-        masked = answered(row.prompt, row.completion, tokenizer)
+        masked = answered(row.prompt, row.completion, tokenizer, arguments)
         return fitted([masked], tokenizer, limit, learn_all=not completion_only_loss)[0]
     if isinstance(row, MessagesRow):
         if assistant_only_loss:
-            return fitted([conversation(row.messages, 0, tokenizer)], tokenizer, limit)[0]
-        ids = closed(bare(rendered(row.messages, tokenizer), tokenizer), tokenizer)
+            return fitted([conversation(row.messages, 0, tokenizer, arguments)], tokenizer, limit)[0]
+        ids = whole_conversation(row.messages, tokenizer, arguments)
     else:
         front, ids = opening(tokenizer), opened(row.text, tokenizer)
         ids = front + closed(ids[len(front) :], tokenizer)  # the front apart: a BOS may have the id of the EOS
     return fitted([Masked(ids, [True] * len(ids))], tokenizer, limit)[0]
 
 
-def answer_tokens(prompt: Text, answers: Sequence[Text], tokenizer: Tokenizer, limit: Limit) -> list[Fitted]:
+def answer_tokens(
+    prompt: Text,
+    answers: Sequence[Text],
+    tokenizer: Tokenizer,
+    limit: Limit,
+    arguments: Mapping[str, Any] = NO_ARGUMENTS,
+) -> list[Fitted]:
     """Answers to one prompt, each behind the same prompt ids."""
-    return fitted([answered(prompt, answer, tokenizer) for answer in answers], tokenizer, limit)
+    return fitted([answered(prompt, answer, tokenizer, arguments) for answer in answers], tokenizer, limit)
 
 
 def fitted_prompt(tokens: list[int], tokenizer: Tokenizer, limit: Limit) -> list[int]:
@@ -104,44 +123,46 @@ def fitted_prompt(tokens: list[int], tokenizer: Tokenizer, limit: Limit) -> list
     return tokens[:front] + tokens[front + over :]
 
 
-def answered(prompt: Text, response: Text, tokenizer: Tokenizer) -> Masked:
+def answered(prompt: Text, response: Text, tokenizer: Tokenizer, arguments: Mapping[str, Any] = NO_ARGUMENTS) -> Masked:
     """A prompt and its response, of which the response is masked."""
     if not isinstance(prompt, str) and not isinstance(response, str):
-        return conversation(prompt + response, len(prompt), tokenizer)
+        return conversation(prompt + response, len(prompt), tokenizer, arguments)
     before = prompt_tokens(prompt, tokenizer)
     whole = opened(f"{prompt}{response}", tokenizer)
     after = closed(continued(before, whole, str(response), tokenizer), tokenizer)
     return Masked(before + after, [False] * len(before) + [True] * len(after))
 
 
-def conversation(messages: Messages, first: int, tokenizer: Tokenizer) -> Masked:
+def conversation(messages: Messages, first: int, tokenizer: Tokenizer, arguments: Mapping[str, Any]) -> Masked:
     """A chat of which the assistant's turns from message `first` on are masked; it ends with the last of them.
 
-    Each turn is found by rendering the messages before it and those up to it, so the template must write a
-    conversation the same way however it goes on.
+    Each turn is what is sampled behind its own prompt. A template may write a turn differently once the conversation
+    goes on (Qwen3: without its thought); such a turn is not masked, since behind this text it would not be sampled.
     """
     turns = [index for index in range(first, len(messages)) if messages[index]["role"] == "assistant"]
     if not turns:
         raise BadRowError("messages: no assistant's message to learn")
     if turns[0] == 0:
         raise BadRowError("messages: the assistant speaks first, so nothing can be told apart as its prompt")
+    answers = [rendered_answer(messages[: turn + 1], tokenizer, arguments) for turn in turns]
+    learned = [answer for answer in answers if answers[-1].whole.startswith(answer.whole)]
     text, tokens, mask = "", list[int](), list[bool]()
-    for turn in turns:
-        for end, answer in ((turn, False), (turn + 1, True)):
-            longer = rendered(messages[:end], tokenizer, answer_next=not answer)
-            if not longer.startswith(text):
-                raise BadRowError(
-                    f"chat template: up to messages[{turn}] it writes the conversation differently when it goes on, "
-                    "so the assistant's part cannot be told apart"
-                )
-            whole = bare(longer, tokenizer)
-            piece = continued(tokens, whole, longer[len(text) :], tokenizer)
-            if answer and turn == turns[-1]:
-                piece = closed(piece, tokenizer)
-            learned = through_eos(piece, tokenizer) if answer else 0
-            text, tokens = longer, tokens + piece
-            mask += [True] * learned + [False] * (len(piece) - learned)
-    return Masked(tokens, mask)
+    for answer in learned:
+        for longer, is_answer in ((answer.prompt, False), (answer.whole, True)):
+            piece = continued(tokens, bare(longer, tokenizer), longer[len(text) :], tokenizer)
+            text, tokens, mask = longer, tokens + piece, mask + [is_answer] * len(piece)
+    if tokens[-1] != learned[-1].end:
+        tokens, mask = [*tokens, closing_token(tokenizer, chat=False)], [*mask, True]
+    return Masked(tokens, mask, len(answers), len(answers) - len(learned))
+
+
+def whole_conversation(messages: Messages, tokenizer: Tokenizer, arguments: Mapping[str, Any]) -> list[int]:
+    """Ids of a chat as the template writes it, up to the token that ends its last turn."""
+    if messages[-1]["role"] == "assistant" and len(messages) > 1:
+        return conversation(messages, len(messages) - 1, tokenizer, arguments).tokens
+    text, end = through_end(rendered(messages, tokenizer, arguments), tokenizer)
+    ids = bare(text, tokenizer)
+    return ids if ids[-1:] == [end] else [*ids, closing_token(tokenizer, chat=False)]
 
 
 def fitted(answers: Sequence[Masked], tokenizer: Tokenizer, limit: Limit, *, learn_all: bool = False) -> list[Fitted]:
@@ -149,7 +170,7 @@ def fitted(answers: Sequence[Masked], tokenizer: Tokenizer, limit: Limit, *, lea
 
     What is cut last is their end; a prompt that leaves no room for a response is a bad row.
     """
-    before = answers[0].mask.index(True)
+    before = min(answer.mask.index(True) for answer in answers)
     front, over = 0, max(len(answer.tokens) for answer in answers) - limit.max_length
     lost = 0  # of the prompt's tokens, behind the special ones in front
     if over > 0 and limit.truncation_mode == "error":
@@ -173,7 +194,8 @@ def shortened(masked: Masked, front: int, lost: int, tokenizer: Tokenizer, max_l
         raise BadRowError("nothing to learn: no token of the response has one before it")
     response = [token for token, answer in zip(tokens, mask, strict=True) if answer]
     empty = not tokenizer.decode(response, skip_special_tokens=True).strip()
-    return Fitted(sequence, cut=any(mask[max_length:]), prompt_cut=lost > 0, empty=empty)
+    cut = any(mask[max_length:])
+    return Fitted(sequence, cut, prompt_cut=lost > 0, empty=empty, answers=masked.answers, left_out=masked.left_out)
 
 
 # --- what tokenizers do, each thing once ---
@@ -211,12 +233,19 @@ def continued(before: list[int], whole: list[int], response: str, tokenizer: Tok
     """Ids of `response` after the ids `before`, where `whole` are those of both texts together.
 
     Usually they are the rest of `whole`. Where a token of `whole` lies across the border, the response is tokenized by
-    itself. A sentencepiece tokenizer then puts a space in front of it; behind another character it does not, unless
-    that one merges with it too, so of these ways the first is taken that reads as `whole` does.
+    itself.
     """
     if whole[: len(before)] == before:
         return whole[len(before) :]
-    expected = spelled(whole, tokenizer)
+    return behind(before, response, spelled(whole, tokenizer), tokenizer)
+
+
+def behind(before: list[int], response: str, expected: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of `response` by itself that read as `expected` behind the ids `before`.
+
+    A sentencepiece tokenizer puts a space in front of a text; behind another character it does not, unless that one
+    merges with it too, so of these ways the first is taken that reads as it should.
+    """
     for character in ("", "\n", ".", "0"):
         front, both = bare(character, tokenizer), bare(character + response, tokenizer)
         way = both[len(front) :]
@@ -233,28 +262,41 @@ def through_eos(response: Sequence[int], tokenizer: Tokenizer) -> int:
 
 def closed(response: Sequence[int], tokenizer: Tokenizer) -> list[int]:
     """The response with exactly one EOS at its end."""
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise OnecardError(f"the tokenizer '{tokenizer.name_or_path}' has no EOS token, so no response could end.")
+    eos = closing_token(tokenizer, chat=False)
     ids = list(response[: through_eos(response, tokenizer)])
     while ids and ids[-1] == eos:
         ids.pop()
     return [*ids, eos]
 
 
-def spelled(ids: Iterable[int], tokenizer: Tokenizer) -> str:
-    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
-
-
-def rendered(messages: Messages, tokenizer: Tokenizer, *, answer_next: bool = False) -> str:
-    """What the chat template makes of the messages; its own special tokens are in the text."""
-    if not tokenizer.chat_template:
-        raise OnecardError(
-            f"the tokenizer '{tokenizer.name_or_path}' has no chat template, which rows of chat messages need: take a "
-            "model that was tuned for chat, put a chat_template.jinja beside its tokenizer, or give rows of plain text."
-        )
-    try:
-        text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=answer_next, tokenize=False)
-    except Exception as error:  # a template raises what it likes, such as that roles must alternate
-        raise BadRowError(f"chat template: {reason(error)}") from error
+def spelled(ids: Iterable[int], tokenizer: Tokenizer, *, skip_special_tokens: bool = False) -> str:
+    """The text of ids, with every space that they stand for."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
     return str(text)
+
+
+HALF = "\ufffd"  # what the first bytes of a character are decoded to while the others are not there
+
+
+def continuation_text(
+    before: Sequence[int], after: Sequence[int], tokenizer: Tokenizer, *, skip_special_tokens: bool = True
+) -> str:
+    """The text of the ids `after` behind the ids `before`: text(before + after) less text(before).
+
+    By themselves, ids lose the space that opens them in a sentencepiece tokenizer. A character that begins in `before`
+    and ends in `after` is part of the result.
+    """
+
+    def read(before: Sequence[int]) -> tuple[str, str]:
+        both = ([*before], [*before, *after])
+        start, whole = (spelled(ids, tokenizer, skip_special_tokens=skip_special_tokens) for ids in both)
+        return start, whole
+
+    start, whole = read(before)
+    if not whole.startswith(start) and not start.endswith(HALF):
+        # The first bytes of `after` belong to no character, and the bytes before them are unreadable together with
+        # them: a letter stands for `before`.
+        start, whole = read(bare("a", tokenizer))
+    while not whole.startswith(start):  # the half character at the end of `before` is whole now
+        start = start[:-1]
+    return whole[len(start) :]

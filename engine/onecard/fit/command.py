@@ -20,6 +20,7 @@ from onecard.fit.search import Fitting, flags, largest_tokens, make_fit
 from onecard.metrics import say
 from onecard.models.build import check_trained_weights
 from onecard.models.load import reason
+from onecard.models.trunk import context_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Answer:
 
 def lengths_of(fit: FitConfig, config: TrainConfig, model: Any) -> Lengths:
     """How long prompts and answers are: as long as the settings allow, where nothing else is said."""
-    limit = getattr(model.get_text_config(), "max_position_embeddings", None) or config.max_length
+    limit = context_of(model.get_text_config()) or config.max_length
     total = min(config.max_length, limit)
     response = config.response_length if isinstance(config, PPOConfig) else fit.response_length or total // 2
     prompt = fit.prompt_length or total - response

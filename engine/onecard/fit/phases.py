@@ -41,7 +41,7 @@ from onecard.models.roles import Roles
 from onecard.models.trunk import evaluating
 from onecard.optim import clip_grad_norm, make_optimizer
 from onecard.passes import looking_budget
-from onecard.rollout import Sampling, make_held
+from onecard.rollout import Sampling, decodings, make_held
 from onecard.trainer import Objective, accumulate
 
 GRADIENTS, STATES, CACHE = "gradients", "optimizer states", "kv cache"
@@ -212,10 +212,17 @@ class Rehearsal:
         sizes = [cache_bytes(model, self.lengths.total)] * episodes_per_step(config)
         rows = len(next(replace(rollout_budget(config).cut, padded=True).places(sizes)))
         sampling = Sampling(config.response_length, config.temperature)
-        with self.phase("rollout"), torch.no_grad(), evaluating(model), self.roles.playing("policy"):
-            held = make_held(self.roles, rows, self.lengths.total - 1)
-            waiting, making = len(sizes) - rows, partial(self.tracker.making, CACHE)
-            sample_longest(held, self.lengths.prompt, self.lengths.total, waiting, sampling, making)
+        waiting, making = len(sizes) - rows, partial(self.tracker.making, CACHE)
+        for decoding in decodings(model):
+            self.roles.decoding = decoding
+            try:
+                with self.phase("rollout"), torch.no_grad(), evaluating(model), self.roles.playing("policy"):
+                    held = make_held(self.roles, rows, self.lengths.total - 1)
+                    sample_longest(held, self.lengths.prompt, self.lengths.total, waiting, sampling, making)
+                break
+            except (RuntimeError, TypeError, ValueError, AttributeError):  # a cache of another kind than this one's
+                if decoding == "uncached":
+                    raise
 
     def passes(self, config: PPOConfig) -> None:
         """Those without gradients, in PPO: the judges', the policy's and the reference's, the critic's."""

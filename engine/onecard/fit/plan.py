@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,15 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from onecard.config import TrainConfig
+from onecard.config import PPOConfig, TrainConfig
 from onecard.fit.phases import Lengths, Rehearsal, has_reference
 from onecard.fit.tracker import PAGED, Phase, Tracker
-from onecard.fit.weights import cast_of, load_peak, plan_base, plan_roles
+from onecard.fit.weights import META, cast_of, load_peak, plan_base, plan_roles
 from onecard.fit.workspaces import workspaces
-from onecard.models.attention import planned_for
+from onecard.metrics import say
+from onecard.models.attention import has_own_attention, planned_for
 from onecard.models.levers import head_chunks
+from onecard.models.trunk import trunk_of
 
+SHORT = (16, 32)  # tokens of the texts that models are planned for which run token by token
 WEIGHTS, ADAPTERS = "weights", "adapters and heads"
 
 
@@ -101,6 +106,62 @@ def planning(target: torch.device, tracker: Tracker) -> Iterator[None]:
         yield
 
 
+class OperatorCount(TorchDispatchMode):
+    """How many operators run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def runs_token_by_token(model: Any, config: TrainConfig, target: torch.device) -> bool:
+    """Whether a model's forward takes more operators for more tokens, as Python loops over a recurrence do."""
+    base = plan_base(model, config, target)
+    if has_own_attention(base):
+        return False
+    trunk = trunk_of(base)
+    counts = []
+    for tokens in SHORT:
+        with torch.no_grad(), planning(target, Tracker(target, workspaces())), OperatorCount() as operators:
+            trunk(input_ids=torch.zeros(1, tokens, dtype=torch.int64, device=META), use_cache=False)
+        counts.append(operators.count)
+    return counts[1] > 1.5 * counts[0]
+
+
+def shortened(config: TrainConfig, lengths: Lengths, tokens: int) -> tuple[TrainConfig, Lengths]:
+    """The settings of a run whose texts have so many tokens, with as many texts in each pass as before."""
+    prompt = max(1, lengths.prompt * SHORT[0] // lengths.total) * tokens // SHORT[0]
+    short, share = Lengths(prompt, tokens - prompt), tokens / lengths.total
+    config = replace(config, micro_batch_tokens=math.ceil(config.micro_batch_tokens * share))
+    if isinstance(config, PPOConfig):
+        cache = config.rollout_cache_gib * share
+        config = replace(config, response_length=short.response, rollout_cache_gib=cache)
+    return config, short
+
+
+def extrapolated(plans: Sequence[Plan], tokens: int) -> Plan:
+    """What plans for texts of `SHORT` tokens come to at `tokens`: every size is a constant and so much a token."""
+
+    def line(one: int, other: int) -> int:
+        return round(one + (other - one) * (tokens - SHORT[0]) / (SHORT[1] - SHORT[0]))
+
+    one, other = plans
+    phases = tuple(
+        replace(
+            last,
+            before=line(first.before, last.before),
+            peak=line(first.peak, last.peak),
+            parts={kind: line(first.parts.get(kind, 0), size) for kind, size in last.parts.items()},
+        )
+        for first, last in zip(one.phases, other.phases, strict=True)
+    )
+    return replace(other, phases=phases, seconds=one.seconds + other.seconds)
+
+
 def make_plan(
     model: Any,
     config: TrainConfig,
@@ -109,7 +170,23 @@ def make_plan(
     *,
     own_reference: bool = False,
 ) -> Plan:
-    """The plan of a training command with these settings, for a transformers config of its base."""
+    """The plan of a training command with these settings, for a transformers config of its base.
+
+    A model whose forward is a loop over tokens would take minutes: it is planned for short texts, and the plan goes on
+    from these in a straight line.
+    """
+    if lengths.total > 2 * SHORT[1] and runs_token_by_token(model, config, target):
+        say(f"fit: the model runs token by token; planned for {SHORT[0]} and {SHORT[1]} tokens, and on from there.")
+        settings = [shortened(config, lengths, tokens) for tokens in SHORT]
+        plans = [plan_once(model, *each, target, own_reference=own_reference) for each in settings]
+        return extrapolated(plans, lengths.total)
+    return plan_once(model, config, lengths, target, own_reference=own_reference)
+
+
+def plan_once(
+    model: Any, config: TrainConfig, lengths: Lengths, target: torch.device, *, own_reference: bool = False
+) -> Plan:
+    """The plan of texts as long as `lengths` say."""
     began = time.perf_counter()
     if target.type == "cpu":  # there is nowhere to offload to
         config = replace(config, activation_offloading=False)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.rollout import Held, Sampling, draw
+from onecard.rollout import Held, Sampling, Uncached, draw
 
 Making = Callable[[], AbstractContextManager[None]]  # what is made inside is the cache's
 
@@ -20,6 +20,9 @@ def sample_longest(held: Held, prompt: int, total: int, waiting: int, sampling: 
 
     `waiting`: prompts that come in where others have ended.
     """
+    if isinstance(held, Uncached):  # a row is run whole for each token, and the last time it is longest
+        draw(held.admit([(0,) * (total - 1)], [0], [0]), sampling, [])
+        return
     held.watch = partial(follow, making)
     rows = list(range(held.size))
     tokens, _ = draw(held.admit([(0,) * prompt] * held.size, rows, rows), sampling, [])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from onecard.batches import TokenSequence, pack, to_device
 from onecard.config import ModelConfig, PPOConfig, RewardConfig, TrainConfig
 from onecard.errors import OnecardError
 from onecard.models.adapters import add_adapter
@@ -23,6 +24,8 @@ from onecard.models.levers import pull_levers
 from onecard.models.load import model_class, reason, without_dropout
 from onecard.models.roles import Roles
 from onecard.models.targets import Targets, find_targets
+from onecard.models.trunk import context_of, trunk_of
+from onecard.startup import SHORT, candidates
 
 META = torch.device("meta")
 BLOCK, NESTED_BLOCK = 64, 256  # of bitsandbytes' NF4, and of its block statistics when these are quantized too
@@ -163,11 +166,29 @@ def cast_of(config: TrainConfig, *, reference: bool, own_reference: bool) -> Cas
     return Cast((role,), {role: role, **more}, (role,) if role == "reward" else ())
 
 
+@torch.no_grad()
+def settle_layout(roles: Roles) -> None:
+    """The first layout that the model can be run in, as `startup.choose_layout` tries them where there are numbers."""
+    context = context_of(trunk_of(roles.causal_model()).config) or SHORT
+    for own, layout in candidates(roles):
+        if not own:
+            roles.use_plain_attention()
+        length = context // 2 + 1 if layout == "restarted" else SHORT  # some masks end with the context
+        texts = [TokenSequence((0,) * length, (False,) + (True,) * (length - 1))] * 2
+        roles.layout = layout
+        try:
+            roles.hidden(to_device(pack(texts), META), torch.arange(2, device=META))
+            return
+        except (RuntimeError, TypeError, ValueError, AttributeError, OnecardError):
+            continue
+
+
 def plan_roles(base: Any, copy: Any, config: TrainConfig, cast: Cast) -> Roles:
     """`models.build.load_roles` and `load_ppo_roles` on meta. `copy`: a whole model that is the reference, or None."""
     names = {name: role in cast.scalar for role, name in reversed(cast.adapters.items()) if name is not None}
     model = lora(base, config, {name: names[name] for name in reversed(names)})
     roles = Roles(model, cast.trained, dict(cast.adapters), "packed" if config.padding_free else "padded")
+    settle_layout(roles)
     pull_levers(roles, config)
     if copy is not None:
         roles.copies["reference"] = copy.requires_grad_(False)

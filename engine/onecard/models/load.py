@@ -17,6 +17,7 @@ from onecard.config import ModelConfig
 from onecard.errors import OnecardError, is_out_of_memory, reason
 from onecard.models.attention import use_own_attention
 from onecard.models.four_bit import check_packed, nf4_settings, packing_experts, unpack_in_passes
+from onecard.models.trunk import context_of
 from onecard.optim import FULL_PRECISION
 from onecard.runs import TRAINED, holds_weights, weights_folder
 
@@ -87,7 +88,9 @@ def base_of_adapter(path: Path) -> str:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The tokenizer of the adapter folder if it holds one, else of the base."""
+    """The tokenizer of the adapter folder if it holds one, else of the base. Its `generation_eos` are the ids that the
+    model's generation config ends responses with.
+    """
     from transformers import AutoTokenizer
 
     source = find_source(config.model)
@@ -101,7 +104,23 @@ def load_tokenizer(config: ModelConfig) -> Any:
         raise OnecardError(f"model: the tokenizer of '{name}' has no EOS token, so no response could end.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks, never ids, decide what is padding
+    tokenizer.generation_eos = generation_eos(source.base, trust_remote_code=config.trust_remote_code)
     return tokenizer
+
+
+def generation_eos(base: str, *, trust_remote_code: bool) -> frozenset[int]:
+    """The EOS ids of the base's generation config, or of its config if it has none, as in transformers' `generate`."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(base)
+    except Exception:  # no such file
+        try:
+            found = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).get_text_config()
+        except Exception as error:
+            raise OnecardError(f"model: cannot load '{base}': {reason(error)}") from error
+    ids = getattr(found, "eos_token_id", None)
+    return frozenset([ids] if isinstance(ids, int) else ids or [])
 
 
 def context_length(config: ModelConfig) -> int | None:
@@ -113,7 +132,7 @@ def context_length(config: ModelConfig) -> int | None:
         found = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except Exception as error:
         raise OnecardError(f"model: cannot load '{name}': {reason(error)}") from error
-    return getattr(found.get_text_config(), "max_position_embeddings", None)
+    return context_of(found.get_text_config())
 
 
 def pick_device() -> torch.device:

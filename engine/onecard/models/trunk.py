@@ -31,6 +31,11 @@ def has_head(model: Any) -> bool:
     return hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
 
 
+def context_of(config: Any) -> int | None:
+    """How many positions a model was made for, where its config says so (MPT under a name of its own)."""
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+
+
 def rotation_limit(config: Any) -> int | None:
     """The longest text whose rotations (RoPE) do not depend on the longest text of its pass; None: there is none.
 
@@ -40,9 +45,7 @@ def rotation_limit(config: Any) -> int | None:
     parameters = getattr(config, "rope_parameters", None) or {}
     settings = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
     limits = [
-        each.get("original_max_position_embeddings")
-        if each["rope_type"] == "longrope"
-        else config.max_position_embeddings
+        each.get("original_max_position_embeddings") if each["rope_type"] == "longrope" else None
         for each in settings
         if each.get("rope_type") in ("dynamic", "longrope")
     ]

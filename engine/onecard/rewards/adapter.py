@@ -6,12 +6,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onecard.batches import TokenSequence
-from onecard.data import Row, sft_examples
+from onecard.batches import Episode, TokenSequence
+from onecard.data import Prompt, Row, sft_examples
+from onecard.data.templates import answer_ends, closing_token
 from onecard.models.roles import Roles
 from onecard.passes import Budget, sequence_passes
 from onecard.rewards.answers import Case
-from onecard.rollout import end_tokens
+from onecard.rollout import end_tokens, tokens_before_end
 
 
 def score(
@@ -52,15 +53,23 @@ class AdapterReward:
 
     def __call__(self, case: Case) -> list[float]:
         ends = end_tokens(case.roles, case.tokenizer)
-        sequences = [ended(episode.sequence, ends, case.tokenizer.eos_token_id) for episode in case.episodes]
+        answers = zip(case.prompts, case.episodes, strict=True)
+        sequences = [closed_answer(prompt, episode, case.tokenizer, ends) for prompt, episode in answers]
         return score_sequences(case.roles, sequences, batch_size=case.batch_size, role=self.role)
 
 
-def ended(sequence: TokenSequence, ends: Collection[int], eos: int) -> TokenSequence:
-    """The sequence as the reward model knows texts: its training pairs end with EOS, and its score was read there.
+def closed_answer(prompt: Prompt, episode: Episode, tokenizer: Any, ends: Collection[int]) -> TokenSequence:
+    """The answer as the reward model knows answers: closed with the token that its training answers end with, of which
+    its score was read. A stop string is taken off before it.
 
-    Without it, an answer that was cut, or that a stop token ended, would be scored at a place that was never trained.
+    An answer that was cut, or that another token ended, would be scored at a place that was never trained.
     """
-    if sequence.tokens[-1] in ends:
-        return sequence
-    return TokenSequence((*sequence.tokens, eos), (*sequence.response_mask, True))
+    chat = prompt.messages is not None
+    closing = closing_token(tokenizer, chat=chat)
+    last = episode.response[-1]
+    if last == closing or (chat and last in answer_ends(tokenizer).chat):
+        return episode.sequence
+    stopped = bool(episode.stop) or last in ends
+    body = tokens_before_end(tokenizer, episode.prompt_tokens, episode.response, finished=stopped, stop=episode.stop)
+    tokens = (*episode.prompt_tokens, *body, closing)
+    return TokenSequence(tokens, (False,) * len(episode.prompt_tokens) + (True,) * (len(body) + 1))

@@ -19,8 +19,8 @@ class Answers:
     Two answers to the row `{"prompt": "2 + 2 =", "solution": "4"}`:
 
         prompts          ("2 + 2 =", "2 + 2 =")
-        completions      (" 4", " five")             text without special tokens
-        completion_ids   ((604, 2), (1936,))         as sampled: the end of sequence too, where there is one
+        completions      (" 4", " five")             text behind the prompt, without special tokens and stop strings
+        completion_ids   ((604, 2), (1936,))         as sampled, with the tokens that ended it
         columns          {"solution": ("4", "4")}
     """
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from onecard.data import Prompt
 from onecard.data.columns import BadRowError
-from onecard.data.tokens import opening, rendered
+from onecard.data.templates import rendered
+from onecard.data.tokens import opening
 from onecard.errors import OnecardError
 from onecard.metrics import say
 from onecard.models.classifier import Classifier
@@ -53,6 +54,6 @@ class ClassifierReward:
         """The chat as the classifier's own template writes it."""
         said = {"role": "assistant", "content": answer}
         try:
-            return rendered((*(prompt.messages or ()), said), self.classifier.tokenizer)
+            return rendered((*(prompt.messages or ()), said), self.classifier.tokenizer, prompt.arguments)
         except BadRowError as error:
             raise OnecardError(f"{self.setting}: {error}; prompt {prompt.text[:80]!r}") from error

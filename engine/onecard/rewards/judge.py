@@ -21,6 +21,7 @@ from onecard.rewards.classifier import ClassifierReward
 from onecard.rewards.functions import RewardFunction, load_function, part_names
 from onecard.rewards.mixture import Scores, apply_missing_eos_penalty, combine, reward_weights
 from onecard.rewards.terms import Term, parse_terms
+from onecard.rollout import text_before_end
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,10 @@ def load_model(asked: Asked, config: ModelConfig) -> Measure | None:
 
 
 def response_text(tokenizer: Any, episode: Episode) -> str:
-    """The answer as text, without the token that ended it (a stop token need not be a special one)."""
-    body = episode.response[:-1] if episode.finished else episode.response
-    text: str = tokenizer.decode(list(body), skip_special_tokens=True)
-    return text
+    """The answer as text behind its prompt, without what ended it."""
+    return text_before_end(
+        tokenizer, episode.prompt_tokens, episode.response, finished=episode.finished, stop=episode.stop
+    )
 
 
 def make_answers(tokenizer: Any, prompts: Sequence[Prompt], episodes: Sequence[Episode]) -> Answers:

@@ -6,7 +6,7 @@
     slots.py      the same where a row can be told its own length: a row that ended takes the next prompt
     replay.py     such a row's pass, recorded once on a GPU and replayed
     drawing.py    logits -> a token and its log-probability
-    ends.py       what ends a response
+    ends.py       what ends a response, and its text without that
     sampler.py    the loop
 
 The model's own `generation_config` (top-k, top-p, repetition penalty) is not used, but for the ids that end a response:
@@ -15,8 +15,8 @@ may be the EOS, the EOS may be the BOS, and all of them may stand inside a promp
 """
 
 from onecard.rollout.drawing import Sampling, chances_of, draw, warpers
-from onecard.rollout.ends import end_tokens, stop_ids
-from onecard.rollout.held import Held, Padded
+from onecard.rollout.ends import StopStrings, end_tokens, stop_ids, text_before_end, tokens_before_end
+from onecard.rollout.held import Held, Padded, Uncached
 from onecard.rollout.sampler import (
     Response,
     Rollout,
@@ -34,6 +34,8 @@ __all__ = [
     "Response",
     "Rollout",
     "Sampling",
+    "StopStrings",
+    "Uncached",
     "chances_of",
     "decodings",
     "draw",
@@ -44,5 +46,7 @@ __all__ = [
     "sample_responses",
     "sampling_budget",
     "stop_ids",
+    "text_before_end",
+    "tokens_before_end",
     "warpers",
 ]

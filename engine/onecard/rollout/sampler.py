@@ -22,7 +22,7 @@ from onecard.models.roles import Roles
 from onecard.models.trunk import evaluating, rotation_limit, trunk_of
 from onecard.passes import Budget, Wording, at_once
 from onecard.rollout.drawing import NOT_FINITE, Sampling, chances_of, draw, warpers
-from onecard.rollout.ends import end_tokens
+from onecard.rollout.ends import StopStrings, end_tokens, text_before_end
 from onecard.rollout.held import Held, Padded, Uncached, cache_argument
 
 # Finished rows leave when they are this share of those held and nobody waits. To leave costs one copy of the cache of
@@ -37,12 +37,13 @@ class Response:
 
     That is `log_softmax(logits / temperature)` in fp32, after top-k and top-p where they are asked for, and with
     undivided logits at temperature 0. `finished`: the last token is one that ends a response, and it is among `tokens`;
-    else the response was cut at `max_new_tokens`.
+    else the response was cut at `max_new_tokens`. `stop`: the stop string that the last token completed, if it did.
     """
 
     tokens: tuple[int, ...]
     logprobs: Tensor
     finished: bool
+    stop: str = ""
 
     @property
     def body(self) -> tuple[int, ...]:
@@ -107,20 +108,31 @@ def make_held(roles: Roles, rows: int, columns: int) -> Held:
 class Drawn:
     """What has been drawn of each prompt: tokens on the host, log-probabilities [prompts, most] on the device."""
 
-    def __init__(self, prompts: int, sampling: Sampling, ends: Collection[int], device: torch.device) -> None:
-        self.tokens: list[list[int]] = [[] for _ in range(prompts)]
-        self.logprobs = torch.zeros(prompts, sampling.max_new_tokens, device=device)
-        self.most, self.ends = sampling.max_new_tokens, ends
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        ends: Collection[int],
+        stops: StopStrings | None,
+        device: torch.device,
+    ) -> None:
+        self.prompts = prompts
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.stopped = [""] * len(prompts)
+        self.logprobs = torch.zeros(len(prompts), sampling.max_new_tokens, device=device)
+        self.most, self.ends, self.stops = sampling.max_new_tokens, ends, stops
 
     def add(self, place: int, token: int) -> bool:
         """One more token; whether it is the response's last."""
         self.tokens[place].append(token)
-        return token in self.ends or len(self.tokens[place]) == self.most
+        if self.stops is not None:
+            self.stopped[place] = self.stops.found(self.prompts[place], self.tokens[place])
+        return token in self.ends or bool(self.stopped[place]) or len(self.tokens[place]) == self.most
 
     def response(self, place: int) -> Response:
-        tokens = tuple(self.tokens[place])
+        tokens, stop = tuple(self.tokens[place]), self.stopped[place]
         logprobs = self.logprobs[place, : len(tokens)].to("cpu", copy=True)
-        return Response(tokens, logprobs, tokens[-1] in self.ends)
+        return Response(tokens, logprobs, tokens[-1] in self.ends or bool(stop), stop)
 
 
 def sample_rows(
@@ -129,6 +141,7 @@ def sample_rows(
     sampling: Sampling,
     ends: Collection[int],
     *,
+    stops: StopStrings | None = None,
     chances: Tensor | None = None,
     hear: Callable[[int], object] | None = None,
 ) -> Iterator[tuple[int, Response]]:
@@ -138,7 +151,7 @@ def sample_rows(
     drawn.
     """
     filters = warpers(sampling)
-    drawn = Drawn(len(prompts), sampling, ends, held.device)
+    drawn = Drawn(prompts, sampling, ends, stops, held.device)
     waiting = deque(range(len(prompts)))
 
     def go_on(logits: Tensor, rows: Sequence[int] | None = None) -> Iterator[tuple[int, Response]]:
@@ -184,12 +197,14 @@ def sample_responses(
     sampling: Sampling,
     *,
     ends: Collection[int],
+    stops: StopStrings | None = None,
     batch_size: int | Budget,
     bar: Bar | None = None,
     seed: int | None = None,
     hear: Callable[[int], object] | None = None,
 ) -> Rollout:
-    """One response of the current role to each prompt, in the prompts' order. `bar` moves with each response.
+    """One response of the current role to each prompt, in the prompts' order. `bar` moves with each response. An id of
+    `ends` ends a response, and so does a text of `stops`.
 
     Draws come from torch's global generator; with `seed`, each prompt has draws of its own, made of the seed and its
     place. `hear` is told each token as it is drawn. Whether prompt and response fit into the model's context is for
@@ -215,7 +230,8 @@ def sample_responses(
         found: dict[int, Response] = {}
         ordered = [prompts[place] for place in order]
         with drawn_again_after_errors(roles.device):
-            for index, response in sample_rows(held, ordered, sampling, ends, chances=chances, hear=hear):
+            rows_drawn = sample_rows(held, ordered, sampling, ends, stops=stops, chances=chances, hear=hear)
+            for index, response in rows_drawn:
                 place = order[index]
                 found[place] = response
                 told = place in counts
@@ -235,13 +251,13 @@ def make_episode(prompt: Prompt, place: int, response: Response) -> Episode:
     """Prompt and response as one sequence; the mask, not any token id, says which is which."""
     mask = (False,) * len(prompt.tokens) + (True,) * len(response.tokens)
     sequence = TokenSequence(prompt.tokens + response.tokens, mask)
-    return Episode(sequence, response.logprobs, response.finished, place)
+    return Episode(sequence, response.logprobs, response.finished, place, response.stop)
 
 
 def generate(
     roles: Roles, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling, *, batch_size: int
 ) -> list[str]:
-    """One response text to each prompt, in the prompts' order."""
+    """One response text to each prompt, in the prompts' order: prompt and response together read as the tokens do."""
     with progress("generate", len(prompts)) as bar:
         rollout = sample_responses(
             roles,
@@ -251,4 +267,7 @@ def generate(
             batch_size=batch_size,
             bar=bar,
         )
-    return [tokenizer.decode(response.body, skip_special_tokens=True) for response in rollout.responses]
+    return [
+        text_before_end(tokenizer, prompt.tokens, response.tokens, finished=response.finished)
+        for prompt, response in zip(prompts, rollout.responses, strict=True)
+    ]

@@ -24,6 +24,7 @@ from onecard.algorithms.ppo.startup import check_start
 from onecard.checkpoint import digest
 from onecard.config import PPOConfig
 from onecard.data import Prompt, prompt_examples
+from onecard.data.templates import template_date
 from onecard.errors import OnecardError
 from onecard.metrics import say
 from onecard.models.build import JUDGES, load_ppo_roles, reward_adapter
@@ -35,7 +36,7 @@ from onecard.models.vocabulary import check_tokens
 from onecard.passes import looking_budget
 from onecard.rewards.functions import digest_functions
 from onecard.rewards.judge import load_constraint, load_judge
-from onecard.runs import open_run, with_folder
+from onecard.runs import Run, open_run, with_folder
 from onecard.startup import check_decoding, check_model
 from onecard.trainer import train
 
@@ -106,6 +107,12 @@ def run(config: PPOConfig) -> Path:
     config = with_passes(with_folder(config, "ppo"))
     check_settings(config)
     run = open_run(config)
+    with template_date(run.date):
+        return run_opened(config, run)
+
+
+def run_opened(config: PPOConfig, run: Run) -> Path:
+    """`run` in the folder that was opened for it."""
     budget = looking_budget(config)
     judge, constraint = load_judge(config, budget), load_constraint(config, budget)
     for setting in JUDGES.values():

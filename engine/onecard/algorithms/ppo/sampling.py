@@ -12,7 +12,15 @@ from onecard.data import Prompt
 from onecard.metrics import Bar
 from onecard.models.roles import Roles
 from onecard.passes import Budget
-from onecard.rollout import Rollout, Sampling, end_tokens, make_episode, sample_responses, sampling_budget
+from onecard.rollout import (
+    Rollout,
+    Sampling,
+    StopStrings,
+    end_tokens,
+    make_episode,
+    sample_responses,
+    sampling_budget,
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class Sampler:
     sampling: Sampling
     ends: frozenset[int]
     budget: Budget
+    stops: StopStrings | None = None
 
     def sample(self, roles: Roles, prompts: Sequence[Prompt], places: Sequence[int], bar: Bar | None) -> Sampled:
         """One episode for each prompt. `places` are the prompts' indices in the dataset."""
@@ -39,6 +48,7 @@ class Sampler:
             [prompt.tokens for prompt in prompts],
             self.sampling,
             ends=self.ends,
+            stops=self.stops,
             batch_size=self.budget,
             bar=bar,
         )
@@ -58,4 +68,5 @@ def make_sampler(config: PPOConfig, roles: Roles, tokenizer: Any) -> Sampler:
     """The sampler that the settings ask for."""
     ends = end_tokens(roles, tokenizer, config.stop_token)
     sampling = Sampling(config.response_length, config.temperature)
-    return Sampler(tokenizer, sampling, ends, rollout_budget(config))
+    stops = StopStrings(tokenizer, config.stop_token) if config.stop_token else None
+    return Sampler(tokenizer, sampling, ends, rollout_budget(config), stops)
