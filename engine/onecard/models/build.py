@@ -287,11 +287,15 @@ def load_players(
 ) -> Roles:
     """Frozen roles on the base of `config.model`. `adapters` has each one's folder; None is the base itself.
 
-    An adapter that several roles play is held once. `settings`: which names a role's folder, where not `model`; for
-    the first role, the base as well.
+    An adapter that several roles play is held once. `settings`: what names a role's folder in errors, where not
+    `model`; for the first role, the base as well.
     """
     named = dict(settings or {})
-    model = load_base(config, setting=named.get(next(iter(adapters)), "model"))
+    try:
+        model = load_base(config)
+    except OnecardError as error:
+        setting = named.get(next(iter(adapters)), "model")
+        raise OnecardError(f"{setting}: {str(error).removeprefix('model: ')}") from error
     names: dict[Path, str] = {}
     for role, folder in adapters.items():
         if folder is None or folder.resolve() in names:

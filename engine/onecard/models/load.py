@@ -282,12 +282,12 @@ def keep_full_precision(model: Any, base: str, settings: Any, remote: Mapping[st
             setattr(parameter, FULL_PRECISION, full[name].detach())
 
 
-def load_base(config: ModelConfig, *, train_all: bool = False, setting: str = "model") -> Any:
-    """The base model on its device, frozen unless `train_all`. `setting` names it in errors."""
+def load_base(config: ModelConfig, *, train_all: bool = False) -> Any:
+    """The base model on its device, frozen unless `train_all`."""
     from transformers import AutoConfig
 
     base = find_source(config.model).base
-    where = f"{setting}: '{base}'"
+    where = f"model: '{base}'"
     dtype = pick_dtype(config, train_all=train_all)
     remote = {"trust_remote_code": config.trust_remote_code}
     try:
@@ -311,7 +311,7 @@ def load_base(config: ModelConfig, *, train_all: bool = False, setting: str = "m
     except Exception as error:  # the loaders raise whatever their parsers raise
         if is_out_of_memory(error):  # the command line has more to say about it
             raise
-        raise OnecardError(f"{setting}: cannot load '{base}': {reason(error)}") from error
+        raise OnecardError(f"model: cannot load '{base}': {reason(error)}") from error
     check_weights(model, info, where)
     if faults:
         raise OnecardError(f"{where}: {faults[0]}.")
