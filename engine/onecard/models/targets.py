@@ -91,9 +91,9 @@ def layers_of(model: Any) -> Layers:
     names = {id(module): name for name, module in model.named_modules()}
     prefix = names[id(trunk)]
     inside = {f"{prefix}.{name}" if prefix else name: module for name, module in trunk.named_modules() if name}
-    stacked = {name for name, module in inside.items() if is_stack(module)}
-    listed = {name for name in inside if name.endswith(".experts")} - stacked
-    blocks = frozenset(block_of(name) for name in stacked | listed)
+    stacked = [name for name, module in inside.items() if is_stack(module)]
+    listed = [name for name in inside if name.endswith(".experts")]
+    blocks = frozenset(block_of(name) for name in (*stacked, *listed))
     linear = {name: module for name, module in inside.items() if is_linear(module)}
     routers = {name for name in inside if is_router(name, blocks)}
     experts = {name for name in linear if ".experts." in name} - routers
