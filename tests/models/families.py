@@ -52,7 +52,7 @@ PLAIN = """
     granitemoe granitemoeshared hunyuan_v1_dense hunyuan_v1_moe hyperclovax jetmoe laguna lfm2 llama llama4_text
     mamba mimo_v2_flash minimax minimax_m2 ministral3 mistral mixtral modernbert-decoder mpt nanochat nemotron
     olmo olmo2 olmo3 olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe
-    recurrent_gemma rwkv seed_oss smollm3 starcoder2 vaultgemma xglm biogpt afmoe
+    recurrent_gemma seed_oss smollm3 starcoder2 vaultgemma xglm biogpt afmoe
 """  # families that need no settings of their own
 
 
@@ -87,6 +87,7 @@ FAMILIES: dict[str, Family] = {
                                         "chunk_size": 16, "n_groups": 1, "layers_block_type": ["mamba", "attention",
                                                                                                "mamba"]}),
     "mamba2": Family("mamba2", {"num_heads": 8, "head_dim": 12, "state_size": 16, "n_groups": 1, "chunk_size": 16}),
+    "rwkv": Family("rwkv", {"rescale_every": 1}),
     "qwen3_next": Family("qwen3_next", DELTA),
     "qwen3_5_text": Family("qwen3_5_text", DELTA),
     "qwen3_5_moe_text": Family("qwen3_5_moe_text", DELTA),

@@ -159,8 +159,11 @@ def pick_attention(config: ModelConfig, dtype: torch.dtype) -> str | None:
 
 
 def is_dropout(name: object, value: object) -> bool:
-    """Whether an entry of a model's config is noise in training: dropout, skipped layers, router jitter."""
-    return isinstance(value, float) and any(word in str(name) for word in ("drop", "jitter"))
+    """Whether an entry of a model's config makes training mode another function: dropout, skipped layers, router
+    jitter, and RWKV's `rescale_every`, which in evaluation mode divides weights in place and knows no adapters.
+    """
+    noise = isinstance(value, float) and any(word in str(name) for word in ("drop", "jitter"))
+    return noise or name == "rescale_every"
 
 
 def without_dropout(model_config: Any) -> Any:
@@ -171,12 +174,12 @@ def without_dropout(model_config: Any) -> Any:
         if isinstance(value, PretrainedConfig):
             without_dropout(value)
         elif is_dropout(name, value):
-            setattr(model_config, name, 0.0)
+            setattr(model_config, name, type(value)(0))
     return model_config
 
 
 def dropouts(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The dropout probabilities among a config's entries, nested ones included.
+    """What `without_dropout` sets to 0 among a config's entries, nested ones included.
 
     >>> dropouts({"hidden_size": 8, "text_config": {"attention_dropout": 0.1}})
     {'text_config': {'attention_dropout': 0.1}}
