@@ -139,6 +139,7 @@ def draw_model(
     attn_implementation: str = "sdpa",
     device_map: dict[str, Any],
     quantization_config: Any = None,
+    output_loading_info: bool = False,
     **_: Any,
 ) -> Any:
     """A model as `from_pretrained` would give it, with weights N(0, STD) from one seed, made a matrix at a time."""
@@ -157,7 +158,8 @@ def draw_model(
             setattr(module, name, held(module, name, value, device))
     rebuild_positions(model, device)
     model.tie_weights()
-    return model.eval()
+    info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    return (model.eval(), info) if output_loading_info else model.eval()
 
 
 def drawn(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Any:

@@ -87,7 +87,9 @@ class TrainConfig(ModelConfig):
     adapter_dtype: AdapterDtype = option(
         "float32", "Adapters' type. bfloat16: faster, with smaller activations; the optimizer keeps float32 copies."
     )
-    lora_target_modules: list[str] = option(["all-linear"], "Layers that get an adapter; all-linear: all but the head.")
+    lora_target_modules: list[str] = option(
+        ["all-linear"], "Layers that get an adapter; all-linear: all but the head and a mixture's experts."
+    )
 
     optim: Optim = option("adamw_torch", "Optimizer: adamw_torch, or bitsandbytes' 8-bit AdamW, plain or paged.")
     learning_rate: float = option(1e-4, "Peak learning rate.", least=0)

@@ -132,7 +132,8 @@ def test_bad_input_is_one_clear_line(onecard, small, arguments, line):
         (json.dumps({**SMALL, "num_attention_heads": 0}), "config"),
         (json.dumps({**SMALL, "hidden_size": "wide"}), "config"),
         (json.dumps({"model_type": "t5"}), "config"),
-        (json.dumps({**SMALL, "model_type": "mixtral", "num_local_experts": 4}), "model: config cannot be planned"),
+        # It copies the number of tokens of each expert to the CPU, which meta tensors do not have.
+        (json.dumps({**SMALL, "model_type": "jetmoe"}), "model: config cannot be planned"),
     ],
 )
 def test_a_config_that_cannot_be_built_is_one_clear_line(onecard, tmp_path, content, line):

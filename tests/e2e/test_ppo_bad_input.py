@@ -113,7 +113,8 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "reward that is torn": ({"--reward_model_path": "{tmp}/torn-reward"}, ["reward_model_path:", "torn-reward:"]),
     "reward of another shape": (
-        {"--reward_model_path": "{tmp}/wide-reward"}, ["reward_model_path:", "wide-reward:", "size mismatch"],
+        {"--reward_model_path": "{tmp}/wide-reward"},
+        ["reward_model_path:", "wide-reward does not fit the model: its ", "q_proj", "[65, 65] instead of"],
     ),
     "reward that scores NaN": ({"--reward_model_path": "{tmp}/nan-head"}, ["reward_model is nan"]),
     "minibatch above batch_size": ({"--batch_size": 2}, ["batch_size: 2", "minibatch", "= 4"]),
@@ -155,7 +156,8 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"--constraint_model_path": "{m}/sft/policy"}, ["constraint_model_path", "sft/policy is no reward adapter"],
     ),
     "constraint of another shape": (
-        {"--constraint_model_path": "{tmp}/wide-reward"}, ["constraint_model_path:", "wide-reward:", "size mismatch"],
+        {"--constraint_model_path": "{tmp}/wide-reward"},
+        ["constraint_model_path:", "wide-reward does not fit the model: its ", "q_proj", "[65, 65] instead of"],
     ),
     "constraint that costs NaN": ({"--constraint_model_path": "{tmp}/nan-head"}, ["constraint_model is nan"]),
     "constraint function raises": ({"--constraint_funcs": "{tmp}/bad.py:raises"}, ["bad.py:raises raised ValueError"]),

@@ -32,6 +32,12 @@ CASES = {
     "sft, small chunks of the head": ("qwen", SFTConfig, {**STEP, "head_chunk_tokens": 64}),
     "sft, capped attention": ("gemma", SFTConfig, STEP),
     "sft, 16 bit": ("llama", SFTConfig, {**STEP, "dtype": "bfloat16", "adapter_dtype": "bfloat16"}),
+    "sft, experts": ("mixture", SFTConfig, STEP),
+    "sft, experts in 4 bit": ("mixture", SFTConfig, {**STEP, **LEAN}),
+    "sft, experts in 4 bit, not checkpointed": ("mixture", SFTConfig, {**STEP, "load_in_4bit": True}),
+    "ppo, experts": ("mixture", PPOConfig, SCORED),
+    "sft, all weights, experts": ("mixture", SFTConfig, {**STEP, "use_peft": False}),
+    "sft, all weights, 16 bit": ("llama", SFTConfig, {**STEP, "use_peft": False, "dtype": "bfloat16"}),
     "reward": ("qwen", RewardConfig, STEP),
     "dpo": ("llama", DPOConfig, STEP),
     "dpo, checkpointed": ("qwen", DPOConfig, {**STEP, "gradient_checkpointing": True}),
@@ -62,7 +68,14 @@ CASES = {
 def folders(tmp_path_factory):
     """Random models of a few layers, each with a tokenizer that is only there to be copied."""
     from tokenizers import Tokenizer, models
-    from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+    from transformers import (
+        AutoModelForCausalLM,
+        Gemma2Config,
+        LlamaConfig,
+        PreTrainedTokenizerFast,
+        Qwen2Config,
+        Qwen3MoeConfig,
+    )
 
     configs = {
         "llama": LlamaConfig(
@@ -76,6 +89,11 @@ def folders(tmp_path_factory):
         "gemma": Gemma2Config(
             vocab_size=3000, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
             num_key_value_heads=3, head_dim=32, max_position_embeddings=512, sliding_window=64,
+        ),
+        "mixture": Qwen3MoeConfig(
+            vocab_size=2048, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=8,
+            num_key_value_heads=2, head_dim=32, max_position_embeddings=512, num_experts=8, num_experts_per_tok=2,
+            moe_intermediate_size=256,
         ),
     }  # fmt: skip
     root = tmp_path_factory.mktemp("models")
