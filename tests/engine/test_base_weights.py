@@ -19,7 +19,6 @@ from onecard.models.build import load_player, load_roles
 from onecard.models.load import load_base
 from onecard.startup import check_model
 from tests.models.families import FAMILIES, random_model
-from tests.models.vision import vision_model
 
 TOKENS = tuple((7919 * place + 13) % 290 for place in range(40))
 
@@ -88,7 +87,7 @@ def test_a_vision_language_model_stays_one(tmp_path, tiny_model, name):
     from peft import PeftModel
 
     base, adapter = tmp_path / "base", tmp_path / "policy"
-    vision_model(name).save_pretrained(base)
+    random_model(FAMILIES[name]).save_pretrained(base)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
     roles = load_roles(SFTConfig(model=str(base)), trained="policy")
     kind = type(roles.causal_model()).__name__
@@ -115,7 +114,7 @@ def test_a_placeholder_of_an_image_is_refused(tmp_path, tiny_model):
     """A text model would read it as a word; the whole model replaces it."""
     from onecard.models.vocabulary import check_tokens
 
-    model, tokenizer = vision_model("llama4"), AutoTokenizer.from_pretrained(tiny_model)
+    model, tokenizer = random_model(FAMILIES["llama4"]), AutoTokenizer.from_pretrained(tiny_model)
     check_tokens(model, tokenizer, [(5, 298)])
     with pytest.raises(OnecardError, match=r"in the data stands for image input; expected text alone"):
         check_tokens(model, tokenizer, [(5, 299)])

@@ -13,7 +13,6 @@ from onecard.errors import OnecardError
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.targets import find_targets
 from tests.models.families import FAMILIES, config_of, random_model
-from tests.models.vision import vision_model
 
 
 def model_of(family: str):
@@ -82,7 +81,7 @@ def test_a_plan_on_meta_has_the_same_layers(family):
 
 def test_layers_of_a_vision_tower_get_none():
     """Text does not run through them. Theirs are called q_proj as well."""
-    model = vision_model("gemma3")
+    model = model_of("gemma3")
     assert sum(name.endswith("q_proj") for name, _ in model.named_modules()) == 5
     found = find_targets(model, ["all-linear"]).modules
     assert len(found) == 3 * 7

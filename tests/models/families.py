@@ -41,9 +41,10 @@ DELTA = {"layer_types": LINEAR, "linear_num_key_heads": 2, "linear_num_value_hea
 LATENT = {"num_key_value_heads": 4}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 6, "long_factor": [4.0] * 6,
             "original_max_position_embeddings": 32}  # fmt: skip
+IMAGE, VIDEO = 299, 298  # tokens that stand for pictures; no text has them
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "depth": 2,
-          "num_heads": 2, "out_hidden_size": 48, "image_size": 28, "patch_size": 14, "vision_output_dim": 32,
-          "projector_input_dim": 32, "projector_output_dim": 32}  # fmt: skip
+          "num_heads": 2, "out_hidden_size": 48, "num_position_embeddings": 16, "image_size": 28, "patch_size": 14,
+          "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}  # fmt: skip
 
 
 PLAIN = """
@@ -58,11 +59,14 @@ PLAIN = """
 
 @dataclass(frozen=True)
 class Family:
-    """A row of the matrix. `settings` go into the config beside `SIZES`, but for those named in `without`."""
+    """A row of the matrix. `settings` go into the config beside `SIZES`, but for those named in `without`; into that of
+    the text decoder, where the model reads pictures too, whose own are `pictures`.
+    """
 
     kind: str
     settings: dict[str, Any] = field(default_factory=dict)
     without: tuple[str, ...] = ()
+    pictures: dict[str, Any] = field(default_factory=dict)
 
 
 FAMILIES: dict[str, Family] = {
@@ -114,9 +118,9 @@ FAMILIES: dict[str, Family] = {
     "phi3, longrope": Family("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}),
     "llama, dynamic NTK": Family("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0,
                                                                "factor": 2.0}}),
-    "gemma3": Family("gemma3"),
-    "qwen3_5": Family("qwen3_5", DELTA),
-    "llama4": Family("llama4"),
+    "gemma3": Family("gemma3", pictures={"mm_tokens_per_image": 4}),
+    "qwen3_5": Family("qwen3_5", DELTA, pictures={"image_token_id": IMAGE, "video_token_id": VIDEO}),
+    "llama4": Family("llama4", pictures={"image_token_index": IMAGE}),
     "llama, head bias": Family("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
 }  # fmt: skip
 
@@ -142,7 +146,7 @@ def config_of(family: Family) -> Any:
     if not {"text_config", "vision_config"} <= parts.keys():
         return made(**{**sized(made, SIZES, family.without), **family.settings})
     text = {**sized(parts["text_config"], SIZES, family.without), **family.settings}
-    return made(text_config=text, vision_config=sized(parts["vision_config"], VISION))
+    return made(text_config=text, vision_config=sized(parts["vision_config"], VISION), **family.pictures)
 
 
 @torch.no_grad()
@@ -157,14 +161,20 @@ def shake(model: Any) -> None:
             parameter.copy_(drawn * (0.5 if "embed" in name or "lm_head" in name else 0.8 / parameter.shape[-1] ** 0.5))
 
 
+def auto_class(settings: Any) -> Any:
+    """The class that a model of this config is, with its vision tower where it has one."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if hasattr(settings, "vision_config") else AutoModelForCausalLM
+
+
 def random_model(family: Family) -> Any:
     """A float32 model in evaluation mode, without dropout."""
-    from transformers import AutoModelForCausalLM
-
     from onecard.models.load import without_dropout
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(without_dropout(config_of(family))).eval()
+    settings = without_dropout(config_of(family))
+    model = auto_class(settings).from_config(settings).eval()
     shake(model)
     return model
 

@@ -38,7 +38,7 @@ from onecard.models.roles import HEAD_WEIGHTS, Roles
 from onecard.models.trunk import trunk_of
 from onecard.rollout import Sampling, sample_responses
 from onecard.startup import check_decoding, check_model
-from tests.models.families import CONTEXT, FAMILIES, SIZES, write_model
+from tests.models.families import CONTEXT, FAMILIES, VIDEO, auto_class, write_model
 
 LENGTHS = (CONTEXT - 6, 11, 40, 23)
 PROMPTS = (CONTEXT - 20, 30, 5)
@@ -48,9 +48,9 @@ WORSE = 1.5  # in bfloat16, how much farther from the truth in float32 than plai
 
 
 def text(length: int, place: int) -> tuple[int, ...]:
-    """Tokens without the special ones."""
+    """Tokens that stand for text."""
     generator = torch.Generator().manual_seed(place)
-    return tuple(torch.randint(3, SIZES["vocab_size"], (length,), generator=generator).tolist())
+    return tuple(torch.randint(3, VIDEO, (length,), generator=generator).tolist())
 
 
 def scored(tokens: tuple[int, ...], prompt: int = 1) -> TokenSequence:
@@ -84,9 +84,9 @@ class Bench:
 def plain(folder: Path, adapter: Path | None = None, dtype: torch.dtype = torch.float32) -> Any:
     """As transformers and PEFT load it."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype)
     return (PeftModel.from_pretrained(model, str(adapter), is_trainable=True) if adapter else model).eval()
 
 
