@@ -20,10 +20,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +41,8 @@ from onecard.models.head import check_head
 from onecard.models.layout import LAYOUTS
 from onecard.models.load import reason
 from onecard.models.roles import Roles
-from onecard.models.trunk import context_of, evaluating, trunk_of
+from onecard.models.trunk import context_of, errors_of, evaluating, trunk_of
+from onecard.models.vocabulary import known_tokens
 from onecard.passes import attempt
 from onecard.rollout import Sampling, decodings, sample_responses
 
@@ -72,17 +71,15 @@ def scored(tokens: tuple[int, ...], prompt: int = 1) -> TokenSequence:
     return TokenSequence(tokens, (False,) * prompt + (True,) * (len(tokens) - prompt))
 
 
-def vocabulary_of(roles: Roles) -> int:
-    return int(trunk_of(roles.causal_model()).get_input_embeddings().weight.shape[0])
-
-
 def probe(roles: Roles, longest: int, row: int = 0) -> list[TokenSequence]:
     """A short text, one of `longest` tokens, and a short one that begins as the first does; together at most `row`
     tokens, if that is given.
     """
     short = min(SHORT, longest, max(row // 3, 2) if row else SHORT)
     middle = min(longest, max(row - 2 * short, 2) if row else longest)
-    first, long, last = (text(vocabulary_of(roles), n, place) for place, n in enumerate((short, middle, short)))
+    first, long, last = (
+        text(known_tokens(roles.causal_model()), n, place) for place, n in enumerate((short, middle, short))
+    )
     shared = min(SHARED, short - 1)
     return [scored(first), scored(long), scored(first[:shared] + last[shared:], shared)]
 
@@ -185,20 +182,6 @@ def mixes(roles: Roles, layout: str, texts: Sequence[TokenSequence]) -> bool:
     return bool(by_first[list(second)].any()) or bool(by_second[list(first)].any())
 
 
-@contextmanager
-def errors_of(model: Any) -> Iterator[None]:
-    """One line for what the plain model raises: whatever its arithmetic raises on what it was not made for."""
-    try:
-        yield
-    except OnecardError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        dtype = str(model.dtype).removeprefix("torch.")
-        raise OnecardError(f"model: {type(model).__name__} cannot be run in {dtype}: {reason(error)}.") from error
-
-
 def check_causal(roles: Roles, example: TokenSequence) -> None:
     """Refuse a model in which a token's hidden state depends on what follows it."""
     model = roles.causal_model()
@@ -268,7 +251,7 @@ def choose_layout(roles: Roles, longest: int, row: int) -> None:
     """
     texts = probe(roles, longest, row)
     check_causal(roles, texts[0])
-    alone = [scored(text(vocabulary_of(roles), longest, 1))] if len(texts[1]) < longest else []
+    alone = [scored(text(known_tokens(roles.causal_model()), longest, 1))] if len(texts[1]) < longest else []
     trials = [Trial(each, make_judge(roles, each)) for each in (texts, alone) if each]
     faults: list[str] = []
     for own, layout in candidates(roles):
@@ -384,7 +367,7 @@ def choose_decoding(roles: Roles, longest: int) -> None:
     """
     new = min(NEW, longest // 2)
     lengths = (longest - new, min(SHORT, longest - new), min(SHARED, longest - new))
-    prompts = [text(vocabulary_of(roles), length, place) for place, length in enumerate(lengths)]
+    prompts = [text(known_tokens(roles.causal_model()), length, place) for place, length in enumerate(lengths)]
     with errors_of(roles.causal_model()):
         make_judge(roles, [scored(prompts[-1] + prompts[-1])])
     faults: list[str] = []

@@ -81,7 +81,7 @@ def by_transformers(model) -> torch.Tensor:
     return found[:-1].gather(-1, ids[0, 1:, None]).squeeze(-1)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "qwen3_5", "llama4"])
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_5", "llama4", "qwen3_vl"])
 def test_a_vision_language_model_stays_one(tmp_path, tiny_model, name):
     """Its text decoder is trained; adapter and merged model load as the class that the checkpoint is."""
     from peft import PeftModel

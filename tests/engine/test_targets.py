@@ -108,6 +108,14 @@ def test_all_linear_beside_a_name_means_both():
         assert find_targets(model, names).modules == (*alone, "lm_head")
 
 
+def test_a_linear_layer_that_gives_no_product_gets_none():
+    """A block-diagonal one is a subclass, too; one that writes the same product another way gets its adapter."""
+    found = find_targets(model_of("deepseek_v4"), ["all-linear"])
+    assert not [name for name in found.modules if name.endswith("o_a_proj")]
+    assert "3 layers that are no plain product" in found.left_out
+    assert find_targets(model_of("falcon"), ["dense"]).modules[0] == "transformer.h.0.self_attention.dense"
+
+
 @pytest.mark.parametrize(
     ("family", "names", "message"),
     [
@@ -120,6 +128,7 @@ def test_all_linear_beside_a_name_means_both():
         ("qwen3_moe", ["mlp.gate"], "model.layers.0.mlp.gate is a Qwen3MoeTopKRouter, which takes no adapter"),
         ("llama4_text", ["router"], "model.layers.0.feed_forward.router is a Llama4Router, which takes no adapter"),
         ("phimoe", ["q_proj", "router"], "model.layers.0.mlp.router is a PhimoeTopKRouter, which takes no adapter"),
+        ("deepseek_v4", ["o_a_proj"], "o_a_proj is a DeepseekV4GroupedLinear, which takes no adapter"),
     ],
 )  # fmt: skip
 def test_a_name_that_means_no_layer_is_an_error(family, names, message):

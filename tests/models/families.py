@@ -41,7 +41,9 @@ DELTA = {"layer_types": LINEAR, "linear_num_key_heads": 2, "linear_num_value_hea
 LATENT = {"num_key_value_heads": 4}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 6, "long_factor": [4.0] * 6,
             "original_max_position_embeddings": 32}  # fmt: skip
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
 IMAGE, VIDEO = 299, 298  # tokens that stand for pictures; no text has them
+IMAGES = {"image_token_id": IMAGE, "video_token_id": VIDEO}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "depth": 2,
           "num_heads": 2, "out_hidden_size": 48, "num_position_embeddings": 16, "image_size": 28, "patch_size": 14,
           "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}  # fmt: skip
@@ -53,7 +55,10 @@ PLAIN = """
     granitemoe granitemoeshared hunyuan_v1_dense hunyuan_v1_moe hyperclovax jetmoe laguna lfm2 llama llama4_text
     mamba mimo_v2_flash minimax minimax_m2 ministral3 mistral mixtral modernbert-decoder mpt nanochat nemotron
     olmo olmo2 olmo3 olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe
-    recurrent_gemma seed_oss smollm3 starcoder2 vaultgemma xglm biogpt afmoe
+    recurrent_gemma seed_oss smollm3 starcoder2 vaultgemma xglm biogpt afmoe aria_text bailing_hybrid beam
+    deepseek_v4 exaone_moe flint gemma4_unified_text granite_swa granitemoe_swa gpt_neox_japanese hrm_text hy_v3
+    hy_v4 inkling2_text inkling_text internlm3 iquestcoder jais2 kolibri1 lfm3 mellum minimax_m3_vl_text ministral
+    olmo_hybrid qwen4_exp_text solar_open
 """  # families that need no settings of their own
 
 
@@ -74,11 +79,14 @@ FAMILIES: dict[str, Family] = {
     for kind in PLAIN.split()
 } | {
     "axk1": Family("axk1", LATENT),
+    "axk2": Family("axk2", LATENT),
     "deepseek_v2": Family("deepseek_v2", LATENT),
     "deepseek_v3": Family("deepseek_v3", LATENT),
     "deepseek_v32": Family("deepseek_v32", LATENT),
     "glm_moe_dsa": Family("glm_moe_dsa", LATENT),
+    "glm4_moe_lite": Family("glm4_moe_lite", LATENT),
     "minicpm3": Family("minicpm3", LATENT),
+    "youtu": Family("youtu", LATENT),
     "bamba": Family("bamba", {**MAMBA_2, "attn_layer_indices": [1]}),
     "falcon": Family("falcon", without=("head_dim",)),
     "falcon_h1": Family("falcon_h1", {**MAMBA_2, "mamba_d_ssm": 96}),
@@ -99,6 +107,10 @@ FAMILIES: dict[str, Family] = {
     "zamba2": Family("zamba2", {"layers_block_type": ["mamba", "hybrid"] * 2, "num_hidden_layers": 4,
                                 "n_mamba_heads": 8, "mamba_headdim": 12, "num_key_value_heads": 4, "mamba_d_state": 16,
                                 "chunk_size": 16, "adapter_rank": 4, "attention_head_dim": 24}),
+    "zamba": Family("zamba", {"layers_block_type": ["mamba", "hybrid"] * 2, "num_hidden_layers": 4,
+                              "attention_head_dim": 24, "mamba_d_state": 8, "n_mamba_heads": 2,
+                              "use_mamba_kernels": False}),
+    "zaya": Family("zaya", {"num_experts_per_tok": 1}),
     "codegen": Family("codegen", {"n_embd": 64, "rotary_dim": 8}),
     "gptj": Family("gptj", {"n_embd": 64, "rotary_dim": 8}),
     "gpt_neo": Family("gpt_neo", {"attention_types": [[["global", "local"], 1], [["global"], 1]],
@@ -118,9 +130,24 @@ FAMILIES: dict[str, Family] = {
     "phi3, longrope": Family("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}),
     "llama, dynamic NTK": Family("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0,
                                                                "factor": 2.0}}),
+    # with pictures
     "gemma3": Family("gemma3", pictures={"mm_tokens_per_image": 4}),
-    "qwen3_5": Family("qwen3_5", DELTA, pictures={"image_token_id": IMAGE, "video_token_id": VIDEO}),
+    "gemma4": Family("gemma4", {
+        "num_kv_shared_layers": 0, "layer_types": SLIDING, "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 300, "global_head_dim": 32}),
+    "glm4v": Family("glm4v", {"rope_parameters": MROPE}, pictures=IMAGES),
+    "internvl": Family("internvl", pictures={"image_token_id": IMAGE}),
+    "lfm2_vl": Family("lfm2_vl", {"layer_types": ["conv", "full_attention", "conv"]}),
     "llama4": Family("llama4", pictures={"image_token_index": IMAGE}),
+    "llava": Family("llava", pictures={"image_token_index": IMAGE}),
+    "mistral3": Family("mistral3", pictures={"image_token_id": IMAGE}),
+    "mllama": Family("mllama"),
+    "paligemma": Family("paligemma"),
+    "qwen2_5_vl": Family("qwen2_5_vl", {"rope_parameters": MROPE}, pictures=IMAGES),
+    "qwen3_5": Family("qwen3_5", DELTA, pictures=IMAGES),
+    "qwen3_5_moe": Family("qwen3_5_moe", DELTA, pictures=IMAGES),
+    "qwen3_vl": Family("qwen3_vl", pictures=IMAGES),
+    "smolvlm": Family("smolvlm"),
     "llama, head bias": Family("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
 }  # fmt: skip
 
@@ -142,11 +169,16 @@ def config_of(family: Family) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     made = CONFIG_MAPPING[family.kind]
-    parts = made.sub_configs
-    if not {"text_config", "vision_config"} <= parts.keys():
+    if not {"text_config", "vision_config"} <= made.sub_configs.keys():
         return made(**{**sized(made, SIZES, family.without), **family.settings})
-    text = {**sized(parts["text_config"], SIZES, family.without), **family.settings}
-    return made(text_config=text, vision_config=sized(parts["vision_config"], VISION), **family.pictures)
+    usual = made()
+    kinds = {
+        part: type(getattr(usual, part)) if getattr(usual, part, None) else made.sub_configs[part]
+        for part in ("text_config", "vision_config")
+    }
+    text = {**sized(kinds["text_config"], SIZES, family.without), **family.settings}
+    given = {"text_config": text, "vision_config": sized(kinds["vision_config"], VISION)}
+    return made(**{part: kinds[part](**each) for part, each in given.items()}, **family.pictures)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import nn
 
 import onecard_kernels
 from onecard.errors import OnecardError
-from onecard.models.trunk import trunk_of
+from onecard.models.trunk import errors_of, trunk_of
 from onecard_kernels import LanguageHead, LogitTransform
 
 __all__ = ["LanguageHead", "check_head", "read_head"]
@@ -20,17 +20,18 @@ _transforms: WeakKeyDictionary[nn.Module, LogitTransform] = WeakKeyDictionary()
 
 def read_head(model: Any) -> LanguageHead:
     """The head of a Hugging Face causal language model, adapters on it included."""
-    try:
-        if model not in _transforms:
-            planned = model.get_input_embeddings().weight.is_meta
-            _transforms[model] = (
-                named_transform(model.config)
-                if planned
-                else onecard_kernels.find_logit_transform(model, trunk=trunk_of(model))
-            )
-        return onecard_kernels.read_head(model, _transforms[model])
-    except ValueError as error:
-        raise OnecardError(f"model: {error}.") from error
+    with errors_of(model):
+        try:
+            if model not in _transforms:
+                planned = model.get_input_embeddings().weight.is_meta
+                _transforms[model] = (
+                    named_transform(model.config)
+                    if planned
+                    else onecard_kernels.find_logit_transform(model, trunk=trunk_of(model))
+                )
+            return onecard_kernels.read_head(model, _transforms[model])
+        except ValueError as error:
+            raise OnecardError(f"model: {error}.") from error
 
 
 def named_transform(config: Any) -> LogitTransform:

@@ -224,16 +224,14 @@ def keep_differentiable(model: Any) -> Any:
 
 
 def model_class(settings: Any) -> Any:
-    """The auto class for a config: of text and images where its checkpoint is one that a text-only class also reads.
-
-    Read as text-only, its adapter and a merged model would not load as what it is.
+    """The auto class for a config: of text and images where its checkpoint is one of these, though some of them a
+    text-only class reads too. Read as text-only, its adapter and a merged model would not load as what it is.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     mapped = AutoModelForImageTextToText._model_mapping
-    text = type(settings) in AutoModelForCausalLM._model_mapping
-    both = text and type(settings) in mapped and mapped[type(settings)].__name__ in (settings.architectures or [])
-    return AutoModelForImageTextToText if both else AutoModelForCausalLM
+    reads_images = type(settings) in mapped and mapped[type(settings)].__name__ in (settings.architectures or [])
+    return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
 
 
 def check_writes(settings: Any, where: str) -> None:

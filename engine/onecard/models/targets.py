@@ -2,7 +2,7 @@
 
 | name | layers |
 |---|---|
-| all-linear | the linear layers of the text decoder, but for experts, routers, Mamba's output and unused ones |
+| all-linear | the text decoder's linear layers, but for experts, routers, Mamba's output and what cannot learn |
 | q_proj, layers.0.mlp.up_proj | the linear layers and embeddings whose path is that or ends with it, and the head |
 | experts.down_proj | with two parts or more: experts too, whether they are modules or one stacked parameter |
 
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onecard.errors import OnecardError, is_out_of_memory, nearest, reason
-from onecard.models.trunk import trunk_of
+from onecard.errors import OnecardError, nearest
+from onecard.models.trunk import errors_of, trunk_of
+from onecard.models.vocabulary import known_tokens
 
 ALL_LINEAR = "all-linear"
 SETTING = "lora_target_modules"
@@ -50,6 +51,21 @@ def is_linear(module: Any) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
+def is_product(layer: Any) -> bool:
+    """Whether a linear layer gives `x W^T + b`, beside which LoRA adds a product of its own. Some subclasses do not."""
+    if type(layer).forward is nn.Linear.forward or not isinstance(layer, nn.Linear) or hasattr(layer, "quant_state"):
+        return True
+    weight = layer.weight
+    inputs = torch.linspace(-1, 1, 3 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(3, -1)
+    expected = nn.functional.linear(inputs, weight, layer.bias)
+    try:
+        found = layer(inputs)
+    except (RuntimeError, ValueError, IndexError, TypeError):  # it takes inputs of another shape
+        return False
+    same_shape = isinstance(found, Tensor) and found.shape == expected.shape
+    return same_shape and (found.is_meta or torch.allclose(found, expected, rtol=0.05, atol=0.05))
+
+
 def is_stack(module: Any) -> bool:
     """Whether a module holds the weights of several experts in its own parameters."""
     own = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() >= 2]
@@ -71,11 +87,13 @@ def block_of(path: str) -> str:
 class Layers:
     """The layers of a text decoder by their full names, and what kind each is.
 
-    `experts`: linear layers that are experts; `stacks`: parameters that hold several; `routers`: what chooses among
-    them; `mixers`: layers that a Mamba mixer's kernels read; `blocks`: mixtures of experts.
+    `other`: subclasses of linear layers that compute something else; `experts`: linear layers that are experts;
+    `stacks`: parameters that hold several; `routers`: what chooses among them; `mixers`: layers that a Mamba mixer's
+    kernels read; `blocks`: mixtures of experts.
     """
 
     linear: Mapping[str, nn.Module]
+    other: Mapping[str, nn.Module]
     embeddings: tuple[str, ...]
     head: str
     experts: frozenset[str]
@@ -94,7 +112,8 @@ def layers_of(model: Any) -> Layers:
     stacked = [name for name, module in inside.items() if is_stack(module)]
     listed = [name for name in inside if name.endswith(".experts")]
     blocks = frozenset(block_of(name) for name in (*stacked, *listed))
-    linear = {name: module for name, module in inside.items() if is_linear(module)}
+    other = {name: module for name, module in inside.items() if is_linear(module) and not is_product(module)}
+    linear = {name: module for name, module in inside.items() if is_linear(module) and name not in other}
     routers = {name for name in inside if is_router(name, blocks)}
     experts = {name for name in linear if ".experts." in name} - routers
     mixers = {
@@ -105,6 +124,7 @@ def layers_of(model: Any) -> Layers:
     }
     return Layers(
         linear,
+        other,
         tuple(name for name, module in inside.items() if isinstance(module, nn.Embedding)),
         names.get(id(head), ""),
         frozenset(experts),
@@ -140,11 +160,8 @@ def idle_layers(model: Any, layers: Layers) -> frozenset[str]:
     idle, training = set[str](), model.training
     try:
         for mode in (False, True):
-            idle |= taught.keys() - reached(model.train(mode), taught)
-    except Exception as error:  # a model raises whatever its arithmetic raises on what it was not made for
-        if is_out_of_memory(error):
-            raise
-        raise OnecardError(f"model: {type(model).__name__} cannot be run: {reason(error)}") from error
+            with errors_of(model):
+                idle |= taught.keys() - reached(model.train(mode), taught)
     finally:
         model.train(training)
     return frozenset(idle)
@@ -164,7 +181,7 @@ def reached(model: Any, layers: Mapping[str, nn.Module]) -> set[str]:
 
     hooks = [module.register_forward_hook(add_leaf(name)) for name, module in layers.items()]
     try:
-        tokens = torch.arange(PROBE, device=model.device)[None] % trunk.get_input_embeddings().weight.shape[0]
+        tokens = torch.arange(PROBE, device=model.device)[None] % known_tokens(model)
         trunk(input_ids=tokens, use_cache=False).last_hidden_state.float().sum().backward()
     finally:
         for hook in hooks:
@@ -184,9 +201,11 @@ def find_targets(model: Any, names: Sequence[str]) -> Targets:
             apart = layers.experts | layers.routers | layers.mixers
             chosen |= layers.linear.keys() - apart - unused
             mixers = {each.rpartition(".")[0] for each in layers.mixers}
+            other = layers.other.keys() - layers.routers
             left_out = {
                 f"the experts of {len(layers.blocks)} layers": len(layers.blocks),
                 f"out_proj and dt_proj of {len(mixers)} Mamba layers": len(mixers),
+                f"{len(other)} layers that are no plain product": len(other),
                 f"{len(unused - apart)} layers that would never learn": len(unused - apart),
             }
             continue
@@ -212,20 +231,13 @@ def named(model: Any, layers: Layers, name: str) -> tuple[list[str], list[str]]:
         reached, found, stacks = [*found, *stacks], [path for path in found if path not in layers.experts], []
     else:
         reached = [*found, *stacks]
-    modules = dict(model.named_modules())
-    for path in found:
-        check_takes_adapter(path, modules[path], routers=layers.routers)
+    if path := next((path for path in layers.other if matches(path, name)), None):
+        raise OnecardError(f"{SETTING}: {path} is a {type(layers.other[path]).__name__}, which takes no adapter.")
     if packed := next((path for path in stacks if not layers.stacks[path].is_floating_point()), None):
         raise OnecardError(f"{SETTING}: {packed} is held in 4 bit, where experts take no adapter.")
     if not found and not stacks:
         raise OnecardError(f"{SETTING}: {no_match(model, layers, name, reached)}")
     return found, stacks
-
-
-def check_takes_adapter(path: str, module: nn.Module, routers: frozenset[str]) -> None:
-    """Refuse a router that gives more than a tensor: PEFT would add a product to a tuple."""
-    if path in routers and "router" in type(module).__name__.lower():
-        raise OnecardError(f"{SETTING}: {path} is a {type(module).__name__}, which takes no adapter.")
 
 
 def no_match(model: Any, layers: Layers, name: str, reached: Sequence[str]) -> str:

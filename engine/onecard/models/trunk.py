@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from onecard.errors import OnecardError
+from onecard.errors import OnecardError, is_out_of_memory, reason
 
 
 def trunk_of(model: Any) -> Any:
@@ -62,3 +62,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def errors_of(model: Any) -> Iterator[None]:
+    """One line for what the plain model raises: whatever its arithmetic raises on what it was not made for."""
+    try:
+        yield
+    except OnecardError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise OnecardError(f"model: {type(model).__name__} cannot be run in {dtype}: {reason(error)}.") from error
