@@ -316,3 +316,12 @@ def test_every_row_in_the_documentation_is_what_it_is_said_to_be() -> None:
     assert records.keys() == makers.keys()
     for kind, record in records.items():
         assert not makers[kind](record).bad_rows
+
+
+@pytest.mark.parametrize("name", ["image", "images"])
+def test_rows_of_images_are_not_taken_for_text(name: str) -> None:
+    """TRL's columns of vision-language rows; null and an empty list are none."""
+    plain = SCORED | {name: []}
+    assert make("scores", plain, plain | {name: None}).examples == make("scores", SCORED, SCORED).examples
+    with pytest.raises(OnecardError, match=rf"{name}: expected rows of text alone"):
+        make("scores", SCORED | {name: ["cat.png"]})

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from onecard.data.columns import MESSAGE_COLUMNS, BadRowError, has
+from onecard.data.columns import MESSAGE_COLUMNS, BadRowError, check_no_images, has
 from onecard.data.files import Row
 from onecard.data.tokens import Fitted
 from onecard.errors import OnecardError
@@ -79,6 +79,7 @@ def collect(rows: Iterable[Row], make: Callable[[Row], T], skip: bool) -> tuple[
     bad: list[BadRow] = []
     for row in rows:
         try:
+            check_no_images(row.values)
             made.append(make(row))
         except BadRowError as error:
             bad.append(BadRow(row.source, row.number, str(error)))

@@ -16,6 +16,7 @@ from onecard.errors import nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MESSAGE_COLUMNS = ("messages", "prompt", "completion", "completions", "chosen", "rejected")
+IMAGE_COLUMNS = ("image", "images")  # TRL's names
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # what a chat template is given beside the messages
 # Settings of `apply_chat_template` itself, which a row's variables must not change.
 TEMPLATE_SETTINGS = (
@@ -40,6 +41,13 @@ def is_chat(text: Text) -> TypeGuard[Messages]:
 def has(values: Mapping[str, Any], name: str) -> bool:
     """Whether a row has a column. Null is no column: Parquet and CSV write it where other rows have a value."""
     return values.get(name) is not None
+
+
+def check_no_images(values: Mapping[str, Any]) -> None:
+    """Stop at a row that is text and images: its text alone would be another example."""
+    name = next((name for name in IMAGE_COLUMNS if has(values, name) and values[name] != []), None)
+    if name is not None:
+        raise BadRowError(f"{name}: expected rows of text alone")
 
 
 def column(values: Mapping[str, Any], name: str) -> Any:
