@@ -113,6 +113,16 @@ def test_a_linear_layer_that_gives_no_product_gets_none():
     found = find_targets(model_of("deepseek_v4"), ["all-linear"])
     assert not [name for name in found.modules if name.endswith("o_a_proj")]
     assert "3 layers that are no plain product" in found.left_out
+    assert kinds(find_targets(model_of("rwkv"), ["all-linear"]).modules) == dict.fromkeys(
+        [
+            "rwkv.blocks.attention.key",
+            "rwkv.blocks.attention.value",
+            "rwkv.blocks.attention.receptance",
+            "rwkv.blocks.feed_forward.key",
+            "rwkv.blocks.feed_forward.receptance",
+        ],
+        3,
+    )
     assert find_targets(model_of("falcon"), ["dense"]).modules[0] == "transformer.h.0.self_attention.dense"
 
 
@@ -128,6 +138,7 @@ def test_a_linear_layer_that_gives_no_product_gets_none():
         ("qwen3_moe", ["mlp.gate"], "model.layers.0.mlp.gate is a Qwen3MoeTopKRouter, which takes no adapter"),
         ("llama4_text", ["router"], "model.layers.0.feed_forward.router is a Llama4Router, which takes no adapter"),
         ("phimoe", ["q_proj", "router"], "model.layers.0.mlp.router is a PhimoeTopKRouter, which takes no adapter"),
+        ("rwkv", ["attention.output"], "rwkv.blocks.0.attention.output is a Linear, which takes no adapter"),
         ("deepseek_v4", ["o_a_proj"], "o_a_proj is a DeepseekV4GroupedLinear, which takes no adapter"),
     ],
 )  # fmt: skip

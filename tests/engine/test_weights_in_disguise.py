@@ -67,6 +67,14 @@ def test_an_adapter_that_acts_on_nothing_is_not_merged(tmp_path, tiny_model, fam
     merge.run(MergeConfig(model=str(other), output_dir=str(tmp_path / "merged")))
 
 
+def test_an_adapter_that_the_model_would_not_rescale_is_refused(tmp_path, tiny_model):
+    """RWKV divides weights in evaluation mode, and PEFT's adapters beside them not."""
+    base = written("rwkv", tmp_path / "base", tiny_model)
+    adapter = adapter_on(base, tmp_path / "adapter", target_modules=["output"])
+    with pytest.raises(OnecardError, match="output, whose weights the model rescales in evaluation mode"):
+        load_player(ModelConfig(model=str(adapter)), role="policy")
+
+
 @pytest.mark.parametrize(
     ("family", "key"),
     [

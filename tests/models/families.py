@@ -99,7 +99,7 @@ FAMILIES: dict[str, Family] = {
                                         "chunk_size": 16, "n_groups": 1, "layers_block_type": ["mamba", "attention",
                                                                                                "mamba"]}),
     "mamba2": Family("mamba2", {"num_heads": 8, "head_dim": 12, "state_size": 16, "n_groups": 1, "chunk_size": 16}),
-    "rwkv": Family("rwkv", {"rescale_every": 1}),
+    "rwkv": Family("rwkv", {"rescale_every": 2}),  # once, as in a model of 12 layers with the usual 6
     "qwen3_next": Family("qwen3_next", DELTA),
     "qwen3_5_text": Family("qwen3_5_text", DELTA),
     "qwen3_5_moe_text": Family("qwen3_5_moe_text", DELTA),

@@ -264,7 +264,17 @@ def read_adapter(model: Any, folder: Path, name: str, setting: str = "model") ->
         raise OnecardError(f"{where}: {reason(error)}") from error
     fill_adapter(model, name, found, where)
     check_head(model, name, where)
+    check_rescaled(model, name, where)
     return model
+
+
+def check_rescaled(model: Any, name: str, where: str) -> None:
+    """Refuse an adapter that is another function in evaluation mode than it was in training."""
+    from onecard.models.targets import is_rescaled
+
+    for path, module in model.named_modules():
+        if name in getattr(module, "lora_A", {}) and is_rescaled(model, path):
+            raise OnecardError(f"{where} is on {path}, whose weights the model rescales in evaluation mode.")
 
 
 def check_head(model: Any, name: str, where: str) -> None:

@@ -77,6 +77,13 @@ def is_mamba_mixer(module: Any) -> bool:
     return all(hasattr(module, name) for name in ("A_log", "in_proj", "out_proj"))
 
 
+def is_rescaled(model: Any, path: str) -> bool:
+    """Whether a model divides the weights of a layer in evaluation mode, and an adapter on it not: RWKV's
+    `rescale_every`. What such an adapter learned would be another function when PEFT evaluates it.
+    """
+    return model.config.model_type == "rwkv" and path.endswith((".attention.output", ".feed_forward.value"))
+
+
 def block_of(path: str) -> str:
     """The mixture that experts at `path` belong to: what stands before `experts`, or their parent."""
     before, found, _ = f"{path}.".partition(".experts.")
@@ -87,9 +94,9 @@ def block_of(path: str) -> str:
 class Layers:
     """The layers of a text decoder by their full names, and what kind each is.
 
-    `other`: subclasses of linear layers that compute something else; `experts`: linear layers that are experts;
-    `stacks`: parameters that hold several; `routers`: what chooses among them; `mixers`: layers that a Mamba mixer's
-    kernels read; `blocks`: mixtures of experts.
+    `other`: linear layers that compute something else, at least in evaluation mode; `experts`: linear layers that are
+    experts; `stacks`: parameters that hold several; `routers`: what chooses among them; `mixers`: layers that a Mamba
+    mixer's kernels read; `blocks`: mixtures of experts.
     """
 
     linear: Mapping[str, nn.Module]
@@ -112,7 +119,11 @@ def layers_of(model: Any) -> Layers:
     stacked = [name for name, module in inside.items() if is_stack(module)]
     listed = [name for name in inside if name.endswith(".experts")]
     blocks = frozenset(block_of(name) for name in (*stacked, *listed))
-    other = {name: module for name, module in inside.items() if is_linear(module) and not is_product(module)}
+    other = {
+        name: module
+        for name, module in inside.items()
+        if is_linear(module) and (not is_product(module) or is_rescaled(model, name))
+    }
     linear = {name: module for name, module in inside.items() if is_linear(module) and name not in other}
     routers = {name for name in inside if is_router(name, blocks)}
     experts = {name for name in linear if ".experts." in name} - routers
