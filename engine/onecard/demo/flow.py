@@ -20,12 +20,12 @@ from rich.table import Table
 from onecard import runs
 from onecard.algorithms import dpo, reward, sft
 from onecard.algorithms.ppo import command as ppo
-from onecard.checkpoint import write_text
 from onecard.config import DemoConfig, DPOConfig, ModelConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig
 from onecard.data import prompt_examples, prompt_rows
 from onecard.demo.corpus import CorpusPaths, flaws, write_corpus
 from onecard.demo.tiny import make_tiny_model
 from onecard.errors import OnecardError
+from onecard.files import write_text
 from onecard.metrics import console, say
 from onecard.models.build import load_player
 from onecard.models.load import load_tokenizer
