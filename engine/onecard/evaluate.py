@@ -257,8 +257,9 @@ def run(config: EvaluateConfig) -> Path | None:
     folder = output_folder(config.output_dir, written_before(Path(config.output_dir))) if config.output_dir else None
     with template_date(today()):
         found = evaluate(config)
-    show(found)
     if folder is not None:
         write(found, folder)
+    show(found)
+    if folder is not None:
         say(f"evaluation: {folder}")
     return folder

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from onecard.config import EvaluateConfig
+from onecard.errors import visible
 from onecard.files import digest, replace_folder
 from onecard.measures import Estimate, WinRate
 
@@ -49,10 +50,10 @@ def show(found: Evaluation) -> None:
     head, *lines = cells(found)
     table = Table(*head)
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(visible, line))
     out = Console(highlight=False, markup=False)
     out.print(table)
-    out.print(words(found), soft_wrap=True)
+    out.print(visible(words(found)), soft_wrap=True)
 
 
 def markdown(found: Evaluation) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import torch
 
 from onecard.config import GenerateConfig, SampledConfig
 from onecard.data import load_rows, prompt_examples, prompt_rows
 from onecard.data.templates import template_date, today
-from onecard.errors import OnecardError
+from onecard.errors import OnecardError, visible
 from onecard.files import write_text
 from onecard.metrics import say
 from onecard.models.build import load_player
@@ -64,4 +65,5 @@ def run(config: GenerateConfig) -> None:
         say(f"{len(lines)} responses: {output}")
         return
     for prompt, text in zip(prompts, texts, strict=True):
-        print(f"{prompt.text} ->{text}" if config.num_generations > 1 or len(prompts) > 1 else text)
+        line = f"{prompt.text} ->{text}" if config.num_generations > 1 or len(prompts) > 1 else text
+        print(visible(line) if sys.stdout.isatty() else line)

@@ -233,8 +233,8 @@ def run(config: DemoConfig) -> Path:
         for place, prompt in enumerate(prompts[:SHOWN_SAMPLES])
     ]
     table = headline(folder, prompts, answers)
-    show(table, samples)
     report = write_demo_report(folder, [Stage(stage, folder / stage) for stage in STAGES], table, samples)
+    show(table, samples)
     say(f"report: {report}    plots: {folder / 'plots'}    time: {time.perf_counter() - began:.0f} s")
     say(f"try: onecard generate --model {folder / 'ppo' / 'policy'} --prompt {prompts[-1]!r} --num_generations 3")
     return report
