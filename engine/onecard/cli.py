@@ -68,15 +68,23 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
 }
 
 
+LARGEST = 1e30  # of a setting: beyond it, products of two settings are no numbers in float32
+
+
 class FiniteFloat(click.FloatRange):
     """A float that is a number: nan compares false with every bound and would pass them all."""
 
     name = "float"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{number} is not a finite number.", param, ctx)
+        try:
+            number = super().convert(value, param, ctx)
+        except OverflowError:  # an integer of hundreds of digits
+            number = math.inf
+        if isinstance(value, bool) or not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        if abs(number) > LARGEST:
+            self.fail(f"{number:g} is beyond {LARGEST:g}.", param, ctx)
         return number
 
 
@@ -86,6 +94,8 @@ class Integer(click.IntRange):
     name = "integer"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, bool | float):  # of a file: True would be 1, and 1.7 too
+            self.fail(f"{value!r} is not a valid integer.", param, ctx)
         number = super().convert(value, param, ctx)
         if not -(2**63) <= number < 2**64:
             self.fail(f"{number} does not fit into 64 bits.", param, ctx)

@@ -158,6 +158,9 @@ class JudgeConfig:
         "reward_funcs, or 1 each.",
     )  # fmt: skip
     missing_eos_penalty: float = option(0.0, "Taken from the score of a response that does not end by itself.", least=0)
+    reward_timeout: float = option(
+        60.0, "Seconds after which a reward function that still runs is named; it is not stopped. 0: never.", least=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

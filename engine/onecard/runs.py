@@ -42,7 +42,7 @@ FOLDERS = ("plots", *TRAINED)
 OUTPUTS = (*FILES, *FOLDERS)
 # Settings that a resumed run may change: they decide when to look, not what is learned.
 FREE = {"output_dir", "resume", "overwrite", "dry_run", "save_steps", "save_total_limit"}
-FREE |= {"logging_steps", "eval_steps", "eval_samples", "eval_sample_length"}
+FREE |= {"reward_timeout", "logging_steps", "eval_steps", "eval_samples", "eval_sample_length"}
 
 C = TypeVar("C", bound=TrainConfig)
 
