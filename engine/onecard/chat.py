@@ -20,7 +20,7 @@ import torch
 from onecard.config import ChatConfig
 from onecard.data import prompt_tokens
 from onecard.data.columns import BadRowError, Text
-from onecard.data.templates import template_date, today
+from onecard.data.templates import as_content, template_date, today
 from onecard.data.tokens import HALF, continuation_text
 from onecard.errors import OnecardError, nearest, visible
 from onecard.generate import check_sampling, longest_prompt
@@ -148,7 +148,10 @@ class Chat:
                 batch_size=1,
                 hear=lambda token: None if token in self.ends else voice.hear(token),
             )
-        self.conversation = conversation.answered(voice.end())
+        text, messages = voice.end(), conversation.prompt()
+        self.conversation = conversation.answered(
+            text if isinstance(messages, str) else as_content(text, messages, self.tokenizer)
+        )
         write("\n")
 
 

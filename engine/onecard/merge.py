@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from onecard.config import MergeConfig
@@ -18,7 +19,12 @@ from onecard.metrics import say
 from onecard.models.adapters import read_adapter
 from onecard.models.load import Source, find_source, load_base, load_tokenizer, reason, save_model
 from onecard.models.roles import HEAD_WEIGHTS
+from onecard.models.trunk import errors_of
+from onecard.models.vocabulary import known_tokens
 from onecard.outputs import output_folder
+
+PROBE = 32  # tokens of the text that the merged model is compared on
+MOST_OFF, MOST_OFF_16_BIT = 1e-3, 0.1  # nat on average, in float32 and where the sum of base and adapter is rounded
 
 
 def mergeable(config: MergeConfig) -> Source:
@@ -71,6 +77,7 @@ def merged(config: MergeConfig, source: Source) -> Any:
         )
     assert source.adapter is not None
     model = read_adapter(base, source.adapter, "default")
+    before = logprobs(model)
     try:
         untie(model.get_base_model())
         check_apart(model.get_base_model(), source.adapter)
@@ -81,7 +88,23 @@ def merged(config: MergeConfig, source: Source) -> Any:
         raise
     except Exception as error:  # PEFT raises ValueError, KeyError or RuntimeError as its parsers do
         raise OnecardError(f"model: adapter {source.adapter}: {reason(error)}") from error
+    off = float((logprobs(model) - before).abs().mean())
+    if not off <= (MOST_OFF if model.dtype == torch.float32 else MOST_OFF_16_BIT):
+        raise OnecardError(
+            f"model: adapter {source.adapter}: log-probs of the merged model are off by {off:.2g} nat on average. An "
+            "adapter is on a layer whose weights the model uses without calling it (Mamba's dt_proj), or that it calls "
+            "in a way of its own."
+        )
     return model
+
+
+@torch.no_grad()
+def logprobs(model: Any) -> torch.Tensor:
+    """Of all tokens behind a few, fp32 [PROBE, V]."""
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    tokens = (torch.arange(PROBE, device=model.device) * 7919 + 13)[None] % known_tokens(whole)
+    with errors_of(model):
+        return model.eval()(input_ids=tokens, use_cache=False).logits[0].float().log_softmax(-1)
 
 
 def run(config: MergeConfig) -> Path:

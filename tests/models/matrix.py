@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import io
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -424,7 +425,7 @@ def make_row(name: str, columns: Sequence[str] = tuple(CHECKS)) -> Row:
                 CHECKS[column](bench)
                 cells[column] = EXACT
             except OnecardError as error:
-                cells[column] = f"{REFUSED}{error}"
+                cells[column] = f"{REFUSED}{error}".replace(f"{work}/", "")
             except Inexact as error:
                 cells[column] = f"wrong: {error}"
             except Exception as error:  # a traceback is a wrong cell, and the others are still wanted
@@ -437,7 +438,7 @@ def page(rows: Sequence[Row]) -> str:
     import peft
     import transformers
 
-    reasons: dict[str, int] = {}
+    reasons: dict[str, tuple[int, str]] = {}  # reasons that differ in their numbers alone are one
     lines = [
         f"| model | batches, sampling | {' | '.join(CHECKS)} |",
         "|---|---|" + "---|" * len(CHECKS),
@@ -445,8 +446,9 @@ def page(rows: Sequence[Row]) -> str:
     for row in rows:
         shown = []
         for cell in row.cells.values():
-            number = reasons.setdefault(cell, len(reasons) + 1) if cell.startswith(REFUSED) else 0
-            shown.append(f"refused {number}" if number else cell)
+            refused = cell.startswith(REFUSED)
+            key = re.sub(r"\d[\d.e-]*", "N", cell)
+            shown.append(f"refused {reasons.setdefault(key, (len(reasons) + 1, cell))[0]}" if refused else cell)
         lines.append(f"| {row.name} | {row.how} | {' | '.join(shown)} |")
     versions = f"transformers {transformers.__version__}, peft {peft.__version__}, torch {torch.__version__}"
     return "\n".join(
@@ -456,7 +458,7 @@ def page(rows: Sequence[Row]) -> str:
             "",
             "Refusals:",
             "",
-            *(f"{number}. {cell.removeprefix(REFUSED)}" for cell, number in reasons.items()),
+            *(f"{number}. {cell.removeprefix(REFUSED)}" for number, cell in reasons.values()),
             "",
         ]
     )

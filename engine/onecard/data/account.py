@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from onecard.data.columns import MESSAGE_COLUMNS, BadRowError, check_no_images, has
+from onecard.data.columns import MESSAGE_COLUMNS, BadRowError, check_no_images
 from onecard.data.files import Row
+from onecard.data.templates import REASONING, opens_thought
 from onecard.data.tokens import Fitted
 from onecard.errors import OnecardError
 
@@ -103,14 +104,24 @@ def template_notes(rows: Sequence[Row], tokenizer: Any, examples: Sequence[Made[
     """What the chat template does not write: answers as they were sampled, and tools."""
     answers = [answer for item in examples for answer in item.answers]
     left_out = sum(answer.left_out for answer in answers)
-    unwritten = 0
-    if tokenizer.chat_template and "tools" not in str(tokenizer.chat_template):
-        chats = (row for row in rows if any(isinstance(row.values.get(name), list) for name in MESSAGE_COLUMNS))
-        unwritten = sum(has(row.values, "tools") for row in chats)
+    template = str(tokenizer.chat_template or "")
+    chats = [row for row in rows if any(isinstance(row.values.get(name), list) for name in MESSAGE_COLUMNS)]
+    unwritten = sum(bool(row.values.get("tools")) for row in chats) if template and "tools" not in template else 0
+    thoughts = 0
+    if template and not any(key in template for key in REASONING) and not opens_thought(tokenizer):
+        thoughts = sum(has_thought(row) for row in chats)
     return (
         *count_note(left_out, sum(answer.answers for answer in answers), LEFT_OUT),
         *count_note(unwritten, len(rows), "rows have tools, which the chat template does not write"),
+        *count_note(thoughts, len(rows), "rows have thoughts of their own, which the chat template does not write"),
     )
+
+
+def has_thought(row: Row) -> bool:
+    """Whether a message of a row has its thought beside its content."""
+    texts = (row.values.get(name) for name in MESSAGE_COLUMNS)
+    messages = (message for text in texts if isinstance(text, list) for message in text if isinstance(message, dict))
+    return any(message.get(key) for message in messages for key in REASONING)
 
 
 def count_note(count: int, total: int, what: str) -> tuple[str, ...]:

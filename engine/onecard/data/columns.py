@@ -83,6 +83,10 @@ def message(value: object, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadRowError(f"{place}: expected an object with role and content, got {kind(value)}")
     kept = {key: item for key, item in value.items() if item is not None}
+    if kept.get("function_call"):
+        raise BadRowError(f"{place}: function_call is of an older protocol; expected a list in tool_calls")
+    if kept.get("tool_calls"):
+        kept["tool_calls"] = tool_calls(kept["tool_calls"], f"{place}: tool_calls")
     calls = kept.get("role") == "assistant" and bool(kept.get("tool_calls"))
     for key in ("role",) if calls and "content" not in kept else ("role", "content"):
         if key not in kept:
@@ -99,6 +103,37 @@ def message(value: object, place: str) -> dict[str, Any]:
         )
     unicode(kept.get("content", ""), place)
     return kept
+
+
+def tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
+    """An assistant's calls, which may be JSON as text. Arguments that are JSON as text, as OpenAI's are, become
+    objects: chat templates are written for these, and servers parse them as well.
+    """
+    if isinstance(value, str):
+        value = from_json(value, place)
+    if not isinstance(value, list):
+        raise BadRowError(f"{place}: expected a list of calls, got {kind(value)}")
+    found = []
+    for index, call in enumerate(value):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRowError(f"{place}[{index}]: expected an object with the name of a function, got {kind(call)}")
+        function = {key: item for key, item in function.items() if item is not None}
+        if isinstance(function.get("arguments"), str):
+            arguments = from_json(function["arguments"] or "{}", f"{place}[{index}]: arguments")
+            if not isinstance(arguments, dict):
+                raise BadRowError(f"{place}[{index}]: arguments: expected an object, got {kind(arguments)}")
+            function["arguments"] = arguments
+        found.append({**call, "function": function} if "function" in call else function)
+    return found
+
+
+def from_json(text: str, place: str) -> Any:
+    """JSON that a column holds as text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRowError(f"{place}: not JSON: {reason(error)}") from error
 
 
 def template_arguments(values: Mapping[str, Any], text: Text) -> dict[str, Any]:
@@ -123,10 +158,7 @@ def parsed(values: Mapping[str, Any], name: str, expected: type, what: str) -> A
     """A column's list or object, which may be JSON as text; None where there is no column."""
     value = values.get(name)
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise BadRowError(f"{name}: not JSON: {reason(error)}") from error
+        value = from_json(value, name) if value.strip() else None
     if value is not None and not isinstance(value, expected):
         raise BadRowError(f"{name}: expected {what}, or its JSON as text, got {kind(value)}")
     return value

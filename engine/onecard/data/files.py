@@ -58,6 +58,8 @@ def load_rows(source: str, *, split: str) -> list[Row]:
     if not source:
         raise OnecardError("dataset: empty; expected a file, a folder or a Hugging Face dataset name.")
     path = Path(source).expanduser()
+    if path.is_file() and "[" in split:
+        raise OnecardError(f"{source}: split '{split}': a file has no splits, so no part of one can be taken.")
     if path.is_dir():
         rows = read_folder(source, path, split)
     elif path.exists() or looks_like_file(source):
@@ -161,6 +163,8 @@ def read_saved(path: Path, split: str) -> Numbered:
         if split not in dataset:
             raise OnecardError(f"{path}: no split '{split}'; there are {', '.join(dataset)}.{nearest(split, dataset)}")
         dataset = dataset[split]
+    elif "[" in split:
+        raise OnecardError(f"{path}: split '{split}': it has no splits, so no part of one can be taken.")
     return enumerate(dataset, start=1)
 
 

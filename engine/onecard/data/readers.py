@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -112,16 +114,18 @@ def read_jsonl(path: Path, content: bytes) -> Numbered:
 
 
 def read_json(path: Path, content: bytes) -> Numbered:
-    """A list of objects, an object that holds one list of them, or one object a line."""
+    """A list of objects, an object that holds one list of them, one row, or one object a line."""
     text = text_of(path, content)
     first, _, more = text.strip().partition("\n")
     if more and is_object(first):
         yield from read_jsonl(path, content)
         return
     document = parse(text, str(path))
-    if isinstance(document, dict):
+    if isinstance(document, dict) and not ROW_COLUMNS & document.keys():
         lists = [value for value in document.values() if isinstance(value, list)]
         document = lists[0] if len(lists) == 1 else document
+    elif isinstance(document, dict):
+        document = [document]
     if not isinstance(document, list):
         raise OnecardError(f"{path}: expected a list of objects, or an object with one list; got {kind(document)}.")
     yield from enumerate(document, start=1)
@@ -138,12 +142,18 @@ def is_object(line: str) -> bool:
 def parse(text: str, place: str) -> Any:
     """JSON, with the place in the error."""
     try:
-        return json.loads(text, object_pairs_hook=unique_keys)
+        return json.loads(text, object_pairs_hook=unique_keys, parse_float=exact_float)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         raise OnecardError(f"{place}: not JSON: {error.msg.removesuffix(' at')} at {where}.") from error
     except (ValueError, RecursionError) as error:  # a key twice, a number of thousands of digits, endless nesting
         raise OnecardError(f"{place}: not JSON that can be read: {reason(error)}.") from error
+
+
+def exact_float(text: str) -> float | Decimal:
+    """A JSON number as a float where that is the number, or else a Decimal: an answer may have more digits."""
+    found = float(text)
+    return found if math.isinf(found) or Decimal(repr(found)) == Decimal(text) else Decimal(text)
 
 
 def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -179,12 +189,27 @@ def read_parquet(path: Path, content: bytes) -> Numbered:
     if twice is not None:
         raise OnecardError(f"{path}: column '{twice}' is there twice.")
     try:
-        records = table.to_pylist()
+        records = widened(table).to_pylist()
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # broken UTF-8, a date of the year 10000
         raise OnecardError(f"{path}: a value cannot be read: {reason(error)}.") from error
     return enumerate(records, start=1)
 
 
+def widened(table: Any) -> Any:
+    """Columns of 16 and 32 bit as the numbers of 64 bit that are written alike: 0.1, and not 0.10000000149."""
+    import numpy as np
+    import pyarrow
+
+    for place, field in enumerate(table.schema):
+        if field.type in (pyarrow.float16(), pyarrow.float32()):
+            kind = np.float16 if field.type == pyarrow.float16() else np.float32
+            values = [None if value is None else float(str(kind(value))) for value in table.column(place).to_pylist()]
+            table = table.set_column(place, field.name, pyarrow.array(values, pyarrow.float64()))
+    return table
+
+
+# Columns that make an object a row, and not a wrapper around a list of rows.
+ROW_COLUMNS = {"messages", "prompt", "completion", "completions", "chosen", "rejected", "text"}
 READERS: dict[str, Callable[[Path, bytes], Numbered]] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,

@@ -16,6 +16,7 @@ the message's own text behind the prompt.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -32,6 +33,7 @@ from onecard.errors import OnecardError
 
 NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
 QUESTION, ANSWER, CALL = "onecardquestion", "onecardanswer", "onecardcall"  # letters, which no template changes
+CALL_ID = "onecallid"  # of nine letters, which Mistral's templates ask for
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the keys that transformers knows a thought under
 # A thought that a prompt ends in, opened (`<think>\n`) or empty (`<think>\n\n</think>\n\n`); or [THINK].
 THOUGHT = re.compile(r"(?P<tag><[\w:]+>|\[[A-Z_]+\])(?P<space>\s*)(?P<closing>(?:</[\w:]+>|\[/[A-Z_]+\])\s*)?\Z")
@@ -94,8 +96,8 @@ def rendered(
 ) -> str:
     """What the chat template makes of the messages; its own special tokens are in the text.
 
-    `arguments`: what the template is given beside them, such as `tools`. A message without content is given to the
-    template as it is, and with an empty one if that fails.
+    `arguments`: what the template is given beside them, such as `tools`. Where the template refuses the messages as
+    they are, messages without content get an empty one; then arguments of tool calls become JSON text (DeepSeek-V3).
     """
     if not tokenizer.chat_template:
         raise OnecardError(
@@ -104,17 +106,36 @@ def rendered(
         )
 
     def write(messages: Messages) -> str:
-        try:
-            return apply_template(messages, tokenizer, arguments, answer_next)
-        except BadRowError:
-            if all("content" in message for message in messages):
-                raise
-        return apply_template([{"content": "", **each} for each in messages], tokenizer, arguments, answer_next)
+        filled = tuple({"content": "", **each} for each in messages)
+        ways = (messages, filled, tuple(map(with_text_arguments, filled)))
+        errors = []
+        for place, way in enumerate(ways):
+            if way not in ways[:place]:
+                try:
+                    return apply_template(way, tokenizer, arguments, answer_next)
+                except BadRowError as error:
+                    errors.append(error)
+        raise errors[0]
 
     text = write(messages)
-    if messages[-1].get("content", "").strip() not in text or any(message.get("tool_calls") for message in messages):
-        check_written(messages, write)
+    unseen = [place for place, each in enumerate(messages) if each.get("content", "").strip() not in text]
+    check_written(messages, write, unseen if answer_next else [place for place in unseen if place == len(messages) - 1])
     return unicode(text, "chat template")
+
+
+def with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose tool calls have their arguments as JSON text."""
+
+    def text(call: dict[str, Any]) -> dict[str, Any]:
+        if "function" in call:
+            return {**call, "function": text(call["function"])}
+        return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)} if "arguments" in call else call
+
+    return (
+        {**message, "tool_calls": [text(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+    )
 
 
 def apply_template(
@@ -134,26 +155,36 @@ def apply_template(
         raise BadRowError(f"chat template: {reason(error)}") from error
 
 
-def check_written(messages: Messages, write: Callable[[Messages], str]) -> None:
-    """A template that leaves out the text of the last message, or tool calls, makes a bad row: an empty answer would be
-    learned. Both are looked for by names that no other text has.
+def check_written(messages: Messages, write: Callable[[Messages], str], unseen: Sequence[int]) -> None:
+    """A template that leaves out the text of a message, or tool calls, makes a bad row: an empty answer, or one to
+    another question, would be learned. Both are looked for by names that no other text has; `unseen` are the places of
+    messages whose own text is not in what the template writes.
     """
-    *others, last = messages
-    if not last.get("tool_calls") and ANSWER not in write((*others, {**last, "content": ANSWER})):
-        raise BadRowError(f"chat template: it does not write the content of messages[{len(others)}]")
-    named = tuple({**message, "tool_calls": renamed(message["tool_calls"])} if message.get("tool_calls") else message
-                  for message in messages)  # fmt: skip
-    if named != messages and write(named).count(CALL) < str(named).count(CALL):
+    for place in unseen:
+        marked = {**messages[place], "content": ANSWER}
+        if not marked.get("tool_calls") and ANSWER not in write((*messages[:place], marked, *messages[place + 1 :])):
+            raise BadRowError(f"chat template: it does not write the content of messages[{place}]")
+    calls = sum(len(message.get("tool_calls", ())) for message in messages)
+    for key, word in (("name", CALL), ("id", CALL_ID)) if calls else ():
+        named = tuple(
+            {**message, "tool_calls": [renamed(call, key, word) for call in message["tool_calls"]]}
+            if message.get("tool_calls")
+            else message
+            for message in messages
+        )
+        if write(named).count(word) >= calls:
+            return
+    if calls:
         raise BadRowError("chat template: it does not write the tool calls of the messages")
 
 
-def renamed(calls: Any) -> Any:
-    """Tool calls to a function called `CALL`, whether they have it under `function`, as OpenAI's do, or not."""
-    if isinstance(calls, list):
-        return [renamed(call) for call in calls]
-    if not isinstance(calls, dict):
-        return calls
-    return {**calls, "function": renamed(calls["function"])} if "function" in calls else {**calls, "name": CALL}
+def renamed(call: dict[str, Any], key: str, word: str) -> dict[str, Any]:
+    """A tool call to a function called `word`, whether it has its name under `function`, as OpenAI's do, or not; or
+    with that id, which is what some templates write (Kimi-K2).
+    """
+    if key == "name" and "function" in call:
+        return {**call, "function": {**call["function"], key: word}}
+    return {**call, key: word}
 
 
 # --- what ends an answer ---
@@ -288,15 +319,32 @@ def rendered_answer(messages: Messages, tokenizer: Any, arguments: Mapping[str, 
     text = whole[len(prompt) :] if whole.startswith(prompt) else None
     content: str = messages[-1].get("content", "")
     thought = THOUGHT.search(prompt)
+    check_closed_thought(messages, prompt)
     doubled = thought is not None and content.lstrip().startswith(thought["tag"])
     if text is None or doubled or content.strip() not in text:
         other = rendered((*messages[:-1], {**messages[-1], "content": ANSWER}), tokenizer, arguments)
         before, found, after = other.rpartition(ANSWER)
-        if found and not (text is not None and template_keeps(content, whole, prompt, before, after)):
+        if found and text is None and (between := text_from_prompt(messages, prompt, before)) is not None:
+            text = between + content + after
+        elif found and not (text is not None and template_keeps(content, whole, prompt, before, after)):
             text = own_text(messages, prompt, before) + after
     if text is None:
         raise unlike(messages, prompt)
     return RenderedAnswer(prompt, *through_end(text, tokenizer))
+
+
+def as_content(answer: str, messages: Messages, tokenizer: Any, arguments: Mapping[str, Any] = NO_ARGUMENTS) -> str:
+    """The content of the message that a sampled answer is: without its first space where the template writes one in
+    front of answers by itself (Vicuna, Mistral).
+    """
+    if not answer.startswith(" ") or not getattr(tokenizer, "chat_template", None):
+        return answer
+    said = {"role": "assistant", "content": answer[1:]}
+    try:
+        prompt = rendered(messages, tokenizer, arguments, answer_next=True)
+        return answer[1:] if rendered((*messages, said), tokenizer, arguments).startswith(prompt + answer) else answer
+    except BadRowError:
+        return answer
 
 
 def template_keeps(content: str, whole: str, prompt: str, before: str, after: str) -> bool:
@@ -309,7 +357,7 @@ def template_keeps(content: str, whole: str, prompt: str, before: str, after: st
     if not whole.startswith(before) or not whole.endswith(after):
         return True
     kept, content = whole[len(before) : len(whole) - len(after)].strip(), content.strip()
-    return kept == content or not content.endswith(kept)
+    return kept == content or kept not in content
 
 
 def opened_thought(prompt: str, before: str) -> re.Match[str] | None:
@@ -320,6 +368,15 @@ def opened_thought(prompt: str, before: str) -> re.Match[str] | None:
     if thought and before.startswith(prompt) and closing_tag(thought["tag"]) not in before[thought.start() :]:
         return None
     return thought
+
+
+def opens_thought(tokenizer: Any) -> bool:
+    """Whether prompts end in an opened thought, behind which a message's own thought is written."""
+    try:
+        found = THOUGHT.search(rendered(({"role": "user", "content": QUESTION},), tokenizer, answer_next=True))
+    except BadRowError:
+        return False
+    return found is not None and found["closing"] is None
 
 
 def own_text(messages: Messages, prompt: str, before: str) -> str:
@@ -333,6 +390,29 @@ def own_text(messages: Messages, prompt: str, before: str) -> str:
     elif prompt.startswith(before) and content.startswith(prompt[len(before) :]):
         return content[len(prompt) - len(before) :]
     raise unlike(messages, prompt)
+
+
+def text_from_prompt(messages: Messages, prompt: str, before: str) -> str | None:
+    """What the template writes between the prompt's end and the answer's content, where it writes the messages before
+    otherwise once there is an answer (Mistral: a system message only while the user's is the last; gpt-oss: thoughts
+    only until the answer). From the last message on both are alike.
+    """
+    question = messages[-2].get("content", "").strip()
+    tail = prompt[prompt.rfind(question) :] if question and question in prompt else ""
+    place = before.rfind(tail) if tail else -1
+    return before[place + len(tail) :] if place >= 0 else None
+
+
+CLOSED_THOUGHT = re.compile(r"(?P<closing></[\w:]*think\w*>|\[/THINK\w*\])\s*\Z")
+
+
+def check_closed_thought(messages: Messages, prompt: str) -> None:
+    """A row with a thought behind a prompt that ends in a closed one (`</think>`) is bad: it can have none there."""
+    closed, last = CLOSED_THOUGHT.search(prompt), messages[-1]
+    said = any(isinstance(last.get(key), str) and last[key].strip() for key in REASONING)
+    if closed and (said or closed["closing"] in last.get("content", "")):
+        place = len(messages) - 1
+        raise BadRowError(f"chat template: the prompt ends in a closed thought, but messages[{place}] has one")
 
 
 def unlike(messages: Messages, prompt: str) -> BadRowError:
@@ -356,9 +436,9 @@ def behind_thought(thought: re.Match[str], messages: Messages) -> str:
             place = len(messages) - 1
             raise BadRowError(f"chat template: the prompt ends in an empty thought, but messages[{place}] has one")
         return content
-    if closing not in content:
-        return f"{said}\n{closing}\n\n{content.lstrip()}"
     own = content.lstrip()
+    if closing not in content and not own.startswith(tag):
+        return f"{said}\n{closing}\n\n{own}"
     return own[len(tag) :].removeprefix(thought["space"]) if own.startswith(tag) else content
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from onecard.algorithms.ppo.settings import check_settings
-from onecard.config import FitConfig, PPOConfig, TrainConfig
+from onecard.config import FitConfig, PPOConfig, RewardConfig, TrainConfig
 from onecard.errors import OnecardError
 from onecard.fit.cards import GIB, Card, context, find_card, fragmentation, smallest
 from onecard.fit.model import Planned, find_model
@@ -18,9 +19,10 @@ from onecard.fit.phases import Lengths, is_uncut, rows_of
 from onecard.fit.plan import Plan, make_plan
 from onecard.fit.search import Fitting, flags, largest_tokens, make_fit
 from onecard.metrics import say
-from onecard.models.build import check_trained_weights
-from onecard.models.load import reason
+from onecard.models.build import check_speaks, check_trained_weights
+from onecard.models.load import find_source, reason
 from onecard.models.trunk import context_of
+from onecard.runs import weights_folder
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def answer(fit: FitConfig, config: TrainConfig) -> Answer:
     """Plan a run, and where a card is given look for what fits on it."""
     card = find_card(fit.card) if fit.card else None
     found = find_model(config.model)
+    if not isinstance(config, RewardConfig) and weights_folder(Path(config.model)).is_dir():
+        check_speaks(find_source(config.model))
     check_trained_weights(config, adapter=found.adapter)
     if isinstance(config, PPOConfig):
         check_settings(config)

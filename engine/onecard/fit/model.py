@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from onecard.errors import OnecardError, nearest
-from onecard.models.load import find_source, reason
+from onecard.models.adapters import read_settings
+from onecard.models.load import check_writes, find_source, reason
 from onecard.runs import weights_folder
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -40,10 +41,14 @@ def find_model(name: str) -> Planned:
     if path.suffix == ".json" or path.is_file():
         return Planned(path.stem, read_config(path))
     if (path / "adapter_config.json").is_file():
-        base = find_model(find_source(name).base)
+        source = find_source(name)
+        read_settings(path, "model")
+        base = find_model(source.base)
         return Planned(base.name, base.config, adapter=True)
     if path.is_dir():
-        return Planned(path.name, read_config(path / "config.json"))
+        settings = read_config(path / "config.json")
+        check_writes(settings, f"model: {name}")
+        return Planned(path.name, settings)
     shipped = {key.lower(): file for key, file in shapes().items()}
     found = shipped.get(name.rpartition("/")[2].lower().removesuffix("-instruct").removesuffix("-it"))
     if found is not None and not name.startswith((".", "~", "/")):

@@ -6,8 +6,9 @@ No weight is read and no number computed; what is made has the sizes, dtypes and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from onecard.batches import TokenSequence, pack, to_device
 from onecard.config import ModelConfig, PPOConfig, RewardConfig, TrainConfig
 from onecard.errors import OnecardError
-from onecard.models.adapters import add_adapter
+from onecard.models.adapters import ADAPTER_SETTINGS, add_adapter, as_modules, read_settings
 from onecard.models.attention import use_own_attention
 from onecard.models.build import JUDGES, has_critic, head_shape, lora_config, scalar_head
 from onecard.models.four_bit import check_packed, nf4_settings, read_directly, stack_parameters, unpack_in_passes
@@ -25,6 +26,7 @@ from onecard.models.load import model_class, reason, without_dropout
 from onecard.models.roles import Roles
 from onecard.models.targets import Targets, find_targets
 from onecard.models.trunk import context_of, trunk_of
+from onecard.runs import weights_folder
 from onecard.startup import SHORT, candidates
 
 META = torch.device("meta")
@@ -127,14 +129,21 @@ def plan_base(settings: Any, config: ModelConfig, target: torch.device, *, train
     return model.requires_grad_(train_all)
 
 
-def lora(model: Any, config: TrainConfig, names: Mapping[str, bool]) -> Any:
-    """`model` with an adapter of each name; True where it belongs to a role with a scalar head."""
+def lora(model: Any, config: TrainConfig, names: Mapping[str, bool], goes_on: Collection[str] = ()) -> Any:
+    """`model` with an adapter of each name; True where it belongs to a role with a scalar head. Those in `goes_on` are
+    as the adapter that `config.model` names.
+    """
     targets = find_targets(model, config.lora_target_modules) if names else Targets(())
     if targets.parameters:
         raise OnecardError(f"lora_target_modules: adapters on experts ({targets.parameters[0]}) cannot be planned.")
-    base = model
+    base, folder = model, weights_folder(Path(config.model))
     with META:
         for name, scalar in names.items():
+            if name in goes_on and (folder / ADAPTER_SETTINGS).is_file():
+                settings = read_settings(folder, "model")
+                as_modules(settings, model)
+                model = add_adapter(model, settings, name)
+                continue
             model = add_adapter(model, lora_config(config, base, targets, scalar=scalar), name)
     return model
 
@@ -186,7 +195,8 @@ def settle_layout(roles: Roles) -> None:
 def plan_roles(base: Any, copy: Any, config: TrainConfig, cast: Cast) -> Roles:
     """`models.build.load_roles` and `load_ppo_roles` on meta. `copy`: a whole model that is the reference, or None."""
     names = {name: role in cast.scalar for role, name in reversed(cast.adapters.items()) if name is not None}
-    model = lora(base, config, {name: names[name] for name in reversed(names)})
+    goes_on = (cast.trained[0], "reference")
+    model = lora(base, config, {name: names[name] for name in reversed(names)}, goes_on)
     roles = Roles(model, cast.trained, dict(cast.adapters), "packed" if config.padding_free else "padded")
     settle_layout(roles)
     pull_levers(roles, config)

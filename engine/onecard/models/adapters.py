@@ -170,9 +170,15 @@ def without_base(found: Mapping[str, Tensor], own: Mapping[str, Tensor], model: 
             kept[key] = tensor
         elif held.shape != tensor.shape:
             raise OnecardError(resized(where, plain, tensor, held))
-        elif not torch.equal(held.detach().cpu(), tensor.to(held.dtype)):
+        elif not same_values(held.detach().cpu(), tensor):
             raise OnecardError(f"{where} holds other weights for {plain} than its base; expected an adapter alone.")
     return kept
+
+
+def same_values(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are equal in the narrower of their types."""
+    narrow = min(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(first.to(narrow), second.to(narrow))
 
 
 def resized(where: str, key: str, found: Tensor, held: Tensor) -> str:

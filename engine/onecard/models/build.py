@@ -127,6 +127,17 @@ def check_precision(roles: Roles) -> None:
         )
 
 
+def check_can_learn(roles: Roles) -> None:
+    """Refuse a trained adapter whose product with the input has no gradient: lora_alpha 0, or both factors 0."""
+    for path, module in roles.model.named_modules():
+        factors = [getattr(module, name, {}) for name in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")]
+        for role in roles.trained:
+            own = [getattr(each[role], "weight", each[role]) for each in factors if role in each]
+            if own and (module.scaling[role] == 0 or not any(bool(each.any()) for each in own)):
+                what = "lora_alpha is 0" if module.scaling[role] == 0 else "both of its factors are 0"
+                raise OnecardError(f"model: the adapter on {path} would never learn: {what}.")
+
+
 def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, scalar: bool = False) -> Roles:
     """The weights of a training run: the trained role, a reference if asked for, a scalar head if asked for."""
     source = find_source(config.model)
@@ -136,14 +147,16 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
     base = load_base(config, train_all=not config.use_peft)
     adapters: dict[str, str | None] = {trained: None}
     frozen = copy.deepcopy(base).requires_grad_(False) if reference and not config.use_peft else None
-    targets = find_targets(base, config.lora_target_modules) if config.use_peft and source.adapter is None else None
+    # Of an adapter that goes on, the names must be right all the same: somebody means something by them.
+    targets = find_targets(base, config.lora_target_modules) if config.use_peft else None
     torch.manual_seed(config.seed)  # new weights depend on the seed alone, not on what loading drew
     model = base
     if config.use_peft:
         model, adapters = add_adapters(base, config, trained, targets, reference=reference, scalar=scalar)
     roles = Roles(model, (trained,), adapters, "packed" if config.padding_free else "padded")
-    roles.left_out = targets.left_out if targets else ()
+    roles.left_out = targets.left_out if targets and source.adapter is None else ()
     check_precision(roles)
+    check_can_learn(roles)
     pull_levers(roles, config)
     if frozen is not None:
         roles.copies["reference"] = frozen
@@ -277,9 +290,9 @@ def load_player(config: ModelConfig, *, role: str, head: bool = False) -> Roles:
 
 def check_speaks(source: Source, setting: str = "model") -> None:
     """Refuse a reward model where texts are to be written: it would load, and write what nobody trained it to."""
-    folder = source.adapter or Path(source.base)
-    if (folder / HEAD_WEIGHTS).is_file():
-        raise OnecardError(f"{setting}: {folder} is a reward model, which scores texts and writes none.")
+    for folder in filter(None, (source.adapter, Path(source.base))):
+        if (folder / HEAD_WEIGHTS).is_file():
+            raise OnecardError(f"{setting}: {folder} is a reward model, which scores texts and writes none.")
 
 
 def load_players(

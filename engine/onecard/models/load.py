@@ -6,8 +6,9 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,24 @@ def find_source(model: str) -> Source:
         return Source(base=os.path.abspath(path))
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise OnecardError(f"model: no folder {model}; expected a model folder or a Hugging Face name.")
+    if is_hub_adapter(model):
+        raise OnecardError(f"model: {model} is an adapter on the hub; download it (`hf download`) and give its folder.")
     return Source(base=model)
+
+
+@lru_cache
+def is_hub_adapter(name: str) -> bool:
+    """Whether a hub repository, in the local cache or on the hub, is an adapter's. transformers would put it on its
+    base without a word.
+    """
+    from transformers.utils import cached_file
+
+    try:
+        return bool(cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False,
+                                _raise_exceptions_for_gated_repo=False,
+                                _raise_exceptions_for_connection_errors=False))  # fmt: skip
+    except Exception:  # whatever the hub answers: loading says it
+        return False
 
 
 def base_of_adapter(path: Path) -> str:
@@ -159,11 +177,11 @@ def pick_attention(config: ModelConfig, dtype: torch.dtype) -> str | None:
 
 
 def is_dropout(name: object, value: object) -> bool:
-    """Whether an entry of a model's config makes training mode another function: dropout, skipped layers, router
-    jitter, and RWKV's `rescale_every`, which in evaluation mode divides weights in place and knows no adapters.
+    """Whether an entry of a model's config makes training mode another function: dropout, skipped layers, and RWKV's
+    `rescale_every`, which in evaluation mode divides weights in place and knows no adapters. Router jitter is left as
+    it is: PhiMoE's is a threshold in evaluation mode too. The startup check finds it in training mode.
     """
-    noise = isinstance(value, float) and any(word in str(name) for word in ("drop", "jitter"))
-    return noise or name == "rescale_every"
+    return (isinstance(value, float) and "drop" in str(name)) or name == "rescale_every"
 
 
 def without_dropout(model_config: Any) -> Any:
@@ -261,8 +279,13 @@ def check_weights(model: Any, info: Mapping[str, Any], where: str) -> None:
     computes itself do no harm.
     """
     buffers = [name for name, _ in model.named_buffers()]
+    known = {name for name, _ in model.named_parameters()}
     missing = sorted(info["missing_keys"])
-    left = sorted(key for key in info["unexpected_keys"] if not any(name.endswith(key) for name in buffers))
+    left = sorted(
+        key
+        for key in info["unexpected_keys"]
+        if not any(name.endswith(key) for name in buffers) and not is_old_buffer(key, known, info["unexpected_keys"])
+    )
     shapes = sorted(info["mismatched_keys"])
     if shapes:
         name, found, expected = shapes[0]
@@ -271,6 +294,23 @@ def check_weights(model: Any, info: Mapping[str, Any], where: str) -> None:
         parts = [f"has no weights for {listed(missing)}"] if missing else []
         parts += [f"has weights that its config has no place for: {listed(left)}"] if left else []
         raise OnecardError(f"{where} {', and '.join(parts)}.")
+
+
+# Buffers that models of earlier versions of transformers wrote: masks, rotations, and OPT's version.
+OLD_BUFFERS = ("masked_bias", "causal_mask", "inv_freq", "decoder.version")
+
+
+def is_old_buffer(key: str, known: Collection[str], left: Collection[str]) -> bool:
+    """Whether a weight that is left over is a buffer of an earlier version, which the model now computes itself. The
+    `bias` of an attention without a `weight` is its causal mask.
+    """
+    if key.endswith(OLD_BUFFERS):
+        return True
+    owner = key.removesuffix(".bias")
+    beside = [f"{owner}.weight", *(name for name in known if name.endswith(f"{owner}.weight"))]
+    return key.endswith((".attn.bias", ".attn.attention.bias")) and not any(
+        name in known or name in left for name in beside
+    )
 
 
 def keep_full_precision(model: Any, base: str, settings: Any, remote: Mapping[str, Any]) -> None:
@@ -319,6 +359,8 @@ def load_base(config: ModelConfig, *, train_all: bool = False) -> Any:
     if config.load_in_4bit:
         check_packed(model)
         unpack_in_passes(model)
+    if train_all and getattr(model, "quantization_method", None) is not None:
+        raise OnecardError(f"use_peft: all weights cannot be trained, for {where} is stored quantized.")
     model.dropouts = own_dropouts  # for `save_model`
     if train_all and dtype.itemsize < 4:
         keep_full_precision(model, base, settings, remote)

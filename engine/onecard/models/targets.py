@@ -191,6 +191,8 @@ def reached(model: Any, layers: Mapping[str, nn.Module]) -> set[str]:
 
 def find_targets(model: Any, names: Sequence[str]) -> Targets:
     """The layers of a model without adapters that `lora_target_modules` names, or an error that says why not."""
+    if not names:
+        raise OnecardError(f"{SETTING}: empty, expected {ALL_LINEAR} or names of layers.")
     layers = layers_of(model)
     unused = idle_layers(model, layers)
     chosen: set[str] = set()

@@ -34,9 +34,12 @@ STOP_WORDS = frozenset(re.findall(r"\w+", """
     other our out over please s she should so some such t than that the their them then there these they this
     those to too up us very was we were what when where which who whom whose why will with would you your
 """))  # fmt: skip
-NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")  # no minus in 3-4
+NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\w))?")
+# no minus in 3-4
 LEADING_ZERO = re.compile(r"[-+]?0[\d,]")  # 02134 is a code, and 2134 another one
 AROUND = " \"'`$*"
+MINUS = str.maketrans("\u2212", "-")
+MOST_DIGITS = 1000  # before or behind the point of a number
 
 
 def fluency(case: Case) -> list[float]:
@@ -138,7 +141,9 @@ def expected_text(expected: Any, column: str, prompt: str) -> str:
     what = "null" if expected is None else type(expected).__name__
     if isinstance(expected, str):
         return normal(expected)
-    if isinstance(expected, float) and not abs(expected) < 2**53:  # NaN too
+    if isinstance(expected, Decimal) and abs(expected.adjusted()) > MOST_DIGITS:
+        what = f"{expected}, which has too many digits"
+    elif isinstance(expected, float) and not abs(expected) < 2**53:  # NaN too
         what = f"{expected}, which is no exact number"
     elif isinstance(expected, int | float | Decimal) and not isinstance(expected, bool):
         return f"{Decimal(str(expected)):f}"  # 0.00001, not 1e-05
@@ -147,6 +152,7 @@ def expected_text(expected: Any, column: str, prompt: str) -> str:
 
 def says(answer: str, expected: str) -> bool:
     """Whether the whole answer, its last line, or its last number (where one is expected) is the expected one."""
+    answer = answer.translate(MINUS)
     lines = [line for line in answer.splitlines() if line.strip()]
     if normal(answer) == expected or (lines and normal(lines[-1]) == expected):
         return True
@@ -159,6 +165,7 @@ def says(answer: str, expected: str) -> bool:
 
 
 def normal(text: str) -> str:
+    text = text.translate(MINUS)
     return " ".join(text.rpartition("####")[2].casefold().split()).strip(AROUND).rstrip(AROUND + ".!")
 
 

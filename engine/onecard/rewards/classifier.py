@@ -6,7 +6,7 @@ from typing import Any
 
 from onecard.data import Prompt
 from onecard.data.columns import BadRowError
-from onecard.data.templates import rendered
+from onecard.data.templates import as_content, rendered
 from onecard.data.tokens import opening
 from onecard.errors import OnecardError
 from onecard.metrics import say
@@ -25,7 +25,9 @@ class ClassifierReward:
 
     def __call__(self, case: Case) -> list[float]:
         answers = case.answers.completions
-        texts = [self.tokenized(prompt, answer) for prompt, answer in zip(case.prompts, answers, strict=True)]
+        texts = [
+            self.tokenized(prompt, answer, case.tokenizer) for prompt, answer in zip(case.prompts, answers, strict=True)
+        ]
         limit = self.classifier.limit
         cut = sum(text["cut"] for text in texts)
         if cut and not self.said:
@@ -36,11 +38,15 @@ class ClassifierReward:
             )
         return self.classifier.values([text["inputs"] for text in texts], case.batch_size)
 
-    def tokenized(self, prompt: Prompt, answer: str) -> dict[str, Any]:
-        """What the classifier's tokenizer makes of one text, and whether it was `cut` at the left."""
+    def tokenized(self, prompt: Prompt, answer: str, policys: Any) -> dict[str, Any]:
+        """What the classifier's tokenizer makes of one text, and whether it was `cut` at the left. `policys`: the
+        tokenizer with whose chat template the answer was sampled.
+        """
         tokenizer, limit = self.classifier.tokenizer, self.classifier.limit
         templated = prompt.messages is not None and bool(tokenizer.chat_template)
-        text = self.conversation(prompt, answer) if templated else (prompt.text + answer).removeprefix(self.front)
+        text = (
+            self.conversation(prompt, answer, policys) if templated else (prompt.text + answer).removeprefix(self.front)
+        )
         # verbose: the warning about the model's longest input is ours to give
         inputs = tokenizer(text, add_special_tokens=not templated, verbose=False)
         cut = limit is not None and len(inputs["input_ids"]) > limit
@@ -50,9 +56,10 @@ class ClassifierReward:
             raise OnecardError(f"{self.setting}: its tokenizer makes no token of {text[:80]!r}.")
         return {"inputs": inputs, "cut": cut}
 
-    def conversation(self, prompt: Prompt, answer: str) -> str:
+    def conversation(self, prompt: Prompt, answer: str, policys: Any) -> str:
         """The chat as the classifier's own template writes it."""
-        said = {"role": "assistant", "content": answer}
+        content = as_content(answer, prompt.messages or (), policys, prompt.arguments)
+        said = {"role": "assistant", "content": content}
         try:
             return rendered((*(prompt.messages or ()), said), self.classifier.tokenizer, prompt.arguments)
         except BadRowError as error:
