@@ -187,6 +187,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     reward = reward_adapter(config)
     tokenizer = load_tokenizer(config)
     material = load_material(config, tokenizer)
+    if judge is not None:
+        judge.check_columns(material.prompts)
     adapters = {"policy": policy.adapter, "reference": reference.adapter if reference else None}
     apart = baseline is not None and not same_base(baseline, policy)
     if baseline is not None and not apart:

@@ -166,6 +166,13 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "beta of Adam": ({"--adam_beta1": 1}, ["adam_beta1: 1"]),
     "all weights": ({"--no_use_peft": True}, ["use_peft", "--no_use_peft"]),
     "stop text beside a special token": ({"--stop_token": "cat</s>"}, ["stop_token: 'cat</s>' has a special token"]),
+    "stop text of bytes that are none": (
+        {"--stop_token": "\udcff"}, ["stop_token: '\\udcff' is not valid Unicode"],
+    ),
+    "an answer that is none, in a late row": (
+        {"--reward_model_path": "", "--reward_funcs": "exact_answer", "--dataset": "{tmp}/answers.jsonl"},
+        ["exact_answer: answer is null, expected text or a number; prompt 'the'"],
+    ),
     "empty stop text": ({"--stop_token": ""}, ["stop_token: '' is 0 tokens, expected a text"]),
     "no such layer": ({"--lora_target_modules": "flux"}, ["lora_target_modules", "flux"]),
 }  # fmt: skip
@@ -177,6 +184,7 @@ def bad_material(tmp_path: Path, tiny_model: Path, material: Path) -> None:
     (tmp_path / "bad.py").write_text(BAD_FUNCTIONS)
     (tmp_path / "torn.py").write_text("def f(:\n")
     (tmp_path / "empty.jsonl").write_text("")
+    write_rows(tmp_path / "answers.jsonl", [{"prompt": "a", "answer": "b"}] * 40 + [{"prompt": "the", "answer": None}])
     write_rows(tmp_path / "columns.jsonl", [{"promt": "a"}])
     write_rows(tmp_path / "plain.jsonl", [{"prompt": "a"}, {"prompt": "the"}])
     write_rows(tmp_path / "long.jsonl", [{"prompt": "a"}, {"prompt": "the cat " * 60}])

@@ -176,12 +176,16 @@ def pick_attention(config: ModelConfig, dtype: torch.dtype) -> str | None:
     return "flash_attention_2" if can_flash else None
 
 
+# Noise by its name that a model reads in evaluation mode too: PhiMoE routes by it. The startup check finds the noise.
+READ_IN_EVALUATION = {("phimoe", "router_jitter_noise")}
+
+
 def is_dropout(name: object, value: object) -> bool:
-    """Whether an entry of a model's config makes training mode another function: dropout, skipped layers, and RWKV's
-    `rescale_every`, which in evaluation mode divides weights in place and knows no adapters. Router jitter is left as
-    it is: PhiMoE's is a threshold in evaluation mode too. The startup check finds it in training mode.
+    """Whether an entry of a model's config makes training mode another function: dropout, skipped layers, router
+    jitter, and RWKV's `rescale_every`, which in evaluation mode divides weights in place and knows no adapters.
     """
-    return (isinstance(value, float) and "drop" in str(name)) or name == "rescale_every"
+    noise = isinstance(value, float) and any(word in str(name) for word in ("drop", "jitter"))
+    return noise or name == "rescale_every"
 
 
 def without_dropout(model_config: Any) -> Any:
@@ -191,7 +195,7 @@ def without_dropout(model_config: Any) -> Any:
     for name, value in list(vars(model_config).items()):
         if isinstance(value, PretrainedConfig):
             without_dropout(value)
-        elif is_dropout(name, value):
+        elif is_dropout(name, value) and (getattr(model_config, "model_type", ""), name) not in READ_IN_EVALUATION:
             setattr(model_config, name, type(value)(0))
     return model_config
 

@@ -128,12 +128,17 @@ def exact_answer(case: Case) -> list[float]:
     if not columns:
         there = ", ".join(answers.columns) or "none beside prompt"
         raise OnecardError(f"exact_answer: no column 'answer' or 'solution' in the dataset; there are {there}.")
-    scores = []
-    for place, (prompt, answer) in enumerate(zip(answers.prompts, answers.completions, strict=True)):
-        given = {name: answers.columns[name][place] for name in columns}
-        column = next((name for name, value in given.items() if value is not None), columns[0])
-        scores.append(float(says(answer, expected_text(given[column], column, prompt))))
-    return scores
+    return [
+        float(says(answer, expected_of({name: answers.columns[name][place] for name in columns}, prompt)))
+        for place, (prompt, answer) in enumerate(zip(answers.prompts, answers.completions, strict=True))
+    ]
+
+
+def expected_of(columns: Mapping[str, Any], prompt: str) -> str:
+    """A row's expected answer, from the first of its columns that holds one."""
+    given = {name: columns[name] for name in ANSWER_COLUMNS if name in columns}
+    column = next((name for name, value in given.items() if value is not None), next(iter(given), ANSWER_COLUMNS[0]))
+    return expected_text(given.get(column), column, prompt)
 
 
 def expected_text(expected: Any, column: str, prompt: str) -> str:

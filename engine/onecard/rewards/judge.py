@@ -15,7 +15,7 @@ from onecard.models.roles import Roles
 from onecard.passes import Budget
 from onecard.rewards.adapter import AdapterReward
 from onecard.rewards.answers import Answers, Case, Measure
-from onecard.rewards.builtin import builtin_name, load_builtin
+from onecard.rewards.builtin import ANSWER_COLUMNS, builtin_name, exact_answer, expected_of, load_builtin
 from onecard.rewards.calls import call_function
 from onecard.rewards.classifier import ClassifierReward
 from onecard.rewards.functions import RewardFunction, load_function, part_names
@@ -34,6 +34,13 @@ class Judge:
     batch_size: int | Budget
     measures: Mapping[str, Measure] = field(default_factory=dict)
     timeout: float = 0.0  # seconds after which a function that still runs is named
+
+    def check_columns(self, prompts: Sequence[Prompt]) -> None:
+        """Stop at the first row whose columns a built-in reward cannot use: it would end the run in the middle."""
+        known = {name for prompt in prompts for name in prompt.columns}
+        if exact_answer in self.measures.values() and known.intersection(ANSWER_COLUMNS):
+            for prompt in prompts:
+                expected_of(prompt.columns, prompt.text)
 
     def scores(self, roles: Roles, tokenizer: Any, prompts: Sequence[Prompt], episodes: Sequence[Episode]) -> Scores:
         """What each episode, which answers the prompt at its place, is worth; an unfinished one pays its penalty."""

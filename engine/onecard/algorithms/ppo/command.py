@@ -129,6 +129,8 @@ def run_opened(config: PPOConfig, run: Run) -> Path:
             skip_bad_rows=config.skip_bad_rows,
         ),
     )
+    for each in filter(None, (judge, constraint)):
+        each.check_columns([*training, *heldout])
     roles = load_ppo_roles(config)
     longest = max(len(prompt.tokens) for prompt in (*training, *heldout)) + config.response_length
     items = max(config.per_device_train_batch_size, config.per_device_eval_batch_size)
