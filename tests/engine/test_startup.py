@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from onecard import startup
 from onecard.batches import TokenSequence, pack, to_device
@@ -13,7 +14,7 @@ from onecard.models.load import without_dropout
 from onecard.models.roles import Roles
 from onecard.rollout import Sampling, sample_responses
 from onecard.startup import check_decoding, check_model, mixes, probe
-from tests.models.families import FAMILIES, Family, random_model
+from tests.models.families import FAMILIES, Family, config_of, random_model
 
 LONGEST = 90  # beyond every window, top-k and original context of the families
 EXACT = 1e-4
@@ -155,7 +156,11 @@ def test_sampling_across_the_original_context_rotates_as_whole_texts_do():
     ],
 )
 def test_noise_that_the_config_names_is_turned_off(name, settings, capsys):
-    roles = roles_of(Family(name, settings))
+    config = without_dropout(config_of(Family(name, settings)))
+    assert [getattr(config, noise) for noise in settings] == [0.0]
+    model = AutoModelForCausalLM.from_config(config)
+    use_own_attention(model)
+    roles = Roles(model, ("policy",), {"policy": None}, "packed").eval()
     check_model(roles, 30)
     assert not roles.trained_in_evaluation_mode
     texts = probe(roles, 30)
