@@ -7,6 +7,7 @@ longer fits into its context is forgotten from the oldest turn on. The cache of 
 from __future__ import annotations
 
 import importlib
+import io
 import re
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from onecard.data import prompt_tokens
 from onecard.data.columns import BadRowError, Text
 from onecard.data.templates import as_content, template_date, today
 from onecard.data.tokens import HALF, continuation_text
-from onecard.errors import OnecardError, nearest
+from onecard.errors import OnecardError, nearest, visible
 from onecard.generate import check_sampling, longest_prompt
 from onecard.metrics import say
 from onecard.models.build import load_player
@@ -156,10 +157,11 @@ class Chat:
 
 COMMANDS: dict[str, Callable[[Chat], None]] = {"/reset": Chat.reset}
 QUIT = "/quit"
+UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that are no text, by Python's surrogateescape
 
 
 def write(text: str) -> None:
-    print(text, end="", flush=True)
+    print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def read_line() -> str | None:
@@ -178,9 +180,14 @@ def read_line() -> str | None:
 
 def talk(chat: Chat) -> None:
     """Line after line, until there is no more."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     while (line := read_line()) is not None and line.strip() != QUIT:
         word = line.strip()
         if not word:
+            continue
+        if UNDECODED.search(line):
+            say("that line is no UTF-8; not taken.")
             continue
         try:
             if word in COMMANDS:

@@ -7,6 +7,7 @@ Each command's flags are the fields of its config dataclass. Nothing heavy is im
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import math
 import os
@@ -21,8 +22,9 @@ import click
 import yaml
 
 from onecard import __version__, config
-from onecard.errors import Interrupted, OnecardError, is_out_of_memory, nearest
+from onecard.errors import Interrupted, OnecardError, is_out_of_memory, nearest, visible
 
+DEEPEST = 8  # lists and mappings in each other, in a file of settings
 # command -> (config class, module:function that runs it, example shown under --help)
 COMMANDS: dict[str, tuple[type, str, str]] = {
     "sft": (
@@ -66,15 +68,23 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
 }
 
 
+LARGEST = 1e30  # of a setting: beyond it, products of two settings are no numbers in float32
+
+
 class FiniteFloat(click.FloatRange):
     """A float that is a number: nan compares false with every bound and would pass them all."""
 
     name = "float"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{number} is not a finite number.", param, ctx)
+        try:
+            number = super().convert(value, param, ctx)
+        except OverflowError:  # an integer of hundreds of digits
+            number = math.inf
+        if isinstance(value, bool) or not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        if abs(number) > LARGEST:
+            self.fail(f"{number:g} is beyond {LARGEST:g}.", param, ctx)
         return number
 
 
@@ -84,6 +94,8 @@ class Integer(click.IntRange):
     name = "integer"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, bool | float):  # of a file: True would be 1, and 1.7 too
+            self.fail(f"{value!r} is not a valid integer.", param, ctx)
         number = super().convert(value, param, ctx)
         if not -(2**63) <= number < 2**64:
             self.fail(f"{number} does not fit into 64 bits.", param, ctx)
@@ -113,11 +125,33 @@ def field_option(item: Field[Any], hint: Any) -> click.Option:
     return click.Option([flag, item.name], type=kind, **common)
 
 
+def check_plain(text: str, path: str) -> None:
+    """Refuse what no settings need: aliases, which a few lines of can stand for gigabytes, and deep nesting."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise OnecardError(f"--config: {path} has an alias (*{event.anchor}), expected plain values.")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise OnecardError(f"--config: {path} is nested deeper than settings are.")
+
+
+def check_trust(context: click.Context) -> None:
+    """A file alone must not make a model's code run: it may come with the model, or hold text of a dataset."""
+    source = context.get_parameter_source("trust_remote_code")
+    if context.params.get("trust_remote_code") and source is click.core.ParameterSource.DEFAULT_MAP:
+        raise OnecardError(
+            "--config: it turns trust_remote_code on, which runs code that comes with the model; say so with "
+            "--trust_remote_code on the command line too."
+        )
+
+
 def read_mapping(path: str) -> dict[Any, Any]:
     """A YAML mapping."""
     try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
+        text = Path(path).read_text(encoding="utf-8")
+        check_plain(text, path)
+        values = yaml.safe_load(text)
     except OSError as error:
         raise OnecardError(f"--config: cannot read {path}: {error.strerror}.") from None
     except ValueError as error:  # a date that is none, bytes that are no text
@@ -233,6 +267,7 @@ def make_command(name: str, settings: type, target: str, example: str) -> click.
     kind = FitCommand if settings is config.FitConfig else click.Command
 
     def run(**values: Any) -> None:
+        check_trust(click.get_current_context())
         module, function = target.split(":")
         entry: Callable[..., object] = getattr(importlib.import_module(module), function)
         if settings is config.FitConfig:
@@ -270,13 +305,15 @@ def make_cli() -> click.Group:
 
 def fail(message: str) -> int:
     """One line on standard error; 2 is the exit code of whatever the user can put right."""
-    click.echo(f"onecard: error: {message}", err=True)
+    click.echo(visible(f"onecard: error: {message}", kept=""), err=True)
     return 2
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `onecard` command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what it cannot write is escaped, as standard error does
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not sys.stderr.isatty():  # in a log file, the loaders' bars are lines of noise
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Advice from one library to another about its next major release is of no use to who runs a command.
@@ -297,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:  # a full disk, a folder that may not be written: the system names the file
         code = fail(" ".join(str(error).split()))
     except Interrupted as error:
-        click.echo(f"onecard: {error}", err=True)
+        click.echo(visible(f"onecard: {error}"), err=True)
         code = 130
     except (click.Abort, KeyboardInterrupt):
         click.echo(

@@ -158,6 +158,9 @@ class JudgeConfig:
         "reward_funcs, or 1 each.",
     )  # fmt: skip
     missing_eos_penalty: float = option(0.0, "Taken from the score of a response that does not end by itself.", least=0)
+    reward_timeout: float = option(
+        60.0, "Seconds after which a reward function that still runs is named; it is not stopped. 0: never.", least=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +315,7 @@ class GenerateConfig(SampledConfig):
     dataset: str = option("", "Rows with a `prompt` column, instead of --prompt.")
     dataset_split: str = option("test", "Split to use when dataset is a folder or a hub dataset.")
     output: str = option("", "Write JSONL rows `prompt, completion` here. Empty: print them.")
+    overwrite: bool = option(False, "Replace a file that output names.")
     num_generations: int = option(1, "Responses to each prompt.", least=1)
     batch_size: int = option(16, "Prompts generated together.", least=1)
 

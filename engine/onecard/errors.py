@@ -1,17 +1,39 @@
-"""The exceptions that a person is meant to read."""
+"""The exceptions that a person is meant to read, and text as a terminal may show it."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
+
+# Categories of characters that move the cursor, break lines, or change the direction of what follows.
+CONTROLS = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+JOINERS = "\u200c\u200d"  # which scripts and emoji are written with
+
+
+def visible(text: str, kept: str = "\n\t") -> str:
+    r"""The text with control characters as escapes (`\x1b`): what data holds must not act on a terminal.
+
+    >>> visible("a\x1b[2Jb")
+    'a\\x1b[2Jb'
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter.encode("unicode_escape").decode()
+        if unicodedata.category(letter) in CONTROLS and letter not in kept and letter not in JOINERS
+        else letter
+        for letter in text
+    )
 
 
 class OnecardError(Exception):
     """Something the user can put right. The command line prints it as one line and exits with code 2.
 
-    The message names the thing, what came, and what was expected; it never contains a line break.
+    The message names the thing, what came, and what was expected; it never contains a line break, or another control
+    character.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(visible(" ".join(message.split())))
 
 
 class Interrupted(Exception):

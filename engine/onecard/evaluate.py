@@ -22,7 +22,7 @@ from onecard.data import Prompt, Row, load_rows, preference_examples, prompt_exa
 from onecard.data.columns import TEMPLATE_COLUMNS, has
 from onecard.data.templates import template_date, today
 from onecard.errors import OnecardError
-from onecard.evaluation_report import FILES, Evaluation, show, write
+from onecard.evaluation_report import Evaluation, show, write, written_before
 from onecard.measures import Estimate, distinct, estimate, win_rate
 from onecard.metrics import Bar, progress, say
 from onecard.models.build import check_speaks, load_players, read_scalar_head, reward_adapter, same_base
@@ -256,11 +256,12 @@ def samples_of(material: Material, side: Side, scores: dict[str, list[float]], p
 
 def run(config: EvaluateConfig) -> Path | None:
     """`onecard evaluate`. Returns the folder that it wrote, if it was given one."""
-    folder = output_folder(config.output_dir, FILES) if config.output_dir else None
+    folder = output_folder(config.output_dir, written_before(Path(config.output_dir))) if config.output_dir else None
     with template_date(today()):
         found = evaluate(config)
-    show(found)
     if folder is not None:
         write(found, folder)
+    show(found)
+    if folder is not None:
         say(f"evaluation: {folder}")
     return folder

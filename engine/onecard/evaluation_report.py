@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from onecard.checkpoint import replace_folder
 from onecard.config import EvaluateConfig
+from onecard.errors import visible
+from onecard.files import digest, replace_folder
 from onecard.measures import Estimate, WinRate
 
-FILES = ("evaluation.json", "evaluation.md", "samples.jsonl")
+NUMBERS = "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,10 @@ def show(found: Evaluation) -> None:
     head, *lines = cells(found)
     table = Table(*head)
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(visible, line))
     out = Console(highlight=False, markup=False)
     out.print(table)
-    out.print(words(found), soft_wrap=True)
+    out.print(visible(words(found)), soft_wrap=True)
 
 
 def markdown(found: Evaluation) -> str:
@@ -72,13 +74,24 @@ def write(found: Evaluation, folder: Path) -> None:
         "win_rate": asdict(found.win_rate) if found.win_rate else None,
     }
     texts = {
-        "evaluation.json": json.dumps(numbers, indent=2) + "\n",
         "evaluation.md": markdown(found),
         "samples.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.samples),
     }
+    files = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    texts[NUMBERS] = json.dumps({**numbers, "files": files}, indent=2) + "\n"
 
     def fill(temporary: Path) -> None:
-        for name in FILES:
-            (temporary / name).write_text(texts[name], encoding="utf-8")
+        for name, text in texts.items():
+            (temporary / name).write_bytes(text.encode())
 
     replace_folder(folder, fill)
+
+
+def written_before(folder: Path) -> tuple[str, ...]:
+    """The files of an earlier evaluation in a folder, as they were written: what a new one may replace."""
+    try:
+        files = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))["files"]
+        plain = [name for name in (NUMBERS, *files) if not (folder / name).is_symlink()]
+        return tuple(name for name in plain if name == NUMBERS or digest(folder / name) == files[name])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()

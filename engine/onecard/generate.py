@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import sys
 
 import torch
 
-from onecard import checkpoint
 from onecard.config import GenerateConfig, SampledConfig
 from onecard.data import load_rows, prompt_examples, prompt_rows
 from onecard.data.templates import template_date, today
-from onecard.errors import OnecardError
+from onecard.errors import OnecardError, visible
+from onecard.files import write_text
 from onecard.metrics import say
 from onecard.models.build import load_player
 from onecard.models.load import context_length, load_tokenizer
 from onecard.models.vocabulary import check_tokens
+from onecard.outputs import output_file
 from onecard.rollout import Sampling, generate
 from onecard.startup import check_decoding
 
@@ -41,6 +42,7 @@ def run(config: GenerateConfig) -> None:
     if bool(config.prompt) == bool(config.dataset):
         raise OnecardError("--prompt or --dataset: give one of them.")
     check_sampling(config)
+    output = output_file(config) if config.output else None
     tokenizer = load_tokenizer(config)
     rows = load_rows(config.dataset, split=config.dataset_split) if config.dataset else prompt_rows(config.prompt)
     with template_date(today()):
@@ -48,9 +50,6 @@ def run(config: GenerateConfig) -> None:
     for note in tokenized.notes:
         say(f"data: {note}")
     prompts = [prompt for prompt in tokenized.examples for _ in range(config.num_generations)]
-    output = Path(config.output) if config.output else None
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise OnecardError(f"output: {output} cannot be written: it is a folder, or its own folder is not there.")
     roles = load_player(config, role="policy")
     check_tokens(roles.causal_model(), tokenizer, [prompt.tokens for prompt in prompts])
     check_decoding(roles, max(len(prompt.tokens) for prompt in prompts) + config.max_new_tokens)
@@ -62,8 +61,9 @@ def run(config: GenerateConfig) -> None:
         for prompt, text in zip(prompts, texts, strict=True)
     ]
     if output is not None:
-        checkpoint.write_text(output, "\n".join(lines) + "\n")
+        write_text(output, "\n".join(lines) + "\n")
         say(f"{len(lines)} responses: {output}")
         return
     for prompt, text in zip(prompts, texts, strict=True):
-        print(f"{prompt.text} ->{text}" if config.num_generations > 1 or len(prompts) > 1 else text)
+        line = f"{prompt.text} ->{text}" if config.num_generations > 1 or len(prompts) > 1 else text
+        print(visible(line) if sys.stdout.isatty() else line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -26,6 +27,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     ignored, as Ctrl-C is in what a script runs in the background, stays so.
     """
     asked: list[int] = []
+    owner = os.getpid()
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
@@ -37,6 +39,10 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
     def ask(number: int, _: FrameType | None) -> None:
+        if os.getpid() != owner:  # a worker that a reward function has forked: `Pool` ends it with SIGTERM
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         asked.append(number)
         restore()
         say("stopping after this step, with a checkpoint. Once more stops at once, at the last checkpoint.")

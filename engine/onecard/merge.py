@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from onecard.checkpoint import replace_folder
 from onecard.config import MergeConfig
 from onecard.errors import OnecardError
+from onecard.files import replace_folder
 from onecard.metrics import say
 from onecard.models.adapters import read_adapter
 from onecard.models.load import Source, find_source, load_base, load_tokenizer, reason, save_model

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from onecard.errors import visible
 from onecard_kernels import Loss
 
 # What the progress bar shows when a row has it. Short, so that all of it fits into 80 columns.
@@ -127,7 +128,7 @@ console = Console(stderr=True)
 
 def say(message: str) -> None:
     """A plain line for the user, on standard error so that results on standard output stay clean."""
-    console.print(message, highlight=False, markup=False, soft_wrap=True)
+    console.print(visible(message), highlight=False, markup=False, soft_wrap=True)
 
 
 class Bar:

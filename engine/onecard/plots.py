@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
+
+from onecard.errors import visible
 
 Metrics = Sequence[Mapping[str, Any]]
 Points = tuple[list[float], list[float]]
 
 COLOURS = ("#2563eb", "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#a61e4d")
 INK, FAINT = "#343a40", "#dee2e6"
+POINTS = 2000  # of a curve: more than a plot has pixels
+LONGEST_LABEL = 60
 SMOOTHING = 25  # the moving average spans one part in this many of the curve
 
 
@@ -39,8 +45,27 @@ def points(metrics: Metrics, name: str) -> Points:
 def smooth(values: Sequence[float]) -> list[float]:
     """A centred moving average, so that the curve does not lag behind; at both ends over the half that is there."""
     reach = max(1, len(values) // (2 * SMOOTHING))
-    windows = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
+    sums = [0.0, *accumulate(values)]
+    ends = ((max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values)))
+    return [(sums[last] - sums[first]) / (last - first) for first, last in ends]
+
+
+def thinned(steps: Sequence[float], values: Sequence[float]) -> Points:
+    """At most about `POINTS` of a curve's points: of each stretch the lowest and the highest, so that spikes stay."""
+    stretch = max(1, 2 * len(values) // POINTS)
+    if stretch <= 2:
+        return list(steps), list(values)
+    kept: list[int] = []
+    for first in range(0, len(values), stretch):
+        places = range(first, min(first + stretch, len(values)))
+        kept += sorted({min(places, key=values.__getitem__), max(places, key=values.__getitem__)})
+    return [steps[place] for place in kept], [values[place] for place in kept]
+
+
+def label(name: str) -> str:
+    """A metric's name as matplotlib takes it: no formula between `$` signs, on one line, not longer than the plot."""
+    shown = visible(name, kept="").replace("$", r"\$")
+    return shown if len(shown) <= LONGEST_LABEL else f"{shown[: LONGEST_LABEL - 3]}..."
 
 
 def curves(metrics: Metrics, names: Sequence[str], title: str, unit: str = "") -> Any:
@@ -73,7 +98,9 @@ def png(figure: Any) -> bytes:
 
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a letter that no font here has is a box in the picture
+        figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -89,7 +116,7 @@ def _labels(panel: Panel) -> Iterator[tuple[str, str, str]]:
     shorts = [name.rsplit("/", 1)[-1] for name in panel.names]
     for name, last in zip(panel.names, shorts, strict=True):
         short = (last if shorts.count(last) == 1 else name).replace("_", " ")
-        yield name, short, f"{short}, held out"
+        yield name, label(short), label(f"{short}, held out")
 
 
 def _draw(axes: Any, panel: Panel) -> None:
@@ -98,14 +125,14 @@ def _draw(axes: Any, panel: Panel) -> None:
         if len(steps) == 1:
             axes.plot(steps, values, color=colour, linestyle="none", marker="o", markersize=4, label=train_label)
         elif steps:
-            axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.9)
-            axes.plot(steps, smooth(values), color=colour, linewidth=1.8, label=train_label)
+            axes.plot(*thinned(steps, values), color=colour, alpha=0.22, linewidth=0.9)
+            axes.plot(*thinned(steps, smooth(values)), color=colour, linewidth=1.8, label=train_label)
         steps, values = points(panel.metrics, f"eval_{name}")
         if steps:
             held_out = COLOURS[1] if len(panel.names) == 1 else colour
             style = {"linestyle": "--", "linewidth": 1.3, "marker": "o", "markersize": 4.5}
-            axes.plot(steps, values, color=held_out, markeredgecolor="white", label=eval_label, **style)
-    axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold", color=INK)
+            axes.plot(*thinned(steps, values), color=held_out, markeredgecolor="white", label=eval_label, **style)
+    axes.set_title(label(panel.title), loc="left", fontsize=11, fontweight="bold", color=INK)
     axes.set_xlabel("step", fontsize=9, color=INK)
     axes.set_ylabel(panel.unit, fontsize=9, color=INK)
     axes.tick_params(labelsize=8.5, colors=INK, length=0)

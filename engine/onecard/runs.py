@@ -1,50 +1,84 @@
-"""The run folder: what may be started there, its `config.yaml`, and its `metrics.jsonl`."""
+"""The run folder: what may be started there, its marker `run.json`, its `config.yaml`, and its `metrics.jsonl`.
+
+`run.json` is written first and says that the folder is a run: its id, its command, digests of what it reads, of its
+settings, and the files of the folders that it exports. Only files that it or a checkpoint's manifest lists, and the
+few that every run has, are ever replaced or removed.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import stat
+import uuid
 from array import array
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from onecard import checkpoint
+from onecard import checkpoint, lock
 from onecard.batches import LabelledSequence, PreferencePair, Ranking, ScoredSequence, TokenSequence
 from onecard.checkpoint import Checkpoint
 from onecard.config import TrainConfig
 from onecard.data.templates import today
 from onecard.errors import OnecardError
+from onecard.files import TEMPORARY, listing, recover, remove_files, replace_folder, set_aside, write_text
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"  # answers to held-out prompts, where a command makes some
 IDENTITY = "run.json"
-OUTPUTS = (CONFIG, METRICS, SAMPLES, IDENTITY, "report.html", "plots", "policy", "reward")
+REPORT = "report.html"
+LOGS = (METRICS, SAMPLES)
+TRAINED = ("policy", "reward")  # what a finished run's folder holds its weights in
+FILES = (CONFIG, METRICS, SAMPLES, IDENTITY, REPORT)
+FOLDERS = ("plots", *TRAINED)
+OUTPUTS = (*FILES, *FOLDERS)
 # Settings that a resumed run may change: they decide when to look, not what is learned.
 FREE = {"output_dir", "resume", "overwrite", "dry_run", "save_steps", "save_total_limit"}
-FREE |= {"logging_steps", "eval_steps", "eval_samples", "eval_sample_length"}
-TRAINED = ("policy", "reward")  # what a finished run's folder holds its weights in
+FREE |= {"reward_timeout", "logging_steps", "eval_steps", "eval_samples", "eval_sample_length"}
 
 C = TypeVar("C", bound=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What `run.json` says. `replaces`: ids of earlier runs, some of whose files are still there; `files`: names of the
+    files in each exported folder; `settings`: a digest of `config.yaml`; `identity`: the command, and digests of what
+    it reads; `date`: the day on which the run began, which chat templates that write a date write to its end.
+    """
+
+    id: str
+    date: str
+    settings: str = ""
+    identity: Mapping[str, str] = field(default_factory=dict)
+    replaces: tuple[str, ...] = ()
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Run:
     """A folder that is ready for a run, the checkpoint to go on from, and what the user should know of it.
 
-    `date`: the day on which the run began, which chat templates that write a date write to its end.
+    `before`: the mark of the run that is there; `damaged`: checkpoints that are passed over.
     """
 
     folder: Path
-    checkpoint: Checkpoint | None
-    notes: tuple[str, ...]
-    date: str = ""
+    mark: Mark
+    checkpoint: Checkpoint | None = None
+    notes: tuple[str, ...] = ()
+    before: Mark | None = None
+    damaged: tuple[Path, ...] = ()
+
+    @property
+    def date(self) -> str:
+        return self.mark.date
 
 
 def holds_weights(folder: Path) -> bool:
@@ -63,14 +97,50 @@ def with_folder(config: C, command: str) -> C:
     return config if config.output_dir else replace(config, output_dir=f"runs/{command}")
 
 
+# --- the marker
+
+
+def read_mark(folder: Path) -> Mark | None:
+    """The mark of the run in a folder; None where there is none, or a `run.json` of somebody else."""
+    try:
+        found = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
+        return Mark(
+            id=str(found.pop("id")),
+            date=datetime.fromisoformat(found.pop("date")).strftime("%Y-%m-%d"),
+            settings=str(found.pop("settings")),
+            replaces=tuple(map(str, found.pop("replaces"))),
+            files={str(name): tuple(map(str, names)) for name, names in found.pop("files").items()},
+            identity={str(name): str(value) for name, value in found.items()},
+        )
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    except OSError as error:
+        raise checkpoint.unreadable(folder / IDENTITY, error) from error
+
+
+def write_mark(folder: Path, mark: Mark) -> None:
+    own = {"id": mark.id, "date": mark.date, "settings": mark.settings, "replaces": mark.replaces, "files": mark.files}
+    written = {**mark.identity, **own}
+    write_text(folder / IDENTITY, json.dumps(written, indent=1) + "\n")
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of the settings that a resumed run must share."""
+    kept = {name: value for name, value in sorted(settings.items()) if name not in FREE}
+    return hashlib.sha256(json.dumps(kept, default=str).encode()).hexdigest()
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What a run's `config.yaml` says."""
+    """What a run's `config.yaml` says, which is what the run wrote."""
     try:
         settings = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         settings = None
-    if not isinstance(settings, dict):
+    mark = read_mark(folder)
+    if not isinstance(settings, dict) or mark is None:
         raise OnecardError(f"{folder} holds a run but no readable {CONFIG} that says how it came about.")
+    if settings_digest(settings) != mark.settings:
+        raise OnecardError(f"{folder / CONFIG} is not what the run wrote: it was changed or cut.")
     return settings
 
 
@@ -85,40 +155,93 @@ def check_same_settings(config: TrainConfig, folder: Path) -> None:
             )
 
 
+def check_same_run(mark: Mark, identity: Mapping[str, str], folder: Path) -> None:
+    """Settings are not all that makes a run: the command and what its files held then count too."""
+    for name, value in identity.items():
+        if mark.identity.get(name) != value:
+            raise OnecardError(f"--resume: the {name} of the run in {folder} was another one ({folder / IDENTITY}).")
+
+
+# --- what may be started
+
+
 def open_run(config: TrainConfig) -> Run:
     """Decide what a command may do in its folder. Writes nothing."""
-    folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise OnecardError(f"output_dir: {folder} is a file, expected a folder or a new name.")
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    folder = Path(config.output_dir).absolute()
+    if os.path.lexists(folder) and not folder.is_dir():
+        what = "a link to nothing" if folder.is_symlink() else "a file"
+        raise OnecardError(f"output_dir: {folder} is {what}, expected a folder or a new name.")
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not os.access(parent, os.W_OK):
         raise OnecardError(f"output_dir: {parent} cannot be written to.")
+    new = Mark(uuid.uuid4().hex, today())
     if config.dry_run:
-        return Run(folder, None, (), today())
-    saved = bool(checkpoint.checkpoint_folders(folder))
-    holds_run = saved or (folder / CONFIG).exists()
-    if config.resume and saved:
-        check_same_settings(config, folder)
-        found, torn = checkpoint.newest_checkpoint(folder)
-        date = begun_on(folder) if found else ""
-        return Run(folder, found, tuple(resume_notes(found, torn)), date or today())
-    if holds_run and not (config.overwrite or config.resume):
+        return Run(folder, new)
+    lock.check_free(folder)
+    before = read_mark(folder)
+    if before is None:
+        check_empty(folder)
+        return Run(folder, new)
+    if not (config.overwrite or config.resume):
         raise OnecardError(
             f"output_dir: {folder} holds a run already; add --resume to go on with it, "
             "--overwrite to replace it, or choose another folder."
         )
-    check_nothing_is_lost(config, folder, holds_run)
-    notes = resume_notes(None, ()) if config.resume and holds_run else []
-    return Run(folder, None, tuple(notes), today())
+    check_own(folder, before)
+    new = replace(new, replaces=(*before.replaces, before.id))
+    if config.overwrite and not config.resume:
+        check_nothing_is_lost(config, folder)
+        return Run(folder, new, before=before)
+    found, damaged = checkpoint.newest_checkpoint(folder, before.id) if not before.replaces else (None, ())
+    if damaged and (found is None or any((folder / role).is_dir() for role in TRAINED)):
+        state = "no checkpoint is whole" if found is None else "the run has ended"
+        raise OnecardError(
+            f"--resume: {damaged[0]} is torn (files are missing or damaged), and {state}; "
+            "--overwrite starts anew, another output_dir as well."
+        )
+    if found is None:
+        check_nothing_is_lost(config, folder)
+        return Run(folder, new, notes=("no whole checkpoint to go on from: starting at step 0.",), before=before)
+    check_same_settings(config, folder)
+    notes = [f"{each.name} is torn (files are missing or damaged) and is passed over." for each in damaged]
+    notes.append(f"going on from {found.folder}.")
+    return Run(folder, before, found, tuple(notes), before, damaged)
 
 
-def check_nothing_is_lost(config: TrainConfig, folder: Path, holds_run: bool) -> None:
-    """A new run takes the place of an old run's files. They must be an old run's, and not what the new one reads."""
-    for name in OUTPUTS:
-        if not holds_run and (folder / name).exists():
-            raise OnecardError(
-                f"output_dir: {folder} holds no run, but '{name}', which a run would replace; choose another folder."
-            )
+def check_empty(folder: Path) -> None:
+    """Stop if a folder that holds no run holds files that one would replace."""
+    taken = [folder / name for name in OUTPUTS if os.path.lexists(folder / name)]
+    for path in [*taken, *checkpoint.checkpoint_folders(folder)]:
+        raise OnecardError(
+            f"output_dir: {folder} holds no run, but '{path.name}', which a run would replace; choose another folder."
+        )
+
+
+def check_own(folder: Path, mark: Mark) -> None:
+    """Stop if something else than the run's own files and folders stands in their places, or in its folders."""
+    for name in (*FILES, lock.LOCK):
+        path = folder / name
+        if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+            raise OnecardError(f"output_dir: {path} is no plain file; move it away.")
+    known: dict[Path, Sequence[str]] = {folder / name: mark.files.get(name, ()) for name in FOLDERS}
+    for each in checkpoint.checkpoint_folders(folder):
+        manifest = checkpoint.read_manifest(each) if not each.is_symlink() else None
+        if manifest is not None:
+            known[each] = [*manifest.files, checkpoint.MANIFEST]
+        elif each.is_symlink() or not each.is_dir() or (listing(each) and not (each / checkpoint.STATE).is_file()):
+            raise OnecardError(f"output_dir: {each} is no checkpoint of the run; move it away.")
+        if manifest is not None and manifest.run not in (mark.id, *mark.replaces):
+            raise OnecardError(f"output_dir: {each} is a checkpoint of another run; move it away.")
+    for path, names in known.items():
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+            raise OnecardError(f"output_dir: {path} is no plain folder; move it away.")
+        other = sorted(set(listing(path)) - set(names)) if path.is_dir() else []
+        if other:
+            raise OnecardError(f"output_dir: {path / other[0]} is no file of the run; move it away.")
+
+
+def check_nothing_is_lost(config: TrainConfig, folder: Path) -> None:
+    """Stop if a new run reads what it would replace."""
     removed = [
         path.resolve() for path in (*checkpoint.checkpoint_folders(folder), *(folder / name for name in OUTPUTS))
     ]
@@ -128,24 +251,6 @@ def check_nothing_is_lost(config: TrainConfig, folder: Path, holds_run: bool) ->
             raise OnecardError(
                 f"{setting}: {value} is part of the run in {folder} that would be replaced; choose another output_dir."
             )
-
-
-def begun_on(folder: Path) -> str:
-    """The date in `run.json`; empty where a run has none, as those of earlier versions."""
-    date = read_identity(folder).get("date", "")
-    try:
-        return datetime.fromisoformat(date).strftime("%Y-%m-%d")
-    except (TypeError, ValueError):
-        return ""
-
-
-def resume_notes(found: Checkpoint | None, torn: tuple[Path, ...]) -> list[str]:
-    """What `--resume` tells the user."""
-    notes = [f"{folder.name} is torn (files are missing or damaged) and is passed over." for folder in torn]
-    notes.append(
-        f"going on from {found.folder}." if found else "no whole checkpoint to go on from: starting at step 0."
-    )
-    return notes
 
 
 # record -> its sequences, and its numbers
@@ -169,57 +274,95 @@ def fingerprint(examples: Iterable[object]) -> str:
     return state.hexdigest()
 
 
-def read_identity(folder: Path) -> dict[str, str]:
-    """What `run.json` says; nothing where it cannot be read."""
-    try:
-        found = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+# --- what is written
 
 
-def check_same_run(folder: Path, identity: dict[str, str]) -> None:
-    """Settings are not all that makes a run: the command and what its files held then count too."""
-    before = read_identity(folder)
-    for name, value in identity.items():
-        if before.get(name) != value:
-            raise OnecardError(f"--resume: the {name} of the run in {folder} was another one ({folder / IDENTITY}).")
+@contextmanager
+def holding(run: Run) -> Iterator[None]:
+    """Inside, the folder is this process's alone, and as it was when it was opened."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with lock.held(run.folder):
+        if read_mark(run.folder) != run.before:
+            raise OnecardError(f"output_dir: another process has started a run in {run.folder}.")
+        yield
 
 
 def begin(run: Run, config: TrainConfig, identity: dict[str, str]) -> None:
-    """Make the folder, write `config.yaml`, and bring `metrics.jsonl` back to where the checkpoint stands.
+    """Mark the folder, take an earlier run's files away, write `config.yaml`, bring the logs back to the checkpoint.
 
-    `identity` says what the run is beyond its settings; a run that is gone on with must have the same. `run.json` keeps
-    it, and the date of the run.
+    `identity` says what the run is beyond its settings; a run that is gone on with must have the same. A process that
+    is killed in here leaves a folder that `--resume` and `--overwrite` take.
     """
+    settings = {**asdict(config), "output_dir": str(run.folder), "resume": False, "overwrite": False}
+    text = yaml.safe_dump(settings, sort_keys=False)
+    digest = settings_digest(yaml.safe_load(text))
     if run.checkpoint is not None:
-        check_same_run(run.folder, identity)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    if run.checkpoint is None:
-        checkpoint.forget(run.folder, OUTPUTS)
-    checkpoint.forget_after(run.folder, run.checkpoint.step if run.checkpoint else -1)
-    (run.folder / METRICS).touch()
-    for name in (METRICS, SAMPLES):
-        keep_rows(run.folder / name, run.checkpoint.step if run.checkpoint else -1)
-    settings = yaml.safe_dump({**asdict(config), "resume": False, "overwrite": False}, sort_keys=False)
-    written = {**identity, "date": run.date}
-    checkpoint.write_text(run.folder / IDENTITY, json.dumps(written, indent=1) + "\n")
-    checkpoint.write_text(run.folder / CONFIG, settings)
-
-
-def keep_rows(path: Path, step: int) -> None:
-    """Drop the rows after `step`, and a last row that was cut off in the middle."""
-    if not path.exists():
+        assert run.before is not None
+        check_same_run(run.before, identity, run.folder)
+        for each in run.damaged:
+            set_aside(each)
+        remove_temporaries(run.folder)
+        for name in LOGS:
+            keep_rows(run.folder / name, run.checkpoint.rows.get(name, 0))
+        if digest == run.before.settings:  # another version of onecard may have more settings
+            write_text(run.folder / CONFIG, text)
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if row["step"] <= step:
-            kept.append(line + "\n")
-    checkpoint.write_text(path, "".join(kept))
+    files = run.before.files if run.before else {}
+    mark = replace(run.mark, settings=digest, identity=identity)
+    write_mark(run.folder, replace(mark, files=files))
+    remove_temporaries(run.folder)
+    remove_run(run.folder, mark.replaces, files)
+    write_text(run.folder / CONFIG, text)
+    (run.folder / METRICS).touch()
+    write_mark(run.folder, replace(mark, replaces=()))
+
+
+def remove_run(folder: Path, ids: Sequence[str], files: Mapping[str, Sequence[str]]) -> None:
+    """Remove the files of earlier runs. A damaged checkpoint is set aside."""
+    for each in checkpoint.checkpoint_folders(folder):
+        manifest = checkpoint.read_manifest(each)
+        if manifest is not None and manifest.run in ids:
+            checkpoint.remove_checkpoint(each)
+        elif listing(each):
+            set_aside(each)
+        else:
+            remove_files(each, ())
+    for name in FOLDERS:
+        if (folder / name).is_dir():
+            remove_files(folder / name, files.get(name, ()))
+    for name in FILES:
+        if name != IDENTITY:
+            (folder / name).unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed writes of the run's own files and folders have left."""
+    names = {found["name"] for path in folder.glob(".*") if (found := TEMPORARY.fullmatch(path.name))}
+    for name in names:
+        if name in OUTPUTS or checkpoint.NAME.fullmatch(name):
+            recover(folder / name)
+
+
+def keep_rows(path: Path, count: int) -> None:
+    """Drop the rows behind the first `count`."""
+    if path.exists():
+        lines = path.read_bytes().splitlines(keepends=True)
+        write_text(path, b"".join(lines[:count]).decode("utf-8"))
+
+
+def write_folder(folder: Path, name: str, write: Callable[[Path], None]) -> Path:
+    """Write `policy`, `reward` or `plots` of a run, whole or not at all, and list its files in `run.json`."""
+
+    def fill(temporary: Path) -> None:
+        write(temporary)
+        mark = read_mark(folder)
+        if mark is not None:
+            files = dict(mark.files)
+            files[name] = tuple(sorted({*files.get(name, ()), *listing(temporary)}))
+            write_mark(folder, replace(mark, files=files))
+
+    replace_folder(folder / name, fill)
+    return folder / name
 
 
 def log(folder: Path, row: dict[str, Any], name: str = METRICS) -> None:

@@ -161,6 +161,8 @@ class Trainer:
         return checkpoint.write_checkpoint(
             self.run.folder,
             self.step,
+            run=self.run.mark.id,
+            logs=runs.LOGS,
             save_weights=self.weights.save,
             training={"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()},
             state={

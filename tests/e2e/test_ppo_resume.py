@@ -23,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onecard import checkpoint, cli, report
+from onecard import checkpoint, cli, files, report, runs
 from onecard.algorithms.ppo.job import PPO
 from onecard.algorithms.ppo.sampling import Sampler
 from onecard.models.roles import Roles
@@ -314,7 +314,7 @@ def child(words: list[str], pipe: int, log: Path) -> None:
         # A disk that is as slow as real ones, so that a kill may fall between two files.
         slowed(Roles, "write", 0.01)
         slowed(checkpoint, "digest", 0.004)
-        slowed(checkpoint, "sync", 0.002)
+        slowed(files, "sync", 0.002)
         report.write_run_report = no_report
         cli.main(words)
     except SystemExit as stop:
@@ -359,7 +359,8 @@ def kill_runs(plan: dict[str, Any]) -> None:
     counts: Counter[str] = Counter()
     kills = []
     while len(kills) < KILLS or min(counts[phase] for phase in PHASES) < LEAST:
-        found, _ = checkpoint.newest_checkpoint(folder / "killed")
+        mark = runs.read_mark(folder / "killed")
+        found, _ = checkpoint.newest_checkpoint(folder / "killed", mark.id) if mark else (None, ())
         step = found.step if found else 0
         fewest = min(counts[phase] for phase in PHASES)
         wanted = random_moments.choice([phase for phase in PHASES if counts[phase] == fewest])

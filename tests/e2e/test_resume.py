@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,10 @@ def test_a_torn_checkpoint_is_said_and_passed_over(onecard, tmp_path, tiny_model
     finished = weights(tmp_path / "run")
     torn = tmp_path / "run" / "checkpoint-8" / "policy" / "adapter_model.safetensors"
     torn.write_bytes(torn.read_bytes()[:100])
+    over = onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "run", "--resume"))
+    assert over.code == 2
+    assert "checkpoint-8 is torn (files are missing or damaged), and the run has ended; --overwrite" in over.err
+    shutil.rmtree(tmp_path / "run" / "policy")
     result = onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "run", "--resume"))
     assert result.code == 0, result.err
     assert "checkpoint-8 is torn" in result.err

@@ -64,6 +64,7 @@ def test_a_run_resumes_on_another_day(onecard, monkeypatch, quick, tmp_path, dat
     assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
     identities = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "stopped")]
+    assert identities[0].pop("id") != identities[1].pop("id")
     assert identities[0] == identities[1]
     assert identities[0]["date"] == "2026-11-29"
     if command == "sft":  # and a run of the other day is another one

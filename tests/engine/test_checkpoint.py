@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from onecard import checkpoint
+from onecard import checkpoint, files
 from onecard.errors import OnecardError
 
 
@@ -20,6 +22,7 @@ def write(run_dir: Path, step: int, keep: int = 3) -> Path:
     return checkpoint.write_checkpoint(
         run_dir,
         step,
+        run="a",
         save_weights=weights,
         training={"optimizer": {"lr": 0.1 * step}},
         state={"num_tokens": 10 * step},
@@ -27,9 +30,14 @@ def write(run_dir: Path, step: int, keep: int = 3) -> Path:
     )
 
 
+def is_whole(folder: Path) -> bool:
+    manifest = checkpoint.read_manifest(folder)
+    return manifest is not None and checkpoint.is_whole(folder, manifest)
+
+
 def test_what_is_written_is_read_back(tmp_path):
     write(tmp_path, 4)
-    found, torn = checkpoint.newest_checkpoint(tmp_path)
+    found, torn = checkpoint.newest_checkpoint(tmp_path, "a")
     assert found is not None
     assert (found.step, torn) == (4, ())
     training, state = checkpoint.read_checkpoint(found)
@@ -43,7 +51,7 @@ def test_random_states_go_on_where_they_were(tmp_path):
     write(tmp_path, 1)
     expected = torch.rand(3)
     torch.manual_seed(99)
-    found, _ = checkpoint.newest_checkpoint(tmp_path)
+    found, _ = checkpoint.newest_checkpoint(tmp_path, "a")
     assert found is not None
     checkpoint.read_checkpoint(found)
     assert torch.equal(torch.rand(3), expected)
@@ -58,7 +66,7 @@ def test_checkpoint_10_is_newer_than_9_and_old_ones_go(tmp_path):
 def test_a_later_torn_checkpoint_does_not_push_out_the_one_just_written(tmp_path):
     (tmp_path / "checkpoint-40").mkdir()
     write(tmp_path, 20, keep=1)
-    assert checkpoint.is_whole(tmp_path / "checkpoint-20")
+    assert is_whole(tmp_path / "checkpoint-20")
 
 
 def cut_short(folder: Path) -> None:
@@ -96,7 +104,7 @@ def a_manifest_of_another_shape(folder: Path) -> None:
 def test_a_torn_checkpoint_is_passed_over(tmp_path, damage):
     write(tmp_path, 1)
     damage(write(tmp_path, 2))
-    found, torn = checkpoint.newest_checkpoint(tmp_path)
+    found, torn = checkpoint.newest_checkpoint(tmp_path, "a")
     assert found is not None
     assert found.step == 1
     assert [folder.name for folder in torn] == ["checkpoint-2"]
@@ -109,21 +117,41 @@ def test_a_save_that_fails_leaves_nothing_new_and_keeps_what_was_there(tmp_path)
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OnecardError, match="No space left"):
-        checkpoint.write_checkpoint(tmp_path, 2, save_weights=full_disk, training={}, state={}, keep=1)
+        checkpoint.write_checkpoint(tmp_path, 2, run="a", save_weights=full_disk, training={}, state={}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    assert checkpoint.is_whole(tmp_path / "checkpoint-1")
+    assert is_whole(tmp_path / "checkpoint-1")
 
 
 def test_a_temporary_folder_left_by_a_kill_is_no_checkpoint(tmp_path):
-    (tmp_path / ".checkpoint-7.tmp").mkdir()
+    (tmp_path / ".checkpoint-7.4711.tmp").mkdir()
     (tmp_path / "checkpoint-old").mkdir()
-    assert checkpoint.newest_checkpoint(tmp_path) == (None, ())
+    assert checkpoint.newest_checkpoint(tmp_path, "a") == (None, ())
 
 
-def test_forget_takes_the_run_and_leaves_the_rest(tmp_path):
+def test_a_checkpoint_of_another_run_or_name_is_refused(tmp_path):
+    folder = write(tmp_path, 2)
+    with pytest.raises(OnecardError, match="checkpoint-2 is a checkpoint of another run; move it away"):
+        checkpoint.newest_checkpoint(tmp_path, "b")
+    folder.rename(tmp_path / "checkpoint-9")
+    with pytest.raises(OnecardError, match="checkpoint-9 was written as checkpoint-2; rename it back"):
+        checkpoint.newest_checkpoint(tmp_path, "a")
+
+
+def test_old_checkpoints_of_other_runs_and_files_of_others_stay(tmp_path):
+    checkpoint.write_checkpoint(tmp_path, 1, run="b", save_weights=lambda _: None, training={}, state={}, keep=1)
+    (write(tmp_path, 2) / "policy" / "notes.md").write_text("mine")
+    write(tmp_path, 3, keep=1)
+    assert files.listing(tmp_path / "checkpoint-2") == ["policy/notes.md"]
+    assert (tmp_path / "checkpoint-1" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.EACCES])
+def test_what_cannot_be_read_is_not_taken_for_damaged(tmp_path, monkeypatch, number):
     write(tmp_path, 1)
-    (tmp_path / "policy").mkdir()
-    (tmp_path / "metrics.jsonl").write_text("{}\n")
-    (tmp_path / "thesis.tex").write_text("mine")
-    checkpoint.forget(tmp_path, ("policy", "metrics.jsonl", "report.html"))
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+    def fails(path: Path) -> str:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(checkpoint, "digest", fails)
+    with pytest.raises(OnecardError, match=rf"cannot be read \(.*{os.strerror(number)}.*\); nothing was changed"):
+        checkpoint.newest_checkpoint(tmp_path, "a")

@@ -108,6 +108,12 @@ def damaged(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
 
 
+def a_flipped_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 1  # within the last of the numbers, or in their digest
+    path.write_bytes(bytes(data))
+
+
 def of_another_size(path: Path) -> None:
     save_file({"ref_logps": torch.zeros(3, 2)}, str(path))
 
@@ -134,7 +140,7 @@ def a_folder(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "harm", [damaged, of_another_size, with_another_name, no_numbers, in_half_precision, empty, a_folder]
+    "harm", [damaged, a_flipped_bit, of_another_size, with_another_name, no_numbers, in_half_precision, empty, a_folder]
 )
 def test_a_file_that_cannot_be_used_is_said_and_computed_again(config, roles, cache, capsys, harm):
     first = known(config, roles)

@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from onecard import checkpoint, dry_run, report, runs
+from onecard import dry_run, report, runs
 from onecard.algorithms.samples import HeldoutSamples, heldout_samples
 from onecard.algorithms.supervised import Supervised
 from onecard.batches import LabelledSequence, PreferencePair, TokenSequence
@@ -19,6 +19,7 @@ from onecard.config import EvaluateConfig, SpeakingConfig, TrainConfig
 from onecard.data import Row, Tokenized, hold_out, load_rows, preference_examples
 from onecard.data.templates import template_date
 from onecard.errors import OnecardError
+from onecard.files import digest
 from onecard.metrics import Bar, say
 from onecard.models.build import load_roles
 from onecard.models.levers import in_head_chunks, lever_notes
@@ -189,7 +190,7 @@ def weights_digest(model: str) -> str:
     names = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
     files = sorted(path for folder in folders if folder.is_dir() for name in names for path in folder.glob(name))
     for path in files:
-        found = sampled_digest(path) if path.suffix == ".safetensors" else checkpoint.digest(path)
+        found = sampled_digest(path) if path.suffix == ".safetensors" else digest(path)
         state.update(f"{path.name} {found} ".encode())
     return state.hexdigest() if files else ""
 
@@ -204,7 +205,7 @@ def finish(roles: Roles, tokenizer: Any, run: Run) -> Path:
     """Export the (first) trained role, write the report, and say where things are."""
     role = roles.trained[0]
     exported = run.folder / role
-    checkpoint.replace_folder(exported, lambda folder: roles.export(role, folder, tokenizer))
+    runs.write_folder(run.folder, role, lambda folder: roles.export(role, folder, tokenizer))
     written = report.write_run_report(run.folder)
     say(f"weights: {exported}    metrics: {run.folder / runs.METRICS}    plots: {written}")
     return exported
@@ -260,7 +261,8 @@ def run_opened(config: TrainConfig, recipe: Recipe[E, B], run: Run) -> Path:
         **reference_identity(config),
         **{name: runs.fingerprint(examples) for name, examples in data.items()},
     }
-    train(config, job, roles, run, identity)
-    if recipe.adjust:
-        recipe.adjust(roles, training)
-    return finish(roles, tokenizer, run)
+    with runs.holding(run):
+        train(config, job, roles, run, identity)
+        if recipe.adjust:
+            recipe.adjust(roles, training)
+        return finish(roles, tokenizer, run)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from onecard.checkpoint import write_text
+from onecard.files import write_text
 
 SFT_ROWS = 3000
 PAIR_ROWS = 4000

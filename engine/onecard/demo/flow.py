@@ -20,12 +20,12 @@ from rich.table import Table
 from onecard import runs
 from onecard.algorithms import dpo, reward, sft
 from onecard.algorithms.ppo import command as ppo
-from onecard.checkpoint import write_text
 from onecard.config import DemoConfig, DPOConfig, ModelConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig
 from onecard.data import prompt_examples, prompt_rows
 from onecard.demo.corpus import CorpusPaths, flaws, write_corpus
 from onecard.demo.tiny import make_tiny_model
 from onecard.errors import OnecardError
+from onecard.files import write_text
 from onecard.metrics import console, say
 from onecard.models.build import load_player
 from onecard.models.load import load_tokenizer
@@ -233,8 +233,8 @@ def run(config: DemoConfig) -> Path:
         for place, prompt in enumerate(prompts[:SHOWN_SAMPLES])
     ]
     table = headline(folder, prompts, answers)
-    show(table, samples)
     report = write_demo_report(folder, [Stage(stage, folder / stage) for stage in STAGES], table, samples)
+    show(table, samples)
     say(f"report: {report}    plots: {folder / 'plots'}    time: {time.perf_counter() - began:.0f} s")
     say(f"try: onecard generate --model {folder / 'ppo' / 'policy'} --prompt {prompts[-1]!r} --num_generations 3")
     return report

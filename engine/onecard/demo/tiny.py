@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from onecard.checkpoint import replace_folder
+from onecard.files import replace_folder
 
 VOCABULARY = 1024
 SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}  # ids 0, 1, 2, 3

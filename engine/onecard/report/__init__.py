@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onecard.checkpoint import replace_folder
 from onecard.errors import OnecardError
 from onecard.plots import grid, png
 from onecard.report.charts import drawn, overview, picture, slug, unknown
 from onecard.report.page import Sample, Side, TableRow, write_page
-from onecard.runs import CONFIG, METRICS, SAMPLES
+from onecard.runs import CONFIG, METRICS, SAMPLES, write_folder
 
 PLOTS = "plots"
 
@@ -128,7 +127,7 @@ def _write_plots(folder: Path, plots: Mapping[str, bytes]) -> None:
         for name, data in plots.items():
             (temporary / f"{name}.png").write_bytes(data)
 
-    replace_folder(folder / PLOTS, write)
+    write_folder(folder, PLOTS, write)
 
 
 __all__ = [

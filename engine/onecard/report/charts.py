@@ -90,4 +90,5 @@ def picture(metrics: Metrics, chart: Chart) -> bytes:
 
 
 def slug(name: str) -> str:
-    return "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name.lower())
+    """A metric's name as a part of a file's name."""
+    return "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name.lower())[:60]

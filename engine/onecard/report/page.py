@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onecard.checkpoint import write_text
+from onecard.files import write_text
 
 REPORT = "report.html"
 

@@ -2,43 +2,57 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import inspect
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from onecard.errors import OnecardError, nearest
 from onecard.rewards.answers import Answers
-from onecard.rewards.functions import RewardFunction, described, shortened
-from onecard.rewards.mixture import Part
+from onecard.rewards.functions import RewardFunction
+from onecard.rewards.guard import described, guarded, shortened, warned, written
+from onecard.rewards.mixture import LARGEST, Part
 
-LARGEST = torch.finfo(torch.float32).max  # scores become fp32
 SHOWN = 80  # characters of a prompt or a response that fit a line which is still read
 
 
-def call_function(function: RewardFunction, answers: Answers) -> Part:
+def call_function(function: RewardFunction, answers: Answers, timeout: float = 0.0) -> Part:
     """One score for each answer, or one for each token of each answer.
 
     The protocol is that of TRL's GRPO: keywords `prompts`, `completions`, `completion_ids`, and the dataset's other
     columns, all of them lists; a function without `**kwargs` gets those that it names. What it returns must be one
     finite number for each answer; or (a dense reward) for each answer a list of them, one for each of its
     `completion_ids`. (TRL lets a function return None for "does not apply"; here that is an error.)
+
+    It gets copies, and random states that depend on the answers alone; what it changes of the process is put back.
+    `timeout`: seconds after which it is said that it still runs.
     """
-    keywords = accepted(function, answers.keywords())
     try:
-        returned = function.call(**keywords)
-    except (Exception, SystemExit) as error:  # whatever a function does; not a KeyboardInterrupt, which ends the run
+        with warned(f"reward function {function.name}", timeout):
+            return part_of(function, answers)
+    except (OnecardError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # whatever a function does
         what = f"reward function {function.name} raised {described(error)}{line(error)}"
         raise OnecardError(f"{what}; {culprit(function, answers, error)}") from error
-    values = as_list(returned)
-    expected = f"expected a list of {len(answers)}, one number for each response"
-    if values is None:
-        raise OnecardError(f"reward function {function.name} returned {described_value(returned)}; {expected}.")
-    if len(values) != len(answers):
-        raise OnecardError(f"reward function {function.name} returned a list of {len(values)}; {expected}.")
-    return checked_part(function, answers, values)
+
+
+def part_of(function: RewardFunction, answers: Answers) -> Part:
+    """What the function returns, checked. Objects of its own are read within the guard too."""
+    keywords = copy.deepcopy(accepted(function, answers.keywords()))
+    texts = json.dumps([answers.prompts, answers.completion_ids]).encode()
+    with guarded(int.from_bytes(hashlib.sha256(texts).digest()[:8], "little")):
+        returned = function.call(**keywords)
+        values = as_list(returned)
+        expected = f"expected a list of {len(answers)}, one number for each response"
+        if values is None:
+            raise OnecardError(f"reward function {function.name} returned {described_value(returned)}; {expected}.")
+        if len(values) != len(answers):
+            raise OnecardError(f"reward function {function.name} returned a list of {len(values)}; {expected}.")
+        return checked_part(function, answers, values)
 
 
 def accepted(function: RewardFunction, keywords: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -65,8 +79,10 @@ def culprit(function: RewardFunction, answers: Answers, error: BaseException) ->
         for place in range(len(answers)):
             alone = answers.only(place)
             try:
-                function.call(**accepted(function, alone.keywords()))
-            except (Exception, SystemExit) as again:
+                part_of(function, alone)
+            except KeyboardInterrupt:
+                raise
+            except BaseException as again:
                 if type(again) is type(error):
                     return shown(alone, 0)
         return f"for a batch of {len(answers)} answers, and for none of them alone"
@@ -82,7 +98,7 @@ def line(error: BaseException) -> str:
 def as_list(returned: Any) -> Sequence[Any] | None:
     """A list, tuple, numpy array or tensor as a sequence of Python values; None for anything else."""
     values = returned.tolist() if hasattr(returned, "tolist") else returned
-    return values if isinstance(values, list | tuple) else None
+    return list(values) if isinstance(values, list | tuple) else None
 
 
 def checked_part(function: RewardFunction, answers: Answers, values: Sequence[Any]) -> Part:
@@ -121,7 +137,7 @@ def checked(function: RewardFunction, answers: Answers, place: int, value: Any, 
     if isinstance(value, bool | int | float):
         if abs(value) <= LARGEST:  # false for NaN
             return float(value)
-        wrong = f"{written(value)}{where}, which is no finite 32-bit number"
+        wrong = f"{written(value, SHOWN)}{where}, expected a finite number of at most 1e18"
     else:
         wrong = f"{described_value(value)}{where}, which is no number"
     raise OnecardError(f"reward function {function.name} returned {wrong}; {shown(answers, place)}")
@@ -129,15 +145,7 @@ def checked(function: RewardFunction, answers: Answers, place: int, value: Any, 
 
 def described_value(value: Any) -> str:
     """`None`, or the value and what it is."""
-    return "None" if value is None else f"{written(value)} ({type(value).__name__})"
-
-
-def written(value: Any) -> str:
-    """A value as Python writes it, in a few words; some cannot be written (an integer of thousands of digits)."""
-    try:
-        return shortened(" ".join(repr(value).split()), SHOWN)
-    except Exception:  # whatever a `__repr__` does
-        return "something"
+    return "None" if value is None else f"{written(value, SHOWN)} ({type(value).__name__})"
 
 
 def shown(answers: Answers, place: int) -> str:

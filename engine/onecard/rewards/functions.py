@@ -16,6 +16,7 @@ from typing import Any
 
 from onecard.errors import OnecardError, nearest
 from onecard.rewards.builtin import BUILTINS, builtin_name
+from onecard.rewards.guard import described, guarded
 from onecard.rewards.terms import parse_terms
 
 REWARD_MODEL = "reward_model"  # the name of the reward model's part; no function gets it as a short name
@@ -75,8 +76,11 @@ def import_named(name: str) -> ModuleType:
     """A module by its dotted name, from the current directory too."""
     make_importable(os.getcwd())
     try:
-        return importlib.import_module(name)
-    except (Exception, SystemExit) as error:  # whatever a module does when it is imported, and a script that exits
+        with guarded(0):
+            return importlib.import_module(name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a module does when it is imported, and a script that exits
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and f"{name}.".startswith(f"{missing}."):
             raise OnecardError(
@@ -102,13 +106,14 @@ def import_file(place: str) -> ModuleType:
     module.__file__ = str(path)
     sys.modules[name] = module  # dataclasses and pickle look a function's module up there
     try:
-        exec(compile(content, path, "exec", dont_inherit=True), module.__dict__)  # without our `from __future__`
-    except (Exception, SystemExit) as error:  # as in import_named
-        del sys.modules[name]
-        raise OnecardError(f"reward_funcs: importing {place} raised {described(error)}") from error
-    except BaseException:
+        with guarded(0):
+            exec(compile(content, path, "exec", dont_inherit=True), module.__dict__)  # without our `from __future__`
+    except KeyboardInterrupt:
         del sys.modules[name]
         raise
+    except BaseException as error:  # as in import_named
+        del sys.modules[name]
+        raise OnecardError(f"reward_funcs: importing {place} raised {described(error)}") from error
     return module
 
 
@@ -117,16 +122,6 @@ def make_importable(folder: str) -> None:
     if folder not in sys.path:
         sys.path.append(folder)
     importlib.invalidate_caches()  # files may have been written since Python last looked
-
-
-def described(error: BaseException) -> str:
-    """`ValueError: its message`, short enough for a line."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {shortened(text, 200)}" if text else type(error).__name__
-
-
-def shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def part_names(entries: Sequence[str], *, setting: str = "reward_funcs", model: str = REWARD_MODEL) -> tuple[str, ...]:

@@ -33,6 +33,7 @@ class Judge:
     missing_eos_penalty: float
     batch_size: int | Budget
     measures: Mapping[str, Measure] = field(default_factory=dict)
+    timeout: float = 0.0  # seconds after which a function that still runs is named
 
     def check_columns(self, prompts: Sequence[Prompt]) -> None:
         """Stop at the first row whose columns a built-in reward cannot use: it would end the run in the middle."""
@@ -46,7 +47,9 @@ class Judge:
         answers = make_answers(tokenizer, prompts, episodes)
         case = Case(roles, tokenizer, prompts, episodes, answers, self.batch_size)
         parts = {
-            name: self.measures[name](case) if name in self.measures else call_function(self.functions[name], answers)
+            name: self.measures[name](case)
+            if name in self.measures
+            else call_function(self.functions[name], answers, self.timeout)
             for name in self.weights
         }
         scores = combine(parts, self.weights)
@@ -66,6 +69,7 @@ class Asked:
     functions: Sequence[str]
     weights: Sequence[float] = ()
     missing_eos_penalty: float = 0.0
+    timeout: float = 0.0
 
     @property
     def path_setting(self) -> str:
@@ -93,6 +97,7 @@ def load_judge(config: PPOConfig | EvaluateConfig, budget: Budget | None = None)
         config.reward_funcs,
         config.reward_weights,
         config.missing_eos_penalty,
+        config.reward_timeout,
     )
     judge = make_judge(asked, config, budget or config.per_device_eval_batch_size)
     if judge is None:
@@ -104,7 +109,13 @@ def load_judge(config: PPOConfig | EvaluateConfig, budget: Budget | None = None)
 
 def load_constraint(config: PPOConfig, budget: Budget | None = None) -> Judge | None:
     """What gives answers their costs, which are all added up; None where no setting names anything."""
-    asked = Asked("constraint", config.constraint_model_path, config.constraint_label, config.constraint_funcs)
+    asked = Asked(
+        "constraint",
+        config.constraint_model_path,
+        config.constraint_label,
+        config.constraint_funcs,
+        timeout=config.reward_timeout,
+    )
     return make_judge(asked, config, budget or config.per_device_eval_batch_size)
 
 
@@ -128,7 +139,9 @@ def make_judge(asked: Asked, config: ModelConfig, batch_size: int | Budget) -> J
     }
     model = load_model(asked, config)
     measures |= {asked.part: model} if model else {}
-    return Judge(functions, weights, asked.missing_eos_penalty, batch_size, measures) if weights else None
+    return (
+        Judge(functions, weights, asked.missing_eos_penalty, batch_size, measures, asked.timeout) if weights else None
+    )
 
 
 def weigh(asked: Asked, named: Mapping[str, Term]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from onecard.errors import OnecardError
 
+LARGEST = 1e18  # scores are fp32, where the square of a larger one is no number
 # One number for each answer, or (a dense reward) one for each token of each answer.
 Part: TypeAlias = Sequence[float] | Sequence[Sequence[float]]
 
@@ -75,11 +76,12 @@ def combine(parts: Mapping[str, Part], weights: Mapping[str, float]) -> Scores:
     sums = {name: torch.stack([each.sum() for each in tokens[name]]) for name in tokens}
     scores = Scores(total, {name: (sums | whole)[name].float() for name in parts}, dense)
     for name, column in {**scores.parts, "the weighted sum": scores.sums}.items():
-        if not column.isfinite().all():
-            place = int((~column.isfinite()).nonzero()[0])
+        wrong = ~(column.abs() <= LARGEST)  # NaN too
+        if wrong.any():
+            place = int(wrong.nonzero()[0])
             raise OnecardError(
-                f"reward: {name} is {column[place].item()} for response {place + 1} of {len(column)}; "
-                "expected a finite number."
+                f"reward: {name} is {column[place].item():g} for response {place + 1} of {len(column)}; "
+                f"expected a finite number of at most {LARGEST:g}."
             )
     return scores
 

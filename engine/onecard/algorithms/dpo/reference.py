@@ -28,6 +28,7 @@ from onecard.passes import Budget, budget_of, each_item, looking_budget
 E = TypeVar("E", PreferencePair, LabelledSequence)
 
 NAME = "ref_logps"
+DIGEST = "sha256"
 
 
 def cache_folder() -> Path:
@@ -70,9 +71,13 @@ def read_table(path: Path, rows: int) -> Tensor | None:
     if not path.exists():
         return None
     try:
-        table = load_file(str(path))[NAME]
+        tensors = load_file(str(path))
+        table, found = tensors[NAME], tensors.get(DIGEST, torch.empty(0, dtype=torch.uint8))
     except (OSError, SafetensorError, KeyError) as error:
         say(f"reference: {path} is damaged ({error}) and is computed again.")
+        return None
+    if not torch.equal(found, digest_of(table)):
+        say(f"reference: {path} is damaged (it is not what was written) and is computed again.")
         return None
     if table.dtype != torch.float32 or table.shape != (rows, 2) or bool(table.isnan().any()):
         say(f"reference: {path} holds something else than {rows} rows of log-probs and is computed again.")
@@ -81,12 +86,17 @@ def read_table(path: Path, rows: int) -> Tensor | None:
     return table
 
 
+def digest_of(table: Tensor) -> Tensor:
+    """SHA-256 of a table's numbers, uint8 [32]."""
+    return torch.tensor(list(hashlib.sha256(table.numpy().tobytes()).digest()), dtype=torch.uint8)
+
+
 def write_table(path: Path, table: Tensor) -> None:
     """Write a cache file whole or not at all. A disk that takes none costs the next run its time, not this one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({NAME: table}, str(temporary))
+        save_file({NAME: table, DIGEST: digest_of(table)}, str(temporary))
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):

@@ -21,11 +21,11 @@ from onecard.algorithms.ppo.sampling import make_sampler
 from onecard.algorithms.ppo.scores import measure_scale
 from onecard.algorithms.ppo.settings import check_settings, episodes_per_step, longest_prompt, total_steps, with_passes
 from onecard.algorithms.ppo.startup import check_start
-from onecard.checkpoint import digest
 from onecard.config import PPOConfig
 from onecard.data import Prompt, prompt_examples
 from onecard.data.templates import template_date
 from onecard.errors import OnecardError
+from onecard.files import digest
 from onecard.metrics import say
 from onecard.models.build import JUDGES, load_ppo_roles, reward_adapter
 from onecard.models.levers import in_head_chunks, lever_notes
@@ -36,7 +36,7 @@ from onecard.models.vocabulary import check_tokens
 from onecard.passes import looking_budget
 from onecard.rewards.functions import digest_functions
 from onecard.rewards.judge import load_constraint, load_judge
-from onecard.runs import Run, open_run, with_folder
+from onecard.runs import Run, holding, open_run, with_folder
 from onecard.startup import check_decoding, check_model
 from onecard.trainer import train
 
@@ -160,5 +160,6 @@ def run_opened(config: PPOConfig, run: Run) -> Path:
     job = PPO(
         config, roles, sampler, judge, training, heldout, steps, constraint=constraint, scale=scale, budget=budget
     )
-    train(config, job, roles, run, identity(config, training, heldout))
-    return finish(roles, tokenizer, run)
+    with holding(run):
+        train(config, job, roles, run, identity(config, training, heldout))
+        return finish(roles, tokenizer, run)

@@ -1,0 +1,108 @@
+"""Other people's code in a process that goes on: what it changes is put back, and that it ends the process is an error.
+
+| changed | put back |
+|---|---|
+| random states of Python, NumPy and torch | the run's draws do not depend on what a function draws or seeds |
+| gradient mode, default dtype and device, number of threads | yes |
+| working directory, recursion limit, standard streams, signal handlers, `os._exit` | yes |
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from onecard.metrics import say
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+
+
+@contextmanager
+def guarded(seed: int) -> Iterator[None]:
+    """Inside runs other people's code, with random states of its own, which `seed` begins."""
+    owner, leave = os.getpid(), os._exit
+
+    def stay(code: int) -> None:
+        """`os._exit` would end the run without a word; in a worker that the code has forked it ends that."""
+        if os.getpid() != owner:
+            leave(code)
+        raise SystemExit(f"os._exit({code})")
+
+    main = threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in SIGNALS} if main else {}
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    gradients, dtype, device = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+    threads, limit, folder = torch.get_num_threads(), sys.getrecursionlimit(), os.getcwd()
+    streams = sys.stdin, sys.stdout, sys.stderr
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+    os._exit = stay  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os._exit = leave
+        sys.stdin, sys.stdout, sys.stderr = streams
+        os.chdir(folder)
+        sys.setrecursionlimit(limit)
+        torch.set_num_threads(threads)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(gradients)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+        torch.set_rng_state(states[2])
+        np.random.set_state(states[1])  # noqa: NPY002
+        random.setstate(states[0])
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+@contextmanager
+def warned(what: str, seconds: float) -> Iterator[None]:
+    """Inside, say that `what` is still running, once, after so many seconds; 0: never."""
+    if not seconds:
+        yield
+        return
+    timer = threading.Timer(
+        seconds, say, [f"{what} has been running for {seconds:g} s. Ctrl-C twice ends the run at its last checkpoint."]
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def described(error: BaseException) -> str:
+    """`ValueError: its message`, short enough for a line; its type alone where the message cannot be had."""
+    try:
+        text = str(error).strip()
+    except Exception:  # whatever a `__str__` does
+        text = ""
+    return f"{type(error).__name__}: {shortened(text, 200)}" if text else type(error).__name__
+
+
+def shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def written(value: Any, length: int) -> str:
+    """A value as Python writes it, in a few words; some cannot be written (an integer of thousands of digits)."""
+    try:
+        return shortened(" ".join(repr(value).split()), length)
+    except Exception:  # whatever a `__repr__` does
+        return "something"
