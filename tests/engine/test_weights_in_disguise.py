@@ -15,7 +15,7 @@ from onecard import merge
 from onecard.config import DPOConfig, MergeConfig, ModelConfig, SFTConfig
 from onecard.errors import OnecardError
 from onecard.models.build import load_player, load_roles
-from onecard.models.load import load_base
+from onecard.models.load import Source, load_base
 from tests.models.families import FAMILIES, random_model
 
 
@@ -204,3 +204,12 @@ def test_fit_refuses_classifiers_and_reward_models(tmp_path, tiny_model, onecard
     (tmp_path / "base" / "config.json").write_text(json.dumps(changed))
     done = onecard("fit", "--model", tmp_path / "base", "--algorithm", "dpo", "--max_length", 32)
     assert (done.code, "which classifies texts" in done.err) == (2, True)
+
+
+def test_an_adapter_that_transformers_puts_on_its_base_by_itself_is_refused(tmp_path, tiny_model, monkeypatch):
+    """As it does with a hub repository that has a config.json beside the adapter."""
+    shutil.copytree(tiny_model, tmp_path / "repository")
+    adapter_on(tiny_model, tmp_path / "repository", target_modules=["q_proj"])
+    monkeypatch.setattr("onecard.models.load.find_source", lambda _: Source(str(tmp_path / "repository")))
+    with pytest.raises(OnecardError, match="is an adapter on the hub; download it"):
+        load_base(ModelConfig(model="user/adapter"))

@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -66,24 +65,7 @@ def find_source(model: str) -> Source:
         return Source(base=os.path.abspath(path))
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise OnecardError(f"model: no folder {model}; expected a model folder or a Hugging Face name.")
-    if is_hub_adapter(model):
-        raise OnecardError(f"model: {model} is an adapter on the hub; download it (`hf download`) and give its folder.")
     return Source(base=model)
-
-
-@lru_cache
-def is_hub_adapter(name: str) -> bool:
-    """Whether a hub repository, in the local cache or on the hub, is an adapter's. transformers would put it on its
-    base without a word.
-    """
-    from transformers.utils import cached_file
-
-    try:
-        return bool(cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False,
-                                _raise_exceptions_for_gated_repo=False,
-                                _raise_exceptions_for_connection_errors=False))  # fmt: skip
-    except Exception:  # whatever the hub answers: loading says it
-        return False
 
 
 def base_of_adapter(path: Path) -> str:
@@ -357,6 +339,8 @@ def load_base(config: ModelConfig, *, train_all: bool = False) -> Any:
         if is_out_of_memory(error):  # the command line has more to say about it
             raise
         raise OnecardError(f"model: cannot load '{base}': {reason(error)}") from error
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers puts it on its base without a word
+        raise OnecardError(f"{where} is an adapter on the hub; download it (`hf download`) and give its folder.")
     check_weights(model, info, where)
     if faults:
         raise OnecardError(f"{where}: {faults[0]}.")
