@@ -17,6 +17,17 @@ from onecard.metrics import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STARTS_ANEW = ("--overwrite", "--fresh", "--resume")
+_restores: list[Callable[[], None]] = []  # of the `stop_requests` that are open
+
+
+def restore_in_child() -> None:
+    """A worker that a reward function forks is no run: `multiprocessing.Pool` ends it with SIGTERM."""
+    for restore in reversed(_restores):
+        restore()
+    _restores.clear()
+
+
+os.register_at_fork(after_in_child=restore_in_child)
 
 
 @contextmanager
@@ -27,7 +38,6 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     ignored, as Ctrl-C is in what a script runs in the background, stays so.
     """
     asked: list[int] = []
-    owner = os.getpid()
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
@@ -39,19 +49,17 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
     def ask(number: int, _: FrameType | None) -> None:
-        if os.getpid() != owner:  # a worker that a reward function has forked: `Pool` ends it with SIGTERM
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-            return
         asked.append(number)
         restore()
         say("stopping after this step, with a checkpoint. Once more stops at once, at the last checkpoint.")
 
     for number in before:
         signal.signal(number, ask)
+    _restores.append(restore)
     try:
         yield lambda: bool(asked)
     finally:
+        _restores.remove(restore)
         restore()
 
 

@@ -180,6 +180,7 @@ def open_run(config: TrainConfig) -> Run:
     lock.check_free(folder)
     before = read_mark(folder)
     if before is None:
+        check_nothing_is_lost(config, folder)
         check_empty(folder)
         return Run(folder, new)
     if not (config.overwrite or config.resume):
@@ -279,12 +280,20 @@ def fingerprint(examples: Iterable[object]) -> str:
 
 @contextmanager
 def holding(run: Run) -> Iterator[None]:
-    """Inside, the folder is this process's alone, and as it was when it was opened."""
+    """Inside, the folder is this process's alone, and as it was when it was opened. A folder that was made for a run
+    that does not begin goes again.
+    """
+    made = [path for path in (run.folder, *run.folder.parents) if not path.exists()]
     run.folder.mkdir(parents=True, exist_ok=True)
-    with lock.held(run.folder):
-        if read_mark(run.folder) != run.before:
-            raise OnecardError(f"output_dir: another process has started a run in {run.folder}.")
-        yield
+    try:
+        with lock.held(run.folder):
+            if read_mark(run.folder) != run.before:
+                raise OnecardError(f"output_dir: another process has started a run in {run.folder}.")
+            yield
+    finally:
+        for path in made:
+            if not any(path.iterdir()):
+                path.rmdir()
 
 
 def begin(run: Run, config: TrainConfig, identity: dict[str, str]) -> None:

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from onecard.errors import OnecardError, nearest
 from onecard.rewards.answers import Answers
 from onecard.rewards.functions import RewardFunction
 from onecard.rewards.guard import described, guarded, shortened, warned, written
 from onecard.rewards.mixture import LARGEST, Part
 
+FLOAT32 = torch.finfo(torch.float32).max
 SHOWN = 80  # characters of a prompt or a response that fit a line which is still read
 
 
@@ -91,7 +94,9 @@ def culprit(function: RewardFunction, answers: Answers, error: BaseException) ->
 
 def line(error: BaseException) -> str:
     """Where in the function's own file it was, since the one-line message leaves no traceback."""
-    frame = error.__traceback__ and error.__traceback__.tb_next  # the first frame is ours
+    frame = error.__traceback__
+    while frame and frame.tb_frame.f_code.co_filename == __file__:  # the first frames are ours
+        frame = frame.tb_next
     return f" ({Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno})" if frame else ""
 
 
@@ -137,7 +142,8 @@ def checked(function: RewardFunction, answers: Answers, place: int, value: Any, 
     if isinstance(value, bool | int | float):
         if abs(value) <= LARGEST:  # false for NaN
             return float(value)
-        wrong = f"{written(value, SHOWN)}{where}, expected a finite number of at most 1e18"
+        beyond = f"which is beyond {LARGEST:g}" if abs(value) <= FLOAT32 else "which is no finite 32-bit number"
+        wrong = f"{written(value, SHOWN)}{where}, {beyond}"
     else:
         wrong = f"{described_value(value)}{where}, which is no number"
     raise OnecardError(f"reward function {function.name} returned {wrong}; {shown(answers, place)}")

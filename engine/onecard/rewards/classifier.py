@@ -38,7 +38,7 @@ class ClassifierReward:
             )
         return self.classifier.values([text["inputs"] for text in texts], case.batch_size)
 
-    def tokenized(self, prompt: Prompt, answer: str, policys: Any) -> dict[str, Any]:
+    def tokenized(self, prompt: Prompt, answer: str, policys: Any = None) -> dict[str, Any]:
         """What the classifier's tokenizer makes of one text, and whether it was `cut` at the left. `policys`: the
         tokenizer with whose chat template the answer was sampled.
         """
@@ -56,7 +56,7 @@ class ClassifierReward:
             raise OnecardError(f"{self.setting}: its tokenizer makes no token of {text[:80]!r}.")
         return {"inputs": inputs, "cut": cut}
 
-    def conversation(self, prompt: Prompt, answer: str, policys: Any) -> str:
+    def conversation(self, prompt: Prompt, answer: str, policys: Any = None) -> str:
         """The chat as the classifier's own template writes it."""
         content = as_content(answer, prompt.messages or (), policys, prompt.arguments)
         said = {"role": "assistant", "content": content}

@@ -75,14 +75,16 @@ def combine(parts: Mapping[str, Part], weights: Mapping[str, float]) -> Scores:
         ]
     sums = {name: torch.stack([each.sum() for each in tokens[name]]) for name in tokens}
     scores = Scores(total, {name: (sums | whole)[name].float() for name in parts}, dense)
-    for name, column in {**scores.parts, "the weighted sum": scores.sums}.items():
-        wrong = ~(column.abs() <= LARGEST)  # NaN too
-        if wrong.any():
-            place = int(wrong.nonzero()[0])
-            raise OnecardError(
-                f"reward: {name} is {column[place].item():g} for response {place + 1} of {len(column)}; "
-                f"expected a finite number of at most {LARGEST:g}."
-            )
+    columns = {**scores.parts, "the weighted sum": scores.sums}
+    for most, expected in ((torch.finfo(torch.float32).max, "a finite number"), (LARGEST, f"at most {LARGEST:g}")):
+        for name, column in columns.items():
+            wrong = ~(column.abs() <= most)  # NaN too
+            if wrong.any():
+                place = int(wrong.nonzero()[0])
+                raise OnecardError(
+                    f"reward: {name} is {column[place].item()} for response {place + 1} of {len(column)}; "
+                    f"expected {expected}."
+                )
     return scores
 
 
