@@ -292,7 +292,7 @@ def holding(run: Run) -> Iterator[None]:
             yield
     finally:
         for path in made:
-            if not any(path.iterdir()):
+            if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
 
 
