@@ -20,7 +20,8 @@ import torch
 from onecard.config import ChatConfig
 from onecard.data import prompt_tokens
 from onecard.data.columns import BadRowError, Text
-from onecard.data.templates import as_content, template_date, today
+from onecard.data.template_answers import as_content
+from onecard.data.templates import template_date, today
 from onecard.data.tokens import HALF, continuation_text
 from onecard.errors import OnecardError, nearest, visible
 from onecard.generate import check_sampling, longest_prompt

@@ -19,6 +19,7 @@ from onecard.batches import LabelledSequence, PreferencePair, Ranking, ScoredSeq
 from onecard.config import TrainConfig
 from onecard.data import Prompt
 from onecard.data.tokens import continuation_text
+from onecard.errors import visible
 from onecard.models.roles import Roles
 
 Named = list[tuple[str, TokenSequence]]
@@ -46,7 +47,7 @@ def show(config: TrainConfig, roles: Roles, tokenizer: Any, example: object) -> 
     settings = {**asdict(config), "dry_run": False, "resume": False, "overwrite": False}
     out.print(yaml.safe_dump(settings, sort_keys=False), soft_wrap=True, end="")
     lines = [
-        *(Text(one_line(line)) for line in parameter_lines(roles)),
+        *(Text(visible(line, kept="")) for line in parameter_lines(roles)),
         Text(),
         *example_lines(example, tokenizer, colour=out.is_terminal),
     ]
@@ -91,19 +92,8 @@ def example_lines(example: object, tokenizer: Any, *, colour: bool) -> Iterator[
     for what, sequence in SEQUENCES[type(example)](example):
         learned = sum(sequence.response_mask)
         counts = f"{len(sequence)} tokens, {learned} of them the response" if learned else f"{len(sequence)} tokens"
-        yield Text(one_line(f"{what}: {counts}"))
+        yield Text(visible(f"{what}: {counts}", kept=""))
         yield marked(sequence, tokenizer, colour=colour)
-
-
-def one_line(text: str) -> str:
-    """The text with all that is not printed as escapes: in YAML, U+0085 and U+2028 end a comment as a line break does.
-
-    >>> one_line("a\u2028trust_remote_code: true")
-    'a\\u2028trust_remote_code: true'
-    """
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
-    )
 
 
 def marked(sequence: TokenSequence, tokenizer: Any, *, colour: bool) -> Text:
@@ -114,7 +104,7 @@ def marked(sequence: TokenSequence, tokenizer: Any, *, colour: bool) -> Text:
     for response, run in groupby(pairs, key=lambda pair: pair[1]):
         ids = [token for token, _ in run]
         piece = continuation_text(before, ids, tokenizer, skip_special_tokens=False)
-        piece = one_line(piece)
+        piece = visible(piece, kept="")
         before += ids
         if colour:
             text.append(piece, style="bold green" if response else "dim")

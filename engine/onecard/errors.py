@@ -4,13 +4,13 @@ import difflib
 import unicodedata
 from collections.abc import Iterable
 
-# Categories of characters that move the cursor, break lines, or change the direction of what follows.
+# Unicode categories of characters that act on a terminal, end a line (of a YAML comment too), or change text direction.
 CONTROLS = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 JOINERS = "\u200c\u200d"  # which scripts and emoji are written with
 
 
 def visible(text: str, kept: str = "\n\t") -> str:
-    r"""The text with control characters as escapes (`\x1b`): what data holds must not act on a terminal.
+    r"""Replace control characters but those in `kept` by escapes (`\x1b`), so that data does not act on a terminal.
 
     >>> visible("a\x1b[2Jb")
     'a\\x1b[2Jb'

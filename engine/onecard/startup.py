@@ -296,7 +296,11 @@ def check_training_mode(roles: Roles, longest: int, row: int) -> None:
 
 
 def check_learning(roles: Roles, longest: int) -> None:
-    """Refuse adapters on layers that no text goes through: they would never learn. All experts need not be chosen."""
+    """Refuse adapters that would never learn: on layers that no text goes through, or without a gradient.
+
+    All experts need not be chosen.
+    """
+    check_factors(roles)
     batch = to_device(pack(probe(roles, min(SHORT, longest))[:1]), roles.device)
     try:
         for role in roles.trained:
@@ -317,6 +321,17 @@ def check_learning(roles: Roles, longest: int) -> None:
             f"lora_target_modules: {len(names)} adapters would never learn, for texts do not go through their layers "
             f"or use the weights alone: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; leave them out."
         )
+
+
+def check_factors(roles: Roles) -> None:
+    """Refuse a trained adapter `scale * B A` whose gradients are 0: lora_alpha is 0, or both A and B are."""
+    for path, module in roles.model.named_modules():
+        factors = [getattr(module, name, {}) for name in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")]
+        for role in roles.trained:
+            own = [getattr(each[role], "weight", each[role]) for each in factors if role in each]
+            if own and (module.scaling[role] == 0 or not any(bool(each.any()) for each in own)):
+                what = "lora_alpha is 0" if module.scaling[role] == 0 else "both of its factors are 0"
+                raise OnecardError(f"model: the adapter on {path} would never learn: {what}.")
 
 
 def halving(check: Callable[[int], None], longest: int) -> None:

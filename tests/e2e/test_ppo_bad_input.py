@@ -167,7 +167,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "all weights": ({"--no_use_peft": True}, ["use_peft", "--no_use_peft"]),
     "stop text beside a special token": ({"--stop_token": "cat</s>"}, ["stop_token: 'cat</s>' has a special token"]),
     "stop text of bytes that are none": (
-        {"--stop_token": "\udcff"}, ["stop_token: '\\udcff' is not valid Unicode"],
+        {"--stop_token": "\udcff"}, ["stop_token: not valid Unicode at character 1"],
     ),
     "an answer that is none, in a late row": (
         {"--reward_model_path": "", "--reward_funcs": "exact_answer", "--dataset": "{tmp}/answers.jsonl"},

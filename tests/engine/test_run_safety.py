@@ -15,7 +15,7 @@ import pytest
 from onecard import checkpoint, files, lock, runs
 from onecard.config import DPOConfig
 from onecard.errors import OnecardError
-from tests.engine.killing import die_before
+from tests.engine.kill_points import die_before
 
 SAME = {"command": "dpo", "training data": "abc"}
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from onecard.data.columns import MESSAGE_COLUMNS, BadRowError, check_no_images
+from onecard.data.columns import BadRowError, check_no_images
 from onecard.data.files import Row
-from onecard.data.templates import REASONING, opens_thought
+from onecard.data.readers import MESSAGE_COLUMNS
+from onecard.data.template_answers import REASONING, opens_thought, thought_of
 from onecard.data.tokens import Fitted
 from onecard.errors import OnecardError
 
@@ -121,7 +122,7 @@ def has_thought(row: Row) -> bool:
     """Whether a message of a row has its thought beside its content."""
     texts = (row.values.get(name) for name in MESSAGE_COLUMNS)
     messages = (message for text in texts if isinstance(text, list) for message in text if isinstance(message, dict))
-    return any(message.get(key) for message in messages for key in REASONING)
+    return any(map(thought_of, messages))
 
 
 def count_note(count: int, total: int, what: str) -> tuple[str, ...]:

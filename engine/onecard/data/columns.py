@@ -15,7 +15,6 @@ from onecard.data.readers import kind, reason
 from onecard.errors import nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-MESSAGE_COLUMNS = ("messages", "prompt", "completion", "completions", "chosen", "rejected")
 IMAGE_COLUMNS = ("image", "images")  # TRL's names
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # what a chat template is given beside the messages
 # Settings of `apply_chat_template` itself, which a row's variables must not change.

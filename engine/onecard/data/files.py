@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from onecard.data.columns import MESSAGE_COLUMNS, TEMPLATE_COLUMNS
+from onecard.data.columns import TEMPLATE_COLUMNS
 from onecard.data.csv_table import with_values
 from onecard.data.readers import (
     COMPRESSED,
+    MESSAGE_COLUMNS,
     READERS,
     Numbered,
     kind,

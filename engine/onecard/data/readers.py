@@ -17,6 +17,8 @@ from typing import Any
 from onecard.data.csv_table import read_table
 from onecard.errors import OnecardError, nearest
 
+MESSAGE_COLUMNS = ("messages", "prompt", "completion", "completions", "chosen", "rejected")
+
 Numbered = Iterator[tuple[int, Any]]
 
 COMPRESSED: Mapping[str, str] = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # suffix -> pyarrow's codec
@@ -121,7 +123,7 @@ def read_json(path: Path, content: bytes) -> Numbered:
         yield from read_jsonl(path, content)
         return
     document = parse(text, str(path))
-    if isinstance(document, dict) and not ROW_COLUMNS & document.keys():
+    if isinstance(document, dict) and not document.keys() & {*MESSAGE_COLUMNS, "text"}:
         lists = [value for value in document.values() if isinstance(value, list)]
         document = lists[0] if len(lists) == 1 else document
     elif isinstance(document, dict):
@@ -208,8 +210,6 @@ def widened(table: Any) -> Any:
     return table
 
 
-# Columns that make an object a row, and not a wrapper around a list of rows.
-ROW_COLUMNS = {"messages", "prompt", "completion", "completions", "chosen", "rejected", "text"}
 READERS: dict[str, Callable[[Path, bytes], Numbered]] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,

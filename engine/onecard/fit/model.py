@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from onecard.errors import OnecardError, nearest
-from onecard.models.adapters import read_settings
 from onecard.models.load import check_writes, find_source, reason
 from onecard.runs import weights_folder
 
@@ -41,9 +40,7 @@ def find_model(name: str) -> Planned:
     if path.suffix == ".json" or path.is_file():
         return Planned(path.stem, read_config(path))
     if (path / "adapter_config.json").is_file():
-        source = find_source(name)
-        read_settings(path, "model")
-        base = find_model(source.base)
+        base = find_model(find_source(name).base)
         return Planned(base.name, base.config, adapter=True)
     if path.is_dir():
         settings = read_config(path / "config.json")

@@ -127,17 +127,6 @@ def check_precision(roles: Roles) -> None:
         )
 
 
-def check_can_learn(roles: Roles) -> None:
-    """Refuse a trained adapter whose product with the input has no gradient: lora_alpha 0, or both factors 0."""
-    for path, module in roles.model.named_modules():
-        factors = [getattr(module, name, {}) for name in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")]
-        for role in roles.trained:
-            own = [getattr(each[role], "weight", each[role]) for each in factors if role in each]
-            if own and (module.scaling[role] == 0 or not any(bool(each.any()) for each in own)):
-                what = "lora_alpha is 0" if module.scaling[role] == 0 else "both of its factors are 0"
-                raise OnecardError(f"model: the adapter on {path} would never learn: {what}.")
-
-
 def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, scalar: bool = False) -> Roles:
     """The weights of a training run: the trained role, a reference if asked for, a scalar head if asked for."""
     source = find_source(config.model)
@@ -156,7 +145,6 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
     roles = Roles(model, (trained,), adapters, "packed" if config.padding_free else "padded")
     roles.left_out = targets.left_out if targets and source.adapter is None else ()
     check_precision(roles)
-    check_can_learn(roles)
     pull_levers(roles, config)
     if frozen is not None:
         roles.copies["reference"] = frozen

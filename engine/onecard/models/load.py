@@ -287,16 +287,13 @@ OLD_BUFFERS = ("masked_bias", "causal_mask", "inv_freq", "decoder.version")
 
 
 def is_old_buffer(key: str, known: Collection[str], left: Collection[str]) -> bool:
-    """Whether a weight that is left over is a buffer of an earlier version, which the model now computes itself. The
-    `bias` of an attention without a `weight` is its causal mask.
+    """Whether a weight that is left over is a buffer of an earlier version, which the model now computes itself.
+
+    The `bias` of an attention that has no `weight` beside it is its causal mask.
     """
-    if key.endswith(OLD_BUFFERS):
-        return True
-    owner = key.removesuffix(".bias")
-    beside = [f"{owner}.weight", *(name for name in known if name.endswith(f"{owner}.weight"))]
-    return key.endswith((".attn.bias", ".attn.attention.bias")) and not any(
-        name in known or name in left for name in beside
-    )
+    weight = f"{key.removesuffix('.bias')}.weight"
+    is_mask = key.endswith((".attn.bias", ".attn.attention.bias"))
+    return key.endswith(OLD_BUFFERS) or (is_mask and not any(name.endswith(weight) for name in (*known, *left)))
 
 
 def keep_full_precision(model: Any, base: str, settings: Any, remote: Mapping[str, Any]) -> None:

@@ -78,10 +78,11 @@ def is_mamba_mixer(module: Any) -> bool:
 
 
 def is_rescaled(model: Any, path: str) -> bool:
-    """Whether a model divides the weights of a layer in evaluation mode, and an adapter on it not: RWKV's
-    `rescale_every`. What such an adapter learned would be another function when PEFT evaluates it.
+    """Whether a model divides the weights of a layer in evaluation mode (`rescale_every`, RWKV's).
+
+    PEFT does not divide the adapter's, so an adapter on it is another function in evaluation mode than in training.
     """
-    return model.config.model_type == "rwkv" and path.endswith((".attention.output", ".feed_forward.value"))
+    return hasattr(model.config, "rescale_every") and path.endswith((".attention.output", ".feed_forward.value"))
 
 
 def block_of(path: str) -> str:

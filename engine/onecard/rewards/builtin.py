@@ -34,8 +34,8 @@ STOP_WORDS = frozenset(re.findall(r"\w+", """
     other our out over please s she should so some such t than that the their them then there these they this
     those to too up us very was we were what when where which who whom whose why will with would you your
 """))  # fmt: skip
+# No minus in 3-4.
 NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\w))?")
-# no minus in 3-4
 LEADING_ZERO = re.compile(r"[-+]?0[\d,]")  # 02134 is a code, and 2134 another one
 AROUND = " \"'`$*"
 MINUS = str.maketrans("\u2212", "-")

@@ -15,7 +15,7 @@ import torch
 from onecard.errors import OnecardError, nearest
 from onecard.rewards.answers import Answers
 from onecard.rewards.functions import RewardFunction
-from onecard.rewards.guard import described, guarded, shortened, warned, written
+from onecard.rewards.guard import described, guarded, shortened, warn_when_slow, written
 from onecard.rewards.mixture import LARGEST, Part
 
 FLOAT32 = torch.finfo(torch.float32).max
@@ -30,12 +30,12 @@ def call_function(function: RewardFunction, answers: Answers, timeout: float = 0
     finite number for each answer; or (a dense reward) for each answer a list of them, one for each of its
     `completion_ids`. (TRL lets a function return None for "does not apply"; here that is an error.)
 
-    It gets copies, and random states that depend on the answers alone; what it changes of the process is put back.
-    `timeout`: seconds after which it is said that it still runs.
+    The function gets copies, and random states that depend on the answers alone. What it changes of the process is
+    restored (`guard`). `timeout`: seconds after which a warning names it; it is not stopped.
     """
     try:
-        with warned(f"reward function {function.name}", timeout):
-            return part_of(function, answers)
+        with warn_when_slow(f"reward function {function.name}", timeout):
+            return judge_once(function, answers)
     except (OnecardError, KeyboardInterrupt):
         raise
     except BaseException as error:  # whatever a function does
@@ -43,8 +43,8 @@ def call_function(function: RewardFunction, answers: Answers, timeout: float = 0
         raise OnecardError(f"{what}; {culprit(function, answers, error)}") from error
 
 
-def part_of(function: RewardFunction, answers: Answers) -> Part:
-    """What the function returns, checked. Objects of its own are read within the guard too."""
+def judge_once(function: RewardFunction, answers: Answers) -> Part:
+    """Call the function once and check what it returns. The guard covers the reading of returned objects too."""
     keywords = copy.deepcopy(accepted(function, answers.keywords()))
     texts = json.dumps([answers.prompts, answers.completion_ids]).encode()
     with guarded(int.from_bytes(hashlib.sha256(texts).digest()[:8], "little")):
@@ -82,7 +82,7 @@ def culprit(function: RewardFunction, answers: Answers, error: BaseException) ->
         for place in range(len(answers)):
             alone = answers.only(place)
             try:
-                part_of(function, alone)
+                judge_once(function, alone)
             except KeyboardInterrupt:
                 raise
             except BaseException as again:

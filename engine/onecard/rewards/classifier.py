@@ -6,7 +6,8 @@ from typing import Any
 
 from onecard.data import Prompt
 from onecard.data.columns import BadRowError
-from onecard.data.templates import as_content, rendered
+from onecard.data.template_answers import as_content
+from onecard.data.templates import rendered
 from onecard.data.tokens import opening
 from onecard.errors import OnecardError
 from onecard.metrics import say
@@ -38,14 +39,17 @@ class ClassifierReward:
             )
         return self.classifier.values([text["inputs"] for text in texts], case.batch_size)
 
-    def tokenized(self, prompt: Prompt, answer: str, policys: Any = None) -> dict[str, Any]:
-        """What the classifier's tokenizer makes of one text, and whether it was `cut` at the left. `policys`: the
-        tokenizer with whose chat template the answer was sampled.
+    def tokenized(self, prompt: Prompt, answer: str, policy_tokenizer: Any = None) -> dict[str, Any]:
+        """What the classifier's tokenizer makes of one text, and whether it was `cut` at the left.
+
+        `policy_tokenizer`: its chat template wrote the prompt that the answer was sampled behind.
         """
         tokenizer, limit = self.classifier.tokenizer, self.classifier.limit
         templated = prompt.messages is not None and bool(tokenizer.chat_template)
         text = (
-            self.conversation(prompt, answer, policys) if templated else (prompt.text + answer).removeprefix(self.front)
+            self.conversation(prompt, answer, policy_tokenizer)
+            if templated
+            else (prompt.text + answer).removeprefix(self.front)
         )
         # verbose: the warning about the model's longest input is ours to give
         inputs = tokenizer(text, add_special_tokens=not templated, verbose=False)
@@ -56,9 +60,9 @@ class ClassifierReward:
             raise OnecardError(f"{self.setting}: its tokenizer makes no token of {text[:80]!r}.")
         return {"inputs": inputs, "cut": cut}
 
-    def conversation(self, prompt: Prompt, answer: str, policys: Any = None) -> str:
+    def conversation(self, prompt: Prompt, answer: str, policy_tokenizer: Any = None) -> str:
         """The chat as the classifier's own template writes it."""
-        content = as_content(answer, prompt.messages or (), policys, prompt.arguments)
+        content = as_content(answer, prompt.messages or (), policy_tokenizer, prompt.arguments)
         said = {"role": "assistant", "content": content}
         try:
             return rendered((*(prompt.messages or ()), said), self.classifier.tokenizer, prompt.arguments)

@@ -1,10 +1,7 @@
-"""Other people's code in a process that goes on: what it changes is put back, and that it ends the process is an error.
+"""Run other people's code, and restore what it changes of the process.
 
-| changed | put back |
-|---|---|
-| random states of Python, NumPy and torch | the run's draws do not depend on what a function draws or seeds |
-| gradient mode, default dtype and device, number of threads | yes |
-| working directory, recursion limit, standard streams, signal handlers, `os._exit` | yes |
+Restored: the random states of Python, NumPy and torch; gradient mode, default dtype and device, number of threads;
+working directory, recursion limit, standard streams, signal handlers and `os._exit`.
 """
 
 from __future__ import annotations
@@ -28,13 +25,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 
 @contextmanager
 def guarded(seed: int) -> Iterator[None]:
-    """Inside runs other people's code, with random states of its own, which `seed` begins."""
-    owner, leave = os.getpid(), os._exit
+    """Context for other people's code: random states start from `seed`; all that is listed above is restored at exit.
 
-    def stay(code: int) -> None:
-        """`os._exit` would end the run without a word; in a worker that the code has forked it ends that."""
-        if os.getpid() != owner:
-            leave(code)
+    `os._exit` raises SystemExit in this process, which it would end without a message. It works in forked workers.
+    """
+    process, real_exit = os.getpid(), os._exit
+
+    def raise_exit(code: int) -> None:
+        if os.getpid() != process:
+            real_exit(code)
         raise SystemExit(f"os._exit({code})")
 
     main = threading.current_thread() is threading.main_thread()
@@ -47,11 +46,11 @@ def guarded(seed: int) -> Iterator[None]:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.manual_seed(seed)
-    os._exit = stay  # type: ignore[assignment]
+    os._exit = raise_exit  # type: ignore[assignment]
     try:
         yield
     finally:
-        os._exit = leave
+        os._exit = real_exit
         sys.stdin, sys.stdout, sys.stderr = streams
         os.chdir(folder)
         sys.setrecursionlimit(limit)
@@ -71,8 +70,8 @@ def guarded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def warned(what: str, seconds: float) -> Iterator[None]:
-    """Inside, say that `what` is still running, once, after so many seconds; 0: never."""
+def warn_when_slow(what: str, seconds: float) -> Iterator[None]:
+    """Context that prints one line when `what` still runs after so many seconds; 0: never."""
     if not seconds:
         yield
         return

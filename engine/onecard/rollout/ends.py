@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from onecard.data.columns import BadRowError, unicode
 from onecard.data.templates import answer_ends
 from onecard.data.tokens import HALF, bare, behind, continuation_text, spelled
 from onecard.errors import OnecardError
@@ -32,11 +33,10 @@ def stop_ids(text: str, tokenizer: Any) -> set[int]:
     """
     if not text:
         raise OnecardError("stop_token: '' is 0 tokens, expected a text.")
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:  # bytes of a command line that are no UTF-8
-            raise OnecardError(f"stop_token: {text!a} is not valid Unicode.") from None
+    try:
+        unicode(text, "stop_token")  # bytes of a command line that are no UTF-8
+    except BadRowError as error:
+        raise OnecardError(f"{error}.") from None
     letter, alone, both = (bare(each, tokenizer) for each in ("a", text, f"a{text}"))
     special = special_ids(tokenizer) - {tokenizer.unk_token_id}
     if special.intersection(both) and len(both) > len(letter) + 1:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from onecard.data.templates import as_content, rendered
+from onecard.data.template_answers import as_content
+from onecard.data.templates import rendered
 from onecard.errors import OnecardError
 from tests.engine.data_material import CHATML, sft
 from tests.engine.template_material import IM, byte_tokenizer, marked
@@ -147,7 +148,7 @@ def test_an_unclosed_thought_goes_on_from_the_opened_one():
 @pytest.mark.parametrize("more", [{"content": "<think>Hm.</think>Hello."}, {"reasoning_content": "Hm."}])
 def test_behind_a_closed_thought_there_is_none(more):
     """DeepSeek-V3.1 with thinking off."""
-    with pytest.raises(OnecardError, match=r"the prompt ends in a closed thought, but messages\[1\] has one"):
+    with pytest.raises(OnecardError, match=r"the prompt ends in an empty thought, but messages\[1\] has one"):
         learned(CLOSED, [user("Hi"), {**said("Hello."), **more}])
 
 

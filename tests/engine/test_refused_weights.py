@@ -1,4 +1,4 @@
-"""Weights that load and would compute something else than their owner means."""
+"""Checkpoints and adapters that would load without an error and compute something else; they are refused."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from onecard.config import DPOConfig, MergeConfig, ModelConfig, SFTConfig
 from onecard.errors import OnecardError
 from onecard.models.build import load_player, load_roles
 from onecard.models.load import Source, load_base
+from onecard.startup import check_model
 from tests.models.families import FAMILIES, random_model
 
 
@@ -133,7 +134,7 @@ def test_an_adapter_that_cannot_learn_is_not_trained(tmp_path, tiny_model, harm,
     adapter = adapter_on(tiny_model, tmp_path / "adapter", target_modules=["q_proj"])
     harm(adapter)
     with pytest.raises(OnecardError, match=f"the adapter on .*q_proj would never learn: {why}"):
-        load_roles(SFTConfig(model=str(adapter)), trained="policy")
+        check_model(load_roles(SFTConfig(model=str(adapter)), trained="policy"), 30)
 
 
 def test_names_of_targets_are_looked_at_where_an_adapter_goes_on(tmp_path, tiny_model):
