@@ -12,59 +12,59 @@ from typing import IO
 from onecard.errors import OnecardError
 
 LOCK = "run.lock"
-_held: set[Path] = set()  # of this process: the system lets a process lock a file twice
+_locked: set[Path] = set()  # by this process, which may lock a file twice (POSIX)
 
 
-def taken(folder: Path, by: str) -> OnecardError:
+def in_use(folder: Path, by: str) -> OnecardError:
     return OnecardError(
-        f"output_dir: process {by} is at work in {folder}; wait for it, stop it, or choose another folder."
+        f"output_dir: process {by} is running in {folder}; wait for it, stop it, or choose another folder."
     )
 
 
-def check_free(folder: Path) -> None:
-    """Stop if a process that lives holds the folder. Writes nothing."""
+def check_unlocked(folder: Path) -> None:
+    """Stop if a running process has the folder's lock. Writes nothing."""
     path = folder / LOCK
-    if path in _held:
-        raise taken(folder, str(os.getpid()))
+    if path in _locked:
+        raise in_use(folder, str(os.getpid()))
     if not path.is_file():
         return
     with open(path, "r+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise taken(folder, file.read().strip()) from None
+            raise in_use(folder, file.read().strip()) from None
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Inside, no other process can hold the folder. The system lets go of it when the process ends, however it ends.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Context in which this process alone has the folder's lock. The system releases it when the process ends.
 
-    Workers that the process forks do not hold it, so one that outlives it does not keep the folder.
+    Forked workers do not inherit the lock, so one that outlives the process does not keep the folder locked.
     """
     path = folder / LOCK
-    file = locked(folder)
-    _held.add(path)
+    file = open_locked(folder)
+    _locked.add(path)
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
-        _held.discard(path)
+        _locked.discard(path)
         file.close()
 
 
-def locked(folder: Path) -> IO[str]:
-    """The lock file, locked, with this process's id in it."""
+def open_locked(folder: Path) -> IO[str]:
+    """Open and lock the lock file, and write this process's id into it."""
     path = folder / LOCK
-    if path in _held:
-        raise taken(folder, str(os.getpid()))
+    if path in _locked:
+        raise in_use(folder, str(os.getpid()))
     while True:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")  # closed by `held`
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+")  # closed by `lock_folder`
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             by = file.read().strip()
             file.close()
-            raise taken(folder, by) from None
+            raise in_use(folder, by) from None
         try:
             same = os.fstat(file.fileno()).st_ino == path.stat().st_ino
         except FileNotFoundError:

@@ -1,8 +1,7 @@
-"""The run folder: what may be started there, its marker `run.json`, its `config.yaml`, and its `metrics.jsonl`.
+"""The run folder: what may be started in it, its `run.json`, its `config.yaml` and its `metrics.jsonl`.
 
-`run.json` is written first and says that the folder is a run: its id, its command, digests of what it reads, of its
-settings, and the files of the folders that it exports. Only files that it or a checkpoint's manifest lists, and the
-few that every run has, are ever replaced or removed.
+A folder is a run folder if it has a `run.json`, which is written before all other files. A run replaces and removes
+only its own files: `FILES`, those that `run.json` lists, and those that the manifests of its checkpoints list.
 """
 
 from __future__ import annotations
@@ -48,10 +47,12 @@ C = TypeVar("C", bound=TrainConfig)
 
 
 @dataclass(frozen=True)
-class Mark:
-    """What `run.json` says. `replaces`: ids of earlier runs, some of whose files are still there; `files`: names of the
-    files in each exported folder; `settings`: a digest of `config.yaml`; `identity`: the command, and digests of what
-    it reads; `date`: the day on which the run began, which chat templates that write a date write to its end.
+class RunInfo:
+    """What `run.json` says.
+
+    `date`: the day on which the run began; chat templates write it. `settings`: digest of the settings in
+    `config.yaml`. `identity`: the command, and digests of the data and weights that it reads. `replaces`: ids of
+    overwritten runs whose files are not all removed yet. `files`: file names in each exported folder.
     """
 
     id: str
@@ -66,19 +67,19 @@ class Mark:
 class Run:
     """A folder that is ready for a run, the checkpoint to go on from, and what the user should know of it.
 
-    `before`: the mark of the run that is there; `damaged`: checkpoints that are passed over.
+    `before`: info of the run that the folder holds already; `damaged`: checkpoints that are not used.
     """
 
     folder: Path
-    mark: Mark
+    info: RunInfo
     checkpoint: Checkpoint | None = None
     notes: tuple[str, ...] = ()
-    before: Mark | None = None
+    before: RunInfo | None = None
     damaged: tuple[Path, ...] = ()
 
     @property
     def date(self) -> str:
-        return self.mark.date
+        return self.info.date
 
 
 def holds_weights(folder: Path) -> bool:
@@ -97,14 +98,14 @@ def with_folder(config: C, command: str) -> C:
     return config if config.output_dir else replace(config, output_dir=f"runs/{command}")
 
 
-# --- the marker
+# --- run.json
 
 
-def read_mark(folder: Path) -> Mark | None:
-    """The mark of the run in a folder; None where there is none, or a `run.json` of somebody else."""
+def read_info(folder: Path) -> RunInfo | None:
+    """The run.json of a folder; None if it has none, or one of another program."""
     try:
         found = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
-        return Mark(
+        return RunInfo(
             id=str(found.pop("id")),
             date=datetime.fromisoformat(found.pop("date")).strftime("%Y-%m-%d"),
             settings=str(found.pop("settings")),
@@ -118,9 +119,9 @@ def read_mark(folder: Path) -> Mark | None:
         raise checkpoint.unreadable(folder / IDENTITY, error) from error
 
 
-def write_mark(folder: Path, mark: Mark) -> None:
-    own = {"id": mark.id, "date": mark.date, "settings": mark.settings, "replaces": mark.replaces, "files": mark.files}
-    written = {**mark.identity, **own}
+def write_info(folder: Path, info: RunInfo) -> None:
+    own = {"id": info.id, "date": info.date, "settings": info.settings, "replaces": info.replaces, "files": info.files}
+    written = {**info.identity, **own}
     write_text(folder / IDENTITY, json.dumps(written, indent=1) + "\n")
 
 
@@ -136,10 +137,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
         settings = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         settings = None
-    mark = read_mark(folder)
-    if not isinstance(settings, dict) or mark is None:
+    info = read_info(folder)
+    if not isinstance(settings, dict) or info is None:
         raise OnecardError(f"{folder} holds a run but no readable {CONFIG} that says how it came about.")
-    if settings_digest(settings) != mark.settings:
+    if settings_digest(settings) != info.settings:
         raise OnecardError(f"{folder / CONFIG} is not what the run wrote: it was changed or cut.")
     return settings
 
@@ -155,10 +156,10 @@ def check_same_settings(config: TrainConfig, folder: Path) -> None:
             )
 
 
-def check_same_run(mark: Mark, identity: Mapping[str, str], folder: Path) -> None:
+def check_same_run(info: RunInfo, identity: Mapping[str, str], folder: Path) -> None:
     """Settings are not all that makes a run: the command and what its files held then count too."""
     for name, value in identity.items():
-        if mark.identity.get(name) != value:
+        if info.identity.get(name) != value:
             raise OnecardError(f"--resume: the {name} of the run in {folder} was another one ({folder / IDENTITY}).")
 
 
@@ -174,21 +175,21 @@ def open_run(config: TrainConfig) -> Run:
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not os.access(parent, os.W_OK):
         raise OnecardError(f"output_dir: {parent} cannot be written to.")
-    new = Mark(uuid.uuid4().hex, today())
+    new = RunInfo(uuid.uuid4().hex, today())
     if config.dry_run:
         return Run(folder, new)
-    lock.check_free(folder)
-    before = read_mark(folder)
+    lock.check_unlocked(folder)
+    before = read_info(folder)
     if before is None:
         check_nothing_is_lost(config, folder)
-        check_empty(folder)
+        check_no_foreign_files(folder)
         return Run(folder, new)
     if not (config.overwrite or config.resume):
         raise OnecardError(
             f"output_dir: {folder} holds a run already; add --resume to go on with it, "
             "--overwrite to replace it, or choose another folder."
         )
-    check_own(folder, before)
+    check_only_own_files(folder, before)
     new = replace(new, replaces=(*before.replaces, before.id))
     if config.overwrite and not config.resume:
         check_nothing_is_lost(config, folder)
@@ -209,7 +210,7 @@ def open_run(config: TrainConfig) -> Run:
     return Run(folder, before, found, tuple(notes), before, damaged)
 
 
-def check_empty(folder: Path) -> None:
+def check_no_foreign_files(folder: Path) -> None:
     """Stop if a folder that holds no run holds files that one would replace."""
     taken = [folder / name for name in OUTPUTS if os.path.lexists(folder / name)]
     for path in [*taken, *checkpoint.checkpoint_folders(folder)]:
@@ -218,20 +219,20 @@ def check_empty(folder: Path) -> None:
         )
 
 
-def check_own(folder: Path, mark: Mark) -> None:
-    """Stop if something else than the run's own files and folders stands in their places, or in its folders."""
+def check_only_own_files(folder: Path, info: RunInfo) -> None:
+    """Stop if a link or another kind of file has the name of one of the run's files, or a folder holds other files."""
     for name in (*FILES, lock.LOCK):
         path = folder / name
         if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
             raise OnecardError(f"output_dir: {path} is no plain file; move it away.")
-    known: dict[Path, Sequence[str]] = {folder / name: mark.files.get(name, ()) for name in FOLDERS}
+    known: dict[Path, Sequence[str]] = {folder / name: info.files.get(name, ()) for name in FOLDERS}
     for each in checkpoint.checkpoint_folders(folder):
         manifest = checkpoint.read_manifest(each) if not each.is_symlink() else None
         if manifest is not None:
             known[each] = [*manifest.files, checkpoint.MANIFEST]
         elif each.is_symlink() or not each.is_dir() or (listing(each) and not (each / checkpoint.STATE).is_file()):
             raise OnecardError(f"output_dir: {each} is no checkpoint of the run; move it away.")
-        if manifest is not None and manifest.run not in (mark.id, *mark.replaces):
+        if manifest is not None and manifest.run not in (info.id, *info.replaces):
             raise OnecardError(f"output_dir: {each} is a checkpoint of another run; move it away.")
     for path, names in known.items():
         if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
@@ -279,15 +280,16 @@ def fingerprint(examples: Iterable[object]) -> str:
 
 
 @contextmanager
-def holding(run: Run) -> Iterator[None]:
-    """Inside, the folder is this process's alone, and as it was when it was opened. A folder that was made for a run
-    that does not begin goes again.
+def locked(run: Run) -> Iterator[None]:
+    """Context in which this process has the lock of the run's folder, which is as `open_run` found it.
+
+    A folder that is made here and stays empty is removed.
     """
     made = [path for path in (run.folder, *run.folder.parents) if not path.exists()]
     run.folder.mkdir(parents=True, exist_ok=True)
     try:
-        with lock.held(run.folder):
-            if read_mark(run.folder) != run.before:
+        with lock.lock_folder(run.folder):
+            if read_info(run.folder) != run.before:
                 raise OnecardError(f"output_dir: another process has started a run in {run.folder}.")
             yield
     finally:
@@ -297,10 +299,10 @@ def holding(run: Run) -> Iterator[None]:
 
 
 def begin(run: Run, config: TrainConfig, identity: dict[str, str]) -> None:
-    """Mark the folder, take an earlier run's files away, write `config.yaml`, bring the logs back to the checkpoint.
+    """Write `run.json`, remove an overwritten run's files, write `config.yaml`, and cut the logs to the checkpoint.
 
-    `identity` says what the run is beyond its settings; a run that is gone on with must have the same. A process that
-    is killed in here leaves a folder that `--resume` and `--overwrite` take.
+    `identity` says what the run is beyond its settings; a resumed run must have the same. If the process is killed in
+    between, `--resume` and `--overwrite` both take the folder.
     """
     settings = {**asdict(config), "output_dir": str(run.folder), "resume": False, "overwrite": False}
     text = yaml.safe_dump(settings, sort_keys=False)
@@ -317,13 +319,13 @@ def begin(run: Run, config: TrainConfig, identity: dict[str, str]) -> None:
             write_text(run.folder / CONFIG, text)
         return
     files = run.before.files if run.before else {}
-    mark = replace(run.mark, settings=digest, identity=identity)
-    write_mark(run.folder, replace(mark, files=files))
+    info = replace(run.info, settings=digest, identity=identity)
+    write_info(run.folder, replace(info, files=files))
     remove_temporaries(run.folder)
-    remove_run(run.folder, mark.replaces, files)
+    remove_run(run.folder, info.replaces, files)
     write_text(run.folder / CONFIG, text)
     (run.folder / METRICS).touch()
-    write_mark(run.folder, replace(mark, replaces=()))
+    write_info(run.folder, replace(info, replaces=()))
 
 
 def remove_run(folder: Path, ids: Sequence[str], files: Mapping[str, Sequence[str]]) -> None:
@@ -345,7 +347,7 @@ def remove_run(folder: Path, ids: Sequence[str], files: Mapping[str, Sequence[st
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove what killed writes of the run's own files and folders have left."""
+    """Remove temporary files that killed processes left of the run's own files and folders."""
     names = {found["name"] for path in folder.glob(".*") if (found := TEMPORARY.fullmatch(path.name))}
     for name in names:
         if name in OUTPUTS or checkpoint.NAME.fullmatch(name):
@@ -364,11 +366,11 @@ def write_folder(folder: Path, name: str, write: Callable[[Path], None]) -> Path
 
     def fill(temporary: Path) -> None:
         write(temporary)
-        mark = read_mark(folder)
-        if mark is not None:
-            files = dict(mark.files)
+        info = read_info(folder)
+        if info is not None:
+            files = dict(info.files)
             files[name] = tuple(sorted({*files.get(name, ()), *listing(temporary)}))
-            write_mark(folder, replace(mark, files=files))
+            write_info(folder, replace(info, files=files))
 
     replace_folder(folder / name, fill)
     return folder / name

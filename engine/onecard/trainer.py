@@ -161,7 +161,7 @@ class Trainer:
         return checkpoint.write_checkpoint(
             self.run.folder,
             self.step,
-            run=self.run.mark.id,
+            run=self.run.info.id,
             logs=runs.LOGS,
             save_weights=self.weights.save,
             training={"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()},

@@ -359,8 +359,8 @@ def kill_runs(plan: dict[str, Any]) -> None:
     counts: Counter[str] = Counter()
     kills = []
     while len(kills) < KILLS or min(counts[phase] for phase in PHASES) < LEAST:
-        mark = runs.read_mark(folder / "killed")
-        found, _ = checkpoint.newest_checkpoint(folder / "killed", mark.id) if mark else (None, ())
+        info = runs.read_info(folder / "killed")
+        found, _ = checkpoint.newest_checkpoint(folder / "killed", info.id) if info else (None, ())
         step = found.step if found else 0
         fewest = min(counts[phase] for phase in PHASES)
         wanted = random_moments.choice([phase for phase in PHASES if counts[phase] == fewest])

@@ -63,7 +63,7 @@ def test_the_example_is_shown_with_its_special_tokens_and_its_mask(onecard, tmp_
 def test_a_dry_run_is_shown_where_a_run_lies_and_leaves_it_alone(onecard, tmp_path, tiny_model, rows):
     words = ["sft", "--model", tiny_model, "--dataset", rows["sft"], "--output_dir", tmp_path / "run", *SMALL]
     (tmp_path / "run").mkdir()
-    runs.write_mark(tmp_path / "run", runs.Mark("a", "2026-11-30"))
+    runs.write_info(tmp_path / "run", runs.RunInfo("a", "2026-11-30"))
     before = tree(tmp_path)
     for more in ([], ["--overwrite"], ["--resume"]):
         assert onecard(*words, "--dry_run", *more).code == 0

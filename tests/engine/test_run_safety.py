@@ -27,17 +27,17 @@ def config(tmp_path):
 
 def begin(config: DPOConfig) -> Path:
     run = runs.open_run(config)
-    with runs.holding(run):
+    with runs.locked(run):
         runs.begin(run, config, SAME)
     return run.folder
 
 
 def log_and_save(folder: Path, step: int) -> None:
-    mark = runs.read_mark(folder)
-    assert mark is not None
+    info = runs.read_info(folder)
+    assert info is not None
     runs.log(folder, {"step": step})
     checkpoint.write_checkpoint(
-        folder, step, run=mark.id, save_weights=weights, training={}, state={}, keep=1, logs=runs.LOGS
+        folder, step, run=info.id, save_weights=weights, training={}, state={}, keep=1, logs=runs.LOGS
     )
 
 
@@ -113,7 +113,7 @@ def test_after_a_kill_between_any_two_file_operations_both_ways_on_are_open(
                 shutil.copytree(folder, after)
             again = replace(config, output_dir=str(after), **{way: True})
             run = runs.open_run(again)
-            with runs.holding(run):
+            with runs.locked(run):
                 runs.begin(run, again, SAME)
             if way == "resume" and work in (save, write_policy, go_on):
                 assert run.checkpoint is not None
@@ -155,7 +155,7 @@ from onecard import runs
 from onecard.config import DPOConfig
 config = DPOConfig(model="m", dataset="d", output_dir=sys.argv[1], overwrite=True)
 run = runs.open_run(config)
-with runs.holding(run):
+with runs.locked(run):
     runs.begin(run, config, {"command": "dpo", "training data": "abc"})
     print("held", flush=True)
     time.sleep(600)
@@ -163,14 +163,14 @@ with runs.holding(run):
 
 
 @pytest.mark.parametrize("changes", [{}, {"resume": True}, {"overwrite": True}])
-def test_a_folder_in_which_a_process_is_at_work_is_refused(config, changes):
+def test_a_folder_that_another_process_uses_is_refused(config, changes):
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, config.output_dir], stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         before = tree(Path(config.output_dir))
-        with pytest.raises(OnecardError, match=f"process {other.pid} is at work in "):
+        with pytest.raises(OnecardError, match=f"process {other.pid} is running in "):
             runs.open_run(replace(config, **changes))
         assert tree(Path(config.output_dir)) == before
         other.kill()  # the lock dies with its process
@@ -179,11 +179,11 @@ def test_a_folder_in_which_a_process_is_at_work_is_refused(config, changes):
 
 def test_of_two_that_start_together_one_begins(config):
     first, second = runs.open_run(config), runs.open_run(config)
-    with runs.holding(first):
+    with runs.locked(first):
         runs.begin(first, config, SAME)
-        with pytest.raises(OnecardError, match=f"process {os.getpid()} is at work in"), runs.holding(second):
+        with pytest.raises(OnecardError, match=f"process {os.getpid()} is running in"), runs.locked(second):
             pass
-    with pytest.raises(OnecardError, match="another process has started a run in"), runs.holding(second):
+    with pytest.raises(OnecardError, match="another process has started a run in"), runs.locked(second):
         pass
 
 
@@ -194,7 +194,7 @@ def test_a_worker_that_outlives_its_process_does_not_keep_the_folder(config, tmp
     if holder == 0:
         os.close(reader)
         run = runs.open_run(config)
-        with runs.holding(run):
+        with runs.locked(run):
             if os.fork() == 0:
                 os.close(writer)
                 import time
@@ -203,7 +203,7 @@ def test_a_worker_that_outlives_its_process_does_not_keep_the_folder(config, tmp
             os._exit(0)
     os.close(writer)
     os.waitpid(holder, 0)
-    lock.check_free(Path(config.output_dir))
+    lock.check_unlocked(Path(config.output_dir))
     os.close(reader)
 
 

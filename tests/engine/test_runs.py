@@ -25,7 +25,7 @@ def config(tmp_path):
 def begin(config, identity=SAME) -> runs.Run:
     """Open a folder and begin there."""
     run = runs.open_run(config)
-    with runs.holding(run):
+    with runs.locked(run):
         runs.begin(run, config, identity)
     return run
 
@@ -69,10 +69,10 @@ def saved(config) -> None:
 
 def save(folder: Path, step: int) -> None:
     """A checkpoint of the run that is in the folder."""
-    mark = runs.read_mark(folder)
-    assert mark is not None
+    info = runs.read_info(folder)
+    assert info is not None
     checkpoint.write_checkpoint(
-        folder, step, run=mark.id, save_weights=lambda _: None, training={}, state={}, keep=2, logs=runs.LOGS
+        folder, step, run=info.id, save_weights=lambda _: None, training={}, state={}, keep=2, logs=runs.LOGS
     )
 
 

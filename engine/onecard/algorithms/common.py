@@ -261,7 +261,7 @@ def run_opened(config: TrainConfig, recipe: Recipe[E, B], run: Run) -> Path:
         **reference_identity(config),
         **{name: runs.fingerprint(examples) for name, examples in data.items()},
     }
-    with runs.holding(run):
+    with runs.locked(run):
         train(config, job, roles, run, identity)
         if recipe.adjust:
             recipe.adjust(roles, training)

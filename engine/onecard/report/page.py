@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard.files import write_text
-
-REPORT = "report.html"
+from onecard.runs import REPORT
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from onecard.models.vocabulary import check_tokens
 from onecard.passes import looking_budget
 from onecard.rewards.functions import digest_functions
 from onecard.rewards.judge import load_constraint, load_judge
-from onecard.runs import Run, holding, open_run, with_folder
+from onecard.runs import Run, locked, open_run, with_folder
 from onecard.startup import check_decoding, check_model
 from onecard.trainer import train
 
@@ -160,6 +160,6 @@ def run_opened(config: PPOConfig, run: Run) -> Path:
     job = PPO(
         config, roles, sampler, judge, training, heldout, steps, constraint=constraint, scale=scale, budget=budget
     )
-    with holding(run):
+    with locked(run):
         train(config, job, roles, run, identity(config, training, heldout))
         return finish(roles, tokenizer, run)
