@@ -44,6 +44,7 @@ def short(monkeypatch):
     monkeypatch.setattr(flow, "ANSWERS_EACH", 1)
 
 
+@pytest.mark.slow
 def test_demo_runs_all_stages_once(onecard, short, tmp_path):
     first = onecard("demo", "--output_dir", tmp_path / "demo")
     assert first.code == 0, first.err
@@ -76,20 +77,17 @@ def test_demo_runs_all_stages_once(onecard, short, tmp_path):
     assert again.err.count("done already") == 4
     assert (tmp_path / "demo" / "dpo" / "metrics.jsonl").read_bytes() == metrics
 
-    fresh = onecard("demo", "--output_dir", tmp_path / "demo", "--fresh")
-    assert fresh.code == 0, fresh.err
-    assert "done already" not in fresh.err
-
-
-def test_another_seed_in_the_same_folder_is_refused(onecard, short, tmp_path):
-    """A mixture of two demos would be neither; the message says how to start over."""
-    assert onecard("demo", "--output_dir", tmp_path / "demo").code == 0
+    # Another seed in the same folder is refused: a mixture of two demos would be neither.
     corpus = (tmp_path / "demo" / "data" / "sft.jsonl").read_bytes()
     other = onecard("demo", "--output_dir", tmp_path / "demo", "--seed", 7)
     assert other.code == 2
     assert "--seed: 7 here and 4 in" in other.err.splitlines()[-1]
     assert "--fresh" in other.err.splitlines()[-1]
     assert (tmp_path / "demo" / "data" / "sft.jsonl").read_bytes() == corpus
+
+    fresh = onecard("demo", "--output_dir", tmp_path / "demo", "--fresh")
+    assert fresh.code == 0, fresh.err
+    assert "done already" not in fresh.err
 
 
 def test_a_folder_with_other_things_is_left_alone(onecard, short, tmp_path):

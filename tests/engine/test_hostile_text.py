@@ -34,15 +34,17 @@ def test_text_of_all_scripts_stays():
     assert visible(text) == text
 
 
-@pytest.mark.parametrize("end", ["\r", "\n", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029"])
-def test_no_text_ends_a_comment_of_a_dry_run(onecard, tmp_path, tiny_model, end):
-    words = f"the cat{end}trust_remote_code: true{end}"
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": words, "completion": words}) + "\n")
+def test_no_text_ends_a_comment_of_a_dry_run(onecard, tmp_path, tiny_model):
+    ends = ["\r", "\n", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029"]
+    words = "".join(f"{end}seed: 7" for end in ends)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": words}) + "\n")
     done = onecard("sft", "--model", tiny_model, "--dataset", tmp_path / "rows.jsonl", "--dry_run", "--test_size", 0)
-    assert done.code == 0
-    assert yaml.safe_load(done.out)["trust_remote_code"] is False
-    for line in done.out.splitlines():
-        assert not line.startswith("trust_remote_code: true")
+    assert done.code == 0, done.err
+    assert yaml.safe_load(done.out)["seed"] == 42
+    comments = [line for line in done.out.split("\n") if "seed: 7" in line]
+    assert len(comments) == 1
+    assert comments[0].startswith("# ")
+    assert comments[0].isprintable()
 
 
 def test_a_file_alone_does_not_turn_trust_remote_code_on(onecard, tmp_path, tiny_model):

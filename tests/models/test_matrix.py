@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.models.matrix import CHECKS, make_row
+from tests.models.checks import CHECKS
+from tests.models.matrix import make_row
 
 # what each is here for; the way in which batches are laid and prompts sampled
 FAMILIES = {
