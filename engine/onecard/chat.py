@@ -188,7 +188,7 @@ def talk(chat: Chat) -> None:
         if not word:
             continue
         if UNDECODED.search(line):
-            say("that line is no UTF-8; not taken.")
+            say("The line is not UTF-8 and was skipped.")
             continue
         try:
             if word in COMMANDS:

@@ -24,7 +24,7 @@ import yaml
 from onecard import __version__, config
 from onecard.errors import Interrupted, OnecardError, is_out_of_memory, nearest, visible
 
-DEEPEST = 8  # lists and mappings in each other, in a file of settings
+MAX_DEPTH = 8  # nesting of lists and mappings in a file of settings
 # command -> (config class, module:function that runs it, example shown under --help)
 COMMANDS: dict[str, tuple[type, str, str]] = {
     "sft": (
@@ -126,23 +126,23 @@ def field_option(item: Field[Any], hint: Any) -> click.Option:
 
 
 def check_plain(text: str, path: str) -> None:
-    """Refuse what no settings need: aliases, which a few lines of can stand for gigabytes, and deep nesting."""
+    """Refuse aliases, of which a few lines can stand for gigabytes, and deep nesting."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             raise OnecardError(f"--config: {path} has an alias (*{event.anchor}), expected plain values.")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST:
+        if depth > MAX_DEPTH:
             raise OnecardError(f"--config: {path} is nested deeper than settings are.")
 
 
 def check_trust(context: click.Context) -> None:
-    """A file alone must not make a model's code run: it may come with the model, or hold text of a dataset."""
+    """Refuse `trust_remote_code` from a file alone, which may come with the model or hold text of a dataset."""
     source = context.get_parameter_source("trust_remote_code")
     if context.params.get("trust_remote_code") and source is click.core.ParameterSource.DEFAULT_MAP:
         raise OnecardError(
-            "--config: it turns trust_remote_code on, which runs code that comes with the model; say so with "
-            "--trust_remote_code on the command line too."
+            "--config turns trust_remote_code on, which runs code that comes with the model. Give --trust_remote_code "
+            "on the command line too."
         )
 
 

@@ -224,22 +224,22 @@ def check_only_own_files(folder: Path, info: RunInfo) -> None:
     for name in (*FILES, lock.LOCK):
         path = folder / name
         if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
-            raise OnecardError(f"output_dir: {path} is no plain file; move it away.")
+            raise OnecardError(f"output_dir: {path} is not a regular file; move it away.")
     known: dict[Path, Sequence[str]] = {folder / name: info.files.get(name, ()) for name in FOLDERS}
     for each in checkpoint.checkpoint_folders(folder):
         manifest = checkpoint.read_manifest(each) if not each.is_symlink() else None
         if manifest is not None:
             known[each] = [*manifest.files, checkpoint.MANIFEST]
         elif each.is_symlink() or not each.is_dir() or (listing(each) and not (each / checkpoint.STATE).is_file()):
-            raise OnecardError(f"output_dir: {each} is no checkpoint of the run; move it away.")
+            raise OnecardError(f"output_dir: {each} is not a checkpoint of the run; move it away.")
         if manifest is not None and manifest.run not in (info.id, *info.replaces):
             raise OnecardError(f"output_dir: {each} is a checkpoint of another run; move it away.")
     for path, names in known.items():
         if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
-            raise OnecardError(f"output_dir: {path} is no plain folder; move it away.")
+            raise OnecardError(f"output_dir: {path} is not a plain folder; move it away.")
         other = sorted(set(listing(path)) - set(names)) if path.is_dir() else []
         if other:
-            raise OnecardError(f"output_dir: {path / other[0]} is no file of the run; move it away.")
+            raise OnecardError(f"output_dir: {path / other[0]} is not a file of the run; move it away.")
 
 
 def check_nothing_is_lost(config: TrainConfig, folder: Path) -> None:

@@ -53,7 +53,7 @@ def test_a_file_alone_does_not_turn_trust_remote_code_on(onecard, tmp_path, tiny
              "--config", tmp_path / "run.yaml"]  # fmt: skip
     refused = onecard(*words)
     assert refused.code == 2
-    assert "--config: it turns trust_remote_code on" in refused.err
+    assert "--config turns trust_remote_code on" in refused.err
     assert onecard(*words, "--trust_remote_code").code == 0
     assert onecard(*words, "--no_trust_remote_code").code == 0
 
@@ -99,7 +99,7 @@ def test_a_line_of_chat_that_is_no_utf8_is_said_and_skipped(monkeypatch, capsys)
     heard: list[str] = []
     chat.talk(SimpleNamespace(answer=heard.append))  # type: ignore[arg-type]
     assert heard == ["one", "three"]
-    assert "that line is no UTF-8; not taken." in capsys.readouterr().err
+    assert "The line is not UTF-8 and was skipped." in capsys.readouterr().err
 
 
 NAMES = ("rewards/a$b^{$/mean", "x" * 300, r"\frac{", "a\x1b[2Jb", "naïve/日本", "../../up", "a" * 299 + "$")

@@ -257,7 +257,7 @@ def test_somebodys_files_in_the_folders_of_a_run_are_named(config, place, change
     folder = finished(config)
     place(folder).write_text("mine")
     before = tree(folder)
-    with pytest.raises(OnecardError, match=r"is no (file|checkpoint) of the run; move it away"):
+    with pytest.raises(OnecardError, match=r"is not a (file|checkpoint) of the run; move it away"):
         runs.open_run(replace(config, **changes))
     assert tree(folder) == before
 
@@ -280,7 +280,7 @@ def test_links_are_not_followed(config, tmp_path, name, changes):
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     path.symlink_to(tmp_path / "elsewhere" if name.partition("-")[0] in ("policy", "plots", "checkpoint") else
                     tmp_path / "elsewhere" / "file")  # fmt: skip
-    with pytest.raises(OnecardError, match=f"{name} is no (plain|checkpoint)"):
+    with pytest.raises(OnecardError, match=f"{name} is not a (plain|regular|checkpoint)"):
         runs.open_run(replace(config, **changes))
     assert (tmp_path / "elsewhere" / "file").read_text() == "mine"
 

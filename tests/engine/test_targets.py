@@ -112,7 +112,7 @@ def test_a_linear_layer_that_gives_no_product_gets_none():
     """A block-diagonal one is a subclass, too; one that writes the same product another way gets its adapter."""
     found = find_targets(model_of("deepseek_v4"), ["all-linear"])
     assert not [name for name in found.modules if name.endswith("o_a_proj")]
-    assert "3 layers that are no plain product" in found.left_out
+    assert "3 layers that are not plain linear layers" in found.left_out
     assert kinds(find_targets(model_of("rwkv"), ["all-linear"]).modules) == dict.fromkeys(
         [
             "rwkv.blocks.attention.key",

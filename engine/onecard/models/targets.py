@@ -2,7 +2,7 @@
 
 | name | layers |
 |---|---|
-| all-linear | the text decoder's linear layers, but for experts, routers, Mamba's output and what cannot learn |
+| all-linear | the text decoder's linear layers, except experts, routers, Mamba's output and what cannot learn |
 | q_proj, layers.0.mlp.up_proj | the linear layers and embeddings whose path is that or ends with it, and the head |
 | experts.down_proj | with two parts or more: experts too, whether they are modules or one stacked parameter |
 
@@ -52,7 +52,7 @@ def is_linear(module: Any) -> bool:
 
 
 def is_product(layer: Any) -> bool:
-    """Whether a linear layer gives `x W^T + b`, beside which LoRA adds a product of its own. Some subclasses do not."""
+    """Whether a linear layer computes `x W^T + b`, to which LoRA adds its product. Some subclasses compute another."""
     if type(layer).forward is nn.Linear.forward or not isinstance(layer, nn.Linear) or hasattr(layer, "quant_state"):
         return True
     weight = layer.weight
@@ -219,7 +219,7 @@ def find_targets(model: Any, names: Sequence[str]) -> Targets:
             left_out = {
                 f"the experts of {len(layers.blocks)} layers": len(layers.blocks),
                 f"out_proj and dt_proj of {len(mixers)} Mamba layers": len(mixers),
-                f"{len(other)} layers that are no plain product": len(other),
+                f"{len(other)} layers that are not plain linear layers": len(other),
                 f"{len(unused - apart)} layers that would never learn": len(unused - apart),
             }
             continue
