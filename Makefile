@@ -8,7 +8,7 @@ SOURCES := pyproject.toml setup.py constraints.txt
 help:
 	@echo "make demo   install into .venv, then SFT, reward model, DPO and PPO from nothing in a few minutes (runs/demo/report.html)"
 	@echo "make test   install into .venv with the test tools, then lint, types and all tests"
-	@echo "make test-long  the learning runs on a real small model, held to bars, a quarter of an hour (needs ../shared/data)"
+	@echo "make test-long  the tests that 'make test' leaves out: every model family, learning runs held to bars (an hour; needs ../shared/data)"
 	@echo "make lint   ruff and mypy alone"
 	@echo "make bench  the CPU kernel benchmarks against their peers, a quarter of an hour (benchmarks/results/)"
 	@echo "make clean  remove .venv and runs/demo"
@@ -42,7 +42,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" tests
 
 test-long: $(VENV)/.installed-test
-	$(BIN)/python -m pytest tests/long
+	$(BIN)/python -m pytest -m long tests
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.kernels --device cpu

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,16 @@ def check(line: str, command: str, name: str, parts: list[str]) -> None:
         assert part in line, line
 
 
-@pytest.mark.parametrize("kind", BASES)
-def test_a_wrong_base_is_one_line(refused, wrong, kind):
-    check(refused(MODELS["generate"], wrong / "bases" / kind), "generate", f"bases/{kind}'", BASES[kind][2])
+def grid(commands: Iterable[str], kinds: Iterable[str], usual: Collection[str]) -> list[Any]:
+    """Every command with every kind of wrong weights. `make test` has all kinds in generate and the usual in all."""
+    return [
+        pytest.param(command, kind, marks=() if command == "generate" or kind in usual else pytest.mark.long)
+        for command in commands
+        for kind in kinds
+    ]
 
 
-@pytest.mark.parametrize("kind", ["no head", "layer left over", "classifier"])
-@pytest.mark.parametrize("command", [name for name in MODELS if name != "generate"])
+@pytest.mark.parametrize(("command", "kind"), grid(MODELS, BASES, ["no head", "layer left over", "classifier"]))
 def test_a_wrong_base_is_one_line_from_every_command(refused, wrong, command, kind):
     check(refused(MODELS[command], wrong / "bases" / kind), command, f"bases/{kind}'", BASES[kind][2])
 
@@ -111,13 +115,9 @@ def test_the_base_of_an_adapter_is_looked_at(refused, wrong, command):
     check(refused(ADAPTED[command], wrong / "adapters" / "no head"), command, "bases/no head'", BASES["no head"][2])
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
-def test_a_wrong_adapter_is_one_line(refused, wrong, kind):
-    check(refused(ADAPTED["generate"], wrong / "adapters" / kind), "generate", f"adapters/{kind} ", ADAPTERS[kind][2])
-
-
-@pytest.mark.parametrize("kind", ["prefix", "half there", "other kind", "biases"])
-@pytest.mark.parametrize("command", [name for name in ADAPTED | SCORED if name != "generate"])
+@pytest.mark.parametrize(
+    ("command", "kind"), grid(ADAPTED | SCORED, ADAPTERS, ["prefix", "half there", "other kind", "biases"])
+)
 def test_a_wrong_adapter_is_one_line_from_every_command(refused, wrong, command, kind):
     it = wrong / ("rewards" if command in SCORED or command == "reward" else "adapters") / kind
     check(refused((ADAPTED | SCORED)[command], it), command, f"{it.parent.name}/{kind} ", ADAPTERS[kind][2])
@@ -129,6 +129,33 @@ def test_adapters_that_name_themselves_or_each_other_as_base(refused, wrong, com
     itself, mutual = (refused(ADAPTED[command], wrong / "adapters" / name) for name in ("itself", "first"))
     assert f"{setting}: adapter {wrong}/adapters/itself names itself as its base." in itself
     assert f"{setting}: adapter {wrong}/adapters/first names {wrong}/adapters/second as its base, which is an" in mutual
+
+
+@pytest.mark.parametrize("names", ["v_prj", "q_proj v_prj", "all-linear v_prj", "norm"])
+@pytest.mark.parametrize("command", ["sft", "reward", "dpo", "kto", "ppo"])
+def test_a_target_that_means_no_layer_is_one_line(refused, tiny_model, command, names):
+    words = " ".join(f"--lora_target_modules {name}" for name in names.split())
+    line = refused(f"{MODELS[command]} {words}", tiny_model)
+    assert line.startswith("onecard: error: lora_target_modules: ")
+    assert names.split()[-1] in line
+
+
+@pytest.fixture(scope="module")
+def dora_on_the_head(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """An adapter whose output on the head no single weight stands for; with a scalar head beside it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("dora") / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    get_peft_model(model, LoraConfig(use_dora=True, target_modules=["q_proj", "lm_head"])).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("command", [name for name in ADAPTED if name != "reward"])
+def test_a_variant_of_lora_on_the_head_is_one_line(refused, dora_on_the_head, command):
+    line = refused(ADAPTED[command], dora_on_the_head)
+    assert "on the head; expected plain LoRA there" in line
 
 
 def with_tokens(folder: Path, right: Path, template: str | None = None, **special: Any) -> Path:
