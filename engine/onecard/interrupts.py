@@ -18,16 +18,28 @@ from onecard.metrics import say
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STARTS_ANEW = ("--overwrite", "--fresh", "--resume")
 _restores: list[Callable[[], None]] = []  # of the `stop_requests` that are open
+_forking = threading.local()
+
+
+def block_signals() -> None:
+    """Before a fork: what is sent to the child before its handlers are restored waits until they are."""
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def restore_mask() -> None:
+    """After a fork, in the parent."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
 
 
 def restore_in_child() -> None:
-    """A worker that a reward function forks is no run: `multiprocessing.Pool` ends it with SIGTERM."""
+    """After a fork: a worker of a reward function is no run. `multiprocessing.Pool` ends it with SIGTERM."""
     for restore in reversed(_restores):
         restore()
     _restores.clear()
+    restore_mask()
 
 
-os.register_at_fork(after_in_child=restore_in_child)
+os.register_at_fork(before=block_signals, after_in_parent=restore_mask, after_in_child=restore_in_child)
 
 
 @contextmanager

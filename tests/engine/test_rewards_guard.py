@@ -182,6 +182,19 @@ def test_workers_end_when_their_pool_does():
     assert time.perf_counter() - began < 30
 
 
+def test_a_worker_that_is_ended_at_once_ends():
+    """A signal that comes before the child's handlers are restored is neither lost nor taken by the run's handler."""
+    with stop_requests() as stopping:
+        for _ in range(300):
+            child = os.fork()
+            if not child:
+                time.sleep(30)
+                os._exit(0)
+            os.kill(child, signal.SIGTERM)
+            assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+        assert not stopping()
+
+
 def test_a_function_that_takes_long_is_named(capsys):
     def score(**_: Any) -> Any:
         time.sleep(0.4)
