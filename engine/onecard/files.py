@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -21,13 +21,24 @@ from onecard.errors import OnecardError
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.(?P<kind>tmp|old)")
 
 
+def cache_folder() -> Path:
+    """`$ONECARD_CACHE`, or `~/.cache/onecard`."""
+    return Path(os.environ.get("ONECARD_CACHE") or "~/.cache/onecard").expanduser()
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
     state = hashlib.sha256()
+    for block in blocks(path):
+        state.update(block)
+    return state.hexdigest()
+
+
+def blocks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file in pieces."""
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
-            state.update(block)
-    return state.hexdigest()
+            yield block
 
 
 def sync(path: Path) -> None:

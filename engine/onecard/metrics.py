@@ -134,7 +134,7 @@ def say(message: str) -> None:
 class Bar:
     """One line of a progress display: `bar.advance(row)` after each step."""
 
-    def __init__(self, rich: Progress, label: str, total: int) -> None:
+    def __init__(self, rich: Progress, label: str, total: int | None) -> None:
         self.rich = rich
         self.task = rich.add_task(label, total=total, shown="")
 
@@ -158,7 +158,7 @@ class Bar:
 
 
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Bar]:
+def progress(label: str, total: int | None) -> Iterator[Bar]:
     """`with progress("dpo", 100) as bar: ...`: a progress bar with the metrics of `SHOWN` at its end."""
     columns = (
         TextColumn("{task.description}"),

@@ -11,8 +11,7 @@ import json
 import os
 import stat
 import uuid
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -22,7 +21,6 @@ from typing import Any, TypeVar
 import yaml
 
 from onecard import checkpoint, lock
-from onecard.batches import LabelledSequence, PreferencePair, Ranking, ScoredSequence, TokenSequence
 from onecard.checkpoint import Checkpoint
 from onecard.config import TrainConfig
 from onecard.data.templates import today
@@ -253,27 +251,6 @@ def check_nothing_is_lost(config: TrainConfig, folder: Path) -> None:
             raise OnecardError(
                 f"{setting}: {value} is part of the run in {folder} that would be replaced; choose another output_dir."
             )
-
-
-# record -> its sequences, and its numbers
-CONTENTS: dict[type, Callable[[Any], tuple[Sequence[TokenSequence], Sequence[float]]]] = {
-    TokenSequence: lambda sequence: ((sequence,), ()),
-    PreferencePair: lambda pair: ((pair.chosen, pair.rejected), (pair.margin,)),
-    ScoredSequence: lambda scored: ((scored.sequence,), (scored.score,)),
-    Ranking: lambda ranking: (ranking.sequences, ()),
-    LabelledSequence: lambda labelled: ((labelled.sequence, labelled.mismatched), (labelled.desirable,)),
-}
-
-
-def fingerprint(examples: Iterable[object]) -> str:
-    """SHA-256 of tokenized examples: changes with the data, their order, and the tokenizer."""
-    state = hashlib.sha256()
-    for example in examples:
-        sequences, numbers = CONTENTS[type(example)](example)
-        state.update(array("q", [len(sequences)]).tobytes() + array("d", numbers).tobytes())
-        for sequence in sequences:
-            state.update(array("q", [len(sequence), *sequence.tokens]).tobytes() + bytes(sequence.response_mask))
-    return state.hexdigest()
 
 
 # --- what is written

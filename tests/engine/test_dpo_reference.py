@@ -16,7 +16,7 @@ from onecard.algorithms.dpo import reference
 from onecard.algorithms.dpo.losses import labelled_reference, pair_reference
 from onecard.batches import TokenSequence, pack_labelled, pack_pairs
 from onecard.config import DPOConfig
-from onecard.runs import fingerprint
+from onecard.data.stored import fingerprint
 from tests.engine.dpo_material import LABELLED, LEVEL, PAIRS, load, moved
 
 
@@ -37,7 +37,7 @@ def config(tiny_model) -> DPOConfig:
 
 
 def known(config, roles, examples=PAIRS):
-    return reference.with_reference(config, roles, examples, pack_pairs, pair_reference)
+    return list(reference.with_reference(config, roles, examples, pack_pairs, pair_reference))
 
 
 def test_values_are_the_reference_s_own_answer_by_answer(config, roles):

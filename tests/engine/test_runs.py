@@ -12,6 +12,7 @@ import yaml
 from onecard import checkpoint, runs
 from onecard.batches import PreferencePair, TokenSequence
 from onecard.config import DPOConfig
+from onecard.data.stored import fingerprint
 from onecard.errors import OnecardError
 
 SAME = {"command": "dpo", "training data": "abc"}
@@ -104,8 +105,8 @@ def test_the_fingerprint_knows_data_order_and_masks():
     one, two = TokenSequence((1, 2), (False, True)), TokenSequence((1, 2), (True, True))
     apart = [TokenSequence((1,), (True,)), TokenSequence((2,), (True,))]
     prints = [[one], [two], [one, two], [two, one], apart]
-    assert len({runs.fingerprint(examples) for examples in prints}) == len(prints)
-    assert runs.fingerprint([PreferencePair(one, two)]) != runs.fingerprint([PreferencePair(two, one)])
+    assert len({fingerprint(examples) for examples in prints}) == len(prints)
+    assert fingerprint([PreferencePair(one, two)]) != fingerprint([PreferencePair(two, one)])
 
 
 def test_a_folder_with_things_of_another_is_left_alone(config, tmp_path):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -16,7 +15,8 @@ from onecard.algorithms.samples import HeldoutSamples, heldout_samples
 from onecard.algorithms.supervised import Supervised
 from onecard.batches import LabelledSequence, PreferencePair, TokenSequence
 from onecard.config import EvaluateConfig, SpeakingConfig, TrainConfig
-from onecard.data import Row, Tokenized, hold_out, load_rows, preference_examples
+from onecard.data import Row, Tokenized, hold_out, open_rows, preference_examples
+from onecard.data.stored import all_lengths, all_tokens, fingerprint, lengths_of
 from onecard.data.templates import template_date
 from onecard.errors import OnecardError
 from onecard.files import digest
@@ -48,20 +48,10 @@ class Sharing(Generic[E, B]):
     size: Callable[[E], int] = len
 
 
-def lengths_of(example: object) -> list[int]:
-    """Tokens of each of an example's texts."""
-    return [len(sequence) for sequence in runs.CONTENTS[type(example)](example)[0] if len(sequence)]
-
-
-def tokens_of(*examples: Sequence[object]) -> Iterator[tuple[int, ...]]:
-    """The tokens of each of the examples' texts."""
-    for example in chain(*examples):
-        yield from (sequence.tokens for sequence in runs.CONTENTS[type(example)](example)[0])
-
-
 def rows_padded(example: E) -> int:
     """Rows of the model that an example takes where its sequences are padded to the longest of them."""
-    return len(lengths_of(example)) * max(lengths_of(example))
+    lengths = [length for length in lengths_of(example) if length]
+    return len(lengths) * max(lengths)
 
 
 def check_start(
@@ -72,7 +62,7 @@ def check_start(
     samples: HeldoutSamples | None,
 ) -> None:
     """What the run takes for granted of the model, on texts as long as the longest example's."""
-    lengths = [lengths_of(example) for examples in (training, heldout) for example in examples]
+    lengths = [*all_lengths(training), *all_lengths(heldout)]
     longest, together = max(map(max, lengths)), max(map(sum, lengths))
     items = max(config.per_device_train_batch_size, config.per_device_eval_batch_size)
     check_model(roles, longest, row=max(config.micro_batch_tokens or items * together, together))
@@ -90,7 +80,7 @@ class Recipe(Generic[E, B]):
 
     command: str
     trained: str
-    tokenize: Callable[[Sequence[Row], Any, int], Tokenized[E]]
+    tokenize: Callable[[Iterable[Row], Any, int], Tokenized[E]]
     collate: Callable[[Sequence[E]], B]
     count: Callable[[Sequence[E]], int]
     loss: Callable[[Roles, B, int], Loss]
@@ -117,10 +107,10 @@ class Recipe(Generic[E, B]):
         )
 
 
-def pair_tokenizer(config: TrainConfig) -> Callable[[Sequence[Row], Any, int], Tokenized[PreferencePair]]:
+def pair_tokenizer(config: TrainConfig) -> Callable[[Iterable[Row], Any, int], Tokenized[PreferencePair]]:
     """`Recipe.tokenize` of the commands that learn from pairs."""
 
-    def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Tokenized[PreferencePair]:
+    def tokenize(rows: Iterable[Row], tokenizer: Any, max_length: int) -> Tokenized[PreferencePair]:
         return preference_examples(
             rows,
             tokenizer,
@@ -142,15 +132,15 @@ def longest_sequence(config: TrainConfig | EvaluateConfig) -> int:
 
 
 def load_examples(
-    config: TrainConfig, tokenize: Callable[[Sequence[Row]], Tokenized[P]]
+    config: TrainConfig, tokenize: Callable[[Iterable[Row]], Tokenized[P]]
 ) -> tuple[Sequence[P], Sequence[P]]:
     """Training and held-out examples; what was cut, skipped or odd is said in numbers."""
     if not config.dataset:
         raise OnecardError("--dataset is missing: give a .jsonl, .json, .csv or .parquet file, or a hub dataset name.")
-    parts = [tokenize(load_rows(config.dataset, split=config.dataset_train_split))]
+    parts = [tokenize(open_rows(config.dataset, split=config.dataset_train_split))]
     if config.eval_dataset:
-        parts.append(tokenize(load_rows(config.eval_dataset, split=config.dataset_test_split)))
-        training, heldout = list(parts[0].examples), list(parts[1].examples)
+        parts.append(tokenize(open_rows(config.eval_dataset, split=config.dataset_test_split)))
+        training, heldout = parts[0].examples, parts[1].examples
     else:
         training, heldout = hold_out(parts[0].examples, parts[0].groups, test_size=config.test_size, seed=config.seed)
     for part in parts:
@@ -232,11 +222,13 @@ def run_opened(config: TrainConfig, recipe: Recipe[E, B], run: Run) -> Path:
     """`run_recipe` in the folder that was opened for it."""
     tokenizer = load_tokenizer(config)
     max_length = longest_sequence(config)
+    training: Sequence[E]
+    heldout: Sequence[E]
     training, heldout = load_examples(config, lambda rows: recipe.tokenize(rows, tokenizer, max_length))
     if recipe.check:
         recipe.check(training)
     roles = load_roles(config, trained=recipe.trained, reference=recipe.reference, scalar=recipe.scalar)
-    check_tokens(roles.causal_model(), tokenizer, tokens_of(training, heldout))
+    check_tokens(roles.causal_model(), tokenizer, [*all_tokens(training), *all_tokens(heldout)])
     samples = heldout_samples(config, roles, tokenizer, heldout) if isinstance(config, SpeakingConfig) else None
     check_start(config, roles, training, heldout, samples)
     trained = sum(parameter.numel() for parameter in roles.trained_parameters().values())
@@ -248,19 +240,18 @@ def run_opened(config: TrainConfig, recipe: Recipe[E, B], run: Run) -> Path:
     if config.dry_run:
         dry_run.show(config, roles, tokenizer, training[0])
         return run.folder
+    identity = {
+        "command": recipe.command,
+        "model": weights_digest(config.model),
+        **reference_identity(config),
+        "training data": fingerprint(training),
+        "held-out data": fingerprint(heldout),
+    }
     if recipe.prepare:
         training, heldout = recipe.prepare(roles, training, heldout)
     objective = recipe.objective(roles)
     row = partial(recipe.heldout, roles, heldout) if recipe.heldout else None
     job = Supervised(config, recipe.command, objective, training, heldout, samples, row)
-    data = {"training data": training, "held-out data": heldout}
-    model = weights_digest(config.model)
-    identity = {
-        "command": recipe.command,
-        "model": model,
-        **reference_identity(config),
-        **{name: runs.fingerprint(examples) for name, examples in data.items()},
-    }
     with runs.locked(run):
         train(config, job, roles, run, identity)
         if recipe.adjust:

@@ -8,7 +8,7 @@ instead), and NEFTune.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def count_tokens(sequences: Sequence[TokenSequence]) -> int:
 def make_recipe(config: SFTConfig) -> Recipe[TokenSequence, TokenBatch]:
     """What an SFT run is made of."""
 
-    def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Tokenized[TokenSequence]:
+    def tokenize(rows: Iterable[Row], tokenizer: Any, max_length: int) -> Tokenized[TokenSequence]:
         return sft_examples(
             rows,
             tokenizer,

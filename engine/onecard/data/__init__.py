@@ -2,7 +2,7 @@
 
     from onecard.data import hold_out, load_rows, preference_examples, step_indices
 
-    rows = load_rows("pairs.jsonl", split="train")       # {"prompt": "Hello", "chosen": " you", "rejected": " no"}
+    rows = open_rows("pairs.jsonl", split="train")       # {"prompt": "Hello", "chosen": " you", "rejected": " no"}
     pairs = preference_examples(rows, tokenizer, max_length=512, skip_bad_rows=True)
     for note in pairs.notes:
         print(note)                                      # 2 of 1094 responses were cut at max_length 512
@@ -20,7 +20,7 @@ are listed in `bad_rows` and counted in `notes` instead.
 """
 
 from onecard.data.account import BadRow, Tokenized
-from onecard.data.files import Row, load_rows, prompt_rows
+from onecard.data.files import Row, Rows, load_rows, open_rows, prompt_rows
 from onecard.data.order import hold_out, step_indices, stream_indices
 from onecard.data.tokenized import (
     Prompt,
@@ -37,10 +37,12 @@ __all__ = [
     "BadRow",
     "Prompt",
     "Row",
+    "Rows",
     "Tokenized",
     "hold_out",
     "labelled_examples",
     "load_rows",
+    "open_rows",
     "preference_examples",
     "prompt_examples",
     "prompt_rows",

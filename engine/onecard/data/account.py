@@ -1,16 +1,17 @@
-"""From rows to a plain account: which became examples, which are bad, what was cut."""
+"""From rows to finished examples, many at a time, with an account: which rows are bad, what was cut."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from itertools import islice
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from onecard.data.columns import BadRowError, check_no_images
 from onecard.data.files import Row
 from onecard.data.readers import MESSAGE_COLUMNS
 from onecard.data.template_answers import REASONING, opens_thought, thought_of
-from onecard.data.tokens import Fitted
+from onecard.data.tokens import Fitted, Masked, Tokenizer, Transcript, masked_tokens
 from onecard.errors import OnecardError
 
 T_co = TypeVar("T_co", covariant=True)
@@ -18,6 +19,7 @@ T = TypeVar("T")
 
 EMPTY = "responses are empty: only their end is learned"
 LEFT_OUT = "answers are left out: the chat template writes them differently once the conversation goes on"
+CHUNK = 512  # rows that are tokenized together
 NAMED_BAD_ROWS = 3  # as many as fit a line that is still read
 
 
@@ -37,85 +39,123 @@ class BadRow:
 class Tokenized(Generic[T_co]):
     """Examples in the order of their rows; `notes` say in numbers what was cut, empty, identical or skipped.
 
-    `groups` has each example's prompt as it was before anything was cut: what has the same is held out together.
+    `groups` has each example's prompt, digested, as it was before anything was cut: what has the same is held out
+    together.
     """
 
-    examples: tuple[T_co, ...]
-    groups: tuple[str, ...]
+    examples: Sequence[T_co]
+    groups: Sequence[bytes]
     notes: tuple[str, ...] = ()
     bad_rows: tuple[BadRow, ...] = ()
 
 
 @dataclass(frozen=True)
 class Made(Generic[T_co]):
-    """An example on its way into `Tokenized`: with its group, and what became of its answers."""
+    """An example on its way into `Tokenized`: with its group, and what became of its answers.
+
+    `is_odd`: what its kind counts, such as a pair with the same tokens on both sides.
+    """
 
     example: T_co
-    group: str
+    group: bytes
     answers: tuple[Fitted, ...] = ()
     prompt_cut: bool = False
+    is_odd: bool = False
 
 
-def made(example: T, group: str, answers: Sequence[Fitted]) -> Made[T]:
+def made(example: T, group: bytes, answers: Sequence[Fitted], *, is_odd: bool = False) -> Made[T]:
     """An example of which `answers` are the parts."""
-    return Made(example, group, tuple(answers), answers[0].prompt_cut)
+    return Made(example, group, tuple(answers), answers[0].prompt_cut, is_odd)
 
 
-def tokenized(
-    rows: Sequence[Row],
-    tokenizer: Any,
-    examples: Sequence[Made[T]],
-    bad: tuple[BadRow, ...],
-    max_length: int,
-    more_notes: tuple[str, ...] = (),
-) -> Tokenized[T]:
-    """The examples with a plain account of them."""
-    notes = (*length_notes(examples, max_length), *template_notes(rows, tokenizer, examples), *more_notes)
-    notes += bad_notes(bad, len(rows))
-    return Tokenized(tuple(item.example for item in examples), tuple(item.group for item in examples), notes, bad)
+@dataclass(frozen=True)
+class Draft(Generic[T_co]):
+    """A row before it is tokenized: its texts, and what makes something of their tokens."""
+
+    transcripts: Sequence[Transcript]
+    finish: Callable[[list[Masked]], T_co]
 
 
-def collect(rows: Iterable[Row], make: Callable[[Row], T], skip: bool) -> tuple[list[T], tuple[BadRow, ...]]:
-    """Make an example of each row. The first bad row stops everything, unless they are skipped."""
-    made: list[T] = []
-    bad: list[BadRow] = []
+Drafts: TypeAlias = Iterable[tuple[Row, Draft[T] | Exception]]  # what a row cannot be used for is no draft
+
+
+class Account:
+    """Counts rows and examples as they come, for the notes about them."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        template = str(tokenizer.chat_template or "")
+        self.leaves_out_tools = bool(template) and "tools" not in template
+        self.leaves_out_thoughts = (
+            bool(template) and not any(key in template for key in REASONING) and not opens_thought(tokenizer)
+        )
+        self.rows = self.tools = self.thoughts = self.examples = self.prompts_cut = self.odd = 0
+        self.responses = self.cut = self.empty = self.answers = self.left_out = 0
+        self.bad: list[BadRow] = []
+
+    def add_row(self, row: Row) -> None:
+        self.rows += 1
+        if not any(isinstance(row.values.get(name), list) for name in MESSAGE_COLUMNS):
+            return
+        self.tools += self.leaves_out_tools and bool(row.values.get("tools"))
+        self.thoughts += self.leaves_out_thoughts and has_thought(row)
+
+    def add(self, made: Made[Any]) -> None:
+        self.examples += 1
+        self.prompts_cut += made.prompt_cut
+        self.odd += made.is_odd
+        for answer in made.answers:
+            self.responses += 1
+            self.cut += answer.cut
+            self.empty += answer.empty
+            self.answers += answer.answers
+            self.left_out += answer.left_out
+
+    def notes(self, max_length: int, odd: str = "") -> tuple[str, ...]:
+        """What was cut, empty, left out, odd or bad."""
+        unwritten = "which the chat template does not write"
+        return (
+            *count_note(self.prompts_cut, self.examples, "prompts were cut at their beginning"),
+            *count_note(self.cut, self.responses, f"responses were cut at max_length {max_length}"),
+            *count_note(self.empty, self.responses, EMPTY),
+            *count_note(self.left_out, self.answers, LEFT_OUT),
+            *count_note(self.tools, self.rows, f"rows have tools, {unwritten}"),
+            *count_note(self.thoughts, self.rows, f"rows have thoughts of their own, {unwritten}"),
+            *count_note(self.odd, self.examples, odd),
+            *bad_notes(self.bad, self.rows),
+        )
+
+
+def drafts(rows: Iterable[Row], account: Account, draft: Callable[[Row], Draft[T]]) -> Drafts[T]:
+    """What each row is before it is tokenized, or what is wrong, which is said once it is this row's turn."""
     for row in rows:
+        account.add_row(row)
         try:
             check_no_images(row.values)
-            made.append(make(row))
-        except BadRowError as error:
-            bad.append(BadRow(row.source, row.number, str(error)))
-            if not skip:
-                raise OnecardError(str(bad[0])) from error
-    if not made:
+            yield row, draft(row)
+        except (BadRowError, OnecardError) as error:
+            yield row, error
+
+
+def finished(drafts: Drafts[T], tokenizer: Tokenizer, account: Account, *, skip: bool) -> Iterator[T]:
+    """Tokenize drafts, many at a time, and finish them. The first bad row stops everything, unless they are skipped."""
+    waiting = iter(drafts)
+    while chunk := list(islice(waiting, CHUNK)):
+        transcripts = [each for _, draft in chunk if isinstance(draft, Draft) for each in draft.transcripts]
+        texts = iter(masked_tokens(transcripts, tokenizer))
+        for row, draft in chunk:
+            try:
+                if isinstance(draft, Exception):
+                    raise draft
+                done = draft.finish([next(texts) for _ in draft.transcripts])
+            except BadRowError as error:
+                account.bad.append(BadRow(row.source, row.number, str(error)))
+                if not skip:
+                    raise OnecardError(str(account.bad[-1])) from error
+                continue
+            yield done
+    if len(account.bad) == account.rows:
+        bad = account.bad
         raise OnecardError(f"none of the {len(bad)} rows can be used. {bad[0]}" if bad else "there are no rows.")
-    return made, tuple(bad)
-
-
-def length_notes(examples: Sequence[Made[Any]], max_length: int) -> tuple[str, ...]:
-    answers = [answer for item in examples for answer in item.answers]
-    return (
-        *count_note(sum(item.prompt_cut for item in examples), len(examples), "prompts were cut at their beginning"),
-        *count_note(sum(item.cut for item in answers), len(answers), f"responses were cut at max_length {max_length}"),
-        *count_note(sum(item.empty for item in answers), len(answers), EMPTY),
-    )
-
-
-def template_notes(rows: Sequence[Row], tokenizer: Any, examples: Sequence[Made[Any]]) -> tuple[str, ...]:
-    """What the chat template does not write: answers as they were sampled, and tools."""
-    answers = [answer for item in examples for answer in item.answers]
-    left_out = sum(answer.left_out for answer in answers)
-    template = str(tokenizer.chat_template or "")
-    chats = [row for row in rows if any(isinstance(row.values.get(name), list) for name in MESSAGE_COLUMNS)]
-    unwritten = sum(bool(row.values.get("tools")) for row in chats) if template and "tools" not in template else 0
-    thoughts = 0
-    if template and not any(key in template for key in REASONING) and not opens_thought(tokenizer):
-        thoughts = sum(has_thought(row) for row in chats)
-    return (
-        *count_note(left_out, sum(answer.answers for answer in answers), LEFT_OUT),
-        *count_note(unwritten, len(rows), "rows have tools, which the chat template does not write"),
-        *count_note(thoughts, len(rows), "rows have thoughts of their own, which the chat template does not write"),
-    )
 
 
 def has_thought(row: Row) -> bool:

@@ -7,7 +7,7 @@ be wrong with one row is for `examples.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,6 +22,7 @@ from onecard.data.readers import (
     kind,
     read_csv,
     read_file,
+    read_jsonl,
     read_parquet,
     read_tsv,
     reason,
@@ -29,9 +30,11 @@ from onecard.data.readers import (
 )
 from onecard.data.splits import data_files, files_by_split, has_settings
 from onecard.errors import OnecardError, nearest
+from onecard.files import blocks, digest
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar", ".xz", ".lz4")  # an error beside data files in a folder
 NESTED_COLUMNS = (*MESSAGE_COLUMNS, *TEMPLATE_COLUMNS)
+LARGE_BYTES, LARGE_ROWS = 1 << 24, 20_000  # from which on rows are not held in memory, and their tokens are kept
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 
 
@@ -51,8 +54,28 @@ class Row:
         return f"{self.source}:{self.number}"
 
 
+@dataclass(frozen=True)
+class Rows(Iterable[Row]):
+    """Rows that are read anew each time they are gone through. `total`: how many there are, where that is known.
+
+    `identity` changes with the rows; it is empty where they are few, or where nothing tells them from others.
+    """
+
+    read: Callable[[], Iterator[Row]]
+    total: int | None = None
+    identity: str = ""
+
+    def __iter__(self) -> Iterator[Row]:
+        return self.read()
+
+
 def load_rows(source: str, *, split: str) -> list[Row]:
-    """All rows of a file (`readers.READERS` has the kinds), a folder of files, a saved dataset, or a hub dataset.
+    """`open_rows`, all in memory."""
+    return list(open_rows(source, split=split))
+
+
+def open_rows(source: str, *, split: str) -> Rows:
+    """Rows of a file (`readers.READERS` has the kinds), a folder of files, a saved dataset, or a hub dataset.
 
     `split` picks one of a dataset's splits; a file has none and takes no notice, nor does a folder without any.
     """
@@ -62,14 +85,48 @@ def load_rows(source: str, *, split: str) -> list[Row]:
     if path.is_file() and "[" in split:
         raise OnecardError(f"{source}: split '{split}': a file has no splits, so no part of one can be taken.")
     if path.is_dir():
-        rows = read_folder(source, path, split)
+        rows = open_folder(source, path, split)
     elif path.exists() or looks_like_file(source):
-        rows = read_files({source: path})
+        rows = open_files({source: path})
     else:
-        rows = made_rows(source, read_hub(source, split), tabular=True)
-    if not rows:
-        raise OnecardError(f"{source}: no rows.")
-    return rows
+        rows = dataset_rows(source, load_hub(source, split))
+
+    def read() -> Iterator[Row]:
+        found = False
+        for row in rows:
+            found = True
+            yield row
+        if not found:
+            raise OnecardError(f"{source}: no rows.")
+
+    return replace(rows, read=read)
+
+
+def dataset_rows(source: str, dataset: Any) -> Rows:
+    """Rows of a `datasets.Dataset`, or of an `IterableDataset`, which is gone through once for all it is needed for."""
+    total = len(dataset) if isinstance(dataset, Sized) else None
+    large = total is not None and total >= LARGE_ROWS
+    return Rows(
+        lambda: made_rows(source, enumerate(dataset, start=1), tabular=True),
+        total,
+        f"{source} {dataset._fingerprint}" if large else "",
+    )
+
+
+def listed(rows: Sequence[Row]) -> Rows:
+    """Rows that are in memory."""
+    return Rows(lambda: iter(rows), len(rows))
+
+
+def checked(rows: Iterable[Row], check: Callable[[Row], None]) -> Rows:
+    """The same rows, each of which `check` may refuse."""
+
+    def read() -> Iterator[Row]:
+        for row in rows:
+            check(row)
+            yield row
+
+    return replace(rows, read=read) if isinstance(rows, Rows) else Rows(read)
 
 
 def prompt_rows(prompts: Sequence[str]) -> list[Row]:
@@ -84,14 +141,12 @@ def looks_like_file(source: str) -> bool:
     return source.count("/") > 1 or "\\" in source or ("/" not in source and Path(source).suffix[1:].isalpha())
 
 
-def made_rows(source: str, numbered: Numbered, *, tabular: bool = False) -> list[Row]:
+def made_rows(source: str, numbered: Numbered, *, tabular: bool = False) -> Iterator[Row]:
     """Rows of records, which are objects. `tabular`: null may stand for a key that other rows have."""
-    rows = []
     for number, values in numbered:
         if not isinstance(values, dict):
             raise OnecardError(f"{source}:{number}: expected an object, got {kind(values)}.")
-        rows.append(Row(source, number, without_added_nulls(values) if tabular else values))
-    return rows
+        yield Row(source, number, without_added_nulls(values) if tabular else values)
 
 
 def without_added_nulls(values: dict[str, Any]) -> dict[str, Any]:
@@ -109,35 +164,53 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def read_files(files: Mapping[str, Path]) -> list[Row]:
+def open_files(files: Mapping[str, Path]) -> Rows:
     """Rows of files, one file after the other, under the names that are given for them."""
-    rows = []
-    for name, path in files.items():
-        rows += made_rows(name, read_file(path), tabular=READERS.get(suffixes(path)[0]) is read_parquet)
-    tables = {name for name, path in files.items() if READERS[suffixes(path)[0]] in (read_csv, read_tsv)}
-    of_tables = iter(with_values([row.values for row in rows if row.source in tables]))
-    return [replace(row, values=next(of_tables)) if row.source in tables else row for row in rows]
+    kinds = {name: READERS.get(suffixes(path)[0]) for name, path in files.items()}
+    tables = {name for name, reader in kinds.items() if reader in (read_csv, read_tsv)}
+
+    def read() -> Iterator[Row]:
+        for name, path in files.items():
+            yield from made_rows(name, read_file(path), tabular=kinds[name] is read_parquet)
+
+    def read_with_tables() -> Iterator[Row]:
+        rows = list(read())  # what a cell is depends on all cells of its column
+        of_tables = iter(with_values([row.values for row in rows if row.source in tables]))
+        return (replace(row, values=next(of_tables)) if row.source in tables else row for row in rows)
+
+    reader = read_with_tables if tables else read
+    if sum(path.stat().st_size for path in files.values() if path.is_file()) < LARGE_BYTES:
+        return listed(list(reader()))
+    return Rows(reader, count_rows(files), " ".join(f"{name} {digest(path)}" for name, path in files.items()))
 
 
-def read_folder(source: str, path: Path, split: str) -> list[Row]:
+def count_rows(files: Mapping[str, Path]) -> int | None:
+    """About how many rows there are: the lines of the files; None where a line is no row."""
+    if not all(READERS.get(path.suffix.lower()) is read_jsonl for path in files.values()):
+        return None
+    return sum(block.count(b"\n") for path in files.values() for block in blocks(path))
+
+
+def open_folder(source: str, path: Path, split: str) -> Rows:
     """A folder that `save_to_disk` wrote, or one of data files; what neither has is left to `datasets`."""
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return made_rows(source, read_saved(path, split), tabular=True)
+        return dataset_rows(source, load_saved(path, split))
     files = data_files(path, (*READERS, *(kind + more for kind in READERS for more in COMPRESSED), *ARCHIVES))
     if has_settings(path) or not any(suffixes(Path(file))[0] in READERS for file in files):
-        return made_rows(source, read_hub(str(path), split), tabular=True)
+        return dataset_rows(source, load_hub(str(path), split))
 
-    def read(chosen: Sequence[PurePosixPath]) -> list[Row]:
-        return read_files({str(Path(source) / file): path / file for file in chosen})
+    def opened(chosen: Sequence[PurePosixPath]) -> Rows:
+        return open_files({str(Path(source) / file): path / file for file in chosen})
 
     splits = files_by_split(files)
     if split in splits:
-        return read(splits[split])
+        return opened(splits[split])
     if SPLIT_NAME.fullmatch(split) and split != "all":
         if splits:
             raise OnecardError(f"{source}: no split '{split}'; there are {', '.join(splits)}.{nearest(split, splits)}")
-        return read(files)
-    return part_of(source, split, {name: read(chosen) for name, chosen in (splits or {"train": files}).items()})
+        return opened(files)
+    parts = {name: list(opened(chosen)) for name, chosen in (splits or {"train": files}).items()}
+    return listed(part_of(source, split, parts))
 
 
 def part_of(source: str, split: str, rows: Mapping[str, list[Row]]) -> list[Row]:
@@ -152,7 +225,7 @@ def part_of(source: str, split: str, rows: Mapping[str, list[Row]]) -> list[Row]
     return [row for part in parts for row in rows[part.splitname][part.from_ : part.to]]
 
 
-def read_saved(path: Path, split: str) -> Numbered:
+def load_saved(path: Path, split: str) -> Any:
     """A folder that `save_to_disk` wrote."""
     import datasets
 
@@ -166,17 +239,16 @@ def read_saved(path: Path, split: str) -> Numbered:
         dataset = dataset[split]
     elif "[" in split:
         raise OnecardError(f"{path}: split '{split}': it has no splits, so no part of one can be taken.")
-    return enumerate(dataset, start=1)
+    return dataset
 
 
-def read_hub(source: str, split: str) -> Numbered:
+def load_hub(source: str, split: str) -> Any:
     """A dataset by the name that `datasets.load_dataset` knows it under."""
     import datasets
 
     try:
-        dataset = datasets.load_dataset(source, split=split)
+        return datasets.load_dataset(source, split=split)
     except Exception as error:  # whatever the library, its parsers and the network raise
         raise OnecardError(
             f"{source}: no such file, nor a dataset with split '{split}' that can be loaded: {reason(error)}."
         ) from error
-    return enumerate(dataset, start=1)

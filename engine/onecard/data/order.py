@@ -7,6 +7,7 @@ import random
 from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
+from onecard.data.stored import Examples
 from onecard.errors import OnecardError
 
 Example = TypeVar("Example")
@@ -14,21 +15,21 @@ Example = TypeVar("Example")
 
 def hold_out(
     examples: Sequence[Example], groups: Sequence[Hashable], *, test_size: float, seed: int
-) -> tuple[list[Example], list[Example]]:
+) -> tuple[Sequence[Example], Sequence[Example]]:
     """Split into (train, held out); `test_size` is a share below 1 (rounded up), else a count.
 
     Examples of one group (`Tokenized.groups`: one prompt, or copies of one text) stay together: an answer to a prompt
     that was trained on says little about new prompts. So where prompts repeat, fewer than `test_size` may be held out,
-    or a few more if even the rarest prompt has more examples than that. Both lists keep the order of `examples`.
+    or a few more if even the rarest prompt has more examples than that. Both keep the order of `examples`.
 
         >>> hold_out([1, 2, 3, 4, 5], ["a", "b", "c", "d", "a"], test_size=2, seed=0)
         ([1, 4, 5], [2, 3])
     """
     wanted = target(len(examples), test_size)
     if wanted == 0:
-        return list(examples), []
+        return examples, take(examples, [])
     places: dict[Hashable, list[int]] = {}
-    for index, (_, group) in enumerate(zip(examples, groups, strict=True)):
+    for index, group in zip(range(len(examples)), groups, strict=True):
         places.setdefault(group, []).append(index)
     if wanted >= len(examples) or len(places) == 1:
         raise OnecardError(
@@ -43,8 +44,13 @@ def hold_out(
             held.update(indices)
     rarest: list[int] = min(order, key=len)
     held = held or set(rarest)
-    train = [example for index, example in enumerate(examples) if index not in held]
-    return train, [examples[index] for index in sorted(held)]
+    train = [index for index in range(len(examples)) if index not in held]
+    return take(examples, train), take(examples, sorted(held))
+
+
+def take(examples: Sequence[Example], places: Sequence[int]) -> Sequence[Example]:
+    """Some of the examples, in the order of `places`."""
+    return examples.take(places) if isinstance(examples, Examples) else [examples[place] for place in places]
 
 
 def target(count: int, test_size: float) -> int:

@@ -58,6 +58,8 @@ def read_file(path: Path) -> Numbered:
             f"or one of them with {', '.join(COMPRESSED)} behind it.{nearest(suffix, READERS)}"
         )
     try:
+        if READERS[suffix] is read_jsonl and not compression and is_utf8(path):
+            return stream_jsonl(path)
         content = path.read_bytes()
     except OSError as error:
         raise OnecardError(f"{path}: cannot be read: {error.strerror}.") from error
@@ -101,10 +103,44 @@ def text_of(path: Path, content: bytes) -> str:
         if encoding != "UTF-8":
             raise OnecardError(f"{path}: not {encoding}: {error.reason} at byte {error.start + 1}.") from error
         line, byte = content.count(b"\n", 0, error.start) + 1, error.start - content.rfind(b"\n", 0, error.start)
-        raise OnecardError(
-            f"{path}:{line}: not UTF-8: {error.reason} at byte {byte}. If it is Windows-1252 (Latin-1), "
-            "`iconv -f WINDOWS-1252 -t UTF-8` converts it."
-        ) from error
+        raise not_utf8(path, line, byte, error) from error
+
+
+def not_utf8(path: Path, line: int, byte: int, error: UnicodeDecodeError) -> OnecardError:
+    return OnecardError(
+        f"{path}:{line}: not UTF-8: {error.reason} at byte {byte}. If it is Windows-1252 (Latin-1), "
+        "`iconv -f WINDOWS-1252 -t UTF-8` converts it."
+    )
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether nothing at the beginning of a file says that it is UTF-16, UTF-32 or compressed."""
+    with open(path, "rb") as file:
+        head = file.read(16)
+    marks = [mark for mark, encoding in BYTE_ORDER_MARKS if encoding != "UTF-8"]
+    return (
+        not head.startswith(tuple(marks))
+        and b"\0" not in head[:4]
+        and not any(signature.match(head) for signature in SIGNATURES.values())
+    )
+
+
+def stream_jsonl(path: Path) -> Numbered:
+    """`read_jsonl` of UTF-8, a line at a time."""
+    number, is_blank = 0, True
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                is_blank = is_blank and not line.strip()
+                text = line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode("UTF-8")
+                if text.strip():
+                    yield number, parse(text, f"{path}:{number}")
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, number, error.start + 1, error) from error
+    except OSError as error:
+        raise OnecardError(f"{path}: cannot be read: {error.strerror}.") from error
+    if is_blank:
+        raise OnecardError(f"{path}: the file is empty.")
 
 
 def read_jsonl(path: Path, content: bytes) -> Numbered:
@@ -184,17 +220,23 @@ def read_parquet(path: Path, content: bytes) -> Numbered:
 
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
-        table = file.read(use_threads=False)  # Arrow's threads may abort a process that ends soon after
+        names = file.schema_arrow.names
     except (pyarrow.ArrowException, OSError) as error:
         raise OnecardError(f"{path}: not a Parquet file: {reason(error)}.") from error
-    twice = next((name for name in table.column_names if table.column_names.count(name) > 1), None)
+    twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise OnecardError(f"{path}: column '{twice}' is there twice.")
-    try:
-        records = widened(table).to_pylist()
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # broken UTF-8, a date of the year 10000
-        raise OnecardError(f"{path}: a value cannot be read: {reason(error)}.") from error
-    return enumerate(records, start=1)
+
+    def records() -> Iterator[Any]:
+        try:  # Arrow's threads may abort a process that ends soon after
+            for batch in file.iter_batches(batch_size=1000, use_threads=False):
+                yield from widened(pyarrow.Table.from_batches([batch])).to_pylist()
+        except OSError as error:
+            raise OnecardError(f"{path}: not a Parquet file: {reason(error)}.") from error
+        except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # broken UTF-8, a date of the year 10000
+            raise OnecardError(f"{path}: a value cannot be read: {reason(error)}.") from error
+
+    return enumerate(records(), start=1)
 
 
 def widened(table: Any) -> Any:

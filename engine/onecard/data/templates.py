@@ -51,6 +51,12 @@ def template_date(date: str) -> Iterator[None]:
         _date.reset(token)
 
 
+def date_of(template: str) -> str:
+    """The date that a chat template writes, as YYYY-MM-DD; empty where it writes none."""
+    date = _date.get()
+    return "" if "strftime_now" not in template else today() if date is None else date.strftime("%Y-%m-%d")
+
+
 @dataclass(frozen=True)
 class FixedClock:
     """Stands for the `datetime` class of which transformers' `strftime_now` takes `now`."""

@@ -19,7 +19,9 @@ A worked example, where `<s>` is BOS and `</s>` is EOS, prompt "Hello", completi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import compress
 from typing import Any, TypeAlias
 
 from onecard.batches import TokenSequence, predicted_tokens
@@ -30,6 +32,22 @@ from onecard.data.template_answers import rendered_answer
 from onecard.data.templates import NO_ARGUMENTS, closing_token, rendered, through_end
 
 Tokenizer: TypeAlias = Any  # a transformers tokenizer; its classes are not imported, for the sake of start-up time
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """A text before it is tokenized: `prefixes` that go on from one another, each with whether it adds an answer.
+
+    `end` is the token that a chat template closes the last answer with; None where it writes none. Text that no
+    template wrote is `plain`. Of its `answers`, `left_out` are no part of it.
+    """
+
+    prefixes: tuple[str, ...]
+    is_answer: tuple[bool, ...]
+    plain: bool = False
+    end: int | None = None
+    answers: int = 1
+    left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,38 +97,81 @@ def prompt_text(prompt: Text, tokenizer: Tokenizer, arguments: Mapping[str, Any]
     return rendered(prompt, tokenizer, arguments, answer_next=True) if is_chat(prompt) else str(prompt)
 
 
-def sft_tokens(
-    row: SFTRow,
-    tokenizer: Tokenizer,
-    limit: Limit,
-    arguments: Mapping[str, Any] = NO_ARGUMENTS,
-    *,
-    completion_only_loss: bool,
-    assistant_only_loss: bool,
-) -> Fitted:
-    """One SFT example; the loss options say whether the prompt, or all turns, are learned too."""
+def prompt_transcript(prompt: Text, tokenizer: Tokenizer, arguments: Mapping[str, Any] = NO_ARGUMENTS) -> Transcript:
+    """A prompt to answer: `prompt_tokens`, before it is tokenized."""
+    return Transcript((prompt_text(prompt, tokenizer, arguments),), (False,), plain=not is_chat(prompt))
+
+
+def answer_transcript(
+    prompt: Text, response: Text, tokenizer: Tokenizer, arguments: Mapping[str, Any] = NO_ARGUMENTS
+) -> Transcript:
+    """A prompt and its response, of which the response is the answer."""
+    if not isinstance(prompt, str) and not isinstance(response, str):
+        return chat_transcript(prompt + response, len(prompt), tokenizer, arguments)
+    return Transcript((str(prompt), f"{prompt}{response}"), (False, True), plain=True)
+
+
+def sft_transcript(
+    row: SFTRow, tokenizer: Tokenizer, arguments: Mapping[str, Any] = NO_ARGUMENTS, *, assistant_only_loss: bool
+) -> Transcript:
+    """One SFT example; without `assistant_only_loss` all of a conversation is the answer."""
     if isinstance(row, CompletionRow):
-        masked = answered(row.prompt, row.completion, tokenizer, arguments)
-        return fitted([masked], tokenizer, limit, learn_all=not completion_only_loss)[0]
-    if isinstance(row, MessagesRow):
-        if assistant_only_loss:
-            return fitted([conversation(row.messages, 0, tokenizer, arguments)], tokenizer, limit)[0]
-        ids = whole_conversation(row.messages, tokenizer, arguments)
-    else:
-        front, ids = opening(tokenizer), opened(row.text, tokenizer)
-        ids = front + closed(ids[len(front) :], tokenizer)  # the front apart: a BOS may have the id of the EOS
-    return fitted([Masked(ids, [True] * len(ids))], tokenizer, limit)[0]
+        return answer_transcript(row.prompt, row.completion, tokenizer, arguments)
+    if not isinstance(row, MessagesRow):
+        return Transcript((row.text,), (True,), plain=True)
+    if assistant_only_loss:
+        return chat_transcript(row.messages, 0, tokenizer, arguments)
+    if row.messages[-1]["role"] == "assistant" and len(row.messages) > 1:
+        answer = chat_transcript(row.messages, len(row.messages) - 1, tokenizer, arguments)
+        return replace(answer, is_answer=(True,) * len(answer.prefixes))
+    text, end = through_end(rendered(row.messages, tokenizer, arguments), tokenizer)
+    return Transcript((text,), (True,), end=end)
 
 
-def answer_tokens(
-    prompt: Text,
-    answers: Sequence[Text],
-    tokenizer: Tokenizer,
-    limit: Limit,
-    arguments: Mapping[str, Any] = NO_ARGUMENTS,
-) -> list[Fitted]:
-    """Answers to one prompt, each behind the same prompt ids."""
-    return fitted([answered(prompt, answer, tokenizer, arguments) for answer in answers], tokenizer, limit)
+def chat_transcript(
+    messages: Messages, first: int, tokenizer: Tokenizer, arguments: Mapping[str, Any] = NO_ARGUMENTS
+) -> Transcript:
+    """A chat of which the assistant's turns from message `first` on are answers; it ends with the last of them.
+
+    Each turn is what is sampled behind its own prompt. A template may write a turn differently once the conversation
+    goes on (Qwen3: without its thought); such a turn is left out, since behind this text it would not be sampled.
+    """
+    turns = [index for index in range(first, len(messages)) if messages[index]["role"] == "assistant"]
+    if not turns:
+        raise BadRowError("messages: no assistant's message to learn")
+    if turns[0] == 0:
+        raise BadRowError("messages: the assistant speaks first, so nothing can be told apart as its prompt")
+    answers = [rendered_answer(messages[: turn + 1], tokenizer, arguments) for turn in turns]
+    learned = [answer for answer in answers if answers[-1].whole.startswith(answer.whole)]
+    prefixes = tuple(text for answer in learned for text in (answer.prompt, answer.whole))
+    left_out = len(answers) - len(learned)
+    return Transcript(prefixes, (False, True) * len(learned), False, learned[-1].end, len(answers), left_out)
+
+
+def masked_tokens(transcripts: Sequence[Transcript], tokenizer: Tokenizer) -> list[Masked]:
+    """Transcripts as token ids with their masks. All their texts go to the tokenizer together."""
+    texts = list(dict.fromkeys(text for transcript in transcripts for text in transcript.prefixes))
+    ids = dict(zip(texts, all_bare(texts, tokenizer), strict=True))
+    front = opening(tokenizer)
+    eos = closing_token(tokenizer, chat=False) if any(each.plain and each.is_answer[-1] for each in transcripts) else -1
+    return [masked(transcript, ids, front, eos, tokenizer) for transcript in transcripts]
+
+
+def masked(
+    transcript: Transcript, ids: Mapping[str, list[int]], front: Sequence[int], eos: int, tokenizer: Tokenizer
+) -> Masked:
+    """One transcript, of whose prefixes `ids` has the tokens; `front` are the special ones before a plain text."""
+    text, tokens, mask = "", list[int](), list[bool]()
+    for prefix, is_answer in zip(transcript.prefixes, transcript.is_answer, strict=True):
+        whole = behind_front(front, ids[prefix]) if transcript.plain else ids[prefix]
+        piece = continued(tokens, whole, prefix[len(text) :], tokenizer)
+        if transcript.plain and is_answer:
+            kept = 0 if tokens else len(front)  # a BOS may have the id of the EOS
+            piece = piece[:kept] + closed(piece[kept:], eos, tokenizer)
+        text, tokens, mask = prefix, tokens + piece, mask + [is_answer] * len(piece)
+    if transcript.is_answer[-1] and not transcript.plain and tokens[-1:] != [transcript.end]:
+        tokens, mask = [*tokens, closing_token(tokenizer, chat=False)], [*mask, True]
+    return Masked(tokens, mask, transcript.answers, transcript.left_out)
 
 
 def fitted_prompt(tokens: list[int], tokenizer: Tokenizer, limit: Limit) -> list[int]:
@@ -122,48 +183,6 @@ def fitted_prompt(tokens: list[int], tokenizer: Tokenizer, limit: Limit) -> list
     if limit.truncation_mode != "keep_end" or front >= limit.max_length:
         raise BadRowError(f"prompt: {len(tokens)} tokens, expected at most {limit.max_length} beside the response")
     return tokens[:front] + tokens[front + over :]
-
-
-def answered(prompt: Text, response: Text, tokenizer: Tokenizer, arguments: Mapping[str, Any] = NO_ARGUMENTS) -> Masked:
-    """A prompt and its response, of which the response is masked."""
-    if not isinstance(prompt, str) and not isinstance(response, str):
-        return conversation(prompt + response, len(prompt), tokenizer, arguments)
-    before = prompt_tokens(prompt, tokenizer)
-    whole = opened(f"{prompt}{response}", tokenizer)
-    after = closed(continued(before, whole, str(response), tokenizer), tokenizer)
-    return Masked(before + after, [False] * len(before) + [True] * len(after))
-
-
-def conversation(messages: Messages, first: int, tokenizer: Tokenizer, arguments: Mapping[str, Any]) -> Masked:
-    """A chat of which the assistant's turns from message `first` on are masked; it ends with the last of them.
-
-    Each turn is what is sampled behind its own prompt. A template may write a turn differently once the conversation
-    goes on (Qwen3: without its thought); such a turn is not masked, since behind this text it would not be sampled.
-    """
-    turns = [index for index in range(first, len(messages)) if messages[index]["role"] == "assistant"]
-    if not turns:
-        raise BadRowError("messages: no assistant's message to learn")
-    if turns[0] == 0:
-        raise BadRowError("messages: the assistant speaks first, so nothing can be told apart as its prompt")
-    answers = [rendered_answer(messages[: turn + 1], tokenizer, arguments) for turn in turns]
-    learned = [answer for answer in answers if answers[-1].whole.startswith(answer.whole)]
-    text, tokens, mask = "", list[int](), list[bool]()
-    for answer in learned:
-        for longer, is_answer in ((answer.prompt, False), (answer.whole, True)):
-            piece = continued(tokens, bare(longer, tokenizer), longer[len(text) :], tokenizer)
-            text, tokens, mask = longer, tokens + piece, mask + [is_answer] * len(piece)
-    if tokens[-1] != learned[-1].end:
-        tokens, mask = [*tokens, closing_token(tokenizer, chat=False)], [*mask, True]
-    return Masked(tokens, mask, len(answers), len(answers) - len(learned))
-
-
-def whole_conversation(messages: Messages, tokenizer: Tokenizer, arguments: Mapping[str, Any]) -> list[int]:
-    """Ids of a chat as the template writes it, up to the token that ends its last turn."""
-    if messages[-1]["role"] == "assistant" and len(messages) > 1:
-        return conversation(messages, len(messages) - 1, tokenizer, arguments).tokens
-    text, end = through_end(rendered(messages, tokenizer, arguments), tokenizer)
-    ids = bare(text, tokenizer)
-    return ids if ids[-1:] == [end] else [*ids, closing_token(tokenizer, chat=False)]
 
 
 def fitted(answers: Sequence[Masked], tokenizer: Tokenizer, limit: Limit, *, learn_all: bool = False) -> list[Fitted]:
@@ -188,13 +207,14 @@ def fitted(answers: Sequence[Masked], tokenizer: Tokenizer, limit: Limit, *, lea
 
 def shortened(masked: Masked, front: int, lost: int, tokenizer: Tokenizer, max_length: int, learn_all: bool) -> Fitted:
     """One text without `lost` of its prompt's tokens behind the first `front`, and its end past `max_length`."""
-    tokens, mask = masked.tokens[:front] + masked.tokens[front + lost :], masked.mask[lost:]
+    tokens, mask = masked.tokens, masked.mask
+    if lost:
+        tokens, mask = tokens[:front] + tokens[front + lost :], mask[lost:]
     learned = [True] * len(mask) if learn_all else mask
     sequence = TokenSequence(tuple(tokens[:max_length]), tuple(learned[:max_length]))
     if not predicted_tokens(sequence):
         raise BadRowError("nothing to learn: no token of the response has one before it")
-    response = [token for token, answer in zip(tokens, mask, strict=True) if answer]
-    empty = not tokenizer.decode(response, skip_special_tokens=True).strip()
+    empty = is_empty(list(compress(tokens, mask)), tokenizer)
     cut = any(mask[max_length:])
     return Fitted(sequence, cut, prompt_cut=lost > 0, empty=empty, answers=masked.answers, left_out=masked.left_out)
 
@@ -206,6 +226,21 @@ def bare(text: str, tokenizer: Tokenizer) -> list[int]:
     """Ids of the text, with no special tokens but those that the text spells out."""
     # verbose: the warning about the model's longest input is ours to give, as `max_length`
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def all_bare(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """`bare` of each text. A fast tokenizer takes them together, on all cores.
+
+    Its own `__call__` spends as long again on offsets, so the library below is asked, in the state that `__call__` has
+    left it in; a tokenizer of which the two differ is asked itself.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if texts and backend is not None:
+        first = bare(texts[0], tokenizer)
+        found = [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        if found[0] == first:
+            return found
+    return [bare(text, tokenizer) for text in texts]
 
 
 def opening(tokenizer: Tokenizer) -> list[int]:
@@ -226,8 +261,12 @@ def front_length(tokens: Sequence[int], tokenizer: Tokenizer) -> int:
 
 def opened(text: str, tokenizer: Tokenizer) -> list[int]:
     """Ids as `tokenizer(text)` gives them, without what it adds behind (an EOS would end the text) or adds twice."""
-    front, ids = opening(tokenizer), bare(text, tokenizer)
-    return ids if ids[: len(front)] == front else front + ids
+    return behind_front(opening(tokenizer), bare(text, tokenizer))
+
+
+def behind_front(front: Sequence[int], ids: list[int]) -> list[int]:
+    """Ids of a text behind the special ones in front, which the text may spell out itself."""
+    return ids if ids[: len(front)] == front else [*front, *ids]
 
 
 def continued(before: list[int], whole: list[int], response: str, tokenizer: Tokenizer) -> list[int]:
@@ -255,16 +294,26 @@ def behind(before: list[int], response: str, expected: str, tokenizer: Tokenizer
     return bare(response, tokenizer)
 
 
-def through_eos(response: Sequence[int], tokenizer: Tokenizer) -> int:
-    """How many tokens of an answer there are up to its last EOS; all, if it has none or goes on behind it."""
-    end = max((i + 1 for i, token in enumerate(response) if token == tokenizer.eos_token_id), default=len(response))
-    return end if not spelled(response[end:], tokenizer).strip() else len(response)
+def is_empty(response: Sequence[int], tokenizer: Tokenizer) -> bool:
+    """Whether a response holds nothing to read. One of its first tokens mostly says so by itself."""
+    if any(is_readable(token, tokenizer) for token in response[:8]):
+        return False
+    return not tokenizer.decode(response, skip_special_tokens=True).strip()
 
 
-def closed(response: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    """The response with exactly one EOS at its end."""
-    eos = closing_token(tokenizer, chat=False)
-    ids = list(response[: through_eos(response, tokenizer)])
+@lru_cache(maxsize=1 << 16)
+def is_readable(token: int, tokenizer: Tokenizer) -> bool:
+    """Whether a token by itself is text that is no white space."""
+    text = tokenizer.decode([token], skip_special_tokens=True)
+    return bool(text.strip()) and HALF not in text
+
+
+def closed(response: Sequence[int], eos: int, tokenizer: Tokenizer) -> list[int]:
+    """The response with exactly one EOS at its end; what stands behind its last one, if that is to be read, stays."""
+    if eos not in response:
+        return [*response, eos]
+    end = max(place for place, token in enumerate(response, start=1) if token == eos)
+    ids = list(response if spelled(response[end:], tokenizer).strip() else response[:end])
     while ids and ids[-1] == eos:
         ids.pop()
     return [*ids, eos]

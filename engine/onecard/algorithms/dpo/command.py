@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from onecard.algorithms.dpo.variants import Variant, loss_keywords, pick_variant
 from onecard.batches import LabelledSequence, pack_labelled, pack_pairs, rows_sharing
 from onecard.config import DPOConfig
 from onecard.data import Row, Tokenized, labelled_examples
+from onecard.data.stored import all_numbers
 from onecard.models.build import reference_adapter
 from onecard.models.roles import Roles
 from onecard_kernels.dpo import WHOLE_BATCH
@@ -27,7 +28,7 @@ MOST = 4 / 3  # how much heavier desirable answers may weigh than undesirable on
 
 def balance_notes(examples: Sequence[LabelledSequence], config: DPOConfig) -> tuple[str, ...]:
     """A line where the weights are not what KTO's paper advises for so many answers of each kind."""
-    desirable = sum(example.desirable for example in examples)
+    desirable = int(sum(label for (label,) in all_numbers(examples)))
     undesirable = len(examples) - desirable
     if not (desirable and undesirable and config.undesirable_weight):
         return ()
@@ -42,10 +43,10 @@ def balance_notes(examples: Sequence[LabelledSequence], config: DPOConfig) -> tu
     )
 
 
-def labelled_tokenizer(config: DPOConfig) -> Callable[[Sequence[Row], Any, int], Tokenized[LabelledSequence]]:
+def labelled_tokenizer(config: DPOConfig) -> Callable[[Iterable[Row], Any, int], Tokenized[LabelledSequence]]:
     """`Recipe.tokenize` of labelled answers; only kto looks at the mismatched ones."""
 
-    def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int) -> Tokenized[LabelledSequence]:
+    def tokenize(rows: Iterable[Row], tokenizer: Any, max_length: int) -> Tokenized[LabelledSequence]:
         found = labelled_examples(
             rows,
             tokenizer,

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,10 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from onecard import __version__, runs
-from onecard.algorithms.common import rows_padded, weights_digest
+from onecard import __version__
+from onecard.algorithms.common import weights_digest
 from onecard.batches import LabelledSequence, PreferencePair, to_device
 from onecard.config import DPOConfig
+from onecard.data.stored import all_lengths, fingerprint
+from onecard.files import cache_folder
 from onecard.metrics import progress, say
 from onecard.models.load import find_source, pick_attention, pick_dtype
 from onecard.models.roles import Roles
@@ -29,11 +31,6 @@ E = TypeVar("E", PreferencePair, LabelledSequence)
 
 NAME = "ref_logps"
 DIGEST = "sha256"
-
-
-def cache_folder() -> Path:
-    """`$ONECARD_CACHE`, or `~/.cache/onecard`."""
-    return Path(os.environ.get("ONECARD_CACHE") or "~/.cache/onecard").expanduser()
 
 
 def cache_key(config: DPOConfig, roles: Roles, examples: Sequence[E]) -> str:
@@ -49,7 +46,7 @@ def cache_key(config: DPOConfig, roles: Roles, examples: Sequence[E]) -> str:
     parts = {
         "weights": weights_digest(reference),
         "base": "" if Path(base).is_dir() else base,  # a hub name stands for its weights
-        "examples": runs.fingerprint(examples),
+        "examples": fingerprint(examples),
         "dtype": str(dtype),
         "adapter_dtype": config.adapter_dtype,
         "load_in_4bit": config.load_in_4bit,
@@ -113,7 +110,8 @@ def compute_table(
 ) -> Tensor:
     """Both log-probs of each example under the reference, fp32 [N, 2], on the CPU."""
     padded = roles.layout == "padded"
-    sizes = [rows_padded(example) if padded else len(example) for example in examples]
+    lengths = [[length for length in texts if length] for texts in all_lengths(examples)]
+    sizes = [len(texts) * max(texts) if padded else sum(texts) for texts in lengths]
     with progress("reference", len(examples)) as bar:
 
         def read(places: list[int]) -> Tensor:
@@ -123,6 +121,23 @@ def compute_table(
             return found
 
         return torch.stack(each_item(sizes, budget_of(size), lambda places: list(read(places)), padded=padded))
+
+
+@dataclass(frozen=True, eq=False)
+class WithReference(Sequence[E]):
+    """The examples, each with its row of the table as `ref_logps`."""
+
+    examples: Sequence[E]
+    table: Tensor
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return WithReference(self.examples[place], self.table[place])
+        first, second = self.table[place].tolist()
+        return replace(self.examples[place], ref_logps=(first, second))
 
 
 def with_reference(
@@ -140,7 +155,4 @@ def with_reference(
     if table is None:
         table = compute_table(roles, examples, collate, reference, looking_budget(config))
         write_table(path, table)
-    return [
-        replace(example, ref_logps=(first, second))
-        for example, (first, second) in zip(examples, table.tolist(), strict=True)
-    ]
+    return WithReference(examples, table)

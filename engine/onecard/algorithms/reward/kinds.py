@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,9 @@ from onecard.batches import (
     rows_sharing,
 )
 from onecard.config import RewardConfig
-from onecard.data import Row, Tokenized, ranking_examples, scored_examples
+from onecard.data import Row, Rows, Tokenized, ranking_examples, scored_examples
 from onecard.data.columns import has, there_are
+from onecard.data.files import checked
 from onecard.errors import OnecardError, nearest
 from onecard.models.roles import Roles
 from onecard_kernels import Loss
@@ -43,18 +44,18 @@ class Kind:
     columns: tuple[str, ...]
     example: type
     record: type
-    tokenize: Callable[[Sequence[Row], Any, int, RewardConfig], Tokenized[Any]]
+    tokenize: Callable[[Iterable[Row], Any, int, RewardConfig], Tokenized[Any]]
     collate: Callable[..., Any]
     loss: Callable[[Tensor, Any, RewardConfig, int], Loss]
     summary: Callable[[Tensor, Any], dict[str, float]] = lambda scores, record: {}
     shares: bool = True
 
 
-def tokenize_pairs(rows: Sequence[Row], tokenizer: Any, max_length: int, config: RewardConfig) -> Tokenized[Any]:
+def tokenize_pairs(rows: Iterable[Row], tokenizer: Any, max_length: int, config: RewardConfig) -> Tokenized[Any]:
     return pair_tokenizer(config)(rows, tokenizer, max_length)
 
 
-def tokenize_scores(rows: Sequence[Row], tokenizer: Any, max_length: int, config: RewardConfig) -> Tokenized[Any]:
+def tokenize_scores(rows: Iterable[Row], tokenizer: Any, max_length: int, config: RewardConfig) -> Tokenized[Any]:
     return scored_examples(
         rows,
         tokenizer,
@@ -65,7 +66,7 @@ def tokenize_scores(rows: Sequence[Row], tokenizer: Any, max_length: int, config
     )
 
 
-def tokenize_rankings(rows: Sequence[Row], tokenizer: Any, max_length: int, config: RewardConfig) -> Tokenized[Any]:
+def tokenize_rankings(rows: Iterable[Row], tokenizer: Any, max_length: int, config: RewardConfig) -> Tokenized[Any]:
     return ranking_examples(
         rows,
         tokenizer,
@@ -148,27 +149,35 @@ def kind_of(row: Row) -> Kind | None:
     return None
 
 
-def kind_of_rows(rows: Sequence[Row]) -> Kind:
-    """The one kind of all rows; a row without any of the columns is left to be a bad row of it."""
-    found = {row: kind for row, kind in ((str(row), kind_of(row)) for row in rows) if kind is not None}
-    if not found:
+def of_one_kind(rows: Iterable[Row]) -> tuple[Kind, Rows]:
+    """The kind of the rows, and the rows, of which one of another kind is an error once it is reached.
+
+    A row without any of the columns is left to be a bad row of the kind.
+    """
+    first, kind = next(((row, kind) for row in rows if (kind := kind_of(row)) is not None), (None, None))
+    if first is None or kind is None:
+        first = next(iter(rows))
         known = ", or ".join(" + ".join(f"'{column}'" for column in kind.columns) for kind in KINDS)
-        names = [str(name) for name in rows[0].values if has(rows[0].values, name)]
+        names = [str(name) for name in first.values if has(first.values, name)]
         near = next(filter(None, (nearest(column, names) for kind in KINDS for column in kind.columns)), "")
-        raise OnecardError(f"{rows[0]}: no column {known}; {there_are(rows[0].values)}{near}")
-    first, kind = next(iter(found.items()))
-    for row, other in found.items():
-        if other is not kind:
+        raise OnecardError(f"{first}: no column {known}; {there_are(first.values)}{near}")
+    place, expected = str(first), kind
+
+    def check(row: Row) -> None:
+        found = kind_of(row)
+        if found not in (None, expected):
             raise OnecardError(
-                f"{row}: a row of {other.name}, but {first} is one of {kind.name}; a reward model is trained from one "
-                "kind of rows."
+                f"{row}: a row of {found.name}, but {place} is one of {expected.name}; a reward model is trained from "
+                "one kind of rows."
             )
-    return kind
+
+    return expected, checked(rows, check)
 
 
-def tokenize(rows: Sequence[Row], tokenizer: Any, max_length: int, config: RewardConfig) -> Tokenized[Any]:
+def tokenize(rows: Iterable[Row], tokenizer: Any, max_length: int, config: RewardConfig) -> Tokenized[Any]:
     """Examples of the kind that the rows are."""
-    return kind_of_rows(rows).tokenize(rows, tokenizer, max_length, config)
+    kind, rows = of_one_kind(rows)
+    return kind.tokenize(rows, tokenizer, max_length, config)
 
 
 def check_settings(examples: Sequence[Any], config: RewardConfig) -> None:

@@ -1,0 +1,157 @@
+"""Much data: seconds and memory before the first step, and of a long run's report, into the table of docs/data.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+
+from benchmarks import records
+from benchmarks.kernels import main as guarded
+from benchmarks.render import updated
+from onecard.demo.tiny import make_tiny_model
+
+PAGE = records.ROOT / "docs" / "data.md"
+PROMPT_WORDS, ANSWER_WORDS = 30, 57  # with which 200,000 pairs are about 156 MiB
+METRICS = 24
+REPORT = "import sys; from onecard.report import write_run_report; write_run_report(sys.argv[1])"
+PEER = """
+import sys, datasets, transformers
+tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[2])
+def tokenize(rows):
+    both = {}
+    for name in ("chosen", "rejected"):
+        texts = [prompt + answer for prompt, answer in zip(rows["prompt"], rows[name])]
+        both[name] = tokenizer(texts, truncation=True, max_length=256)["input_ids"]
+    return {"prompt_ids": tokenizer(rows["prompt"])["input_ids"], **{f"{name}_ids": ids for name, ids in both.items()}}
+rows = datasets.load_dataset("json", data_files=sys.argv[1], split="train")
+print(len(rows.map(tokenize, batched=True, remove_columns=rows.column_names)))
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One process: its wall time in seconds, and the most memory that it had resident, in bytes."""
+
+    what: str
+    seconds: float
+    peak: int
+
+
+def words(count: int) -> list[str]:
+    """Words of one to four syllables; the same each time."""
+    draw = random.Random(0)
+    syllables = [a + b for a in "bdfgklmnprstvw" for b in ("a", "e", "i", "o", "u", "ai", "ou")]
+    return ["".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(count)]
+
+
+def write_pairs(path: Path, count: int) -> None:
+    draw, known = random.Random(1), words(3000)
+
+    def text(length: int) -> str:
+        return " ".join(draw.choices(known, k=length))
+
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(count):
+            row = {
+                "prompt": text(PROMPT_WORDS),
+                "chosen": f" {text(ANSWER_WORDS)}",
+                "rejected": f" {text(ANSWER_WORDS)}",
+            }
+            file.write(json.dumps(row) + "\n")
+
+
+def write_metrics(path: Path, count: int) -> None:
+    draw = random.Random(2)
+    with open(path, "w", encoding="utf-8") as file:
+        for step in range(1, count + 1):
+            row = {f"metric/{name}": draw.gauss(0, 1) for name in range(METRICS)}
+            file.write(json.dumps({"step": step, "loss": 1 / step, **row}) + "\n")
+
+
+def measured(what: str, command: Sequence[str], environment: Mapping[str, str]) -> Measured:
+    """Run a command to its end."""
+    with tempfile.TemporaryFile() as output:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **environment})
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            output.seek(0)
+            raise click.ClickException(f"{what}: exit code {process.returncode}: {output.read().decode()[-400:]}")
+    return Measured(what, seconds, usage.ru_maxrss << 10)
+
+
+def all_measured(rows: int, report_rows: int) -> list[Measured]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data, model, run = folder / "pairs.jsonl", folder / "model", folder / "run"
+        write_pairs(data, rows)
+        make_tiny_model(model, words(3000), seed=0)
+        run.mkdir()
+        write_metrics(run / "metrics.jsonl", report_rows)
+        (run / "config.yaml").write_text("{}\n", encoding="utf-8")
+        kept = {"ONECARD_CACHE": str(folder / "cache"), "HF_DATASETS_CACHE": str(folder / "peer")}
+        size = f"{rows:,} pairs, {data.stat().st_size / 2**20:.0f} MiB of JSON lines"
+        ours = [sys.executable, "-m", "onecard", "dpo", "--model", str(model), "--dataset", str(data), "--max_length",
+                "256", "--output_dir", str(folder / "out"), "--dry_run"]  # fmt: skip
+        peer = [sys.executable, "-c", PEER, str(data), str(model)]
+        return [
+            measured(f"{size}: `onecard dpo --dry_run`", ours, kept),
+            measured(f"{size}: `datasets`, `load_dataset` and `map` with `batched=True`", peer, kept),
+            measured("the same, the second time: `onecard dpo --dry_run`", ours, kept),
+            measured("the same, the second time: `datasets`", peer, kept),
+            measured(
+                f"the report of {report_rows:,} rows of {METRICS} metrics", [sys.executable, "-c", REPORT, str(run)], {}
+            ),
+        ]
+
+
+def table(rows: Sequence[Measured]) -> str:
+    about = records.header(torch.device("cpu"))
+    dirty = " (dirty)" if about["dirty"] else ""
+    lines = [f"| {row.what} | {row.seconds:.0f} s | {row.peak / 2**30:.2f} GiB |" for row in rows]
+    import datasets
+
+    return "\n".join(
+        [
+            "| | wall time | peak resident memory |",
+            "|---|---|---|",
+            *lines,
+            "",
+            f"Each row is one process from its start to its end, imports and all. {about['machine']}; commit "
+            f"{about['commit'][:12]}{dirty}; datasets {datasets.__version__}, transformers "
+            f"{about['versions']['transformers']}; {about['date']}; made by `python -m benchmarks.scale`.",
+        ]
+    )
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--rows", type=click.IntRange(1), default=200_000, show_default=True, help="Pairs to tokenize.")
+@click.option("--report_rows", type=click.IntRange(1), default=100_000, show_default=True, help="Rows of the report.")
+@click.option("--print", "only_print", is_flag=True, help="Print the table and leave the page as it is.")
+def command(rows: int, report_rows: int, only_print: bool) -> None:
+    """Time a start over many rows twice, `datasets` beside it, and the report of a long run (five minutes)."""
+    text = table(all_measured(rows, report_rows))
+    click.echo(text)
+    if not only_print:
+        records.write_atomically(PAGE, updated(PAGE.read_text(encoding="utf-8"), {"scale": text}).encode())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return guarded(arguments, command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Tokenized examples of large data on disk, for the next run over the same rows.
+
+$ONECARD_CACHE/tokens/KEY/    tokens, response_mask, ... (`stored`), groups, account.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from onecard.data.account import BadRow, Tokenized
+from onecard.data.files import Row, Rows
+from onecard.data.stored import DTYPES, Examples, open_examples
+from onecard.data.templates import date_of
+from onecard.data.tokens import Tokenizer
+from onecard.files import cache_folder, digest, recover, remove, temporary
+from onecard.metrics import say
+
+T = TypeVar("T")
+
+GROUP_BYTES = 16
+ACCOUNT, GROUPS = "account.json", "groups"
+
+
+@dataclass(frozen=True)
+class TokenizedExamples(Tokenized[T]):
+    """`Tokenized` whose examples are arrays."""
+
+    examples: Examples[T]
+
+
+def cache_key(rows: Iterable[Row], tokenizer: Tokenizer, kind: type, settings: Mapping[str, Any]) -> str:
+    """Changes with what the examples depend on; empty where rows are few, or cannot be told from others."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(rows, Rows) or not rows.identity or backend is None:
+        return ""
+    import tokenizers
+    import transformers
+
+    template = str(tokenizer.chat_template or "")
+    parts = {
+        "rows": rows.identity,
+        "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
+        "class": type(tokenizer).__name__,
+        "special tokens": [str(tokenizer.special_tokens_map), sorted(getattr(tokenizer, "generation_eos", ()))],
+        "split_special_tokens": getattr(tokenizer, "split_special_tokens", False),
+        "template": template,
+        "date": date_of(template),
+        "kind": kind.__name__,
+        "settings": dict(settings),
+        "code": code_digest(),
+        "versions": [tokenizers.__version__, transformers.__version__],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def code_digest() -> str:
+    """SHA-256 of the files that make examples of rows."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def kept(key: str, kind: type[T], write: Callable[[Path | None], TokenizedExamples[T]]) -> TokenizedExamples[T]:
+    """What `write` makes: from disk if another run has left it there, else made in a folder, which is then kept.
+
+    Without a key it is made in memory, and also where the disk does not take it.
+    """
+    if not key:
+        return write(None)
+    folder = cache_folder() / "tokens" / key
+    found = read_kept(folder, kind)
+    if found is not None:
+        say(f"data: {len(found.examples):,} tokenized examples are read from {folder}.")
+        return found
+    new = temporary(folder, "tmp")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        recover(folder)
+        remove(new)
+        new.mkdir()
+        made = write(new)
+        (new / GROUPS).write_bytes(b"".join(made.groups))
+        files = {name: digest(new / name) for name in (*DTYPES, GROUPS)}
+        account = {"files": files, "notes": made.notes, "bad_rows": [asdict(bad) for bad in made.bad_rows]}
+        (new / ACCOUNT).write_text(json.dumps(account), encoding="utf-8")
+        remove(folder)
+        os.replace(new, folder)
+    except OSError as error:
+        with suppress(OSError):
+            remove(new)
+        say(f"data: {folder} cannot be written ({error}); the examples are kept in memory, for this run alone.")
+        return write(None)
+    except BaseException:
+        remove(new)
+        raise
+    return made
+
+
+def read_kept(folder: Path, kind: type[T]) -> TokenizedExamples[T] | None:
+    """What an earlier run has kept in the folder; None if there is nothing, or it is not what was written."""
+    if not folder.exists():
+        return None
+    try:
+        account = json.loads((folder / ACCOUNT).read_text(encoding="utf-8"))
+        wrong = next((name for name, found in account["files"].items() if digest(folder / name) != found), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong} is not what was written")
+        groups = (folder / GROUPS).read_bytes()
+        return TokenizedExamples(
+            open_examples(kind, folder),
+            [groups[place : place + GROUP_BYTES] for place in range(0, len(groups), GROUP_BYTES)],
+            tuple(account["notes"]),
+            tuple(BadRow(**bad) for bad in account["bad_rows"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        say(f"data: {folder} is damaged ({error}) and is made again.")
+        return None

@@ -1,0 +1,209 @@
+"""Tokenized examples as flat arrays, in memory or in memory-mapped files.
+
+Two pairs of which the first has texts of 3 and 2 tokens, and the second of 4 and 4:
+
+    firsts   0           2               4       of each example its first text
+    stops    0     3     5       9      13       of each text its first token
+    tokens   a b c d e   f g h i j k l m
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from io import BytesIO
+from operator import eq
+from pathlib import Path
+from typing import Any, BinaryIO, Generic, TypeVar, cast, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onecard.batches import LabelledSequence, PreferencePair, Ranking, ScoredSequence, TokenSequence
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+# record -> its sequences, and its number if it has one
+CONTENTS: Mapping[type, Callable[[Any], tuple[Sequence[TokenSequence], Sequence[float]]]] = {
+    TokenSequence: lambda sequence: ((sequence,), ()),
+    PreferencePair: lambda pair: ((pair.chosen, pair.rejected), (pair.margin,)),
+    ScoredSequence: lambda scored: ((scored.sequence,), (scored.score,)),
+    Ranking: lambda ranking: (ranking.sequences, ()),
+    LabelledSequence: lambda labelled: ((labelled.sequence, labelled.mismatched), (labelled.desirable,)),
+}
+# and back
+RECORDS: Mapping[type, Callable[[tuple[TokenSequence, ...], Sequence[float]], Any]] = {
+    TokenSequence: lambda texts, _: texts[0],
+    PreferencePair: lambda texts, numbers: PreferencePair(texts[0], texts[1], numbers[0]),
+    ScoredSequence: lambda texts, numbers: ScoredSequence(texts[0], numbers[0]),
+    Ranking: lambda texts, _: Ranking(texts),
+    LabelledSequence: lambda texts, numbers: LabelledSequence(texts[0], bool(numbers[0]), texts[1]),
+}
+DTYPES = {"tokens": "int32", "response_mask": "bool", "stops": "int64", "firsts": "int64", "numbers": "float64"}
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """n tokens of S texts of E examples: int32 [n], bool [n], int64 [S + 1], int64 [E + 1], float64 [E or 0]."""
+
+    tokens: NDArray[np.int32]
+    response_mask: NDArray[np.bool_]
+    stops: NDArray[np.int64]
+    firsts: NDArray[np.int64]
+    numbers: NDArray[np.float64]
+
+
+class Examples(Sequence[T_co], Generic[T_co]):
+    """Records of one kind, each made when it is asked for. `indices`: which ones of the arrays, in their order."""
+
+    def __init__(self, kind: type[T_co], arrays: Arrays, indices: Sequence[int] | None = None) -> None:
+        self.kind, self.arrays = kind, arrays
+        self.indices = range(len(arrays.firsts) - 1) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, place: int) -> T_co: ...
+    @overload
+    def __getitem__(self, place: slice) -> Examples[T_co]: ...
+    def __getitem__(self, place: int | slice) -> T_co | Examples[T_co]:
+        if isinstance(place, slice):
+            return self.take(range(*place.indices(len(self))))
+        sequences = tuple(
+            TokenSequence(tuple(tokens.tolist()), tuple(mask.tolist()))
+            for tokens, mask in self.sequences(self.indices[place])
+        )
+        return cast(T_co, RECORDS[self.kind](sequences, self.numbers(self.indices[place])))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
+
+    def take(self, places: Sequence[int]) -> Examples[T_co]:
+        """Some of the examples, in the order of `places`."""
+        return Examples(self.kind, self.arrays, [self.indices[place] for place in places])
+
+    def sequences(self, index: int) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
+        """The tokens and the response mask of each text of an example."""
+        first, stop = self.arrays.firsts[index : index + 2]
+        for text in range(first, stop):
+            here = slice(*self.arrays.stops[text : text + 2])
+            yield self.arrays.tokens[here], self.arrays.response_mask[here]
+
+    def numbers(self, index: int) -> list[float]:
+        """The example's margin, score or label, if its kind has one."""
+        return [float(number) for number in self.arrays.numbers[index : index + 1]]
+
+    def lengths(self) -> Iterator[list[int]]:
+        """Tokens of each of an example's texts."""
+        texts, firsts = np.diff(self.arrays.stops).tolist(), self.arrays.firsts.tolist()
+        for index in self.indices:
+            yield texts[firsts[index] : firsts[index + 1]]
+
+    def distinct_tokens(self) -> list[int]:
+        """The token ids that occur in the arrays."""
+        there = np.zeros(int(self.arrays.tokens.max(initial=0)) + 1, dtype=bool)
+        there[self.arrays.tokens] = True
+        return [int(token) for token in np.flatnonzero(there)] if len(self.arrays.tokens) else []
+
+
+class ExampleWriter(Generic[T]):
+    """Takes examples one by one into files of a folder, or into memory where there is no folder."""
+
+    def __init__(self, kind: type[T], folder: Path | None = None) -> None:
+        self.kind, self.folder = kind, folder
+        self.sinks: dict[str, BinaryIO] = {name: self.open(name) for name in DTYPES}
+        self.texts = self.tokens = 0
+        for name in ("stops", "firsts"):
+            self.sinks[name].write(array("q", [0]).tobytes())
+
+    def open(self, name: str) -> BinaryIO:
+        return BytesIO() if self.folder is None else open(self.folder / name, "wb")
+
+    def add(self, example: T) -> None:
+        sequences, numbers = CONTENTS[self.kind](example)
+        for sequence in sequences:
+            self.tokens += len(sequence)
+            self.sinks["tokens"].write(array("i", sequence.tokens).tobytes())
+            self.sinks["response_mask"].write(bytes(sequence.response_mask))
+            self.sinks["stops"].write(array("q", [self.tokens]).tobytes())
+        self.texts += len(sequences)
+        self.sinks["firsts"].write(array("q", [self.texts]).tobytes())
+        self.sinks["numbers"].write(array("d", numbers).tobytes())
+
+    def finish(self) -> Examples[T]:
+        """The examples that were added."""
+        if self.folder is None:
+            parts = {name: np.frombuffer(self.sinks[name].getbuffer(), kind) for name, kind in DTYPES.items()}  # type: ignore[attr-defined]
+            return Examples(self.kind, Arrays(**parts))
+        for sink in self.sinks.values():
+            sink.close()
+        return open_examples(self.kind, self.folder)
+
+
+def open_examples(kind: type[T], folder: Path) -> Examples[T]:
+    """Examples that an `ExampleWriter` has left in a folder; the system reads from the files what is asked for."""
+
+    def mapped(name: str) -> Any:
+        path = folder / name
+        if not path.stat().st_size:  # nothing to map
+            return np.empty(0, DTYPES[name])
+        return np.memmap(path, DTYPES[name], mode="r").view(np.ndarray)
+
+    return Examples(kind, Arrays(**{field.name: mapped(field.name) for field in fields(Arrays)}))
+
+
+def as_examples(examples: Iterable[T], kind: type[T]) -> Examples[T]:
+    """Examples of records that are there already."""
+    writer = ExampleWriter(kind)
+    for example in examples:
+        writer.add(example)
+    return writer.finish()
+
+
+def lengths_of(example: object) -> list[int]:
+    """Tokens of each of an example's texts."""
+    return [len(sequence) for sequence in CONTENTS[type(example)](example)[0]]
+
+
+def all_lengths(examples: Sequence[object]) -> Iterator[list[int]]:
+    """`lengths_of` each."""
+    return examples.lengths() if isinstance(examples, Examples) else map(lengths_of, examples)
+
+
+def all_numbers(examples: Sequence[object]) -> Iterator[Sequence[float]]:
+    """Each example's number, if its kind has one."""
+    if isinstance(examples, Examples):
+        return map(examples.numbers, examples.indices)
+    return (CONTENTS[type(example)](example)[1] for example in examples)
+
+
+def all_tokens(examples: Sequence[object]) -> Iterator[Sequence[int]]:
+    """Token ids, among which are all that the examples have."""
+    if isinstance(examples, Examples):
+        return iter([examples.distinct_tokens()])
+    return (sequence.tokens for example in examples for sequence in CONTENTS[type(example)](example)[0])
+
+
+def fingerprint(examples: Iterable[object]) -> str:
+    """SHA-256 of tokenized examples: changes with the data, their order, and the tokenizer."""
+    state = hashlib.sha256()
+    for texts, numbers in contents(examples):
+        state.update(array("q", [len(texts)]).tobytes() + array("d", numbers).tobytes())
+        for tokens, mask in texts:
+            state.update(array("q", [len(tokens)]).tobytes() + np.asarray(tokens, np.int64).tobytes() + bytes(mask))
+    return state.hexdigest()
+
+
+def contents(examples: Iterable[object]) -> Iterator[tuple[list[tuple[Any, Any]], Sequence[float]]]:
+    """The (tokens, response mask) of each of an example's texts, and its number."""
+    if isinstance(examples, Examples):
+        for index in examples.indices:
+            yield list(examples.sequences(index)), examples.numbers(index)
+        return
+    for example in examples:
+        sequences, numbers = CONTENTS[type(example)](example)
+        yield [(sequence.tokens, sequence.response_mask) for sequence in sequences], numbers
