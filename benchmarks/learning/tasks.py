@@ -145,8 +145,8 @@ ESTIMATORS: dict[str, tuple[str, str]] = {
     "gae": ("PPO (GAE, a critic)", "--learning_rate 1.5e-3 --max_steps 12"),
     "rloo": ("RLOO", "--num_generations 4 --learning_rate 1.5e-3 --max_steps 12"),
     "grpo": ("GRPO", "--num_generations 4 --learning_rate 1.5e-3 --max_steps 12"),
-    "reinforce": ("REINFORCE", "--learning_rate 3e-3 --max_steps 12"),
-    "a2c": ("A2C", "--learning_rate 3e-3 --max_steps 12"),
+    "reinforce": ("REINFORCE", "--learning_rate 3e-3 --max_steps 24 --kl_coef 0.2"),
+    "a2c": ("A2C", "--learning_rate 3e-3 --max_steps 24 --kl_coef 0.2"),
 }
 
 
