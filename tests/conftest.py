@@ -18,6 +18,8 @@ import torch
 if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter; to be said before triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from tests.tiny import write_tiny_model
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -56,27 +58,7 @@ def stories() -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder: a random two-layer Llama and a small byte-level BPE tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from tests.models.families import write_tokenizer
-
-    folder = tmp_path_factory.mktemp("tiny-model")
-    write_tokenizer(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return write_tiny_model(tmp_path_factory.mktemp("tiny-model"))
 
 
 @pytest.fixture

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -118,29 +113,3 @@ def test_resuming_a_finished_run_changes_nothing(onecard, tmp_path, tiny_model, 
     before = weights(tmp_path / "run"), metrics(tmp_path / "run")
     assert onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "run", "--resume")).code == 0
     assert (weights(tmp_path / "run"), metrics(tmp_path / "run")) == before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rows", [1, 4])
-def test_kill_9_and_resume(tmp_path, tiny_model, pairs, rows):
-    """A real SIGKILL of a real process, as soon as its metrics show so many rows."""
-
-    def command(folder: str, *more: str) -> list[str]:
-        flags = arguments(tiny_model, pairs, tmp_path / folder, *more)
-        flags[flags.index("--logging_steps") + 1] = "1"
-        return [sys.executable, "-m", "onecard", "dpo", *flags]
-
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command("whole"), check=True, capture_output=True, env=environment)
-    process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    path, deadline = tmp_path / "killed" / "metrics.jsonl", time.monotonic() + 300
-    while not (path.exists() and path.read_text().count("\n") >= rows):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "policy").exists()
-    subprocess.run(command("killed", "--resume"), check=True, capture_output=True, env=environment)
-    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")

@@ -1,0 +1,22 @@
+"""Twenty of the kills that `python -m tests.e2e.kills` makes, each of which goes on to the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.slow
+def test_twenty_kills_go_on_to_the_same() -> None:
+    """In a process of its own, since its children are forked."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.e2e.kills", "--kills", "20", "--no_reports"],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    count, before, at_random, _, equal = (cell.strip() for cell in done.stdout.splitlines()[-1].split("|")[2:7])
+    assert (count, equal) == ("20", "20")
+    assert min(int(before), int(at_random)) >= 5
