@@ -36,6 +36,7 @@ def named(result: results.Result) -> dict[str, Memory]:
     return {each.phase: each for each in result.memory}
 
 
+@pytest.mark.long  # `on_a_gpu.sh` plans them again before it begins one
 @pytest.mark.parametrize("case", CAPPED, ids=lambda case: f"{case.kind} {case.name}")
 def test_every_case_with_a_cap_is_planned_to_fit_under_it(case):
     """Without a GPU, as it would be run on one: before anybody pays for finding out that it does not."""

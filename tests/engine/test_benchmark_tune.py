@@ -40,6 +40,7 @@ def run(tmp_path: Path, *arguments: str) -> tuple[int, list[Path]]:
     return status, sorted(tmp_path.glob("*.json"))
 
 
+@pytest.mark.long
 @needs_triton
 def test_every_knob_runs_dry_on_tritons_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {name: knob.turn for name, knob in KNOBS.items()}, dict(plans.TABLE)

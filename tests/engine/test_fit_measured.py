@@ -106,7 +106,10 @@ def folders(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("case", list(CASES))
+LONG = ("ppo", "ppo, padded", "ppo, pretrained", "ppo, entropy bonus", "ppo, no critic", "dpo, eager")  # as others are
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.long if case in LONG else ()) for case in CASES])
 def test_the_plan_is_what_the_profiler_sees(case, folders, request, tmp_path):
     model, kind, settings = CASES[case]
     folder = request.getfixturevalue(model) if model == "tinystories" else folders / model
@@ -132,7 +135,7 @@ def test_a_rollouts_cache_at_its_final_length(folders):
     assert phase.parts["kv cache"] > 0.7 * real
 
 
-@pytest.mark.parametrize("lengths", [Lengths(96, 64), Lengths(120, 130)], ids=str)
+@pytest.mark.parametrize("lengths", [Lengths(96, 64), pytest.param(Lengths(120, 130), marks=pytest.mark.long)], ids=str)
 def test_a_rollout_in_which_prompts_come_in_beside_the_whole_cache(folders, lengths):
     """More episodes than rows. Answers end one after the other, so that the cache is full when the last ones come."""
     rows, more = 4, {"local_rollout_forward_batch_size": 4, "per_device_train_batch_size": 16}
