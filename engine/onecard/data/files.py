@@ -126,7 +126,9 @@ def checked(rows: Iterable[Row], check: Callable[[Row], None]) -> Rows:
             check(row)
             yield row
 
-    return replace(rows, read=read) if isinstance(rows, Rows) else Rows(read)
+    if not isinstance(rows, Rows):
+        return Rows(read)
+    return replace(rows, read=read, identity=rows.identity and f"{rows.identity}, checked")
 
 
 def prompt_rows(prompts: Sequence[str]) -> list[Row]:
