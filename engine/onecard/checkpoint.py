@@ -94,10 +94,19 @@ def write_checkpoint(
 
     target = run_dir / f"checkpoint-{step}"
     replace_folder(target, fill)
-    own = [each for each in checkpoint_folders(run_dir) if (found := read_manifest(each)) and found.run == run]
-    for old in [folder for folder in own if step_of(folder) <= step][keep:]:
-        remove_checkpoint(old)
+    drop_oldest(run_dir, step, run=run, keep=keep)
     return target
+
+
+def drop_oldest(run_dir: Path, step: int, *, run: str, keep: int) -> None:
+    """Keep the newest `keep` of a run's checkpoints up to `step`; a removal that was cut off is gone on with."""
+    upto = [folder for folder in checkpoint_folders(run_dir) if step_of(folder) <= step]
+    own = [each for each in upto if (found := read_manifest(each)) and found.run == run]
+    for old in own[keep:]:
+        remove_checkpoint(old)
+    for folder in upto:
+        if folder.is_dir() and not listing(folder):
+            remove_files(folder, ())
 
 
 def remove_checkpoint(folder: Path) -> None:

@@ -63,6 +63,17 @@ def test_checkpoint_10_is_newer_than_9_and_old_ones_go(tmp_path):
     assert [folder.name for folder in checkpoint.checkpoint_folders(tmp_path)] == ["checkpoint-10", "checkpoint-9"]
 
 
+@pytest.mark.parametrize("left", ["some files", "folders alone"])
+def test_a_removal_that_a_kill_has_cut_off_is_gone_on_with(tmp_path, left):
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    for path in sorted((tmp_path / "checkpoint-1").rglob("*")):
+        if path.is_file() and (left == "folders alone" or path.name != checkpoint.MANIFEST):
+            path.unlink()
+    checkpoint.drop_oldest(tmp_path, 3, run="a", keep=2)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
 def test_a_later_torn_checkpoint_does_not_push_out_the_one_just_written(tmp_path):
     (tmp_path / "checkpoint-40").mkdir()
     write(tmp_path, 20, keep=1)
