@@ -22,7 +22,7 @@ from benchmarks.render import updated
 from onecard.demo.tiny import make_tiny_model
 
 PAGE = records.ROOT / "docs" / "data.md"
-PROMPT_WORDS, ANSWER_WORDS = 30, 57  # with which 200,000 pairs are about 156 MiB
+PROMPT_WORDS, ANSWER_WORDS = 30, 44  # with which 200,000 pairs are about 156 MiB
 METRICS = 24
 REPORT = "import sys; from onecard.report import write_run_report; write_run_report(sys.argv[1])"
 PEER = """
