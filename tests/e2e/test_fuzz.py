@@ -328,8 +328,6 @@ BEFORE = (
     "", "", "torch.set_grad_enabled(False)", "torch.set_default_dtype(torch.float64)", "os.chdir('/')",
     "sys.setrecursionlimit(60)", "torch.manual_seed(0)", "random.seed(0)", "np.random.seed(0)",
     "torch.set_num_threads(2)",
-    "signal.signal(signal.SIGINT, signal.SIG_IGN)", "os.environ.clear()",
-    "torch.use_deterministic_algorithms(True)",
 )  # fmt: skip
 HEAD = "import os, random, signal, sys\nimport numpy as np, torch\n\n\ndef score(prompts, completions, **kwargs):\n"
 

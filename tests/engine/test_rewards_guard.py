@@ -185,7 +185,7 @@ def test_workers_end_when_their_pool_does():
 def test_a_worker_that_is_ended_at_once_ends():
     """A signal that comes before the child's handlers are restored is neither lost nor taken by the run's handler."""
     with stop_requests() as stopping:
-        for _ in range(300):
+        for _ in range(40):
             child = os.fork()
             if not child:
                 time.sleep(30)
