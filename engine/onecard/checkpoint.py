@@ -94,12 +94,12 @@ def write_checkpoint(
 
     target = run_dir / f"checkpoint-{step}"
     replace_folder(target, fill)
-    drop_oldest(run_dir, step, run=run, keep=keep)
+    remove_old_checkpoints(run_dir, step, run=run, keep=keep)
     return target
 
 
-def drop_oldest(run_dir: Path, step: int, *, run: str, keep: int) -> None:
-    """Keep the newest `keep` of a run's checkpoints up to `step`; a removal that was cut off is gone on with."""
+def remove_old_checkpoints(run_dir: Path, step: int, *, run: str, keep: int) -> None:
+    """Keep the newest `keep` of a run's checkpoints up to `step`. Removes what an interrupted removal has left, too."""
     upto = [folder for folder in checkpoint_folders(run_dir) if step_of(folder) <= step]
     own = [each for each in upto if (found := read_manifest(each)) and found.run == run]
     for old in own[keep:]:

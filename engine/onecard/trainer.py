@@ -257,7 +257,7 @@ class Trainer:
         if self.run.checkpoint is not None:
             self.restore()
             keep = self.config.save_total_limit
-            checkpoint.drop_oldest(self.run.folder, self.step, run=self.run.info.id, keep=keep)
+            checkpoint.remove_old_checkpoints(self.run.folder, self.step, run=self.run.info.id, keep=keep)
         with stop_requests() as stopping, progress(self.job.name, self.job.total_steps) as bar:
             bar.advance(by=self.step)
             if self.step == 0:

@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -36,7 +37,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """A command with its output in `output`, and how it goes on after a kill: with which flag, where what is there."""
+    """A command. After a kill it is run again, with the flag `goes_on` if the path `where` exists."""
 
     name: str
     words: tuple[str, ...]
@@ -47,7 +48,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill: before which file operation it came (of how many), or behind which one."""
+    """One kill. `between`: just before a file operation, else at a random moment; `phase`: the last file written."""
 
     command: str
     phase: str
@@ -98,8 +99,8 @@ def cases(material: Path) -> dict[str, Case]:
     }
 
 
-class Board:
-    """Memory that a child writes into and its parent reads: how many file operations began, and the last one's file."""
+class SharedProgress:
+    """Memory shared with a child: the number of file operations that it began, and the file of the last one."""
 
     def __init__(self) -> None:
         self.memory = mmap.mmap(-1, 4096)
@@ -118,7 +119,7 @@ def run(words: Sequence[str], folder: Path, *, before: int = -1, after: float = 
 
     Returns its exit code (-9: killed), how many operations it began, and the file of the last one.
     """
-    board = Board()
+    progress = SharedProgress()
     child = os.fork()
     if child == 0:
         count, output = 0, os.open(folder.parent / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -128,7 +129,7 @@ def run(words: Sequence[str], folder: Path, *, before: int = -1, after: float = 
         def hook(event: str, arguments: tuple[object, ...]) -> None:
             nonlocal count
             if changes_files(event, arguments, folder):
-                board.write(count + 1, str(arguments[0]))
+                progress.write(count + 1, str(arguments[0]))
                 if count == before:
                     os.kill(os.getpid(), signal.SIGKILL)
                 count += 1
@@ -145,7 +146,7 @@ def run(words: Sequence[str], folder: Path, *, before: int = -1, after: float = 
         time.sleep(after)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status), *board.read()
+    return os.waitstatus_to_exitcode(status), *progress.read()
 
 
 def phase_of(path: str, output: Path) -> str:
@@ -175,16 +176,16 @@ def result_of(output: Path) -> Result:
 
 
 def kill_once(case: Case, whole: Result, operations: int, seconds: float, draw: random.Random, folder: Path) -> Kill:
-    """Kill a command until it has been killed once, and have it go on."""
+    """Kill a command once and resume it. A command that ended before its kill is run again."""
     words = [word.format(folder) for word in case.words]
     between = draw.random() < 0.5
     while True:
-        place = {"before": draw.randrange(operations)} if between else {"after": draw.uniform(0.02, seconds)}
-        code, _, path = run(words, folder, **place)  # type: ignore[arg-type]
+        before, after = (draw.randrange(operations), 0.0) if between else (-1, draw.uniform(0.02, seconds))
+        code, _, path = run(words, folder, before=before, after=after)
         if code == -signal.SIGKILL:
             break
-        for made in sorted(folder.rglob("*"), reverse=True):
-            made.rmdir() if made.is_dir() and not made.is_symlink() else made.unlink()
+        shutil.rmtree(folder)
+        folder.mkdir()
     going_on = case.goes_on if (folder / case.where).exists() else ""
     code, *_ = run([*words, *going_on.split()], folder)
     equal = code == 0 and result_of(folder / case.output) == whole

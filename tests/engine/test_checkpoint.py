@@ -70,7 +70,7 @@ def test_a_removal_that_a_kill_has_cut_off_is_gone_on_with(tmp_path, left):
     for path in sorted((tmp_path / "checkpoint-1").rglob("*")):
         if path.is_file() and (left == "folders alone" or path.name != checkpoint.MANIFEST):
             path.unlink()
-    checkpoint.drop_oldest(tmp_path, 3, run="a", keep=2)
+    checkpoint.remove_old_checkpoints(tmp_path, 3, run="a", keep=2)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
 
 

@@ -14,7 +14,6 @@ import pytest
 from onecard.batches import LabelledSequence, PreferencePair, Ranking, ScoredSequence, TokenSequence
 from onecard.data import (
     Tokenized,
-    account,
     files,
     hold_out,
     labelled_examples,
@@ -25,12 +24,13 @@ from onecard.data import (
     ranking_examples,
     scored_examples,
     sft_examples,
+    tokenize_rows,
     tokens,
 )
+from onecard.data.example_arrays import all_lengths, all_numbers, all_tokens, as_examples, fingerprint
 from onecard.data.files import dataset_rows
-from onecard.data.stored import all_lengths, all_numbers, all_tokens, as_examples, fingerprint
 from onecard.data.templates import template_date
-from onecard.data.tokens import all_bare, bare
+from onecard.data.tokens import bare, encode_batch
 from onecard.errors import OnecardError
 from tests.engine.data_material import CHATML, all_tokenizers, built, rows
 
@@ -86,7 +86,7 @@ RECORDS = {
 
 @pytest.mark.parametrize("tokenizer", all_tokenizers())
 def test_texts_have_the_same_tokens_together_and_alone(tokenizer: Callable[[], Any]) -> None:
-    assert all_bare(TEXTS, tokenizer()) == [bare(text, tokenizer()) for text in TEXTS]
+    assert encode_batch(TEXTS, tokenizer()) == [bare(text, tokenizer()) for text in TEXTS]
 
 
 def test_a_tokenizer_that_changes_texts_itself_is_asked_itself() -> None:
@@ -95,20 +95,20 @@ def test_a_tokenizer_that_changes_texts_itself_is_asked_itself() -> None:
             return super().__call__(text.lower(), **settings)
 
     own = Lower(tokenizer_object=built().backend_tokenizer)
-    assert all_bare(["Hello", "You"], own) == [bare("hello", built()), bare("you", built())]
+    assert encode_batch(["Hello", "You"], own) == [bare("hello", built()), bare("you", built())]
 
 
 def test_truncation_in_a_tokenizers_file_cuts_nothing() -> None:
     cutting = built("<s> $A").__class__(tokenizer_object=built("<s> $A").backend_tokenizer)
     cutting.backend_tokenizer.enable_truncation(2)
-    assert all_bare(TEXTS, cutting) == [bare(text, built("<s> $A")) for text in TEXTS]
+    assert encode_batch(TEXTS, cutting) == [bare(text, built("<s> $A")) for text in TEXTS]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_how_many_are_tokenized_together_changes_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for size in (1, 3, 100):
-        monkeypatch.setattr(account, "CHUNK", size)
+        monkeypatch.setattr(tokenize_rows, "BATCH_ROWS", size)
         made = KINDS[kind](rows(*some(23)), built("<s> $A"), max_length=24, skip_bad_rows=True)
         found.append((list(made.examples), list(made.groups), made.notes, made.bad_rows))
     assert found[0] == found[1] == found[2]
@@ -230,7 +230,7 @@ def no_tokenizing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         def fail(*_: Any) -> Any:
             raise AssertionError("tokenized again")
 
-        monkeypatch.setattr(account, "masked_tokens", fail)
+        monkeypatch.setattr(tokenize_rows, "tokenize_transcripts", fail)
 
     return refuse
 
@@ -321,7 +321,7 @@ def test_a_run_that_is_stopped_leaves_nothing_half_written(
     large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = written(tmp_path)
-    real, calls = tokens.masked_tokens, []
+    real, calls = tokens.tokenize_transcripts, []
 
     def stopped(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -329,8 +329,8 @@ def test_a_run_that_is_stopped_leaves_nothing_half_written(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(account, "CHUNK", 5)
-    monkeypatch.setattr(account, "masked_tokens", stopped)
+    monkeypatch.setattr(tokenize_rows, "BATCH_ROWS", 5)
+    monkeypatch.setattr(tokenize_rows, "tokenize_transcripts", stopped)
     with pytest.raises(KeyboardInterrupt):
         tokenized(path)
     assert not list(large.iterdir())

@@ -16,7 +16,7 @@ from onecard.algorithms.dpo import reference
 from onecard.algorithms.dpo.losses import labelled_reference, pair_reference
 from onecard.batches import TokenSequence, pack_labelled, pack_pairs
 from onecard.config import DPOConfig
-from onecard.data.stored import fingerprint
+from onecard.data.example_arrays import fingerprint
 from tests.engine.dpo_material import LABELLED, LEVEL, PAIRS, load, moved
 
 

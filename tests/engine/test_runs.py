@@ -12,7 +12,7 @@ import yaml
 from onecard import checkpoint, runs
 from onecard.batches import PreferencePair, TokenSequence
 from onecard.config import DPOConfig
-from onecard.data.stored import fingerprint
+from onecard.data.example_arrays import fingerprint
 from onecard.errors import OnecardError
 
 SAME = {"command": "dpo", "training data": "abc"}

@@ -16,7 +16,7 @@ from onecard.algorithms.supervised import Supervised
 from onecard.batches import LabelledSequence, PreferencePair, TokenSequence
 from onecard.config import EvaluateConfig, SpeakingConfig, TrainConfig
 from onecard.data import Row, Tokenized, hold_out, open_rows, preference_examples
-from onecard.data.stored import all_lengths, all_tokens, fingerprint, lengths_of
+from onecard.data.example_arrays import all_lengths, all_tokens, fingerprint, lengths_of
 from onecard.data.templates import template_date
 from onecard.errors import OnecardError
 from onecard.files import digest
@@ -48,10 +48,9 @@ class Sharing(Generic[E, B]):
     size: Callable[[E], int] = len
 
 
-def rows_padded(example: E) -> int:
-    """Rows of the model that an example takes where its sequences are padded to the longest of them."""
-    lengths = [length for length in lengths_of(example) if length]
-    return len(lengths) * max(lengths)
+def padded_rows(lengths: Sequence[int]) -> int:
+    """Rows of the model that texts take if they are padded to the longest. Empty texts take none."""
+    return sum(length > 0 for length in lengths) * max(lengths)
 
 
 def check_start(
@@ -96,7 +95,9 @@ class Recipe(Generic[E, B]):
 
     def objective(self, roles: Roles) -> Objective[E, B]:
         """What a step makes smaller; prompts are shared where the model takes a record with shared ones as it is."""
-        plain = Sharing(self.collate, rows_padded if roles.layout == "padded" else len)
+        plain = Sharing(
+            self.collate, (lambda example: padded_rows(lengths_of(example))) if roles.layout == "padded" else len
+        )
         packing = self.sharing if self.sharing and roles.layout == "packed" else plain
         return Objective(
             packing.collate,

@@ -19,7 +19,7 @@ Whatever cannot be used is an `OnecardError` of one line, `pairs.jsonl:3: chosen
 are listed in `bad_rows` and counted in `notes` instead.
 """
 
-from onecard.data.account import BadRow, Tokenized
+from onecard.data.data_report import BadRow, Tokenized
 from onecard.data.files import Row, Rows, load_rows, open_rows, prompt_rows
 from onecard.data.order import hold_out, step_indices, stream_indices
 from onecard.data.tokenized import (

@@ -34,7 +34,7 @@ from onecard.files import blocks, digest
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar", ".xz", ".lz4")  # an error beside data files in a folder
 NESTED_COLUMNS = (*MESSAGE_COLUMNS, *TEMPLATE_COLUMNS)
-LARGE_BYTES, LARGE_ROWS = 1 << 24, 20_000  # from which on rows are not held in memory, and their tokens are kept
+LARGE_BYTES, LARGE_ROWS = 1 << 24, 20_000  # from which on rows are not held in memory and their tokens are cached
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 
 
@@ -56,9 +56,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows(Iterable[Row]):
-    """Rows that are read anew each time they are gone through. `total`: how many there are, where that is known.
+    """Rows that each iteration reads anew. `total`: their number, if known.
 
-    `identity` changes with the rows; it is empty where they are few, or where nothing tells them from others.
+    `identity` changes when the rows do. It is empty for small data, and where nothing identifies the rows.
     """
 
     read: Callable[[], Iterator[Row]]
@@ -103,7 +103,7 @@ def open_rows(source: str, *, split: str) -> Rows:
 
 
 def dataset_rows(source: str, dataset: Any) -> Rows:
-    """Rows of a `datasets.Dataset`, or of an `IterableDataset`, which is gone through once for all it is needed for."""
+    """Rows of a `datasets.Dataset` or `IterableDataset`."""
     total = len(dataset) if isinstance(dataset, Sized) else None
     large = total is not None and total >= LARGE_ROWS
     return Rows(
@@ -113,13 +113,13 @@ def dataset_rows(source: str, dataset: Any) -> Rows:
     )
 
 
-def listed(rows: Sequence[Row]) -> Rows:
+def in_memory(rows: Sequence[Row]) -> Rows:
     """Rows that are in memory."""
     return Rows(lambda: iter(rows), len(rows))
 
 
 def checked(rows: Iterable[Row], check: Callable[[Row], None]) -> Rows:
-    """The same rows, each of which `check` may refuse."""
+    """The same rows; `check` is called on each and may raise."""
 
     def read() -> Iterator[Row]:
         for row in rows:
@@ -182,12 +182,12 @@ def open_files(files: Mapping[str, Path]) -> Rows:
 
     reader = read_with_tables if tables else read
     if sum(path.stat().st_size for path in files.values() if path.is_file()) < LARGE_BYTES:
-        return listed(list(reader()))
+        return in_memory(list(reader()))
     return Rows(reader, count_rows(files), " ".join(f"{name} {digest(path)}" for name, path in files.items()))
 
 
 def count_rows(files: Mapping[str, Path]) -> int | None:
-    """About how many rows there are: the lines of the files; None where a line is no row."""
+    """The number of lines of JSON lines files, which is about the number of rows; None for other kinds."""
     if not all(READERS.get(path.suffix.lower()) is read_jsonl for path in files.values()):
         return None
     return sum(block.count(b"\n") for path in files.values() for block in blocks(path))
@@ -212,7 +212,7 @@ def open_folder(source: str, path: Path, split: str) -> Rows:
             raise OnecardError(f"{source}: no split '{split}'; there are {', '.join(splits)}.{nearest(split, splits)}")
         return opened(files)
     parts = {name: list(opened(chosen)) for name, chosen in (splits or {"train": files}).items()}
-    return listed(part_of(source, split, parts))
+    return in_memory(part_of(source, split, parts))
 
 
 def part_of(source: str, split: str, rows: Mapping[str, list[Row]]) -> list[Row]:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
-from onecard.data.stored import Examples
+from onecard.data.example_arrays import Examples
 from onecard.errors import OnecardError
 
 Example = TypeVar("Example")

@@ -114,7 +114,7 @@ def not_utf8(path: Path, line: int, byte: int, error: UnicodeDecodeError) -> One
 
 
 def is_utf8(path: Path) -> bool:
-    """Whether nothing at the beginning of a file says that it is UTF-16, UTF-32 or compressed."""
+    """Whether a file does not begin as UTF-16, UTF-32, a compressed file or an archive does."""
     with open(path, "rb") as file:
         head = file.read(16)
     marks = [mark for mark, encoding in BYTE_ORDER_MARKS if encoding != "UTF-8"]
@@ -126,7 +126,7 @@ def is_utf8(path: Path) -> bool:
 
 
 def stream_jsonl(path: Path) -> Numbered:
-    """`read_jsonl` of UTF-8, a line at a time."""
+    """`read_jsonl` of a UTF-8 file, line by line."""
     number, is_blank = 0, True
     try:
         with open(path, "rb") as file:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from onecard.batches import LabelledSequence, PreferencePair, Ranking, ScoredSequence, TokenSequence
 from onecard.config import Truncation
-from onecard.data.account import CHUNK, Account, Draft, Drafts, Made, Tokenized, count_note, drafts, finished, made
 from onecard.data.columns import BadRowError, Messages, Text, is_chat, must_match, template_arguments
+from onecard.data.data_report import DataReport, Made, Tokenized, count_note, made
+from onecard.data.example_arrays import all_numbers
 from onecard.data.examples import (
     CompletionRow,
     LabelledRow,
@@ -27,9 +25,16 @@ from onecard.data.examples import (
     scored_row,
     sft_row,
 )
-from onecard.data.files import Row, Rows
-from onecard.data.kept import GROUP_BYTES, TokenizedExamples, cache_key, kept
-from onecard.data.stored import ExampleWriter, all_numbers
+from onecard.data.files import Row
+from onecard.data.token_cache import GROUP_BYTES
+from onecard.data.tokenize_rows import (
+    Pending,
+    PendingExample,
+    Tokenization,
+    build_examples,
+    pending_examples,
+    with_progress,
+)
 from onecard.data.tokens import (
     Fitted,
     Limit,
@@ -43,12 +48,9 @@ from onecard.data.tokens import (
     sft_transcript,
 )
 from onecard.errors import OnecardError
-from onecard.metrics import progress
 
 T = TypeVar("T")
-M = TypeVar("M")
 
-MANY = 5_000  # rows, from which on there is a progress bar
 SIDE_BY_SIDE = "rows have the prompt of the row after them, so their answers are not mismatched; shuffle the file"
 
 
@@ -85,21 +87,21 @@ def sft_examples(
     """
     limit = Limit(max_length, truncation_mode)
 
-    def draft(row: Row) -> Draft[Made[TokenSequence]]:
+    def prepare(row: Row) -> PendingExample[Made[TokenSequence]]:
         example = sft_row(row)
         learn_all = isinstance(example, CompletionRow) and not completion_only_loss
         arguments = template_arguments(row.values, asked(example)[1])
         text = sft_transcript(example, tokenizer, arguments, assistant_only_loss=assistant_only_loss)
 
-        def finish(texts: list[Masked]) -> Made[TokenSequence]:
+        def build(texts: list[Masked]) -> Made[TokenSequence]:
             answers = fitted(texts, tokenizer, limit, learn_all=learn_all)
             return made(answers[0].sequence, group_of(*asked(example)), answers)
 
-        return Draft([text], finish)
+        return PendingExample([text], build)
 
     more = {"completion_only_loss": completion_only_loss, "assistant_only_loss": assistant_only_loss}
     job = Tokenization(TokenSequence, rows, tokenizer, limit, skip_bad_rows, more)
-    return job.examples(job.each(draft))
+    return job.examples(prepare)
 
 
 def preference_examples(
@@ -113,21 +115,21 @@ def preference_examples(
     """`prompt`, `chosen`, `rejected` rows (and `margin`) as pairs, each answer cut to `max_length` with its prompt."""
     limit = Limit(max_length, truncation_mode)
 
-    def draft(row: Row) -> Draft[Made[PreferencePair]]:
+    def prepare(row: Row) -> PendingExample[Made[PreferencePair]]:
         example = preference_row(row)
 
-        def finish(texts: list[Masked]) -> Made[PreferencePair]:
+        def build(texts: list[Masked]) -> Made[PreferencePair]:
             chosen, rejected = answers = fitted(texts, tokenizer, limit)
             pair = PreferencePair(chosen.sequence, rejected.sequence, example.margin)
             odd = pair.chosen == pair.rejected
             return made(pair, group_of(example.prompt, example.chosen), answers, is_odd=odd)
 
-        return Draft(answers_of(row, example.prompt, [example.chosen, example.rejected], tokenizer), finish)
+        return PendingExample(answers_of(row, example.prompt, [example.chosen, example.rejected], tokenizer), build)
 
     job = Tokenization(
         PreferencePair, rows, tokenizer, limit, skip_bad_rows, odd="pairs have the same tokens on both sides"
     )
-    return job.examples(job.each(draft))
+    return job.examples(prepare)
 
 
 def scored_examples(
@@ -142,18 +144,18 @@ def scored_examples(
     """`prompt`, `completion`, `score` rows; a score outside `bounds` makes a bad row."""
     limit = Limit(max_length, truncation_mode)
 
-    def draft(row: Row) -> Draft[Made[ScoredSequence]]:
+    def prepare(row: Row) -> PendingExample[Made[ScoredSequence]]:
         example = scored_row(row, bounds)
 
-        def finish(texts: list[Masked]) -> Made[ScoredSequence]:
+        def build(texts: list[Masked]) -> Made[ScoredSequence]:
             answers = fitted(texts, tokenizer, limit)
             scored = ScoredSequence(answers[0].sequence, example.score)
             return made(scored, group_of(example.prompt, example.completion), answers)
 
-        return Draft(answers_of(row, example.prompt, [example.completion], tokenizer), finish)
+        return PendingExample(answers_of(row, example.prompt, [example.completion], tokenizer), build)
 
     job = Tokenization(ScoredSequence, rows, tokenizer, limit, skip_bad_rows, {"bounds": bounds})
-    return job.examples(job.each(draft))
+    return job.examples(prepare)
 
 
 def ranking_examples(
@@ -167,19 +169,19 @@ def ranking_examples(
     """`prompt`, `completions` rows: two answers or more, the best first."""
     limit = Limit(max_length, truncation_mode)
 
-    def draft(row: Row) -> Draft[Made[Ranking]]:
+    def prepare(row: Row) -> PendingExample[Made[Ranking]]:
         example = ranking_row(row)
 
-        def finish(texts: list[Masked]) -> Made[Ranking]:
+        def build(texts: list[Masked]) -> Made[Ranking]:
             answers = fitted(texts, tokenizer, limit)
             ranking = Ranking(tuple(answer.sequence for answer in answers))
             odd = len(set(ranking.sequences)) < len(ranking.sequences)
             return made(ranking, group_of(example.prompt, example.completions[0]), answers, is_odd=odd)
 
-        return Draft(answers_of(row, example.prompt, example.completions, tokenizer), finish)
+        return PendingExample(answers_of(row, example.prompt, example.completions, tokenizer), build)
 
     job = Tokenization(Ranking, rows, tokenizer, limit, skip_bad_rows, odd="rankings have answers with the same tokens")
-    return job.examples(job.each(draft))
+    return job.examples(prepare)
 
 
 def labelled_examples(
@@ -199,39 +201,44 @@ def labelled_examples(
     limit = Limit(max_length, truncation_mode)
     lenient = replace(limit, truncation_mode="keep_start") if truncation_mode == "error" else limit
 
-    def own(row: Row) -> Draft[tuple[Row, LabelledRow, Fitted]]:
+    def own(row: Row) -> PendingExample[tuple[Row, LabelledRow, Fitted]]:
         example = labelled_row(row)
         texts = answers_of(row, example.prompt, [example.completion], tokenizer)
-        return Draft(texts, lambda texts: (row, example, fitted(texts, tokenizer, limit)[0]))
+        return PendingExample(texts, lambda texts: (row, example, fitted(texts, tokenizer, limit)[0]))
 
-    def exchanged(row: Row, example: LabelledRow, answer: Fitted, other: LabelledRow) -> Draft[Made[LabelledSequence]]:
+    def prepare(
+        row: Row, example: LabelledRow, answer: Fitted, other: LabelledRow
+    ) -> PendingExample[Made[LabelledSequence]]:
         if mismatched:
             must_match("the next row's completion", other.completion, "prompt", example.prompt)
 
-        def finish(texts: list[Masked]) -> Made[LabelledSequence]:
+        def build(texts: list[Masked]) -> Made[LabelledSequence]:
             swapped = fitted(texts, tokenizer, lenient)[0].sequence if texts else TokenSequence((), ())
             labelled = LabelledSequence(answer.sequence, example.desirable, swapped)
             side_by_side = mismatched and example.prompt == other.prompt
             return made(labelled, group_of(example.prompt, example.completion), [answer], is_odd=side_by_side)
 
-        return Draft(answers_of(row, example.prompt, [other.completion] * mismatched, tokenizer), finish)
+        return PendingExample(answers_of(row, example.prompt, [other.completion] * mismatched, tokenizer), build)
 
-    def swapping(good: Iterable[tuple[Row, LabelledRow, Fitted]]) -> Drafts[Made[LabelledSequence]]:
+    def with_mismatched(good: Iterable[tuple[Row, LabelledRow, Fitted]]) -> Pending[Made[LabelledSequence]]:
         for (row, example, answer), (after, other, _) in with_next(good):
             if mismatched and row is after:
                 raise OnecardError(
                     f"{row}: is the only row to use; expected 2 or more, whose answers can be exchanged."
                 )
             try:
-                yield row, exchanged(row, example, answer, other)
+                yield row, prepare(row, example, answer, other)
             except BadRowError as error:
                 yield row, error
 
     job = Tokenization(
         LabelledSequence, rows, tokenizer, limit, skip_bad_rows, {"mismatched": mismatched}, SIDE_BY_SIDE
     )
-    find_own = job.each(own)
-    found = job.examples(lambda rows, account: job.finished(swapping(find_own(rows, account)), account))
+
+    def make(rows: Iterable[Row], report: DataReport) -> Iterator[Made[LabelledSequence]]:
+        return job.build(with_mismatched(job.build(pending_examples(rows, report, own), report)), report)
+
+    found = job.examples_from(make)
     desirable, count = sum(number for (number,) in all_numbers(found.examples)), len(found.examples)
     uniform = count_note(count if desirable in (0, count) else 0, count, f"labels are {str(desirable > 0).lower()}")
     return replace(found, notes=(*uniform, *found.notes))
@@ -252,13 +259,13 @@ def prompt_examples(
     """
     names: dict[str, None] = {}
 
-    def draft(row: Row) -> Draft[Made[Prompt]]:
+    def prepare(row: Row) -> PendingExample[Made[Prompt]]:
         prompt = prompt_row(row).prompt
         arguments = template_arguments(row.values, prompt)
         transcript = prompt_transcript(prompt, tokenizer, arguments)
         columns = {name: value for name, value in row.values.items() if name != "prompt"}
 
-        def finish(texts: list[Masked]) -> Made[Prompt]:
+        def build(texts: list[Masked]) -> Made[Prompt]:
             tokens = kept = texts[0].tokens
             if not tokens:
                 raise BadRowError("prompt: it has no tokens, so there is nothing to go on from")
@@ -268,92 +275,23 @@ def prompt_examples(
             example = Prompt(transcript.prefixes[0], tuple(kept), columns, messages, arguments)
             return Made(example, group_of(prompt), prompt_cut=len(kept) < len(tokens))
 
-        return Draft([transcript], finish)
+        return PendingExample([transcript], build)
 
     def named(rows: Iterable[Row]) -> Iterator[Row]:
         for row in rows:
             names.update(dict.fromkeys(name for name in row.values if name != "prompt"))
             yield row
 
-    account = Account(tokenizer)
-    with counted(rows) as counting:
-        found = list(finished(drafts(named(counting), account, draft), tokenizer, account, skip=skip_bad_rows))
+    report = DataReport(tokenizer)
+    with with_progress(rows) as reading:
+        pending = pending_examples(named(reading), report, prepare)
+        found = list(build_examples(pending, tokenizer, report, skip=skip_bad_rows))
     for item in found:
-        account.add(item)
+        report.add(item)
     prompts = [
         replace(item.example, columns={name: item.example.columns.get(name) for name in names}) for item in found
     ]
-    return Tokenized(prompts, [item.group for item in found], account.notes(max_length or 0), tuple(account.bad))
-
-
-@dataclass(frozen=True)
-class Tokenization(Generic[T]):
-    """Rows on their way to examples of a kind: what the examples depend on, and how bad rows are taken.
-
-    `odd` is the note on examples that `is_odd`.
-    """
-
-    kind: type[T]
-    rows: Iterable[Row]
-    tokenizer: Tokenizer
-    limit: Limit
-    skip_bad_rows: bool
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    odd: str = ""
-
-    def each(self, draft: Callable[[Row], Draft[M]]) -> Callable[[Iterable[Row], Account], Iterator[M]]:
-        """What is made of rows, one by one."""
-        return lambda rows, account: self.finished(drafts(rows, account, draft), account)
-
-    def finished(self, waiting: Drafts[M], account: Account) -> Iterator[M]:
-        return finished(waiting, self.tokenizer, account, skip=self.skip_bad_rows)
-
-    def examples(self, make: Callable[[Iterable[Row], Account], Iterator[Made[T]]]) -> TokenizedExamples[T]:
-        """The examples that `make` makes of the rows. Those of many rows are kept on disk for other runs."""
-
-        def write(folder: Path | None) -> TokenizedExamples[T]:
-            account, groups, writer = Account(self.tokenizer), list[bytes](), ExampleWriter(self.kind, folder)
-            with counted(self.rows) as rows, rare_collections():
-                for item in make(rows, account):
-                    account.add(item)
-                    groups.append(item.group)
-                    writer.add(item.example)
-            notes = account.notes(self.limit.max_length, self.odd)
-            return TokenizedExamples(writer.finish(), groups, notes, tuple(account.bad))
-
-        settings = {**asdict(self.limit), "skip_bad_rows": self.skip_bad_rows, **self.settings}
-        return kept(cache_key(self.rows, self.tokenizer, self.kind, settings), self.kind, write)
-
-
-@contextmanager
-def rare_collections() -> Iterator[None]:
-    """Inside, Python looks for unreachable cycles less often: rows have none, and looking takes a fifth of the time."""
-    before = gc.get_threshold()
-    gc.set_threshold(100_000, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-
-
-@contextmanager
-def counted(rows: Iterable[Row]) -> Iterator[Iterator[Row]]:
-    """The rows with a progress bar, where there are many."""
-    total = rows.total if isinstance(rows, Rows) else len(rows) if isinstance(rows, Sequence) else None
-    if total is not None and total < MANY:
-        yield iter(rows)
-        return
-    with progress("tokenize", total) as bar:
-
-        def counting() -> Iterator[Row]:
-            number = 0
-            for number, row in enumerate(rows, start=1):
-                yield row
-                if number % CHUNK == 0:
-                    bar.advance(by=CHUNK)
-            bar.advance(by=number % CHUNK)
-
-        yield counting()
+    return Tokenized(prompts, [item.group for item in found], report.notes(max_length or 0), tuple(report.bad))
 
 
 def answers_of(row: Row, prompt: Text, answers: Sequence[Text], tokenizer: Tokenizer) -> list[Transcript]:

@@ -36,10 +36,11 @@ Tokenizer: TypeAlias = Any  # a transformers tokenizer; its classes are not impo
 
 @dataclass(frozen=True)
 class Transcript:
-    """A text before it is tokenized: `prefixes` that go on from one another, each with whether it adds an answer.
+    """A text before tokenization.
 
-    `end` is the token that a chat template closes the last answer with; None where it writes none. Text that no
-    template wrote is `plain`. Of its `answers`, `left_out` are no part of it.
+    `prefixes`: each is longer than the one before; `is_answer`: whether what it adds is an answer. `plain`: no chat
+    template wrote the text. `end`: the token that the template closes the last answer with, or None. `left_out` of the
+    conversation's `answers` are not in the text.
     """
 
     prefixes: tuple[str, ...]
@@ -87,9 +88,7 @@ def prompt_tokens(prompt: Text, tokenizer: Tokenizer, arguments: Mapping[str, An
 
     `arguments` are what a chat template is given beside the messages.
     """
-    if isinstance(prompt, str):
-        return opened(prompt, tokenizer)
-    return bare(prompt_text(prompt, tokenizer, arguments), tokenizer)
+    return tokenize_transcripts([prompt_transcript(prompt, tokenizer, arguments)], tokenizer)[0].tokens
 
 
 def prompt_text(prompt: Text, tokenizer: Tokenizer, arguments: Mapping[str, Any] = NO_ARGUMENTS) -> str:
@@ -98,14 +97,14 @@ def prompt_text(prompt: Text, tokenizer: Tokenizer, arguments: Mapping[str, Any]
 
 
 def prompt_transcript(prompt: Text, tokenizer: Tokenizer, arguments: Mapping[str, Any] = NO_ARGUMENTS) -> Transcript:
-    """A prompt to answer: `prompt_tokens`, before it is tokenized."""
+    """A prompt to answer."""
     return Transcript((prompt_text(prompt, tokenizer, arguments),), (False,), plain=not is_chat(prompt))
 
 
 def answer_transcript(
     prompt: Text, response: Text, tokenizer: Tokenizer, arguments: Mapping[str, Any] = NO_ARGUMENTS
 ) -> Transcript:
-    """A prompt and its response, of which the response is the answer."""
+    """A prompt and its response."""
     if not isinstance(prompt, str) and not isinstance(response, str):
         return chat_transcript(prompt + response, len(prompt), tokenizer, arguments)
     return Transcript((str(prompt), f"{prompt}{response}"), (False, True), plain=True)
@@ -148,10 +147,10 @@ def chat_transcript(
     return Transcript(prefixes, (False, True) * len(learned), False, learned[-1].end, len(answers), left_out)
 
 
-def masked_tokens(transcripts: Sequence[Transcript], tokenizer: Tokenizer) -> list[Masked]:
-    """Transcripts as token ids with their masks. All their texts go to the tokenizer together."""
+def tokenize_transcripts(transcripts: Sequence[Transcript], tokenizer: Tokenizer) -> list[Masked]:
+    """Token ids and masks of transcripts. All their texts go to the tokenizer in one call."""
     texts = list(dict.fromkeys(text for transcript in transcripts for text in transcript.prefixes))
-    ids = dict(zip(texts, all_bare(texts, tokenizer), strict=True))
+    ids = dict(zip(texts, encode_batch(texts, tokenizer), strict=True))
     front = opening(tokenizer)
     eos = closing_token(tokenizer, chat=False) if any(each.plain and each.is_answer[-1] for each in transcripts) else -1
     return [masked(transcript, ids, front, eos, tokenizer) for transcript in transcripts]
@@ -160,10 +159,10 @@ def masked_tokens(transcripts: Sequence[Transcript], tokenizer: Tokenizer) -> li
 def masked(
     transcript: Transcript, ids: Mapping[str, list[int]], front: Sequence[int], eos: int, tokenizer: Tokenizer
 ) -> Masked:
-    """One transcript, of whose prefixes `ids` has the tokens; `front` are the special ones before a plain text."""
+    """Token ids and mask of one transcript. `ids`: tokens of each prefix; `front`: special tokens before plain text."""
     text, tokens, mask = "", list[int](), list[bool]()
     for prefix, is_answer in zip(transcript.prefixes, transcript.is_answer, strict=True):
-        whole = behind_front(front, ids[prefix]) if transcript.plain else ids[prefix]
+        whole = with_front(front, ids[prefix]) if transcript.plain else ids[prefix]
         piece = continued(tokens, whole, prefix[len(text) :], tokenizer)
         if transcript.plain and is_answer:
             kept = 0 if tokens else len(front)  # a BOS may have the id of the EOS
@@ -228,11 +227,11 @@ def bare(text: str, tokenizer: Tokenizer) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def all_bare(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """`bare` of each text. A fast tokenizer takes them together, on all cores.
+def encode_batch(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """`bare` of each text; a fast tokenizer encodes them on all cores.
 
-    Its own `__call__` spends as long again on offsets, so the library below is asked, in the state that `__call__` has
-    left it in; a tokenizer of which the two differ is asked itself.
+    `encode_batch_fast` of the tokenizers library takes half the time of `__call__`, which computes offsets too. The
+    first text is encoded by both, and where they differ (a subclass that changes texts), `__call__` encodes all.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if texts and backend is not None:
@@ -261,11 +260,11 @@ def front_length(tokens: Sequence[int], tokenizer: Tokenizer) -> int:
 
 def opened(text: str, tokenizer: Tokenizer) -> list[int]:
     """Ids as `tokenizer(text)` gives them, without what it adds behind (an EOS would end the text) or adds twice."""
-    return behind_front(opening(tokenizer), bare(text, tokenizer))
+    return with_front(opening(tokenizer), bare(text, tokenizer))
 
 
-def behind_front(front: Sequence[int], ids: list[int]) -> list[int]:
-    """Ids of a text behind the special ones in front, which the text may spell out itself."""
+def with_front(front: Sequence[int], ids: list[int]) -> list[int]:
+    """Put the special tokens `front` before a text's ids, unless the text begins with them."""
     return ids if ids[: len(front)] == front else [*front, *ids]
 
 
@@ -295,7 +294,7 @@ def behind(before: list[int], response: str, expected: str, tokenizer: Tokenizer
 
 
 def is_empty(response: Sequence[int], tokenizer: Tokenizer) -> bool:
-    """Whether a response holds nothing to read. One of its first tokens mostly says so by itself."""
+    """Whether a response is white space and special tokens alone. Mostly one of its first tokens tells."""
     if any(is_readable(token, tokenizer) for token in response[:8]):
         return False
     return not tokenizer.decode(response, skip_special_tokens=True).strip()
@@ -309,7 +308,7 @@ def is_readable(token: int, tokenizer: Tokenizer) -> bool:
 
 
 def closed(response: Sequence[int], eos: int, tokenizer: Tokenizer) -> list[int]:
-    """The response with exactly one EOS at its end; what stands behind its last one, if that is to be read, stays."""
+    """The response with exactly one EOS at its end. Text behind its last EOS is kept, white space is not."""
     if eos not in response:
         return [*response, eos]
     end = max(place for place, token in enumerate(response, start=1) if token == eos)

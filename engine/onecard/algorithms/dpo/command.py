@@ -15,7 +15,7 @@ from onecard.algorithms.dpo.variants import Variant, loss_keywords, pick_variant
 from onecard.batches import LabelledSequence, pack_labelled, pack_pairs, rows_sharing
 from onecard.config import DPOConfig
 from onecard.data import Row, Tokenized, labelled_examples
-from onecard.data.stored import all_numbers
+from onecard.data.example_arrays import all_numbers
 from onecard.models.build import reference_adapter
 from onecard.models.roles import Roles
 from onecard_kernels.dpo import WHOLE_BATCH

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from onecard import __version__
-from onecard.algorithms.common import weights_digest
+from onecard.algorithms.common import padded_rows, weights_digest
 from onecard.batches import LabelledSequence, PreferencePair, to_device
 from onecard.config import DPOConfig
-from onecard.data.stored import all_lengths, fingerprint
+from onecard.data.example_arrays import all_lengths, fingerprint
 from onecard.files import cache_folder
 from onecard.metrics import progress, say
 from onecard.models.load import find_source, pick_attention, pick_dtype
@@ -110,8 +110,7 @@ def compute_table(
 ) -> Tensor:
     """Both log-probs of each example under the reference, fp32 [N, 2], on the CPU."""
     padded = roles.layout == "padded"
-    lengths = [[length for length in texts if length] for texts in all_lengths(examples)]
-    sizes = [len(texts) * max(texts) if padded else sum(texts) for texts in lengths]
+    sizes = [padded_rows(lengths) if padded else sum(lengths) for lengths in all_lengths(examples)]
     with progress("reference", len(examples)) as bar:
 
         def read(places: list[int]) -> Tensor:

@@ -1,25 +1,21 @@
-"""From rows to finished examples, many at a time, with an account: which rows are bad, what was cut."""
+"""The data report: which rows are bad, what was cut, empty or left out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeVar
 
-from onecard.data.columns import BadRowError, check_no_images
 from onecard.data.files import Row
 from onecard.data.readers import MESSAGE_COLUMNS
 from onecard.data.template_answers import REASONING, opens_thought, thought_of
-from onecard.data.tokens import Fitted, Masked, Tokenizer, Transcript, masked_tokens
-from onecard.errors import OnecardError
+from onecard.data.tokens import Fitted
 
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
 
 EMPTY = "responses are empty: only their end is learned"
 LEFT_OUT = "answers are left out: the chat template writes them differently once the conversation goes on"
-CHUNK = 512  # rows that are tokenized together
 NAMED_BAD_ROWS = 3  # as many as fit a line that is still read
 
 
@@ -51,9 +47,9 @@ class Tokenized(Generic[T_co]):
 
 @dataclass(frozen=True)
 class Made(Generic[T_co]):
-    """An example on its way into `Tokenized`: with its group, and what became of its answers.
+    """An example with its group and what truncation did to its answers.
 
-    `is_odd`: what its kind counts, such as a pair with the same tokens on both sides.
+    `is_odd`: whether it has what is counted of its kind, such as the same tokens on both sides of a pair.
     """
 
     example: T_co
@@ -68,19 +64,8 @@ def made(example: T, group: bytes, answers: Sequence[Fitted], *, is_odd: bool = 
     return Made(example, group, tuple(answers), answers[0].prompt_cut, is_odd)
 
 
-@dataclass(frozen=True)
-class Draft(Generic[T_co]):
-    """A row before it is tokenized: its texts, and what makes something of their tokens."""
-
-    transcripts: Sequence[Transcript]
-    finish: Callable[[list[Masked]], T_co]
-
-
-Drafts: TypeAlias = Iterable[tuple[Row, Draft[T] | Exception]]  # what a row cannot be used for is no draft
-
-
-class Account:
-    """Counts rows and examples as they come, for the notes about them."""
+class DataReport:
+    """Counts over rows and examples, which are added one by one, and the notes that are printed of them."""
 
     def __init__(self, tokenizer: Any) -> None:
         template = str(tokenizer.chat_template or "")
@@ -111,7 +96,7 @@ class Account:
             self.left_out += answer.left_out
 
     def notes(self, max_length: int, odd: str = "") -> tuple[str, ...]:
-        """What was cut, empty, left out, odd or bad."""
+        """A line for each count that is not 0; `odd` is the line of examples that are `is_odd`."""
         unwritten = "which the chat template does not write"
         return (
             *count_note(self.prompts_cut, self.examples, "prompts were cut at their beginning"),
@@ -123,39 +108,6 @@ class Account:
             *count_note(self.odd, self.examples, odd),
             *bad_notes(self.bad, self.rows),
         )
-
-
-def drafts(rows: Iterable[Row], account: Account, draft: Callable[[Row], Draft[T]]) -> Drafts[T]:
-    """What each row is before it is tokenized, or what is wrong, which is said once it is this row's turn."""
-    for row in rows:
-        account.add_row(row)
-        try:
-            check_no_images(row.values)
-            yield row, draft(row)
-        except (BadRowError, OnecardError) as error:
-            yield row, error
-
-
-def finished(drafts: Drafts[T], tokenizer: Tokenizer, account: Account, *, skip: bool) -> Iterator[T]:
-    """Tokenize drafts, many at a time, and finish them. The first bad row stops everything, unless they are skipped."""
-    waiting = iter(drafts)
-    while chunk := list(islice(waiting, CHUNK)):
-        transcripts = [each for _, draft in chunk if isinstance(draft, Draft) for each in draft.transcripts]
-        texts = iter(masked_tokens(transcripts, tokenizer))
-        for row, draft in chunk:
-            try:
-                if isinstance(draft, Exception):
-                    raise draft
-                done = draft.finish([next(texts) for _ in draft.transcripts])
-            except BadRowError as error:
-                account.bad.append(BadRow(row.source, row.number, str(error)))
-                if not skip:
-                    raise OnecardError(str(account.bad[-1])) from error
-                continue
-            yield done
-    if len(account.bad) == account.rows:
-        bad = account.bad
-        raise OnecardError(f"none of the {len(bad)} rows can be used. {bad[0]}" if bad else "there are no rows.")
 
 
 def has_thought(row: Row) -> bool:

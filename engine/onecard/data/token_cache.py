@@ -1,6 +1,6 @@
-"""Tokenized examples of large data on disk, for the next run over the same rows.
+"""The token cache: tokenized examples of large data on disk, which the next run over the same rows reads.
 
-$ONECARD_CACHE/tokens/KEY/    tokens, response_mask, ... (`stored`), groups, account.json
+$ONECARD_CACHE/tokens/KEY/    tokens, response_mask, ... (`example_arrays`), groups, account.json
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from onecard.data.account import BadRow, Tokenized
+from onecard.data.data_report import BadRow, Tokenized
+from onecard.data.example_arrays import DTYPES, Examples, open_examples
 from onecard.data.files import Row, Rows
-from onecard.data.stored import DTYPES, Examples, open_examples
 from onecard.data.templates import date_of
 from onecard.data.tokens import Tokenizer
 from onecard.files import cache_folder, digest, recover, remove, temporary
@@ -37,7 +37,7 @@ class TokenizedExamples(Tokenized[T]):
 
 
 def cache_key(rows: Iterable[Row], tokenizer: Tokenizer, kind: type, settings: Mapping[str, Any]) -> str:
-    """Changes with what the examples depend on; empty where rows are few, or cannot be told from others."""
+    """A digest of all that the examples depend on; empty where rows are few or have no identity: nothing is cached."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(rows, Rows) or not rows.identity or backend is None:
         return ""
@@ -63,20 +63,20 @@ def cache_key(rows: Iterable[Row], tokenizer: Tokenizer, kind: type, settings: M
 
 @lru_cache(maxsize=1)
 def code_digest() -> str:
-    """SHA-256 of the files that make examples of rows."""
+    """SHA-256 of the source files of this package: another version may tokenize differently."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
-def kept(key: str, kind: type[T], write: Callable[[Path | None], TokenizedExamples[T]]) -> TokenizedExamples[T]:
-    """What `write` makes: from disk if another run has left it there, else made in a folder, which is then kept.
+def cached(key: str, kind: type[T], write: Callable[[Path | None], TokenizedExamples[T]]) -> TokenizedExamples[T]:
+    """Read the examples from the cache, or have `write` write them into a new folder of it.
 
-    Without a key it is made in memory, and also where the disk does not take it.
+    `write(None)` holds them in memory: without a key, and where the disk is full or cannot be written.
     """
     if not key:
         return write(None)
     folder = cache_folder() / "tokens" / key
-    found = read_kept(folder, kind)
+    found = read_cache(folder, kind)
     if found is not None:
         say(f"data: {len(found.examples):,} tokenized examples are read from {folder}.")
         return found
@@ -96,7 +96,7 @@ def kept(key: str, kind: type[T], write: Callable[[Path | None], TokenizedExampl
     except OSError as error:
         with suppress(OSError):
             remove(new)
-        say(f"data: {folder} cannot be written ({error}); the examples are kept in memory, for this run alone.")
+        say(f"data: {folder} cannot be written ({error}); the examples are held in memory and not cached.")
         return write(None)
     except BaseException:
         remove(new)
@@ -104,8 +104,8 @@ def kept(key: str, kind: type[T], write: Callable[[Path | None], TokenizedExampl
     return made
 
 
-def read_kept(folder: Path, kind: type[T]) -> TokenizedExamples[T] | None:
-    """What an earlier run has kept in the folder; None if there is nothing, or it is not what was written."""
+def read_cache(folder: Path, kind: type[T]) -> TokenizedExamples[T] | None:
+    """The examples in a folder of the cache; None if it does not exist or is damaged."""
     if not folder.exists():
         return None
     try:
@@ -121,5 +121,5 @@ def read_kept(folder: Path, kind: type[T]) -> TokenizedExamples[T] | None:
             tuple(BadRow(**bad) for bad in account["bad_rows"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        say(f"data: {folder} is damaged ({error}) and is made again.")
+        say(f"data: {folder} is damaged ({error}); the rows are tokenized again.")
         return None

@@ -26,7 +26,7 @@ from onecard.batches import LabelledSequence, PreferencePair, Ranking, ScoredSeq
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
-# record -> its sequences, and its number if it has one
+# record -> its sequences, and its number (margin, score or label) if it has one
 CONTENTS: Mapping[type, Callable[[Any], tuple[Sequence[TokenSequence], Sequence[float]]]] = {
     TokenSequence: lambda sequence: ((sequence,), ()),
     PreferencePair: lambda pair: ((pair.chosen, pair.rejected), (pair.margin,)),
@@ -34,7 +34,7 @@ CONTENTS: Mapping[type, Callable[[Any], tuple[Sequence[TokenSequence], Sequence[
     Ranking: lambda ranking: (ranking.sequences, ()),
     LabelledSequence: lambda labelled: ((labelled.sequence, labelled.mismatched), (labelled.desirable,)),
 }
-# and back
+# sequences and number -> record
 RECORDS: Mapping[type, Callable[[tuple[TokenSequence, ...], Sequence[float]], Any]] = {
     TokenSequence: lambda texts, _: texts[0],
     PreferencePair: lambda texts, numbers: PreferencePair(texts[0], texts[1], numbers[0]),
@@ -57,7 +57,7 @@ class Arrays:
 
 
 class Examples(Sequence[T_co], Generic[T_co]):
-    """Records of one kind, each made when it is asked for. `indices`: which ones of the arrays, in their order."""
+    """Records of one kind, each built when it is indexed. `indices`: which examples of the arrays, in which order."""
 
     def __init__(self, kind: type[T_co], arrays: Arrays, indices: Sequence[int] | None = None) -> None:
         self.kind, self.arrays = kind, arrays
@@ -111,7 +111,7 @@ class Examples(Sequence[T_co], Generic[T_co]):
 
 
 class ExampleWriter(Generic[T]):
-    """Takes examples one by one into files of a folder, or into memory where there is no folder."""
+    """Appends examples to files of a folder, or to memory if there is no folder."""
 
     def __init__(self, kind: type[T], folder: Path | None = None) -> None:
         self.kind, self.folder = kind, folder
@@ -137,7 +137,8 @@ class ExampleWriter(Generic[T]):
     def finish(self) -> Examples[T]:
         """The examples that were added."""
         if self.folder is None:
-            parts = {name: np.frombuffer(self.sinks[name].getbuffer(), kind) for name, kind in DTYPES.items()}  # type: ignore[attr-defined]
+            buffers = {name: cast(BytesIO, sink).getbuffer() for name, sink in self.sinks.items()}
+            parts = {name: np.frombuffer(buffers[name], kind) for name, kind in DTYPES.items()}
             return Examples(self.kind, Arrays(**parts))
         for sink in self.sinks.values():
             sink.close()
@@ -145,7 +146,7 @@ class ExampleWriter(Generic[T]):
 
 
 def open_examples(kind: type[T], folder: Path) -> Examples[T]:
-    """Examples that an `ExampleWriter` has left in a folder; the system reads from the files what is asked for."""
+    """Memory-map the examples that an `ExampleWriter` has written to a folder."""
 
     def mapped(name: str) -> Any:
         path = folder / name
@@ -182,7 +183,7 @@ def all_numbers(examples: Sequence[object]) -> Iterator[Sequence[float]]:
 
 
 def all_tokens(examples: Sequence[object]) -> Iterator[Sequence[int]]:
-    """Token ids, among which are all that the examples have."""
+    """Sequences of token ids that contain every id of the examples."""
     if isinstance(examples, Examples):
         return iter([examples.distinct_tokens()])
     return (sequence.tokens for example in examples for sequence in CONTENTS[type(example)](example)[0])

@@ -1,0 +1,144 @@
+"""Rows to tokenized examples in batches, for the tokenizer is faster on many texts than on one.
+
+rows -> pending examples (texts) -> token ids of a batch of them -> examples, a data report
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Generic, TypeAlias, TypeVar
+
+from onecard.data.columns import BadRowError, check_no_images
+from onecard.data.data_report import BadRow, DataReport, Made
+from onecard.data.example_arrays import ExampleWriter
+from onecard.data.files import Row, Rows
+from onecard.data.token_cache import TokenizedExamples, cache_key, cached
+from onecard.data.tokens import Limit, Masked, Tokenizer, Transcript, tokenize_transcripts
+from onecard.errors import OnecardError
+from onecard.metrics import progress
+
+T = TypeVar("T")
+M = TypeVar("M")
+T_co = TypeVar("T_co", covariant=True)
+
+BATCH_ROWS = 512  # rows whose texts go to the tokenizer together
+PROGRESS_ROWS = 5_000  # rows, from which on there is a progress bar
+
+
+@dataclass(frozen=True)
+class PendingExample(Generic[T_co]):
+    """A row before tokenization: its texts, and the function that builds the example from their tokens."""
+
+    transcripts: Sequence[Transcript]
+    build: Callable[[list[Masked]], T_co]
+
+
+Pending: TypeAlias = Iterable[tuple[Row, PendingExample[T] | Exception]]  # the exception says why a row is unusable
+
+
+def pending_examples(
+    rows: Iterable[Row], report: DataReport, prepare: Callable[[Row], PendingExample[T]]
+) -> Pending[T]:
+    """Apply `prepare` to each row. Its error is raised later, in the order of the rows."""
+    for row in rows:
+        report.add_row(row)
+        try:
+            check_no_images(row.values)
+            yield row, prepare(row)
+        except (BadRowError, OnecardError) as error:
+            yield row, error
+
+
+def build_examples(pending: Pending[T], tokenizer: Tokenizer, report: DataReport, *, skip: bool) -> Iterator[T]:
+    """Tokenize pending examples in batches and build them. The first bad row is an error unless `skip`."""
+    waiting = iter(pending)
+    while batch := list(islice(waiting, BATCH_ROWS)):
+        transcripts = [each for _, item in batch if isinstance(item, PendingExample) for each in item.transcripts]
+        texts = iter(tokenize_transcripts(transcripts, tokenizer))
+        for row, item in batch:
+            try:
+                if isinstance(item, Exception):
+                    raise item
+                built = item.build([next(texts) for _ in item.transcripts])
+            except BadRowError as error:
+                report.bad.append(BadRow(row.source, row.number, str(error)))
+                if not skip:
+                    raise OnecardError(str(report.bad[-1])) from error
+                continue
+            yield built
+    if len(report.bad) == report.rows:
+        bad = report.bad
+        raise OnecardError(f"none of the {len(bad)} rows can be used. {bad[0]}" if bad else "there are no rows.")
+
+
+@dataclass(frozen=True)
+class Tokenization(Generic[T]):
+    """What tokenized examples of one kind depend on. `odd`: the data report's line on examples that are `is_odd`."""
+
+    kind: type[T]
+    rows: Iterable[Row]
+    tokenizer: Tokenizer
+    limit: Limit
+    skip_bad_rows: bool
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    odd: str = ""
+
+    def examples(self, prepare: Callable[[Row], PendingExample[Made[T]]]) -> TokenizedExamples[T]:
+        """An example of each row."""
+        return self.examples_from(lambda rows, report: self.build(pending_examples(rows, report, prepare), report))
+
+    def build(self, pending: Pending[M], report: DataReport) -> Iterator[M]:
+        """`build_examples` with this tokenizer."""
+        return build_examples(pending, self.tokenizer, report, skip=self.skip_bad_rows)
+
+    def examples_from(self, make: Callable[[Iterable[Row], DataReport], Iterator[Made[T]]]) -> TokenizedExamples[T]:
+        """The examples that `make` yields, from the cache if an earlier run has written them there."""
+
+        def write(folder: Path | None) -> TokenizedExamples[T]:
+            report, groups, writer = DataReport(self.tokenizer), list[bytes](), ExampleWriter(self.kind, folder)
+            with with_progress(self.rows) as rows, fewer_collections():
+                for item in make(rows, report):
+                    report.add(item)
+                    groups.append(item.group)
+                    writer.add(item.example)
+            notes = report.notes(self.limit.max_length, self.odd)
+            return TokenizedExamples(writer.finish(), groups, notes, tuple(report.bad))
+
+        settings = {**asdict(self.limit), "skip_bad_rows": self.skip_bad_rows, **self.settings}
+        return cached(cache_key(self.rows, self.tokenizer, self.kind, settings), self.kind, write)
+
+
+@contextmanager
+def fewer_collections() -> Iterator[None]:
+    """Context in which Python collects cycles less often: rows have none, and looking took a fifth of the time."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@contextmanager
+def with_progress(rows: Iterable[Row]) -> Iterator[Iterator[Row]]:
+    """The rows, with a progress bar if there are many."""
+    total = rows.total if isinstance(rows, Rows) else len(rows) if isinstance(rows, Sequence) else None
+    if total is not None and total < PROGRESS_ROWS:
+        yield iter(rows)
+        return
+    with progress("tokenize", total) as bar:
+
+        def advancing() -> Iterator[Row]:
+            number = 0
+            for number, row in enumerate(rows, start=1):
+                yield row
+                if number % BATCH_ROWS == 0:
+                    bar.advance(by=BATCH_ROWS)
+            bar.advance(by=number % BATCH_ROWS)
+
+        yield advancing()
