@@ -1,24 +1,23 @@
 """What a run takes for granted of a model, tried on a few texts before the first step.
 
-The judge is the plain model: one text a pass, in evaluation mode, with the attention that transformers chose for it.
+The plain model runs one text a pass, in evaluation mode, with the attention that transformers chose for it.
 
 | what is compared | where it differs |
 |---|---|
 | log-probs from hidden states, with the model's own logits | refused |
-| log-probs of each layout, with the judge's | the next layout is taken; the last one is what the judge does |
+| log-probs of each layout, with the plain model's | the next layout is taken; the last one is the plain model's |
 | the gradient of one text by another one's embeddings, with 0 | the same |
 | the gradient of a text's beginning by the embeddings of its end, with 0 | refused: not causal |
 | log-probs in training mode, twice, with those in evaluation mode | the model is trained in evaluation mode |
 | the gradient of each adapter, with None | refused: it would never learn |
-| log-probs of sampled tokens, as drawn, with the judge's | the next way of sampling; the last one has no cache |
+| log-probs of sampled tokens, as drawn, with the plain model's | the next way of sampling; the last one has no cache |
 
 One text is as long as the run's longest: windows, top-k attention and long-context rotations show on long texts alone.
-16-bit passes of one model differ by their own rounding; how much is measured on the judge itself.
+16-bit passes of one model differ by their own rounding; how much is measured on the plain model itself.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -44,13 +43,21 @@ from onecard.models.roles import Roles
 from onecard.models.trunk import context_of, errors_of, evaluating, trunk_of
 from onecard.models.vocabulary import known_tokens
 from onecard.passes import attempt
+from onecard.plain_model import (
+    LEAST,
+    SHARED,
+    SHORT,
+    PlainLogprobs,
+    distance,
+    is_16_bit,
+    logprobs,
+    plain_logprobs,
+    probe,
+    scored,
+    text,
+)
 from onecard.rollout import Sampling, decodings, sample_responses
 
-# Tokens: of short texts, of the beginning that two of them share, behind texts to see rounding, of the least probe
-SHORT, SHARED, TAIL, LEAST = 24, 12, 7, 8
-LIMIT = 1e-3  # nat: of any token in float32
-LIMIT_16_BIT = 0.05  # nat: the mean over a text in 16 bit, beside three times the judge's own rounding
-ROUNDING_16_BIT = 0.1  # nat: the mean over a text by rounding, above which nothing can be told
 NEW = 8  # tokens that are sampled behind each prompt
 WAYS = {
     "slots": "in rows that take one prompt after another",
@@ -59,93 +66,6 @@ WAYS = {
     "uncached": "one prompt at a time and without a cache, which is slow for long texts",
 }
 REPEATED, REPEATED_16_BIT = 1e-5, 1e-3  # nat: the mean over a text between two passes of the same
-
-
-def text(vocabulary: int, length: int, place: int) -> tuple[int, ...]:
-    """Tokens spread over the vocabulary, others for each place."""
-    return tuple((7919 * index + 104729 * place + 13) % vocabulary for index in range(length))
-
-
-def scored(tokens: tuple[int, ...], prompt: int = 1) -> TokenSequence:
-    """A text of which every token behind the first `prompt` is scored."""
-    return TokenSequence(tokens, (False,) * prompt + (True,) * (len(tokens) - prompt))
-
-
-def probe(roles: Roles, longest: int, row: int = 0) -> list[TokenSequence]:
-    """A short text, one of `longest` tokens, and a short one that begins as the first does; together at most `row`
-    tokens, if that is given.
-    """
-    short = min(SHORT, longest, max(row // 3, 2) if row else SHORT)
-    middle = min(longest, max(row - 2 * short, 2) if row else longest)
-    first, long, last = (
-        text(known_tokens(roles.causal_model()), n, place) for place, n in enumerate((short, middle, short))
-    )
-    shared = min(SHARED, short - 1)
-    return [scored(first), scored(long), scored(first[:shared] + last[shared:], shared)]
-
-
-def logprobs(roles: Roles, batch: TokenBatch, layout: str) -> list[Tensor]:
-    """Log-probs of each text under the current role, laid so."""
-    before = roles.layout
-    roles.layout = layout
-    try:
-        found = roles.logprobs(batch, batch.targets)
-    finally:
-        roles.layout = before
-    return list(found.split(list(batch.num_targets)))
-
-
-def is_16_bit(roles: Roles) -> bool:
-    return roles.causal_model().dtype in (torch.bfloat16, torch.float16)
-
-
-def distance(found: Tensor, truth: Tensor) -> float:
-    """Mean difference over a text in nats, without the eighth of its tokens that differ most: by rounding alone, a
-    router may choose other experts for a few.
-    """
-    off = (found - truth).abs().nan_to_num(nan=torch.inf).sort().values
-    return float(off[: max(1, len(off) - len(off) // 8)].mean())
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Log-probs of texts by the plain model, and how far rounding alone moves them (None: float32)."""
-
-    logprobs: list[Tensor]
-    rounding: float | None
-
-    def difference(self, found: Sequence[Tensor]) -> str:
-        """How far log-probs are off where that is more than rounding; else empty."""
-        pairs = list(zip(found, self.logprobs, strict=True))
-        if self.rounding is None:
-            largest = max(float((one - other).abs().nan_to_num(nan=torch.inf).max()) for one, other in pairs)
-            return "" if largest <= LIMIT else f"off by up to {largest:.3g} nat"
-        if self.rounding > ROUNDING_16_BIT:
-            return f"not to be told apart where rounding alone makes {self.rounding:.3g} nat a token"
-        mean = max(distance(one, other) for one, other in pairs)
-        return "" if mean <= LIMIT_16_BIT + 3 * self.rounding else f"off by {mean:.3g} nat a token"
-
-
-def make_judge(roles: Roles, texts: Sequence[TokenSequence]) -> Judge:
-    """The plain model's log-probs of each text. In 16 bit also of longer ones, whose first tokens a tail cannot change
-    but by rounding: matrix products of another shape add up in another order.
-    """
-    model = roles.causal_model()
-    context = context_of(trunk_of(model).config) or math.inf
-
-    def judged(each: TokenSequence) -> Tensor:
-        return logprobs(roles, to_device(pack([each]), roles.device), "single")[0]
-
-    with evaluating(model), plain_attention(model):
-        truth = [judged(each) for each in texts]
-        if not is_16_bit(roles):
-            return Judge(truth, None)
-        moved = [
-            distance(judged(scored(each.tokens + each.tokens[:TAIL], each.response_mask.index(True)))[: len(own)], own)
-            for each, own in zip(texts, truth, strict=True)
-            if len(each) + TAIL <= context
-        ]
-    return Judge(truth, max(moved, default=0.0))
 
 
 def slopes(roles: Roles, batch: TokenBatch, layout: str, rows: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -214,10 +134,10 @@ def candidates(roles: Roles) -> Iterator[tuple[bool, str]]:
 
 @dataclass(frozen=True)
 class Trial:
-    """Texts of one pass, and the judge of them."""
+    """Texts of one pass, and the plain model's log-probs of them."""
 
     texts: list[TokenSequence]
-    judge: Judge
+    plain: PlainLogprobs
 
 
 def fault(roles: Roles, layout: str, trials: Sequence[Trial], row: int) -> str:
@@ -234,7 +154,7 @@ def fault(roles: Roles, layout: str, trials: Sequence[Trial], row: int) -> str:
         with evaluating(roles.causal_model()):
             for trial, continued in passes:
                 batch = to_device(pack([*trial.texts, *filling], continued), roles.device)
-                off = trial.judge.difference(logprobs(roles, batch, layout)[: len(trial.texts)])
+                off = trial.plain.difference(logprobs(roles, batch, layout)[: len(trial.texts)])
                 if off:
                     return f"log-probs of {name} are {off}"
     except Exception as error:  # as in `errors_of`
@@ -252,7 +172,7 @@ def choose_layout(roles: Roles, longest: int, row: int) -> None:
     texts = probe(roles, longest, row)
     check_causal(roles, texts[0])
     alone = [scored(text(known_tokens(roles.causal_model()), longest, 1))] if len(texts[1]) < longest else []
-    trials = [Trial(each, make_judge(roles, each)) for each in (texts, alone) if each]
+    trials = [Trial(each, plain_logprobs(roles, each)) for each in (texts, alone) if each]
     faults: list[str] = []
     for own, layout in candidates(roles):
         if not own:
@@ -272,7 +192,7 @@ def check_training_mode(roles: Roles, longest: int, row: int) -> None:
     """
     batch = to_device(pack(probe(roles, longest, row)), roles.device)
     with evaluating(roles.causal_model()):
-        still = Judge(logprobs(roles, batch, roles.layout), 0.0 if is_16_bit(roles) else None)
+        still = PlainLogprobs(logprobs(roles, batch, roles.layout), 0.0 if is_16_bit(roles) else None)
     repeated = REPEATED_16_BIT if is_16_bit(roles) else REPEATED
 
     def differs() -> str:
@@ -384,7 +304,7 @@ def choose_decoding(roles: Roles, longest: int) -> None:
     lengths = (longest - new, min(SHORT, longest - new), min(SHARED, longest - new))
     prompts = [text(known_tokens(roles.causal_model()), length, place) for place, length in enumerate(lengths)]
     with errors_of(roles.causal_model()):
-        make_judge(roles, [scored(prompts[-1] + prompts[-1])])
+        plain_logprobs(roles, [scored(prompts[-1] + prompts[-1])])
     faults: list[str] = []
     for decoding in decodings(roles.causal_model()):
         roles.decoding = decoding
@@ -392,7 +312,7 @@ def choose_decoding(roles: Roles, longest: int) -> None:
             break
         try:
             found, texts = sampled_logprobs(roles, prompts, new)
-            off = make_judge(roles, texts).difference([each.to(roles.device) for each in found])
+            off = plain_logprobs(roles, texts).difference([each.to(roles.device) for each in found])
         except Exception as error:  # as in `errors_of`
             if is_out_of_memory(error):
                 raise
