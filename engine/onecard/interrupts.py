@@ -22,17 +22,17 @@ _forking = threading.local()
 
 
 def block_signals() -> None:
-    """Before a fork: what is sent to the child before its handlers are restored waits until they are."""
+    """Before a fork: block the signals, so that one sent to the child stays pending until its handlers are restored."""
     _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def restore_mask() -> None:
-    """After a fork, in the parent."""
+    """After a fork, in the parent: unblock the signals."""
     signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
 
 
 def restore_in_child() -> None:
-    """After a fork: a worker of a reward function is no run. `multiprocessing.Pool` ends it with SIGTERM."""
+    """After a fork, in the child: signals act as they did before the run. `multiprocessing.Pool` sends SIGTERM."""
     for restore in reversed(_restores):
         restore()
     _restores.clear()

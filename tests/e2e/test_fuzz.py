@@ -69,7 +69,7 @@ def in_time() -> Iterator[None]:
 
 
 class Fuzz:
-    """Runs commands in a folder in which somebody else's files lie too."""
+    """Runs commands in a folder that holds files of somebody else too."""
 
     def __init__(self, onecard: Callable[..., Any], folder: Path) -> None:
         self.onecard, self.folder = onecard, folder
@@ -79,7 +79,10 @@ class Fuzz:
         (self.notes / ".mine.tmp").write_text("mine")
 
     def run(self, *words: object, its_own: str = "") -> int:
-        """The exit code of a command that behaves. What is called `its_own` may be there although it has failed."""
+        """Run a command, check all that is said above, and return its exit code.
+
+        A command that fails may leave files whose names begin with `its_own`.
+        """
         before = tree(self.folder)
         with in_time():
             result = self.onecard(*words)

@@ -183,7 +183,7 @@ def test_workers_end_when_their_pool_does():
 
 
 def test_a_worker_that_is_ended_at_once_ends():
-    """A signal that comes before the child's handlers are restored is neither lost nor taken by the run's handler."""
+    """A signal sent right after the fork ends the child: it is not lost, and the run's handler does not get it."""
     with stop_requests() as stopping:
         for _ in range(40):
             child = os.fork()
