@@ -31,6 +31,10 @@ def plus(key: str, *shape: int) -> Spoil:
     return lambda found: {**found, key: torch.zeros(shape)}
 
 
+def filled(part: str, value: float) -> Spoil:
+    return lambda found: {k: v.index_fill(-1, torch.tensor([3]), value) if part in k else v for k, v in found.items()}
+
+
 def wider(part: str) -> Spoil:
     return lambda found: {k: torch.cat([v, v]) if part in k else v for k, v in found.items()}
 
@@ -57,6 +61,7 @@ BASES: dict[str, tuple[Spoil | None, dict[str, Any], list[str]]] = {
         ["no weights for lm_head.weight, and has weights", "score.weight"],
     ),
     "masked": (None, {"architectures": ["BertForMaskedLM"]}, ["BertForMaskedLM, which fills gaps"]),
+    "NaN": (filled("layers.1.mlp.up_proj", torch.nan), {}, ["NaN or infinite: model.layers.1.mlp.up_proj.weight."]),
     "encoder": (None, {"is_encoder_decoder": True}, ["is an encoder with a decoder"]),
 }
 ADAPTERS: dict[str, tuple[Spoil | None, dict[str, Any], list[str]]] = {
@@ -95,6 +100,7 @@ ADAPTERS: dict[str, tuple[Spoil | None, dict[str, Any], list[str]]] = {
         {"modules_to_save": ["lm_head"], "target_modules": TARGETS},
         ["whose lm_head is [302, 64], but it is [300, 64] in the base"],
     ),
+    "infinite": (filled(f"{FIRST}.lora_B", torch.inf), {}, [f"NaN or infinite: {FIRST}.lora_B.weight."]),
     "other base": (plus("base_model.model.lm_head.weight", 300, 64), {}, ["other weights for", "than its base"]),
 }
 

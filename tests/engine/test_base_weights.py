@@ -51,6 +51,22 @@ def test_a_missing_expert_is_refused(tmp_path, four_bit):
         load_base(ModelConfig(model=str(tmp_path), load_in_4bit=four_bit))
 
 
+def test_an_expert_that_lacks_a_matrix_is_refused(tmp_path):
+    """transformers stacks a matrix of each expert and names no tensor where that fails."""
+    random_model(FAMILIES["qwen3_moe"]).save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda found: {name: each for name, each in found.items() if ".3.gate_proj" not in name})
+    with pytest.raises(OnecardError, match=r"has not all parts of .*experts.gate_up_proj.*, or they differ in shape"):
+        load_base(ModelConfig(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("key", ["model.layers.1.self_attn.o_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_weights_that_are_not_finite_are_refused(copied, key, four_bit):
+    change_weights(copied, lambda found: {**found, key: found[key].index_fill(-1, torch.tensor([7]), torch.nan)})
+    with pytest.raises(OnecardError, match=rf"has weights that are NaN or infinite: {key}\.$"):
+        load_base(ModelConfig(model=str(copied), load_in_4bit=four_bit))
+
+
 def test_buffers_that_the_model_computes_may_be_left_over(copied):
     """Files of older versions hold them."""
     extra = {"model.rotary_emb.inv_freq": torch.ones(8), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onecard import merge
-from onecard.config import DPOConfig, MergeConfig, ModelConfig, SFTConfig
+from onecard.config import DPOConfig, MergeConfig, ModelConfig, RewardConfig, SFTConfig
 from onecard.errors import OnecardError
 from onecard.models.build import load_player, load_roles
 from onecard.models.load import Source, load_base
@@ -135,6 +135,33 @@ def test_an_adapter_that_cannot_learn_is_not_trained(tmp_path, tiny_model, harm,
     harm(adapter)
     with pytest.raises(OnecardError, match=f"the adapter on .*q_proj would never learn: {why}"):
         check_model(load_roles(SFTConfig(model=str(adapter)), trained="policy"), 30)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
+)
+def test_an_adapter_with_a_part_that_a_reward_model_does_not_run_is_refused(tmp_path, tiny_model, settings):
+    adapter = adapter_on(tiny_model, tmp_path / "adapter", **settings)
+    load_roles(SFTConfig(model=str(adapter)), trained="policy")
+    with pytest.raises(OnecardError, match=r"model: adapter .*adapter has a part on the head of the language model"):
+        load_roles(RewardConfig(model=str(adapter)), trained="reward", scalar=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("use_rslora", "no"), ("use_dora", 1), ("r", 4.5), ("r", "4"), ("r", True), ("lora_alpha", None),
+        ("rank_pattern", {"q_proj": "8"}), ("alpha_pattern", 8), ("target_modules", [4]), ("layers_to_transform", "0"),
+    ],
+)  # fmt: skip
+def test_settings_of_another_type_are_refused(tmp_path, tiny_model, name, value):
+    """`"no"` would count as true."""
+    adapter = adapter_on(tiny_model, tmp_path / "adapter", target_modules=["q_proj"])
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(OnecardError, match=f"adapter has {name}: .*, which PEFT would not have written"):
+        load_player(ModelConfig(model=str(adapter)), role="policy")
 
 
 def test_names_of_targets_are_looked_at_where_an_adapter_goes_on(tmp_path, tiny_model):

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from onecard.errors import OnecardError, reason
-from onecard.models.load import listed
+from onecard.models.load import check_finite, listed
 
 ADAPTER_SETTINGS, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
@@ -29,12 +30,16 @@ NO_MATTER = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "loftq_config",
     "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "runtime_config", "task_type",
 }  # fmt: skip
-# Settings that are followed
-FOLLOWED = {
-    "alpha_pattern", "exclude_modules", "fan_in_fan_out", "layers_pattern", "layers_to_transform", "lora_alpha",
-    "lora_bias", "modules_to_save", "r", "rank_pattern", "target_modules", "target_parameters", "use_dora",
-    "use_rslora",
-}  # fmt: skip
+# Settings that are followed: the types of their values in JSON, and those of the parts of a list or an object
+FOLLOWED: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
+    "r": ((int,), ()),
+    "lora_alpha": ((int, float), ()),
+    **dict.fromkeys(("fan_in_fan_out", "lora_bias", "use_dora", "use_rslora"), ((bool,), ())),
+    **dict.fromkeys(("alpha_pattern", "rank_pattern"), ((dict, NoneType), (int, float))),
+    **dict.fromkeys(("exclude_modules", "layers_pattern", "target_modules"), ((str, list, NoneType), (str,))),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), ((list, NoneType), (str,))),
+    "layers_to_transform": ((int, list, NoneType), (int,)),
+}
 # How new weights are drawn; all others (pissa, olora, corda, loftq, lora_ga) take something out of the base's weights
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -66,6 +71,11 @@ def read_settings(folder: Path, setting: str) -> Any:
             f"{where} was begun by {values['init_lora_weights']}, which changes the base's weights; convert it to "
             "plain LoRA with PEFT's path_initial_model_for_weight_conversion."
         )
+    for name in FOLLOWED.keys() & values.keys():
+        value, (types, of_parts) = values[name], FOLLOWED[name]
+        parts = value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
+        if type(value) not in types or not {type(part) for part in parts} <= {*of_parts}:
+            raise OnecardError(f"{where} has {name}: {json.dumps(value)}, which PEFT would not have written.")
     defaults = {
         each.name: each.default if each.default_factory is MISSING else each.default_factory()
         for each in fields(LoraConfig)
@@ -249,6 +259,7 @@ def fill_adapter(model: Any, name: str, found: Mapping[str, Tensor], where: str)
         found = as_peft_reads(model, name, found)
     found = without_base(found, own, model, where)
     check_tensors(own, found, where)
+    check_finite(found, where)
     for key, tensor in own.items():
         tensor.copy_(found[key])
 

@@ -69,6 +69,12 @@ def add_adapters(
         model = add_adapter(base, lora_config(config, base, targets, scalar=scalar), trained)
     else:
         model = read_adapter(base, source, trained)
+        head = base.get_output_embeddings()
+        if scalar and any(trained in getattr(head, parts, {}) for parts in ("lora_A", "modules_to_save")):
+            raise OnecardError(
+                f"model: adapter {source} has a part on the head of the language model, which a reward model does not "
+                "run, so it would never learn; merge the adapter (onecard merge), and give the merged model."
+            )
     if frozen is not None:
         model = read_adapter(model, frozen, "reference", "model" if frozen == source else "ref_adapter")
     if reference:

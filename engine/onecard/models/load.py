@@ -6,12 +6,14 @@ import importlib.util
 import json
 import logging
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from onecard.config import ModelConfig
 from onecard.errors import OnecardError, is_out_of_memory, reason
@@ -23,8 +25,27 @@ from onecard.runs import TRAINED, holds_weights, weights_folder
 
 # bitsandbytes warns on CPU that an optional faster kernel is not installed; the one it falls back to is exact.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-# The table of missing and left over weights: what it warns of is an error here.
-logging.getLogger("transformers.modeling_utils").addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
+
+
+class LoadReport(logging.Filter):
+    """Hide transformers' table of weights that do not fit: what it warns of is an error here.
+
+    `unconverted`: its weights that could not be made of the file's, such as stacked experts of which one is missing.
+    transformers names them nowhere else.
+    """
+
+    unconverted: tuple[str, ...] = ()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if "LOAD REPORT" not in message:
+            return True
+        self.unconverted = tuple(re.findall(r"^(.+?)\s*\|[^|\n]*CONVERSION", message, re.MULTILINE))
+        return False
+
+
+load_report = LoadReport()
+logging.getLogger("transformers.modeling_utils").addFilter(load_report)
 # What else a config may say a model is, and what such a model does
 OTHER_MODELS = {
     "ForSequenceClassification": "which classifies texts",
@@ -282,6 +303,20 @@ def check_weights(model: Any, info: Mapping[str, Any], where: str) -> None:
         raise OnecardError(f"{where} {', and '.join(parts)}.")
 
 
+@torch.no_grad()
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Stop if a weight is NaN or infinite: every number that comes of it would be NaN. In 4 bit its scales are."""
+    scales = {name: each.quant_state for name, each in tensors.items() if hasattr(each, "quant_state")}
+    found = {**tensors, **{name: state.offset if state.nested else state.absmax for name, state in scales.items()}}
+    floating = {name: each for name, each in found.items() if each.is_floating_point() and each.itemsize > 1}
+    if not floating:
+        return
+    ends = torch.stack([end.float() for each in floating.values() for end in torch.aminmax(each)])
+    wrong = [name for name, good in zip(floating, ends.isfinite().view(-1, 2).all(1).tolist(), strict=True) if not good]
+    if wrong:
+        raise OnecardError(f"{where} has weights that are NaN or infinite: {listed(wrong)}.")
+
+
 # Buffers that models of earlier versions of transformers wrote: masks, rotations, and OPT's version.
 OLD_BUFFERS = ("masked_bias", "causal_mask", "inv_freq", "decoder.version")
 
@@ -314,6 +349,7 @@ def load_base(config: ModelConfig, *, train_all: bool = False) -> Any:
     where = f"model: '{base}'"
     dtype = pick_dtype(config, train_all=train_all)
     remote = {"trust_remote_code": config.trust_remote_code}
+    load_report.unconverted = ()
     try:
         settings = AutoConfig.from_pretrained(base, **remote)
         check_writes(settings, where)
@@ -335,10 +371,14 @@ def load_base(config: ModelConfig, *, train_all: bool = False) -> Any:
     except Exception as error:  # the loaders raise whatever their parsers raise
         if is_out_of_memory(error):  # the command line has more to say about it
             raise
+        if load_report.unconverted:
+            names = listed(load_report.unconverted)
+            raise OnecardError(f"{where} has not all parts of {names}, or they differ in shape.") from error
         raise OnecardError(f"model: cannot load '{base}': {reason(error)}") from error
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers puts it on its base without a word
         raise OnecardError(f"{where} is an adapter on the hub; download it (`hf download`) and give its folder.")
     check_weights(model, info, where)
+    check_finite(dict(model.named_parameters()), where)
     if faults:
         raise OnecardError(f"{where}: {faults[0]}.")
     if config.load_in_4bit:
