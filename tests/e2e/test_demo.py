@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from onecard import lock
+from onecard.config import DemoConfig
 from onecard.demo import flow
+from tests.engine.kill_points import die_before
 
 
 @pytest.fixture
@@ -94,3 +100,66 @@ def test_a_folder_with_other_things_is_left_alone(onecard, tmp_path):
     assert result.code == 2
     assert "holds other things than a demo" in result.err
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_notes_with_the_marker_s_name_are_left_alone(onecard, tmp_path):
+    (tmp_path / "demo.txt").write_text("what I thought of the demo\n")
+    result = onecard("demo", "--output_dir", tmp_path)
+    assert result.code == 2
+    assert "holds other things than a demo" in result.err
+    assert (tmp_path / "demo.txt").read_text() == "what I thought of the demo\n"
+
+
+class StagesBegin(Exception):
+    pass
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """A function that runs the demo up to where it would make its model."""
+
+    def stop(*arguments):
+        raise StagesBegin
+
+    monkeypatch.setattr(flow, "make_tiny_model", stop)
+    monkeypatch.setattr("onecard.demo.corpus.SFT_ROWS", 2)
+
+    def run(folder: Path):
+        with pytest.raises(StagesBegin):
+            flow.run(DemoConfig(output_dir=str(folder)))
+
+    return run
+
+
+def test_a_demo_that_was_killed_as_it_began_goes_on(start, tmp_path):
+    for number in itertools.count():
+        folder = tmp_path / f"{number}"
+        killed = die_before(number, lambda folder=folder: start(folder), folder)
+        start(folder)
+        assert sorted(path.name for path in folder.iterdir()) == ["data", "demo.txt"]
+        if not killed:
+            break
+    assert number > 6
+
+
+@pytest.mark.parametrize("words", [[], ["--fresh"]])
+def test_a_second_demo_in_one_folder_is_refused(onecard, start, tmp_path, words):
+    start(tmp_path)
+    with lock.lock_folder(tmp_path):
+        result = onecard("demo", "--output_dir", tmp_path, *words)
+    assert result.code == 2
+    assert f"process {os.getpid()} is running in {tmp_path}" in result.err
+
+
+def test_a_file_of_somebody_else_is_never_replaced(onecard, tmp_path, monkeypatch):
+    monkeypatch.setattr(flow, "settings", lambda *given: pytest.fail("a stage would have begun"))
+    folder = tmp_path / "demo"
+    notes = folder / "model" / "notes.md"
+    folder.mkdir()
+    (folder / flow.MARKER).write_text(flow.MARKER_TEXT)
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    result = onecard("demo", "--output_dir", folder, "--fresh")
+    assert result.code == 2
+    assert f"{notes} is not a file of the tiny model" in result.err
+    assert notes.read_text() == "mine"

@@ -7,17 +7,17 @@ done already is taken as it is, so a second demo is quick and an interrupted one
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
 
-from onecard import runs
+from onecard import lock, runs
 from onecard.algorithms import dpo, reward, sft
 from onecard.algorithms.ppo import command as ppo
 from onecard.config import DemoConfig, DPOConfig, ModelConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig
@@ -25,7 +25,7 @@ from onecard.data import prompt_examples, prompt_rows
 from onecard.demo.corpus import CorpusPaths, flaws, write_corpus
 from onecard.demo.tiny import make_tiny_model
 from onecard.errors import OnecardError
-from onecard.files import write_text
+from onecard.files import recover, write_text
 from onecard.metrics import console, say
 from onecard.models.build import load_player
 from onecard.models.load import load_tokenizer
@@ -37,7 +37,7 @@ MAX_LENGTH = 128
 LAYOUT = {"padding_free": False}  # on a CPU, attention over a block mask costs more than a little padding
 SHOWN_SAMPLES = 4
 ANSWERS_EACH = 4  # answers sampled to each held-out prompt, for means with less noise
-MARKER = "demo.txt"
+MARKER, MARKER_TEXT = "demo.txt", "This folder belongs to `onecard demo`, which replaces what it wrote here.\n"
 STAGES = ("sft", "reward", "dpo", "ppo")
 POLICIES = ("sft", "dpo", "ppo")
 
@@ -197,29 +197,38 @@ def show(rows: list[TableRow], samples: list[Sample]) -> None:
 
 def run(config: DemoConfig) -> Path:
     """`onecard demo`. Returns the path of its report."""
-    began = time.perf_counter()
     folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
+    if os.path.lexists(folder) and not folder.is_dir():
         raise OnecardError(f"output_dir: {folder} is a file, expected a folder or a new name.")
     marker = folder / MARKER
-    if folder.exists() and any(folder.iterdir()) and not marker.is_file():
-        raise OnecardError(f"output_dir: {folder} holds other things than a demo; give an empty or a new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(marker, "This folder belongs to `onecard demo`, which replaces what is in it.\n")
-    if config.fresh:
-        for name in ("data", "model", *STAGES):
-            shutil.rmtree(folder / name, ignore_errors=True)
-    check_seed(folder, config.seed)
+    recover(marker)
+    if not (marker.is_file() and marker.read_bytes() == MARKER_TEXT.encode()):
+        if folder.exists() and any(path.name != lock.LOCK for path in folder.iterdir()):
+            raise OnecardError(f"output_dir: {folder} holds other things than a demo; give an empty or a new folder.")
+        lock.check_unlocked(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    with lock.lock_folder(folder):
+        write_text(marker, MARKER_TEXT)
+        return run_stages(folder, config)
+
+
+def run_stages(folder: Path, config: DemoConfig) -> Path:
+    """The demo in its own folder. With `fresh`, stages replace what they wrote there before."""
+    began = time.perf_counter()
+    if not config.fresh:
+        check_seed(folder, config.seed)
     corpus = write_corpus(folder / "data", config.seed)
     rows = [json.loads(line) for file in (corpus.sft, corpus.pairs) for line in file.read_text().splitlines()]
     model = make_tiny_model(folder / "model", [text for row in rows for text in row.values()], config.seed)
     stages = settings(folder, model, corpus, config.seed)
     for stage, (stage_config, command) in stages.items():
-        if is_done(stage_config, stage):
+        if config.fresh:
+            stage_config = replace(stage_config, resume=False, overwrite=True)
+        elif is_done(stage_config, stage):
             say(f"{stage}: done already in {stage_config.output_dir} (onecard demo --fresh starts over).")
-        else:
-            say(f"\n{stage}: {stage_config.dataset}")
-            command(stage_config)
+            continue
+        say(f"\n{stage}: {stage_config.dataset}")
+        command(stage_config)
     prompts = ANSWERS_EACH * [json.loads(line)["prompt"] for line in corpus.prompts.read_text().splitlines()]
     judge = folder / "reward" / "reward"
     answers = {stage: answer(folder / stage / "policy", judge, prompts, config.seed) for stage in POLICIES}

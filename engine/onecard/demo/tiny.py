@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from onecard.files import replace_folder
+from onecard.errors import OnecardError
+from onecard.files import listing, replace_folder
 
 VOCABULARY = 1024
 SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}  # ids 0, 1, 2, 3
@@ -72,6 +73,9 @@ def make_tiny_model(folder: str | os.PathLike[str], texts: Sequence[str], seed: 
     def write(temporary: Path) -> None:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        other = sorted(set(listing(place)) - set(listing(temporary)))
+        if other:
+            raise OnecardError(f"{place / other[0]} is not a file of the tiny model; move it away.")
 
     place = Path(folder)
     replace_folder(place, write)
