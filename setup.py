@@ -5,5 +5,5 @@ from setuptools import find_packages, setup
 setup(
     package_dir={"onecard": "engine/onecard", "onecard_kernels": "kernels/onecard_kernels"},
     packages=[*find_packages("engine"), *find_packages("kernels")],
-    package_data={"onecard": ["py.typed", "fit/shapes/*.json"], "onecard_kernels": ["py.typed"]},
+    package_data={"onecard": ["py.typed", "commands/fit/shapes/*.json"], "onecard_kernels": ["py.typed"]},
 )

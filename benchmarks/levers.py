@@ -21,13 +21,13 @@ from benchmarks import measure, options, records
 from benchmarks.kernels import main as guarded
 from onecard.algorithms.dpo.command import make_recipe
 from onecard.algorithms.supervised import Supervised
-from onecard.batches import PreferencePair, TokenSequence
 from onecard.config import DPOConfig
-from onecard.metrics import Bar, progress
+from onecard.data.batches import PreferencePair, TokenSequence
 from onecard.models.build import load_roles
-from onecard.models.levers import head_chunks
+from onecard.models.memory_options import head_chunks
 from onecard.models.roles import Roles
-from onecard.trainer import Trainer
+from onecard.training.trainer import Trainer
+from onecard.utils.progress import Bar, progress
 
 PAGE = records.ROOT / "docs" / "memory.md"
 MARKS = ("<!-- levers -->", "<!-- /levers -->")

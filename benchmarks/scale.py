@@ -19,12 +19,12 @@ import torch
 from benchmarks import records
 from benchmarks.kernels import main as guarded
 from benchmarks.render import updated
-from onecard.demo.tiny import make_tiny_model
+from onecard.commands.demo.tiny import make_tiny_model
 
 PAGE = records.ROOT / "docs" / "data.md"
 PROMPT_WORDS, ANSWER_WORDS = 30, 44  # with which 200,000 pairs are about 156 MiB
 METRICS = 24
-REPORT = "import sys; from onecard.report import write_run_report; write_run_report(sys.argv[1])"
+REPORT = "import sys; from onecard.reporting import write_run_report; write_run_report(sys.argv[1])"
 PEER = """
 import sys, datasets, transformers
 tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[2])

@@ -24,12 +24,12 @@ from benchmarks.cases import Refused
 from benchmarks.kernels import main as guarded
 from benchmarks.kernels import ready_device
 from onecard.algorithms.dpo import make_recipe
-from onecard.batches import PreferencePair, TokenSequence, answers
 from onecard.config import DPOConfig
-from onecard.cut import Cut
+from onecard.data.batches import PreferencePair, TokenSequence, answers
 from onecard.models.build import load_roles
+from onecard.models.micro_batching import Cut
 from onecard.models.roles import Roles
-from onecard.trainer import Objective, accumulate
+from onecard.training.trainer import Objective, accumulate
 
 BENCHMARK = "sharing"
 SHARED, APART = "shared prompts", "apart"

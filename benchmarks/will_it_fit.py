@@ -19,10 +19,11 @@ import click
 
 from benchmarks import records
 from benchmarks.render import updated
+from onecard.commands.fit.answer import answer
+from onecard.commands.fit.cards import GIB, Card
+from onecard.commands.fit.command import as_json
 from onecard.config import Algorithm, DPOConfig, FitConfig, PPOConfig, SFTConfig, TrainConfig
-from onecard.fit.cards import GIB, Card
-from onecard.fit.command import answer, as_json
-from onecard.metrics import progress
+from onecard.utils.progress import progress
 
 PLANS = records.ROOT / "benchmarks" / "results" / "plan" / "will-it-fit.json"
 README = records.ROOT / "README.md"

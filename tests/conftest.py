@@ -90,7 +90,7 @@ class Result:
 @pytest.fixture
 def onecard(capsys: pytest.CaptureFixture[str]):
     """`onecard("dpo", "--model", folder, ...)` in this process, as the `onecard` command would run it."""
-    from onecard import cli
+    from onecard.commands import cli
 
     def run(*arguments: object) -> Result:
         with pytest.raises(SystemExit) as stop:

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks import records
 from benchmarks.learning.running import Finished, Job, finished, rows_of
 from benchmarks.learning.tasks import Bar, Rows, Task, ends
-from onecard.plots import COLOURS, FAINT, png
+from onecard.reporting.plots import COLOURS, FAINT, png
 
 NONE = "–"
 COLUMNS = 4  # panels in a row of the picture

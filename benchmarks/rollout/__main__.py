@@ -30,7 +30,7 @@ from benchmarks.rollout.record import Report, Result
 from benchmarks.rollout.samplers import BAR, error_of_ours, ratio_of, take_turns, time_a_step
 from benchmarks.train_step.dpo import forget, held_bytes, quiet
 from benchmarks.train_step.results import versions
-from onecard.errors import OnecardError
+from onecard.utils.errors import OnecardError
 
 REPEATS = {"cpu": 7, "cuda": 3}
 BUDGET = {"cpu": math.inf, "cuda": 40.0}  # seconds of timed rounds of a case

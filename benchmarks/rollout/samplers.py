@@ -14,9 +14,9 @@ import torch
 from benchmarks import decoding, measure
 from benchmarks.rollout.cases import Task
 from benchmarks.rollout.record import OURS, PEER, RECORDED, Row, Step
-from onecard.batches import TokenSequence, pack, to_device
+from onecard.data.batches import TokenSequence, pack, to_device
 from onecard.rollout import Sampling, sample_responses
-from onecard.rollout.replay import cuda_graph, recorded_by
+from onecard.rollout.cuda_graphs import cuda_graph, recorded_by
 
 BAR = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # nats by which a log-probability as drawn may be off
 CHECKED, CHECKED_TOKENS = 8, 32  # responses that are compared, of at most so many tokens: no long rollout is wrong anew

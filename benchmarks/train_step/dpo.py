@@ -29,12 +29,12 @@ from benchmarks.train_step.watch import OPTIMIZER, TRAIN, Watch
 from onecard.algorithms.common import Recipe
 from onecard.algorithms.dpo.command import make_recipe
 from onecard.algorithms.supervised import Supervised
-from onecard.batches import PreferencePair, TokenSequence
 from onecard.config import DPOConfig, Optim
-from onecard.metrics import Bar
+from onecard.data.batches import PreferencePair, TokenSequence
 from onecard.models.build import load_roles
-from onecard.runs import Run
-from onecard.trainer import Trainer
+from onecard.training.run_folder import Run
+from onecard.training.trainer import Trainer
+from onecard.utils.progress import Bar
 
 CPU = torch.device("cpu")
 NOISE = 0.01  # standard deviation of adapters' second matrix: with zeros, the policy is its reference and says nothing

@@ -23,9 +23,9 @@ from benchmarks.train_step.watch import (
     WHOLE,
     Peaks,
 )
+from onecard.commands.fit.phases import Lengths
+from onecard.commands.fit.plan import Plan, make_plan
 from onecard.config import TrainConfig
-from onecard.fit.phases import Lengths
-from onecard.fit.plan import Plan, make_plan
 
 MOST_OFF = 0.05  # of the measured peak
 NOWHERE = Path("no-weights")

@@ -20,10 +20,10 @@ from onecard.config import PPOConfig, RewardConfig
 from onecard.data import Prompt
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
-from onecard.passes import looking_budget
+from onecard.models.micro_batching import looking_budget
 from onecard.rewards.judge import load_judge
-from onecard.runs import Run
-from onecard.trainer import Trainer
+from onecard.training.run_folder import Run
+from onecard.training.trainer import Trainer
 
 PASS_OF = {"policy": OLD, "reference": REFERENCE}
 

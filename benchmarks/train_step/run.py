@@ -23,7 +23,7 @@ from benchmarks.train_step.material import draw_pairs, write_folder
 from benchmarks.train_step.peer import Theirs
 from benchmarks.train_step.results import OURS, Memory, Result, Row
 from benchmarks.train_step.watch import PHASES, WHOLE, Peaks, Watch, highest, phase_peaks
-from onecard.errors import OnecardError
+from onecard.utils.errors import OnecardError
 
 UNSHARED, TRL = "onecard, prompts not shared", "TRL"
 TRL_ANSWERS, TRL_LIGER, GEMMS = "TRL, head on answers alone", "TRL + Liger's layers", "bare GEMMs"

@@ -1,5 +1,5 @@
 """`python -m onecard` is `onecard`."""
 
-from onecard.cli import main
+from onecard.commands.cli import main
 
 main()

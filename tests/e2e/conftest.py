@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from onecard import report
+from onecard import reporting
 from tests.e2e.ppo_material import (
     GOOD,
     WORDS,
@@ -22,7 +22,7 @@ from tests.e2e.ppo_material import (
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "write_run_report", no_report)
+    monkeypatch.setattr(reporting, "write_run_report", no_report)
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,7 @@ def material(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
     write_rows(folder / "sft.jsonl", [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs])
     small = ["--model", tiny_model, "--max_steps", 4, "--learning_rate", 1e-2, "--test_size", 4]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write_run_report", no_report)
+        patch.setattr(reporting, "write_run_report", no_report)
         run_command("reward", "--dataset", folder / "pairs.jsonl", "--output_dir", folder / "rm", *small)
         run_command("sft", "--dataset", folder / "sft.jsonl", "--output_dir", folder / "sft", *small)
         run_command("ppo", *flags(settings(tiny_model, folder, folder / "old")))

@@ -27,7 +27,8 @@ import click
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from onecard import cli, report
+from onecard import reporting
+from onecard.commands import cli
 from tests.e2e.ppo_material import GOOD, STOPS, WORDS, no_report, write_rows
 from tests.engine.kill_points import changes_files
 from tests.tiny import write_tiny_model
@@ -245,11 +246,11 @@ def table(kills: Sequence[Kill]) -> str:
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.option("--kills", "count", default=100, show_default=True, type=click.IntRange(1))
 @click.option("--seed", default=0, show_default=True)
-@click.option("--reports/--no_reports", default=True, show_default=True, help="Write plots and report.html too.")
+@click.option("--reports/--no_reports", default=True, show_default=True, help="Write plots and reporting.html too.")
 def command(count: int, seed: int, reports: bool) -> None:
     """Kill every command at random places, have it go on, and print how often that came to the same (ten minutes)."""
     if not reports:
-        report.write_run_report = no_report
+        reporting.write_run_report = no_report
     kills = kill_all(count, seed, told=lambda kill: click.echo(f"{kill}", err=True))
     click.echo(table(kills))
     sys.exit(0 if all(kill.equal for kill in kills) else 1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onecard import cli
+from onecard.commands import cli
 
 WORDS = ["cat", "dog", "hen", "cow", "fox", "mat"]
 STOPS = list("abcdefghijklmnopqrst")  # a random model seldom draws its one EOS; with these, answers end at every length

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from onecard import lock
+from onecard.commands.demo import flow
 from onecard.config import DemoConfig
-from onecard.demo import flow
+from onecard.training import lock
 from tests.engine.kill_points import die_before
 
 
@@ -122,7 +122,7 @@ def start(monkeypatch):
         raise StagesBegin
 
     monkeypatch.setattr(flow, "make_tiny_model", stop)
-    monkeypatch.setattr("onecard.demo.corpus.SFT_ROWS", 2)
+    monkeypatch.setattr("onecard.commands.demo.corpus.SFT_ROWS", 2)
 
     def run(folder: Path):
         with pytest.raises(StagesBegin):

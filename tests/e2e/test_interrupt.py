@@ -12,9 +12,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from onecard import cli, interrupts
-from onecard.interrupts import next_command
-from onecard.trainer import Trainer
+from onecard.commands import cli
+from onecard.training import signals
+from onecard.training.signals import next_command
+from onecard.training.trainer import Trainer
 from tests.e2e.ppo_material import flags, settings
 from tests.e2e.test_resume import arguments, metrics, weights
 
@@ -22,7 +23,7 @@ from tests.e2e.test_resume import arguments, metrics, weights
 @pytest.fixture(autouse=True)
 def usual_handlers() -> Iterator[None]:
     """Those of a terminal: under a script that runs tests in the background, Ctrl-C would be ignored from the start."""
-    before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     yield
@@ -42,9 +43,9 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, step: int, *numbers: int) -> None
     monkeypatch.setattr(Trainer, "apply", signalled)
 
 
-@pytest.mark.parametrize("number", interrupts.SIGNALS)
+@pytest.mark.parametrize("number", signals.SIGNALS)
 def test_a_signal_stops_after_its_step(onecard, monkeypatch, tmp_path, tiny_model, pairs, quick, number):
-    handlers = [signal.getsignal(each) for each in interrupts.SIGNALS]
+    handlers = [signal.getsignal(each) for each in signals.SIGNALS]
     assert onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "whole")).code == 0
     with monkeypatch.context() as patch:
         signal_at(patch, 4, number)
@@ -52,7 +53,7 @@ def test_a_signal_stops_after_its_step(onecard, monkeypatch, tmp_path, tiny_mode
     assert stopped.code == 130
     assert f"everything up to here is in {tmp_path / 'run' / 'checkpoint-5'}" in stopped.err.splitlines()[-1]
     assert not (tmp_path / "run" / "policy").exists()
-    assert [signal.getsignal(each) for each in interrupts.SIGNALS] == handlers
+    assert [signal.getsignal(each) for each in signals.SIGNALS] == handlers
     assert onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "run", "--resume")).code == 0
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from onecard import report
+from onecard import reporting
 from onecard.algorithms.ppo import command, startup
 from onecard.models import build, load
 from onecard.rollout import sampler
@@ -316,5 +316,5 @@ def test_a_start_that_does_not_agree_is_refused(ppo, monkeypatch, tmp_path, mate
         assert expected in line
         error_line(ppo({**changes, "--output_dir": tmp_path / "old", "--overwrite": True}))
         assert tree(tmp_path) == before
-    monkeypatch.setattr(report, "write_run_report", no_report)
+    monkeypatch.setattr(reporting, "write_run_report", no_report)
     assert ppo(changes).code == 0  # mended, the same settings run

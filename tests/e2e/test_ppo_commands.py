@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 
-from onecard import report
+from onecard import reporting
 from tests.e2e.ppo_material import (
     STOPS,
     WORDS,
@@ -53,7 +53,7 @@ def test_a_run_leaves_all_that_it_promises(onecard, ppo, monkeypatch, tmp_path, 
     after = PeftModel.from_pretrained(base, str(run / "policy"))(input_ids=ids).logits
     assert (after - before).abs().max() > 1e-3
 
-    monkeypatch.setattr(report, "write_run_report", no_report)
+    monkeypatch.setattr(reporting, "write_run_report", no_report)
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert (saved["batch_size"], saved["stop_token"], saved["model"]) == (8, STOPS, str(tiny_model))
     again = onecard("ppo", "--config", run / "config.yaml", "--output_dir", tmp_path / "again")

@@ -23,12 +23,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onecard import checkpoint, cli, files, report, runs
+from onecard import reporting
 from onecard.algorithms.ppo.job import PPO
 from onecard.algorithms.ppo.sampling import Sampler
+from onecard.commands import cli
 from onecard.models.roles import Roles
 from onecard.rollout import sampler
-from onecard.trainer import Trainer
+from onecard.training import checkpoint, run_folder
+from onecard.training.trainer import Trainer
+from onecard.utils import files
 
 STEPS = 6
 REWARD = """
@@ -64,7 +67,7 @@ def material(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     (folder / "good.py").write_text(REWARD)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write_run_report", no_report)
+        patch.setattr(reporting, "write_run_report", no_report)
         small = ["--max_steps", 4, "--learning_rate", 1e-2, "--test_size", 4, "--output_dir", folder / "rm"]
         assert command("reward", "--model", tiny_model, "--dataset", folder / "pairs.jsonl", *small) == 0
     return folder
@@ -183,7 +186,7 @@ def test_interrupted_twice_and_resumed_equals_uninterrupted(
     onecard, monkeypatch, tmp_path, tiny_model, material, variant
 ):
     """Once between an iteration's updates, then in the middle of an answer."""
-    monkeypatch.setattr(report, "write_run_report", no_report)
+    monkeypatch.setattr(reporting, "write_run_report", no_report)
     saved, words = VARIANTS[variant]
     more = [str(word).replace("{material}", str(material)) for word in words]
     whole = onecard(*arguments(tiny_model, material, tmp_path / "whole", *more))
@@ -217,7 +220,7 @@ def test_interrupted_twice_and_resumed_equals_uninterrupted(
 
 
 def test_resuming_a_finished_run_changes_nothing(onecard, monkeypatch, tmp_path, tiny_model, material):
-    monkeypatch.setattr(report, "write_run_report", no_report)
+    monkeypatch.setattr(reporting, "write_run_report", no_report)
     words = arguments(tiny_model, material, tmp_path / "run", "--max_steps", 2)
     assert onecard(*words).code == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -315,7 +318,7 @@ def child(words: list[str], pipe: int, log: Path) -> None:
         slowed(Roles, "write", 0.01)
         slowed(checkpoint, "digest", 0.004)
         slowed(files, "sync", 0.002)
-        report.write_run_report = no_report
+        reporting.write_run_report = no_report
         cli.main(words)
     except SystemExit as stop:
         code = int(stop.code or 0)
@@ -359,7 +362,7 @@ def kill_runs(plan: dict[str, Any]) -> None:
     counts: Counter[str] = Counter()
     kills = []
     while len(kills) < KILLS or min(counts[phase] for phase in PHASES) < LEAST:
-        info = runs.read_info(folder / "killed")
+        info = run_folder.read_info(folder / "killed")
         found, _ = checkpoint.newest_checkpoint(folder / "killed", info.id) if info else (None, ())
         step = found.step if found else 0
         fewest = min(counts[phase] for phase in PHASES)

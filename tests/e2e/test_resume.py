@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from onecard import trainer
+from onecard.training import trainer
 
 STEPS = 8
 

@@ -11,12 +11,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from onecard import trainer
 from onecard.config import ModelConfig
 from onecard.data import load_rows, scored_examples
 from onecard.models.build import load_player
 from onecard.models.load import load_tokenizer
 from onecard.rewards.adapter import score, score_sequences
+from onecard.training import trainer
 from tests.e2e.ppo_material import (
     WORDS,
     error_line,

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from onecard.algorithms.samples import BEGINNING, prompt_of
-from onecard.batches import LabelledSequence, PreferencePair, TokenSequence
-from onecard.report import read_samples
+from onecard.data.batches import LabelledSequence, PreferencePair, TokenSequence
+from onecard.reporting import read_samples
 from tests.e2e.test_resume import arguments, metrics, stop_at, weights
 
 

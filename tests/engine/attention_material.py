@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.batches import PreferencePair, TokenBatch, TokenSequence, pack_pairs, to_device
+from onecard.data.batches import PreferencePair, TokenBatch, TokenSequence, pack_pairs, to_device
 from onecard.models.attention import use_own_attention
 from onecard.models.roles import Roles
 

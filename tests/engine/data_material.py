@@ -9,13 +9,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from onecard.batches import TokenSequence
-from onecard.data import (
-    Row,
-    load_rows,
-    preference_examples,
-    sft_examples,
-)
+from onecard.data import Row, load_rows, preference_examples, sft_examples
+from onecard.data.batches import TokenSequence
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"
 SENTENCES = ["Hello there, how are you today?", "user assistant system tool", "I am fine, thank you.\n\nAnd you?"] * 4

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from onecard.batches import LabelledSequence, PreferencePair, TokenSequence
 from onecard.config import DPOConfig
+from onecard.data.batches import LabelledSequence, PreferencePair, TokenSequence
 from onecard.models.build import load_roles
 from onecard.models.roles import Roles
 

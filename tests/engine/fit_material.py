@@ -11,21 +11,20 @@ import torch
 
 from benchmarks.measure import peak_bytes
 from onecard.algorithms.ppo.experience import logprobs_of, values_of
-from onecard.batches import Episode
+from onecard.commands.fit.model import read_config
+from onecard.commands.fit.phases import Lengths, episodes_per_step, work_of
+from onecard.commands.fit.plan import Plan, make_plan
 from onecard.config import DPOConfig, PPOConfig, RewardConfig, TrainConfig
-from onecard.cut import Cut
-from onecard.fit.model import read_config
-from onecard.fit.phases import Lengths, episodes_per_step, work_of
-from onecard.fit.plan import Plan, make_plan
+from onecard.data.batches import Episode
 from onecard.models.build import load_ppo_roles, load_roles
-from onecard.models.levers import head_chunks
 from onecard.models.load import load_tokenizer
+from onecard.models.memory_options import head_chunks
+from onecard.models.micro_batching import Cut, looking_budget
 from onecard.models.roles import Roles
-from onecard.optim import clip_grad_norm, make_optimizer
-from onecard.passes import looking_budget
 from onecard.rewards.adapter import score_sequences
 from onecard.rollout import Sampling, sample_responses, sampling_budget
-from onecard.trainer import accumulate
+from onecard.training.optim import clip_grad_norm, make_optimizer
+from onecard.training.trainer import accumulate
 
 CPU = torch.device("cpu")
 MOST_OFF = 0.05

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from onecard.batches import TokenBatch
 from onecard.config import PPOConfig
+from onecard.data.batches import TokenBatch
 from onecard.models.build import load_ppo_roles
 from onecard.models.roles import Roles
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.batches import TokenSequence, pack
 from onecard.config import ModelConfig
+from onecard.data.batches import TokenSequence, pack
 from onecard.models.build import load_player
 from onecard.models.load import load_tokenizer
 from onecard.models.roles import Roles

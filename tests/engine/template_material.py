@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from onecard.batches import TokenSequence
+from onecard.data.batches import TokenSequence
 from tests.engine.data_material import CHATML, PLAIN, spelled
 
 

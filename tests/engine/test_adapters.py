@@ -11,11 +11,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from onecard.batches import TokenSequence, pack
 from onecard.config import ModelConfig, PPOConfig, SFTConfig
-from onecard.errors import OnecardError
+from onecard.data.batches import TokenSequence, pack
 from onecard.models.adapters import adapter_tensors
 from onecard.models.build import load_players, load_ppo_roles, load_roles
+from onecard.utils.errors import OnecardError
 from tests.models.families import FAMILIES, random_model
 
 TOKENS = tuple((7919 * place + 13) % 290 for place in range(40))

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from onecard.algorithms.samples import HeldoutSamples
-from onecard.batches import Episode, TokenSequence
 from onecard.config import SFTConfig
 from onecard.data import Prompt, prompt_examples
+from onecard.data.batches import Episode, TokenSequence
 from onecard.data.tokens import continuation_text, spelled
 from onecard.rewards.judge import make_answers
 from onecard.rollout import Response

@@ -9,20 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from onecard.batches import PreferencePair, TokenBatch, pack, pack_pairs
 from onecard.config import ModelConfig
-from onecard.errors import OnecardError
+from onecard.data.batches import PreferencePair, TokenBatch, pack, pack_pairs
 from onecard.models import attention
-from onecard.models.attention import (
-    attend,
-    has_own_attention,
-    passes_windows_on,
-    takes_segments,
-    use_own_attention,
-)
+from onecard.models.attention import attend, has_own_attention, passes_windows_on, takes_segments, use_own_attention
 from onecard.models.load import load_base
 from onecard.models.roles import Roles
-from onecard.startup import check_model
+from onecard.training.startup import check_model
+from onecard.utils.errors import OnecardError
 from tests.engine.attention_material import (
     CONFIGS,
     PAIRS,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from onecard.batches import TokenBatch, pack, to_device
+from onecard.data.batches import TokenBatch, pack, to_device
 from onecard.models import attention
 from onecard.models.attention import Score, kernel_for, planned_for, sees, segments_of
 from tests.engine.attention_material import answer

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-from onecard import merge
-from onecard.batches import TokenSequence, pack
+from onecard.commands import merge
 from onecard.config import MergeConfig, ModelConfig, SFTConfig
-from onecard.errors import OnecardError
+from onecard.data.batches import TokenSequence, pack
 from onecard.models.build import load_player, load_roles
 from onecard.models.load import load_base
-from onecard.startup import check_model
+from onecard.training.startup import check_model
+from onecard.utils.errors import OnecardError
 from tests.models.families import FAMILIES, random_model
 
 TOKENS = tuple((7919 * place + 13) % 290 for place in range(40))

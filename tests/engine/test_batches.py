@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onecard.batches import (
+from onecard.data.batches import (
     LEAST_SHARED,
     PreferencePair,
     TokenSequence,

@@ -16,8 +16,8 @@ from benchmarks.train_step.cases import Case
 from benchmarks.train_step.material import Model
 from benchmarks.train_step.results import Memory
 from benchmarks.train_step.run import Timing
-from onecard.fit.plan import Plan
-from onecard.fit.tracker import Phase
+from onecard.commands.fit.plan import Plan
+from onecard.commands.fit.tracker import Phase
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30

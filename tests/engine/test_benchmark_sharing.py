@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import sharing
-from onecard.batches import LEAST_SHARED, answers, shared_tokens
+from onecard.data.batches import LEAST_SHARED, answers, shared_tokens
 
 
 def test_pairs_are_of_the_lengths_asked_for():

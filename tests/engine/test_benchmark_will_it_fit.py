@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from benchmarks import will_it_fit
 from benchmarks.render import OPENING
-from onecard.fit.cards import GIB, Card
+from onecard.commands.fit.cards import GIB, Card
 
 
 def rows(*peaks: float) -> list[dict[str, object]]:

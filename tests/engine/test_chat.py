@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from onecard import chat as module
-from onecard.chat import HALF, Chat, Conversation, Turn, Voice
+from onecard.commands import chat as module
+from onecard.commands.chat import HALF, Chat, Conversation, Turn, Voice
 from onecard.config import ChatConfig
 from onecard.models.build import load_player
 from onecard.models.load import load_tokenizer

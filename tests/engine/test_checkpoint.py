@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from onecard import checkpoint, files
-from onecard.errors import OnecardError
+from onecard.training import checkpoint
+from onecard.utils import files
+from onecard.utils.errors import OnecardError
 
 
 def write(run_dir: Path, step: int, keep: int = 3) -> Path:

@@ -11,8 +11,9 @@ import types
 import pytest
 import torch
 
-from onecard import cli, config
+from onecard import config
 from onecard.algorithms import dpo
+from onecard.commands import cli
 
 
 @pytest.fixture
@@ -142,7 +143,8 @@ def test_every_command_has_something_to_run(target):
 
 def test_help_does_not_wait_for_torch():
     code = (
-        "import sys, onecard.cli as c; c.make_cli(); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+        "import sys; from onecard.commands import cli; cli.make_cli(); "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

@@ -6,8 +6,8 @@ import random
 from dataclasses import replace
 from itertools import pairwise
 
-from onecard.batches import like_lengths
-from onecard.cut import Cut
+from onecard.data.batches import like_lengths
+from onecard.models.micro_batching import Cut
 
 DRAWS = range(300)
 

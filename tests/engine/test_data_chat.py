@@ -2,11 +2,8 @@
 
 import pytest
 
-from onecard.data import (
-    prompt_examples,
-    prompt_tokens,
-)
-from onecard.errors import OnecardError
+from onecard.data import prompt_examples, prompt_tokens
+from onecard.utils.errors import OnecardError
 from tests.engine.data_material import BOT, CHATML, PLAIN, USER, answer, built, pairs, rows, say, sft, spelled, split
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from onecard.data.template_answers import as_content
 from onecard.data.templates import rendered
-from onecard.errors import OnecardError
+from onecard.utils.errors import OnecardError
 from tests.engine.data_material import CHATML, sft
 from tests.engine.template_material import IM, byte_tokenizer, marked
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from onecard.data import Row, labelled_examples, load_rows, preference_examples, scored_examples, sft_examples
 from onecard.data.csv_table import records
-from onecard.errors import OnecardError
 from onecard.rewards.builtin import expected_text, says
+from onecard.utils.errors import OnecardError
 from tests.engine.data_material import built
 
 

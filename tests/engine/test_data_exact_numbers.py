@@ -11,8 +11,8 @@ import pytest
 from datasets import Dataset
 
 from onecard.data import load_rows
-from onecard.errors import OnecardError
 from onecard.rewards.builtin import expected_text, says
+from onecard.utils.errors import OnecardError
 
 
 def values(path: Path, name: str) -> list[object]:

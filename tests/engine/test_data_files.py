@@ -15,8 +15,8 @@ import pyarrow.parquet
 import pytest
 
 from onecard.data import Row, load_rows, prompt_rows
-from onecard.data.examples import PreferenceRow, preference_row
-from onecard.errors import OnecardError
+from onecard.data.typed_rows import PreferenceRow, preference_row
+from onecard.utils.errors import OnecardError
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"
 RECORDS = [{"prompt": "2+2=", "chosen": "4"}, {"prompt": "a\nb, \u2028c", "chosen": "né"}]

@@ -12,7 +12,7 @@ import pytest
 
 from onecard.data import load_rows
 from onecard.data.splits import data_files, files_by_split
-from onecard.errors import OnecardError
+from onecard.utils.errors import OnecardError
 
 
 def fill(folder: Path, *names: str) -> str:

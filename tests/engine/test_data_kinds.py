@@ -22,7 +22,7 @@ from onecard.data import (
     ranking_examples,
     scored_examples,
 )
-from onecard.errors import OnecardError
+from onecard.utils.errors import OnecardError
 from tests.engine.data_material import BOT, CHATML, USER, answer, built, rows, say, sft, split
 
 TOKENIZER = built("<s> $A")

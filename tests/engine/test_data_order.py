@@ -3,7 +3,7 @@
 import pytest
 
 from onecard.data import hold_out, step_indices
-from onecard.errors import OnecardError
+from onecard.utils.errors import OnecardError
 
 
 @pytest.mark.parametrize(

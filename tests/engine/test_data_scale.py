@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from onecard.batches import LabelledSequence, PreferencePair, Ranking, ScoredSequence, TokenSequence
 from onecard.data import (
     Tokenized,
     files,
@@ -27,11 +26,12 @@ from onecard.data import (
     tokenize_rows,
     tokens,
 )
+from onecard.data.batches import LabelledSequence, PreferencePair, Ranking, ScoredSequence, TokenSequence
 from onecard.data.example_arrays import all_lengths, all_numbers, all_tokens, as_examples, fingerprint
 from onecard.data.files import dataset_rows
 from onecard.data.templates import template_date
 from onecard.data.tokens import bare, encode_batch
-from onecard.errors import OnecardError
+from onecard.utils.errors import OnecardError
 from tests.engine.data_material import CHATML, all_tokenizers, built, rows
 
 TEXTS = ["Hello there", " how are", "", "you\ttoday?\n", "<s>Hello</s>", "é 漢字", "  ", "a</s>b"]

@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 from transformers.utils import chat_template_utils
 
+from onecard.commands.evaluate import given_answers
 from onecard.data import (
     labelled_examples,
     load_rows,
@@ -22,11 +23,10 @@ from onecard.data import (
     scored_examples,
 )
 from onecard.data.templates import answer_ends, closing_token, rendered, template_date, today
-from onecard.errors import OnecardError
-from onecard.evaluate import given_answers
 from onecard.models.classifier import Classifier
 from onecard.rewards.classifier import ClassifierReward
 from onecard.rollout import end_tokens
+from onecard.utils.errors import OnecardError
 from tests.engine.data_material import BOT, CHATML, USER, rows, say, sft, spelled, split
 from tests.engine.template_material import FAMILIES, IM, byte_tokenizer, marked, of_family, real_template
 

@@ -4,13 +4,9 @@ from typing import Any
 
 import pytest
 
-from onecard.batches import TokenSequence
-from onecard.data import (
-    preference_examples,
-    prompt_examples,
-    prompt_tokens,
-)
-from onecard.errors import OnecardError
+from onecard.data import preference_examples, prompt_examples, prompt_tokens
+from onecard.data.batches import TokenSequence
+from onecard.utils.errors import OnecardError
 from tests.engine.data_material import (
     BOT,
     CHATML,

@@ -12,7 +12,7 @@ from onecard.data import (
     ranking_examples,
     scored_examples,
 )
-from onecard.errors import OnecardError
+from onecard.utils.errors import OnecardError
 from tests.engine.data_material import CHATML, answer, built, real, rows, say, sft, spelled, split
 
 TOKENIZER = built("<s> $A")

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from onecard.demo import corpus
-from onecard.demo.tiny import make_tiny_model
+from onecard.commands.demo import corpus
+from onecard.commands.demo.tiny import make_tiny_model
 
 TOO_EASY = 0.75
 
@@ -55,7 +55,7 @@ def learned_rule(pairs, feature):
 
 
 def test_same_seed_gives_the_same_bytes_whatever_python_hashes(tmp_path):
-    code = "import sys; from onecard.demo.corpus import write_corpus; write_corpus(sys.argv[1], 7)"
+    code = "import sys; from onecard.commands.demo.corpus import write_corpus; write_corpus(sys.argv[1], 7)"
     for hash_seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": os.pathsep.join(sys.path)}
         subprocess.run([sys.executable, "-c", code, str(tmp_path / hash_seed)], env=environment, check=True)

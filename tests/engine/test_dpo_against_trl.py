@@ -22,10 +22,10 @@ from torch import Tensor
 from onecard.algorithms import dpo
 from onecard.algorithms.dpo.losses import reference_logps, sequence_logps
 from onecard.algorithms.dpo.variants import pick_variant
-from onecard.batches import LabelledSequence, PreferencePair, TokenSequence, pack, pack_labelled, pack_pairs
 from onecard.config import DPOConfig
-from onecard.metrics import add_up, per_kind
+from onecard.data.batches import LabelledSequence, PreferencePair, TokenSequence, pack, pack_labelled, pack_pairs
 from onecard.models.roles import Roles
+from onecard.training.metrics import add_up, per_kind
 from onecard_kernels import Loss
 from onecard_kernels.dpo.losses import ANY_DIVERGENCE, LOSSES
 from tests.engine.dpo_material import LABELLED, LEVEL, load, moved, text

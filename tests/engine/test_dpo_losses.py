@@ -11,12 +11,12 @@ import torch
 from onecard.algorithms import dpo
 from onecard.algorithms.dpo.command import balance_notes
 from onecard.algorithms.dpo.variants import ALONE
-from onecard.batches import TokenSequence, pack, pack_labelled, pack_pairs, part
 from onecard.config import DPOConfig
 from onecard.data import load_rows
-from onecard.errors import OnecardError
-from onecard.metrics import Window, add_up, per_kind
+from onecard.data.batches import TokenSequence, pack, pack_labelled, pack_pairs, part
 from onecard.models.load import load_tokenizer
+from onecard.training.metrics import Window, add_up, per_kind
+from onecard.utils.errors import OnecardError
 from onecard_kernels import Loss
 from onecard_kernels.dpo.losses import LOSSES, WHOLE_BATCH
 from tests.engine.dpo_material import LABELLED, PAIRS, labelled_rows, load, moved

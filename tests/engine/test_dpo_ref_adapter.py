@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from onecard.algorithms.dpo.losses import sequence_logps
-from onecard.batches import pack_pairs
 from onecard.config import DPOConfig, PPOConfig
-from onecard.errors import OnecardError
+from onecard.data.batches import pack_pairs
 from onecard.models.build import load_player, load_ppo_roles, load_roles, reference_adapter
+from onecard.utils.errors import OnecardError
 from tests.engine.dpo_material import PAIRS, load, moved
 
 BATCH = pack_pairs(PAIRS).sequences

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from onecard.algorithms import dpo
 from onecard.algorithms.dpo import reference
 from onecard.algorithms.dpo.losses import labelled_reference, pair_reference
-from onecard.batches import TokenSequence, pack_labelled, pack_pairs
 from onecard.config import DPOConfig
+from onecard.data.batches import TokenSequence, pack_labelled, pack_pairs
 from onecard.data.example_arrays import fingerprint
 from tests.engine.dpo_material import LABELLED, LEVEL, PAIRS, load, moved
 

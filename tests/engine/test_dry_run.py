@@ -10,12 +10,12 @@ import pytest
 import yaml
 from rich.console import Console
 
-from onecard import dry_run, runs
-from onecard.batches import LabelledSequence, PreferencePair, Ranking, ScoredSequence, TokenSequence
 from onecard.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from onecard.data import Prompt
+from onecard.data.batches import LabelledSequence, PreferencePair, Ranking, ScoredSequence, TokenSequence
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
+from onecard.training import dry_run, run_folder
 from tests.e2e.ppo_material import error_line, tree
 
 SMALL = ["--max_steps", 1, "--test_size", 0]
@@ -63,7 +63,7 @@ def test_the_example_is_shown_with_its_special_tokens_and_its_mask(onecard, tmp_
 def test_a_dry_run_is_shown_where_a_run_lies_and_leaves_it_alone(onecard, tmp_path, tiny_model, rows):
     words = ["sft", "--model", tiny_model, "--dataset", rows["sft"], "--output_dir", tmp_path / "run", *SMALL]
     (tmp_path / "run").mkdir()
-    runs.write_info(tmp_path / "run", runs.RunInfo("a", "2026-11-30"))
+    run_folder.write_info(tmp_path / "run", run_folder.RunInfo("a", "2026-11-30"))
     before = tree(tmp_path)
     for more in ([], ["--overwrite"], ["--resume"]):
         assert onecard(*words, "--dry_run", *more).code == 0
@@ -72,7 +72,7 @@ def test_a_dry_run_is_shown_where_a_run_lies_and_leaves_it_alone(onecard, tmp_pa
 
 
 def test_a_dry_run_is_no_setting_of_a_run():
-    assert "dry_run" in runs.FREE
+    assert "dry_run" in run_folder.FREE
 
 
 # --- parameters

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from onecard.commands.evaluate import evaluate
+from onecard.commands.statistics import distinct
 from onecard.config import DPOConfig, EvaluateConfig, ModelConfig, RewardConfig
 from onecard.data import Row, sft_examples
-from onecard.evaluate import evaluate
-from onecard.measures import distinct
 from onecard.models.build import load_player, load_roles
 from onecard.models.load import load_tokenizer
 from tests.e2e.ppo_material import error_line, tree
@@ -121,7 +121,7 @@ def json_rows(path: Path) -> list[dict]:
 
 def test_kl_is_to_the_base_or_to_ref_adapter_at_the_temperature_of_sampling(material, tinystories):
     """By hand from the sampled tokens; 0 where the policy is the reference."""
-    from onecard import evaluate as module
+    from onecard.commands import evaluate as module
 
     seen = []
     original = module.make_episode

@@ -9,7 +9,7 @@ from statistics import NormalDist, mean, stdev
 import pytest
 import torch
 
-from onecard.measures import Z95, Estimate, distinct, estimate, win_rate
+from onecard.commands.statistics import Z95, Estimate, distinct, estimate, win_rate
 from onecard.rollout import Sampling, chances_of, draw
 from tests.engine.rollout_material import common_ends
 

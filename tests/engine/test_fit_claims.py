@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from onecard.commands.fit.model import find_model, shapes
+from onecard.commands.fit.phases import Lengths
+from onecard.commands.fit.plan import Plan, make_plan
+from onecard.commands.fit.weights import plan_base
 from onecard.config import DPOConfig, PPOConfig
-from onecard.fit.model import find_model, shapes
-from onecard.fit.phases import Lengths
-from onecard.fit.plan import Plan, make_plan
-from onecard.fit.weights import plan_base
 
 GIB = 2**30
 SETTINGS = {

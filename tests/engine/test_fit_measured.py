@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from benchmarks.measure import peak_bytes
+from onecard.commands.fit.model import read_config
+from onecard.commands.fit.phases import Lengths, episodes_per_step
+from onecard.commands.fit.plan import make_plan
 from onecard.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
-from onecard.fit.model import read_config
-from onecard.fit.phases import Lengths, episodes_per_step
-from onecard.fit.plan import make_plan
 from onecard.models.build import load_ppo_roles
 from onecard.rollout import Sampling, sample_responses, sampling_budget
 from tests.engine.fit_material import CPU, MOST_OFF, check_close, compared

@@ -10,16 +10,16 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig
 
+from onecard.commands.fit.cards import CARDS, GIB, Card, find_card, smallest
+from onecard.commands.fit.model import read_config
+from onecard.commands.fit.phases import Lengths, rows_of
+from onecard.commands.fit.plan import Plan, make_plan, plan_once, planning, runs_token_by_token, target_attention
+from onecard.commands.fit.search import largest_tokens, make_fit
+from onecard.commands.fit.tracker import PAGED, WORK, Phase, Tracker
+from onecard.commands.fit.weights import META, nf4_weight
+from onecard.commands.fit.workspaces import workspaces
 from onecard.config import DPOConfig, PPOConfig, SFTConfig
-from onecard.errors import OnecardError
-from onecard.fit.cards import CARDS, GIB, Card, find_card, smallest
-from onecard.fit.model import read_config
-from onecard.fit.phases import Lengths, rows_of
-from onecard.fit.plan import Plan, make_plan, plan_once, planning, runs_token_by_token, target_attention
-from onecard.fit.search import largest_tokens, make_fit
-from onecard.fit.tracker import PAGED, WORK, Phase, Tracker
-from onecard.fit.weights import META, nf4_weight
-from onecard.fit.workspaces import workspaces
+from onecard.utils.errors import OnecardError
 from tests.models.families import FAMILIES, config_of
 
 CUDA = torch.device("cuda")

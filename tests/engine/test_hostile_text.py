@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from onecard import chat, metrics
-from onecard.errors import OnecardError, visible
-from onecard.plots import POINTS, label, smooth, thinned
-from onecard.report import write_run_report
+from onecard.commands import chat
+from onecard.reporting import write_run_report
+from onecard.reporting.plots import POINTS, label, smooth, thinned
+from onecard.utils.errors import OnecardError, visible
+from onecard.utils.progress import say
 
 CONTROLS = "\x1b]0;title\x07", "\x1b[2J", "\x9b2J", "a\u202eb", "a\u2028b", "\x85", "\x00", "\ud800"
 
@@ -25,7 +26,7 @@ def test_control_characters_are_shown_as_escapes(text, capsys):
     for shown in (visible(text), str(OnecardError(f"dataset: {text} is bad")), visible(text, kept="")):
         assert shown.isprintable()
         shown.encode("utf-8")
-    metrics.say(text)
+    say(text)
     assert visible(capsys.readouterr().err) == capsys.readouterr().err + visible(text) + "\n"
 
 
@@ -84,7 +85,7 @@ def test_yaml_that_grows_is_refused_at_once(onecard, tmp_path, text, message):
 def test_standard_output_that_is_no_utf8_loses_nothing(monkeypatch, onecard, tiny_model, tmp_path):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    from onecard import cli
+    from onecard.commands import cli
 
     with pytest.raises(SystemExit) as stop:
         cli.main(["generate", "--model", str(tiny_model), "--prompt", "the cäť", "--max_new_tokens", "3",

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from onecard.batches import TokenSequence, pack
+from onecard import reporting
 from onecard.config import DPOConfig, ModelConfig, RewardConfig
+from onecard.data.batches import TokenSequence, pack
 from onecard.models.build import load_player, load_roles
 from onecard.models.load import load_tokenizer
 from tests.e2e.ppo_material import no_report
@@ -110,8 +111,6 @@ def test_trl_trains_on_from_our_adapter_and_onecard_from_trls(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from onecard import report
-
     folder = written(tiny_model, tmp_path / "policy", "policy")
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     model = PeftModel.from_pretrained(base, folder, is_trainable=True)
@@ -136,7 +135,7 @@ def test_trl_trains_on_from_our_adapter_and_onecard_from_trls(
     assert (after - before).abs().max() > 1e-3
     torch.testing.assert_close(our_logprobs(tmp_path / "trl"), after, atol=2e-5, rtol=0)
 
-    monkeypatch.setattr(report, "write_run_report", no_report)
+    monkeypatch.setattr(reporting, "write_run_report", no_report)
     result = onecard(
         "dpo", "--model", tmp_path / "trl", "--dataset", pairs, "--output_dir", tmp_path / "run", "--max_steps", 1,
         "--test_size", 0, "--learning_rate", 1e-2,

@@ -19,7 +19,7 @@ from benchmarks.learning.page import bar_cell, found_of, met_cell, spread, table
 from benchmarks.learning.running import RECORD, Finished, Flight, Job, finished, rows_of, run_all
 from benchmarks.learning.tasks import KL, SCORE, TASKS, VIOLATIONS, Bar, after, deviations, ratio
 from onecard.algorithms.ppo.settings import check_settings
-from onecard.cli import COMMANDS, make_cli
+from onecard.commands.cli import COMMANDS, make_cli
 
 RESULTS = records.ROOT / "docs" / "results.md"
 

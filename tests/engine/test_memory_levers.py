@@ -13,11 +13,11 @@ import torch
 
 from benchmarks import levers
 from benchmarks.measure import peak_bytes, spread
-from onecard.batches import TokenSequence, pack
 from onecard.config import DPOConfig, TrainConfig
+from onecard.data.batches import TokenSequence, pack
 from onecard.models.build import load_roles
-from onecard.models.levers import head_chunks, in_head_chunks
-from onecard.optim import make_optimizer
+from onecard.models.memory_options import head_chunks, in_head_chunks
+from onecard.training.optim import make_optimizer
 from onecard_kernels import linear_logprobs
 from onecard_kernels.logprob import plans
 

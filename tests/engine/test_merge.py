@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from onecard.batches import TokenSequence, pack
 from onecard.config import DPOConfig, ModelConfig, RewardConfig
+from onecard.data.batches import TokenSequence, pack
 from onecard.models.build import load_player, load_roles
 from onecard.models.load import load_tokenizer
 from tests.e2e.ppo_material import error_line
@@ -126,7 +126,7 @@ def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(onecard, tmp_path,
 
 
 def test_a_failed_write_leaves_no_folder(onecard, tmp_path, tiny_model, monkeypatch):
-    from onecard import merge
+    from onecard.commands import merge
 
     def torn(model, folder):
         (folder / "config.json").write_text("{}")
@@ -139,7 +139,7 @@ def test_a_failed_write_leaves_no_folder(onecard, tmp_path, tiny_model, monkeypa
 
 
 def test_a_stored_quantized_base_is_refused(onecard, tmp_path, tiny_model, monkeypatch):
-    from onecard import merge
+    from onecard.commands import merge
 
     run = adapter(tiny_model, tmp_path / "run")
     loaded = load_player(ModelConfig(model=str(tiny_model), load_in_4bit=True), role="policy").model

@@ -12,21 +12,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from onecard import report
+from onecard import reporting
 from onecard.algorithms.common import Recipe, Sharing
 from onecard.algorithms.dpo.command import make_recipe
 from onecard.algorithms.ppo.experience import make_experiences, make_passes, shape_rewards
 from onecard.algorithms.ppo.losses import ppo_objective
 from onecard.algorithms.reward.kinds import collate, collate_sharing, reward_loss, rows, tokenize
 from onecard.algorithms.sft import count_tokens, sft_loss
-from onecard.batches import Episode, PreferencePair, TokenSequence, pack
 from onecard.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
-from onecard.cut import Cut
+from onecard.data.batches import Episode, PreferencePair, TokenSequence, pack
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.layout import LAYOUTS
 from onecard.models.load import load_tokenizer
+from onecard.models.micro_batching import Cut
 from onecard.models.roles import Roles
-from onecard.trainer import Objective, accumulate
+from onecard.training.trainer import Objective, accumulate
 
 COUNT = 8
 
@@ -168,7 +168,7 @@ def test_accumulating_and_budgets_train_the_same_weights(
     onecard, monkeypatch, tmp_path, tinystories, politeness, command
 ):
     """Three steps of 8: 8 x 1, 2 x 4, and two budgets, packed and padded."""
-    monkeypatch.setattr(report, "write_run_report", lambda folder: folder)
+    monkeypatch.setattr(reporting, "write_run_report", lambda folder: folder)
     dataset = politeness
     if command == "sft":
         rows = [json.loads(line) for line in politeness.read_text().splitlines()]

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from onecard.batches import TokenSequence, pack
 from onecard.config import DPOConfig, RewardConfig
-from onecard.errors import OnecardError
+from onecard.data.batches import TokenSequence, pack
 from onecard.models import head as heads
 from onecard.models.build import load_roles, scalar_head
 from onecard.models.layout import LAYOUTS
 from onecard.models.load import load_base, load_tokenizer
+from onecard.utils.errors import OnecardError
 
 TEXTS = ("Once upon a time there was a dog.", "Lily likes to play in the park with her friends", "One day a big cat")
 

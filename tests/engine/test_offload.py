@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from onecard.batches import TokenSequence, pack
 from onecard.config import DPOConfig, PPOConfig, SFTConfig
+from onecard.data.batches import TokenSequence, pack
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.offload import Held, Offloader, PlainCopier
 

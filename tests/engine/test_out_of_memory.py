@@ -12,14 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from onecard import passes
 from onecard.config import ModelConfig, TrainConfig
-from onecard.cut import Cut
-from onecard.errors import OnecardError, is_out_of_memory
+from onecard.models import micro_batching
 from onecard.models.load import load_base
-from onecard.passes import Budget, attempt, each_item, each_pass, looking_budget
+from onecard.models.micro_batching import Budget, Cut, attempt, each_item, each_pass, looking_budget
 from onecard.rollout import Held, Sampling, sampling_budget
-from onecard.trainer import Objective, Trainer
+from onecard.training.trainer import Objective, Trainer
+from onecard.utils.errors import OnecardError, is_out_of_memory
 from onecard_kernels import Loss
 from tests.engine.rollout_material import Player, spied
 
@@ -192,7 +191,7 @@ def test_an_error_of_the_optimizer_is_not_taken_for_one(monkeypatch):
 def test_nothing_of_what_failed_is_alive_when_its_memory_is_given_back(monkeypatch, where):
     """An exception keeps the frames that it passed, and they their tensors: it has to be gone by then."""
     model, alive = Model(20, where), []
-    monkeypatch.setattr(passes.gc, "collect", lambda: alive.extend(reference() for reference in model.failed))
+    monkeypatch.setattr(micro_batching.gc, "collect", lambda: alive.extend(reference() for reference in model.failed))
     one_step(model)
     assert alive
     assert all(each is None for each in alive)

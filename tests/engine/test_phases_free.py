@@ -20,15 +20,15 @@ from onecard.algorithms.ppo.experience import make_passes
 from onecard.algorithms.ppo.job import PPO
 from onecard.algorithms.ppo.sampling import Sampler
 from onecard.algorithms.supervised import Supervised
-from onecard.batches import PreferencePair, TokenSequence, pack_pairs
 from onecard.config import DPOConfig, PPOConfig, RewardConfig
 from onecard.data import Prompt
-from onecard.metrics import progress
+from onecard.data.batches import PreferencePair, TokenSequence, pack_pairs
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
 from onecard.rewards.judge import load_judge
 from onecard.rollout import Sampling
-from onecard.trainer import Objective, Trainer
+from onecard.training.trainer import Objective, Trainer
+from onecard.utils.progress import progress
 
 SEQUENCES, PROMPT, RESPONSE = 8, 40, 24
 

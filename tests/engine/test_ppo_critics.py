@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from onecard.algorithms.ppo.experience import make_experiences, make_passes, shape_rewards
 from onecard.algorithms.ppo.losses import critic_loss, policy_loss, ppo_objective
-from onecard.batches import Episode, Experience, ExperienceBatch, TokenSequence, pack_experience
 from onecard.config import PPOConfig, RewardConfig
+from onecard.data.batches import Episode, Experience, ExperienceBatch, TokenSequence, pack_experience
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
 from onecard.models.roles import Roles

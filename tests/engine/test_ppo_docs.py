@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from onecard.config import TrainConfig
-from onecard.trainer import Objective, Trainer
+from onecard.training.trainer import Objective, Trainer
 from onecard_kernels import Loss
 
 ROOT = Path(__file__).resolve().parents[2]

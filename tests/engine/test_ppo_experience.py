@@ -17,8 +17,8 @@ from onecard.algorithms.ppo.experience import (
     pad,
     shape_rewards,
 )
-from onecard.batches import Episode, TokenSequence, pack_experience
 from onecard.config import PPOConfig
+from onecard.data.batches import Episode, TokenSequence, pack_experience
 
 # Two answers of 2 and 3 tokens. log-ratios to the reference: 0.5, -0.25 and 1, 0, 0.5.
 PASSES = Passes(

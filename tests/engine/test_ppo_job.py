@@ -13,16 +13,16 @@ import torch
 from onecard.algorithms.ppo.experience import make_experiences, make_passes, shape_rewards
 from onecard.algorithms.ppo.job import learn, minibatches
 from onecard.algorithms.ppo.losses import ppo_objective
-from onecard.batches import Episode, Experience, TokenSequence, pack
 from onecard.config import PPOConfig, RewardConfig
-from onecard.cut import Cut
 from onecard.data import Prompt, stream_indices
-from onecard.metrics import add_up
+from onecard.data.batches import Episode, Experience, TokenSequence, pack
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
+from onecard.models.micro_batching import Cut
 from onecard.rewards.functions import RewardFunction
 from onecard.rewards.judge import Judge, load_judge, make_answers, response_text
-from onecard.trainer import micro_batches
+from onecard.training.metrics import add_up
+from onecard.training.trainer import micro_batches
 
 
 def episode(index: int, prompt: int, response: int, finished: bool = True) -> Episode:

@@ -7,23 +7,17 @@ import math
 import pytest
 import torch
 
-from onecard import metrics
 from onecard.algorithms.ppo.constraint import next_multiplier, verdict_on
-from onecard.algorithms.ppo.experience import (
-    Passes,
-    make_experiences,
-    make_passes,
-    objective_metrics,
-    shape_rewards,
-)
+from onecard.algorithms.ppo.experience import Passes, make_experiences, make_passes, objective_metrics, shape_rewards
 from onecard.algorithms.ppo.job import Controls, learn, next_controls
 from onecard.algorithms.ppo.scores import Judged, Scale, judged_metrics, measure_scale
-from onecard.batches import Episode, TokenSequence, last_rows, pack, pack_experience
 from onecard.config import PPOConfig
 from onecard.data import Prompt
-from onecard.errors import OnecardError
+from onecard.data.batches import Episode, TokenSequence, last_rows, pack, pack_experience
 from onecard.models.build import load_ppo_roles
 from onecard.rewards.mixture import Scores
+from onecard.training import metrics
+from onecard.utils.errors import OnecardError
 
 # Two answers of 2 and 3 tokens. log-ratios to the reference: 0.5, -0.25 and 1, 0, 0.5.
 PASSES = Passes(

@@ -9,7 +9,7 @@ import pytest
 from onecard.algorithms.ppo import settings
 from onecard.algorithms.ppo.settings import check_settings
 from onecard.config import PPOConfig
-from onecard.errors import OnecardError
+from onecard.utils.errors import OnecardError
 
 Settings = dict[str, Any]
 NOWHERE = "where there is neither a constraint_model_path nor constraint_funcs"

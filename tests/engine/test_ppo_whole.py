@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from onecard.algorithms.common import weights_digest
 from onecard.algorithms.ppo.command import check_settings, fingerprint
 from onecard.algorithms.ppo.experience import make_passes
-from onecard.batches import Episode, TokenSequence
 from onecard.config import PPOConfig
 from onecard.data import Prompt
-from onecard.errors import OnecardError
+from onecard.data.batches import Episode, TokenSequence
 from onecard.models.build import load_ppo_roles
+from onecard.utils.errors import OnecardError
 
 
 def prompts_file(folder: Path, text: str = "the cat") -> Path:

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from onecard import merge
+from onecard.commands import merge
 from onecard.config import DPOConfig, MergeConfig, ModelConfig, RewardConfig, SFTConfig
-from onecard.errors import OnecardError
 from onecard.models.build import load_player, load_roles
 from onecard.models.load import Source, load_base
-from onecard.startup import check_model
+from onecard.training.startup import check_model
+from onecard.utils.errors import OnecardError
 from tests.models.families import FAMILIES, random_model
 
 

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from onecard import plots, report
-from onecard.errors import OnecardError
-from onecard.report import Sample, Side, Stage, TableRow
+from onecard import reporting
+from onecard.reporting import Sample, Side, Stage, TableRow, plots
+from onecard.utils.errors import OnecardError
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
 
@@ -45,7 +45,7 @@ def assert_self_contained(html):
 def test_read_metrics_leaves_out_a_last_line_that_was_cut_off(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo', encoding="utf-8")
-    assert report.read_metrics(path) == [{"step": 1, "loss": 2.0}]
+    assert reporting.read_metrics(path) == [{"step": 1, "loss": 2.0}]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_read_metrics_fails_in_one_line(tmp_path, text, message):
     if text is not None:
         path.write_text(text, encoding="utf-8")
     with pytest.raises(OnecardError, match=message) as caught:
-        report.read_metrics(path)
+        reporting.read_metrics(path)
     assert "\n" not in str(caught.value)
     assert "metrics.jsonl" in str(caught.value)
 
@@ -116,7 +116,7 @@ def test_a_single_row_and_a_missing_metric_can_be_drawn():
 
 def test_run_report_draws_what_was_logged(tmp_path):
     rows = [{**row, "odd/thing": 1.0 * row["step"]} for row in dpo_rows()]
-    path = report.write_run_report(write_metrics(tmp_path / "run", rows))
+    path = reporting.write_run_report(write_metrics(tmp_path / "run", rows))
     html = path.read_text(encoding="utf-8")
     assert path == tmp_path / "run" / "report.html"
     assert_self_contained(html)
@@ -129,9 +129,9 @@ def test_run_report_draws_what_was_logged(tmp_path):
 
 def test_run_report_can_be_written_again(tmp_path):
     folder = write_metrics(tmp_path / "run", [{"step": 1, "loss": 1.0, "odd": 1.0}])
-    report.write_run_report(folder)
+    reporting.write_run_report(folder)
     write_metrics(folder, [{"step": 1, "loss": 1.0}], config=None)
-    report.write_run_report(folder)
+    reporting.write_run_report(folder)
     assert [path.name for path in (folder / "plots").iterdir()] == ["loss.png"]
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
 
@@ -139,7 +139,7 @@ def test_run_report_can_be_written_again(tmp_path):
 def test_run_report_escapes(tmp_path):
     rows = [{"step": 1, EVIL: 1.0}]
     folder = write_metrics(tmp_path / "run", rows, config=f"model: {EVIL}\n")
-    html = report.write_run_report(folder, [Sample(EVIL, (Side(EVIL, EVIL), Side("after", EVIL)))]).read_text(
+    html = reporting.write_run_report(folder, [Sample(EVIL, (Side(EVIL, EVIL), Side("after", EVIL)))]).read_text(
         encoding="utf-8"
     )
     assert_self_contained(html)
@@ -148,7 +148,7 @@ def test_run_report_escapes(tmp_path):
 
 def test_run_without_metrics_is_one_clear_line(tmp_path):
     with pytest.raises(OnecardError, match=r"No metrics at .*metrics\.jsonl"):
-        report.write_run_report(tmp_path)
+        reporting.write_run_report(tmp_path)
 
 
 # --- the report of the demo ---
@@ -167,7 +167,7 @@ def demo(tmp_path):
             (Side("SFT", f" What now? {EVIL}", -1.25), Side("DPO", " Gladly! By the door.", 2.5)),
         )
     ]
-    return report.write_demo_report(tmp_path / "demo", stages, table, samples)
+    return reporting.write_demo_report(tmp_path / "demo", stages, table, samples)
 
 
 def test_demo_report_has_table_curves_samples_and_configs(demo):
@@ -190,4 +190,4 @@ def test_demo_report_is_self_contained_and_escaped(demo):
 
 def test_demo_report_names_the_stage_that_logged_nothing(tmp_path):
     with pytest.raises(OnecardError, match=r"dpo.*metrics\.jsonl"):
-        report.write_demo_report(tmp_path / "demo", [Stage("DPO", tmp_path / "dpo")], [], [])
+        reporting.write_demo_report(tmp_path / "demo", [Stage("DPO", tmp_path / "dpo")], [], [])

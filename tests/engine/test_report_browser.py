@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onecard import report
+from onecard import reporting
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here: the page is not looked at")
@@ -62,7 +62,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, lines in {"metrics.jsonl": rows, "samples.jsonl": samples}.items():
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "config.yaml").write_text("model: tiny\nlearning_rate: 0.001\n")
-    return report.write_run_report(folder)
+    return reporting.write_run_report(folder)
 
 
 def measured(page: Path, width: int) -> dict[str, float]:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from onecard.algorithms.reward.kinds import check_settings, collate, kind_of, of_one_kind, tokenize
-from onecard.batches import PreferenceBatch, RankingBatch, ScoredBatch
 from onecard.config import RewardConfig
-from onecard.errors import OnecardError
+from onecard.data.batches import PreferenceBatch, RankingBatch, ScoredBatch
+from onecard.utils.errors import OnecardError
 from tests.engine.data_material import built, rows
 
 PAIR = {"prompt": "Hello", "chosen": " you", "rejected": " how", "score": 3}

@@ -14,10 +14,10 @@ from torch import Tensor
 from onecard.algorithms import reward
 from onecard.algorithms.reward.agreement import agreement, concordance, pearson, ranks
 from onecard.algorithms.reward.kinds import collate
-from onecard.batches import PreferencePair, Ranking, ScoredSequence, TokenSequence, pack_pairs
 from onecard.config import RewardConfig
-from onecard.metrics import add_up
+from onecard.data.batches import PreferencePair, Ranking, ScoredSequence, TokenSequence, pack_pairs
 from onecard.models.build import load_roles
+from onecard.training.metrics import add_up
 
 
 def text(length: int, seed: int) -> TokenSequence:

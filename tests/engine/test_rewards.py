@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from onecard.errors import OnecardError
 from onecard.rewards.answers import Answers
-from onecard.rewards.calls import call_function
 from onecard.rewards.functions import RewardFunction
+from onecard.rewards.validation import call_function
+from onecard.utils.errors import OnecardError
 
 ANSWERS = Answers(
     prompts=("Once\nupon a time", "2 + 2 =", "Say it"),

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from onecard.batches import Episode, TokenSequence
 from onecard.config import PPOConfig
 from onecard.data import Prompt
-from onecard.errors import OnecardError
+from onecard.data.batches import Episode, TokenSequence
 from onecard.models.build import load_ppo_roles
 from onecard.models.load import load_tokenizer
 from onecard.rewards.answers import Answers, Case
 from onecard.rewards.builtin import load_builtin
 from onecard.rewards.judge import load_judge
+from onecard.utils.errors import OnecardError
 
 
 def case(*texts: str, prompts: tuple[Prompt, ...] = (), tokens: tuple[int, ...] = (), **columns: Any) -> Case:

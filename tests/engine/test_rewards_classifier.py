@@ -23,13 +23,13 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from onecard.batches import Episode, TokenSequence
 from onecard.config import PPOConfig
 from onecard.data import Prompt, prompt_examples
-from onecard.errors import OnecardError
+from onecard.data.batches import Episode, TokenSequence
 from onecard.models.build import load_ppo_roles, reward_adapter
 from onecard.models.classifier import Classifier, is_classifier, label_place
 from onecard.rewards.judge import load_constraint, load_judge
+from onecard.utils.errors import OnecardError
 from tests.engine.data_material import CHATML, PLAIN, built, rows, say
 
 TEXTS = (

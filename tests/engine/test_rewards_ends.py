@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from onecard import evaluate as evaluation
-from onecard.batches import Episode, pack
+from onecard.commands import evaluate as evaluation
 from onecard.config import EvaluateConfig, PPOConfig, RewardConfig
 from onecard.data import Prompt, preference_examples, prompt_examples
+from onecard.data.batches import Episode, pack
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
 from onecard.rewards.adapter import closed_answer

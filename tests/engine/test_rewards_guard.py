@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 
-from onecard.errors import OnecardError
-from onecard.interrupts import stop_requests
 from onecard.rewards.answers import Answers
-from onecard.rewards.calls import call_function
 from onecard.rewards.functions import RewardFunction, load_function
+from onecard.rewards.validation import call_function
+from onecard.training.signals import stop_requests
+from onecard.utils.errors import OnecardError
 
 COLUMNS = {"tags": (["a"], ["b", "c"])}
 

@@ -7,8 +7,8 @@ import uuid
 
 import pytest
 
-from onecard.errors import OnecardError
 from onecard.rewards.functions import REWARD_MODEL, digest_functions, load_function, part_names
+from onecard.utils.errors import OnecardError
 
 SOURCE = """
 from dataclasses import dataclass

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from onecard.batches import Episode, TokenSequence
 from onecard.config import EvaluateConfig, PPOConfig
 from onecard.data import Prompt
-from onecard.errors import OnecardError
+from onecard.data.batches import Episode, TokenSequence
+from onecard.rewards.expressions import Term, parse_terms
 from onecard.rewards.judge import load_constraint, load_judge
-from onecard.rewards.terms import Term, parse_terms
+from onecard.utils.errors import OnecardError
 
 FUNCTIONS = """
 def one(completions): return [1.0] * len(completions)

@@ -9,15 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from onecard.batches import TokenSequence
 from onecard.config import ModelConfig, RewardConfig
 from onecard.data import Row, sft_examples
-from onecard.errors import OnecardError
+from onecard.data.batches import TokenSequence
 from onecard.models.build import load_player, load_roles
 from onecard.models.load import load_tokenizer
 from onecard.models.roles import Roles
 from onecard.rewards.adapter import score, score_sequences
 from onecard.rewards.mixture import apply_missing_eos_penalty, combine, reward_weights
+from onecard.utils.errors import OnecardError
 
 PROMPTS = ("Once upon a time", "One day", "Lily went to the park and", "The cat")
 RESPONSES = (" there was a dog.", " a big cat sat on the mat and smiled at all of them.", " ran.", " slept a long time")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onecard.batches import TokenSequence, pack
 from onecard.config import PPOConfig, RewardConfig
-from onecard.errors import OnecardError
+from onecard.data.batches import TokenSequence, pack
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
+from onecard.utils.errors import OnecardError
 from tests.engine.roles_material import gradients, policy_part, ppo_roles, value_part
 
 TEXTS = ("Once upon a time there was a dog.", "Lily likes to play in the park with her friends", "One day a big cat")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onecard.errors import OnecardError
 from onecard.rollout import Held, Sampling, draw, warpers
-from onecard.rollout.drawing import BLOCK, NOT_FINITE, first_beyond
+from onecard.rollout.token_sampling import BLOCK, NOT_FINITE, first_beyond
+from onecard.utils.errors import OnecardError
 from tests.engine.rollout_material import (
     common_ends,
     greedy_by_transformers,

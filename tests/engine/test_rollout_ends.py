@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerFast
 
 from onecard.data import Prompt
 from onecard.data.tokens import continuation_text
-from onecard.errors import OnecardError
 from onecard.rollout import (
     Sampling,
     StopStrings,
@@ -22,7 +21,8 @@ from onecard.rollout import (
     text_before_end,
     tokens_before_end,
 )
-from onecard.rollout.ends import is_text
+from onecard.rollout.stop_tokens import is_text
+from onecard.utils.errors import OnecardError
 from tests.engine.data_material import real
 from tests.engine.rollout_material import (
     common_ends,

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from onecard.models.attention import use_own_attention
 from onecard.models.roles import Roles
-from onecard.rollout import Held, Padded, Sampling, sampler, slots
-from onecard.rollout.replay import cuda_graph, recorded_by, recorder_for
-from onecard.rollout.slots import GROWTH, SlotLayer, Slots, takes_slots
+from onecard.rollout import Held, Padded, Sampling, cache_slots, sampler
+from onecard.rollout.cache_slots import GROWTH, SlotLayer, Slots, takes_slots
+from onecard.rollout.cuda_graphs import cuda_graph, recorded_by, recorder_for
 from tests.engine.rollout_material import Player, common_ends, load, own_logprobs, spied
 
 SMALL = {
@@ -78,7 +78,7 @@ def test_a_short_prompt_does_not_see_whose_place_it_takes(player: Player):
 
 def test_no_row_leaves_while_a_prompt_waits(monkeypatch, player: Player):
     """Where prompts come in by halves, free rows are kept for them."""
-    monkeypatch.setattr(slots, "OPENING_SHARE", 0.5)
+    monkeypatch.setattr(cache_slots, "OPENING_SHARE", 0.5)
     with spied(player.model) as shapes:
         player.sample(Sampling(40), player.prompts * 4, ends=common_ends(player), batch_size=8, seed=2)
     incoming = [place for place, (_, columns) in enumerate(shapes) if columns > 1]
@@ -109,7 +109,7 @@ class Kept:
 
 def test_recorded_passes_give_the_same_answers(monkeypatch, player: Player):
     """Recorded anew when the cache grows and when rows leave, and at no other time."""
-    monkeypatch.setattr(slots, "GROWTH", 32)
+    monkeypatch.setattr(cache_slots, "GROWTH", 32)
     prompts, ends = player.prompts * 4, common_ends(player)
 
     def sampled() -> Any:
@@ -147,7 +147,7 @@ def test_where_all_rows_end_at_once_the_next_begin_with_new_memory(monkeypatch, 
 
 def test_few_come_in_beside_a_whole_cache(monkeypatch, player: Player):
     """However many rows are free: a pass over all of them would be the largest of the rollout."""
-    monkeypatch.setattr(slots, "OPENING_SHARE", 0.25)
+    monkeypatch.setattr(cache_slots, "OPENING_SHARE", 0.25)
     sizes = []
     admit = Slots.admit
 

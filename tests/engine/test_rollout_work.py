@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from onecard.batches import TokenSequence, pack
-from onecard.errors import OnecardError
+from onecard.data.batches import TokenSequence, pack
 from onecard.models.build import load_roles
 from onecard.models.load import load_tokenizer
 from onecard.models.roles import Roles
 from onecard.rollout import Response, Sampling, end_tokens, sample_responses, sampler
+from onecard.utils.errors import OnecardError
 from tests.engine.rollout_material import (
     TEXTS,
     Player,

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from onecard import checkpoint, files, lock, runs
 from onecard.config import DPOConfig
-from onecard.errors import OnecardError
+from onecard.training import checkpoint, lock, run_folder
+from onecard.utils import files
+from onecard.utils.errors import OnecardError
 from tests.engine.kill_points import die_before
 
 SAME = {"command": "dpo", "training data": "abc"}
@@ -26,18 +27,18 @@ def config(tmp_path):
 
 
 def begin(config: DPOConfig) -> Path:
-    run = runs.open_run(config)
-    with runs.locked(run):
-        runs.begin(run, config, SAME)
+    run = run_folder.open_run(config)
+    with run_folder.locked(run):
+        run_folder.begin(run, config, SAME)
     return run.folder
 
 
 def log_and_save(folder: Path, step: int) -> None:
-    info = runs.read_info(folder)
+    info = run_folder.read_info(folder)
     assert info is not None
-    runs.log(folder, {"step": step})
+    run_folder.log(folder, {"step": step})
     checkpoint.write_checkpoint(
-        folder, step, run=info.id, save_weights=weights, training={}, state={}, keep=1, logs=runs.LOGS
+        folder, step, run=info.id, save_weights=weights, training={}, state={}, keep=1, logs=run_folder.LOGS
     )
 
 
@@ -47,7 +48,7 @@ def weights(folder: Path) -> None:
 
 
 def export(folder: Path) -> None:
-    runs.write_folder(folder, "policy", lambda into: files.write_text(into / "adapter_config.json", "{}"))
+    run_folder.write_folder(folder, "policy", lambda into: files.write_text(into / "adapter_config.json", "{}"))
 
 
 def finished(config: DPOConfig) -> Path:
@@ -112,9 +113,9 @@ def test_after_a_kill_between_any_two_file_operations_both_ways_on_are_open(
             if folder.exists():
                 shutil.copytree(folder, after)
             again = replace(config, output_dir=str(after), **{way: True})
-            run = runs.open_run(again)
-            with runs.locked(run):
-                runs.begin(run, again, SAME)
+            run = run_folder.open_run(again)
+            with run_folder.locked(run):
+                run_folder.begin(run, again, SAME)
             if way == "resume" and work in (save, write_policy, go_on):
                 assert run.checkpoint is not None
             if pristine.exists():
@@ -151,12 +152,12 @@ def test_after_a_kill_while_a_folder_is_replaced_the_old_or_the_new_one_is_there
 
 HOLDER = """
 import sys, time
-from onecard import runs
+from onecard.training import run_folder
 from onecard.config import DPOConfig
 config = DPOConfig(model="m", dataset="d", output_dir=sys.argv[1], overwrite=True)
-run = runs.open_run(config)
-with runs.locked(run):
-    runs.begin(run, config, {"command": "dpo", "training data": "abc"})
+run = run_folder.open_run(config)
+with run_folder.locked(run):
+    run_folder.begin(run, config, {"command": "dpo", "training data": "abc"})
     print("held", flush=True)
     time.sleep(600)
 """
@@ -171,19 +172,19 @@ def test_a_folder_that_another_process_uses_is_refused(config, changes):
         assert other.stdout.readline() == "held\n"
         before = tree(Path(config.output_dir))
         with pytest.raises(OnecardError, match=f"process {other.pid} is running in "):
-            runs.open_run(replace(config, **changes))
+            run_folder.open_run(replace(config, **changes))
         assert tree(Path(config.output_dir)) == before
         other.kill()  # the lock dies with its process
     assert begin(replace(config, resume=True)).is_dir()
 
 
 def test_of_two_that_start_together_one_begins(config):
-    first, second = runs.open_run(config), runs.open_run(config)
-    with runs.locked(first):
-        runs.begin(first, config, SAME)
-        with pytest.raises(OnecardError, match=f"process {os.getpid()} is running in"), runs.locked(second):
+    first, second = run_folder.open_run(config), run_folder.open_run(config)
+    with run_folder.locked(first):
+        run_folder.begin(first, config, SAME)
+        with pytest.raises(OnecardError, match=f"process {os.getpid()} is running in"), run_folder.locked(second):
             pass
-    with pytest.raises(OnecardError, match="another process has started a run in"), runs.locked(second):
+    with pytest.raises(OnecardError, match="another process has started a run in"), run_folder.locked(second):
         pass
 
 
@@ -193,8 +194,8 @@ def test_a_worker_that_outlives_its_process_does_not_keep_the_folder(config, tmp
     holder = os.fork()
     if holder == 0:
         os.close(reader)
-        run = runs.open_run(config)
-        with runs.locked(run):
+        run = run_folder.open_run(config)
+        with run_folder.locked(run):
             if os.fork() == 0:
                 os.close(writer)
                 import time
@@ -234,7 +235,7 @@ def test_a_folder_of_something_else_is_left_alone(config, foreign, changes):
     foreign(folder)
     before = tree(folder)
     with pytest.raises(OnecardError, match=r"holds no run, but '.*', which a run would replace"):
-        runs.open_run(replace(config, **changes))
+        run_folder.open_run(replace(config, **changes))
     assert tree(folder) == before
 
 
@@ -258,7 +259,7 @@ def test_somebodys_files_in_the_folders_of_a_run_are_named(config, place, change
     place(folder).write_text("mine")
     before = tree(folder)
     with pytest.raises(OnecardError, match=r"is not a (file|checkpoint) of the run; move it away"):
-        runs.open_run(replace(config, **changes))
+        run_folder.open_run(replace(config, **changes))
     assert tree(folder) == before
 
 
@@ -281,7 +282,7 @@ def test_links_are_not_followed(config, tmp_path, name, changes):
     path.symlink_to(tmp_path / "elsewhere" if name.partition("-")[0] in ("policy", "plots", "checkpoint") else
                     tmp_path / "elsewhere" / "file")  # fmt: skip
     with pytest.raises(OnecardError, match=f"{name} is not a (plain|regular|checkpoint)"):
-        runs.open_run(replace(config, **changes))
+        run_folder.open_run(replace(config, **changes))
     assert (tmp_path / "elsewhere" / "file").read_text() == "mine"
 
 
@@ -292,7 +293,7 @@ def test_a_link_to_a_folder_is_that_folder_and_one_to_nothing_is_an_error(config
     assert (tmp_path / "disk" / "run.json").is_file()
     shutil.rmtree(tmp_path / "disk")
     with pytest.raises(OnecardError, match="run is a link to nothing"):
-        runs.open_run(config)
+        run_folder.open_run(config)
 
 
 # --- damage
@@ -304,7 +305,7 @@ def test_a_finished_run_with_a_damaged_checkpoint_is_not_trained_over(config):
     os.truncate(folder / "checkpoint-2" / "training.pt", 1)
     before = tree(folder)
     with pytest.raises(OnecardError, match=r"checkpoint-2 is torn .*, and no checkpoint is whole; --overwrite"):
-        runs.open_run(replace(config, resume=True))
+        run_folder.open_run(replace(config, resume=True))
     assert tree(folder) == before
 
 
@@ -319,7 +320,7 @@ def test_logs_that_were_cut_or_changed_are_named(config, text, message):
     folder = finished(config)
     (folder / "metrics.jsonl").write_text(text)
     with pytest.raises(OnecardError, match=message):
-        runs.open_run(replace(config, resume=True))
+        run_folder.open_run(replace(config, resume=True))
 
 
 def test_a_checkpoint_of_another_run_is_refused(config, tmp_path):
@@ -328,6 +329,6 @@ def test_a_checkpoint_of_another_run_is_refused(config, tmp_path):
     shutil.rmtree(folder / "checkpoint-1")
     shutil.copytree(other / "checkpoint-1", folder / "checkpoint-1")
     with pytest.raises(OnecardError, match="checkpoint-1 is a checkpoint of another run"):
-        runs.open_run(replace(config, resume=True))
+        run_folder.open_run(replace(config, resume=True))
     with pytest.raises(OnecardError, match="checkpoint-1 is a checkpoint of another run"):
-        runs.open_run(replace(config, overwrite=True))
+        run_folder.open_run(replace(config, overwrite=True))

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from onecard import checkpoint, runs
-from onecard.batches import PreferencePair, TokenSequence
 from onecard.config import DPOConfig
+from onecard.data.batches import PreferencePair, TokenSequence
 from onecard.data.example_arrays import fingerprint
-from onecard.errors import OnecardError
+from onecard.training import checkpoint, run_folder
+from onecard.utils.errors import OnecardError
 
 SAME = {"command": "dpo", "training data": "abc"}
 
@@ -23,39 +23,39 @@ def config(tmp_path):
     return DPOConfig(model="m", dataset="d", output_dir=str(tmp_path / "run"))
 
 
-def begin(config, identity=SAME) -> runs.Run:
+def begin(config, identity=SAME) -> run_folder.Run:
     """Open a folder and begin there."""
-    run = runs.open_run(config)
-    with runs.locked(run):
-        runs.begin(run, config, identity)
+    run = run_folder.open_run(config)
+    with run_folder.locked(run):
+        run_folder.begin(run, config, identity)
     return run
 
 
 def test_opening_writes_nothing_and_beginning_writes_a_whole_config(config):
-    assert not runs.open_run(config).folder.exists()
+    assert not run_folder.open_run(config).folder.exists()
     run = begin(config)
     written = yaml.safe_load((run.folder / "config.yaml").read_text())
     assert DPOConfig(**written) == config
 
 
 def test_the_default_folder_is_named_after_the_command():
-    assert runs.with_folder(DPOConfig(), "dpo").output_dir == "runs/dpo"
-    assert runs.with_folder(DPOConfig(output_dir="x"), "dpo").output_dir == "x"
+    assert run_folder.with_folder(DPOConfig(), "dpo").output_dir == "runs/dpo"
+    assert run_folder.with_folder(DPOConfig(output_dir="x"), "dpo").output_dir == "x"
 
 
 def test_a_folder_that_holds_a_run_is_not_started_over_by_accident(config):
     begin(config)
     with pytest.raises(OnecardError, match="holds a run already; add --resume"):
-        runs.open_run(config)
-    assert runs.open_run(replace(config, overwrite=True)).checkpoint is None
+        run_folder.open_run(config)
+    assert run_folder.open_run(replace(config, overwrite=True)).checkpoint is None
 
 
 def test_overwriting_takes_the_old_run_away_only_when_the_new_one_begins(config):
     begin(config)
-    folder = runs.open_run(config := replace(config, overwrite=True)).folder
+    folder = run_folder.open_run(config := replace(config, overwrite=True)).folder
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     (folder / "notes.txt").write_text("mine")
-    runs.open_run(config)
+    run_folder.open_run(config)
     assert (folder / "metrics.jsonl").read_text()
     begin(config)
     assert (folder / "metrics.jsonl").read_text() == ""
@@ -70,25 +70,25 @@ def saved(config) -> None:
 
 def save(folder: Path, step: int) -> None:
     """A checkpoint of the run that is in the folder."""
-    info = runs.read_info(folder)
+    info = run_folder.read_info(folder)
     assert info is not None
     checkpoint.write_checkpoint(
-        folder, step, run=info.id, save_weights=lambda _: None, training={}, state={}, keep=2, logs=runs.LOGS
+        folder, step, run=info.id, save_weights=lambda _: None, training={}, state={}, keep=2, logs=run_folder.LOGS
     )
 
 
 def test_resume_under_other_settings_names_the_first_that_differs(config):
     saved(config)
     with pytest.raises(OnecardError, match=r"learning_rate is 0\.001 here and 5e-05 in"):
-        runs.open_run(replace(config, resume=True, learning_rate=1e-3))
+        run_folder.open_run(replace(config, resume=True, learning_rate=1e-3))
 
 
 def test_resume_may_look_more_often(config):
     begin(config)
     more = replace(config, resume=True, save_steps=1, eval_steps=5)
-    assert runs.open_run(more).notes == ("no whole checkpoint to go on from: starting at step 0.",)
+    assert run_folder.open_run(more).notes == ("no whole checkpoint to go on from: starting at step 0.",)
     saved(replace(config, overwrite=True))
-    found = runs.open_run(more).checkpoint
+    found = run_folder.open_run(more).checkpoint
     assert found is not None
     assert found.step == 5
 
@@ -112,7 +112,7 @@ def test_the_fingerprint_knows_data_order_and_masks():
 def test_a_folder_with_things_of_another_is_left_alone(config, tmp_path):
     (tmp_path / "run" / "reward").mkdir(parents=True)
     with pytest.raises(OnecardError, match="holds no run, but 'reward'"):
-        runs.open_run(config)
+        run_folder.open_run(config)
 
 
 @pytest.mark.parametrize("setting", ["model", "dataset"])
@@ -120,7 +120,7 @@ def test_overwriting_does_not_take_away_what_the_new_run_reads(config, tmp_path,
     saved(config)
     inside = str(tmp_path / "run" / "policy" / "x")
     with pytest.raises(OnecardError, match=f"{setting}: .* is part of the run in"):
-        runs.open_run(replace(config, overwrite=True, **{setting: inside}))
+        run_folder.open_run(replace(config, overwrite=True, **{setting: inside}))
 
 
 def test_going_on_sets_damaged_checkpoints_aside(config):
@@ -138,10 +138,10 @@ def test_going_on_sets_damaged_checkpoints_aside(config):
 def test_logs_go_back_to_the_checkpoint(config):
     run = begin(config)
     for step in (0, 1):
-        runs.log(run.folder, {"step": step})
+        run_folder.log(run.folder, {"step": step})
     save(run.folder, 1)
     before = (run.folder / "metrics.jsonl").read_text()
-    runs.log(run.folder, {"step": 2})
+    run_folder.log(run.folder, {"step": 2})
     with open(run.folder / "metrics.jsonl", "a") as file:
         file.write('{"st')
     resumed = replace(config, resume=True)
@@ -152,7 +152,7 @@ def test_logs_go_back_to_the_checkpoint(config):
 def test_an_output_dir_that_is_a_file_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OnecardError, match=r"output_dir: .*file is a file"):
-        runs.open_run(DPOConfig(output_dir=str(tmp_path / "file")))
+        run_folder.open_run(DPOConfig(output_dir=str(tmp_path / "file")))
 
 
 @pytest.mark.parametrize(
@@ -168,18 +168,18 @@ def test_resume_without_the_settings_of_the_run_touches_nothing(config, text, me
     path = Path(config.output_dir) / "config.yaml"
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(OnecardError, match=message):
-        runs.open_run(replace(config, resume=True))
+        run_folder.open_run(replace(config, resume=True))
     assert (path.parent / "checkpoint-5").is_dir()
 
 
 def test_a_run_keeps_its_date(config, monkeypatch):
-    monkeypatch.setattr(runs, "today", lambda: "2026-11-29")
+    monkeypatch.setattr(run_folder, "today", lambda: "2026-11-29")
     saved(config)
-    monkeypatch.setattr(runs, "today", lambda: "2026-11-30")
+    monkeypatch.setattr(run_folder, "today", lambda: "2026-11-30")
     resumed = replace(config, resume=True)
     path = Path(config.output_dir) / "run.json"
-    assert runs.open_run(resumed).date == "2026-11-29"
-    assert runs.open_run(replace(config, overwrite=True)).date == "2026-11-30"
+    assert run_folder.open_run(resumed).date == "2026-11-29"
+    assert run_folder.open_run(replace(config, overwrite=True)).date == "2026-11-30"
     before = path.read_text()
     begin(resumed)
     assert path.read_text() == before

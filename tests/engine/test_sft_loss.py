@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from onecard.algorithms.sft import count_tokens, sft_loss
-from onecard.batches import pack
 from onecard.config import SFTConfig
 from onecard.data import sft_examples
+from onecard.data.batches import pack
 from onecard.models.build import load_roles
 from onecard.models.load import load_tokenizer
 from tests.engine.data_material import CHATML, rows, say

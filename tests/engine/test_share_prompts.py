@@ -16,7 +16,8 @@ from onecard.algorithms.dpo import losses
 from onecard.algorithms.dpo.losses import pair_reference
 from onecard.algorithms.reward import command as reward_command
 from onecard.algorithms.reward.kinds import collate, collate_sharing, reward_loss, rows
-from onecard.batches import (
+from onecard.config import DPOConfig, RewardConfig
+from onecard.data.batches import (
     LEAST_SHARED,
     PreferencePair,
     Ranking,
@@ -25,14 +26,13 @@ from onecard.batches import (
     pack_pairs,
     rows_sharing,
 )
-from onecard.config import DPOConfig, RewardConfig
-from onecard.cut import Cut
-from onecard.errors import OnecardError
-from onecard.metrics import add_up, progress
 from onecard.models.build import load_roles
+from onecard.models.micro_batching import Cut, looking_budget
 from onecard.models.roles import Roles
-from onecard.passes import looking_budget
-from onecard.trainer import Objective, accumulate, micro_batches
+from onecard.training.metrics import add_up
+from onecard.training.trainer import Objective, accumulate, micro_batches
+from onecard.utils.errors import OnecardError
+from onecard.utils.progress import progress
 from tests.engine.attention_material import answer, distance, pair
 from tests.engine.dpo_material import load, moved
 

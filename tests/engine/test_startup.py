@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from onecard import startup
-from onecard.batches import TokenSequence, pack, to_device
-from onecard.errors import OnecardError
+from onecard.data.batches import TokenSequence, pack, to_device
 from onecard.models.attention import attend, has_own_attention, use_own_attention
 from onecard.models.load import without_dropout
 from onecard.models.roles import Roles
 from onecard.rollout import Sampling, sample_responses
-from onecard.startup import check_decoding, check_model, mixes, probe
+from onecard.training import startup
+from onecard.training.startup import check_decoding, check_model, mixes, probe
+from onecard.utils.errors import OnecardError
 from tests.models.families import FAMILIES, Family, config_of, random_model
 
 LONGEST = 90  # beyond every window, top-k and original context of the families

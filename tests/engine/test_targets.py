@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from onecard.config import PPOConfig, SFTConfig
-from onecard.errors import OnecardError
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.targets import find_targets
+from onecard.utils.errors import OnecardError
 from tests.models.families import FAMILIES, config_of, random_model
 
 

@@ -12,16 +12,16 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 
-from onecard import report
+from onecard import reporting
 from onecard.algorithms import dpo, reward, sft
 from onecard.algorithms.supervised import make_plan
-from onecard.batches import PreferencePair, TokenSequence, pack, pack_pairs
 from onecard.config import DPOConfig, RewardConfig, SFTConfig, TrainConfig
-from onecard.errors import OnecardError
-from onecard.metrics import Window, add_up
+from onecard.data.batches import PreferencePair, TokenSequence, pack, pack_pairs
 from onecard.models.build import load_roles
-from onecard.optim import make_optimizer, make_scheduler
-from onecard.trainer import Trainer
+from onecard.training.metrics import Window, add_up
+from onecard.training.optim import make_optimizer, make_scheduler
+from onecard.training.trainer import Trainer
+from onecard.utils.errors import OnecardError
 from onecard_kernels import Loss
 
 
@@ -249,7 +249,7 @@ def test_a_full_disk_loses_nothing_that_was_there(onecard, monkeypatch, tmp_path
             left.enter_context(full_disk(limit))
         return whole(self)
 
-    monkeypatch.setattr(report, "write_run_report", lambda folder: folder)
+    monkeypatch.setattr(reporting, "write_run_report", lambda folder: folder)
     assert command("whole").code == 0
     with left, monkeypatch.context() as patch:
         patch.setattr(Trainer, "save", save)

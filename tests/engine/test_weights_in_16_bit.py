@@ -7,10 +7,10 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from onecard.batches import TokenSequence, pack
 from onecard.config import SFTConfig
+from onecard.data.batches import TokenSequence, pack
 from onecard.models.build import load_roles
-from onecard.optim import make_optimizer
+from onecard.training.optim import make_optimizer
 
 RATE = 1e-6  # TRL's for DPO of all weights
 STEPS = 10

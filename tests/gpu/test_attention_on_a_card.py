@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.measure import peak_bytes
-from onecard.batches import pack, to_device
+from onecard.data.batches import pack, to_device
 from onecard.models import attention
 from onecard.models.attention import Score, has_flash, segments_of
 from tests.engine.attention_material import (

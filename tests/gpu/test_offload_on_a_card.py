@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from benchmarks.measure import peak_bytes
-from onecard.batches import TokenSequence, pack, to_device
 from onecard.config import DPOConfig
+from onecard.data.batches import TokenSequence, pack, to_device
 from onecard.models.build import load_roles
 from onecard.models.offload import LEAST_BYTES, CudaCopier, Offloader, PlainCopier
 from tests.gpu.card import CARD, DEVICE, LLAMA, card_only, sized

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onecard.batches import TokenBatch, TokenSequence, pack, to_device
+from onecard.data.batches import TokenBatch, TokenSequence, pack, to_device
 from onecard.models.roles import Roles
 from tests.engine.attention_material import distance
 from tests.engine.roles_material import gradients, policy_part, ppo_roles, value_part

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from onecard.batches import TokenSequence, pack, to_device
 from onecard.config import SFTConfig
+from onecard.data.batches import TokenSequence, pack, to_device
 from onecard.models.build import load_roles
 from onecard.models.roles import Roles
 from onecard.rollout import Rollout, Sampling, sample_responses
-from onecard.rollout.replay import Inputs, Pass, cuda_graph, recorded_by
+from onecard.rollout.cuda_graphs import Inputs, Pass, cuda_graph, recorded_by
 from tests.gpu.card import CARD, DEVICE, sized
 
 BASES = {

@@ -14,16 +14,18 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from onecard import cli, report, runs
-from onecard.batches import pack, to_device
+from onecard import reporting
+from onecard.commands import cli
 from onecard.config import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 from onecard.data import load_rows, preference_examples, sft_examples
-from onecard.errors import OnecardError
+from onecard.data.batches import pack, to_device
 from onecard.models.build import load_roles
 from onecard.models.load import load_tokenizer
 from onecard.models.roles import Roles
 from onecard.rollout import Sampling, sample_responses
-from onecard.startup import check_decoding, check_model
+from onecard.training import run_folder
+from onecard.training.startup import check_decoding, check_model
+from onecard.utils.errors import OnecardError
 from tests.models.families import CONTEXT
 from tests.models.plain import (
     LENGTHS,
@@ -162,7 +164,7 @@ def check_greedy(bench: Bench) -> None:
 def onecard(*arguments: object) -> str:
     """Run a command and return its standard output. Its one line of error is raised. No report is drawn."""
     out, err = io.StringIO(), io.StringIO()
-    drawn = mock.patch.object(report, "write_run_report", lambda folder: folder)
+    drawn = mock.patch.object(reporting, "write_run_report", lambda folder: folder)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), drawn:
         try:
             cli.main([str(argument) for argument in arguments])
@@ -190,7 +192,7 @@ def train(bench: Bench, command: str, rows: str, *more: object) -> Path:
 
 def last_row(folder: Path, name: str) -> float:
     """The last value of a metric in a run's log."""
-    rows = map(json.loads, (folder / runs.METRICS).read_text().splitlines())
+    rows = map(json.loads, (folder / run_folder.METRICS).read_text().splitlines())
     return [row[name] for row in rows if name in row][-1]
 
 
@@ -249,7 +251,7 @@ def check_ppo(bench: Bench) -> None:
         "--num_ppo_epochs", 1, "--learning_rate", 0.001,
     )  # fmt: skip
     plain(bench.model, folder / "policy")
-    rows = map(json.loads, (folder / runs.METRICS).read_text().splitlines())
+    rows = map(json.loads, (folder / run_folder.METRICS).read_text().splitlines())
     first = next(row["eval_objective/kl"] for row in rows if "eval_objective/kl" in row)
     same("objective/kl", torch.tensor(first), torch.tensor(0.0))
 

@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, it is not the root that is searched
 
-from onecard.errors import OnecardError, nearest
+from onecard.utils.errors import OnecardError, nearest
 from tests.models.checks import CHECKS, EXACT, REFUSED, Bench, Inexact, adapted
 from tests.models.families import FAMILIES, write_model
 

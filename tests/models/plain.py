@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.batches import TokenSequence
+from onecard.data.batches import TokenSequence
 from onecard.models.roles import HEAD_WEIGHTS
 from onecard.models.trunk import trunk_of
 from tests.models.families import CONTEXT, VIDEO, auto_class

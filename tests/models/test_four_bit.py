@@ -7,12 +7,12 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from transformers.pytorch_utils import Conv1D
 
-from onecard.batches import TokenSequence, pack
 from onecard.config import ModelConfig, SFTConfig
-from onecard.errors import OnecardError
+from onecard.data.batches import TokenSequence, pack
 from onecard.models.build import load_roles
 from onecard.models.four_bit import is_packed, linear_weights
 from onecard.models.load import load_base
+from onecard.utils.errors import OnecardError
 from tests.models.families import FAMILIES, random_model, write_model
 
 BATCH = pack([TokenSequence(tuple(range(7, 47)), (False,) * 4 + (True,) * 36)])

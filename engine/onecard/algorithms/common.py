@@ -10,26 +10,27 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from onecard import dry_run, report, runs
+from onecard import reporting
 from onecard.algorithms.samples import HeldoutSamples, heldout_samples
 from onecard.algorithms.supervised import Supervised
-from onecard.batches import LabelledSequence, PreferencePair, TokenSequence
 from onecard.config import EvaluateConfig, SpeakingConfig, TrainConfig
 from onecard.data import Row, Tokenized, hold_out, open_rows, preference_examples
+from onecard.data.batches import LabelledSequence, PreferencePair, TokenSequence
 from onecard.data.example_arrays import all_lengths, all_tokens, fingerprint, lengths_of
 from onecard.data.templates import template_date
-from onecard.errors import OnecardError
-from onecard.files import digest
-from onecard.metrics import Bar, say
 from onecard.models.build import load_roles
-from onecard.models.levers import in_head_chunks, lever_notes
 from onecard.models.load import context_length, find_source, load_tokenizer
+from onecard.models.memory_options import in_head_chunks, lever_notes
+from onecard.models.micro_batching import Budget
 from onecard.models.roles import Roles
 from onecard.models.vocabulary import check_tokens
-from onecard.passes import Budget
-from onecard.runs import Run, open_run, with_folder
-from onecard.startup import check_decoding, check_model
-from onecard.trainer import Objective, train
+from onecard.training import dry_run, run_folder
+from onecard.training.run_folder import Run, open_run, with_folder
+from onecard.training.startup import check_decoding, check_model
+from onecard.training.trainer import Objective, train
+from onecard.utils.errors import OnecardError
+from onecard.utils.files import digest
+from onecard.utils.progress import Bar, say
 from onecard_kernels import Loss
 
 if TYPE_CHECKING:
@@ -196,9 +197,9 @@ def finish(roles: Roles, tokenizer: Any, run: Run) -> Path:
     """Export the (first) trained role, write the report, and say where things are."""
     role = roles.trained[0]
     exported = run.folder / role
-    runs.write_folder(run.folder, role, lambda folder: roles.export(role, folder, tokenizer))
-    written = report.write_run_report(run.folder)
-    say(f"weights: {exported}    metrics: {run.folder / runs.METRICS}    plots: {written}")
+    run_folder.write_folder(run.folder, role, lambda folder: roles.export(role, folder, tokenizer))
+    written = reporting.write_run_report(run.folder)
+    say(f"weights: {exported}    metrics: {run.folder / run_folder.METRICS}    plots: {written}")
     return exported
 
 
@@ -253,7 +254,7 @@ def run_opened(config: TrainConfig, recipe: Recipe[E, B], run: Run) -> Path:
     objective = recipe.objective(roles)
     row = partial(recipe.heldout, roles, heldout) if recipe.heldout else None
     job = Supervised(config, recipe.command, objective, training, heldout, samples, row)
-    with runs.locked(run):
+    with run_folder.locked(run):
         train(config, job, roles, run, identity)
         if recipe.adjust:
             recipe.adjust(roles, training)

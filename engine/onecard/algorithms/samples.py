@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onecard.batches import LabelledSequence, PreferencePair, TokenSequence
 from onecard.config import SpeakingConfig
+from onecard.data.batches import LabelledSequence, PreferencePair, TokenSequence
 from onecard.data.tokens import spelled
-from onecard.draws import own_draws
-from onecard.metrics import Bar
 from onecard.models.roles import Roles
 from onecard.models.trunk import context_of, trunk_of
 from onecard.rollout import Response, Sampling, end_tokens, sample_responses, text_before_end
+from onecard.utils.progress import Bar
+from onecard.utils.rng import own_draws
 
 BEGINNING = 8  # tokens of a text without a prompt that stand for one
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from onecard.algorithms.common import Recipe, run_recipe
-from onecard.batches import TokenBatch, TokenSequence, pack, predicted_tokens
 from onecard.config import SFTConfig
 from onecard.data import Row, Tokenized, sft_examples
+from onecard.data.batches import TokenBatch, TokenSequence, pack, predicted_tokens
 from onecard.models.roles import Roles
 from onecard_kernels import Loss
 

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic
 
-from onecard import runs
 from onecard.algorithms.samples import HeldoutSamples
-from onecard.batches import to_device
 from onecard.config import TrainConfig
-from onecard.cut import Cut
 from onecard.data import step_indices
-from onecard.errors import OnecardError
-from onecard.metrics import Bar, add_up, per_kind
-from onecard.passes import Budget, each_pass
-from onecard.trainer import B, E, Objective, Trainer
+from onecard.data.batches import to_device
+from onecard.models.micro_batching import Budget, Cut, each_pass
+from onecard.training import run_folder
+from onecard.training.metrics import add_up, per_kind
+from onecard.training.trainer import B, E, Objective, Trainer
+from onecard.utils.errors import OnecardError
+from onecard.utils.progress import Bar
 from onecard_kernels import Loss
 
 
@@ -114,7 +114,7 @@ class Supervised(Generic[E, B]):
             passes = each_pass(sizes, self.budget, read, padded=weights.layout == "padded")
         losses = [loss for _, found in passes for loss in found]
         for sample in self.samples(bar) if self.samples else []:
-            runs.log(trainer.run.folder, {"step": trainer.step, **sample}, runs.SAMPLES)
+            run_folder.log(trainer.run.folder, {"step": trainer.step, **sample}, run_folder.SAMPLES)
         return per_kind(add_up(losses))
 
     def counts(self, step: int) -> dict[str, int]:

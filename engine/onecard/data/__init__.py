@@ -8,7 +8,7 @@
         print(note)                                      # 2 of 1094 responses were cut at max_length 512
     train, held = hold_out(pairs.examples, pairs.groups, test_size=0.05, seed=42)
     for indices in step_indices(len(train), 8, seed=42, epoch=0):
-        batch = pack_pairs([train[i] for i in indices])  # of onecard.batches
+        batch = pack_pairs([train[i] for i in indices])  # of onecard.data.batches
 
 The first pair, where the tokenizer writes `<s>` = 1, `Hello` = 7, ` you` = 9, ` no` = 4 and `</s>` = 2:
 
@@ -20,9 +20,7 @@ are listed in `bad_rows` and counted in `notes` instead.
 """
 
 from onecard.data.data_report import BadRow, Tokenized
-from onecard.data.files import Row, Rows, load_rows, open_rows, prompt_rows
-from onecard.data.order import hold_out, step_indices, stream_indices
-from onecard.data.tokenized import (
+from onecard.data.examples import (
     Prompt,
     labelled_examples,
     preference_examples,
@@ -31,6 +29,8 @@ from onecard.data.tokenized import (
     scored_examples,
     sft_examples,
 )
+from onecard.data.files import Row, Rows, load_rows, open_rows, prompt_rows
+from onecard.data.order import hold_out, step_indices, stream_indices
 from onecard.data.tokens import prompt_text, prompt_tokens
 
 __all__ = [

@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any, TypeAlias, TypeGuard
 
 from onecard.data.readers import kind, reason
-from onecard.errors import nearest
+from onecard.utils.errors import nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 IMAGE_COLUMNS = ("image", "images")  # TRL's names

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeAlias
 
-from onecard.errors import OnecardError
+from onecard.utils.errors import OnecardError
 
 Cell: TypeAlias = str | None
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Generic, TypeVar, cast, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from onecard.batches import LabelledSequence, PreferencePair, Ranking, ScoredSequence, TokenSequence
+from onecard.data.batches import LabelledSequence, PreferencePair, Ranking, ScoredSequence, TokenSequence
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)

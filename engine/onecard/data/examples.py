@@ -1,224 +1,327 @@
-"""From rows to typed examples: which columns there are, and that their values are what their names promise.
-
-Text is a string or a tuple of chat messages, in TRL's columns:
-
-| training | columns |
-|---|---|
-| SFT | `messages`, or `prompt` + `completion`, or `text` (the first that a row has; null is no column) |
-| reward, DPO: pairs | `chosen`, `rejected`, `prompt`; `margin` if known |
-| reward: scores | `prompt`, `completion`, `score` |
-| reward: rankings | `prompt`, `completions`: two answers or more, the best first |
-| KTO: labelled answers | `prompt`, `completion`, `label`: whether it is a desirable one |
-| prompts | `prompt` |
-
-Chat pairs need no `prompt`: it is the messages that chosen and rejected share at their start (TRL's implicit prompt).
-"""
+"""Rows in, examples of each kind out, with a plain account of what happened to them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
-from onecard.data.columns import (
-    BadRowError,
-    Messages,
-    Text,
-    as_text,
-    column,
-    has,
-    is_chat,
-    must_answer,
-    must_ask,
-    must_match,
-    number,
-    text_or_messages,
-    there_are,
-    truth,
-    unused,
-)
+from onecard.config import Truncation
+from onecard.data.batches import LabelledSequence, PreferencePair, Ranking, ScoredSequence, TokenSequence
+from onecard.data.columns import BadRowError, Messages, Text, is_chat, must_match, template_arguments
+from onecard.data.data_report import DataReport, Made, Tokenized, count_note, made
+from onecard.data.example_arrays import all_numbers
 from onecard.data.files import Row
-from onecard.data.readers import kind
-from onecard.errors import nearest
+from onecard.data.token_cache import GROUP_BYTES
+from onecard.data.tokenize_rows import (
+    Pending,
+    PendingExample,
+    Tokenization,
+    build_examples,
+    pending_examples,
+    with_progress,
+)
+from onecard.data.tokens import (
+    Fitted,
+    Limit,
+    Masked,
+    Tokenizer,
+    Transcript,
+    answer_transcript,
+    fitted,
+    fitted_prompt,
+    prompt_transcript,
+    sft_transcript,
+)
+from onecard.data.typed_rows import (
+    CompletionRow,
+    LabelledRow,
+    MessagesRow,
+    SFTRow,
+    labelled_row,
+    preference_row,
+    prompt_row,
+    ranking_row,
+    scored_row,
+    sft_row,
+)
+from onecard.utils.errors import OnecardError
+
+T = TypeVar("T")
+
+SIDE_BY_SIDE = "rows have the prompt of the row after them, so their answers are not mismatched; shuffle the file"
 
 
 @dataclass(frozen=True)
-class TextRow:
-    """Plain text to learn from end to end."""
+class Prompt:
+    """A prompt to answer. `text` is as given, or as the chat template wrote it; `tokens` are what generation is fed.
+
+    `columns` are the row's other columns, which rewards may look at (an expected answer, say). `messages` are what
+    the prompt was given as, where it was no text, and `arguments` what the chat template was given beside them: a
+    classifier may have a chat template of its own.
+    """
 
     text: str
+    tokens: tuple[int, ...]
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    messages: Messages | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class MessagesRow:
-    """A conversation to learn from."""
+def sft_examples(
+    rows: Iterable[Row],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    truncation_mode: Truncation = "keep_start",
+    completion_only_loss: bool,
+    assistant_only_loss: bool,
+    skip_bad_rows: bool,
+) -> Tokenized[TokenSequence]:
+    """SFT rows (`messages`, `prompt` + `completion`, or `text`) as sequences with their response masks.
 
-    messages: Messages
+    `completion_only_loss` learns the completion of prompt + completion rows, else the prompt too;
+    `assistant_only_loss` learns the assistant's turns of `messages`, else the whole conversation.
+    """
+    limit = Limit(max_length, truncation_mode)
 
+    def prepare(row: Row) -> PendingExample[Made[TokenSequence]]:
+        example = sft_row(row)
+        learn_all = isinstance(example, CompletionRow) and not completion_only_loss
+        arguments = template_arguments(row.values, asked(example)[1])
+        text = sft_transcript(example, tokenizer, arguments, assistant_only_loss=assistant_only_loss)
 
-@dataclass(frozen=True)
-class CompletionRow:
-    """A prompt and the completion to learn: both text, or both messages."""
+        def build(texts: list[Masked]) -> Made[TokenSequence]:
+            answers = fitted(texts, tokenizer, limit, learn_all=learn_all)
+            return made(answers[0].sequence, group_of(*asked(example)), answers)
 
-    prompt: Text
-    completion: Text
+        return PendingExample([text], build)
 
-
-SFTRow: TypeAlias = TextRow | MessagesRow | CompletionRow
-
-
-@dataclass(frozen=True)
-class PreferenceRow:
-    """Two answers to one prompt: all text, or all messages."""
-
-    prompt: Text
-    chosen: Text
-    rejected: Text
-    margin: float = 0.0
-
-
-@dataclass(frozen=True)
-class ScoredRow:
-    """One answer and the score that somebody gave it."""
-
-    prompt: Text
-    completion: Text
-    score: float
+    more = {"completion_only_loss": completion_only_loss, "assistant_only_loss": assistant_only_loss}
+    job = Tokenization(TokenSequence, rows, tokenizer, limit, skip_bad_rows, more)
+    return job.examples(prepare)
 
 
-@dataclass(frozen=True)
-class RankingRow:
-    """Two answers or more to one prompt, the best first: all text, or all messages."""
+def preference_examples(
+    rows: Iterable[Row],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    truncation_mode: Truncation = "keep_start",
+    skip_bad_rows: bool,
+) -> Tokenized[PreferencePair]:
+    """`prompt`, `chosen`, `rejected` rows (and `margin`) as pairs, each answer cut to `max_length` with its prompt."""
+    limit = Limit(max_length, truncation_mode)
 
-    prompt: Text
-    completions: tuple[Text, ...]
+    def prepare(row: Row) -> PendingExample[Made[PreferencePair]]:
+        example = preference_row(row)
 
+        def build(texts: list[Masked]) -> Made[PreferencePair]:
+            chosen, rejected = answers = fitted(texts, tokenizer, limit)
+            pair = PreferencePair(chosen.sequence, rejected.sequence, example.margin)
+            odd = pair.chosen == pair.rejected
+            return made(pair, group_of(example.prompt, example.chosen), answers, is_odd=odd)
 
-@dataclass(frozen=True)
-class LabelledRow:
-    """One answer, and whether it is a desirable one."""
+        return PendingExample(answers_of(row, example.prompt, [example.chosen, example.rejected], tokenizer), build)
 
-    prompt: Text
-    completion: Text
-    desirable: bool
-
-
-@dataclass(frozen=True)
-class PromptRow:
-    """A prompt to answer."""
-
-    prompt: Text
-
-
-def sft_row(row: Row) -> SFTRow:
-    """The first kind of SFT example that the row has the columns of."""
-    values = row.values
-    whole = [make for columns, make in SFT_KINDS.items() if all(has(values, name) for name in columns)]
-    begun = [make for columns, make in SFT_KINDS.items() if any(has(values, name) for name in columns)]
-    for make in whole + begun:  # of a kind that is only begun, `make` says which column is missing
-        return make(values)
-    null = [name for columns in SFT_KINDS for name in columns if name in values]
-    if null:
-        beside = f"; {there_are(values)}" if any(has(values, str(name)) for name in values) else ""
-        raise BadRowError(f"{', '.join(null)} {'is' if len(null) == 1 else 'are'} null{beside}")
-    near = next(filter(None, (nearest(name, unused(values)) for name in ("messages", "text"))), "")
-    raise BadRowError(f"no column 'messages', 'prompt' + 'completion', or 'text'; {there_are(values)}{near}")
+    job = Tokenization(
+        PreferencePair, rows, tokenizer, limit, skip_bad_rows, odd="pairs have the same tokens on both sides"
+    )
+    return job.examples(prepare)
 
 
-def preference_row(row: Row) -> PreferenceRow:
-    """A pair with its prompt, which chat answers may carry at their start."""
-    values = row.values
-    chosen, rejected = text_or_messages(values, "chosen"), text_or_messages(values, "rejected")
-    must_match("rejected", rejected, "chosen", chosen)
-    given = text_or_messages(values, "prompt") if has(values, "prompt") or not is_chat(chosen) else None
-    if is_chat(chosen) and is_chat(rejected) and not isinstance(given, tuple):
-        # A text prompt beside whole conversations only repeats their first message, as in UltraFeedback.
-        prompt: Text = shared_start(chosen, rejected)
-        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-    else:
-        prompt = given or ""
-        must_match("chosen", chosen, "prompt", prompt)
-    must_ask("prompt", prompt)
-    must_answer("chosen", chosen)
-    must_answer("rejected", rejected)
-    margin = number(values, "margin") if has(values, "margin") else 0.0
-    return PreferenceRow(prompt, chosen, rejected, margin)
+def scored_examples(
+    rows: Iterable[Row],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    truncation_mode: Truncation = "keep_start",
+    skip_bad_rows: bool,
+    bounds: tuple[float, float] | None = None,
+) -> Tokenized[ScoredSequence]:
+    """`prompt`, `completion`, `score` rows; a score outside `bounds` makes a bad row."""
+    limit = Limit(max_length, truncation_mode)
+
+    def prepare(row: Row) -> PendingExample[Made[ScoredSequence]]:
+        example = scored_row(row, bounds)
+
+        def build(texts: list[Masked]) -> Made[ScoredSequence]:
+            answers = fitted(texts, tokenizer, limit)
+            scored = ScoredSequence(answers[0].sequence, example.score)
+            return made(scored, group_of(example.prompt, example.completion), answers)
+
+        return PendingExample(answers_of(row, example.prompt, [example.completion], tokenizer), build)
+
+    job = Tokenization(ScoredSequence, rows, tokenizer, limit, skip_bad_rows, {"bounds": bounds})
+    return job.examples(prepare)
 
 
-def scored_row(row: Row, bounds: tuple[float, float] | None = None) -> ScoredRow:
-    """An answer with its score, which lies within `bounds` where they are given."""
-    answer = completion_kind(row.values)
-    score = number(row.values, "score")
-    if bounds is not None and not bounds[0] <= score <= bounds[1]:
-        raise BadRowError(f"score: {score:g}, expected {bounds[0]:g} to {bounds[1]:g}")
-    return ScoredRow(answer.prompt, answer.completion, score)
+def ranking_examples(
+    rows: Iterable[Row],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    truncation_mode: Truncation = "keep_start",
+    skip_bad_rows: bool,
+) -> Tokenized[Ranking]:
+    """`prompt`, `completions` rows: two answers or more, the best first."""
+    limit = Limit(max_length, truncation_mode)
+
+    def prepare(row: Row) -> PendingExample[Made[Ranking]]:
+        example = ranking_row(row)
+
+        def build(texts: list[Masked]) -> Made[Ranking]:
+            answers = fitted(texts, tokenizer, limit)
+            ranking = Ranking(tuple(answer.sequence for answer in answers))
+            odd = len(set(ranking.sequences)) < len(ranking.sequences)
+            return made(ranking, group_of(example.prompt, example.completions[0]), answers, is_odd=odd)
+
+        return PendingExample(answers_of(row, example.prompt, example.completions, tokenizer), build)
+
+    job = Tokenization(Ranking, rows, tokenizer, limit, skip_bad_rows, odd="rankings have answers with the same tokens")
+    return job.examples(prepare)
 
 
-def ranking_row(row: Row) -> RankingRow:
-    """Answers in their order, the best first."""
-    values = row.values
-    given = column(values, "completions")
-    if not isinstance(given, list):
-        raise BadRowError(f"completions: expected a list of answers, the best first, got {kind(given)}")
-    if len(given) < 2:
-        raise BadRowError(f"completions: expected 2 answers or more, got {len(given)}")
-    prompt = text_or_messages(values, "prompt")
-    must_ask("prompt", prompt)
-    answers = {f"completions[{place}]": as_text(item, f"completions[{place}]") for place, item in enumerate(given)}
-    for name, answer in answers.items():
-        must_match(name, answer, "prompt", prompt)
-        must_answer(name, answer)
-    return RankingRow(prompt, tuple(answers.values()))
+def labelled_examples(
+    rows: Iterable[Row],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    truncation_mode: Truncation = "keep_start",
+    skip_bad_rows: bool,
+    mismatched: bool = True,
+) -> Tokenized[LabelledSequence]:
+    """`prompt`, `completion`, `label` rows. With `mismatched`, an example has a row's prompt with the next row's
+    completion too.
+
+    After the last comes the first. What `max_length` takes from a mismatched answer is nobody's data, and not counted.
+    """
+    limit = Limit(max_length, truncation_mode)
+    lenient = replace(limit, truncation_mode="keep_start") if truncation_mode == "error" else limit
+
+    def own(row: Row) -> PendingExample[tuple[Row, LabelledRow, Fitted]]:
+        example = labelled_row(row)
+        texts = answers_of(row, example.prompt, [example.completion], tokenizer)
+        return PendingExample(texts, lambda texts: (row, example, fitted(texts, tokenizer, limit)[0]))
+
+    def prepare(
+        row: Row, example: LabelledRow, answer: Fitted, other: LabelledRow
+    ) -> PendingExample[Made[LabelledSequence]]:
+        if mismatched:
+            must_match("the next row's completion", other.completion, "prompt", example.prompt)
+
+        def build(texts: list[Masked]) -> Made[LabelledSequence]:
+            swapped = fitted(texts, tokenizer, lenient)[0].sequence if texts else TokenSequence((), ())
+            labelled = LabelledSequence(answer.sequence, example.desirable, swapped)
+            side_by_side = mismatched and example.prompt == other.prompt
+            return made(labelled, group_of(example.prompt, example.completion), [answer], is_odd=side_by_side)
+
+        return PendingExample(answers_of(row, example.prompt, [other.completion] * mismatched, tokenizer), build)
+
+    def with_mismatched(good: Iterable[tuple[Row, LabelledRow, Fitted]]) -> Pending[Made[LabelledSequence]]:
+        for (row, example, answer), (after, other, _) in with_next(good):
+            if mismatched and row is after:
+                raise OnecardError(
+                    f"{row}: is the only row to use; expected 2 or more, whose answers can be exchanged."
+                )
+            try:
+                yield row, prepare(row, example, answer, other)
+            except BadRowError as error:
+                yield row, error
+
+    job = Tokenization(
+        LabelledSequence, rows, tokenizer, limit, skip_bad_rows, {"mismatched": mismatched}, SIDE_BY_SIDE
+    )
+
+    def make(rows: Iterable[Row], report: DataReport) -> Iterator[Made[LabelledSequence]]:
+        return job.build(with_mismatched(job.build(pending_examples(rows, report, own), report)), report)
+
+    found = job.examples_from(make)
+    desirable, count = sum(number for (number,) in all_numbers(found.examples)), len(found.examples)
+    uniform = count_note(count if desirable in (0, count) else 0, count, f"labels are {str(desirable > 0).lower()}")
+    return replace(found, notes=(*uniform, *found.notes))
 
 
-def labelled_row(row: Row) -> LabelledRow:
-    """An answer with its label."""
-    answer = completion_kind(row.values)
-    return LabelledRow(answer.prompt, answer.completion, truth(row.values, "label"))
+def prompt_examples(
+    rows: Iterable[Row],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int | None = None,
+    truncation_mode: Truncation = "keep_start",
+    skip_bad_rows: bool = False,
+) -> Tokenized[Prompt]:
+    """`prompt` rows as what generation is fed. A prompt of more than `max_length` tokens is a bad row, but with
+    keep_end its tokens are cut at their beginning (`text` stays whole).
+
+    A column that only some rows have is None in the others.
+    """
+    names: dict[str, None] = {}
+
+    def prepare(row: Row) -> PendingExample[Made[Prompt]]:
+        prompt = prompt_row(row).prompt
+        arguments = template_arguments(row.values, prompt)
+        transcript = prompt_transcript(prompt, tokenizer, arguments)
+        columns = {name: value for name, value in row.values.items() if name != "prompt"}
+
+        def build(texts: list[Masked]) -> Made[Prompt]:
+            tokens = kept = texts[0].tokens
+            if not tokens:
+                raise BadRowError("prompt: it has no tokens, so there is nothing to go on from")
+            if max_length is not None:
+                kept = fitted_prompt(tokens, tokenizer, Limit(max_length, truncation_mode))
+            messages = prompt if is_chat(prompt) else None
+            example = Prompt(transcript.prefixes[0], tuple(kept), columns, messages, arguments)
+            return Made(example, group_of(prompt), prompt_cut=len(kept) < len(tokens))
+
+        return PendingExample([transcript], build)
+
+    def named(rows: Iterable[Row]) -> Iterator[Row]:
+        for row in rows:
+            names.update(dict.fromkeys(name for name in row.values if name != "prompt"))
+            yield row
+
+    report = DataReport(tokenizer)
+    with with_progress(rows) as reading:
+        pending = pending_examples(named(reading), report, prepare)
+        found = list(build_examples(pending, tokenizer, report, skip=skip_bad_rows))
+    for item in found:
+        report.add(item)
+    prompts = [
+        replace(item.example, columns={name: item.example.columns.get(name) for name in names}) for item in found
+    ]
+    return Tokenized(prompts, [item.group for item in found], report.notes(max_length or 0), tuple(report.bad))
 
 
-def shared_start(chosen: Messages, rejected: Messages) -> Messages:
-    """The messages that open both, leaving each at least one to answer with."""
-    limit = min(len(chosen), len(rejected)) - 1
-    count = next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
-    if count == 0:
-        raise BadRowError(
-            "no prompt: 'prompt' holds no messages, and chosen and rejected share no message at their start"
-        )
-    return chosen[:count]
+def answers_of(row: Row, prompt: Text, answers: Sequence[Text], tokenizer: Tokenizer) -> list[Transcript]:
+    """A row's answers to one prompt, each with what the row says to the chat template."""
+    arguments = template_arguments(row.values, answers[0]) if answers else {}
+    return [answer_transcript(prompt, answer, tokenizer, arguments) for answer in answers]
 
 
-def prompt_row(row: Row) -> PromptRow:
-    """The prompt of a row; its other columns are left to the rewards."""
-    prompt = text_or_messages(row.values, "prompt")
-    must_ask("prompt", prompt)
-    return PromptRow(prompt)
+def with_next(items: Iterable[T]) -> Iterator[tuple[T, T]]:
+    """Each item with the one after it, the last one with the first."""
+    waiting = iter(items)
+    for first in waiting:
+        last = first
+        for item in waiting:
+            yield last, item
+            last = item
+        yield last, first
 
 
-def messages_kind(values: Mapping[str, Any]) -> MessagesRow:
-    messages = text_or_messages(values, "messages")
-    if not is_chat(messages):
-        raise BadRowError("messages: expected a list of messages, got text")
-    return MessagesRow(messages)
+def group_of(*texts: Text) -> bytes:
+    """A digest of the first of the texts that holds anything: the prompt, or what stands for it where it is empty."""
+    text = json.dumps(next((text for text in texts if text), ""), sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=GROUP_BYTES).digest()
 
 
-def completion_kind(values: Mapping[str, Any]) -> CompletionRow:
-    prompt, completion = text_or_messages(values, "prompt"), text_or_messages(values, "completion")
-    must_match("completion", completion, "prompt", prompt)
-    must_ask("prompt", prompt)
-    must_answer("completion", completion)
-    return CompletionRow(prompt, completion)
-
-
-def text_kind(values: Mapping[str, Any]) -> TextRow:
-    text = text_or_messages(values, "text")
-    if is_chat(text):
-        raise BadRowError("text: expected text, got a list; a list of messages belongs in 'messages'")
-    return TextRow(str(text))
-
-
-SFT_KINDS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], SFTRow]] = {
-    ("messages",): messages_kind,
-    ("prompt", "completion"): completion_kind,
-    ("text",): text_kind,
-}
+def asked(row: SFTRow) -> tuple[Text, Text]:
+    """The prompt of an SFT row, and the text that stands for it where there is none."""
+    if isinstance(row, CompletionRow):
+        return row.prompt, row.completion
+    if isinstance(row, MessagesRow):
+        turns = (place for place, message in enumerate(row.messages) if message["role"] == "assistant")
+        return row.messages[: next(turns, 0)], row.messages
+    return "", row.text

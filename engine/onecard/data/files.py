@@ -29,8 +29,8 @@ from onecard.data.readers import (
     suffixes,
 )
 from onecard.data.splits import data_files, files_by_split, has_settings
-from onecard.errors import OnecardError, nearest
-from onecard.files import blocks, digest
+from onecard.utils.errors import OnecardError, nearest
+from onecard.utils.files import blocks, digest
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar", ".xz", ".lz4")  # an error beside data files in a folder
 NESTED_COLUMNS = (*MESSAGE_COLUMNS, *TEMPLATE_COLUMNS)

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
 from onecard.data.example_arrays import Examples
-from onecard.errors import OnecardError
+from onecard.utils.errors import OnecardError
 
 Example = TypeVar("Example")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard.data.csv_table import read_table
-from onecard.errors import OnecardError, nearest
+from onecard.utils.errors import OnecardError, nearest
 
 MESSAGE_COLUMNS = ("messages", "prompt", "completion", "completions", "chosen", "rejected")
 

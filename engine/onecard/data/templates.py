@@ -22,7 +22,7 @@ from typing import Any
 
 from onecard.data.columns import BadRowError, Messages, unicode
 from onecard.data.readers import reason
-from onecard.errors import OnecardError
+from onecard.utils.errors import OnecardError
 
 NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
 QUESTION, ANSWER, CALL = "onecardquestion", "onecardanswer", "onecardcall"  # letters, which no template changes

@@ -20,8 +20,8 @@ from onecard.data.example_arrays import DTYPES, Examples, open_examples
 from onecard.data.files import Row, Rows
 from onecard.data.templates import date_of
 from onecard.data.tokens import Tokenizer
-from onecard.files import cache_folder, digest, recover, remove, temporary
-from onecard.metrics import say
+from onecard.utils.files import cache_folder, digest, recover, remove, temporary
+from onecard.utils.progress import say
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ def cache_key(rows: Iterable[Row], tokenizer: Tokenizer, kind: type, settings: M
 @lru_cache(maxsize=1)
 def code_digest() -> str:
     """SHA-256 of the source files of this package: another version may tokenize differently."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    files = sorted(Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 

@@ -19,8 +19,8 @@ from onecard.data.example_arrays import ExampleWriter
 from onecard.data.files import Row, Rows
 from onecard.data.token_cache import TokenizedExamples, cache_key, cached
 from onecard.data.tokens import Limit, Masked, Tokenizer, Transcript, tokenize_transcripts
-from onecard.errors import OnecardError
-from onecard.metrics import progress
+from onecard.utils.errors import OnecardError
+from onecard.utils.progress import progress
 
 T = TypeVar("T")
 M = TypeVar("M")

@@ -24,12 +24,12 @@ from functools import lru_cache
 from itertools import compress
 from typing import Any, TypeAlias
 
-from onecard.batches import TokenSequence, predicted_tokens
 from onecard.config import Truncation
+from onecard.data.batches import TokenSequence, predicted_tokens
 from onecard.data.columns import BadRowError, Messages, Text, is_chat
-from onecard.data.examples import CompletionRow, MessagesRow, SFTRow
 from onecard.data.template_answers import rendered_answer
 from onecard.data.templates import NO_ARGUMENTS, closing_token, rendered, through_end
+from onecard.data.typed_rows import CompletionRow, MessagesRow, SFTRow
 
 Tokenizer: TypeAlias = Any  # a transformers tokenizer; its classes are not imported, for the sake of start-up time
 

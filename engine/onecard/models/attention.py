@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from onecard.batches import TokenBatch
-from onecard.errors import OnecardError
+from onecard.data.batches import TokenBatch
 from onecard.models.trunk import trunk_of
+from onecard.utils.errors import OnecardError
 
 NAME = "onecard"
 # What models pass to their attention that changes nothing in it

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from onecard.config import Activation, EvaluateConfig, ModelConfig, PPOConfig, TrainConfig
-from onecard.errors import OnecardError
 from onecard.models.adapters import add_adapter, read_adapter
 from onecard.models.classifier import is_classifier
-from onecard.models.levers import pull_levers
 from onecard.models.load import Source, find_source, load_base, reason
+from onecard.models.memory_options import pull_levers
 from onecard.models.roles import HEAD_WEIGHTS, Roles
 from onecard.models.scalar import ScalarHead
 from onecard.models.targets import Targets, find_targets
+from onecard.utils.errors import OnecardError
 
 
 def scalar_head(hidden_size: int, device: torch.device) -> ScalarHead:

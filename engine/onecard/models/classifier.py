@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from onecard.config import ModelConfig
-from onecard.errors import OnecardError, is_out_of_memory, nearest
 from onecard.models.load import Source, check_weights, find_source, pick_device, pick_dtype, reason
-from onecard.passes import Budget, budget_of, each_item
+from onecard.models.micro_batching import Budget, budget_of, each_item
+from onecard.utils.errors import OnecardError, is_out_of_memory, nearest
 
 ARCHITECTURE = "ForSequenceClassification"
 LABELS_OF_THEIR_OWN = ("multi_label_classification", "regression")  # problem types without a softmax over the labels

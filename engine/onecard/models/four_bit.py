@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from onecard.errors import OnecardError
 from onecard.models.targets import is_linear, is_mamba_mixer, is_stack
+from onecard.utils.errors import OnecardError
 
 MOST_UNPACKED = 0.1  # of the weights of linear maps may stay in 16 bit
 MOST_NUMBERS = 1 << 31  # that bitsandbytes' kernels count in one tensor

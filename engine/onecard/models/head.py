@@ -8,8 +8,8 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 import onecard_kernels
-from onecard.errors import OnecardError
 from onecard.models.trunk import errors_of, trunk_of
+from onecard.utils.errors import OnecardError
 from onecard_kernels import LanguageHead, LogitTransform
 
 __all__ = ["LanguageHead", "check_head", "read_head"]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.batches import TokenBatch
+from onecard.data.batches import TokenBatch
 from onecard.models.attention import PACKED_MASK, segments_of
 
 

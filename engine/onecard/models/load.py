@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from onecard.config import ModelConfig
-from onecard.errors import OnecardError, is_out_of_memory, reason
 from onecard.models.attention import use_own_attention
+from onecard.models.folders import TRAINED, holds_weights, weights_folder
 from onecard.models.four_bit import check_packed, nf4_settings, packing_experts, unpack_in_passes
 from onecard.models.trunk import context_of
-from onecard.optim import FULL_PRECISION
-from onecard.runs import TRAINED, holds_weights, weights_folder
+from onecard.utils.errors import OnecardError, is_out_of_memory, reason
 
 # bitsandbytes warns on CPU that an optional faster kernel is not installed; the one it falls back to is exact.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -56,6 +55,7 @@ OTHER_MODELS = {
     "ForNextSentencePrediction": "which compares texts",
 }
 LISTED = 3  # weights in a message
+FULL_PRECISION = "full_precision"  # attribute of a 16-bit parameter: the float32 tensor that it was rounded from
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ import torch
 from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 
-from onecard.batches import ResponseTargets, TokenBatch, last_rows
-from onecard.errors import OnecardError, reason
+from onecard.data.batches import ResponseTargets, TokenBatch, last_rows
 from onecard.models.adapters import ADAPTER_WEIGHTS, fill_adapter, write_adapter
 from onecard.models.attention import structural_layout, use_plain_attention
 from onecard.models.head import LanguageHead, read_head
@@ -30,6 +29,7 @@ from onecard.models.load import save_model as save_plain_model
 from onecard.models.offload import LEAST_BYTES, Offloader
 from onecard.models.scalar import ScalarHead
 from onecard.models.trunk import rotation_limit, trunk_of
+from onecard.utils.errors import OnecardError, reason
 from onecard_kernels import linear_logprobs
 
 MODEL_WEIGHTS = "model.safetensors"

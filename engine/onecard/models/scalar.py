@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from onecard.config import Activation
-from onecard.errors import OnecardError
+from onecard.utils.errors import OnecardError
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"none": lambda scores: scores, "sigmoid": torch.sigmoid}
 

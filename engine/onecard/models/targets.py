@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onecard.errors import OnecardError, nearest
 from onecard.models.trunk import errors_of, trunk_of
 from onecard.models.vocabulary import known_tokens
+from onecard.utils.errors import OnecardError, nearest
 
 ALL_LINEAR = "all-linear"
 SETTING = "lora_target_modules"

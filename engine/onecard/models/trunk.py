@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from onecard.errors import OnecardError, is_out_of_memory, reason
+from onecard.utils.errors import OnecardError, is_out_of_memory, reason
 
 
 def trunk_of(model: Any) -> Any:

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from onecard.errors import OnecardError
 from onecard.models.trunk import trunk_of
+from onecard.utils.errors import OnecardError
 
 PLACEHOLDER = re.compile(r"(image|video|audio)_token_(id|index)")
 

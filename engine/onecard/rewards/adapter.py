@@ -6,11 +6,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onecard.batches import Episode, TokenSequence
 from onecard.data import Prompt, Row, sft_examples
+from onecard.data.batches import Episode, TokenSequence
 from onecard.data.templates import answer_ends, closing_token
+from onecard.models.micro_batching import Budget
+from onecard.models.passes import sequence_passes
 from onecard.models.roles import Roles
-from onecard.passes import Budget, sequence_passes
 from onecard.rewards.answers import Case
 from onecard.rollout import end_tokens, tokens_before_end
 

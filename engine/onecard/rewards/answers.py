@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from onecard.batches import Episode
 from onecard.data import Prompt
+from onecard.data.batches import Episode
+from onecard.models.micro_batching import Budget
 from onecard.models.roles import Roles
-from onecard.passes import Budget
 
 
 @dataclass(frozen=True)

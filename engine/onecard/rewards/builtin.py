@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from onecard.data import Prompt
-from onecard.errors import OnecardError
-from onecard.passes import per_token
+from onecard.models.passes import per_token
 from onecard.rewards.answers import Case, Measure
+from onecard.utils.errors import OnecardError
 
 NGRAMS = (1, 2)
 ANSWER_COLUMNS = ("answer", "solution")

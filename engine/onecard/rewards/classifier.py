@@ -9,10 +9,10 @@ from onecard.data.columns import BadRowError
 from onecard.data.template_answers import as_content
 from onecard.data.templates import rendered
 from onecard.data.tokens import opening
-from onecard.errors import OnecardError
-from onecard.metrics import say
 from onecard.models.classifier import Classifier
 from onecard.rewards.answers import Case
+from onecard.utils.errors import OnecardError
+from onecard.utils.progress import say
 
 
 class ClassifierReward:

@@ -14,10 +14,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from onecard.errors import OnecardError, nearest
 from onecard.rewards.builtin import BUILTINS, builtin_name
+from onecard.rewards.expressions import parse_terms
 from onecard.rewards.guard import described, guarded
-from onecard.rewards.terms import parse_terms
+from onecard.utils.errors import OnecardError, nearest
 
 REWARD_MODEL = "reward_model"  # the name of the reward model's part; no function gets it as a short name
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from onecard.metrics import say
+from onecard.utils.progress import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 

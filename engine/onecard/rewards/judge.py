@@ -6,22 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from onecard.batches import Episode
 from onecard.config import EvaluateConfig, ModelConfig, PPOConfig
 from onecard.data import Prompt
-from onecard.errors import OnecardError
+from onecard.data.batches import Episode
 from onecard.models.classifier import is_classifier, load_classifier
+from onecard.models.micro_batching import Budget
 from onecard.models.roles import Roles
-from onecard.passes import Budget
 from onecard.rewards.adapter import AdapterReward
 from onecard.rewards.answers import Answers, Case, Measure
 from onecard.rewards.builtin import ANSWER_COLUMNS, builtin_name, exact_answer, expected_of, load_builtin
-from onecard.rewards.calls import call_function
 from onecard.rewards.classifier import ClassifierReward
+from onecard.rewards.expressions import Term, parse_terms
 from onecard.rewards.functions import RewardFunction, load_function, part_names
 from onecard.rewards.mixture import Scores, apply_missing_eos_penalty, combine, reward_weights
-from onecard.rewards.terms import Term, parse_terms
+from onecard.rewards.validation import call_function
 from onecard.rollout import text_before_end
+from onecard.utils.errors import OnecardError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TypeAlias, TypeGuard
 import torch
 from torch import Tensor
 
-from onecard.errors import OnecardError
+from onecard.utils.errors import OnecardError
 
 LARGEST = 1e18  # scores are fp32, where the square of a larger one is no number
 # One number for each answer, or (a dense reward) one for each token of each answer.

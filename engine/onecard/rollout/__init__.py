@@ -14,9 +14,7 @@ what is sampled is the policy, at the temperature that was asked for. Masks, nev
 may be the EOS, the EOS may be the BOS, and all of them may stand inside a prompt. There is no beam search.
 """
 
-from onecard.rollout.drawing import Sampling, chances_of, draw, warpers
-from onecard.rollout.ends import StopStrings, end_tokens, stop_ids, text_before_end, tokens_before_end
-from onecard.rollout.held import Held, Padded, Uncached
+from onecard.rollout.decode_batch import Held, Padded, Uncached
 from onecard.rollout.sampler import (
     Response,
     Rollout,
@@ -27,6 +25,8 @@ from onecard.rollout.sampler import (
     sample_responses,
     sampling_budget,
 )
+from onecard.rollout.stop_tokens import StopStrings, end_tokens, stop_ids, text_before_end, tokens_before_end
+from onecard.rollout.token_sampling import Sampling, chances_of, draw, warpers
 
 __all__ = [
     "Held",

@@ -11,20 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.batches import Episode, TokenSequence, like_lengths
-from onecard.cut import Cut
 from onecard.data import Prompt
-from onecard.draws import drawn_again_after_errors
-from onecard.errors import OnecardError
-from onecard.metrics import Bar, progress
+from onecard.data.batches import Episode, TokenSequence, like_lengths
 from onecard.models.attention import chooses_keys
 from onecard.models.cache import cache_bytes
+from onecard.models.micro_batching import Budget, Cut, Wording, at_once
 from onecard.models.roles import Roles
 from onecard.models.trunk import evaluating, rotation_limit, trunk_of
-from onecard.passes import Budget, Wording, at_once
-from onecard.rollout.drawing import NOT_FINITE, Sampling, chances_of, draw, warpers
-from onecard.rollout.ends import StopStrings, end_tokens, text_before_end
-from onecard.rollout.held import Held, Padded, Uncached, cache_argument
+from onecard.rollout.decode_batch import Held, Padded, Uncached, cache_argument
+from onecard.rollout.stop_tokens import StopStrings, end_tokens, text_before_end
+from onecard.rollout.token_sampling import NOT_FINITE, Sampling, chances_of, draw, warpers
+from onecard.utils.errors import OnecardError
+from onecard.utils.progress import Bar, progress
+from onecard.utils.rng import drawn_again_after_errors
 
 # Finished rows leave when they are this share of those held and nobody waits. To leave costs one copy of the cache of
 # the rows that stay, and saves this share of all steps to come, so it pays in a few. Measured on two small models, 1/16
@@ -80,7 +79,7 @@ def sampling_budget(batch_size: int, cache_bytes: int = 0) -> Budget:
 
 def decodings(model: Any) -> list[str]:
     """How rows can be sampled together, as far as a model's structure says, the fastest first."""
-    from onecard.rollout.slots import takes_slots  # it comes with transformers
+    from onecard.rollout.cache_slots import takes_slots  # it comes with transformers
 
     slots = ["slots"] if takes_slots(model) else []
     cached = cache_argument(model) is not None and not chooses_keys(trunk_of(model).config)
@@ -93,7 +92,7 @@ def make_held(roles: Roles, rows: int, columns: int) -> Held:
     slots: a row that ends takes the next prompt; padded: batches; single: batches of one; uncached: rows run whole, for
     models without a cache, and where rotations change with the length of a text.
     """
-    from onecard.rollout.slots import Slots
+    from onecard.rollout.cache_slots import Slots
 
     model, device = roles.causal_model(), roles.device
     limit = rotation_limit(trunk_of(model).config)

@@ -12,9 +12,9 @@ from onecard.algorithms.common import Recipe, Sharing, pair_tokenizer, run_recip
 from onecard.algorithms.dpo.losses import preference_loss
 from onecard.algorithms.dpo.reference import with_reference
 from onecard.algorithms.dpo.variants import Variant, loss_keywords, pick_variant
-from onecard.batches import LabelledSequence, pack_labelled, pack_pairs, rows_sharing
 from onecard.config import DPOConfig
 from onecard.data import Row, Tokenized, labelled_examples
+from onecard.data.batches import LabelledSequence, pack_labelled, pack_pairs, rows_sharing
 from onecard.data.example_arrays import all_numbers
 from onecard.models.build import reference_adapter
 from onecard.models.roles import Roles

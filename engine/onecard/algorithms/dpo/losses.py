@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.batches import LabelledBatch, PreferenceBatch, ResponseTargets, TokenBatch, part
+from onecard.data.batches import LabelledBatch, PreferenceBatch, ResponseTargets, TokenBatch, part
 from onecard.models.head import LanguageHead
 from onecard.models.roles import Roles
 from onecard_kernels import Loss, dpo_loss, kto_loss, linear_dpo_loss, linear_logprobs, sequence_sums

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from onecard import __version__
 from onecard.algorithms.common import padded_rows, weights_digest
-from onecard.batches import LabelledSequence, PreferencePair, to_device
 from onecard.config import DPOConfig
+from onecard.data.batches import LabelledSequence, PreferencePair, to_device
 from onecard.data.example_arrays import all_lengths, fingerprint
-from onecard.files import cache_folder
-from onecard.metrics import progress, say
 from onecard.models.load import find_source, pick_attention, pick_dtype
+from onecard.models.micro_batching import Budget, budget_of, each_item, looking_budget
 from onecard.models.roles import Roles
-from onecard.passes import Budget, budget_of, each_item, looking_budget
+from onecard.utils.files import cache_folder
+from onecard.utils.progress import progress, say
 
 E = TypeVar("E", PreferencePair, LabelledSequence)
 

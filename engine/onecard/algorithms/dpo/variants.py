@@ -19,8 +19,8 @@ from onecard.algorithms.dpo.losses import (
     reference_free_loss,
 )
 from onecard.config import DPOConfig
-from onecard.errors import OnecardError, nearest
 from onecard.models.roles import Roles
+from onecard.utils.errors import OnecardError, nearest
 from onecard_kernels import Loss, cpo_loss, dpo_loss, kto_loss, orpo_loss, simpo_loss
 from onecard_kernels.dpo import WHOLE_BATCH
 from onecard_kernels.dpo.losses import LOSSES

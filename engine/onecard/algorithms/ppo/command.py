@@ -8,14 +8,7 @@ from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
-from onecard import dry_run
-from onecard.algorithms.common import (
-    described,
-    finish,
-    load_examples,
-    reference_identity,
-    weights_digest,
-)
+from onecard.algorithms.common import described, finish, load_examples, reference_identity, weights_digest
 from onecard.algorithms.ppo.job import PPO
 from onecard.algorithms.ppo.sampling import make_sampler
 from onecard.algorithms.ppo.scores import measure_scale
@@ -24,21 +17,22 @@ from onecard.algorithms.ppo.startup import check_start
 from onecard.config import PPOConfig
 from onecard.data import Prompt, prompt_examples
 from onecard.data.templates import template_date
-from onecard.errors import OnecardError
-from onecard.files import digest
-from onecard.metrics import say
 from onecard.models.build import JUDGES, load_ppo_roles, reward_adapter
-from onecard.models.levers import in_head_chunks, lever_notes
 from onecard.models.load import find_source, load_tokenizer
+from onecard.models.memory_options import in_head_chunks, lever_notes
+from onecard.models.micro_batching import looking_budget
 from onecard.models.roles import ADAPTER_WEIGHTS, HEAD_WEIGHTS, Roles
 from onecard.models.trunk import rotation_limit, trunk_of
 from onecard.models.vocabulary import check_tokens
-from onecard.passes import looking_budget
 from onecard.rewards.functions import digest_functions
 from onecard.rewards.judge import load_constraint, load_judge
-from onecard.runs import Run, locked, open_run, with_folder
-from onecard.startup import check_decoding, check_model
-from onecard.trainer import train
+from onecard.training import dry_run
+from onecard.training.run_folder import Run, locked, open_run, with_folder
+from onecard.training.startup import check_decoding, check_model
+from onecard.training.trainer import train
+from onecard.utils.errors import OnecardError
+from onecard.utils.files import digest
+from onecard.utils.progress import say
 
 
 def described_role(config: PPOConfig, roles: Roles, role: str) -> str:

@@ -9,14 +9,14 @@ from typing import Any
 from onecard.algorithms.ppo.experience import answer_metrics, logprobs_of
 from onecard.algorithms.ppo.sampling import Sampler
 from onecard.algorithms.ppo.scores import Judged, judged_metrics
-from onecard.batches import Episode
 from onecard.config import PPOConfig
 from onecard.data import Prompt
-from onecard.draws import own_draws
-from onecard.metrics import Bar
+from onecard.data.batches import Episode
+from onecard.models.micro_batching import Budget
 from onecard.models.roles import Roles
-from onecard.passes import Budget
 from onecard.rewards.judge import response_text
+from onecard.utils.progress import Bar
+from onecard.utils.rng import own_draws
 
 MOST_PROMPTS = 128  # an answer costs as much as a training step's; the mean of 128 is known to a tenth of a deviation
 SHOWN_SAMPLES = 8

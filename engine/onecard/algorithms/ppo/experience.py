@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from onecard.algorithms.ppo.estimators import Rewarded, estimator_of, with_company
-from onecard.batches import Episode, Experience, ResponseTargets, TokenBatch, last_rows
 from onecard.config import PPOConfig
-from onecard.errors import OnecardError
+from onecard.data.batches import Episode, Experience, ResponseTargets, TokenBatch, last_rows
+from onecard.models.micro_batching import Budget, looking_budget
+from onecard.models.passes import per_token
 from onecard.models.roles import Roles
-from onecard.passes import Budget, looking_budget, per_token
+from onecard.utils.errors import OnecardError
 from onecard_kernels import masked_whiten, token_kl
 
 

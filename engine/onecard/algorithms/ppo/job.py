@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from onecard import runs
 from onecard.algorithms.ppo.constraint import next_multiplier, verdict_on
 from onecard.algorithms.ppo.evaluation import evaluate_policy
 from onecard.algorithms.ppo.experience import (
@@ -23,15 +22,17 @@ from onecard.algorithms.ppo.losses import ppo_objective
 from onecard.algorithms.ppo.sampling import Sampler
 from onecard.algorithms.ppo.scores import Judged, Scale, judged_metrics
 from onecard.algorithms.ppo.settings import episodes_per_step, minibatch_size
-from onecard.batches import Episode, Experience, ExperienceBatch
 from onecard.config import PPOConfig
 from onecard.data import Prompt, stream_indices
-from onecard.draws import own_draws
-from onecard.metrics import Bar, phase_memory
+from onecard.data.batches import Episode, Experience, ExperienceBatch
+from onecard.models.micro_batching import Budget, looking_budget
 from onecard.models.roles import Roles
-from onecard.passes import Budget, looking_budget
 from onecard.rewards.judge import Judge
-from onecard.trainer import Objective, Trainer
+from onecard.training import run_folder
+from onecard.training.metrics import phase_memory
+from onecard.training.trainer import Objective, Trainer
+from onecard.utils.progress import Bar
+from onecard.utils.rng import own_draws
 
 # Over the updates of an iteration the means of these are logged, under TRL's names.
 UPDATE_METRICS = {
@@ -193,7 +194,7 @@ class PPO:
             return {}
         found = evaluate_policy(self.heldout, self.roles, self.sampler, self.judge, self.config, self.budget, bar)
         for sample in found.samples:
-            runs.log(trainer.run.folder, {"step": trainer.step, **sample}, runs.SAMPLES)
+            run_folder.log(trainer.run.folder, {"step": trainer.step, **sample}, run_folder.SAMPLES)
         return found.metrics
 
     def counts(self, step: int) -> dict[str, int]:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from onecard.algorithms.ppo.estimators import estimator_of
-from onecard.batches import Experience, ExperienceBatch, ResponseTargets, pack_experience
 from onecard.config import PPOConfig
+from onecard.data.batches import Experience, ExperienceBatch, ResponseTargets, pack_experience
 from onecard.models.roles import Roles
-from onecard.trainer import Objective
+from onecard.training.trainer import Objective
 from onecard_kernels import Loss, linear_ppo_loss, value_loss
 
 NO_CLIP = (1.0, 1e12)  # low, high; the kernels bound a ratio to e^20, so it never comes there

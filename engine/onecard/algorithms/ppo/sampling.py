@@ -6,21 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onecard.batches import Episode
 from onecard.config import PPOConfig
 from onecard.data import Prompt
-from onecard.metrics import Bar
+from onecard.data.batches import Episode
+from onecard.models.micro_batching import Budget
 from onecard.models.roles import Roles
-from onecard.passes import Budget
-from onecard.rollout import (
-    Rollout,
-    Sampling,
-    StopStrings,
-    end_tokens,
-    make_episode,
-    sample_responses,
-    sampling_budget,
-)
+from onecard.rollout import Rollout, Sampling, StopStrings, end_tokens, make_episode, sample_responses, sampling_budget
+from onecard.utils.progress import Bar
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from onecard.algorithms.ppo.constraint import cost_metrics
 from onecard.algorithms.ppo.sampling import Sampler
 from onecard.config import PPOConfig
 from onecard.data import Prompt, stream_indices
-from onecard.draws import own_draws
-from onecard.errors import OnecardError
-from onecard.metrics import say
 from onecard.models.roles import Roles
 from onecard.rewards.judge import Judge
 from onecard.rewards.mixture import Scores
+from onecard.utils.errors import OnecardError
+from onecard.utils.progress import say
+from onecard.utils.rng import own_draws
 
 MOST_PROMPTS = 64
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 from onecard.algorithms.common import longest_sequence
 from onecard.algorithms.ppo.estimators import estimator_of
 from onecard.config import PPOConfig
-from onecard.errors import OnecardError
-from onecard.metrics import say
 from onecard.models.build import has_critic, reward_adapter
+from onecard.utils.errors import OnecardError
+from onecard.utils.progress import say
 
 
 def minibatch_size(config: PPOConfig) -> int:

@@ -20,16 +20,16 @@ from torch import Tensor
 
 from onecard.algorithms.ppo.experience import logprobs_of
 from onecard.algorithms.ppo.sampling import Sampler
-from onecard.batches import Episode, ResponseTargets, TokenBatch
 from onecard.config import PPOConfig
-from onecard.cut import Cut
 from onecard.data import Prompt
-from onecard.draws import own_draws
-from onecard.errors import OnecardError
+from onecard.data.batches import Episode, ResponseTargets, TokenBatch
 from onecard.models.load import find_source
+from onecard.models.micro_batching import LEARNING, Budget, Cut
+from onecard.models.passes import per_token
 from onecard.models.roles import Roles
-from onecard.passes import LEARNING, Budget, per_token
 from onecard.rewards.judge import Judge
+from onecard.utils.errors import OnecardError
+from onecard.utils.rng import own_draws
 
 MOST_PROMPTS = 8
 # (mean, largest) difference in nats. 16-bit passes of one model differ by their own rounding, most for unlikely tokens.

@@ -21,12 +21,14 @@ from onecard.algorithms.reward.kinds import (
     rows,
     tokenize,
 )
-from onecard.batches import TokenBatch, unpack
 from onecard.config import RewardConfig
-from onecard.errors import OnecardError
-from onecard.metrics import Bar, add_up, progress, say
+from onecard.data.batches import TokenBatch, unpack
+from onecard.models.micro_batching import Budget, looking_budget
+from onecard.models.passes import sequence_passes
 from onecard.models.roles import Roles
-from onecard.passes import Budget, looking_budget, sequence_passes
+from onecard.training.metrics import add_up
+from onecard.utils.errors import OnecardError
+from onecard.utils.progress import Bar, progress, say
 
 MOST_NORMALIZED = 2048  # rows that the mean and standard deviation of the scores are taken from
 

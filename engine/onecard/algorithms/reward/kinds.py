@@ -11,7 +11,9 @@ from torch import Tensor
 from onecard.algorithms.common import pair_tokenizer
 from onecard.algorithms.reward.agreement import agreement
 from onecard.algorithms.reward.losses import bradley_terry_loss, ranking_loss, regression_loss
-from onecard.batches import (
+from onecard.config import RewardConfig
+from onecard.data import Row, Rows, Tokenized, ranking_examples, scored_examples
+from onecard.data.batches import (
     PreferenceBatch,
     PreferencePair,
     Ranking,
@@ -23,12 +25,10 @@ from onecard.batches import (
     pack_scored,
     rows_sharing,
 )
-from onecard.config import RewardConfig
-from onecard.data import Row, Rows, Tokenized, ranking_examples, scored_examples
 from onecard.data.columns import has, there_are
 from onecard.data.files import checked
-from onecard.errors import OnecardError, nearest
 from onecard.models.roles import Roles
+from onecard.utils.errors import OnecardError, nearest
 from onecard_kernels import Loss
 
 

@@ -1,0 +1,353 @@
+"""The command line: `onecard sft | reward | dpo | ppo | generate | chat | evaluate | merge | fit | demo`.
+
+Each command's flags are the fields of its config dataclass. Nothing heavy is imported before a command really runs, so
+`--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import click
+import yaml
+
+from onecard import __version__, config
+from onecard.utils.errors import Interrupted, OnecardError, is_out_of_memory, nearest, visible
+
+MAX_DEPTH = 8  # nesting of lists and mappings in a file of settings
+# command -> (config class, module:function that runs it, example shown under --help)
+COMMANDS: dict[str, tuple[type, str, str]] = {
+    "sft": (
+        config.SFTConfig,
+        "onecard.algorithms.sft:run",
+        "onecard sft --model Qwen/Qwen2.5-0.5B --dataset stories.jsonl --output_dir runs/sft",
+    ),
+    "reward": (
+        config.RewardConfig,
+        "onecard.algorithms.reward:run",
+        "onecard reward --model Qwen/Qwen2.5-0.5B --dataset pairs.jsonl --output_dir runs/reward",
+    ),
+    "dpo": (
+        config.DPOConfig,
+        "onecard.algorithms.dpo:run",
+        "onecard dpo --model Qwen/Qwen2.5-0.5B-Instruct --dataset trl-lib/ultrafeedback_binarized --load_in_4bit",
+    ),
+    "ppo": (
+        config.PPOConfig,
+        "onecard.algorithms.ppo.command:run",
+        "onecard ppo --model runs/sft/policy --dataset prompts.jsonl --reward_model_path runs/reward/reward",
+    ),
+    "generate": (
+        config.GenerateConfig,
+        "onecard.commands.generate:run",
+        "onecard generate --model runs/dpo/policy --prompt 'Once upon a time'",
+    ),
+    "chat": (config.ChatConfig, "onecard.commands.chat:run", "onecard chat --model runs/dpo"),
+    "evaluate": (
+        config.EvaluateConfig,
+        "onecard.commands.evaluate:run",
+        "onecard evaluate --model runs/ppo --baseline runs/sft --dataset prompts.jsonl --reward_model_path runs/reward",
+    ),
+    "merge": (config.MergeConfig, "onecard.commands.merge:run", "onecard merge --model runs/dpo --output_dir merged"),
+    "fit": (
+        config.FitConfig,
+        "onecard.commands.fit.command:run",
+        "onecard fit --model Llama-3.1-8B --algorithm ppo --load_in_4bit --gradient_checkpointing --card 12GB",
+    ),
+    "demo": (config.DemoConfig, "onecard.commands.demo.flow:run", "onecard demo"),
+}
+
+
+LARGEST = 1e30  # of a setting: beyond it, products of two settings are no numbers in float32
+
+
+class FiniteFloat(click.FloatRange):
+    """A float that is a number: nan compares false with every bound and would pass them all."""
+
+    name = "float"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = super().convert(value, param, ctx)
+        except OverflowError:  # an integer of hundreds of digits
+            number = math.inf
+        if isinstance(value, bool) or not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        if abs(number) > LARGEST:
+            self.fail(f"{number:g} is beyond {LARGEST:g}.", param, ctx)
+        return number
+
+
+class Integer(click.IntRange):
+    """An integer of 64 bits, with or without a sign: torch takes no other as a seed."""
+
+    name = "integer"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, bool | float):  # of a file: True would be 1, and 1.7 too
+            self.fail(f"{value!r} is not a valid integer.", param, ctx)
+        number = super().convert(value, param, ctx)
+        if not -(2**63) <= number < 2**64:
+            self.fail(f"{number} does not fit into 64 bits.", param, ctx)
+        return number
+
+
+SCALARS: dict[Any, click.ParamType] = {str: click.STRING, int: Integer(), float: FiniteFloat()}
+RANGES: dict[Any, Callable[..., click.ParamType]] = {int: Integer, float: FiniteFloat}
+
+
+def field_option(item: Field[Any], hint: Any) -> click.Option:
+    """One dataclass field as one click option."""
+    default = item.default if item.default_factory is MISSING else item.default_factory()
+    flag, least = f"--{item.name}", item.metadata["least"]
+    common: dict[str, Any] = {
+        "default": default,
+        "help": item.metadata["help"],
+        "show_default": default not in ("", []),
+    }
+    if hint is bool:
+        return click.Option([f"{flag}/--no_{item.name}", item.name], **common)
+    if get_origin(hint) is Literal:
+        return click.Option([flag, item.name], type=click.Choice(get_args(hint)), **common)
+    if get_origin(hint) is list:
+        return click.Option([flag, item.name], type=SCALARS[get_args(hint)[0]], multiple=True, **common)
+    kind = SCALARS[hint] if least is None else RANGES[hint](min=least)
+    return click.Option([flag, item.name], type=kind, **common)
+
+
+def check_plain(text: str, path: str) -> None:
+    """Refuse aliases, of which a few lines can stand for gigabytes, and deep nesting."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise OnecardError(f"--config: {path} has an alias (*{event.anchor}), expected plain values.")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise OnecardError(f"--config: {path} is nested deeper than settings are.")
+
+
+def check_trust(context: click.Context) -> None:
+    """Refuse `trust_remote_code` from a file alone, which may come with the model or hold text of a dataset."""
+    source = context.get_parameter_source("trust_remote_code")
+    if context.params.get("trust_remote_code") and source is click.core.ParameterSource.DEFAULT_MAP:
+        raise OnecardError(
+            "--config turns trust_remote_code on, which runs code that comes with the model. Give --trust_remote_code "
+            "on the command line too."
+        )
+
+
+def read_mapping(path: str) -> dict[Any, Any]:
+    """A YAML mapping."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        check_plain(text, path)
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise OnecardError(f"--config: cannot read {path}: {error.strerror}.") from None
+    except ValueError as error:  # a date that is none, bytes that are no text
+        raise OnecardError(f"--config: {path} is not YAML: {error}") from None
+    except yaml.YAMLError as error:
+        raise OnecardError(f"--config: {path} is not YAML: {error}") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise OnecardError(f"--config: {path} holds a {type(values).__name__}, expected `key: value` lines.")
+    return values
+
+
+def read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
+    """A YAML mapping whose keys are all in `known`."""
+    values = read_mapping(path)
+    for key in values:
+        if key not in known:
+            raise OnecardError(f"--config: {path} has an unknown key '{key}'.{nearest(str(key), known)}")
+    return values
+
+
+def load_config_file(context: click.Context, parameter: click.Parameter, path: str | None) -> None:
+    """Make a file's values this command's defaults, so that flags still win."""
+    if path is None:
+        return
+    options = (item for item in context.command.params if isinstance(item, click.Option))
+    known = {option.name: option for option in options if option.name and option.name != "config"}
+    values = read_yaml(path, list(known))
+    for name, value in values.items():
+        option = known[name]
+        if any(part is None or isinstance(part, dict) for part in (value if isinstance(value, list) else [value])):
+            raise OnecardError(f"--config: {path}: {name} has no plain value; leave it out for its default.")
+        if option.multiple and not isinstance(value, list):
+            values[name] = [value]
+        if option.is_flag and not isinstance(value, bool):
+            raise OnecardError(f"--config: {path}: {name}: {value!r}, expected true or false.")
+        try:  # a value of the wrong type is the file's fault, and the message should say so
+            option.type_cast_value(context, values[name])
+        except click.BadParameter as error:
+            raise OnecardError(f"--config: {path}: {name}: {error.format_message()}") from None
+        except (TypeError, ValueError):
+            raise OnecardError(f"--config: {path}: {name}: {value!r} is not a value for it.") from None
+    context.default_map = values
+
+
+def options_of(settings: type) -> list[click.Parameter]:
+    """A flag for each field of `settings`."""
+    hints = get_type_hints(settings)
+    return [field_option(item, hints[item.name]) for item in fields(settings)]
+
+
+def config_option() -> click.Parameter:
+    """A file with any of the command's settings."""
+    return click.Option(
+        ["--config"],
+        type=click.Path(),
+        is_eager=True,
+        expose_value=False,
+        callback=load_config_file,
+        help="YAML file with any of these settings.",
+    )
+
+
+def given(settings: type, values: dict[str, Any]) -> Any:
+    """Settings from what click found for their flags."""
+    names = {item.name for item in fields(settings)}
+    lists = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if key in names}
+    return settings(**lists)
+
+
+def command_of_run(config_path: str) -> str:
+    """The command whose run folder a config.yaml stands in; empty for other files."""
+    try:
+        return str(json.loads(Path(config_path).with_name("run.json").read_text(encoding="utf-8"))["command"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+class FitCommand(click.Command):
+    """`onecard fit` takes the settings of the command that it plans beside its own; `--help` shows its own alone."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not {"-h", "--help"}.intersection(args):
+            known = {param.name for param in self.params}
+            algorithm = self.algorithm_in(args)
+            planned = COMMANDS[algorithm][0]
+            theirs = {param.name: param for param in options_of(planned)}
+            # where both have a setting of a name, as ppo has a response_length, it is the planned command's
+            own = [theirs.pop(param.name, param) for param in self.params]
+            self.params = own + [param for name, param in theirs.items() if name not in known]
+            next(param for param in own if param.name == "algorithm").default = algorithm
+        return super().parse_args(ctx, args)
+
+    def algorithm_in(self, args: list[str]) -> str:
+        """What `--algorithm` says, there or in the file that `--config` names. Other words are for click to refuse."""
+        default = config.FitConfig.algorithm
+        names = [word.partition("=") for word in args]
+        for flag in ("--algorithm", "--config"):
+            for place, (name, equals, value) in enumerate(names):
+                if name != flag:
+                    continue
+                said = value if equals else args[place + 1] if place + 1 < len(args) else ""
+                if flag == "--config":
+                    said = str(read_mapping(said).get("algorithm", "")) or command_of_run(said)
+                if said in get_args(config.Algorithm):
+                    return said
+        return default
+
+
+def make_command(name: str, settings: type, target: str, example: str) -> click.Command:
+    """A click command with a flag for each field of `settings`."""
+    params = [config_option(), *options_of(settings)]
+    kind = FitCommand if settings is config.FitConfig else click.Command
+
+    def run(**values: Any) -> None:
+        check_trust(click.get_current_context())
+        module, function = target.split(":")
+        entry: Callable[..., object] = getattr(importlib.import_module(module), function)
+        if settings is config.FitConfig:
+            entry(given(settings, values), given(COMMANDS[values["algorithm"]][0], values))
+        else:
+            entry(given(settings, values))
+
+    summary = (settings.__doc__ or "").strip()
+    return kind(name, params=params, callback=run, help=f"{summary}\n\n\b\nExample:\n  {example}")
+
+
+class Commands(click.Group):
+    """The commands in the order of `COMMANDS`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+def make_cli() -> click.Group:
+    """All commands. `--learning-rate` is taken for `--learning_rate`."""
+    settings = {
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 120,
+        "token_normalize_func": lambda token: token.replace("-", "_"),
+    }
+    group = Commands(
+        "onecard",
+        context_settings=settings,
+        help="SFT, reward models, DPO and PPO for language models on one card. Start with: onecard demo",
+    )
+    for name, (config_class, target, example) in COMMANDS.items():
+        group.add_command(make_command(name, config_class, target, example))
+    return click.version_option(__version__, prog_name="onecard")(group)
+
+
+def fail(message: str) -> int:
+    """One line on standard error; 2 is the exit code of whatever the user can put right."""
+    click.echo(visible(f"onecard: error: {message}", kept=""), err=True)
+    return 2
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `onecard` command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what it cannot write is escaped, as standard error does
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if not sys.stderr.isatty():  # in a log file, the loaders' bars are lines of noise
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Advice from one library to another about its next major release is of no use to who runs a command.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
+    try:
+        code = make_cli().main(args=arguments, prog_name="onecard", standalone_mode=False)
+    except OnecardError as error:
+        code = fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        code = 2
+    except click.ClickException as error:
+        place = f"{error.ctx.command_path}: " if isinstance(error, click.UsageError) and error.ctx else ""
+        code = fail(f"{place}{' '.join(error.format_message().split())}")
+    except BrokenPipeError:  # `onecard ... | head`: whoever read has gone, and nothing more can be said
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:  # a full disk, a folder that may not be written: the system names the file
+        code = fail(" ".join(str(error).split()))
+    except Interrupted as error:
+        click.echo(visible(f"onecard: {error}"), err=True)
+        code = 130
+    except (click.Abort, KeyboardInterrupt):
+        click.echo(
+            "onecard: interrupted. A training run goes on from its last checkpoint with the same command and --resume.",
+            err=True,
+        )
+        code = 130
+    except RuntimeError as error:  # after click.Abort, which is one
+        if not is_out_of_memory(error):
+            raise
+        code = fail(  # passes over the model are cut smaller, and done again: this was something else
+            "out of memory where no batch can be made smaller: in loading weights, or in the optimizer's step. What "
+            "helps: --load_in_4bit, --optim paged_adamw_8bit, a smaller --lora_r, a smaller model. `onecard fit` says "
+            "beforehand what fits; a training run then starts anew, for these are its settings."
+        )
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,267 @@
+"""`onecard evaluate`: how good a policy's answers are, and whether they are better than another's.
+
+    prompts -> answers of the policy (and of the baseline, each prompt with the same draws) -> scores, KL, variety
+    -> a table, and `evaluation.json`, `evaluation.md`, `samples.jsonl`
+
+All who share a base are adapters on it, held once. A baseline on a base of its own answers first and is let go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onecard.algorithms.common import longest_sequence
+from onecard.commands.evaluation_report import Evaluation, show, write, written_before
+from onecard.commands.outputs import output_folder
+from onecard.commands.statistics import Estimate, distinct, estimate, win_rate
+from onecard.config import EvaluateConfig
+from onecard.data import Prompt, Row, load_rows, preference_examples, prompt_examples, sft_examples
+from onecard.data.batches import Episode, ResponseTargets, TokenBatch, TokenSequence
+from onecard.data.columns import TEMPLATE_COLUMNS, has
+from onecard.data.templates import template_date, today
+from onecard.models.build import check_speaks, load_players, read_scalar_head, reward_adapter, same_base
+from onecard.models.classifier import find_judge
+from onecard.models.load import find_source, load_tokenizer
+from onecard.models.passes import per_token, sequence_passes
+from onecard.models.roles import Roles
+from onecard.models.vocabulary import check_tokens
+from onecard.rewards.judge import Judge, load_judge, response_text
+from onecard.rollout import Sampling, end_tokens, make_episode, sample_responses
+from onecard.training.startup import check_decoding, check_model
+from onecard.utils.errors import OnecardError
+from onecard.utils.progress import Bar, progress, say
+
+# The settings that name the roles beside the policy.
+SETTINGS = {"reference": "ref_adapter", "baseline": "baseline", "reward": "reward_model_path"}
+
+
+@dataclass(frozen=True)
+class Material:
+    """What is asked, and the answers that the rows themselves give, if any."""
+
+    prompts: Sequence[Prompt]
+    answers: Sequence[TokenSequence]
+    tokenizer: Any
+
+
+@dataclass(frozen=True)
+class Side:
+    """A policy's answers, and what was measured of them while its weights were there."""
+
+    episodes: list[Episode]
+    measures: dict[str, Estimate]
+
+
+def longest_prompt(config: EvaluateConfig, limit: int) -> int:
+    """Tokens that are left for a prompt beside the response, and an EOS for the reward model where it was cut."""
+    room = limit - config.response_length - 1
+    if room < 1:
+        raise OnecardError(f"response_length: {config.response_length} leaves no room for a prompt in {limit} tokens.")
+    return room
+
+
+def load_material(config: EvaluateConfig, tokenizer: Any) -> Material:
+    """The first `max_prompts` rows, as prompts and as the answers in `completion` or `chosen`."""
+    if not config.dataset:
+        raise OnecardError("--dataset is missing: give a .jsonl, .json, .csv or .parquet file, or a hub dataset name.")
+    rows = load_rows(config.dataset, split=config.dataset_split)
+    rows = rows[: config.max_prompts or len(rows)]
+    limit = longest_sequence(config)
+    prompts = prompt_examples(rows, tokenizer, max_length=longest_prompt(config, limit))
+    answers, notes = given_answers(rows, tokenizer, limit)
+    for note in (*prompts.notes, *notes):
+        say(f"data: {note}")
+    return Material(prompts.examples, answers, tokenizer)
+
+
+def given_answers(
+    rows: Sequence[Row], tokenizer: Any, max_length: int
+) -> tuple[Sequence[TokenSequence], tuple[str, ...]]:
+    """The rows' `completion`, or else `chosen`, each behind its prompt, tokenized as in training."""
+    for name in ("completion", "chosen"):
+        having = [row for row in rows if has(row.values, name)]
+        if not having:
+            continue
+        if name == "chosen" and all(has(row.values, "rejected") for row in having):
+            pairs = preference_examples(having, tokenizer, max_length=max_length, skip_bad_rows=False)
+            return [pair.chosen for pair in pairs.examples], pairs.notes
+        plain = [
+            replace(row, values={
+                "prompt": row.values["prompt"], "completion": row.values[name],
+                **{column: row.values.get(column) for column in TEMPLATE_COLUMNS},
+            })
+            for row in having
+        ]  # fmt: skip
+        found = sft_examples(
+            plain, tokenizer, max_length=max_length, completion_only_loss=True, assistant_only_loss=True,
+            skip_bad_rows=False,
+        )  # fmt: skip
+        return found.examples, found.notes
+    return [], ()
+
+
+def perplexity(roles: Roles, role: str, answers: Sequence[TokenSequence], batch_size: int, bar: Bar) -> float:
+    """exp of the mean negative log-likelihood of the answers' tokens, their ends included."""
+    with roles.playing(role), bar.part(f"{role}: perplexity", len(answers)) as part:
+
+        def read(batch: TokenBatch) -> list[torch.Tensor]:
+            found = roles.logprobs(batch, batch.targets).double().cpu().split(list(batch.num_targets))
+            part.advance(by=len(found))
+            return [each.clone() for each in found]
+
+        logprobs = torch.cat(sequence_passes(roles, answers, batch_size, read))
+    return float((-logprobs.mean()).exp())
+
+
+def listen(roles: Roles, role: str, material: Material, config: EvaluateConfig, bar: Bar, *, kl: bool) -> Side:
+    """One answer to each prompt, and what can be said without a reward. Prompt i draws by the seed and i alone."""
+    prompts, tokenizer = material.prompts, material.tokenizer
+    with roles.playing(role), bar.part(f"{role}: answers", len(prompts)) as part:
+        rollout = sample_responses(
+            roles,
+            [prompt.tokens for prompt in prompts],
+            Sampling(config.response_length, config.temperature),
+            ends=end_tokens(roles, tokenizer),
+            batch_size=config.local_rollout_forward_batch_size,
+            bar=part,
+            seed=config.seed,
+        )
+    episodes = [
+        make_episode(prompt, place, response)
+        for place, (prompt, response) in enumerate(zip(prompts, rollout.responses, strict=True))
+    ]
+    bar.advance()
+    measures = {"objective/kl": estimate(kl_of(roles, role, episodes, config))} if kl else {}
+    bodies = [response.body for response in rollout.responses]
+    measures |= {
+        "completions/mean_length": estimate([float(len(response.tokens)) for response in rollout.responses]),
+        "completions/clipped_ratio": estimate([float(not response.finished) for response in rollout.responses]),
+        "distinct-1": Estimate(distinct(bodies, 1)),
+        "distinct-2": Estimate(distinct(bodies, 2)),
+    }
+    if material.answers:
+        found = perplexity(roles, role, material.answers, config.per_device_eval_batch_size, bar)
+        measures["perplexity"] = Estimate(found)
+    bar.advance()
+    return Side(episodes, measures)
+
+
+def kl_of(roles: Roles, role: str, episodes: Sequence[Episode], config: EvaluateConfig) -> list[float]:
+    """Of each answer the sum over its tokens of logp - ref_logp, at the temperature it was drawn with (0: at 1)."""
+
+    def read(batch: TokenBatch, targets: ResponseTargets) -> torch.Tensor:
+        return roles.logprobs(batch, targets, config.temperature or 1.0)
+
+    own, reference = (
+        per_token(roles, who, episodes, read, config.per_device_eval_batch_size) for who in (role, "reference")
+    )
+    return [float((p.double() - q.double()).sum()) for p, q in zip(own, reference, strict=True)]
+
+
+def judged(judge: Judge | None, roles: Roles, material: Material, side: Side) -> tuple[Side, dict[str, list[float]]]:
+    """The side with its mean rewards, and each answer's own: the parts as they came, and the weighted sum."""
+    if judge is None:
+        return side, {}
+    scores = judge.scores(roles, material.tokenizer, material.prompts, side.episodes)
+    columns = {"objective/scores": scores.sums.tolist()}
+    columns |= {f"rewards/{name}": part.tolist() for name, part in scores.parts.items()}
+    return replace(side, measures={n: estimate(v) for n, v in columns.items()} | side.measures), columns
+
+
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """Everything that the settings ask to be measured."""
+    policy = find_source(config.model)
+    baseline = find_judge(config.baseline, "baseline") if config.baseline else None
+    reference = find_judge(config.ref_adapter, "ref_adapter") if config.ref_adapter else None
+    if reference is not None and (reference.adapter is None or not same_base(reference, policy)):
+        raise OnecardError(f"ref_adapter: {config.ref_adapter} is no adapter on the policy's base, {policy.base}.")
+    for setting, source in {"model": policy, "baseline": baseline, "ref_adapter": reference}.items():
+        if source is not None:
+            check_speaks(source, setting)
+    judge = load_judge(config) if config.reward_model_path or config.reward_funcs else None
+    reward = reward_adapter(config)
+    tokenizer = load_tokenizer(config)
+    material = load_material(config, tokenizer)
+    if judge is not None:
+        judge.check_columns(material.prompts)
+    adapters = {"policy": policy.adapter, "reference": reference.adapter if reference else None}
+    apart = baseline is not None and not same_base(baseline, policy)
+    if baseline is not None and not apart:
+        adapters["baseline"] = baseline.adapter
+    if reward is not None:
+        adapters["reward"] = reward
+    with progress("evaluate", 2 * (1 + bool(baseline))) as bar:
+        other = None
+        if baseline is not None and apart:
+            check_same_tokens(config, tokenizer)
+            alone = load_players(
+                replace(config, model=config.baseline), {"baseline": baseline.adapter}, {"baseline": "baseline"}
+            )
+            check_start(config, alone, material)
+            other = listen(alone, "baseline", material, config, bar, kl=False)
+            del alone
+        roles = load_players(config, adapters, SETTINGS)
+        if reward is not None:
+            roles.heads["reward"] = read_scalar_head(roles, reward).requires_grad_(False)
+        check_start(config, roles, material)
+        side = listen(roles, "policy", material, config, bar, kl=True)
+        if baseline is not None and not apart:
+            other = listen(roles, "baseline", material, config, bar, kl=True)
+        side, scores = judged(judge, roles, material, side)
+        measures, samples = {"policy": side.measures}, samples_of(material, side, scores, "")
+        won = None
+        if other is not None:
+            other, other_scores = judged(judge, roles, material, other)
+            measures["baseline"] = other.measures
+            theirs = samples_of(material, other, other_scores, "baseline_")
+            samples = [mine | its for mine, its in zip(samples, theirs, strict=True)]
+            if judge is not None:
+                won = win_rate(scores["objective/scores"], other_scores["objective/scores"])
+    return Evaluation(config, len(material.prompts), measures, won, samples)
+
+
+def check_start(config: EvaluateConfig, roles: Roles, material: Material) -> None:
+    """What is taken for granted of the model, on texts as long as the longest."""
+    texts = [*(prompt.tokens for prompt in material.prompts), *(answer.tokens for answer in material.answers)]
+    check_tokens(roles.causal_model(), material.tokenizer, texts)
+    longest = max(len(prompt.tokens) for prompt in material.prompts) + config.response_length
+    longest_scored = max([longest + 1, *map(len, material.answers)])
+    check_model(roles, longest_scored, row=config.per_device_eval_batch_size * longest_scored, trains=False)
+    check_decoding(roles, longest)
+
+
+def check_same_tokens(config: EvaluateConfig, tokenizer: Any) -> None:
+    """Answers are compared, and judged, as tokens: both sides must mean the same by them."""
+    if load_tokenizer(replace(config, model=config.baseline)).get_vocab() != tokenizer.get_vocab():
+        raise OnecardError(
+            f"baseline: {config.baseline} is on another base than {config.model}, with other tokens; expected a model "
+            "or adapter with the same tokenizer."
+        )
+
+
+def samples_of(material: Material, side: Side, scores: dict[str, list[float]], prefix: str) -> list[dict[str, Any]]:
+    """A row for each prompt; the baseline's columns have `prefix` before their names."""
+    rows = []
+    for place, (prompt, episode) in enumerate(zip(material.prompts, side.episodes, strict=True)):
+        own = {"completion": response_text(material.tokenizer, episode), "finished": episode.finished}
+        own |= {name.replace("objective/scores", "score"): values[place] for name, values in scores.items()}
+        rows.append({"prompt": prompt.text} | {f"{prefix}{name}": value for name, value in own.items()})
+    return rows
+
+
+def run(config: EvaluateConfig) -> Path | None:
+    """`onecard evaluate`. Returns the folder that it wrote, if it was given one."""
+    folder = output_folder(config.output_dir, written_before(Path(config.output_dir))) if config.output_dir else None
+    with template_date(today()):
+        found = evaluate(config)
+    if folder is not None:
+        write(found, folder)
+    show(found)
+    if folder is not None:
+        say(f"evaluation: {folder}")
+    return folder

@@ -1,0 +1,115 @@
+"""Settings and a card -> the answer of `onecard fit`: a memory plan, and what would fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onecard.algorithms.ppo.settings import check_settings
+from onecard.commands.fit.cards import GIB, Card, find_card, smallest
+from onecard.commands.fit.model import Planned, find_model
+from onecard.commands.fit.phases import Lengths, is_uncut, rows_of
+from onecard.commands.fit.plan import Plan, make_plan
+from onecard.commands.fit.search import Fitting, flags, largest_tokens, make_fit
+from onecard.config import FitConfig, PPOConfig, RewardConfig, TrainConfig
+from onecard.models.build import check_speaks, check_trained_weights
+from onecard.models.folders import weights_folder
+from onecard.models.load import find_source, reason
+from onecard.models.trunk import context_of
+from onecard.utils.errors import OnecardError
+from onecard.utils.progress import say
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Whether it fits, and what would. `fitting` and `tokens` are there where a card was given."""
+
+    model: str
+    algorithm: str
+    lengths: Lengths
+    plan: Plan
+    card: Card | None = None
+    fits: bool | None = None
+    fitting: Fitting | None = None
+    tokens: int | None = None
+
+
+def lengths_of(fit: FitConfig, config: TrainConfig, model: Any) -> Lengths:
+    """How long prompts and answers are: as long as the settings allow, where nothing else is said."""
+    limit = context_of(model.get_text_config()) or config.max_length
+    total = min(config.max_length, limit)
+    response = config.response_length if isinstance(config, PPOConfig) else fit.response_length or total // 2
+    prompt = fit.prompt_length or total - response
+    if prompt + response > limit:
+        raise OnecardError(
+            f"prompt_length: {prompt} and response_length {response} are more than the {limit} tokens of the model."
+        )
+    if prompt < 1:
+        raise OnecardError(
+            f"response_length: {response} leaves no room for a prompt in {total} tokens, the smaller of max_length "
+            f"({config.max_length}) and the model's context; give --prompt_length, or a larger --max_length."
+        )
+    return Lengths(prompt, response)
+
+
+def answer(fit: FitConfig, config: TrainConfig) -> Answer:
+    """Plan a run, and where a card is given look for what fits on it."""
+    card = find_card(fit.card) if fit.card else None
+    found = find_model(config.model)
+    if not isinstance(config, RewardConfig) and weights_folder(Path(config.model)).is_dir():
+        check_speaks(find_source(config.model))
+    check_trained_weights(config, adapter=found.adapter)
+    if isinstance(config, PPOConfig):
+        check_settings(config)
+    lengths = lengths_of(fit, config, found.config)
+    plan_of = planner(found, lengths, torch.device(fit.device))
+    plan = plan_of(config)
+    known = Answer(found.name, fit.algorithm, lengths, plan, card)
+    if card is None:
+        return known
+    rows, examples = rows_of(config, lengths)
+
+    def tokens_of(fitting: TrainConfig) -> int | None:
+        return None if is_uncut(fitting) else largest_tokens(fitting, plan_of, card, rows, examples)
+
+    if card.holds(plan.peak):
+        return replace(known, fits=True, tokens=tokens_of(config))
+    say(f"fit: {plan.peak / GIB:.2f} GiB is too much for {card.name}; looking for settings that are not.")
+    fitting = make_fit(config, plan_of, card, rows)
+    if fitting.config is None:
+        raise OnecardError(too_little(card, fitting))
+    return replace(known, fits=False, fitting=fitting, tokens=tokens_of(fitting.config))
+
+
+def planner(found: Planned, lengths: Lengths, target: torch.device) -> Callable[[TrainConfig], Plan]:
+    """Plans by settings, each made once."""
+    plans: dict[str, Plan] = {}
+
+    def plan_of(config: TrainConfig) -> Plan:
+        key = repr(config)
+        if key not in plans:
+            try:
+                plans[key] = make_plan(found.config, config, lengths, target, own_reference=found.adapter)
+            except OnecardError:
+                raise
+            except Exception as error:  # a model's code raises whatever it meets where tensors have no numbers
+                raise OnecardError(f"model: {found.name} cannot be planned: {reason(error)}") from error
+        return plans[key]
+
+    return plan_of
+
+
+def too_little(card: Card, fitting: Fitting) -> str:
+    """The error where no settings help."""
+    peak = fitting.plan.peak
+    larger = smallest(peak)
+    what = flags(fitting.changed) or "these settings"
+    where = f"; the smallest card that would hold it: {larger.name} ({larger.memory // GIB} GiB)" if larger else ""
+    return (
+        f"card: {card.name} is too little. The least that was found is {card.needed(peak) / GIB:.2f} GiB, with {what}"
+        f"{where}."
+    )

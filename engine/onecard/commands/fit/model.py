@@ -1,0 +1,92 @@
+"""Which model is planned for: a transformers config from a folder, a file, a shipped shape or the local cache."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onecard.models.folders import weights_folder
+from onecard.models.load import check_writes, find_source, reason
+from onecard.utils.errors import OnecardError, nearest
+
+SHAPES = Path(__file__).parent / "shapes"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A transformers config, what it is called, and whether training starts from an adapter on it."""
+
+    name: str
+    config: Any
+    adapter: bool = False
+
+
+def shapes() -> dict[str, Path]:
+    """The models whose sizes come with onecard."""
+    return {path.stem: path for path in sorted(SHAPES.glob("*.json"))}
+
+
+def find_model(name: str) -> Planned:
+    """Sizes of a model by a folder, a `config.json`, a shipped shape's name or a hub name in the local cache.
+
+    Nothing is downloaded, and no weight is read.
+    """
+    if not name:
+        raise OnecardError("--model is missing: give a folder, a config.json, a Hugging Face name, or a shipped one: "
+                           f"{', '.join(shapes())}.")  # fmt: skip
+    path = weights_folder(Path(name))
+    if path.suffix == ".json" or path.is_file():
+        return Planned(path.stem, read_config(path))
+    if (path / "adapter_config.json").is_file():
+        base = find_model(find_source(name).base)
+        return Planned(base.name, base.config, adapter=True)
+    if path.is_dir():
+        settings = read_config(path / "config.json")
+        check_writes(settings, f"model: {name}")
+        return Planned(path.name, settings)
+    shipped = {key.lower(): file for key, file in shapes().items()}
+    found = shipped.get(name.rpartition("/")[2].lower().removesuffix("-instruct").removesuffix("-it"))
+    if found is not None and not name.startswith((".", "~", "/")):
+        return Planned(found.stem, read_config(found))
+    return Planned(name, cached_config(name))
+
+
+def read_config(path: Path) -> Any:
+    """A transformers config from a JSON file."""
+    from transformers import AutoConfig
+
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), object_hook=special_float)
+    except OSError as error:
+        raise OnecardError(f"model: cannot read {path}: {error.strerror}.") from None
+    except ValueError as error:
+        raise OnecardError(f"model: {path} is not JSON: {reason(error)}") from None
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        raise OnecardError(f"model: {path} has no model_type, expected a transformers config.")
+    try:
+        return AutoConfig.for_model(**values)
+    except Exception as error:  # config classes raise whatever their checks raise
+        raise OnecardError(f"model: {path} is no config that can be built: {reason(error)}") from error
+
+
+def special_float(values: dict[str, Any]) -> Any:
+    """JSON has no infinity: transformers writes it as `{"__float__": "Infinity"}`."""
+    return float(values["__float__"]) if values.keys() == {"__float__"} else values
+
+
+def cached_config(name: str) -> Any:
+    """The config of a hub name, if it is in the local cache."""
+    from transformers import AutoConfig
+
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise OnecardError(f"model: no file or folder {name}.")
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=True)
+    except Exception as error:
+        known = shapes()
+        raise OnecardError(
+            f"model: '{name}' is neither a folder nor a file, not in the local cache, and not one of the shipped "
+            f"{', '.join(known)}.{nearest(name.rpartition('/')[2], known)}"
+        ) from error

@@ -1,0 +1,207 @@
+"""A run's weights on `meta`: the model that a config describes, in NF4 if asked for, adapters and heads as roles.
+
+No weight is read and no number computed; what is made has the sizes, dtypes and owners of the real thing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from onecard.config import ModelConfig, PPOConfig, RewardConfig, TrainConfig
+from onecard.data.batches import TokenSequence, pack, to_device
+from onecard.models.adapters import ADAPTER_SETTINGS, add_adapter, as_modules, read_settings
+from onecard.models.attention import use_own_attention
+from onecard.models.build import JUDGES, has_critic, head_shape, lora_config, scalar_head
+from onecard.models.folders import weights_folder
+from onecard.models.four_bit import check_packed, nf4_settings, read_directly, stack_parameters, unpack_in_passes
+from onecard.models.load import model_class, reason, without_dropout
+from onecard.models.memory_options import pull_levers
+from onecard.models.roles import Roles
+from onecard.models.targets import Targets, find_targets
+from onecard.models.trunk import context_of, trunk_of
+from onecard.training.startup import SHORT, candidates
+from onecard.utils.errors import OnecardError
+
+META = torch.device("meta")
+BLOCK, NESTED_BLOCK = 64, 256  # of bitsandbytes' NF4, and of its block statistics when these are quantized too
+
+
+def dtype_for(config: ModelConfig, target: torch.device, *, train_all: bool) -> torch.dtype:
+    """`models.load.pick_dtype` for a device that is not here; a planned GPU has bfloat16."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    return torch.float32 if train_all or target.type == "cpu" else torch.bfloat16
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def nf4_weight(layer: Any, dtype: torch.dtype, shape: Sequence[int] = ()) -> Any:
+    """What bitsandbytes makes of a layer's weight on a device, with doubly quantized statistics; no numbers in it.
+
+    `shape`: of stacked experts; empty: of a linear layer.
+    """
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Params4bit
+
+    shape = torch.Size(shape or (layer.out_features, layer.in_features))
+    blocks = math.ceil(shape.numel() / BLOCK)
+    nested = QuantState(
+        absmax=empty(math.ceil(blocks / NESTED_BLOCK), dtype=torch.float32),
+        code=empty(256, dtype=torch.float32),
+        blocksize=NESTED_BLOCK,
+        dtype=torch.float32,
+    )
+    state = QuantState(
+        absmax=empty(blocks, dtype=torch.uint8),
+        shape=shape,
+        code=empty(16, dtype=torch.float32),
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=empty(dtype=torch.float32),
+        state2=nested,
+    )
+    packed = empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8)
+    weight = Params4bit(packed, False, quant_state=state, quant_type="nf4", bnb_quantized=True, module=layer)
+    layer.quant_state = state
+    return weight
+
+
+def quantize(model: Any, dtype: torch.dtype) -> Any:
+    """Pack what `models.load.load_base` packs: linear layers but the head, and stacked experts."""
+    from bitsandbytes.nn import Linear4bit
+    from transformers.integrations import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    kept = [*get_keys_to_not_convert(model), *read_directly(model)]
+    model = replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=nf4_settings(dtype))
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.weight = nf4_weight(layer, dtype)
+            if layer.bias is not None:  # made in torch's default dtype; the loader casts it
+                layer.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+        for name, parameter in stack_parameters(layer).items():
+            setattr(layer, name, nf4_weight(layer, dtype, parameter.shape))
+    check_packed(model)
+    unpack_in_passes(model)
+    model.is_loaded_in_4bit = True
+    return model
+
+
+def load_peak(model: Any) -> int:
+    """What loading holds beside the weights: the largest layer in 16 bit while it is quantized, and its statistics."""
+    from bitsandbytes.nn import Params4bit
+
+    found = 0
+    for weight in model.parameters():
+        if isinstance(weight, Params4bit):
+            size = weight.quant_state.shape.numel()
+            found = max(found, size * weight.quant_state.dtype.itemsize + 3 * 4 * math.ceil(size / BLOCK))
+    return found
+
+
+def plan_base(settings: Any, config: ModelConfig, target: torch.device, *, train_all: bool = False) -> Any:
+    """`models.load.load_base` on meta, of a transformers config."""
+    dtype = dtype_for(config, target, train_all=train_all)
+    attention = None if config.attn_implementation == "auto" else config.attn_implementation
+    try:
+        with META:
+            model = model_class(settings).from_config(
+                without_dropout(settings), dtype=dtype, attn_implementation=attention
+            )
+        if config.load_in_4bit:
+            model = quantize(model, dtype)
+    except OnecardError:
+        raise
+    except Exception as error:  # a model class raises whatever its arithmetic raises on odd sizes
+        raise OnecardError(f"model: nothing can be built of this config: {reason(error)}") from error
+    if config.attn_implementation == "auto":
+        use_own_attention(model)
+    return model.requires_grad_(train_all)
+
+
+def lora(model: Any, config: TrainConfig, names: Mapping[str, bool], goes_on: Collection[str] = ()) -> Any:
+    """`model` with an adapter of each name; True where it belongs to a role with a scalar head. Those in `goes_on` are
+    as the adapter that `config.model` names.
+    """
+    targets = find_targets(model, config.lora_target_modules) if names else Targets(())
+    if targets.parameters:
+        raise OnecardError(f"lora_target_modules: adapters on experts ({targets.parameters[0]}) cannot be planned.")
+    base, folder = model, weights_folder(Path(config.model))
+    with META:
+        for name, scalar in names.items():
+            if name in goes_on and (folder / ADAPTER_SETTINGS).is_file():
+                settings = read_settings(folder, "model")
+                as_modules(settings, model)
+                model = add_adapter(model, settings, name)
+                continue
+            model = add_adapter(model, lora_config(config, base, targets, scalar=scalar), name)
+    return model
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Who plays in a run: the trained roles, every role's adapter (None: none), and which have a scalar head."""
+
+    trained: tuple[str, ...]
+    adapters: dict[str, str | None]
+    scalar: tuple[str, ...] = ()
+
+
+def cast_of(config: TrainConfig, *, reference: bool, own_reference: bool) -> Cast:
+    """The roles of a command. `reference`: there is one; `own_reference`: an adapter, as the policy starts as one."""
+    own_reference |= bool(getattr(config, "ref_adapter", ""))
+    more = {"reference": "reference" if own_reference else None} if reference else {}
+    if isinstance(config, PPOConfig):
+        adapters: dict[str, str | None] = {"policy": "policy", **more}
+        if has_critic(config):
+            adapters["value"] = "value" if config.critic == "adapter" else "policy"
+        judges = [role for role, setting in JUDGES.items() if getattr(config, setting)]
+        adapters |= {role: role for role in judges}
+        trained = tuple(role for role in ("policy", "value") if role in adapters)
+        return Cast(trained, adapters, tuple(role for role in ("value", *judges) if role in adapters))
+    role = "reward" if isinstance(config, RewardConfig) else "policy"
+    if not config.use_peft:
+        return Cast((role,), {role: None, **dict.fromkeys(more)}, (role,) if role == "reward" else ())
+    return Cast((role,), {role: role, **more}, (role,) if role == "reward" else ())
+
+
+@torch.no_grad()
+def settle_layout(roles: Roles) -> None:
+    """The first layout that the model can be run in, as `startup.choose_layout` tries them where there are numbers."""
+    context = context_of(trunk_of(roles.causal_model()).config) or SHORT
+    for own, layout in candidates(roles):
+        if not own:
+            roles.use_plain_attention()
+        length = context // 2 + 1 if layout == "restarted" else SHORT  # some masks end with the context
+        texts = [TokenSequence((0,) * length, (False,) + (True,) * (length - 1))] * 2
+        roles.layout = layout
+        try:
+            roles.hidden(to_device(pack(texts), META), torch.arange(2, device=META))
+            return
+        except (RuntimeError, TypeError, ValueError, AttributeError, OnecardError):
+            continue
+
+
+def plan_roles(base: Any, copy: Any, config: TrainConfig, cast: Cast) -> Roles:
+    """`models.build.load_roles` and `load_ppo_roles` on meta. `copy`: a whole model that is the reference, or None."""
+    names = {name: role in cast.scalar for role, name in reversed(cast.adapters.items()) if name is not None}
+    goes_on = (cast.trained[0], "reference")
+    model = lora(base, config, {name: names[name] for name in reversed(names)}, goes_on)
+    roles = Roles(model, cast.trained, dict(cast.adapters), "packed" if config.padding_free else "padded")
+    settle_layout(roles)
+    pull_levers(roles, config)
+    if copy is not None:
+        roles.copies["reference"] = copy.requires_grad_(False)
+    for role in cast.scalar:
+        roles.heads[role] = scalar_head(*head_shape(roles)).requires_grad_(role in cast.trained)
+    return roles

@@ -1,0 +1,84 @@
+"""What PPO learns from: answers that the policy sampled, and what belongs to each of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onecard.data.batches.tokens import TokenBatch, TokenSequence, pack
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One answer that the policy sampled. `sampling_logprobs` fp32 [k]: of each response token, as it was drawn (CPU).
+
+    The response includes the token that ended it. `finished` is False where it was cut at `response_length` instead.
+    `prompt` is the prompt's index in the dataset. `stop`: the stop string that ended it, if one did.
+    """
+
+    sequence: TokenSequence
+    sampling_logprobs: Tensor
+    finished: bool
+    prompt: int
+    stop: str = ""
+
+    def __len__(self) -> int:
+        return len(self.sequence)
+
+    @property
+    def response(self) -> tuple[int, ...]:
+        """The k response tokens."""
+        return self.sequence.tokens[len(self.sequence) - len(self.sampling_logprobs) :]
+
+    @property
+    def prompt_tokens(self) -> tuple[int, ...]:
+        """The tokens before them."""
+        return self.sequence.tokens[: len(self.sequence) - len(self.sampling_logprobs)]
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What PPO learns from one episode; fp32 [k] each on the CPU, one entry per response token.
+
+    `old_values[t]` and `returns[t]` belong to the state before response token t, where it is chosen; the values are
+    None where there is no critic.
+    """
+
+    episode: Episode
+    old_logprobs: Tensor
+    old_values: Tensor | None
+    advantages: Tensor
+    returns: Tensor
+
+    def __len__(self) -> int:
+        return len(self.episode)
+
+    @property
+    def num_response_tokens(self) -> int:
+        return len(self.old_logprobs)
+
+
+@dataclass(frozen=True)
+class ExperienceBatch:
+    """Experiences end to end. The per-token tensors are fp32 [r], in the order of `sequences.targets`."""
+
+    sequences: TokenBatch
+    old_logprobs: Tensor
+    old_values: Tensor | None
+    advantages: Tensor
+    returns: Tensor
+
+
+def pack_experience(experiences: Sequence[Experience]) -> ExperienceBatch:
+    """Lay experiences end to end (CPU tensors)."""
+    values = [experience.old_values for experience in experiences if experience.old_values is not None]
+    return ExperienceBatch(
+        sequences=pack([experience.episode.sequence for experience in experiences]),
+        old_logprobs=torch.cat([experience.old_logprobs for experience in experiences]),
+        old_values=torch.cat(values) if values else None,
+        advantages=torch.cat([experience.advantages for experience in experiences]),
+        returns=torch.cat([experience.returns for experience in experiences]),
+    )

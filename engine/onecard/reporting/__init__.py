@@ -1,0 +1,142 @@
+"""`report.html` of a run folder and of the demo: pictures inside, no scripts, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onecard.reporting.charts import drawn, overview, picture, slug, unknown
+from onecard.reporting.page import Sample, Side, TableRow, write_page
+from onecard.reporting.plots import grid, png
+from onecard.training.run_folder import CONFIG, METRICS, SAMPLES, write_folder
+from onecard.utils.errors import OnecardError
+
+PLOTS = "plots"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of the demo: `Stage("DPO", "runs/demo/dpo")`."""
+
+    name: str
+    run_dir: Path | str
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`. A last line that was cut off in the middle is left out."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise OnecardError(f"No metrics at {path}. The run has not logged a step yet.") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
+        elif number < len(lines):
+            raise OnecardError(f"{path}, line {number}: expected a JSON object with a step, got {line[:60]!r}.")
+    if not rows:
+        raise OnecardError(f"{path} has no rows. The run has not logged a step yet.")
+    return rows
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """A run's answers to the same prompts before, midway and after, from its `samples.jsonl` if it has one."""
+    rows = read_metrics(path) if path.exists() and path.stat().st_size else []
+    steps = sorted({row["step"] for row in rows})
+    if len(steps) < 2:
+        return []
+    shown = {steps[0]: "before", steps[len(steps) // 2]: f"step {steps[len(steps) // 2]}", steps[-1]: "after"}
+    columns = [[row for row in rows if row["step"] == step] for step in shown]
+    return [
+        Sample(
+            answers[0]["prompt"],
+            tuple(
+                Side(name, answer["completion"], answer.get("score"))
+                for name, answer in zip(shown.values(), answers, strict=True)
+            ),
+        )
+        for answers in zip(*columns, strict=False)
+    ]
+
+
+def write_run_report(run_dir: Path | str, samples: Sequence[Sample] = ()) -> Path:
+    """Write `plots/*.png` and `report.html` of one run; returns the path of the report."""
+    folder = Path(run_dir)
+    samples = samples or read_samples(folder / SAMPLES)
+    metrics = read_metrics(folder / METRICS)
+    known = {chart.file: picture(metrics, chart) for chart in drawn(metrics)}
+    other = {chart.file: picture(metrics, chart) for chart in unknown(metrics)}
+    sections = [("Curves", _images(known)), ("Other metrics", _images(other))]
+    _write_plots(folder, {**known, **other})
+    return write_page(
+        folder,
+        title=f"Run {folder.resolve().name}",
+        lead=f"{int(metrics[-1]['step'])} steps. Lines are training rows, dashes held-out rows.",
+        sections=[section for section in sections if section[1]],
+        samples=samples,
+        configs=_configs([Stage(folder.resolve().name, folder)]),
+    )
+
+
+def write_demo_report(
+    folder: Path | str, stages: Sequence[Stage], table: Sequence[TableRow], samples: Sequence[Sample]
+) -> Path:
+    """Write `plots/*.png` and `report.html` of the demo; returns the path of the report."""
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    runs = [(stage.name, read_metrics(Path(stage.run_dir) / METRICS)) for stage in stages]
+    plots = {"curves": png(grid(overview(runs)))}
+    sections = [("All stages", _images(plots))]
+    for name, metrics in runs:
+        pictures = {f"{slug(name)}-{chart.file}": picture(metrics, chart) for chart in drawn(metrics)}
+        plots |= pictures
+        sections.append((f"{name}: all curves", _images(pictures)))
+    _write_plots(place, plots)
+    return write_page(
+        place,
+        title="onecard demo",
+        lead=f"A tiny language model, trained from its first step: {', then '.join(stage.name for stage in stages)}.",
+        table=table,
+        sections=sections[:1],
+        samples=samples,
+        folded=sections[1:],
+        configs=_configs(stages),
+    )
+
+
+def _images(pictures: Mapping[str, bytes]) -> list[tuple[str, str]]:
+    """Name and data URI of each picture."""
+    return [(name, f"data:image/png;base64,{base64.b64encode(data).decode()}") for name, data in pictures.items()]
+
+
+def _configs(stages: Sequence[Stage]) -> list[tuple[str, str]]:
+    paths = [(stage.name, Path(stage.run_dir) / CONFIG) for stage in stages]
+    return [(name, path.read_text(encoding="utf-8")) for name, path in paths if path.exists()]
+
+
+def _write_plots(folder: Path, plots: Mapping[str, bytes]) -> None:
+    def write(temporary: Path) -> None:
+        for name, data in plots.items():
+            (temporary / f"{name}.png").write_bytes(data)
+
+    write_folder(folder, PLOTS, write)
+
+
+__all__ = [
+    "Sample",
+    "Side",
+    "Stage",
+    "TableRow",
+    "read_metrics",
+    "read_samples",
+    "write_demo_report",
+    "write_run_report",
+]

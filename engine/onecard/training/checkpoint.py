@@ -1,0 +1,197 @@
+"""Checkpoints that are whole or not there: written to a temporary folder, synced, renamed, and recognised when damaged.
+
+`checkpoint-N/` holds the trained weights (`<role>/`, in PEFT's format for adapters), `training.pt` (optimizer,
+schedule, random states; tensors and plain values, read with `weights_only=True`), `state.json` (position in the data,
+running metrics) and `manifest.json` (the run's id, size and SHA-256 of every other file, and how many rows the run's
+logs had; written last).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onecard.utils.errors import OnecardError, reason
+from onecard.utils.files import digest, listing, remove_files, replace_folder
+
+MANIFEST = "manifest.json"
+TRAINING = "training.pt"
+STATE = "state.json"
+NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: its folder, the optimizer steps it has seen, and the rows of each log at that time."""
+
+    folder: Path
+    step: int
+    rows: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says: the run and step, size and SHA-256 of each file, and count and SHA-256 of log rows."""
+
+    run: str
+    step: int
+    files: Mapping[str, tuple[int, str]]
+    rows: Mapping[str, tuple[int, str]]
+
+
+def random_states() -> dict[str, Any]:
+    """Every random state that training may draw from."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None  # of the one card that trains
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put back what `random_states` gave."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    random.setstate(states["python"])
+
+
+def first_rows(path: Path, count: int | None = None) -> tuple[int, str]:
+    """How many rows a log has, or has of the first `count`, and their SHA-256."""
+    lines = path.read_bytes().splitlines(keepends=True)[:count] if path.exists() else []
+    return len(lines), hashlib.sha256(b"".join(lines)).hexdigest()
+
+
+def write_checkpoint(
+    run_dir: Path,
+    step: int,
+    *,
+    run: str,
+    save_weights: Callable[[Path], None],
+    training: dict[str, Any],
+    state: dict[str, Any],
+    keep: int,
+    logs: tuple[str, ...] = (),
+) -> Path:
+    """Write `checkpoint-<step>` of the run with id `run`, and drop its oldest ones beyond `keep`."""
+
+    def fill(folder: Path) -> None:
+        save_weights(folder)
+        torch.save({**training, "random": random_states()}, folder / TRAINING)
+        (folder / STATE).write_text(json.dumps({**state, "step": step}))
+        manifest = {
+            "run": run,
+            "step": step,
+            "rows": {name: first_rows(run_dir / name) for name in logs},
+            "files": {name: [(folder / name).stat().st_size, digest(folder / name)] for name in listing(folder)},
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+
+    target = run_dir / f"checkpoint-{step}"
+    replace_folder(target, fill)
+    remove_old_checkpoints(run_dir, step, run=run, keep=keep)
+    return target
+
+
+def remove_old_checkpoints(run_dir: Path, step: int, *, run: str, keep: int) -> None:
+    """Keep the newest `keep` of a run's checkpoints up to `step`. Removes what an interrupted removal has left, too."""
+    upto = [folder for folder in checkpoint_folders(run_dir) if step_of(folder) <= step]
+    own = [each for each in upto if (found := read_manifest(each)) and found.run == run]
+    for old in own[keep:]:
+        remove_checkpoint(old)
+    for folder in upto:
+        if folder.is_dir() and not listing(folder):
+            remove_files(folder, ())
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove the files that a checkpoint's manifest names, and it last. What else somebody keeps there stays."""
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    remove_files(folder, [*manifest.files, MANIFEST])
+
+
+def step_of(folder: Path) -> int:
+    """7 of `checkpoint-7`."""
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def checkpoint_folders(run_dir: Path) -> list[Path]:
+    """All `checkpoint-N`, newest first, damaged ones included."""
+    found = [path for path in run_dir.glob("checkpoint-*") if NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a checkpoint; None where it is missing or damaged. That it cannot be read is an error."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = {str(name): (int(size), str(sha)) for name, (size, sha) in found["files"].items()}
+        rows = {str(name): (int(count), str(sha)) for name, (count, sha) in found["rows"].items()}
+        return Manifest(str(found["run"]), int(found["step"]), files, rows)
+    except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError, TypeError, KeyError):
+        return None
+    except OSError as error:
+        raise unreadable(folder / MANIFEST, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> OnecardError:
+    """A disk that does not answer says nothing about what is on it."""
+    return OnecardError(f"output_dir: {path} cannot be read ({reason(error)}); nothing was changed.")
+
+
+def is_whole(folder: Path, manifest: Manifest) -> bool:
+    """Whether every file that the manifest names is there with its size and digest."""
+    for name, (size, sha) in manifest.files.items():
+        path = folder / name
+        try:
+            if path.is_symlink() or path.stat().st_size != size or digest(path) != sha:
+                return False
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return False
+        except OSError as error:
+            raise unreadable(path, error) from error
+    return True
+
+
+def newest_checkpoint(run_dir: Path, run: str) -> tuple[Checkpoint | None, tuple[Path, ...]]:
+    """The newest whole checkpoint of a run, and the damaged ones that are newer. One of another run is an error."""
+    damaged: list[Path] = []
+    for folder in checkpoint_folders(run_dir):
+        manifest = read_manifest(folder)
+        if manifest is None or not is_whole(folder, manifest):
+            damaged += [folder] if listing(folder) else []  # an empty one is left of a removal
+            continue
+        if manifest.run != run:
+            raise OnecardError(f"output_dir: {folder} is a checkpoint of another run; move it away.")
+        if manifest.step != step_of(folder):
+            raise OnecardError(f"output_dir: {folder} was written as checkpoint-{manifest.step}; rename it back.")
+        check_rows(run_dir, folder, manifest)
+        rows = {name: count for name, (count, _) in manifest.rows.items()}
+        return Checkpoint(folder, manifest.step, rows), tuple(damaged)
+    return None, tuple(damaged)
+
+
+def check_rows(run_dir: Path, folder: Path, manifest: Manifest) -> None:
+    """Stop if the logs do not begin with the rows that they had when the checkpoint was written."""
+    for name, (count, sha) in manifest.rows.items():
+        try:
+            found, own = first_rows(run_dir / name, count)
+        except OSError as error:
+            raise unreadable(run_dir / name, error) from error
+        if found < count:
+            raise OnecardError(f"output_dir: {run_dir / name} has {found} rows, expected {count} at {folder.name}.")
+        if own != sha:
+            raise OnecardError(f"output_dir: {run_dir / name} was changed after {folder.name} was written.")
+
+
+def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`training` and `state` as they were given to `write_checkpoint`; random states are put back."""
+    training = torch.load(checkpoint.folder / TRAINING, weights_only=True, map_location="cpu")
+    set_random_states(training.pop("random"))
+    return training, json.loads((checkpoint.folder / STATE).read_text())

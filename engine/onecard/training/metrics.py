@@ -1,0 +1,107 @@
+"""Sums and means of a step's metrics on their way to `metrics.jsonl`, and memory peaks.
+
+Every metric of a loss is already divided by the step's normaliser, so the micro-batches of a step add up.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onecard_kernels import Loss
+
+REDUCE = {"min_": torch.minimum, "max_": torch.maximum}
+
+
+def add_up(losses: Iterable[Loss]) -> dict[str, float]:
+    """Sum the loss and metrics of a step's micro-batches; of `min_...` and `max_...` take the extreme.
+
+    The one place that waits for the device.
+    """
+    total: dict[str, torch.Tensor] = {}
+    for loss in losses:
+        for name, value in {"loss": loss.loss.detach(), **loss.metrics}.items():
+            total[name] = REDUCE.get(name[:4], torch.add)(total[name], value) if name in total else value
+    return {name: float(value) for name, value in total.items()}
+
+
+SUM = "_sum"
+
+
+def per_kind(row: dict[str, float]) -> dict[str, float]:
+    """Means over the examples of one kind, where a row has their sum and their count; nothing where there were none.
+
+    Sums and counts of micro-batches and steps add up, which means over different numbers of examples do not.
+
+    >>> per_kind({"rewards/chosen_sum": 3.0, "count/chosen": 2.0, "rewards/rejected_sum": 0.0, "count/rejected": 0.0})
+    {'rewards/chosen': 1.5}
+    """
+    means = {name: value for name, value in row.items() if not name.endswith(SUM) and not name.startswith("count/")}
+    for name, value in row.items():
+        mean = name.removesuffix(SUM)
+        count = row.get(f"count/{mean.rpartition('/')[2]}", 0.0)
+        if name.endswith(SUM) and count:
+            means[mean] = value / count
+    if "rewards/chosen" in means and "rewards/rejected" in means:
+        means.setdefault("rewards/margins", means["rewards/chosen"] - means["rewards/rejected"])
+    return means
+
+
+def peak_memory_gib() -> float:
+    """Peak so far: allocated on the GPU where there is one, else the process's resident memory."""
+    if torch.cuda.is_available():
+        return max(PHASES[0], torch.cuda.max_memory_allocated() / 2**30)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # Linux counts in KiB
+
+
+PHASES = [0.0]  # the highest peak of those that `phase_memory` has begun to count anew after
+
+
+@contextmanager
+def phase_memory(row: dict[str, float], name: str) -> Iterator[None]:
+    """`row[name]`: GiB of a phase. Its own peak on the GPU; on CPU, which counts none, what is resident at its end."""
+    if torch.cuda.is_available():
+        PHASES[0] = peak_memory_gib()
+        torch.cuda.reset_peak_memory_stats()
+    yield
+    row[name] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else resident_memory_gib()
+    if torch.cuda.is_available():  # the next phase has other sizes: what this one's were cut from would stay reserved
+        torch.cuda.empty_cache()
+
+
+def resident_memory_gib() -> float:
+    """What the process holds now, where the system says it (Linux); else its peak."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return peak_memory_gib()
+    return pages * resource.getpagesize() / 2**30
+
+
+class Window:
+    """Sums of per-step metrics since the last logged row. Goes into checkpoints, so that a resumed row is the same."""
+
+    def __init__(self, sums: dict[str, float] | None = None, steps: dict[str, int] | None = None) -> None:
+        self.sums = dict(sums or {})
+        self.steps = dict(steps or {})  # that had the metric: a step without an update has no loss
+
+    def add(self, row: dict[str, float]) -> None:
+        for name, value in row.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.steps[name] = self.steps.get(name, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        """The means, and begin again."""
+        means = {name: value / self.steps[name] for name, value in self.sums.items()}
+        self.sums, self.steps = {}, {}
+        return per_kind(means)
+
+    def state(self) -> dict[str, Any]:
+        return {"sums": self.sums, "steps": self.steps}

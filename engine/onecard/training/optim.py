@@ -1,0 +1,167 @@
+"""Optimizers and learning rate schedules, by TRL's names; float32 masters for weights that are held in 16 bit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onecard.config import TrainConfig
+from onecard.models.load import FULL_PRECISION
+from onecard.utils.errors import OnecardError
+
+
+def adamw_torch(parameters: Iterable[torch.nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
+    """PyTorch's AdamW."""
+    return torch.optim.AdamW(parameters, **settings)
+
+
+def adamw_8bit(parameters: Iterable[torch.nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW with 8-bit states: 2 bytes a parameter instead of 8. Small tensors keep 32-bit states."""
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+
+
+def paged_adamw_8bit(parameters: Iterable[torch.nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
+    """The same, with states that move to host memory when the GPU is full. On CPU there is nothing to page."""
+    import bitsandbytes
+
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+    return bitsandbytes.optim.PagedAdamW8bit(parameters, **settings)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw_torch": adamw_torch,
+    "adamw_8bit": adamw_8bit,
+    "paged_adamw_8bit": paged_adamw_8bit,
+}
+
+
+MASTER_BYTES = 32 << 20  # of the float32 gradients that a step holds at a time
+
+
+def master_of(weight: nn.Parameter) -> nn.Parameter:
+    """A float32 copy of a 16-bit weight; of its value before it was rounded, which is then let go."""
+    full = vars(weight).pop(FULL_PRECISION, weight.detach())
+    return nn.Parameter(full.to(weight.device, torch.float32, copy=True))
+
+
+class MasterOptimizer(torch.optim.Optimizer):
+    """An optimizer of float32 copies (masters) of 16-bit weights, which are its masters rounded.
+
+        master <- update(master, float(gradient));  weight <- round(master)
+
+    An update of less than half a step between two 16-bit numbers (2^-9 of the weight, in bfloat16) is lost on the
+    weight and kept in the master, which starts as the weight was before it was rounded, if that is known. Parameters
+    that are float32 already are their own masters. `state_dict` holds the masters, so that a run that goes on from a
+    checkpoint goes on from them.
+    """
+
+    def __init__(
+        self, make: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer], parameters: Iterable[nn.Parameter]
+    ) -> None:
+        # The parent's part is all in the inner optimizer, whose groups and states are these.
+        self.parameters = list(parameters)
+        self.masters = [each if each.dtype == torch.float32 else master_of(each) for each in self.parameters]
+        self.inner = make(self.masters)
+        self.param_groups = self.inner.param_groups
+        self.state = self.inner.state
+        self.defaults = self.inner.defaults
+
+    def rounded(self) -> Iterator[tuple[int, nn.Parameter, nn.Parameter]]:
+        """`(place, weight, master)` of each weight that has a master."""
+        for place, (weight, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
+            if weight is not master:
+                yield place, weight, master
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One update. 16-bit gradients become float32, and are gone, some MiB at a time. `closure` is not called."""
+        batch: list[tuple[nn.Parameter, nn.Parameter]] = []
+        held = 0
+        for _, weight, master in self.rounded():
+            if weight.grad is None:
+                continue
+            master.grad, weight.grad = weight.grad.float(), None
+            batch.append((weight, master))
+            held += master.numel() * master.element_size()
+            if held >= MASTER_BYTES:
+                self.update(batch)
+                batch, held = [], 0
+        self.update(batch)
+
+    def update(self, batch: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
+        """The inner optimizer's step for parameters that have a gradient, which is then gone."""
+        self.inner.step()
+        self.inner.zero_grad(set_to_none=True)
+        for weight, master in batch:
+            weight.copy_(master)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the weights' gradients; the masters have none between steps."""
+        for weight in self.parameters:
+            weight.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's, and the masters by their places."""
+        masters = {place: master.detach() for place, _, master in self.rounded()}
+        return {"inner": self.inner.state_dict(), "masters": masters}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self.inner.load_state_dict(state_dict["inner"])
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+        for place, weight, master in self.rounded():
+            master.copy_(state_dict["masters"][place])
+            weight.copy_(master)
+
+
+def make_optimizer(config: TrainConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer that `config.optim` names; where any weights are held in 16 bit it works on float32 masters."""
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise OnecardError(f"{name}: {getattr(config, name)}, expected a number from 0 to below 1.")
+    make = partial(
+        OPTIMIZERS[config.optim],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+    )
+    trained = list(parameters)
+    return MasterOptimizer(make, trained) if any(each.dtype.itemsize < 4 for each in trained) else make(trained)
+
+
+def clip_grad_norm(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
+    """PyTorch's `clip_grad_norm_`, which would give the norm of 16-bit gradients in 16 bit: here it is float32."""
+    gradients = [each.grad for each in parameters if each.grad is not None]
+    measured = [
+        each if each.dtype in (torch.float32, torch.float64) else torch.linalg.vector_norm(each, dtype=torch.float32)
+        for each in gradients
+    ]
+    norm = torch.nn.utils.get_total_norm(measured)
+    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
+def make_scheduler(
+    config: TrainConfig, optimizer: torch.optim.Optimizer, total_steps: int, *, first: int = 0
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """transformers' schedule of that name over `total_steps` steps, beginning at its place `first`."""
+    from transformers import get_scheduler
+
+    share = config.warmup_steps
+    warmup = int(share * total_steps) if share < 1 else int(share)
+    scheduler = get_scheduler(
+        config.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps + first
+    )
+    if first == 0:
+        return scheduler
+    shape = scheduler.lr_lambdas[0]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: shape(step + first))

@@ -1,0 +1,348 @@
+"""The run folder: what may be started in it, its `run.json`, its `config.yaml` and its `metrics.jsonl`.
+
+A folder is a run folder if it has a `run.json`, which is written before all other files. A run replaces and removes
+only its own files: `FILES`, those that `run.json` lists, and those that the manifests of its checkpoints list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from onecard.config import TrainConfig
+from onecard.data.templates import today
+from onecard.models.folders import TRAINED, weights_folder
+from onecard.training import checkpoint, lock
+from onecard.training.checkpoint import Checkpoint
+from onecard.utils.errors import OnecardError
+from onecard.utils.files import TEMPORARY, listing, recover, remove_files, replace_folder, set_aside, write_text
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"  # answers to held-out prompts, where a command makes some
+IDENTITY = "run.json"
+REPORT = "report.html"
+LOGS = (METRICS, SAMPLES)
+FILES = (CONFIG, METRICS, SAMPLES, IDENTITY, REPORT)
+FOLDERS = ("plots", *TRAINED)
+OUTPUTS = (*FILES, *FOLDERS)
+# Settings that a resumed run may change: they decide when to look, not what is learned.
+FREE = {"output_dir", "resume", "overwrite", "dry_run", "save_steps", "save_total_limit"}
+FREE |= {"reward_timeout", "logging_steps", "eval_steps", "eval_samples", "eval_sample_length"}
+
+C = TypeVar("C", bound=TrainConfig)
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What `run.json` says.
+
+    `date`: the day on which the run began; chat templates write it. `settings`: digest of the settings in
+    `config.yaml`. `identity`: the command, and digests of the data and weights that it reads. `replaces`: ids of
+    overwritten runs whose files are not all removed yet. `files`: file names in each exported folder.
+    """
+
+    id: str
+    date: str
+    settings: str = ""
+    identity: Mapping[str, str] = field(default_factory=dict)
+    replaces: tuple[str, ...] = ()
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder that is ready for a run, the checkpoint to go on from, and what the user should know of it.
+
+    `before`: info of the run that the folder holds already; `damaged`: checkpoints that are not used.
+    """
+
+    folder: Path
+    info: RunInfo
+    checkpoint: Checkpoint | None = None
+    notes: tuple[str, ...] = ()
+    before: RunInfo | None = None
+    damaged: tuple[Path, ...] = ()
+
+    @property
+    def date(self) -> str:
+        return self.info.date
+
+
+def with_folder(config: C, command: str) -> C:
+    """The same settings with `output_dir` filled in."""
+    return config if config.output_dir else replace(config, output_dir=f"runs/{command}")
+
+
+# --- run.json
+
+
+def read_info(folder: Path) -> RunInfo | None:
+    """The run.json of a folder; None if it has none, or one of another program."""
+    try:
+        found = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
+        return RunInfo(
+            id=str(found.pop("id")),
+            date=datetime.fromisoformat(found.pop("date")).strftime("%Y-%m-%d"),
+            settings=str(found.pop("settings")),
+            replaces=tuple(map(str, found.pop("replaces"))),
+            files={str(name): tuple(map(str, names)) for name, names in found.pop("files").items()},
+            identity={str(name): str(value) for name, value in found.items()},
+        )
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    except OSError as error:
+        raise checkpoint.unreadable(folder / IDENTITY, error) from error
+
+
+def write_info(folder: Path, info: RunInfo) -> None:
+    own = {"id": info.id, "date": info.date, "settings": info.settings, "replaces": info.replaces, "files": info.files}
+    written = {**info.identity, **own}
+    write_text(folder / IDENTITY, json.dumps(written, indent=1) + "\n")
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of the settings that a resumed run must share."""
+    kept = {name: value for name, value in sorted(settings.items()) if name not in FREE}
+    return hashlib.sha256(json.dumps(kept, default=str).encode()).hexdigest()
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What a run's `config.yaml` says, which is what the run wrote."""
+    try:
+        settings = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        settings = None
+    info = read_info(folder)
+    if not isinstance(settings, dict) or info is None:
+        raise OnecardError(f"{folder} holds a run but no readable {CONFIG} that says how it came about.")
+    if settings_digest(settings) != info.settings:
+        raise OnecardError(f"{folder / CONFIG} is not what the run wrote: it was changed or cut.")
+    return settings
+
+
+def check_same_settings(config: TrainConfig, folder: Path) -> None:
+    """A run goes on under the settings it began with, or its two halves would be different experiments."""
+    before = read_settings(folder)
+    for name, value in asdict(config).items():
+        if name not in FREE and name in before and before[name] != value:
+            raise OnecardError(
+                f"--resume: {name} is {value!r} here and {before[name]!r} in {folder / CONFIG}; "
+                "go on with the same settings, or start anew in another output_dir."
+            )
+
+
+def check_same_run(info: RunInfo, identity: Mapping[str, str], folder: Path) -> None:
+    """Settings are not all that makes a run: the command and what its files held then count too."""
+    for name, value in identity.items():
+        if info.identity.get(name) != value:
+            raise OnecardError(f"--resume: the {name} of the run in {folder} was another one ({folder / IDENTITY}).")
+
+
+# --- what may be started
+
+
+def open_run(config: TrainConfig) -> Run:
+    """Decide what a command may do in its folder. Writes nothing."""
+    folder = Path(config.output_dir).absolute()
+    if os.path.lexists(folder) and not folder.is_dir():
+        what = "a link to nothing" if folder.is_symlink() else "a file"
+        raise OnecardError(f"output_dir: {folder} is {what}, expected a folder or a new name.")
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(parent, os.W_OK):
+        raise OnecardError(f"output_dir: {parent} cannot be written to.")
+    new = RunInfo(uuid.uuid4().hex, today())
+    if config.dry_run:
+        return Run(folder, new)
+    lock.check_unlocked(folder)
+    before = read_info(folder)
+    if before is None:
+        check_nothing_is_lost(config, folder)
+        check_no_foreign_files(folder)
+        return Run(folder, new)
+    if not (config.overwrite or config.resume):
+        raise OnecardError(
+            f"output_dir: {folder} holds a run already; add --resume to go on with it, "
+            "--overwrite to replace it, or choose another folder."
+        )
+    check_only_own_files(folder, before)
+    new = replace(new, replaces=(*before.replaces, before.id))
+    if config.overwrite and not config.resume:
+        check_nothing_is_lost(config, folder)
+        return Run(folder, new, before=before)
+    found, damaged = checkpoint.newest_checkpoint(folder, before.id) if not before.replaces else (None, ())
+    if damaged and (found is None or any((folder / role).is_dir() for role in TRAINED)):
+        state = "no checkpoint is whole" if found is None else "the run has ended"
+        raise OnecardError(
+            f"--resume: {damaged[0]} is torn (files are missing or damaged), and {state}; "
+            "--overwrite starts anew, another output_dir as well."
+        )
+    if found is None:
+        check_nothing_is_lost(config, folder)
+        return Run(folder, new, notes=("no whole checkpoint to go on from: starting at step 0.",), before=before)
+    check_same_settings(config, folder)
+    notes = [f"{each.name} is torn (files are missing or damaged) and is passed over." for each in damaged]
+    notes.append(f"going on from {found.folder}.")
+    return Run(folder, before, found, tuple(notes), before, damaged)
+
+
+def check_no_foreign_files(folder: Path) -> None:
+    """Stop if a folder that holds no run holds files that one would replace."""
+    taken = [folder / name for name in OUTPUTS if os.path.lexists(folder / name)]
+    for path in [*taken, *checkpoint.checkpoint_folders(folder)]:
+        raise OnecardError(
+            f"output_dir: {folder} holds no run, but '{path.name}', which a run would replace; choose another folder."
+        )
+
+
+def check_only_own_files(folder: Path, info: RunInfo) -> None:
+    """Stop if a link or another kind of file has the name of one of the run's files, or a folder holds other files."""
+    for name in (*FILES, lock.LOCK):
+        path = folder / name
+        if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+            raise OnecardError(f"output_dir: {path} is not a regular file; move it away.")
+    known: dict[Path, Sequence[str]] = {folder / name: info.files.get(name, ()) for name in FOLDERS}
+    for each in checkpoint.checkpoint_folders(folder):
+        manifest = checkpoint.read_manifest(each) if not each.is_symlink() else None
+        if manifest is not None:
+            known[each] = [*manifest.files, checkpoint.MANIFEST]
+        elif each.is_symlink() or not each.is_dir() or (listing(each) and not (each / checkpoint.STATE).is_file()):
+            raise OnecardError(f"output_dir: {each} is not a checkpoint of the run; move it away.")
+        if manifest is not None and manifest.run not in (info.id, *info.replaces):
+            raise OnecardError(f"output_dir: {each} is a checkpoint of another run; move it away.")
+    for path, names in known.items():
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+            raise OnecardError(f"output_dir: {path} is not a plain folder; move it away.")
+        other = sorted(set(listing(path)) - set(names)) if path.is_dir() else []
+        if other:
+            raise OnecardError(f"output_dir: {path / other[0]} is not a file of the run; move it away.")
+
+
+def check_nothing_is_lost(config: TrainConfig, folder: Path) -> None:
+    """Stop if a new run reads what it would replace."""
+    removed = [
+        path.resolve() for path in (*checkpoint.checkpoint_folders(folder), *(folder / name for name in OUTPUTS))
+    ]
+    for setting in ("model", "dataset", "eval_dataset", "reward_model_path", "ref_adapter", "constraint_model_path"):
+        value = getattr(config, setting, "")
+        if value and any(weights_folder(Path(value)).resolve().is_relative_to(path) for path in removed):
+            raise OnecardError(
+                f"{setting}: {value} is part of the run in {folder} that would be replaced; choose another output_dir."
+            )
+
+
+# --- what is written
+
+
+@contextmanager
+def locked(run: Run) -> Iterator[None]:
+    """Context in which this process has the lock of the run's folder, which is as `open_run` found it.
+
+    A folder that is made here and stays empty is removed.
+    """
+    made = [path for path in (run.folder, *run.folder.parents) if not path.exists()]
+    run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with lock.lock_folder(run.folder):
+            if read_info(run.folder) != run.before:
+                raise OnecardError(f"output_dir: another process has started a run in {run.folder}.")
+            yield
+    finally:
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+
+def begin(run: Run, config: TrainConfig, identity: dict[str, str]) -> None:
+    """Write `run.json`, remove an overwritten run's files, write `config.yaml`, and cut the logs to the checkpoint.
+
+    `identity` says what the run is beyond its settings; a resumed run must have the same. If the process is killed in
+    between, `--resume` and `--overwrite` both take the folder.
+    """
+    settings = {**asdict(config), "output_dir": str(run.folder), "resume": False, "overwrite": False}
+    text = yaml.safe_dump(settings, sort_keys=False)
+    digest = settings_digest(yaml.safe_load(text))
+    if run.checkpoint is not None:
+        assert run.before is not None
+        check_same_run(run.before, identity, run.folder)
+        for each in run.damaged:
+            set_aside(each)
+        remove_temporaries(run.folder)
+        for name in LOGS:
+            keep_rows(run.folder / name, run.checkpoint.rows.get(name, 0))
+        if digest == run.before.settings:  # another version of onecard may have more settings
+            write_text(run.folder / CONFIG, text)
+        return
+    files = run.before.files if run.before else {}
+    info = replace(run.info, settings=digest, identity=identity)
+    write_info(run.folder, replace(info, files=files))
+    remove_temporaries(run.folder)
+    remove_run(run.folder, info.replaces, files)
+    write_text(run.folder / CONFIG, text)
+    (run.folder / METRICS).touch()
+    write_info(run.folder, replace(info, replaces=()))
+
+
+def remove_run(folder: Path, ids: Sequence[str], files: Mapping[str, Sequence[str]]) -> None:
+    """Remove the files of earlier runs. A damaged checkpoint is set aside."""
+    for each in checkpoint.checkpoint_folders(folder):
+        manifest = checkpoint.read_manifest(each)
+        if manifest is not None and manifest.run in ids:
+            checkpoint.remove_checkpoint(each)
+        elif listing(each):
+            set_aside(each)
+        else:
+            remove_files(each, ())
+    for name in FOLDERS:
+        if (folder / name).is_dir():
+            remove_files(folder / name, files.get(name, ()))
+    for name in FILES:
+        if name != IDENTITY:
+            (folder / name).unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove temporary files that killed processes left of the run's own files and folders."""
+    names = {found["name"] for path in folder.glob(".*") if (found := TEMPORARY.fullmatch(path.name))}
+    for name in names:
+        if name in OUTPUTS or checkpoint.NAME.fullmatch(name):
+            recover(folder / name)
+
+
+def keep_rows(path: Path, count: int) -> None:
+    """Drop the rows behind the first `count`."""
+    if path.exists():
+        lines = path.read_bytes().splitlines(keepends=True)
+        write_text(path, b"".join(lines[:count]).decode("utf-8"))
+
+
+def write_folder(folder: Path, name: str, write: Callable[[Path], None]) -> Path:
+    """Write `policy`, `reward` or `plots` of a run, whole or not at all, and list its files in `run.json`."""
+
+    def fill(temporary: Path) -> None:
+        write(temporary)
+        info = read_info(folder)
+        if info is not None:
+            files = dict(info.files)
+            files[name] = tuple(sorted({*files.get(name, ()), *listing(temporary)}))
+            write_info(folder, replace(info, files=files))
+
+    replace_folder(folder / name, fill)
+    return folder / name
+
+
+def log(folder: Path, row: dict[str, Any], name: str = METRICS) -> None:
+    """Append one row to `metrics.jsonl`, or to another file of rows."""
+    with open(folder / name, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")

@@ -1,0 +1,334 @@
+"""What a run takes for granted of a model, tried on a few texts before the first step.
+
+The plain model runs one text a pass, in evaluation mode, with the attention that transformers chose for it.
+
+| what is compared | where it differs |
+|---|---|
+| log-probs from hidden states, with the model's own logits | refused |
+| log-probs of each layout, with the plain model's | the next layout is taken; the last one is the plain model's |
+| the gradient of one text by another one's embeddings, with 0 | the same |
+| the gradient of a text's beginning by the embeddings of its end, with 0 | refused: not causal |
+| log-probs in training mode, twice, with those in evaluation mode | the model is trained in evaluation mode |
+| the gradient of each adapter, with None | refused: it would never learn |
+| log-probs of sampled tokens, as drawn, with the plain model's | the next way of sampling; the last one has no cache |
+
+One text is as long as the run's longest: windows, top-k attention and long-context rotations show on long texts alone.
+16-bit passes of one model differ by their own rounding; how much is measured on the plain model itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from onecard.data.batches import TokenBatch, TokenSequence, pack, to_device
+from onecard.models.attention import (
+    chooses_keys,
+    has_own_attention,
+    has_plain_attention,
+    plain_attention,
+    takes_segments,
+)
+from onecard.models.head import check_head
+from onecard.models.layout import LAYOUTS
+from onecard.models.load import reason
+from onecard.models.micro_batching import attempt
+from onecard.models.roles import Roles
+from onecard.models.trunk import context_of, errors_of, evaluating, trunk_of
+from onecard.models.vocabulary import known_tokens
+from onecard.rollout import Sampling, decodings, sample_responses
+from onecard.training.plain_model import (
+    LEAST,
+    SHARED,
+    SHORT,
+    PlainLogprobs,
+    distance,
+    is_16_bit,
+    logprobs,
+    plain_logprobs,
+    probe,
+    scored,
+    text,
+)
+from onecard.utils.errors import OnecardError, is_out_of_memory
+from onecard.utils.progress import say
+from onecard.utils.rng import own_draws
+
+NEW = 8  # tokens that are sampled behind each prompt
+WAYS = {
+    "slots": "in rows that take one prompt after another",
+    "padded": "in padded batches",
+    "single": "one prompt at a time",
+    "uncached": "one prompt at a time and without a cache, which is slow for long texts",
+}
+REPEATED, REPEATED_16_BIT = 1e-5, 1e-3  # nat: the mean over a text between two passes of the same
+
+
+def slopes(roles: Roles, batch: TokenBatch, layout: str, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """For each set of flat rows, the gradient of their hidden states by every row's embedding [n, D].
+
+    It is exactly 0, in every dtype, where attention masks or separate rows keep texts apart; a state that goes on from
+    one text to the next (Mamba, linear attention, convolutions) gives something else.
+    """
+    trunk = trunk_of(roles.causal_model())
+    laid = LAYOUTS[layout](batch)
+    leaves: list[Tensor] = []
+
+    def leaf(module: torch.nn.Module, inputs: object, output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1].clone()  # some models scale it in place
+
+    hook = trunk.get_input_embeddings().register_forward_hook(leaf)
+    try:
+        with torch.enable_grad():
+            passes = [trunk(**inputs).last_hidden_state.flatten(0, 1) for inputs in laid.passes]
+            states = torch.cat(passes)[laid.places].float()
+            sums = [states[list(each)].square().sum() for each in rows]
+            found = [torch.autograd.grad(each, leaves[0], retain_graph=True)[0] for each in sums]
+    finally:
+        hook.remove()
+    return [each.flatten(0, 1)[laid.places] for each in found]
+
+
+def mixes(roles: Roles, layout: str, texts: Sequence[TokenSequence]) -> bool:
+    """Whether one of two texts, in one pass, changes the other's hidden states."""
+    batch = to_device(pack(texts), roles.device)
+    first, second = range(batch.lengths[0]), range(batch.lengths[0], batch.num_tokens)
+    by_first, by_second = slopes(roles, batch, layout, [first, second])
+    return bool(by_first[list(second)].any()) or bool(by_second[list(first)].any())
+
+
+def check_causal(roles: Roles, example: TokenSequence) -> None:
+    """Refuse a model in which a token's hidden state depends on what follows it."""
+    model = roles.causal_model()
+    batch, half = to_device(pack([example]), roles.device), len(example) // 2
+    with evaluating(model), plain_attention(model):
+        [found] = slopes(roles, batch, "single", [range(half)])
+    if found[half:].any():
+        raise OnecardError(
+            f"model: {type(model).__name__} is not causal: what it makes of a token depends on the tokens that follow; "
+            "expected a causal language model (of some families, one with is_decoder in its config)."
+        )
+
+
+def candidates(roles: Roles) -> Iterator[tuple[bool, str]]:
+    """`(own attention, layout)` from the fastest to the plain model itself."""
+    model, wanted = roles.causal_model(), roles.layout
+    own = has_own_attention(model)
+    if chooses_keys(trunk_of(model).config):
+        yield False, "single"
+        return
+    if wanted == "packed" and own and takes_segments(model):
+        yield True, "packed"
+    if wanted != "padded" and has_plain_attention(trunk_of(model).config):
+        yield False, "restarted"
+    if wanted == "padded" and own:
+        yield True, "padded"
+    yield False, "padded"
+    yield False, "single"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Texts of one pass, and the plain model's log-probs of them."""
+
+    texts: list[TokenSequence]
+    plain: PlainLogprobs
+
+
+def fault(roles: Roles, layout: str, trials: Sequence[Trial], row: int) -> str:
+    """What is wrong with a layout; empty where nothing is."""
+    name, first = f"{layout} batches", trials[0].texts
+    try:
+        if mixes(roles, layout, [first[0], first[2]]):
+            return f"{name} mix texts up"
+        missing = max(0, row - sum(map(len, first))) if layout == "restarted" else 0
+        filling = [first[0]] * -(-missing // len(first[0]))
+        passes: list[tuple[Trial, Mapping[int, tuple[int, int]]]] = [(trial, {}) for trial in trials]
+        if layout == "packed":
+            passes.append((trials[0], {2: (0, len(first[2]) - sum(first[2].response_mask))}))
+        with evaluating(roles.causal_model()):
+            for trial, continued in passes:
+                batch = to_device(pack([*trial.texts, *filling], continued), roles.device)
+                off = trial.plain.difference(logprobs(roles, batch, layout)[: len(trial.texts)])
+                if off:
+                    return f"log-probs of {name} are {off}"
+    except Exception as error:  # as in `errors_of`
+        if is_out_of_memory(error):
+            raise
+        return f"{name} cannot be run ({reason(error)})"
+    return ""
+
+
+def choose_layout(roles: Roles, longest: int, row: int) -> None:
+    """Lay batches in the fastest way that gives what the plain model gives; say so where it is not the one asked for.
+
+    `row`: tokens of the longest row that the run makes of several texts; 0: of any.
+    """
+    texts = probe(roles, longest, row)
+    check_causal(roles, texts[0])
+    alone = [scored(text(known_tokens(roles.causal_model()), longest, 1))] if len(texts[1]) < longest else []
+    trials = [Trial(each, plain_logprobs(roles, each)) for each in (texts, alone) if each]
+    faults: list[str] = []
+    for own, layout in candidates(roles):
+        if not own:
+            roles.use_plain_attention()
+        found = "" if layout == "single" else fault(roles, layout, trials, row)
+        if not found:
+            roles.layout = layout
+            break
+        faults.append(found)
+    if faults:
+        say(f"model: {type(roles.causal_model()).__name__}: {faults[-1]}, so they are {roles.layout}.")
+
+
+def check_training_mode(roles: Roles, longest: int, row: int) -> None:
+    """Train a model in evaluation mode that draws noise in training mode (router jitter, skipped layers): old and new
+    log-probs of one policy would differ.
+    """
+    batch = to_device(pack(probe(roles, longest, row)), roles.device)
+    with evaluating(roles.causal_model()):
+        still = PlainLogprobs(logprobs(roles, batch, roles.layout), 0.0 if is_16_bit(roles) else None)
+    repeated = REPEATED_16_BIT if is_16_bit(roles) else REPEATED
+
+    def differs() -> str:
+        before = roles.training
+        roles.train()
+        with own_draws(roles.device, "startup check"):
+            first, second = (logprobs(roles, batch, roles.layout) for _ in range(2))
+        roles.train(before)
+        noise = max(distance(one, other) for one, other in zip(first, second, strict=True))
+        return f"off by {noise:.3g} nat from one pass to the next" if noise > repeated else still.difference(first)
+
+    if found := differs():
+        roles.trained_in_evaluation_mode = True
+        name = type(roles.causal_model()).__name__
+        if differs():
+            raise OnecardError(
+                f"model: log-probs of {name} in training mode are {found}, by noise in its layers that its config does "
+                "not name; it can be trained without --gradient_checkpointing, in evaluation mode."
+            )
+        say(f"model: {name}: log-probs in training mode are {found}, so it is trained in evaluation mode.")
+
+
+def check_learning(roles: Roles, longest: int) -> None:
+    """Refuse adapters that would never learn: on layers that no text goes through, or without a gradient.
+
+    All experts need not be chosen.
+    """
+    check_factors(roles)
+    batch = to_device(pack(probe(roles, min(SHORT, longest))[:1]), roles.device)
+    try:
+        for role in roles.trained:
+            with roles.playing(role), torch.enable_grad():
+                found = (
+                    roles.scalars(batch, batch.targets.rows)
+                    if role in roles.heads
+                    else roles.logprobs(batch, batch.targets)
+                )
+                found.sum().backward()
+        trained = roles.trained_parameters() if roles.has_adapters else {}
+        idle = {name.partition(".lora_")[0] for name, each in trained.items() if each.grad is None}
+    finally:
+        roles.zero_grad(set_to_none=True)
+    names = sorted(name.rpartition("base_model.model.")[2] for name in idle if "expert" not in name)
+    if names:
+        raise OnecardError(
+            f"lora_target_modules: {len(names)} adapters would never learn, for texts do not go through their layers "
+            f"or use the weights alone: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; leave them out."
+        )
+
+
+def check_factors(roles: Roles) -> None:
+    """Refuse a trained adapter `scale * B A` whose gradients are 0: lora_alpha is 0, or both A and B are."""
+    for path, module in roles.model.named_modules():
+        factors = [getattr(module, name, {}) for name in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")]
+        for role in roles.trained:
+            own = [getattr(each[role], "weight", each[role]) for each in factors if role in each]
+            if own and (module.scaling[role] == 0 or not any(bool(each.any()) for each in own)):
+                what = "lora_alpha is 0" if module.scaling[role] == 0 else "both of its factors are 0"
+                raise OnecardError(f"model: the adapter on {path} would never learn: {what}.")
+
+
+def halving(check: Callable[[int], None], longest: int) -> None:
+    """A check on texts of `longest` tokens; where they take too much memory, on texts half as long."""
+    while attempt(partial(check, longest)) is None:
+        longest //= 2
+        if longest < LEAST:
+            say("out of memory: the startup check is left out.")  # the run itself says what would help
+            return
+        say(f"out of memory: the startup check goes on with texts of at most {longest} tokens.")
+
+
+@torch.no_grad()
+def check_model(roles: Roles, longest: int, row: int = 0, *, trains: bool = True) -> None:
+    """Refuse a model that would be computed wrongly, and lay batches in the fastest way that is right.
+
+    `longest`: tokens of the run's longest text; `row`: of the longest row that it makes of several texts (0: of any);
+    `trains`: passes run in training mode.
+    """
+    model = roles.causal_model()
+    context = context_of(trunk_of(model).config) or longest
+    longest = max(2, min(longest, context))
+
+    def check(tokens: int) -> None:
+        share = min(row, context + 1) * tokens // longest
+        choose_layout(roles, tokens, share)
+        if trains:
+            check_training_mode(roles, tokens, share)
+            check_learning(roles, tokens)
+
+    with errors_of(model):
+        check_head(model, trunk_of(model), roles.head())
+        halving(check, longest)
+
+
+def sampled_logprobs(
+    roles: Roles, prompts: Sequence[tuple[int, ...]], new: int
+) -> tuple[list[Tensor], list[TokenSequence]]:
+    """Log-probs of `new` tokens behind each prompt as they were drawn, two prompts at a time, and the whole texts."""
+    responses = sample_responses(roles, prompts, Sampling(new), ends=(), batch_size=2, seed=0).responses
+    texts = [scored(p + response.tokens, len(p)) for p, response in zip(prompts, responses, strict=True)]
+    return [response.logprobs for response in responses], texts
+
+
+def choose_decoding(roles: Roles, longest: int) -> None:
+    """Sample in the fastest way in which tokens are drawn with the plain model's log-probs; say so where it is not the
+    one that the model's structure allows.
+    """
+    new = min(NEW, longest // 2)
+    lengths = (longest - new, min(SHORT, longest - new), min(SHARED, longest - new))
+    prompts = [text(known_tokens(roles.causal_model()), length, place) for place, length in enumerate(lengths)]
+    with errors_of(roles.causal_model()):
+        plain_logprobs(roles, [scored(prompts[-1] + prompts[-1])])
+    faults: list[str] = []
+    for decoding in decodings(roles.causal_model()):
+        roles.decoding = decoding
+        if decoding == "uncached":
+            break
+        try:
+            found, texts = sampled_logprobs(roles, prompts, new)
+            off = plain_logprobs(roles, texts).difference([each.to(roles.device) for each in found])
+        except Exception as error:  # as in `errors_of`
+            if is_out_of_memory(error):
+                raise
+            off = f"not to be had ({reason(error)})"
+        if not off:
+            break
+        faults.append(f"log-probs of tokens sampled {WAYS[decoding]} are {off}")
+    if faults:
+        name = type(roles.causal_model()).__name__
+        say(f"model: {name}: {faults[-1]}, so they are sampled {WAYS[roles.decoding]}.")
+
+
+@torch.no_grad()
+def check_decoding(roles: Roles, longest: int) -> None:
+    """Sample in the fastest way that is right. `longest`: tokens of the longest prompt with its response; one prompt of
+    the check is as long, two others are short.
+    """
+    context = context_of(trunk_of(roles.causal_model()).config) or longest
+    halving(partial(choose_decoding, roles), max(2, min(longest, context)))

@@ -1,0 +1,288 @@
+"""The training loop. It knows no algorithm: it is handed a job, whose steps ask it for gradients and updates.
+
+    step -> job: examples -> gradients: micro-batches -> record -> losses, backward -> clip -> apply -> schedule -> row
+
+A job's order of work is a function of the seed and the step, so a checkpoint needs little more than the step to know
+where it stands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from onecard.config import TrainConfig
+from onecard.data.batches import to_device
+from onecard.models.micro_batching import HELP, LEARNING, Budget, Cut, attempt
+from onecard.training import checkpoint, run_folder
+from onecard.training.metrics import Window, add_up, peak_memory_gib, per_kind
+from onecard.training.optim import clip_grad_norm, make_optimizer, make_scheduler
+from onecard.training.run_folder import Run
+from onecard.training.signals import interrupted, stop_requests
+from onecard.utils.errors import OnecardError
+from onecard.utils.progress import Bar, progress, say
+from onecard_kernels import Loss
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+E = TypeVar("E", bound=Sized)  # one example; its length is its number of tokens
+B = TypeVar("B", bound="DataclassInstance")  # a record of several
+
+
+LossesOf = Callable[[Any, int], Iterable[Loss]]
+
+
+@dataclass(frozen=True)
+class Objective(Generic[E, B]):
+    """What one optimizer step makes smaller.
+
+    `count` is what its summed losses are divided by (pairs, or response tokens), over all micro-batches of the step:
+    the one normaliser. `losses` gets a record and that number. It may give the loss in parts, one role's after
+    another's: each part's backward runs before the next part's forward, so one role's activations are held at a time.
+    """
+
+    collate: Callable[[Sequence[E]], B]
+    count: Callable[[Sequence[E]], int]
+    losses: Callable[[B, int], Iterable[Loss]]
+    size: Callable[[E], int] = len  # rows of the model that an example takes
+    uncut: str = ""  # what takes a step's examples as one micro-batch or not at all, such as a loss that sorts them
+
+
+class Weights(Protocol):
+    """What the trainer needs of the model."""
+
+    layout: str
+
+    @property
+    def device(self) -> torch.device: ...
+    def train(self, mode: bool = True) -> Any: ...
+    def trained_parameters(self) -> dict[str, nn.Parameter]: ...
+    def save(self, folder: Path) -> None: ...
+    def restore(self, folder: Path) -> None: ...
+
+
+class Job(Protocol):
+    """What an algorithm hands to the trainer: what the steps are, and what is done in one."""
+
+    name: str
+    total_steps: int
+    schedule_from: int  # where in the learning rate's schedule the first step stands
+
+    def batches(self, first_step: int) -> Iterator[tuple[float, list[int]]]:
+        """`(epochs done after the step, example indices)` of each step from `first_step` (counted from 0) on."""
+        ...
+
+    def step(self, trainer: Trainer, indices: Sequence[int], bar: Bar) -> dict[str, float]:
+        """One step: one optimizer step or several, through `trainer.gradients` and `trainer.apply`. Gives its row."""
+        ...
+
+    def evaluate(self, trainer: Trainer, bar: Bar) -> dict[str, float]:
+        """The row of the held-out examples; empty if there are none."""
+        ...
+
+    def counts(self, step: int) -> dict[str, int]:
+        """What to log of how far the run has come after `step`, beside steps and tokens."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beyond weights, optimizer and random states; goes through JSON."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+        ...
+
+
+def micro_batches(objective: Objective[E, B], examples: Sequence[E], cut: Cut, device: torch.device) -> Iterator[B]:
+    """A step's examples as records on the device, as the cut says."""
+    for places in cut.places([objective.size(example) for example in examples]):
+        yield to_device(objective.collate([examples[place] for place in places]), device)
+
+
+def accumulate(
+    objective: Objective[E, B], examples: Sequence[E], cut: Cut, device: torch.device, losses: LossesOf | None = None
+) -> list[Loss]:
+    """Add the examples' gradient to the parameters'. Waits for no value, so that it runs on meta tensors too.
+
+    `losses` stands for `objective.losses`, where it is wrapped.
+    """
+    normalizer = objective.count(examples)
+    found = []
+    for batch in micro_batches(objective, examples, cut, device):
+        for loss in (losses or objective.losses)(batch, normalizer):
+            loss.loss.backward()
+            found.append(Loss(loss.loss.detach(), loss.metrics))
+    return found
+
+
+class Trainer:
+    """One run of one job: optimizer, schedule, running metrics, checkpoints."""
+
+    def __init__(self, config: TrainConfig, job: Job, weights: Weights, run: Run) -> None:
+        self.config, self.job, self.weights, self.run = config, job, weights, run
+        self.parameters = list(weights.trained_parameters().values())
+        self.optimizer = make_optimizer(config, self.parameters)
+        self.scheduler = make_scheduler(config, self.optimizer, job.total_steps, first=job.schedule_from)
+        cut = Cut(config.per_device_train_batch_size, config.micro_batch_tokens, padded=weights.layout == "padded")
+        self.budget = Budget(cut, LEARNING)
+        self.step = 0
+        self.num_tokens = 0
+        self.window = Window()
+
+    @property
+    def cut(self) -> Cut:
+        """How steps are cut into micro-batches by now."""
+        return self.budget.cut
+
+    def restore(self) -> None:
+        """Go back to the run's checkpoint."""
+        assert self.run.checkpoint is not None
+        self.weights.restore(self.run.checkpoint.folder)
+        training, state = checkpoint.read_checkpoint(self.run.checkpoint)
+        self.optimizer.load_state_dict(training["optimizer"])
+        self.scheduler.load_state_dict(training["scheduler"])
+        self.step, self.num_tokens = state["step"], state["num_tokens"]
+        self.window = Window(**state["window"])
+        self.budget.cut = replace(self.cut, tokens=state["micro_batch_tokens"])
+        self.job.restore(state["job"])
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step, unless its update has broken the weights."""
+        if not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
+            raise self.diverged("weights that are no numbers")
+        return checkpoint.write_checkpoint(
+            self.run.folder,
+            self.step,
+            run=self.run.info.id,
+            logs=run_folder.LOGS,
+            save_weights=self.weights.save,
+            training={"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()},
+            state={
+                "num_tokens": self.num_tokens,
+                "window": self.window.state(),
+                "micro_batch_tokens": self.cut.tokens,
+                "job": self.job.state(),
+            },
+            keep=self.config.save_total_limit,
+        )
+
+    def diverged(self, what: str) -> OnecardError:
+        """The error of a run whose numbers are none any more."""
+        return OnecardError(
+            f"{self.job.name}: {what} after step {self.step}; a lower learning_rate or max_grad_norm usually helps. "
+            "The last checkpoint is from before that."
+        )
+
+    def losses_of(self, objective: Objective[E, B], batch: B, normalizer: int) -> Iterator[Loss]:
+        """The objective's losses. The kernels refuse NaN by name, which here means that an update broke the weights."""
+        try:
+            yield from objective.losses(batch, normalizer)
+        except ValueError as error:
+            if "NaN" in str(error):
+                raise self.diverged(str(error)) from error
+            raise
+
+    def accumulated(self, objective: Objective[E, B], examples: Sequence[E]) -> list[Loss]:
+        """Leave the examples' gradient in the parameters; where memory runs out, from the start in smaller pieces."""
+        losses_of = partial(self.losses_of, objective)
+        while True:
+            done = attempt(lambda: accumulate(objective, examples, self.cut, self.weights.device, losses_of))
+            if done is not None:
+                return done[0]
+            self.discard()
+            if objective.uncut:
+                raise OnecardError(
+                    f"out of memory: {objective.uncut} takes the {len(examples)} examples of a step together, so they "
+                    f"cannot be cut. Lower per_device_train_batch_size. {HELP}"
+                )
+            self.budget.shrink([objective.size(example) for example in examples], padded=self.cut.padded)
+
+    def gradients(self, objective: Objective[E, B], examples: Sequence[E]) -> dict[str, float]:
+        """Leave the examples' clipped gradient in the parameters. It does not depend on the cut into micro-batches."""
+        losses = self.accumulated(objective, examples)
+        limit = self.config.max_grad_norm or math.inf
+        norm = clip_grad_norm(self.parameters, limit)
+        row = {**add_up(losses), "grad_norm": float(norm)}
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+            raise self.diverged(f"loss {row['loss']}, gradient norm {row['grad_norm']}")
+        return row
+
+    def apply(self) -> None:
+        """The optimizer step that the gradients are for."""
+        self.optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def log_step(self, epoch: float, row: dict[str, float]) -> None:
+        """Add a step to the window, and write the window's means when it is time."""
+        self.window.add(row)
+        if self.step % self.config.logging_steps == 0 or self.step == self.job.total_steps:
+            self.log(
+                {
+                    "epoch": round(epoch, 6),
+                    **self.window.take(),
+                    **self.job.counts(self.step),
+                    "num_tokens": self.num_tokens,
+                }
+            )
+
+    def log(self, values: dict[str, Any]) -> None:
+        run_folder.log(self.run.folder, {"step": self.step, **values})
+
+    @torch.no_grad()
+    def evaluate(self, bar: Bar) -> None:
+        """Write a row of the held-out examples, named `eval_...`, if anything is held out."""
+        row = self.job.evaluate(self, bar)
+        if row:
+            self.log({f"eval_{name}": value for name, value in row.items()})
+
+    def is_due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, and after the last, happens now."""
+        return self.step == self.job.total_steps or (every > 0 and self.step % every == 0)
+
+    def train(self) -> None:
+        """From the checkpoint, or the start, to the last step; or to the step in which somebody stops it."""
+        self.weights.train()
+        if self.run.checkpoint is not None:
+            self.restore()
+            keep = self.config.save_total_limit
+            checkpoint.remove_old_checkpoints(self.run.folder, self.step, run=self.run.info.id, keep=keep)
+        with stop_requests() as stopping, progress(self.job.name, self.job.total_steps) as bar:
+            bar.advance(by=self.step)
+            if self.step == 0:
+                self.evaluate(bar)
+            for epoch, indices in self.job.batches(self.step):
+                rate = float(self.scheduler.get_last_lr()[0])
+                row = {**self.job.step(self, indices, bar), "learning_rate": rate}
+                self.scheduler.step()
+                self.step += 1
+                row["memory/peak_gib"] = peak_memory_gib()
+                self.log_step(epoch, row)
+                bar.advance(per_kind(row))
+                if self.is_due(self.config.eval_steps):
+                    self.evaluate(bar)
+                stops = stopping() and self.step < self.job.total_steps
+                if stops or self.is_due(self.config.save_steps):
+                    saved = self.save()
+                if stops:
+                    raise interrupted(saved)
+
+
+def train(config: TrainConfig, job: Job, weights: Weights, run: Run, identity: dict[str, str]) -> None:
+    """Run `job` to its last step in `run.folder`."""
+    trainer = Trainer(config, job, weights, run)
+    for note in run.notes:
+        say(note)
+    run_folder.begin(run, config, identity)
+    trainer.train()

@@ -1,0 +1,70 @@
+"""Lines and progress bars for the user, on standard error so that results on standard output stay clean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from onecard.utils.errors import visible
+
+# What the progress bar shows when a row has it. Short, so that all of it fits into 80 columns.
+SHOWN = {
+    "loss": "loss {:.3f}",
+    "accuracy": "acc {:.2f}",
+    "rewards/accuracies": "acc {:.2f}",
+    "rewards/margins": "margin {:.2f}",
+    "objective/scores": "score {:.2f}",
+    "objective/kl": "KL {:.2f}",
+    "time/tokens_per_second": "{:,.0f} tok/s",
+    "memory/peak_gib": "{:.1f} GiB",
+}
+
+
+console = Console(stderr=True)
+
+
+def say(message: str) -> None:
+    """Print one line for the user."""
+    console.print(visible(message), highlight=False, markup=False, soft_wrap=True)
+
+
+class Bar:
+    """One line of a progress display: `bar.advance(row)` after each step."""
+
+    def __init__(self, rich: Progress, label: str, total: int | None) -> None:
+        self.rich = rich
+        self.task = rich.add_task(label, total=total, shown="")
+
+    def advance(self, row: Mapping[str, float] | None = None, by: int = 1) -> None:
+        """Move on; `row` replaces the metrics shown."""
+        if row is None:
+            self.rich.update(self.task, advance=by)
+            return
+        shown = " ".join(form.format(row[name]) for name, form in SHOWN.items() if name in row)
+        self.rich.update(self.task, advance=by, shown=shown)
+
+    @contextmanager
+    def part(self, label: str, total: int) -> Iterator[Bar]:
+        """A second line for a job within the job; it goes when that job is done."""
+        part = Bar(self.rich, label, total)
+        try:
+            yield part
+        finally:
+            self.rich.remove_task(part.task)
+
+
+@contextmanager
+def progress(label: str, total: int | None) -> Iterator[Bar]:
+    """`with progress("dpo", 100) as bar: ...`: a progress bar with the metrics of `SHOWN` at its end."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=10),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[shown]}"),
+    )
+    with Progress(*columns, console=console) as rich:
+        yield Bar(rich, label, total)
