@@ -24,9 +24,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import records
-from benchmarks.cases import Refused
-from benchmarks.kernels import main as guarded
+from benchmarks import cli, records
+from benchmarks.cli import Refused
 from onecard.reporting.plots import COLOURS, FAINT, png
 
 # --- data. Paths are relative to the repository's root, where every run starts: commands read the same on any machine.
@@ -675,4 +674,4 @@ def command(only: tuple[str, ...], seeds: int, jobs: int, output: str, target: s
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(entry=command))
+    sys.exit(cli.main(command))

@@ -1,9 +1,8 @@
-"""One DPO step from examples to changed weights: what both sides are given, and ours. `peer.py` has TRL's.
+"""One optimizer step of DPO, by onecard and by TRL.
 
-Both have the same base, the same adapter values, the same pairs in the same order and the same settings of AdamW. What
-is timed is each library's own step: `Supervised.step` (gradients, clipping, optimizer, metrics) and
-`DPOTrainer.training_step` with the clipping and the optimizer of transformers' loop. Making records is ours to pay;
-TRL's collator runs before its time begins.
+Both have the same base, adapter values, pairs in the same order, and settings of AdamW. What is timed is each library's
+own step: `Supervised.step` (batches, gradients, clipping, optimizer, metrics), and `DPOTrainer.training_step` with the
+clipping and the optimizer of transformers' loop. TRL's collator runs before its time begins.
 """
 
 from __future__ import annotations
@@ -11,10 +10,11 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from unittest import mock
 import torch
 from rich.progress import Progress
 
-from benchmarks.train_step.cases import Case
-from benchmarks.train_step.material import DTYPES, Pair, drawn_weights
+from benchmarks.train_step.cases import StepCase
+from benchmarks.train_step.synthetic import DTYPES, Pair, random_weights, text, whole_words
 from benchmarks.train_step.watch import OPTIMIZER, TRAIN, Watch
 from onecard.algorithms.common import Recipe
 from onecard.algorithms.dpo.command import make_recipe
@@ -87,22 +87,20 @@ class Side(ABC):
         self.done += 1
 
     @abstractmethod
-    def model(self) -> Any:
-        """What holds the weights."""
+    def model(self) -> Any: ...
 
     @abstractmethod
-    def optimizer(self) -> Any:
-        """What updates them."""
+    def optimizer(self) -> Any: ...
 
 
 def task_on(
-    case: Case, folder: Path, dtype: torch.dtype, device: torch.device = CPU, pairs: Sequence[Pair] = ()
+    case: StepCase, folder: Path, dtype: torch.dtype, device: torch.device = CPU, pairs: Sequence[Pair] = ()
 ) -> Task:
     """A case as a task, on these pairs."""
     return Task(folder, device, dtype, tuple(pairs), case.items, case.per_pass, **case.settings)
 
 
-def own_settings(case: Case, dtype: torch.dtype) -> dict[str, Any]:
+def own_settings(case: StepCase, dtype: torch.dtype) -> dict[str, Any]:
     """Of ours alone: TRL counts pairs, and has no other dtype for adapters."""
     return {"micro_batch_tokens": case.micro_batch_tokens, "adapter_dtype": DTYPES[dtype]}
 
@@ -137,7 +135,7 @@ class Ours(Side):
         super().__init__(task)
         config = config_of(task, share_prompts=share_prompts, **settings)
         self.examples = [example(pair) for pair in task.pairs]
-        with drawn_weights():
+        with random_weights():
             self.roles = load_roles(config, trained="policy", reference=True)
         shake(self.roles.model)
         recipe: Recipe[Any, Any] = make_recipe(config)
@@ -150,13 +148,13 @@ class Ours(Side):
         self.bar, self.first_cuts = no_bar(), self.cuts()
 
     def ready(self) -> None:
-        """Nothing is."""
+        """Nothing."""
 
     def step(self, places: Sequence[int]) -> dict[str, float]:
         return self.job.step(self.trainer, places, self.bar)
 
     def cuts(self) -> tuple[Any, ...]:
-        """How passes are cut now."""
+        """Micro-batches as they are cut now: smaller than at first if memory ran out."""
         return self.trainer.cut, self.job.budget.cut
 
     def watched(self, watch: Watch) -> None:
@@ -173,6 +171,140 @@ class Ours(Side):
 
     def optimizer(self) -> Any:
         return self.trainer.optimizer
+
+
+# Its norms and feed-forward parts go into one model; its rotations and losses would go into ours too.
+LIGER = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
+
+
+class Theirs(Side):
+    """TRL's `DPOTrainer`, at the settings that take it the least memory."""
+
+    def __init__(self, task: Task, *, liger: bool = False, answers_alone: bool = False) -> None:
+        super().__init__(task)
+        self.answers_alone = answers_alone
+        import datasets
+        from peft import LoraConfig
+        from trl import DPOConfig as TheirConfig
+        from trl import DPOTrainer
+
+        quiet()
+        datasets.disable_progress_bars()
+        ours = DPOConfig(model=str(task.folder))
+        with random_weights():
+            from transformers import AutoModelForCausalLM
+
+            base = AutoModelForCausalLM.from_pretrained(
+                str(task.folder),
+                dtype=task.dtype,
+                device_map={"": task.device},
+                quantization_config=nf4(task.dtype) if task.load_in_4bit else None,
+            )
+        settings = TheirConfig(
+            output_dir=str(task.folder / "trl"),
+            use_cpu=task.device.type == "cpu",
+            bf16=task.dtype == torch.bfloat16,
+            per_device_train_batch_size=task.per_pass,
+            gradient_accumulation_steps=task.per_step // task.per_pass,
+            gradient_checkpointing=task.gradient_checkpointing,
+            precompute_ref_log_probs=task.precompute_ref_log_probs,
+            learning_rate=ours.learning_rate,
+            beta=ours.beta,
+            optim=task.optim,
+            weight_decay=ours.weight_decay,
+            max_grad_norm=ours.max_grad_norm,
+            max_length=None,
+            lr_scheduler_type="constant",
+            max_steps=1 << 30,
+            report_to=[],
+            save_strategy="no",
+        )
+        rows = [
+            {"prompt": text(pair.prompt), "chosen": text(pair.chosen), "rejected": text(pair.rejected)}
+            for pair in task.pairs
+        ]
+        adapter = LoraConfig(
+            r=ours.lora_r, lora_alpha=ours.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        self.trainer: Any = DPOTrainer(
+            model=base,
+            args=settings,
+            peft_config=adapter,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=whole_words(task.folder),
+        )
+        check_same_tokens(self.trainer.train_dataset, task.pairs)
+        shake(self.trainer.model)
+        if liger:
+            use_liger(self.trainer.model)
+        if task.gradient_checkpointing:  # what `train` does before its loop, which is not entered here
+            self.trainer.model.gradient_checkpointing_enable()  # newer releases have another name for it
+        self.trainer.create_optimizer()
+        self.wrapped, self.prepared = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
+        self.trainer.model_wrapped, self.trainer.optimizer = self.wrapped, self.prepared
+        self.trainer.current_gradient_accumulation_steps = settings.gradient_accumulation_steps
+        self.batches: list[Any] = []
+
+    def ready(self) -> None:
+        """Collate the next step."""
+        rows = [self.trainer.train_dataset[place] for place in self.task.places(self.done)]
+        size = self.task.per_pass
+        self.batches = [self.trainer.data_collator(rows[at : at + size]) for at in range(0, len(rows), size)]
+
+    def step(self, places: Sequence[int]) -> dict[str, float]:
+        with mock.patch("trl.trainer.utils._use_triton", on_any_device) if self.answers_alone else nullcontext():
+            return self.whole_step()
+
+    def whole_step(self) -> dict[str, float]:
+        trainer = self.trainer
+        losses = []
+        for place, batch in enumerate(self.batches):
+            trainer.accelerator.gradient_state._set_sync_gradients(place == len(self.batches) - 1)
+            losses.append(trainer.training_step(self.wrapped, batch))
+        norm = trainer.accelerator.clip_grad_norm_(self.wrapped.parameters(), trainer.args.max_grad_norm)
+        trainer.optimizer.step()
+        self.wrapped.zero_grad()
+        found = {name: sum(values[-len(losses) :]) / len(losses) for name, values in trainer._metrics["train"].items()}
+        return {**found, "loss": float(sum(losses)), "grad_norm": float(norm)}
+
+    def model(self) -> Any:
+        return self.trainer.model
+
+    def optimizer(self) -> Any:
+        return self.trainer.optimizer
+
+
+def use_liger(model: Any) -> None:
+    """Give this one model Liger's layers. It also puts them where models to come would find them: that is undone."""
+    from transformers.integrations.liger import apply_liger_kernel
+
+    module = vars(sys.modules[type(model.get_base_model()).__module__])
+    before = dict(module)
+    try:
+        apply_liger_kernel(model, LIGER)
+    finally:
+        module.update(before)
+
+
+def on_any_device(_: torch.device) -> bool:
+    """In TRL's place: whether the head sees the answers' rows alone. Without Triton it sees prompts and padding too."""
+    return True
+
+
+def nf4(dtype: torch.dtype) -> Any:
+    """The 4-bit settings that `load_in_4bit` means in our engine."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def check_same_tokens(rows: Any, pairs: Sequence[Pair]) -> None:
+    """TRL tokenizes text; it must come to the very tokens that ours are made of."""
+    for row, pair in zip(rows, pairs, strict=True):
+        theirs = tuple(tuple(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        assert theirs == (pair.prompt, pair.chosen, pair.rejected), "TRL's tokens are others than ours"
 
 
 def example(pair: Pair) -> PreferencePair:

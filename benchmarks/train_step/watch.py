@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.records import WHOLE
+
 ROLLOUT, REWARD, OLD, REFERENCE, VALUES = "rollout", "reward", "old log-probs", "reference log-probs", "values"
-TRAIN, OPTIMIZER, WHOLE = "train", "optimizer", "the whole iteration"
+TRAIN, OPTIMIZER = "train", "optimizer"
 PHASES = (ROLLOUT, REWARD, OLD, REFERENCE, VALUES, TRAIN, OPTIMIZER)
 MARK = "phase: "
 
