@@ -19,9 +19,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -52,154 +53,68 @@ LAUNCHES = re.compile(r"^(cuda|cu)(LaunchKernel|LaunchCooperativeKernel|GraphLau
 SYNCHRONISATIONS = re.compile(r"^cuda(Stream|Event)Synchronize")  # a device's synchronisation is the stopwatch's own
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """What is read of a profiler's event. Times in ns; `link`: on a GPU, the `key` of the operator that launched it."""
-
-    name: str
-    start: int
-    stop: int
-    thread: int
-    on_gpu: bool
-    flops: int = 0
-    key: int = 0
-    link: int = 0
-
-
 @dataclass(frozen=True)
 class Operator:
-    """All calls of one operator: seconds, and the FLOPs of its products where they are known."""
+    """All calls of an operator, or of a kernel on a GPU: its own seconds, and the FLOPs of products where known."""
 
     seconds: float = 0.0
     count: float = 0
     flops: float = 0
 
-    def plus(self, seconds: float, count: float, flops: float) -> Operator:
-        return Operator(self.seconds + seconds, self.count + count, self.flops + flops)
+    def plus(self, other: Operator, sign: int = 1) -> Operator:
+        return Operator(
+            self.seconds + sign * other.seconds, self.count + sign * other.count, self.flops + sign * other.flops
+        )
 
 
 @dataclass(frozen=True)
 class Digest:
-    """A profiled piece of work. `busy`: seconds in which at least one operator (GPU: kernel) ran."""
+    """A profiled piece of work, and the seconds it took under the profiler."""
 
     operators: dict[str, Operator] = field(default_factory=dict)
-    busy: float = 0.0
+    flops: float = 0.0
     launches: int = 0
     synchronisations: int = 0
     seconds: float = 0.0
 
     @property
-    def flops(self) -> float:
-        return sum(each.flops for each in self.operators.values())
+    def busy(self) -> float:
+        """Seconds in operators, or in kernels on a GPU."""
+        return sum(each.seconds for each in self.operators.values())
 
     def beyond(self, other: Digest) -> Digest:
         """What this work had on top of another."""
-        operators = {}
-        for name, mine in self.operators.items():
-            less = other.operators.get(name, Operator())
-            operators[name] = mine.plus(-less.seconds, -less.count, -less.flops)
-        return Digest(
-            {name: each for name, each in operators.items() if each.seconds > 0},
-            max(self.busy - other.busy, 0.0),
-            max(self.launches - other.launches, 0),
-            max(self.synchronisations - other.synchronisations, 0),
-            max(self.seconds - other.seconds, 0.0),
-        )
+        found = {name: each.plus(other.operators.get(name, Operator()), -1) for name, each in self.operators.items()}
+        names = ("flops", "launches", "synchronisations", "seconds")
+        rest = {name: max(getattr(self, name) - getattr(other, name), 0) for name in names}
+        return Digest({name: each for name, each in found.items() if each.seconds > 0}, **rest)
 
 
 def profiled(work: Callable[[], Any], device: torch.device) -> Digest:
-    """The digest of a call. No stacks and no memory are recorded; shapes are, for FLOPs are counted by them."""
+    """The digest of a call. Nothing else is kept of the profile: an iteration on a GPU is a million events."""
     on_gpu = device.type == "cuda"
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if on_gpu:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-        torch.cuda.synchronize(device)
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
+    synchronize = partial(torch.cuda.synchronize, device) if on_gpu else lambda: None
+    synchronize()
     with torch.profiler.profile(activities=activities, with_flops=True) as profile:
         began = time.perf_counter()
         work()
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        synchronize()
         seconds = time.perf_counter() - began
-    return replace(digest(read(profile), on_gpu=on_gpu), seconds=seconds)
-
-
-def read(profile: Any) -> list[Event]:
-    """Its events without the marks of phases, which cover what ran inside them."""
-    found = []
-    for event in profile.profiler.kineto_results.events():
-        name = event.name()
-        if event.is_user_annotation() or name.startswith(MARK) or event.duration_ns() <= 0:
-            continue
-        on_gpu = event.device_type() == torch.autograd.DeviceType.CUDA
-        found.append(
-            Event(
-                name,
-                event.start_ns(),
-                event.start_ns() + event.duration_ns(),
-                event.device_resource_id() if on_gpu else event.start_thread_id(),
-                on_gpu,
-                event.flops(),
-                event.correlation_id(),
-                event.linked_correlation_id(),
-            )
-        )
-    return found
-
-
-def digest(events: Sequence[Event], *, on_gpu: bool) -> Digest:
-    host = [event for event in events if not event.on_gpu]
-    runtime = [event.name for event in host if event.name.startswith(("cuda", "cu"))]
-    counts = (sum(bool(pattern.match(name)) for name in runtime) for pattern in (LAUNCHES, SYNCHRONISATIONS))
-    if on_gpu:
-        kernels = [event for event in events if event.on_gpu]
-        return Digest(kernels_by_operator(kernels, host), united(kernels), *counts)
-    return Digest(self_times(host), united(host), *counts)
-
-
-def united(events: Iterable[Event]) -> float:
-    """Seconds in which at least one of them ran."""
-    total, until = 0, 0
-    for event in sorted(events, key=lambda each: each.start):
-        total += max(0, event.stop - max(event.start, until))
-        until = max(until, event.stop)
-    return total / 1e9
-
-
-def self_times(events: Sequence[Event]) -> dict[str, Operator]:
-    """Each operator's time without that of the operators inside it, thread by thread."""
-    inside: dict[int, int] = {}  # index -> ns of what it called
-    open_: dict[int, list[int]] = {}  # thread -> indices of those that run, the outermost first
-    order = sorted(range(len(events)), key=lambda index: (events[index].start, -events[index].stop))
-    for index in order:
-        event = events[index]
-        stack = open_.setdefault(event.thread, [])
-        while stack and events[stack[-1]].stop <= event.start:
-            stack.pop()
-        if stack:
-            inside[stack[-1]] = inside.get(stack[-1], 0) + event.stop - event.start
-        stack.append(index)
-    found: dict[str, Operator] = {}
-    for index, event in enumerate(events):
-        seconds = max(event.stop - event.start - inside.get(index, 0), 0) / 1e9
-        name = event.name.removeprefix("autograd::engine::evaluate_function: ")
-        found[name] = found.get(name, Operator()).plus(seconds, 1, event.flops)
-    return found
-
-
-def kernels_by_operator(kernels: Sequence[Event], host: Sequence[Event]) -> dict[str, Operator]:
-    """Kernels under `operator: kernel`. FLOPs are the operator's, and go to the first kernel that it launched."""
-    launchers = {event.key: event for event in host if event.key and not event.name.startswith("cu")}
-    counted: set[int] = set()
-    found: dict[str, Operator] = {}
-    for kernel in kernels:
-        launcher = launchers.get(kernel.link)
-        flops = 0
-        if launcher is not None and kernel.link not in counted:
-            counted.add(kernel.link)
-            flops = launcher.flops
-        name = f"{launcher.name}: {short(kernel.name)}" if launcher else short(kernel.name)
-        found[name] = found.get(name, Operator()).plus((kernel.stop - kernel.start) / 1e9, 1, flops)
-    return found
+    operators: dict[str, Operator] = {}
+    flops, counts = 0, {LAUNCHES: 0, SYNCHRONISATIONS: 0}
+    for row in profile.key_averages():
+        if row.key.startswith(MARK) or getattr(row, "is_user_annotation", False):
+            continue  # the marks of phases cover what ran inside them
+        is_kernel = row.device_type == torch.autograd.DeviceType.CUDA
+        flops += 0 if is_kernel else row.flops
+        for pattern in counts:
+            counts[pattern] += 0 if is_kernel or not pattern.match(row.key) else row.count
+        if is_kernel == on_gpu:
+            own = row.self_device_time_total if on_gpu else row.self_cpu_time_total
+            name = short(row.key) if on_gpu else row.key.removeprefix("autograd::engine::evaluate_function: ")
+            operators[name] = operators.get(name, Operator()).plus(Operator(own / 1e6, row.count, row.flops))
+    return Digest(operators, flops, *counts.values(), seconds)
 
 
 def short(kernel: str) -> str:
@@ -275,10 +190,8 @@ class Phase:
         return min(self.digest.busy / whole, 1.0) if whole else 0.0
 
     def seconds_of(self, operator: float, device: str) -> float:
-        """An operator's profiled seconds as seconds of the timed phase. Operators of several threads, or kernels of
-        several streams, run at once: each has its share of the time in which any of them ran.
-        """
-        total = sum(each.seconds for each in self.digest.operators.values())
+        """An operator's profiled seconds as seconds of the timed phase."""
+        total = self.digest.busy
         return operator / total * self.busy(device) * self.seconds if total else 0.0
 
 
@@ -293,25 +206,13 @@ def by_kind(phase: Phase, device: str) -> dict[str, float]:
 def costs_of(phase: Phase, device: str, rate: float) -> list[dict[str, Any]]:
     """A phase's; `rate`: FLOP/s of bare products."""
     seconds = by_kind(phase, device)
-    found = [
-        {"phase": phase.name, "what": what, "seconds": taken} for what, taken in seconds.items() if what not in NEEDED
-    ]
+    found = {what: taken for what, taken in seconds.items() if what not in NEEDED}
     done = phase.digest.flops * phase.scale
     beyond = 0.0 if phase.reading else max(done - phase.flops, 0.0) / rate
     slow = seconds.get("products", 0.0) - max(done / rate, phase.reading * phase.scale)
-    found += [
-        {
-            "phase": phase.name,
-            "what": "products beyond the count: what is recomputed, or run on padding",
-            "seconds": beyond,
-        },
-        {
-            "phase": phase.name,
-            "what": "products slower than bare ones, or than the reading of weights",
-            "seconds": slow,
-        },
-    ]
-    return [cost for cost in found if cost["seconds"] > 0]
+    found["products beyond the count: what is recomputed, or run on padding"] = beyond
+    found["products slower than bare ones, or than the reading of weights"] = slow
+    return [{"phase": phase.name, "what": what, "seconds": taken} for what, taken in found.items() if taken > 0]
 
 
 def largest(phases: Sequence[Phase], device: str, rate: float) -> list[dict[str, Any]]:
