@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import cli, measure, records, render
 from benchmarks.train_step.dpo import example, held_bytes
-from benchmarks.train_step.synthetic import random_pairs
+from benchmarks.train_step.synthetic import Model, random_pairs, random_weights, write_folder
 from onecard.algorithms.dpo.command import make_recipe
 from onecard.algorithms.supervised import Supervised
 from onecard.config import DPOConfig
@@ -31,16 +31,10 @@ from onecard.utils.progress import Bar, progress
 PAGE = records.ROOT / "docs" / "memory.md"
 MARK = "memory-options"
 PAIRS, PROMPT, RESPONSE = 4, 128, 64
-SIZES: dict[str, dict[str, int]] = {
-    "cpu": {
-        "vocab_size": 8192, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
-        "num_attention_heads": 8, "num_key_value_heads": 2,
-    },
-    "cuda": {
-        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8,
-    },
-}  # fmt: skip
+MODELS = {
+    "cpu": Model("", hidden=256, layers=4, heads=8, key_heads=2, inner=704, vocab=8192, tied=True),
+    "cuda": Model("", hidden=2048, layers=16, heads=32, key_heads=8, inner=8192, vocab=128256, tied=True),
+}
 TOKENS = 2 * (PROMPT + RESPONSE)
 OPTIONS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -66,13 +60,6 @@ class Row:
     ratio: measure.Spread
 
 
-def make_model(folder: Path, device: torch.device) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SIZES[device.type], tie_word_embeddings=True)).bfloat16().save_pretrained(folder)
-
-
 class Step:
     """Training with some options, of which a call makes the next optimizer step."""
 
@@ -80,7 +67,8 @@ class Step:
         plain = DPOConfig(model=str(model), dtype="bfloat16", per_device_train_batch_size=PAIRS, share_prompts=False)
         config = replace(plain, **settings)
         self.config, self.bar = config, bar
-        self.roles: Roles = load_roles(config, trained="policy", reference=True).train()
+        with random_weights():
+            self.roles: Roles = load_roles(config, trained="policy", reference=True).train()
         vocabulary = self.roles.head().weight.shape[0]
         pairs = [example(pair) for pair in random_pairs(PAIRS, PROMPT, RESPONSE, vocabulary, mixed=False)]
         self.job: Supervised[Any, Any] = Supervised(config, "dpo", make_recipe(config).objective(self.roles), pairs, [])
@@ -100,7 +88,7 @@ def measured(device: torch.device, repeats: int, *, busy: bool = False) -> list[
     chosen = {name: option for name, option in OPTIONS.items() if device.type == "cuda" or name not in GPU_ONLY}
     chosen["all of these"] = {name: value for option in chosen.values() for name, value in option.items()}
     with tempfile.TemporaryDirectory() as folder, progress("memory options", len(chosen)) as bar:
-        make_model(Path(folder), device)
+        write_folder(MODELS[device.type], Path(folder))
         steps = {name: Step(Path(folder), settings, bar) for name, settings in chosen.items()}
         peaks = {}
         for name, step in steps.items():
@@ -118,7 +106,7 @@ def measured(device: torch.device, repeats: int, *, busy: bool = False) -> list[
 
 def table(rows: list[Row], device: torch.device, repeats: int, *, busy: bool) -> str:
     """The part of the page between its marks."""
-    size = SIZES[device.type]
+    model = MODELS[device.type]
     head, dirty = records.commit()
     versions = records.versions()
     lines = [
@@ -131,7 +119,7 @@ def table(rows: list[Row], device: torch.device, repeats: int, *, busy: bool) ->
         lines.append(f"| {name} | {row.held / 2**20:.1f} | {row.peak / 2**20:.1f} | {time} |")
     about = (
         f"A DPO step of {PAIRS} pairs, prompts of {PROMPT} and answers of {RESPONSE} tokens, on a random Llama of "
-        f"{size['num_hidden_layers']} layers of {size['hidden_size']} and a vocabulary of {size['vocab_size']}, "
+        f"{model.layers} layers of {model.hidden} and a vocabulary of {model.vocab}, "
         f"bfloat16 base, LoRA of rank {DPOConfig().lora_r}. Time ({cli.CLOCKS[busy][1]}): median and quartiles of "
         f"{repeats} steps that take turns, over the step without an option beside it. {records.machine(device)[0]}; "
         f"commit {head[:12]}{' with changes' if dirty else ''}; torch {versions['torch']}; {records.now()}; made by "

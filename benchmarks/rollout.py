@@ -396,16 +396,10 @@ def measure_case(
             forget()
 
 
-def chosen(
-    shape: str | None, names: Sequence[str], *, table: bool, smoke: bool, load_in_4bit: bool
-) -> list[RolloutCase]:
+def chosen(names: Sequence[str], *, table: bool, smoke: bool) -> list[RolloutCase]:
     """The cases that are asked for."""
-    if (shape or load_in_4bit) and (table or names or smoke):
-        raise click.UsageError("--shape, --load-in-4bit: leave them out with --table, --case and --smoke.")
-    if shape:
-        return [of_shape(shape, load_in_4bit=load_in_4bit)]
     if not (table or names or smoke):
-        return [replace(small(), load_in_4bit=load_in_4bit)]
+        return [small()]
     found = on_a_gpu()
     unknown = sorted(set(names) - {case.name for case in found})
     if unknown:
@@ -416,16 +410,11 @@ def chosen(
 @click.command(context_settings=cli.SETTINGS)
 @click.option("--model", default="", help="Hugging Face name or folder. Default: a small Llama of random weights.")
 @click.option("--prompts", default="", help="File whose `prompt` or `text` column begins the prompts of --model.")
-@click.option("--shape", type=click.Choice(list(SHAPES)), help="A model of these sizes, of random weights.")
-@click.option("--load-in-4bit", is_flag=True, help="The base in NF4.")
 @click.option("--table", is_flag=True, help="The cases of a GPU, most telling first.")
 @click.option("--case", "names", multiple=True, help="Only this case of the table, by name.")
 @click.option("--smoke", is_flag=True, help="The table at tiny sizes: shows that it runs, and measures nothing.")
 @cli.DEVICE
-@click.option("--num-prompts", type=click.IntRange(1), help="Default: the case's, as for the next two.")
-@click.option("--batch-size", type=click.IntRange(1))
-@click.option("--max-new-tokens", type=click.IntRange(1))
-@click.option("--temperature", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(1), help="Longest answer. Default: the case's.")
 @cli.MINUTES
 @cli.REPEATS
 @cli.BUSY
@@ -434,16 +423,11 @@ def chosen(
 def command(
     model: str,
     prompts: str,
-    shape: str | None,
-    load_in_4bit: bool,
     table: bool,
     names: tuple[str, ...],
     smoke: bool,
     device: str,
-    num_prompts: int | None,
-    batch_size: int | None,
     max_new_tokens: int | None,
-    temperature: float,
     minutes: float | None,
     repeats: int | None,
     busy: bool,
@@ -457,12 +441,10 @@ def command(
     """
     if bool(model) != bool(prompts):
         raise click.UsageError("--model and --prompts: give both, or none for random weights and prompts.")
-    if model and (shape or table or names or smoke):
-        raise click.UsageError("--model is a case of its own; leave out --shape, --table, --case and --smoke.")
-    found = chosen(shape, names, table=table, smoke=smoke, load_in_4bit=load_in_4bit)
-    given = {"prompts": num_prompts, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    changes: dict[str, Any] = {name: value for name, value in given.items() if value}
-    found = [replace(case, temperature=temperature, **changes) for case in found]
+    if model and (table or names or smoke):
+        raise click.UsageError("--model is a case of its own; leave out --table, --case and --smoke.")
+    found = chosen(names, table=table, smoke=smoke)
+    found = [replace(case, max_new_tokens=max_new_tokens or case.max_new_tokens) for case in found]
     if model:
         found = [
             replace(case, name=Path(model).name, model=replace(case.model, name=Path(model).name)) for case in found

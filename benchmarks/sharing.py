@@ -21,8 +21,8 @@ from rich.console import Console
 from benchmarks import cli, measure, render
 from benchmarks.cli import Refused
 from benchmarks.records import Case, Recorder, Row
-from benchmarks.train_step.dpo import example
-from benchmarks.train_step.synthetic import Pair
+from benchmarks.train_step.dpo import example, shake
+from benchmarks.train_step.synthetic import DTYPES, Model, random_pairs, random_weights, write_folder
 from onecard.algorithms.dpo import make_recipe
 from onecard.config import DPOConfig
 from onecard.data.batches import PreferencePair, answers
@@ -38,37 +38,19 @@ TOKENS, QUICK_TOKENS = {"cpu": 3072, "cuda": 32768}, 256  # of the pairs of a st
 REPEATS, QUICK_REPEATS = {"cpu": 15, "cuda": 20}, 3
 BAR = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # how far the gradients may be from each other, relative, in norm
 MODELS = {
-    "cpu": {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
-            "num_attention_heads": 8, "num_key_value_heads": 4},
-    "cuda": {"vocab_size": 32768, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 16,
-             "num_attention_heads": 32, "num_key_value_heads": 8},
-}  # fmt: skip
+    "cpu": Model("sharing", hidden=256, layers=4, heads=8, key_heads=4, inner=704, vocab=2048),
+    "cuda": Model("sharing", hidden=2048, layers=16, heads=32, key_heads=8, inner=5632, vocab=32768),
+}
 
 
 def random_roles(device: str) -> Roles:
     """Policy and reference as `onecard dpo` loads them: a LoRA adapter on a Llama of random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        LlamaForCausalLM(LlamaConfig(**MODELS[device], max_position_embeddings=4096)).to(dtype).save_pretrained(folder)
-        roles = load_roles(DPOConfig(model=folder), trained="policy", reference=True)
-    with torch.no_grad():  # away from the reference, where the gradient would be the same for all pairs
-        for parameter in roles.trained_parameters().values():
-            parameter.add_(torch.randn_like(parameter) * 0.01)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with tempfile.TemporaryDirectory() as folder, random_weights():
+        config = DPOConfig(model=str(write_folder(MODELS[device], Path(folder))), dtype=DTYPES[dtype])
+        roles = load_roles(config, trained="policy", reference=True)
+    shake(roles.model)  # away from the reference, where the gradient would be the same for all pairs
     return roles.train()
-
-
-def random_pairs(prompt: int, response: int, tokens: int) -> list[PreferencePair]:
-    """As many pairs as have so many tokens together, two at least."""
-    generator = torch.Generator().manual_seed(prompt * 4099 + response)
-
-    def words(length: int) -> tuple[int, ...]:
-        return tuple(torch.randint(3, 2048, (length,), generator=generator).tolist())
-
-    count = max(2, tokens // (2 * (prompt + response)))
-    return [example(Pair(words(prompt), words(response), words(response))) for _ in range(count)]
 
 
 class Step:
@@ -95,7 +77,8 @@ def measure_case(
 ) -> Case:
     """One shape: gradients are compared, then memory, then time in turns."""
     prompt, response = map(int, shape.split("/"))
-    pairs = random_pairs(prompt, response, tokens)
+    count = max(2, tokens // (2 * (prompt + response)))
+    pairs = [example(pair) for pair in random_pairs(count, prompt, response, 2048, mixed=False)]
     steps = {SHARED: Step(roles, pairs, share=True), APART: Step(roles, pairs, share=False)}
     shared, apart = (step.gradient() for step in steps.values())
     error = float((shared - apart).norm() / apart.norm())
@@ -105,9 +88,8 @@ def measure_case(
     peaks = {name: measure.peak_bytes(step, where) for name, step in steps.items()}
     works: dict[str, list[measure.Work]] = {name: [step] for name, step in steps.items()}
     times = measure.interleave(works, measure.stopwatch(where, clock), repeats=repeats, warmup=1)
-    count = sum(map(len, pairs))
     rows = tuple(
-        Row(name, "ours", seconds=tuple(times[name]), tokens=(count,) * repeats, peak_bytes=peaks[name],
+        Row(name, "ours", seconds=tuple(times[name]), tokens=(sum(map(len, pairs)),) * repeats, peak_bytes=peaks[name],
             more={"rows": sum(step.objective.size(pair) for pair in pairs)})
         for name, step in steps.items()
     )  # fmt: skip

@@ -12,7 +12,6 @@ import logging
 import os
 import sys
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from benchmarks.train_step.watch import OPTIMIZER, TRAIN, Watch
 from onecard.algorithms.common import Recipe
 from onecard.algorithms.dpo.command import make_recipe
 from onecard.algorithms.supervised import Supervised
-from onecard.config import DPOConfig, Optim
+from onecard.config import DPOConfig
 from onecard.data.batches import PreferencePair, TokenSequence
 from onecard.models.build import load_roles
 from onecard.training.run_folder import Run
@@ -45,81 +44,59 @@ SAME = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/marg
 class Task:
     """What both sides are given."""
 
+    case: StepCase
     folder: Path
-    device: torch.device
     dtype: torch.dtype
-    pairs: tuple[Pair, ...]
-    per_step: int  # pairs of an optimizer step
-    per_pass: int  # pairs of a micro-batch
-    load_in_4bit: bool = False
-    gradient_checkpointing: bool = False
-    precompute_ref_log_probs: bool = False
-    optim: Optim = "adamw_torch"
+    device: torch.device = CPU
+    pairs: tuple[Pair, ...] = ()
 
     def places(self, step: int) -> list[int]:
         """Which pairs a step learns from."""
-        return [(step * self.per_step + place) % len(self.pairs) for place in range(self.per_step)]
+        return [(step * self.case.items + place) % len(self.pairs) for place in range(self.case.items)]
 
     def tokens(self, step: int) -> int:
         """Real tokens of a step."""
         return sum(self.pairs[place].tokens for place in self.places(step))
 
 
-class Side(ABC):
-    """A trainer that takes one optimizer step each time it is called, on the next pairs."""
+class Side:
+    """A trainer that takes one optimizer step on the next pairs each time it is called."""
+
+    model: Any
+    optimizer: Any
 
     def __init__(self, task: Task) -> None:
         self.task, self.done = task, 0
         self.row: dict[str, float] = {}
         self.learned: list[tuple[float, float]] = []  # loss and gradient norm of each step
 
-    @abstractmethod
     def ready(self) -> None:
         """What is outside of a step's time."""
 
-    @abstractmethod
     def step(self, places: Sequence[int]) -> dict[str, float]:
         """One optimizer step on these pairs; its row."""
+        raise NotImplementedError
 
     def __call__(self) -> None:
         self.row = self.step(self.task.places(self.done))
         self.learned.append((self.row["loss"], self.row["grad_norm"]))
         self.done += 1
 
-    @abstractmethod
-    def model(self) -> Any: ...
 
-    @abstractmethod
-    def optimizer(self) -> Any: ...
-
-
-def task_on(
-    case: StepCase, folder: Path, dtype: torch.dtype, device: torch.device = CPU, pairs: Sequence[Pair] = ()
-) -> Task:
-    """A case as a task, on these pairs."""
-    return Task(folder, device, dtype, tuple(pairs), case.items, case.per_pass, **case.settings)
-
-
-def own_settings(case: StepCase, dtype: torch.dtype) -> dict[str, Any]:
-    """Of ours alone: TRL counts pairs, and has no other dtype for adapters."""
-    return {"micro_batch_tokens": case.micro_batch_tokens, "adapter_dtype": DTYPES[dtype]}
-
-
-def config_of(task: Task, *, share_prompts: bool = True, **settings: Any) -> DPOConfig:
-    """Ours."""
+def config_of(task: Task, *, share_prompts: bool = True) -> DPOConfig:
+    """Ours. TRL counts pairs instead of tokens, and has no other dtype for adapters."""
+    case = task.case
     return DPOConfig(
         model=str(task.folder),
         dtype=DTYPES[task.dtype],
-        load_in_4bit=task.load_in_4bit,
-        gradient_checkpointing=task.gradient_checkpointing,
-        precompute_ref_log_probs=task.precompute_ref_log_probs,
-        per_device_train_batch_size=task.per_pass,
-        gradient_accumulation_steps=task.per_step // task.per_pass,
+        adapter_dtype=DTYPES[task.dtype],
+        micro_batch_tokens=case.micro_batch_tokens,
+        per_device_train_batch_size=case.per_pass,
+        gradient_accumulation_steps=case.items // case.per_pass,
         max_steps=1 << 30,
         share_prompts=share_prompts,
-        optim=task.optim,
         lr_scheduler_type="constant",
-        **settings,
+        **case.settings,
     )
 
 
@@ -131,9 +108,9 @@ def no_bar() -> Bar:
 class Ours(Side):
     """`onecard dpo`, with prompts shared or not."""
 
-    def __init__(self, task: Task, *, share_prompts: bool = True, **settings: Any) -> None:
+    def __init__(self, task: Task, *, share_prompts: bool = True) -> None:
         super().__init__(task)
-        config = config_of(task, share_prompts=share_prompts, **settings)
+        config = config_of(task, share_prompts=share_prompts)
         self.examples = [example(pair) for pair in task.pairs]
         with random_weights():
             self.roles = load_roles(config, trained="policy", reference=True)
@@ -145,10 +122,8 @@ class Ours(Side):
         self.job = Supervised(config, "dpo", recipe.objective(self.roles), self.examples, [])
         self.trainer = Trainer(config, self.job, self.roles, Run(task.folder, None, ()))
         self.roles.train()
+        self.model, self.optimizer = self.roles.model, self.trainer.optimizer
         self.bar, self.first_cuts = no_bar(), self.cuts()
-
-    def ready(self) -> None:
-        """Nothing."""
 
     def step(self, places: Sequence[int]) -> dict[str, float]:
         return self.job.step(self.trainer, places, self.bar)
@@ -165,12 +140,6 @@ class Ours(Side):
                 stack.enter_context(mock.patch.object(self.trainer, name, changed))
             with watch.whole():
                 self()
-
-    def model(self) -> Any:
-        return self.roles.model
-
-    def optimizer(self) -> Any:
-        return self.trainer.optimizer
 
 
 # Its norms and feed-forward parts go into one model; its rotations and losses would go into ours too.
@@ -198,19 +167,19 @@ class Theirs(Side):
                 str(task.folder),
                 dtype=task.dtype,
                 device_map={"": task.device},
-                quantization_config=nf4(task.dtype) if task.load_in_4bit else None,
+                quantization_config=nf4(task.dtype) if task.case.load_in_4bit else None,
             )
         settings = TheirConfig(
             output_dir=str(task.folder / "trl"),
             use_cpu=task.device.type == "cpu",
             bf16=task.dtype == torch.bfloat16,
-            per_device_train_batch_size=task.per_pass,
-            gradient_accumulation_steps=task.per_step // task.per_pass,
-            gradient_checkpointing=task.gradient_checkpointing,
-            precompute_ref_log_probs=task.precompute_ref_log_probs,
+            per_device_train_batch_size=task.case.per_pass,
+            gradient_accumulation_steps=task.case.items // task.case.per_pass,
+            gradient_checkpointing=task.case.gradient_checkpointing,
+            precompute_ref_log_probs=task.case.precompute_ref_log_probs,
             learning_rate=ours.learning_rate,
             beta=ours.beta,
-            optim=task.optim,
+            optim=task.case.optim,
             weight_decay=ours.weight_decay,
             max_grad_norm=ours.max_grad_norm,
             max_length=None,
@@ -237,18 +206,19 @@ class Theirs(Side):
         shake(self.trainer.model)
         if liger:
             use_liger(self.trainer.model)
-        if task.gradient_checkpointing:  # what `train` does before its loop, which is not entered here
+        if task.case.gradient_checkpointing:  # what `train` does before its loop, which is not entered here
             self.trainer.model.gradient_checkpointing_enable()  # newer releases have another name for it
         self.trainer.create_optimizer()
         self.wrapped, self.prepared = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
         self.trainer.model_wrapped, self.trainer.optimizer = self.wrapped, self.prepared
+        self.model, self.optimizer = self.trainer.model, self.trainer.optimizer
         self.trainer.current_gradient_accumulation_steps = settings.gradient_accumulation_steps
         self.batches: list[Any] = []
 
     def ready(self) -> None:
         """Collate the next step."""
         rows = [self.trainer.train_dataset[place] for place in self.task.places(self.done)]
-        size = self.task.per_pass
+        size = self.task.case.per_pass
         self.batches = [self.trainer.data_collator(rows[at : at + size]) for at in range(0, len(rows), size)]
 
     def step(self, places: Sequence[int]) -> dict[str, float]:
@@ -266,12 +236,6 @@ class Theirs(Side):
         self.wrapped.zero_grad()
         found = {name: sum(values[-len(losses) :]) / len(losses) for name, values in trainer._metrics["train"].items()}
         return {**found, "loss": float(sum(losses)), "grad_norm": float(norm)}
-
-    def model(self) -> Any:
-        return self.trainer.model
-
-    def optimizer(self) -> Any:
-        return self.trainer.optimizer
 
 
 def use_liger(model: Any) -> None:

@@ -19,7 +19,7 @@ from benchmarks.records import LIMIT, OURS, WHOLE, Case, Row
 from benchmarks.render import TRL, UNSHARED
 from benchmarks.train_step import dpo, ppo
 from benchmarks.train_step.cases import Flops, StepCase, dpo_flops
-from benchmarks.train_step.dpo import SAME, Ours, Side, Task, Theirs, forget, held_bytes, own_settings, task_on
+from benchmarks.train_step.dpo import SAME, Ours, Side, Task, Theirs, forget, held_bytes
 from benchmarks.train_step.synthetic import random_pairs, write_folder
 from benchmarks.train_step.watch import (
     OLD,
@@ -128,7 +128,7 @@ def config_of(case: StepCase, dtype: torch.dtype) -> TrainConfig:
     nowhere = Path("no-weights")
     if case.kind == "ppo":
         return ppo.config_of(case, nowhere, dtype)
-    return dpo.config_of(task_on(case, nowhere, dtype), **own_settings(case, dtype))
+    return dpo.config_of(Task(case, nowhere, dtype))
 
 
 def plan_of(case: StepCase, dtype: torch.dtype, device: torch.device) -> Plan:
@@ -230,12 +230,11 @@ def found_of(
     }
 
 
-def candidates(case: StepCase, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[str, Build]]:
+def candidates(device: torch.device) -> dict[str, tuple[str, Build]]:
     """Each candidate's role, and what makes it."""
-    settings = own_settings(case, dtype)
     found: dict[str, tuple[str, Build]] = {
-        OURS: ("ours", partial(Ours, **settings)),
-        UNSHARED: ("ours", partial(Ours, share_prompts=False, **settings)),
+        OURS: ("ours", Ours),
+        UNSHARED: ("ours", partial(Ours, share_prompts=False)),
         TRL: ("peer", Theirs),
     }
     if device.type == "cpu":  # on a GPU it does that anyway
@@ -245,7 +244,7 @@ def candidates(case: StepCase, device: torch.device, dtype: torch.dtype) -> dict
 
 def task_of(case: StepCase, folder: Path, device: torch.device, dtype: torch.dtype) -> Task:
     pairs = random_pairs(STEPS * case.items, case.prompt, case.response, case.model.vocab, mixed=case.mixed)
-    return task_on(case, folder, dtype, device, pairs)
+    return Task(case, folder, dtype, device, tuple(pairs))
 
 
 def disagreement(mine: Mapping[str, float], theirs: Mapping[str, float], dtype: torch.dtype) -> str | None:
@@ -272,7 +271,7 @@ def measure_dpo(
 ) -> Case:
     """All candidates in turns, or one after the other where they cannot be held at once."""
     task = task_of(case, folder, device, dtype)
-    names = list(candidates(case, device, dtype))
+    names = list(candidates(device))
     rows: list[Row] = []
     found: dict[str, Any] = found_of(case, dtype, device, (), None)
     for group in [names] if case.in_turns else [[name] for name in names]:
@@ -301,7 +300,7 @@ def first_steps(task: Task, builds: Mapping[str, Build]) -> tuple[dict[str, Side
             side()
             sides[name] = side
         except Exception as error:  # a peer that cannot run stands in the table with the reason
-            if isinstance(build, partial) and build.func is Ours and not isinstance(error, TOO_MUCH):
+            if getattr(build, "func", build) is Ours and not isinstance(error, TOO_MUCH):
                 raise
             reasons[name] = one_line(error)
     return sides, reasons
@@ -311,7 +310,7 @@ def measure_sides(
     case: StepCase, task: Task, names: Sequence[str], timing: Timing, tell: Tell
 ) -> tuple[list[Row], list[Memory], Ours | None]:
     """First step, rounds, memory, of candidates that are in memory together. Rows, our memory by phase, and ours."""
-    known = candidates(case, task.device, task.dtype)
+    known = candidates(task.device)
     tell(f"{case.name}: first step")
     sides, reasons = first_steps(task, {name: known[name][1] for name in names})
     firsts = {name: {key: side.row[key] for key in SAME} for name, side in sides.items()}
@@ -342,14 +341,14 @@ def measure_sides(
             continue
         tell(f"{case.name}: memory of {name}")
         side = sides[name]
-        held = held_bytes(side.model(), side.optimizer())
+        held = held_bytes(side.model, side.optimizer)
         if side is ours:
             peaks = phase_peaks(ours.watched, task.device)
             peak = peaks.above[WHOLE]
             if not case.mixed:
                 # Where others are in memory too, what is held is ours, added up.
                 alone = len(sides) == 1 and peaks.held is not None
-                own = held_bytes(side.model(), side.optimizer(), paged=task.device.type == "cpu")
+                own = held_bytes(side.model, side.optimizer, paged=task.device.type == "cpu")
                 memory = compared(plan_of(case, task.dtype, task.device), peaks.held if alone else own, peaks)
         else:
             peak = measure.peak_bytes(side, task.device)
