@@ -16,9 +16,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 from rich.console import Console
@@ -300,7 +301,6 @@ TASKS: dict[str, Task] = {
 # --- runs
 
 RECORD = "learning.json"
-POLL = 0.2  # seconds between polls of the running processes
 
 
 @dataclass(frozen=True)
@@ -359,51 +359,28 @@ def metrics_of(job: Job) -> Rows:
     return [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-@dataclass
-class Running:
-    """A run's process."""
-
-    job: Job
-    process: subprocess.Popen[bytes]
-    log: Path
-    began: float
-
-
-def start(job: Job) -> Running:
+def run(job: Job, origin: Mapping[str, Any], running: dict[str, subprocess.Popen[bytes]]) -> str:
+    """Run one job and write its record; returns "", or why it failed."""
+    name, log = job.folder.name, job.output / f"{job.folder.name}.log"
     (job.folder / RECORD).unlink(missing_ok=True)
     job.output.mkdir(parents=True, exist_ok=True)
-    log = job.output / f"{job.folder.name}.log"
-    sources = [str(records.ROOT / name) for name in ("engine", "kernels")] + [os.environ.get("PYTHONPATH", "")]
+    sources = [str(records.ROOT / part) for part in ("engine", "kernels")] + [os.environ.get("PYTHONPATH", "")]
     own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sources))}
-    with open(log, "wb") as file:
+    command, began = [sys.executable, "-m", "onecard", *job.arguments, "--overwrite"], time.monotonic()
+    with open(log, "wb") as file:  # in a session of its own: Ctrl-C reaches this process alone, which ends the runs
         process = subprocess.Popen(
-            [sys.executable, "-m", "onecard", *job.arguments, "--overwrite"],
-            cwd=records.ROOT,
-            env={**os.environ, **own},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches this process alone, which ends the runs
+            command, cwd=records.ROOT, env={**os.environ, **own}, stdout=file, stderr=file, start_new_session=True
         )
-    return Running(job, process, log, time.monotonic())
-
-
-def poll(run: Running, origin: Mapping[str, Any]) -> str | None:
-    """None while it runs; then "" with its record written, or why the run failed."""
-    pid, status, usage = os.wait4(run.process.pid, os.WNOHANG)
-    if pid == 0:
-        return None
-    code = run.process.returncode = os.waitstatus_to_exitcode(status)
-    if code:
-        lines = run.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return f"{run.job.folder.name}: exit status {code}: {lines[-1] if lines else 'no output'} ({run.log})"
-    record = Finished(
-        command=run.job.command,
-        wall_seconds=round(time.monotonic() - run.began, 1),
-        cpu_seconds=round(usage.ru_utime + usage.ru_stime, 1),
-        date=records.now(),
-        **origin,
-    )
-    records.write_atomically(run.job.folder / RECORD, (json.dumps(asdict(record), indent=1) + "\n").encode())
+    running[name] = process
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    del running[name]
+    if process.returncode:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return f"{name}: exit status {process.returncode}: {lines[-1] if lines else 'no output'} ({log})"
+    seconds = round(time.monotonic() - began, 1), round(usage.ru_utime + usage.ru_stime, 1)
+    record = Finished(job.command, **origin, date=records.now(), wall_seconds=seconds[0], cpu_seconds=seconds[1])
+    records.write_atomically(job.folder / RECORD, (json.dumps(asdict(record), indent=1) + "\n").encode())
     return ""
 
 
@@ -414,27 +391,21 @@ def run_all(
     head, dirty = records.commit()
     origin = {"commit": head, "dirty": dirty, "versions": records.versions(), "processor": records.processor()}
     waiting = [job for job in jobs if finished(job) is None]
-    done, failures = len(jobs) - len(waiting), []
     if waiting:
         make_data()
-    running: list[Running] = []
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_a_time:
-                running.append(start(waiting.pop(0)))
-            shown([run.job.folder.name for run in running], done)
-            time.sleep(POLL)
-            for run in list(running):
-                outcome = poll(run, origin)
-                if outcome is not None:
-                    running.remove(run)
-                    done += 1
-                    failures += [outcome] if outcome else []
-    finally:
-        for run in running:
-            os.kill(run.process.pid, signal.SIGTERM)
-            run.process.wait()
-    shown([], done)
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    failures: list[str] = []
+    with ThreadPoolExecutor(at_a_time) as pool:
+        futures = [pool.submit(run, job, origin, running) for job in waiting]
+        try:
+            for done, future in enumerate(as_completed(futures), start=len(jobs) - len(waiting) + 1):
+                failures += filter(None, [future.result()])
+                shown(list(running), done)
+        finally:
+            for future in futures:
+                future.cancel()
+            for process in list(running.values()):
+                os.kill(process.pid, signal.SIGTERM)
     return failures
 
 
@@ -473,8 +444,7 @@ class Found:
     runs: tuple[Run, ...]
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """A bar with a number for each seed."""
 
     bar: Bar

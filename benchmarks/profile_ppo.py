@@ -139,10 +139,7 @@ RULES = tuple(
             r"multinomial|exponential|log_softmax|searchsorted|cumsum|\bsort\b|topk|argmax",
         ),
         ("selections of rows", r"aten::index|gather|scatter|embedding"),
-        (
-            "products",
-            r"\b(mm|addmm|bmm|baddbmm|linear|matmul|addmv|mv|dot)_?\b|gemm|gemv|cutlass|nvjet|xmma|cublas",
-        ),
+        ("products", r"\b(mm|addmm|bmm|baddbmm|linear|matmul|addmv|mv|dot)_?\b|gemm|gemv|cutlass|nvjet|xmma|cublas"),
         ("copies and casts", r"copy|Memcpy|to_copy|contiguous|clone|Memset|zero_|fill_"),
         (
             "views and allocations: dispatch alone",
