@@ -37,10 +37,10 @@ from benchmarks.records import WHOLE, Case, Recorder, Row
 from benchmarks.rollout import bandwidth, weight_bytes
 from benchmarks.train_step.cases import Flops, StepCase, picked
 from benchmarks.train_step.dpo import quiet
-from benchmarks.train_step.ppo import Iterations
+from benchmarks.train_step.phases import MARK, PHASES, ROLLOUT, PhaseTimer
+from benchmarks.train_step.ppo import PPORun
 from benchmarks.train_step.run import TOO_MUCH, BareProducts, blank, capped
 from benchmarks.train_step.synthetic import FIRST_WORD, write_folder
-from benchmarks.train_step.watch import MARK, PHASES, ROLLOUT, Watch
 from onecard.data import Prompt
 
 TOP = 12  # operators of a phase, and costs of an iteration
@@ -222,7 +222,7 @@ def largest(phases: Sequence[Phase], device: str, rate: float) -> list[dict[str,
 
 
 @dataclass
-class FirstTimes(Watch):
+class FirstPhaseTimer(PhaseTimer):
     """Keeps the seconds of each phase's first time apart: that is what is profiled of a phase which comes again."""
 
     first: dict[str, float] = field(default_factory=dict)
@@ -236,13 +236,13 @@ class FirstTimes(Watch):
 
 
 @dataclass
-class Profiler(Watch):
+class PhaseProfiler(PhaseTimer):
     """Profiles the first time of each phase that is asked for, and reads the profile at once."""
 
     wanted: tuple[str, ...] = ()
     found: dict[str, Digest] = field(default_factory=dict)
 
-    def around(self, name: str | Callable[..., str], work: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(self, name: str | Callable[..., str], work: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*arguments: Any, **keywords: Any) -> Any:
             phase = name if isinstance(name, str) else name(*arguments, **keywords)
             if phase not in self.wanted or phase in self.found:
@@ -259,24 +259,24 @@ class Profiler(Watch):
 
 
 def measured(case: StepCase, device: torch.device, dtype: torch.dtype, tell: Callable[[str], None]) -> Case:
-    """Warm up, watch an iteration, then profile one."""
+    """Warm up, timer an iteration, then profile one."""
     with tempfile.TemporaryDirectory() as folder, capped(case.cap_gib, device):
         write_folder(case.model, Path(folder))
         tell("loading")
-        iterations = Iterations(case, Path(folder), device, dtype)
+        iterations = PPORun(case, Path(folder), device, dtype)
         tell("a first iteration, which is not watched")
         sampler = iterations.job.sampler  # warm after short answers
         few = replace(sampler, sampling=replace(sampler.sampling, max_new_tokens=min(case.response, LONGEST)))
         with mock.patch.object(iterations.job, "sampler", few):
-            iterations.run(Watch(device))
+            iterations.run(PhaseTimer(device))
         tell("the stopwatch")
-        watch = FirstTimes(device)
-        iterations.run(watch)
+        timer = FirstPhaseTimer(device)
+        iterations.run(timer)
         counts, batches = iterations.counts(), decode_steps(iterations)
         rate, copies = product_rate(case, device, dtype), bandwidth(device)
         tell("the profiler")
         whole = case.response <= LONGEST
-        profiler = Profiler(device, wanted=PHASES if whole else tuple(name for name in PHASES if name != ROLLOUT))
+        profiler = PhaseProfiler(device, wanted=PHASES if whole else tuple(name for name in PHASES if name != ROLLOUT))
         began = time.perf_counter()
         iterations.run(profiler, again=True)
         taken = time.perf_counter() - began
@@ -287,18 +287,18 @@ def measured(case: StepCase, device: torch.device, dtype: torch.dtype, tell: Cal
         for name, digest in profiler.found.items():
             # a few other tokens may be drawn after another update
             share = again[name][0] / counts[name][0]
-            part = watch.first[name] * share
+            part = timer.first[name] * share
             reading = batches * share * a_step if name == ROLLOUT else 0.0
-            phases.append(Phase(name, watch.seconds[name], counts[name][1], part, digest, reading))
+            phases.append(Phase(name, timer.seconds[name], counts[name][1], part, digest, reading))
         if not whole:
             tell(f"the profiler: {WINDOW} tokens in the middle of answers")
             part, digest = window(iterations, length, device)
-            phases.insert(0, Phase(ROLLOUT, watch.seconds[ROLLOUT], counts[ROLLOUT][1], part, digest, WINDOW * a_step))
+            phases.insert(0, Phase(ROLLOUT, timer.seconds[ROLLOUT], counts[ROLLOUT][1], part, digest, WINDOW * a_step))
     phases.sort(key=lambda phase: PHASES.index(phase.name))
     rows = [row_of(phase, counts[phase.name][0], rate, device.type) for phase in phases]
     return replace(
         blank(case, dtype),
-        rows=(*rows, Row(WHOLE, "ours", seconds=(watch.seconds[WHOLE],))),
+        rows=(*rows, Row(WHOLE, "ours", seconds=(timer.seconds[WHOLE],))),
         found={
             "profiled_seconds": taken,
             "rate": rate,  # FLOP/s of bare products
@@ -325,7 +325,7 @@ def row_of(phase: Phase, tokens: int, rate: float, device: str) -> Row:
                more=more)  # fmt: skip
 
 
-def decode_steps(iterations: Iterations) -> int:
+def decode_steps(iterations: PPORun) -> int:
     """Passes over single tokens of a rollout in batches by like lengths: at least the longest answer's of each."""
     answers = sorted((len(each.sampling_logprobs) for each in iterations.episodes), reverse=True)
     batches = -(-len(answers) // iterations.config.local_rollout_forward_batch_size)
@@ -341,7 +341,7 @@ def product_rate(case: StepCase, device: torch.device, dtype: torch.dtype) -> fl
     return bare.flops / statistics.median(seconds(bare) for _ in range(5))
 
 
-def window(iterations: Iterations, length: int, device: torch.device) -> tuple[float, Digest]:
+def window(iterations: PPORun, length: int, device: torch.device) -> tuple[float, Digest]:
     """Seconds and digest of WINDOW tokens that follow prompts of so many: those of more tokens less those of one.
 
     Nothing ends an answer there. The seconds are the stopwatch's, of calls that nobody profiles.

@@ -232,10 +232,6 @@ def load(path: Path) -> Report:
         raise ValueError(f"{path} is no benchmark report: {error}") from None
 
 
-def save(report: Report, path: Path) -> None:
-    write_atomically(path, (json.dumps(asdict(report), indent=1, allow_nan=False) + "\n").encode())
-
-
 class Recorder:
     """A report in the making, whose file is written after every case."""
 
@@ -274,7 +270,5 @@ class Recorder:
         """Replace the cases, and write the file. The tree must not have changed since the run began either."""
         dirty = self.report.dirty or commit() != (self.report.commit, False)
         self.report = replace(self.report, cases=tuple(cases), complete=complete, dirty=dirty)
-        if any(case.rows or case.found for case in self.report.cases) or self.report.benchmark != "kernels":
-            save(self.report, self.path)
-        else:
-            self.path.unlink(missing_ok=True)  # all of it was refused
+        data = json.dumps(asdict(self.report), indent=1, allow_nan=False) + "\n"
+        write_atomically(self.path, data.encode())

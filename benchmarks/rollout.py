@@ -26,7 +26,7 @@ from rich.console import Console
 from benchmarks import cli, measure, render
 from benchmarks.records import OURS, Case, Recorder, Row
 from benchmarks.train_step.cases import LLAMA_8B, QWEN_0_5B, QWEN_1_5B, TINY
-from benchmarks.train_step.dpo import forget, held_bytes, quiet, shake
+from benchmarks.train_step.dpo import free_memory, held_bytes, quiet, randomize_adapters
 from benchmarks.train_step.synthetic import DTYPES, FIRST_WORD, PAD, SEED, Model, random_weights, write_folder
 from onecard.config import ModelConfig, SFTConfig
 from onecard.data import load_rows
@@ -125,7 +125,7 @@ def random_task(case: RolloutCase, folder: Path, dtype: torch.dtype) -> Task:
     config = SFTConfig(model=str(folder), dtype=name, adapter_dtype=name, load_in_4bit=case.load_in_4bit)
     with random_weights():
         roles = load_roles(config, trained="policy")
-    shake(roles.model)
+    randomize_adapters(roles.model)
     roles.eval()
     draw = random.Random(SEED)
     prompts = [tuple(draw.randrange(FIRST_WORD, case.model.vocab) for _ in range(length)) for length in lengths(case)]
@@ -393,7 +393,7 @@ def measure_case(
         except OnecardError as error:
             raise click.UsageError(str(error)) from None
         finally:
-            forget()
+            free_memory()
 
 
 def chosen(names: Sequence[str], *, table: bool, smoke: bool) -> list[RolloutCase]:

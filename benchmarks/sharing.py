@@ -21,7 +21,7 @@ from rich.console import Console
 from benchmarks import cli, measure, render
 from benchmarks.cli import Refused
 from benchmarks.records import Case, Recorder, Row
-from benchmarks.train_step.dpo import example, shake
+from benchmarks.train_step.dpo import example, randomize_adapters
 from benchmarks.train_step.synthetic import DTYPES, Model, random_pairs, random_weights, write_folder
 from onecard.algorithms.dpo import make_recipe
 from onecard.config import DPOConfig
@@ -49,7 +49,7 @@ def random_roles(device: str) -> Roles:
     with tempfile.TemporaryDirectory() as folder, random_weights():
         config = DPOConfig(model=str(write_folder(MODELS[device], Path(folder))), dtype=DTYPES[dtype])
         roles = load_roles(config, trained="policy", reference=True)
-    shake(roles.model)  # away from the reference, where the gradient would be the same for all pairs
+    randomize_adapters(roles.model)  # away from the reference, where the gradient would be the same for all pairs
     return roles.train()
 
 

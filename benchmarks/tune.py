@@ -39,37 +39,37 @@ CALLS = 20  # of a CUDA graph
 DRY, CPU, CUDA = "dry", "cpu", "cuda"
 
 Values = Mapping[str, Any]
-Turn = Callable[[Values], AbstractContextManager[object]]
+Apply = Callable[[Values], AbstractContextManager[object]]
 
 
-# --- turning a knob: inside a `with`, numbers of the kernel library are other ones. It is imported only then: Triton's
-# interpreter has to be asked for before triton is imported.
+# --- applying a setting: a `with` in which numbers of the kernel library are replaced. The library is imported only
+# there, for Triton's interpreter has to be chosen before triton is imported.
 
 
 def library(module: str) -> Any:
     return import_module(f"onecard_kernels.{module}")
 
 
-def plan(**always: Any) -> Turn:
+def plan(**always: Any) -> Apply:
     """The plan of the linear path. `always` holds for the default too."""
     return lambda values: library("logprob.plans").override(**{**always, **values})
 
 
-def constants(module: str, **always: Any) -> Turn:
+def constants(module: str, **always: Any) -> Apply:
     """Numbers of a module, by their names in small letters; `always` is a plan that holds for the default too."""
 
     @contextmanager
-    def turn(values: Values) -> Iterator[None]:
+    def apply(values: Values) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(plan(**always)({}))
             for name, value in values.items():
                 stack.enter_context(mock.patch.object(library(module), name.upper(), value))
             yield
 
-    return turn
+    return apply
 
 
-def record(module: str, name: str) -> Turn:
+def record(module: str, name: str) -> Apply:
     """Fields of a named tuple of a module."""
     return lambda values: mock.patch.object(library(module), name, getattr(library(module), name)._replace(**values))
 
@@ -106,7 +106,7 @@ class Knob:
     name: str
     benchmark: Benchmark
     mode: str
-    turn: Turn
+    apply: Apply  # a context in which the values hold
     where: str  # what to change in the library
     settings: Mapping[str, tuple[Values, ...]]  # by device
     shapes: Mapping[str, tuple[Shape, ...]]  # by device, and DRY
@@ -151,8 +151,8 @@ TOKEN_BLOCKS = grid(block=(256, 512, 1024, 2048, 4096), per_thread=(4, 8))
 def chunk_rows(name: str, benchmark: Benchmark, mode: str, cuda: tuple[Shape, ...], on_cpu: bool = False) -> Knob:
     settings = {CUDA: grid(rows=(256, 512, 1024, 1536, 2048, 4096)), CPU: grid(rows=(64, 128, 256, 512, 1024))}
     shapes = {CUDA: cuda, DRY: TINY, **({CPU: ON_CPU} if on_cpu else {})}
-    turn = plan(implementation="chunked")
-    return Knob(name, benchmark, mode, turn, "logprob.plans: rows of a chunk", settings, shapes, workspace=FAST)
+    apply = plan(implementation="chunked")
+    return Knob(name, benchmark, mode, apply, "logprob.plans: rows of a chunk", settings, shapes, workspace=FAST)
 
 
 def implementation(mode: str, cuda: tuple[Shape, ...]) -> Knob:
@@ -175,8 +175,8 @@ def blocks(
     cuda: tuple[Shape, ...], dry: tuple[Shape, ...], *, replayed: bool = False, **always: Any,
 ) -> Knob:  # fmt: skip
     """Constants of a module of kernels."""
-    turn, shapes = constants(module, **always), {CUDA: cuda, DRY: dry}
-    return Knob(name, benchmark, mode, turn, module, {CUDA: settings}, shapes, replayed=replayed)
+    apply, shapes = constants(module, **always), {CUDA: cuda, DRY: dry}
+    return Knob(name, benchmark, mode, apply, module, {CUDA: settings}, shapes, replayed=replayed)
 
 
 BATCH, BOTH = TOKENS[CUDA].usual, token_losses.BACKWARD
@@ -257,8 +257,8 @@ def candidates(knob: Knob, settings: Sequence[Values]) -> list[Candidate]:
     """Eager as the yardstick of gradients, the default, and the same with each setting."""
     default = next(c for c in knob.benchmark.candidates if c.name == OURS)
     eager = next(c for c in knob.benchmark.candidates if c.name == EAGER)
-    made = [replace(default, name=label(v), role="setting", around=lambda v=v: knob.turn(v)) for v in settings]
-    return [replace(eager, timed=False), replace(default, around=lambda: knob.turn({})), *made]
+    made = [replace(default, name=label(v), role="setting", around=lambda v=v: knob.apply(v)) for v in settings]
+    return [replace(eager, timed=False), replace(default, around=lambda: knob.apply({})), *made]
 
 
 def measure_case(knob: Knob, shape: Shape, settings: Sequence[Values], device: torch.device, timing: Timing) -> Case:

@@ -23,8 +23,8 @@ import torch
 from rich.progress import Progress
 
 from benchmarks.train_step.cases import StepCase
+from benchmarks.train_step.phases import OPTIMIZER, TRAIN, PhaseTimer
 from benchmarks.train_step.synthetic import DTYPES, Pair, random_weights, text, whole_words
-from benchmarks.train_step.watch import OPTIMIZER, TRAIN, Watch
 from onecard.algorithms.common import Recipe
 from onecard.algorithms.dpo.command import make_recipe
 from onecard.algorithms.supervised import Supervised
@@ -50,16 +50,16 @@ class Task:
     device: torch.device = CPU
     pairs: tuple[Pair, ...] = ()
 
-    def places(self, step: int) -> list[int]:
+    def indices(self, step: int) -> list[int]:
         """Which pairs a step learns from."""
-        return [(step * self.case.items + place) % len(self.pairs) for place in range(self.case.items)]
+        return [(step * self.case.items + index) % len(self.pairs) for index in range(self.case.items)]
 
     def tokens(self, step: int) -> int:
         """Real tokens of a step."""
-        return sum(self.pairs[place].tokens for place in self.places(step))
+        return sum(self.pairs[index].tokens for index in self.indices(step))
 
 
-class Side:
+class DPOStepper:
     """A trainer that takes one optimizer step on the next pairs each time it is called."""
 
     model: Any
@@ -73,18 +73,18 @@ class Side:
     def ready(self) -> None:
         """What is outside of a step's time."""
 
-    def step(self, places: Sequence[int]) -> dict[str, float]:
+    def step(self, indices: Sequence[int]) -> dict[str, float]:
         """One optimizer step on these pairs; its row."""
         raise NotImplementedError
 
     def __call__(self) -> None:
-        self.row = self.step(self.task.places(self.done))
+        self.row = self.step(self.task.indices(self.done))
         self.learned.append((self.row["loss"], self.row["grad_norm"]))
         self.done += 1
 
 
 def config_of(task: Task, *, share_prompts: bool = True) -> DPOConfig:
-    """Ours. TRL counts pairs instead of tokens, and has no other dtype for adapters."""
+    """OnecardDPO. TRL counts pairs instead of tokens, and has no other dtype for adapters."""
     case = task.case
     return DPOConfig(
         model=str(task.folder),
@@ -105,7 +105,7 @@ def no_bar() -> Bar:
     return Bar(Progress(disable=True), "", 0)
 
 
-class Ours(Side):
+class OnecardDPO(DPOStepper):
     """`onecard dpo`, with prompts shared or not."""
 
     def __init__(self, task: Task, *, share_prompts: bool = True) -> None:
@@ -114,7 +114,7 @@ class Ours(Side):
         self.examples = [example(pair) for pair in task.pairs]
         with random_weights():
             self.roles = load_roles(config, trained="policy", reference=True)
-        shake(self.roles.model)
+        randomize_adapters(self.roles.model)
         recipe: Recipe[Any, Any] = make_recipe(config)
         if recipe.prepare:
             with mock.patch.dict(os.environ, {"ONECARD_CACHE": str(task.folder / "cache")}):
@@ -125,20 +125,20 @@ class Ours(Side):
         self.model, self.optimizer = self.roles.model, self.trainer.optimizer
         self.bar, self.first_cuts = no_bar(), self.cuts()
 
-    def step(self, places: Sequence[int]) -> dict[str, float]:
-        return self.job.step(self.trainer, places, self.bar)
+    def step(self, indices: Sequence[int]) -> dict[str, float]:
+        return self.job.step(self.trainer, indices, self.bar)
 
     def cuts(self) -> tuple[Any, ...]:
         """Micro-batches as they are cut now: smaller than at first if memory ran out."""
         return self.trainer.cut, self.job.budget.cut
 
-    def watched(self, watch: Watch) -> None:
+    def watched(self, timer: PhaseTimer) -> None:
         """A step, watched by phase."""
         with ExitStack() as stack:
             for phase, name in ((TRAIN, "gradients"), (OPTIMIZER, "apply")):
-                changed = watch.around(phase, getattr(self.trainer, name))
+                changed = timer.wrap(phase, getattr(self.trainer, name))
                 stack.enter_context(mock.patch.object(self.trainer, name, changed))
-            with watch.whole():
+            with timer.whole():
                 self()
 
 
@@ -146,7 +146,7 @@ class Ours(Side):
 LIGER = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
-class Theirs(Side):
+class TrlDPO(DPOStepper):
     """TRL's `DPOTrainer`, at the settings that take it the least memory."""
 
     def __init__(self, task: Task, *, liger: bool = False, answers_alone: bool = False) -> None:
@@ -203,7 +203,7 @@ class Theirs(Side):
             processing_class=whole_words(task.folder),
         )
         check_same_tokens(self.trainer.train_dataset, task.pairs)
-        shake(self.trainer.model)
+        randomize_adapters(self.trainer.model)
         if liger:
             use_liger(self.trainer.model)
         if task.case.gradient_checkpointing:  # what `train` does before its loop, which is not entered here
@@ -217,19 +217,19 @@ class Theirs(Side):
 
     def ready(self) -> None:
         """Collate the next step."""
-        rows = [self.trainer.train_dataset[place] for place in self.task.places(self.done)]
+        rows = [self.trainer.train_dataset[index] for index in self.task.indices(self.done)]
         size = self.task.case.per_pass
         self.batches = [self.trainer.data_collator(rows[at : at + size]) for at in range(0, len(rows), size)]
 
-    def step(self, places: Sequence[int]) -> dict[str, float]:
+    def step(self, indices: Sequence[int]) -> dict[str, float]:
         with mock.patch("trl.trainer.utils._use_triton", on_any_device) if self.answers_alone else nullcontext():
             return self.whole_step()
 
     def whole_step(self) -> dict[str, float]:
         trainer = self.trainer
         losses = []
-        for place, batch in enumerate(self.batches):
-            trainer.accelerator.gradient_state._set_sync_gradients(place == len(self.batches) - 1)
+        for index, batch in enumerate(self.batches):
+            trainer.accelerator.gradient_state._set_sync_gradients(index == len(self.batches) - 1)
             losses.append(trainer.training_step(self.wrapped, batch))
         norm = trainer.accelerator.clip_grad_norm_(self.wrapped.parameters(), trainer.args.max_grad_norm)
         trainer.optimizer.step()
@@ -251,7 +251,7 @@ def use_liger(model: Any) -> None:
 
 
 def on_any_device(_: torch.device) -> bool:
-    """In TRL's place: whether the head sees the answers' rows alone. Without Triton it sees prompts and padding too."""
+    """In TRL's index: whether the head sees the answers' rows alone. Without Triton it sees prompts and padding too."""
     return True
 
 
@@ -280,7 +280,7 @@ def example(pair: Pair) -> PreferencePair:
     return PreferencePair(side(pair.chosen), side(pair.rejected))
 
 
-def shake(model: Any) -> None:
+def randomize_adapters(model: Any) -> None:
     """Give every adapter the same values, whatever it is called: N(0, 1 / columns) and N(0, NOISE)."""
     generator = torch.Generator().manual_seed(11)
     for name, parameter in model.named_parameters():
@@ -320,7 +320,7 @@ def held_bytes(model: Any, optimizer: Any, *, paged: bool = True) -> int:
     return sum(storages.values())
 
 
-def forget() -> None:
+def free_memory() -> None:
     """Give freed memory back, the cached part too."""
     gc.collect()
     if torch.cuda.is_available():

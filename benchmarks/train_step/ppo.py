@@ -1,4 +1,4 @@
-"""One PPO iteration, watched phase by phase: the engine's own `PPO.step`, with a watch around its parts."""
+"""One PPO iteration, watched phase by phase: the engine's own `PPO.step`, with a timer around its parts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 from benchmarks.records import WHOLE
 from benchmarks.train_step.cases import Flops, StepCase
-from benchmarks.train_step.dpo import forget, no_bar
+from benchmarks.train_step.dpo import free_memory, no_bar
+from benchmarks.train_step.phases import OLD, OPTIMIZER, PHASES, REFERENCE, REWARD, ROLLOUT, TRAIN, VALUES, PhaseTimer
 from benchmarks.train_step.synthetic import DTYPES, FIRST_WORD, SEED, random_pairs, random_weights, text
-from benchmarks.train_step.watch import OLD, OPTIMIZER, PHASES, REFERENCE, REWARD, ROLLOUT, TRAIN, VALUES, Watch
 from onecard.algorithms.ppo import experience
 from onecard.algorithms.ppo.job import PPO
 from onecard.algorithms.ppo.sampling import make_sampler
@@ -59,7 +59,7 @@ def reward_config(config: PPOConfig) -> RewardConfig:
     return RewardConfig(model=config.model, dtype=config.dtype, load_in_4bit=config.load_in_4bit)
 
 
-class Iterations:
+class PPORun:
     """PPO with a reward adapter and a critic adapter, one iteration at a time."""
 
     def __init__(self, case: StepCase, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
@@ -67,7 +67,7 @@ class Iterations:
         self.config = config_of(case, folder, dtype)
         with random_weights():
             write_reward(reward_config(self.config), Path(self.config.reward_model_path))
-            forget()
+            free_memory()
             self.roles = load_ppo_roles(self.config)
         tokenizer = load_tokenizer(self.config)
         sampler = make_sampler(self.config, self.roles, tokenizer)
@@ -92,7 +92,7 @@ class Iterations:
         self.episodes: list[Any] = []
         self.learned: list[tuple[float, float]] = []  # loss and gradient norm of each iteration
 
-    def run(self, watch: Watch, *, again: bool = False) -> dict[str, float]:
+    def run(self, timer: PhaseTimer, *, again: bool = False) -> dict[str, float]:
         """One iteration; its row. The episodes are kept for counting.
 
         `again`: on the last one's prompts and random numbers, so that answers are hardly longer or shorter.
@@ -110,7 +110,7 @@ class Iterations:
                 return getattr(sampler, name)
 
             def sample(_, *arguments: Any, **keywords: Any) -> Any:
-                found = watch.around(ROLLOUT, sampler.sample)(*arguments, **keywords)
+                found = timer.wrap(ROLLOUT, sampler.sample)(*arguments, **keywords)
                 self.episodes = list(found.episodes)
                 return found
 
@@ -121,15 +121,15 @@ class Iterations:
         with ExitStack() as stack:
             for target, name, changed in (
                 (job, "sampler", Sampler()),
-                (job, "judge", watch.around(REWARD, job.judge)),
-                (trainer, "gradients", watch.around(TRAIN, trainer.gradients)),
-                (trainer, "apply", watch.around(OPTIMIZER, trainer.apply)),
+                (job, "judge", timer.wrap(REWARD, job.judge)),
+                (trainer, "gradients", timer.wrap(TRAIN, trainer.gradients)),
+                (trainer, "apply", timer.wrap(OPTIMIZER, trainer.apply)),
             ):
                 stack.enter_context(mock.patch.object(target, name, changed))
             for name, phase in (("logprobs_of", role_of), ("values_of", VALUES)):
-                changed = watch.around(phase, getattr(experience, name))
+                changed = timer.wrap(phase, getattr(experience, name))
                 stack.enter_context(mock.patch.object(experience, name, changed))
-            with watch.whole():
+            with timer.whole():
                 row = job.step(trainer, self.indices, no_bar())
         trainer.step += 1
         self.learned.append((row["loss"], row["grad_norm"]))

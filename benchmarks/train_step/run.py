@@ -19,9 +19,8 @@ from benchmarks.records import LIMIT, OURS, WHOLE, Case, Row
 from benchmarks.render import TRL, UNSHARED
 from benchmarks.train_step import dpo, ppo
 from benchmarks.train_step.cases import Flops, StepCase, dpo_flops
-from benchmarks.train_step.dpo import SAME, Ours, Side, Task, Theirs, forget, held_bytes
-from benchmarks.train_step.synthetic import random_pairs, write_folder
-from benchmarks.train_step.watch import (
+from benchmarks.train_step.dpo import SAME, DPOStepper, OnecardDPO, Task, TrlDPO, free_memory, held_bytes
+from benchmarks.train_step.phases import (
     OLD,
     OPTIMIZER,
     PHASES,
@@ -31,10 +30,11 @@ from benchmarks.train_step.watch import (
     TRAIN,
     VALUES,
     Peaks,
-    Watch,
+    PhaseTimer,
     highest,
     phase_peaks,
 )
+from benchmarks.train_step.synthetic import random_pairs, write_folder
 from onecard.commands.fit.phases import Lengths
 from onecard.commands.fit.plan import Plan, make_plan
 from onecard.config import TrainConfig
@@ -60,7 +60,7 @@ PHASE_OF = {
     "optimizer step": OPTIMIZER,
 }
 Tell = Callable[[str], None]
-Build = Callable[[Task], Side]
+Build = Callable[[Task], DPOStepper]
 
 
 # --- the limits: the rate of bare products, and a card's memory
@@ -208,7 +208,7 @@ def measure_case(case: StepCase, device: torch.device, dtype: torch.dtype, timin
         try:
             result = measured(result, case, Path(folder), device, dtype, timing, tell)
         finally:
-            forget()
+            free_memory()
     wrong = next((pair for pair in result.found["learned"] if not all(map(math.isfinite, pair))), None)
     if wrong:  # nothing measured of such a run means anything
         refused = f"loss and gradient norm of a step are {wrong}"
@@ -233,13 +233,13 @@ def found_of(
 def candidates(device: torch.device) -> dict[str, tuple[str, Build]]:
     """Each candidate's role, and what makes it."""
     found: dict[str, tuple[str, Build]] = {
-        OURS: ("ours", Ours),
-        UNSHARED: ("ours", partial(Ours, share_prompts=False)),
-        TRL: ("peer", Theirs),
+        OURS: ("ours", OnecardDPO),
+        UNSHARED: ("ours", partial(OnecardDPO, share_prompts=False)),
+        TRL: ("peer", TrlDPO),
     }
     if device.type == "cpu":  # on a GPU it does that anyway
-        found[TRL_ANSWERS] = ("peer", partial(Theirs, answers_alone=True))
-    return {**found, TRL_LIGER: ("peer", partial(Theirs, liger=True))}
+        found[TRL_ANSWERS] = ("peer", partial(TrlDPO, answers_alone=True))
+    return {**found, TRL_LIGER: ("peer", partial(TrlDPO, liger=True))}
 
 
 def task_of(case: StepCase, folder: Path, device: torch.device, dtype: torch.dtype) -> Task:
@@ -260,7 +260,7 @@ def step_flops(case: StepCase, task: Task, step: int) -> int:
     """What a step cannot do without."""
     sequences = [
         (len(pair.prompt) + len(answer), len(answer))
-        for pair in (task.pairs[place] for place in task.places(step))
+        for pair in (task.pairs[index] for index in task.indices(step))
         for answer in (pair.chosen, pair.rejected)
     ]
     return dpo_flops(case.model, sequences, precomputed=case.precompute_ref_log_probs)
@@ -280,7 +280,7 @@ def measure_dpo(
         if ours is not None:
             found = found_of(case, dtype, device, memory, ours)
         del ours
-        forget()
+        free_memory()
     firsts = {row.name: row.more for row in rows if row.more}
     for name, first in firsts.items():
         wrong = OURS in firsts and disagreement(firsts[OURS], first, dtype)
@@ -289,9 +289,9 @@ def measure_dpo(
     return replace(result, rows=tuple(rows), found=found)
 
 
-def first_steps(task: Task, builds: Mapping[str, Build]) -> tuple[dict[str, Side], dict[str, str]]:
+def first_steps(task: Task, builds: Mapping[str, Build]) -> tuple[dict[str, DPOStepper], dict[str, str]]:
     """Each side after its first step; or why there is none."""
-    sides: dict[str, Side] = {}
+    sides: dict[str, DPOStepper] = {}
     reasons: dict[str, str] = {}
     for name, build in builds.items():
         try:
@@ -300,7 +300,7 @@ def first_steps(task: Task, builds: Mapping[str, Build]) -> tuple[dict[str, Side
             side()
             sides[name] = side
         except Exception as error:  # a peer that cannot run stands in the table with the reason
-            if getattr(build, "func", build) is Ours and not isinstance(error, TOO_MUCH):
+            if getattr(build, "func", build) is OnecardDPO and not isinstance(error, TOO_MUCH):
                 raise
             reasons[name] = one_line(error)
     return sides, reasons
@@ -308,14 +308,14 @@ def first_steps(task: Task, builds: Mapping[str, Build]) -> tuple[dict[str, Side
 
 def measure_sides(
     case: StepCase, task: Task, names: Sequence[str], timing: Timing, tell: Tell
-) -> tuple[list[Row], list[Memory], Ours | None]:
+) -> tuple[list[Row], list[Memory], OnecardDPO | None]:
     """First step, rounds, memory, of candidates that are in memory together. Rows, our memory by phase, and ours."""
     known = candidates(task.device)
     tell(f"{case.name}: first step")
     sides, reasons = first_steps(task, {name: known[name][1] for name in names})
     firsts = {name: {key: side.row[key] for key in SAME} for name, side in sides.items()}
     ours = sides.get(OURS)
-    assert ours is None or isinstance(ours, Ours)
+    assert ours is None or isinstance(ours, OnecardDPO)
     if ours is not None and any(disagreement(firsts[OURS], found, task.dtype) for found in firsts.values()):
         return [Row(name, known[name][0], more=firsts[name]) for name in sides], [], ours  # the caller refuses
     bare = BareProducts(
@@ -362,25 +362,25 @@ def measure_ppo(
 ) -> Case:
     """Whole iterations, watched by phase, in turns with bare products."""
     tell(f"{case.name}: loading")
-    iterations: ppo.Iterations | None = None
+    iterations: ppo.PPORun | None = None
     length = case.prompt + case.response
     step = case.items * Flops.of(case.model, length, case.response).forward
     bare = BareProducts(case, device, dtype, case.per_pass * length, step)
     seconds_of = measure.stopwatch(device, timing.clock)
     limits: list[float] = []
-    watches: list[Watch] = []
+    watches: list[PhaseTimer] = []
     counts: list[dict[str, tuple[int, int]]] = []
     try:
-        iterations = ppo.Iterations(case, folder, device, dtype)
+        iterations = ppo.PPORun(case, folder, device, dtype)
         for turn in range(-1, timing.repeats):  # the first one warms up, and makes the optimizer's states
             tell(f"{case.name}: iteration {max(turn, 0) + 1}")
-            watch = Watch(device, timing.clock)
-            iterations.run(watch)
+            timer = PhaseTimer(device, timing.clock)
+            iterations.run(timer)
             taken = seconds_of(bare)
             if turn < 0:
                 continue
             limits.append(taken)
-            watches.append(watch)
+            watches.append(timer)
             counts.append(iterations.counts())
             spent = sum(each.seconds[WHOLE] for each in watches)
             least = measure.LEAST_ROUNDS if spent < LONG * len(watches) else 1
@@ -398,7 +398,7 @@ def measure_ppo(
             name,
             "ours",
             None,
-            tuple(watch.seconds[name] for watch in watches),
+            tuple(timer.seconds[name] for timer in watches),
             tuple(count[name][0] for count in counts),
             tuple(count[name][1] for count in counts),
             peaks.above[name],

@@ -49,10 +49,10 @@ def test_a_knob_runs_dry(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("knob", KNOBS.values(), ids=KNOBS)
-def test_every_number_that_a_knob_turns_is_in_the_library(knob: Knob) -> None:
+def test_every_number_that_a_knob_varies_is_in_the_library(knob: Knob) -> None:
     for settings in knob.settings.values():
         for values in settings:
-            with knob.turn(values):  # raises for what is not there
+            with knob.apply(values):  # raises for what is not there
                 pass
     axes = {tuple(shape.sizes) for shapes in knob.shapes.values() for shape in shapes}
     assert axes == {tuple(knob.benchmark.shapes["cpu"].usual[0].sizes)}

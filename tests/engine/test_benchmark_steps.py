@@ -15,10 +15,10 @@ from benchmarks.harness import Timing
 from benchmarks.profile_ppo import Digest, Operator, Phase
 from benchmarks.records import OURS, WHOLE, Case
 from benchmarks.render import MOST_OFF, TRL, UNSHARED, off, plan_verdict, steps_verdict
-from benchmarks.train_step import cases, ppo, run, synthetic, watch
+from benchmarks.train_step import cases, phases, ppo, run, synthetic
 from benchmarks.train_step.__main__ import command as train_step
 from benchmarks.train_step.cases import RANK, TINY, Flops, StepCase, dpo_flops
-from benchmarks.train_step.dpo import SAME, Ours, held_bytes, no_bar
+from benchmarks.train_step.dpo import SAME, OnecardDPO, held_bytes, no_bar
 from benchmarks.train_step.synthetic import END, random_model, random_pairs, text, whole_words, write_folder
 
 CPU = torch.device("cpu")
@@ -98,7 +98,7 @@ def test_held_bytes_are_weights_once_and_states():
 def test_peaks_within_a_phase_by_hand():
     changes = [(1, 100), (3, 50), (4, -50), (6, -100), (8, 30)]
     spans = [("first", 2, 5), ("second", 5, 7), ("first", 7, 9), ("none", 9, 10)]
-    assert watch.peaks_within(changes, spans) == {"first": 150, "second": 100, "none": 30}
+    assert phases.peaks_within(changes, spans) == {"first": 150, "second": 100, "none": 30}
 
 
 # --- DPO
@@ -125,8 +125,8 @@ def test_all_candidates_take_the_same_steps(folder):
 
 
 def test_a_wrong_first_step_is_not_timed(monkeypatch):
-    right = Ours.step
-    monkeypatch.setattr(Ours, "step", lambda self, places: {**right(self, places), "grad_norm": 1e3})
+    right = OnecardDPO.step
+    monkeypatch.setattr(OnecardDPO, "step", lambda self, indices: {**right(self, indices), "grad_norm": 1e3})
     for in_turns in (True, False):
         result = measured(replace(DPO, in_turns=in_turns))
         assert result.rows == ()
@@ -140,21 +140,21 @@ def test_watching_an_iteration_changes_nothing_and_counts_its_phases(tmp_path):
     made = []
     for name in ("watched", "alone"):
         (tmp_path / name).mkdir()
-        made.append(ppo.Iterations(PPO, write_folder(TINY, tmp_path / name), CPU, torch.float32))
+        made.append(ppo.PPORun(PPO, write_folder(TINY, tmp_path / name), CPU, torch.float32))
     watched, alone = made
-    watching = watch.Watch(CPU)
+    watching = phases.PhaseTimer(CPU)
     row = watched.run(watching)
     _, indices = next(alone.order)
     plain = alone.job.step(alone.trainer, indices, no_bar())
     timed = {name for name in row if name.startswith(("time/", "memory/"))}
     assert {name: row[name] for name in row.keys() - timed} == {name: plain[name] for name in plain.keys() - timed}
-    assert set(watching.seconds) == {*watch.PHASES, WHOLE}
+    assert set(watching.seconds) == {*phases.PHASES, WHOLE}
     counts = watched.counts()
-    assert counts[watch.ROLLOUT][0] == sum(len(episode.sampling_logprobs) for episode in watched.episodes)
+    assert counts[phases.ROLLOUT][0] == sum(len(episode.sampling_logprobs) for episode in watched.episodes)
     assert counts[WHOLE][0] == sum(map(len, watched.episodes))
-    assert counts[WHOLE][1] == sum(counts[name][1] for name in watch.PHASES)
+    assert counts[WHOLE][1] == sum(counts[name][1] for name in phases.PHASES)
     first, step = [each.sequence.tokens[: PPO.prompt - 1] for each in watched.episodes], watched.trainer.step
-    watched.run(watch.Watch(CPU), again=True)
+    watched.run(phases.PhaseTimer(CPU), again=True)
     assert watched.trainer.step == step
     assert [len(each.sequence.tokens[: PPO.prompt - 1]) for each in watched.episodes] == [len(each) for each in first]
 
@@ -179,11 +179,11 @@ def test_the_promised_caps_are_among_the_cases():
 @pytest.mark.parametrize("case", [PLANNED, replace(PLANNED, kind="ppo", items=8)], ids=["dpo", "ppo"])
 def test_the_plan_stands_beside_each_phase_and_is_right(case):
     found = measured(case).found
-    wanted = {"dpo": {watch.TRAIN, watch.OPTIMIZER}, "ppo": set(watch.PHASES)}[case.kind]
+    wanted = {"dpo": {phases.TRAIN, phases.OPTIMIZER}, "ppo": set(phases.PHASES)}[case.kind]
     assert {each["phase"] for each in found["memory"]} == wanted | {WHOLE}
     for each in found["memory"]:
         assert abs(off(each["planned"], each["measured"])) <= MOST_OFF, each
-        if each["phase"] not in (watch.OPTIMIZER, WHOLE):
+        if each["phase"] not in (phases.OPTIMIZER, WHOLE):
             assert abs(off(each["planned_above"], each["measured_above"])) <= MOST_OFF, each
     assert len(found["learned"]) >= 2
 
@@ -202,12 +202,12 @@ def test_on_a_gpu_peaks_are_above_what_was_held_when_the_step_began(monkeypatch)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
-    watching = watch.Watch(torch.device("cuda"))
+    watching = phases.PhaseTimer(torch.device("cuda"))
     with watching.whole():
         for name in "aba":
             with watching.phase(name):
                 pass
-    assert watch.highest([watching]) == watch.Peaks(100, {"a": 70, "b": 30, WHOLE: 70})
+    assert phases.highest([watching]) == phases.Peaks(100, {"a": 70, "b": 30, WHOLE: 70})
 
 
 # --- rollouts
@@ -265,7 +265,7 @@ def test_a_phase_s_seconds_and_costs_by_hand():
     [
         (train_step, ["--smoke", "--case", "1.5B, bf16"], [OURS, UNSHARED, TRL], "tokens/s | of limit | peak, MiB"),
         (rollout.command, ["--smoke", "--case", "0.5B, bf16, 64 rows"], [OURS, rollout.PEER], "ms a step"),
-        (profile_ppo.command, ["--smoke", "--case", "1.5B, bf16"], [*watch.PHASES, WHOLE], "busy"),
+        (profile_ppo.command, ["--smoke", "--case", "1.5B, bf16"], [*phases.PHASES, WHOLE], "busy"),
         (sharing.command, ["--quick", "--shape", "4/6", "--tokens", "60"], [sharing.SHARED, sharing.APART], "tokens/s"),
     ],
 )

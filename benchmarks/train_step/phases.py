@@ -20,7 +20,7 @@ MARK = "phase: "
 
 
 @dataclass
-class Watch:
+class PhaseTimer:
     """Seconds and peaks by phase, of one step. A phase that comes several times is added up."""
 
     device: torch.device
@@ -58,7 +58,7 @@ class Watch:
         self.seconds[WHOLE] = self.clock() - began
         self.peaks[WHOLE] = max(self.peaks.values())
 
-    def around(self, name: str | Callable[..., str], work: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(self, name: str | Callable[..., str], work: Callable[..., Any]) -> Callable[..., Any]:
         """`work` as a phase; its name may depend on what `work` is given."""
 
         @wraps(work)
@@ -81,23 +81,23 @@ class Peaks:
     above: dict[str, int]
 
 
-def highest(watches: list[Watch]) -> Peaks:
+def highest(watches: list[PhaseTimer]) -> Peaks:
     """Of several steps on a GPU: each phase's highest."""
-    found = [watch.above() for watch in watches]
-    return Peaks(max(watch.held for watch in watches), {name: max(each[name] for each in found) for name in found[0]})
+    found = [timer.above() for timer in watches]
+    return Peaks(max(timer.held for timer in watches), {name: max(each[name] for each in found) for name in found[0]})
 
 
-def phase_peaks(work: Callable[[Watch], Any], device: torch.device) -> Peaks:
+def phase_peaks(work: Callable[[PhaseTimer], Any], device: torch.device) -> Peaks:
     """The most that each phase held above what was there before the step. A pass of its own, never timed.
 
     On a CPU it is the running sum of the profiler's allocations between a phase's beginning and its end.
     """
     if device.type == "cuda":
-        watch = Watch(device)
-        work(watch)
-        return highest([watch])
+        timer = PhaseTimer(device)
+        work(timer)
+        return highest([timer])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work(Watch(device))
+        work(PhaseTimer(device))
     changes, spans = [], []
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU:
