@@ -83,7 +83,7 @@ class Digest:
         return sum(each.seconds for each in self.operators.values())
 
     def beyond(self, other: Digest) -> Digest:
-        """What this work had on top of another."""
+        """The difference to a smaller piece of work."""
         found = {name: each.plus(other.operators.get(name, Operator()), -1) for name, each in self.operators.items()}
         names = ("flops", "launches", "synchronisations", "seconds")
         rest = {name: max(getattr(self, name) - getattr(other, name), 0) for name in names}
@@ -105,7 +105,7 @@ def profiled(work: Callable[[], Any], device: torch.device) -> Digest:
     flops, counts = 0, {LAUNCHES: 0, SYNCHRONISATIONS: 0}
     for row in profile.key_averages():
         if row.key.startswith(MARK) or getattr(row, "is_user_annotation", False):
-            continue  # the marks of phases cover what ran inside them
+            continue  # phase marks cover the operators inside them
         is_kernel = row.device_type == torch.autograd.DeviceType.CUDA
         flops += 0 if is_kernel else row.flops
         for pattern in counts:
@@ -223,7 +223,7 @@ def largest(phases: Sequence[Phase], device: str, rate: float) -> list[dict[str,
 
 @dataclass
 class FirstPhaseTimer(PhaseTimer):
-    """Keeps the seconds of each phase's first time apart: that is what is profiled of a phase which comes again."""
+    """Keeps the seconds of each phase's first occurrence, which is the one that is profiled."""
 
     first: dict[str, float] = field(default_factory=dict)
 
@@ -237,7 +237,7 @@ class FirstPhaseTimer(PhaseTimer):
 
 @dataclass
 class PhaseProfiler(PhaseTimer):
-    """Profiles the first time of each phase that is asked for, and reads the profile at once."""
+    """Profiles the first occurrence of each wanted phase."""
 
     wanted: tuple[str, ...] = ()
     found: dict[str, Digest] = field(default_factory=dict)
@@ -259,12 +259,12 @@ class PhaseProfiler(PhaseTimer):
 
 
 def measured(case: StepCase, device: torch.device, dtype: torch.dtype, tell: Callable[[str], None]) -> Case:
-    """Warm up, timer an iteration, then profile one."""
+    """Warm up, time an iteration, then profile one."""
     with tempfile.TemporaryDirectory() as folder, capped(case.cap_gib, device):
         write_folder(case.model, Path(folder))
         tell("loading")
         iterations = PPORun(case, Path(folder), device, dtype)
-        tell("a first iteration, which is not watched")
+        tell("a first iteration, which is not timed")
         sampler = iterations.job.sampler  # warm after short answers
         few = replace(sampler, sampling=replace(sampler.sampling, max_new_tokens=min(case.response, LONGEST)))
         with mock.patch.object(iterations.job, "sampler", few):
@@ -285,7 +285,7 @@ def measured(case: StepCase, device: torch.device, dtype: torch.dtype, tell: Cal
         a_step = weight_bytes(model) / copies
         phases = []
         for name, digest in profiler.found.items():
-            # a few other tokens may be drawn after another update
+            # after another update a few sampled tokens may differ
             share = again[name][0] / counts[name][0]
             part = timer.first[name] * share
             reading = batches * share * a_step if name == ROLLOUT else 0.0
@@ -326,7 +326,7 @@ def row_of(phase: Phase, tokens: int, rate: float, device: str) -> Row:
 
 
 def decode_steps(iterations: PPORun) -> int:
-    """Passes over single tokens of a rollout in batches by like lengths: at least the longest answer's of each."""
+    """Decoding steps of a rollout in batches: at least the longest answer's of each batch."""
     answers = sorted((len(each.sampling_logprobs) for each in iterations.episodes), reverse=True)
     batches = -(-len(answers) // iterations.config.local_rollout_forward_batch_size)
     return max(1, batches) * answers[0]
@@ -344,7 +344,7 @@ def product_rate(case: StepCase, device: torch.device, dtype: torch.dtype) -> fl
 def window(iterations: PPORun, length: int, device: torch.device) -> tuple[float, Digest]:
     """Seconds and digest of WINDOW tokens that follow prompts of so many: those of more tokens less those of one.
 
-    Nothing ends an answer there. The seconds are the stopwatch's, of calls that nobody profiles.
+    No token ends an answer there. The seconds are those of calls without the profiler.
     """
     job, roles = iterations.job, iterations.roles
     draw = random.Random(length)
@@ -356,7 +356,7 @@ def window(iterations: PPORun, length: int, device: torch.device) -> tuple[float
         replace(job.sampler, sampling=sampling, ends=frozenset()).sample(roles, prompts, range(len(prompts)), None)
 
     seconds = measure.stopwatch(device)
-    sample(1 + WINDOW)  # what is made in a first call is not the window's
+    sample(1 + WINDOW)  # the first call allocates and compiles
     taken = [seconds(lambda: sample(1 + WINDOW)) - seconds(lambda: sample(1)) for _ in range(3)]
     digest = profiled(lambda: sample(1 + WINDOW), device).beyond(profiled(lambda: sample(1), device))
     return max(statistics.median(taken), 1e-9), digest

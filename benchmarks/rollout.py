@@ -42,7 +42,7 @@ from onecard.utils.errors import OnecardError
 REPEATS = {"cpu": 7, "cuda": 3}
 BUDGET = {"cpu": math.inf, "cuda": 40.0}  # seconds of timed rounds of a case
 RECORDED, PEER = "onecard, recorded passes", "transformers generate"
-BAR = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # nats by which a log-probability as drawn may be off
+BAR = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # nats by which a log-probability as sampled may be off
 CHECKED, CHECKED_TOKENS = 8, 32  # responses that are compared, of at most so many tokens
 WINDOW = 32  # tokens over which a step of decoding is timed
 STEP_REPEATS = 3
@@ -74,7 +74,7 @@ class RolloutCase:
 
 @dataclass(frozen=True)
 class Task:
-    """What both samplers are given."""
+    """The common input of both samplers."""
 
     roles: Roles
     prompts: tuple[tuple[int, ...], ...]
@@ -85,7 +85,7 @@ class Task:
 
 
 def small() -> RolloutCase:
-    """Of a CPU: seconds."""
+    """The case of a CPU, which takes seconds."""
     return RolloutCase(RANDOM, SMALL, prompts=64, batch_size=32, least=4, most=64, max_new_tokens=128, mean=32)
 
 
@@ -96,7 +96,7 @@ def of_shape(shape: str, *, load_in_4bit: bool, batch_size: int = 16) -> Rollout
 
 
 def on_a_gpu() -> list[RolloutCase]:
-    """The table: the README's claim first, then where weights weigh less, then where rows weigh more."""
+    """The table: the README's claim first, then smaller models, then more rows."""
     return [
         of_shape("8B", load_in_4bit=True),
         of_shape("1.5B", load_in_4bit=False, batch_size=32),
@@ -107,7 +107,7 @@ def on_a_gpu() -> list[RolloutCase]:
 
 
 def tiny(case: RolloutCase) -> RolloutCase:
-    """The same code at sizes that take a CPU no time."""
+    """The same case at tiny sizes for a CPU."""
     model = replace(TINY, kind=case.model.kind, tied=case.model.tied)
     return replace(case, model=model, prompts=6, batch_size=3, least=2, most=10, max_new_tokens=8, mean=6)
 
@@ -246,7 +246,7 @@ SAMPLERS: dict[str, Samplers] = {
 
 
 def ended_length(tokens: Sequence[int], ends: Collection[int]) -> int:
-    """Tokens up to and with the first that ends."""
+    """Number of tokens up to and including the first stop token."""
     return next((place for place, token in enumerate(tokens, start=1) if token in ends), len(tokens))
 
 
@@ -268,7 +268,7 @@ def error_of_ours(task: Task) -> float:
 
 
 class Work:
-    """A sampler with its task, called in turns: it keeps the tokens of each call, and a GPU's peak."""
+    """A sampler with its task. It keeps the number of tokens of each call, and a GPU's peak."""
 
     def __init__(self, task: Task, sampler: Callable[[Task], int], device: torch.device) -> None:
         self.task, self.sampler, self.device = task, sampler, device
@@ -378,7 +378,7 @@ def measured(result: Case, case: RolloutCase, task: Task, repeats: int, clock: C
 def measure_case(
     case: RolloutCase, model: str, prompts: str, device: torch.device, repeats: int, clock: Callable[[], float]
 ) -> Case:
-    """One case; what does not fit stands in the table with the reason."""
+    """One case; one that does not fit is reported with the reason."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sizes = {"prompts": case.prompts, "shortest": case.least, "longest": case.most, "batch_size": case.batch_size,
              "max_new_tokens": case.max_new_tokens}  # fmt: skip

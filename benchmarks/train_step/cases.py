@@ -1,4 +1,4 @@
-"""What is measured: models, lengths and settings, most telling first; and the FLOPs that a step cannot do without."""
+"""The cases: models, lengths and settings, the most important first; and the FLOPs that a step needs at least."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class StepCase:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What differs between cases, beside model and lengths."""
+        """Settings of the trainers that differ between cases."""
         names = ("gradient_checkpointing", "precompute_ref_log_probs", "load_in_4bit", "optim")
         return {name: getattr(self, name) for name in names}
 
@@ -56,7 +56,7 @@ QWEN_0_5B = Model("Qwen2.5-0.5B", 896, 24, 14, 2, 4864, 151936, kind="qwen2", ti
 
 
 def on_cpu() -> list[StepCase]:
-    """The tables of a CPU: fp32, small models, one of them with most of its work in the trunk, as large models have."""
+    """The cases of a CPU: fp32, small models; `deep` has most of its work in the trunk, as large models do."""
     base = StepCase("small", "dpo", SMALL, prompt=256, response=128, items=2, per_pass=2)
     ppo = StepCase("small", "ppo", SMALL, prompt=64, response=64, items=16, per_pass=4, mixed=True)
     deep = replace(base, name="deep", model=DEEP)
@@ -76,7 +76,7 @@ def on_cpu() -> list[StepCase]:
 
 
 def on_a_gpu() -> list[StepCase]:
-    """The tables of a GPU: bf16, real shapes. First what the README claims, then cards, then smaller models.
+    """The cases of a GPU: bf16, real shapes. First the README's claims, then memory caps, then smaller models.
 
     Lengths of a card's cases are not mixed: they show what the longest takes, and the plan is of that.
     """
@@ -112,7 +112,7 @@ def on_a_gpu() -> list[StepCase]:
 
 
 def tiny(case: StepCase) -> StepCase:
-    """The same code at sizes that take a CPU no time. Its card is not narrowed, for there is none."""
+    """The same case at tiny sizes for a CPU, without a memory cap."""
     model = replace(TINY, kind=case.model.kind, tied=case.model.tied)
     return replace(
         case, model=model, prompt=24, response=16, items=min(case.items, 4), micro_batch_tokens=80, cap_gib=0.0
@@ -145,7 +145,7 @@ def linears(model: Model) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one sequence: a multiplication and an addition are two. Norms, softmax, rotations and the optimizer are none.
+    """FLOPs of one sequence; a multiply-add counts two. Norms, softmax, rotations and the optimizer are not counted.
 
     Nothing that a memory setting does twice is counted, and nothing that sharing prompts saves is left out: the same
     step has one number, whoever does it.
@@ -187,6 +187,6 @@ class Flops:
 
 
 def dpo_flops(model: Model, sequences: Sequence[tuple[int, int]], *, precomputed: bool) -> int:
-    """A step on sequences of so many (tokens, response tokens): reference, policy, and the policy's way back."""
+    """FLOPs of a step on sequences of (tokens, response tokens): reference and policy forward, policy backward."""
     found = [Flops.of(model, tokens, scored) for tokens, scored in sequences]
     return sum(each.forward + each.backward + (0 if precomputed else each.reference) for each in found)

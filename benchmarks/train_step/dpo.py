@@ -36,13 +36,13 @@ from onecard.training.trainer import Trainer
 from onecard.utils.progress import Bar
 
 CPU = torch.device("cpu")
-NOISE = 0.01  # standard deviation of adapters' second matrix: with zeros, the policy is its reference and says nothing
+NOISE = 0.01  # standard deviation of adapters' second matrix: with zeros the policy would equal its reference
 SAME = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What both sides are given."""
+    """The common input of both trainers."""
 
     case: StepCase
     folder: Path
@@ -84,7 +84,7 @@ class DPOStepper:
 
 
 def config_of(task: Task, *, share_prompts: bool = True) -> DPOConfig:
-    """OnecardDPO. TRL counts pairs instead of tokens, and has no other dtype for adapters."""
+    """onecard's settings. TRL counts pairs instead of tokens, and has no other dtype for adapters."""
     case = task.case
     return DPOConfig(
         model=str(task.folder),
@@ -133,7 +133,7 @@ class OnecardDPO(DPOStepper):
         return self.trainer.cut, self.job.budget.cut
 
     def watched(self, timer: PhaseTimer) -> None:
-        """A step, watched by phase."""
+        """A step, timed by phase."""
         with ExitStack() as stack:
             for phase, name in ((TRAIN, "gradients"), (OPTIMIZER, "apply")):
                 changed = timer.wrap(phase, getattr(self.trainer, name))
@@ -142,7 +142,7 @@ class OnecardDPO(DPOStepper):
                 self()
 
 
-# Its norms and feed-forward parts go into one model; its rotations and losses would go into ours too.
+# Liger's norms and feed-forward layers patch one model; its rotations and losses would patch ours too.
 LIGER = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
@@ -239,7 +239,7 @@ class TrlDPO(DPOStepper):
 
 
 def use_liger(model: Any) -> None:
-    """Give this one model Liger's layers. It also puts them where models to come would find them: that is undone."""
+    """Give this one model Liger's layers, and undo the patch of transformers' module."""
     from transformers.integrations.liger import apply_liger_kernel
 
     module = vars(sys.modules[type(model.get_base_model()).__module__])
@@ -251,7 +251,7 @@ def use_liger(model: Any) -> None:
 
 
 def on_any_device(_: torch.device) -> bool:
-    """In TRL's index: whether the head sees the answers' rows alone. Without Triton it sees prompts and padding too."""
+    """Replaces TRL's check for Triton, without which its head also sees prompts and padding."""
     return True
 
 
@@ -265,14 +265,14 @@ def nf4(dtype: torch.dtype) -> Any:
 
 
 def check_same_tokens(rows: Any, pairs: Sequence[Pair]) -> None:
-    """TRL tokenizes text; it must come to the very tokens that ours are made of."""
+    """TRL tokenizes text: its tokens must be those of our pairs."""
     for row, pair in zip(rows, pairs, strict=True):
         theirs = tuple(tuple(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
         assert theirs == (pair.prompt, pair.chosen, pair.rejected), "TRL's tokens are others than ours"
 
 
 def example(pair: Pair) -> PreferencePair:
-    """The same tokens as our record."""
+    """The same tokens as a record of the engine."""
 
     def side(answer: tuple[int, ...]) -> TokenSequence:
         return TokenSequence(pair.prompt + answer, (False,) * len(pair.prompt) + (True,) * len(answer))
@@ -281,7 +281,7 @@ def example(pair: Pair) -> PreferencePair:
 
 
 def randomize_adapters(model: Any) -> None:
-    """Give every adapter the same values, whatever it is called: N(0, 1 / columns) and N(0, NOISE)."""
+    """Set adapter values that do not depend on adapter names: N(0, 1 / columns) and N(0, NOISE)."""
     generator = torch.Generator().manual_seed(11)
     for name, parameter in model.named_parameters():
         if "lora_" in name and parameter.requires_grad:
@@ -291,14 +291,14 @@ def randomize_adapters(model: Any) -> None:
 
 
 def quiet() -> None:
-    """Keep advice that is the same in each run off the terminal."""
+    """Silence repeated warnings of the libraries."""
     warnings.filterwarnings("ignore")
     for name in ("transformers", "trl", "accelerate", "peft", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def held_bytes(model: Any, optimizer: Any, *, paged: bool = True) -> int:
-    """Weights, what quantized ones need beside them, buffers, and the optimizer's states and float32 copies of weights.
+    """Bytes of weights, quantization statistics, buffers, optimizer states and float32 copies of weights.
 
     Not `paged`: without states in memory that host and card share, which the card's allocator knows nothing of.
     """
@@ -321,7 +321,7 @@ def held_bytes(model: Any, optimizer: Any, *, paged: bool = True) -> int:
 
 
 def free_memory() -> None:
-    """Give freed memory back, the cached part too."""
+    """Return freed and cached memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""A stopwatch and a look at memory around the parts of a step, by name."""
+"""Time and peak memory of the phases of a training step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MARK = "phase: "
 
 @dataclass
 class PhaseTimer:
-    """Seconds and peaks by phase, of one step. A phase that comes several times is added up."""
+    """Seconds and peaks by phase, of one step. Repeated phases are summed."""
 
     device: torch.device
     clock: Callable[[], float] = time.perf_counter
@@ -31,7 +31,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what happens inside."""
+        """Time the block, and take its peak."""
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.synchronize(self.device)
@@ -46,7 +46,7 @@ class PhaseTimer:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """All of it. On a GPU its phases reset the peak: its own is the highest of theirs."""
+        """The whole step. On a GPU the phases reset the peak: the step's is their highest."""
         if self.device.type == "cpu":
             with self.phase(WHOLE):
                 yield
@@ -75,9 +75,9 @@ class PhaseTimer:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What the allocator had given out when a step began, and the most that each phase held above it."""
+    """Bytes allocated when a step began, and each phase's peak above them."""
 
-    held: int | None  # None where no allocator says it
+    held: int | None  # None on a CPU
     above: dict[str, int]
 
 
@@ -88,7 +88,7 @@ def highest(watches: list[PhaseTimer]) -> Peaks:
 
 
 def phase_peaks(work: Callable[[PhaseTimer], Any], device: torch.device) -> Peaks:
-    """The most that each phase held above what was there before the step. A pass of its own, never timed.
+    """Each phase's peak above what was allocated before the step, in a pass that is not timed.
 
     On a CPU it is the running sum of the profiler's allocations between a phase's beginning and its end.
     """

@@ -1,4 +1,4 @@
-"""One PPO iteration, watched phase by phase: the engine's own `PPO.step`, with a timer around its parts."""
+"""One PPO iteration by phase: the engine's own `PPO.step`, with a timer around its parts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PASS_OF = {"policy": OLD, "reference": REFERENCE}
 
 
 def config_of(case: StepCase, folder: Path, dtype: torch.dtype) -> PPOConfig:
-    """What is trained: policy and critic, with a reward adapter in the folder; two updates in an iteration."""
+    """Settings: policy and critic are trained, with a reward adapter; two updates an iteration."""
     name = DTYPES[dtype]
     return PPOConfig(
         model=str(folder),
@@ -71,13 +71,13 @@ class PPORun:
             self.roles = load_ppo_roles(self.config)
         tokenizer = load_tokenizer(self.config)
         sampler = make_sampler(self.config, self.roles, tokenizer)
-        # Of drawn weights each token is as likely as any: then answers are half as long on average. Not mixed, nothing
-        # ends one, and each is as long as the memory plan takes it to be.
+        # With random weights every token is equally likely: mixed answers are half as long on average. Otherwise no
+        # token ends an answer, and each is as long as the memory plan assumes.
         ends = range(FIRST_WORD, case.model.vocab, max(2, case.response // 2))
         sampler = replace(sampler, ends=sampler.ends | frozenset(ends) if case.mixed else frozenset())
         budget = looking_budget(self.config)
         pairs = random_pairs(4 * case.items, case.prompt, 2, case.model.vocab, mixed=case.mixed)
-        # of one length they would need no mask, and the plan has one: every other prompt lacks a token
+        # prompts of one length would need no mask, and the plan has one: every other prompt is a token shorter
         lacks = [0 if case.mixed else place % 2 for place in range(len(pairs))]
         drawn = [pair.prompt[lack:] for pair, lack in zip(pairs, lacks, strict=True)]
         prompts = [Prompt(text(prompt), prompt) for prompt in drawn]
@@ -104,7 +104,7 @@ class PPORun:
             _, self.indices = next(self.order)
 
         class Sampler:
-            """The job's sampler, watched; its episodes are kept for counting."""
+            """The job's sampler with a timer; its episodes are kept for counting."""
 
             def __getattr__(_, name: str) -> Any:
                 return getattr(sampler, name)

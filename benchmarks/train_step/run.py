@@ -44,7 +44,7 @@ TRL_ANSWERS, TRL_LIGER, GEMMS = "TRL, head on answers alone", "TRL + Liger's lay
 STEPS = 8  # of different pairs, which then repeat
 LONG = 15.0  # seconds of a PPO iteration from which one round is enough, instead of three
 GEMM_FLOPS = {"cpu": 2e10, "cuda": 2e13}  # of bare products: enough to be timed, and little beside a step
-TOO_MUCH = (torch.OutOfMemoryError, OnecardError)  # ours may not fit; anything else is a fault of ours
+TOO_MUCH = (torch.OutOfMemoryError, OnecardError)  # ours may not fit; any other error is a bug
 # By which loss, rewards and gradient norm of the first step may differ: (absolute, relative). In bf16, log-probs of
 # hundreds of tokens are added up, each with a rounding of its own, and a reward is a tenth of them.
 CLOSE = {torch.float32: (2e-3, 1e-3), torch.bfloat16: (0.25, 0.25)}

@@ -24,8 +24,8 @@ from onecard.config import Dtype
 SEED = 7
 END, PAD = 0, 1  # token ids; each answer ends with END
 FIRST_WORD = 2
-STD = 0.02  # of drawn weights
-NORMS_AND_BIASES = 2  # parameters with fewer dimensions than this are gains, which are 1, and biases, which are 0
+STD = 0.02  # of random weights
+NORMS_AND_BIASES = 2  # parameters with fewer dimensions are gains (1) and biases (0)
 
 
 DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -186,7 +186,7 @@ def quantized(module: nn.Module, name: str, value: torch.Tensor, device: torch.d
 
 
 def mark_quantized(model: Any, quantization_config: Any) -> None:
-    """4-bit layers for all linear ones but the head, and what PEFT and TRL look at to know of them."""
+    """Replace all linear layers but the head by 4-bit ones, and set the attributes that PEFT and TRL check."""
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.auto import AutoHfQuantizer
 
