@@ -12,7 +12,7 @@ import torch
 from benchmarks.measure import peak_bytes
 from onecard.algorithms.ppo.experience import logprobs_of, values_of
 from onecard.commands.fit.model import read_config
-from onecard.commands.fit.phases import Lengths, episodes_per_step, work_of
+from onecard.commands.fit.phases import Lengths, work_of
 from onecard.commands.fit.plan import Plan, make_plan
 from onecard.config import DPOConfig, PPOConfig, RewardConfig, TrainConfig
 from onecard.data.batches import Episode
@@ -118,7 +118,7 @@ def measured_phases(config: TrainConfig, roles: Roles) -> dict[str, int]:
 
 def take_passes(config: PPOConfig, roles: Roles, take: Callable[[str, Callable[[], object]], None]) -> None:
     """PPO's phases before the training."""
-    count = episodes_per_step(config)
+    count = config.episodes_per_step
     prompts = [(5,) * LENGTHS.prompt] * (count - 1) + [(5,) * SHORTER.prompt]
     sampling, rollout = Sampling(config.response_length), sampling_budget(config.local_rollout_forward_batch_size)
     take(

@@ -18,7 +18,6 @@ from benchmarks.learning import data, page, running
 from benchmarks.learning.page import bar_cell, found_of, met_cell, spread, table, verdicts
 from benchmarks.learning.running import RECORD, Finished, Flight, Job, finished, rows_of, run_all
 from benchmarks.learning.tasks import KL, SCORE, TASKS, VIOLATIONS, Bar, after, deviations, ratio
-from onecard.algorithms.ppo.settings import check_settings
 from onecard.commands.cli import COMMANDS, make_cli
 
 RESULTS = records.ROOT / "docs" / "results.md"
@@ -53,7 +52,7 @@ def test_every_command_parses(name, monkeypatch):
     assert (config.seed, config.output_dir) == (1, f"runs/results/{name}-1")
     assert shlex.split(job.command) == ["onecard", *job.arguments]
     if command == "ppo":
-        check_settings(config)
+        config.validate()
         for entry in config.constraint_funcs:
             assert re.search(entry.removeprefix("regex:"), "So Happy")
         (function,) = config.reward_funcs

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onecard.config import SpeakingConfig
+from onecard.config import PolicyTrainConfig
 from onecard.data.batches import LabelledSequence, PreferencePair, TokenSequence
 from onecard.data.tokens import spelled
 from onecard.models.roles import Roles
@@ -39,7 +39,7 @@ class HeldoutSamples:
     had been drawn here.
     """
 
-    config: SpeakingConfig
+    config: PolicyTrainConfig
     roles: Roles
     tokenizer: Any
     prompts: Sequence[tuple[int, ...]]
@@ -71,7 +71,7 @@ class HeldoutSamples:
 
 
 def heldout_samples(
-    config: SpeakingConfig, roles: Roles, tokenizer: Any, heldout: Sequence[object]
+    config: PolicyTrainConfig, roles: Roles, tokenizer: Any, heldout: Sequence[object]
 ) -> HeldoutSamples | None:
     """Answers to the first `eval_samples` prompts with room for one; None if that is 0, or nothing is held out."""
     different = list(dict.fromkeys(map(prompt_of, heldout)))

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from onecard.commands.generate import check_sampling, longest_prompt
+from onecard.commands.generate import longest_prompt
 from onecard.config import ChatConfig
 from onecard.data import prompt_tokens
 from onecard.data.columns import BadRowError, Text
@@ -215,7 +215,7 @@ def with_room(config: ChatConfig) -> ChatConfig:
 
 def run(config: ChatConfig) -> None:
     """`onecard chat`."""
-    check_sampling(config)
+    config.validate()
     config = with_room(config)
     tokenizer = load_tokenizer(config)
     if config.system and not tokenizer.chat_template:

@@ -10,8 +10,6 @@
 
 [1] https://arxiv.org/abs/1506.02438  [2] https://arxiv.org/abs/1602.01783  [3] REINFORCE++,
 https://arxiv.org/abs/2501.03262  [4] https://arxiv.org/abs/2402.14740  [5] https://arxiv.org/abs/2402.03300
-
-Whether there is a critic is `models.build.has_critic`, since weights depend on it.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from onecard.config import PPOConfig
 from onecard_kernels import Advantages, gae, group_advantages, masked_whiten
 
 
@@ -101,23 +98,11 @@ def group_relative(given: Rewarded) -> Advantages:
     return in_groups(given, "grpo")
 
 
-@dataclass(frozen=True)
-class Estimator:
-    """`once`: one pass over an iteration's answers, and nothing is clipped. `groups`: several answers to a prompt."""
-
-    advantages: Callable[[Rewarded], Advantages]
-    once: bool = False
-    groups: bool = False
-
-
-ESTIMATORS = {
-    "gae": Estimator(generalized),
-    "a2c": Estimator(actor_critic, once=True),
-    "reinforce": Estimator(reinforce, once=True),
-    "rloo": Estimator(leave_one_out, groups=True),
-    "grpo": Estimator(group_relative, groups=True),
+# `PPOConfig` says which need a critic or groups, and which pass over the answers once.
+ESTIMATORS: dict[str, Callable[[Rewarded], Advantages]] = {
+    "gae": generalized,
+    "a2c": actor_critic,
+    "reinforce": reinforce,
+    "rloo": leave_one_out,
+    "grpo": group_relative,
 }
-
-
-def estimator_of(config: PPOConfig) -> Estimator:
-    return ESTIMATORS[config.advantage_estimator]

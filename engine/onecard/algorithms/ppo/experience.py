@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from onecard.algorithms.ppo.estimators import Rewarded, estimator_of, with_company
+from onecard.algorithms.ppo.estimators import ESTIMATORS, Rewarded, with_company
 from onecard.config import PPOConfig
 from onecard.data.batches import Episode, Experience, ResponseTargets, TokenBatch, last_rows
 from onecard.models.micro_batching import Budget, looking_budget
@@ -144,15 +144,14 @@ def shape_rewards(
     if dense is not None:
         rewards += pad(dense)
     rewards[torch.arange(len(lengths)), lengths - 1] += scores
-    estimator = estimator_of(config)
     if kept is not None:
-        if estimator.groups:
+        if config.has_groups:
             kept = with_company(kept, config.num_generations)
         mask &= kept.unsqueeze(1)
     if config.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     values = None if passes.values is None else pad(passes.values)
-    found = estimator.advantages(
+    found = ESTIMATORS[config.advantage_estimator](
         Rewarded(rewards, mask, values, passes.last_values, config.gamma, config.lam, config.num_generations)
     )
     return Shaped(mask, kl, rewards, values, found.advantages, found.returns)

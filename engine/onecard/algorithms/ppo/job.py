@@ -21,7 +21,6 @@ from onecard.algorithms.ppo.experience import (
 from onecard.algorithms.ppo.losses import ppo_objective
 from onecard.algorithms.ppo.sampling import Sampler
 from onecard.algorithms.ppo.scores import Judged, Scale, judged_metrics
-from onecard.algorithms.ppo.settings import episodes_per_step, minibatch_size
 from onecard.config import PPOConfig
 from onecard.data import Prompt, stream_indices
 from onecard.data.batches import Episode, Experience, ExperienceBatch
@@ -50,7 +49,7 @@ UPDATE_METRICS = {
 
 def minibatches(experiences: Sequence[Experience], config: PPOConfig, step: int) -> Iterator[list[Experience]]:
     """Every experience num_ppo_epochs times, in minibatches of an order of its own for each epoch."""
-    size = minibatch_size(config)
+    size = config.minibatch_size
     for epoch in range(config.num_ppo_epochs):
         order = list(range(len(experiences)))
         random.Random(f"{config.seed} {step} {epoch}").shuffle(order)
@@ -136,7 +135,7 @@ class PPO:
 
     def batches(self, first_step: int) -> Iterator[tuple[float, list[int]]]:
         """The prompts of each iteration: a stream of shuffled epochs, cut every batch_size / num_generations."""
-        size = episodes_per_step(self.config) // self.config.num_generations
+        size = self.config.episodes_per_step // self.config.num_generations
         for step in range(first_step, self.total_steps):
             indices = stream_indices(len(self.prompts), step * size, size, seed=self.config.seed)
             yield (step + 1) * size / len(self.prompts), indices
@@ -171,7 +170,7 @@ class PPO:
         row |= objective_metrics(episodes, passes, shaped, judged.scores.sums, controls.kl_coef, paid)
         row |= judged_metrics(judged, config)
         experiences = make_experiences(episodes, passes, shaped)
-        updates = -(-len(experiences) // minibatch_size(config)) * config.num_ppo_epochs
+        updates = -(-len(experiences) // config.minibatch_size) * config.num_ppo_epochs
         with bar.part("learn", updates) as part, phase_memory(row, "memory/learn_gib"):
             counted = advancing(minibatches(experiences, config, trainer.step), part)
             row |= learn(trainer, self.objective, counted, config.target_kl)
@@ -198,7 +197,7 @@ class PPO:
         return found.metrics
 
     def counts(self, step: int) -> dict[str, int]:
-        return {"episode": step * episodes_per_step(self.config)}
+        return {"episode": step * self.config.episodes_per_step}
 
     def state(self) -> dict[str, Any]:
         tokens = {name: budget.cut.tokens for name, budget in self.budgets().items()}

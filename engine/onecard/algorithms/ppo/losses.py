@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from onecard.algorithms.ppo.estimators import estimator_of
 from onecard.config import PPOConfig
 from onecard.data.batches import Experience, ExperienceBatch, ResponseTargets, pack_experience
 from onecard.models.roles import Roles
@@ -23,7 +22,7 @@ def policy_loss(
     """The clipped surrogate of the policy on one record; of an estimator that learns once, the free one."""
     head = roles.head()
     clip = (config.cliprange, config.cliprange_high or config.cliprange)
-    low, high = NO_CLIP if estimator_of(config).once else clip
+    low, high = NO_CLIP if config.is_single_pass else clip
     loss = linear_ppo_loss(
         hidden,
         head.weight,
@@ -51,7 +50,7 @@ def critic_loss(values: Tensor, batch: ExperienceBatch, config: PPOConfig, norma
         batch.old_values,
         batch.returns,
         torch.ones_like(values, dtype=torch.bool),
-        clip=None if estimator_of(config).once else config.cliprange_value or None,
+        clip=None if config.is_single_pass else config.cliprange_value or None,
         normalizer=normalizer,
     )
     return Loss(config.vf_coef * loss.loss, {**loss.metrics, "loss/value": loss.loss.detach()})

@@ -72,12 +72,7 @@ def normalize(roles: Roles, examples: Sequence[Any], config: RewardConfig) -> No
 
 
 def make_recipe(config: RewardConfig) -> Recipe[Any, Any]:
-    """What a reward run is made of; its settings go together, or this stops."""
-    if config.normalize_scores and config.score_activation == "sigmoid":
-        raise OnecardError(
-            "normalize_scores: scores from a sigmoid lie in 0 to 1, and not around 0 with standard deviation 1; leave "
-            "it or --score_activation sigmoid out."
-        )
+    """What a reward run is made of."""
     return Recipe(
         command="reward",
         trained="reward",

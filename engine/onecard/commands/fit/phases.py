@@ -18,7 +18,6 @@ from onecard.algorithms.dpo.variants import pick_variant
 from onecard.algorithms.ppo.experience import state_values
 from onecard.algorithms.ppo.losses import ppo_objective
 from onecard.algorithms.ppo.sampling import rollout_budget
-from onecard.algorithms.ppo.settings import episodes_per_step, minibatch_size
 from onecard.algorithms.reward.command import make_recipe as reward_recipe
 from onecard.algorithms.sft import make_recipe as sft_recipe
 from onecard.commands.fit.rollouts import sample_longest
@@ -123,7 +122,7 @@ def work_of(config: TrainConfig, roles: Roles, lengths: Lengths) -> Work:
     """What an optimizer step of these settings is made of, all sequences as long as planned."""
     if isinstance(config, PPOConfig):
         learned = experience(lengths, values="value" in roles.adapters)
-        return Work(ppo_objective(roles, config), learned, minibatch_size(config))
+        return Work(ppo_objective(roles, config), learned, config.minibatch_size)
     count = config.per_device_train_batch_size * config.gradient_accumulation_steps
     return Work(recipe_of(config).objective(roles), example_of(config, lengths), count)
 
@@ -131,7 +130,7 @@ def work_of(config: TrainConfig, roles: Roles, lengths: Lengths) -> Work:
 def rows_of(config: TrainConfig, lengths: Lengths) -> tuple[int, int]:
     """Rows of the model that one example takes, and how many examples at most make up a pass."""
     if isinstance(config, PPOConfig):
-        return lengths.total, max(minibatch_size(config), episodes_per_step(config))
+        return lengths.total, max(config.minibatch_size, config.episodes_per_step)
     recipe = recipe_of(config)
     example = example_of(config, lengths)
     size = recipe.sharing.size if recipe.sharing and config.padding_free else len
@@ -208,7 +207,7 @@ class Rehearsal:
     def rollout(self, config: PPOConfig) -> None:
         """One pass over the prompts, and the passes at which the cache is largest: it grows, and the last one."""
         model = self.roles.causal_model()
-        sizes = [cache_bytes(model, self.lengths.total)] * episodes_per_step(config)
+        sizes = [cache_bytes(model, self.lengths.total)] * config.episodes_per_step
         rows = len(next(replace(rollout_budget(config).cut, padded=True).places(sizes)))
         sampling = Sampling(config.response_length, config.temperature)
         waiting, making = len(sizes) - rows, partial(self.tracker.making, CACHE)
@@ -227,7 +226,7 @@ class Rehearsal:
         """Those without gradients, in PPO: the judges', the policy's and the reference's, the critic's."""
         roles = self.roles
         cut = replace(looking_budget(config).cut, padded=roles.layout == "padded")
-        sequences = [self.lengths.sequence(1)] * episodes_per_step(config)
+        sequences = [self.lengths.sequence(1)] * config.episodes_per_step
         chosen = next(cut.places([len(sequence) for sequence in sequences]))
 
         def logprobs(batch: TokenBatch) -> Tensor:

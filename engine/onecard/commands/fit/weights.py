@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from onecard.config import ModelConfig, PPOConfig, RewardConfig, TrainConfig
+from onecard.config import ModelConfig, PPOConfig, ReferenceConfig, RewardConfig, TrainConfig
 from onecard.data.batches import TokenSequence, pack, to_device
 from onecard.models.adapters import ADAPTER_SETTINGS, add_adapter, as_modules, read_settings
 from onecard.models.attention import use_own_attention
-from onecard.models.build import JUDGES, has_critic, head_shape, lora_config, scalar_head
+from onecard.models.build import JUDGES, head_shape, lora_config, scalar_head
 from onecard.models.folders import weights_folder
 from onecard.models.four_bit import check_packed, nf4_settings, read_directly, stack_parameters, unpack_in_passes
 from onecard.models.load import model_class, reason, without_dropout
@@ -159,11 +159,11 @@ class Cast:
 
 def cast_of(config: TrainConfig, *, reference: bool, own_reference: bool) -> Cast:
     """The roles of a command. `reference`: there is one; `own_reference`: an adapter, as the policy starts as one."""
-    own_reference |= bool(getattr(config, "ref_adapter", ""))
+    own_reference |= isinstance(config, ReferenceConfig) and bool(config.ref_adapter)
     more = {"reference": "reference" if own_reference else None} if reference else {}
     if isinstance(config, PPOConfig):
         adapters: dict[str, str | None] = {"policy": "policy", **more}
-        if has_critic(config):
+        if config.has_critic:
             adapters["value"] = "value" if config.critic == "adapter" else "policy"
         judges = [role for role, setting in JUDGES.items() if getattr(config, setting)]
         adapters |= {role: role for role in judges}
