@@ -92,7 +92,7 @@ def test_an_answer_that_is_left_out_has_no_part_in_the_others_advantages(name):
     assert torch.equal(ESTIMATORS[name](replace(given, rewards=other)).advantages, found)
     assert not found[3].any()
     assert found[:2].any()
-    if ESTIMATORS[name].groups:
+    if PPOConfig(advantage_estimator=name).has_groups:
         assert not found[2].any()
         whole = ESTIMATORS[name](replace(given, mask=MASK)).advantages
         assert torch.equal(found[:2], whole[:2])
