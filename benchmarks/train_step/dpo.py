@@ -157,7 +157,7 @@ class Ours(Side):
 
     def cuts(self) -> tuple[Any, ...]:
         """How passes are cut now."""
-        return self.trainer.cut, self.job.budget.cut
+        return self.trainer.micro_batch_size, self.job.budget.size
 
     def watched(self, watch: Watch) -> None:
         """A step, watched by phase."""

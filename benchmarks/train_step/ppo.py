@@ -20,8 +20,8 @@ from onecard.config import PPOConfig, RewardConfig
 from onecard.data import Prompt
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
-from onecard.models.micro_batching import looking_budget
-from onecard.rewards.judge import load_judge
+from onecard.models.micro_batching import forward_budget
+from onecard.rewards.scorer import load_scorer
 from onecard.training.run_folder import Run
 from onecard.training.trainer import Trainer
 
@@ -84,14 +84,14 @@ class Iterations:
         # ends one, and each is as long as the memory plan takes it to be.
         ends = range(FIRST_WORD, case.model.vocab, max(2, case.response // 2))
         sampler = replace(sampler, ends=sampler.ends | frozenset(ends) if case.mixed else frozenset())
-        budget = looking_budget(self.config)
+        budget = forward_budget(self.config)
         pairs = draw_pairs(4 * case.items, case.prompt, 2, case.model.vocab, mixed=case.mixed)
         # of one length they would need no mask, and the plan has one: every other prompt lacks a token
         lacks = [0 if case.mixed else place % 2 for place in range(len(pairs))]
         drawn = [pair.prompt[lack:] for pair, lack in zip(pairs, lacks, strict=True)]
         prompts = [Prompt(text(prompt), prompt) for prompt in drawn]
         self.job = PPO(
-            self.config, self.roles, sampler, load_judge(self.config, budget), prompts, [], 1 << 30, budget=budget
+            self.config, self.roles, sampler, load_scorer(self.config, budget), prompts, [], 1 << 30, budget=budget
         )
         self.trainer = Trainer(self.config, self.job, self.roles, Run(folder, None, ()))
         self.roles.train()
@@ -147,7 +147,7 @@ class Iterations:
 
     def cuts(self) -> tuple[Any, ...]:
         """How passes are cut now."""
-        return self.trainer.cut, self.job.budget.cut, self.job.sampler.budget.cut
+        return self.trainer.micro_batch_size, self.job.budget.size, self.job.sampler.budget.size
 
     def held(self) -> int:
         """Bytes that stay between iterations."""

@@ -158,10 +158,10 @@ def test_memory_that_ran_out_is_noticed(tmp_path):
     made = ppo.Iterations(PPO, write_folder(SMALL, tmp_path), CPU, torch.float32)
     assert made.cuts() == made.first_cuts
     for budget in (made.trainer.budget, made.job.budget, made.job.sampler.budget):
-        before = budget.cut
-        budget.cut = replace(before, tokens=7)
+        before = budget.size
+        budget.size = replace(before, tokens=7)
         assert made.cuts() != made.first_cuts
-        budget.cut = before
+        budget.size = before
 
 
 def test_a_card_s_states_in_shared_memory_are_not_the_card_s():

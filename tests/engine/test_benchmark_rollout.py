@@ -67,7 +67,7 @@ def test_an_adapter_is_active_as_in_ppo(tmp_path):
     with torch.no_grad():
         found = causal(input_ids=ids).logits
         task.roles.adapters["reference"] = None
-        with task.roles.playing("reference"):
+        with task.roles.active("reference"):
             base = causal(input_ids=ids).logits
     assert not torch.allclose(found, base, rtol=1e-3)
 

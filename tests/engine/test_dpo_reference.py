@@ -45,7 +45,7 @@ def test_values_are_the_reference_s_own_answer_by_answer(config, roles):
     for pair in known(config, roles, [*PAIRS, *LEVEL]):
         for one, value in zip((pair.chosen, pair.rejected), pair.ref_logps, strict=True):
             ids = torch.tensor([one.tokens])
-            with roles.playing("reference"), torch.no_grad():
+            with roles.active("reference"), torch.no_grad():
                 logits = roles.causal_model()(input_ids=ids).logits[0, 1:-1].double()
             own = logits.log_softmax(-1).gather(-1, ids[0, 2:, None]).sum().item()
             assert value == pytest.approx(own, abs=2e-5)

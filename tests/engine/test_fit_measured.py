@@ -128,7 +128,7 @@ def test_a_rollouts_cache_at_its_final_length(folders):
     prompts = [(5,) * 4] * (config.episodes_per_step - 1) + [(5,) * 3]
 
     def sample() -> None:
-        sample_responses(roles, prompts, Sampling(240), ends=(), batch_size=sampling_budget(64))
+        sample_responses(roles, prompts, Sampling(240), stop_tokens=(), batch_size=sampling_budget(64))
 
     real = peak_bytes(sample, CPU)
     assert phase.peak - phase.before == pytest.approx(real, rel=MOST_OFF)
@@ -149,7 +149,7 @@ def test_a_rollout_in_which_prompts_come_in_beside_the_whole_cache(folders, leng
 
     def sample() -> None:
         sample_responses(
-            roles, prompts, Sampling(lengths.response), ends=ends, batch_size=sampling_budget(rows), seed=1
+            roles, prompts, Sampling(lengths.response), stop_tokens=ends, batch_size=sampling_budget(rows), seed=1
         )
 
     assert phase.peak - phase.before == pytest.approx(peak_bytes(sample, CPU), rel=MOST_OFF)

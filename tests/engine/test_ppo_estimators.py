@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from onecard.algorithms.ppo.estimators import ESTIMATORS, Rewarded
+from onecard.algorithms.ppo.estimators import ESTIMATORS, AdvantageInput
 from onecard.config import PPOConfig
 from onecard_kernels import gae, masked_whiten
 
@@ -16,7 +16,7 @@ from onecard_kernels import gae, masked_whiten
 REWARDS = torch.tensor([[-0.5, 2.0, 9.0], [0.25, 0.0, -1.25], [3.0, 9.0, 9.0], [0.0, 1.0, 9.0]])
 MASK = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
 VALUES = torch.tensor([[0.5, 0.25, 9.0], [1.0, 0.0, -0.5], [2.0, 9.0, 9.0], [0.0, 0.5, 9.0]])
-GIVEN = Rewarded(REWARDS, MASK, VALUES, gamma=0.5, lam=0.9, group_size=2)
+GIVEN = AdvantageInput(REWARDS, MASK, VALUES, gamma=0.5, lam=0.9, group_size=2)
 # Sums: 1.5, -1 | 3, 1
 
 
@@ -64,7 +64,7 @@ def test_rloo_and_grpo_compare_whole_answers_to_one_prompt():
     first, second = 1.25 / (1.25 * math.sqrt(2) + 1e-4), 1.0 / (math.sqrt(2) + 1e-4)
     expected = torch.tensor([[first, first, 0], [-first, -first, -first], [second, 0, 0], [-second, -second, 0]])
     torch.testing.assert_close(grpo, expected)
-    three = Rewarded(torch.tensor([[1.0], [4.0], [7.0]]), torch.ones(3, 1).bool(), group_size=3)
+    three = AdvantageInput(torch.tensor([[1.0], [4.0], [7.0]]), torch.ones(3, 1).bool(), group_size=3)
     assert ESTIMATORS["rloo"](three).advantages.flatten().tolist() == [-4.5, 0.0, 4.5]
     # std (unbiased) of 1, 4, 7 is 3
     assert ESTIMATORS["grpo"](three).advantages.flatten().tolist() == pytest.approx([-1, 0, 1], abs=1e-4)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from onecard.algorithms.ppo.experience import make_passes
+from onecard.algorithms.ppo.experience import compute_model_outputs
 from onecard.config import PPOConfig
 from onecard.data import Prompt
 from onecard.data.batches import Episode, TokenSequence
@@ -89,7 +89,9 @@ def test_a_critic_that_broke_is_named_in_one_line(tiny_model):
     roles = load_ppo_roles(config)
     roles.heads["value"].bias.data.fill_(float("inf"))
     with pytest.raises(OnecardError, match="the critic's values of sampled answers are not finite"):
-        make_passes(roles, [Episode(TokenSequence((5, 6, 7), (False, True, True)), torch.zeros(2), True, 0)], config)
+        compute_model_outputs(
+            roles, [Episode(TokenSequence((5, 6, 7), (False, True, True)), torch.zeros(2), True, 0)], config
+        )
 
 
 def test_an_identity_changes_with_prompts_columns_and_weights(tiny_model, tmp_path):

@@ -18,8 +18,8 @@ from onecard.data.example_arrays import all_lengths, all_tokens, lengths_of
 from onecard.data.templates import template_date
 from onecard.models.build import load_roles
 from onecard.models.load import context_length, find_source, load_tokenizer
-from onecard.models.memory_options import in_head_chunks, lever_notes
-from onecard.models.micro_batching import Budget
+from onecard.models.memory_options import in_head_chunks, memory_option_notes
+from onecard.models.micro_batching import TokenBudget
 from onecard.models.roles import Roles
 from onecard.models.vocabulary import check_tokens
 from onecard.training import dry_run, run_folder
@@ -85,7 +85,7 @@ class Recipe(Generic[E, B]):
     reference: bool = False  # a frozen reference beside the trained role
     scalar: bool = False  # a scalar head on the trained role
     # the row of the held-out examples, where it is more than sums over micro-batches
-    heldout: Callable[[Roles, Sequence[E], Budget, Bar], dict[str, float]] | None = None
+    heldout: Callable[[Roles, Sequence[E], TokenBudget, Bar], dict[str, float]] | None = None
     adjust: Callable[[Roles, Sequence[E]], None] | None = None  # the trained weights, before they are exported
     check: Callable[[Sequence[E]], None] | None = None  # what settings say against the training examples
     prepare: Callable[[Roles, Sequence[E], Sequence[E]], tuple[Sequence[E], Sequence[E]]] | None = None  # before step 0
@@ -150,7 +150,7 @@ def load_examples(
     return training, heldout
 
 
-def finish(roles: Roles, tokenizer: Any, run: Run) -> Path:
+def export_and_report(roles: Roles, tokenizer: Any, run: Run) -> Path:
     """Export the (first) trained role, write the report, and say where things are."""
     role = roles.trained[0]
     exported = run.folder / role
@@ -160,7 +160,7 @@ def finish(roles: Roles, tokenizer: Any, run: Run) -> Path:
     return exported
 
 
-def described(roles: Roles, role: str, source: Path | None) -> str:
+def describe_adapter(roles: Roles, role: str, source: Path | None) -> str:
     """What a trained role is. An adapter that is not new has its own rank and layers, not lora_r's."""
     if source is not None:
         return f"an adapter of rank {roles.rank(role)}, as it is in {source}"
@@ -193,9 +193,9 @@ def run_opened(config: TrainConfig, recipe: Recipe[E, B], run: Run) -> Path:
     check_start(config, roles, training, heldout, samples)
     trained = sum(parameter.numel() for parameter in roles.trained_parameters().values())
     if config.use_peft:
-        say(f"{recipe.trained}: {described(roles, recipe.trained, find_source(config.model).adapter)}.")
+        say(f"{recipe.trained}: {describe_adapter(roles, recipe.trained, find_source(config.model).adapter)}.")
     say(f"model: {trained:,} trained parameters on {roles.device}, {roles.layout} batches.")
-    for note in lever_notes(roles, config):
+    for note in memory_option_notes(roles, config):
         say(note)
     if config.dry_run:
         dry_run.show(config, roles, tokenizer, training[0])
@@ -210,4 +210,4 @@ def run_opened(config: TrainConfig, recipe: Recipe[E, B], run: Run) -> Path:
         train(config, job, roles, run, identity)
         if recipe.adjust:
             recipe.adjust(roles, training)
-        return finish(roles, tokenizer, run)
+        return export_and_report(roles, tokenizer, run)

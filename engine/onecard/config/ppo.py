@@ -199,7 +199,7 @@ def estimator_needs(config: PPOConfig) -> dict[str, bool]:
 
 
 def unused_settings(config: PPOConfig) -> dict[str, bool]:
-    """Settings that were given and have no effect. (`rewards.judge` checks constraint_label.)"""
+    """Settings that were given and have no effect. (`rewards.scorer` checks constraint_label.)"""
     name, critic, unset = config.advantage_estimator, config.has_critic, PPOConfig()
     clips, given = not config.is_single_pass, f"with advantage_estimator {name}"
     table = (  # whether they are used, where they are not, which settings

@@ -24,7 +24,7 @@ from onecard.config import (
 from onecard.models.adapters import add_adapter, read_adapter
 from onecard.models.classifier import is_classifier
 from onecard.models.load import Source, find_source, load_base, reason
-from onecard.models.memory_options import pull_levers
+from onecard.models.memory_options import apply_memory_options
 from onecard.models.roles import HEAD_WEIGHTS, Roles
 from onecard.models.scalar import ScalarHead
 from onecard.models.targets import Targets, find_targets
@@ -151,7 +151,7 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
     roles = Roles(model, (trained,), adapters, "packed" if config.padding_free else "padded")
     roles.left_out = targets.left_out if targets and source.adapter is None else ()
     check_precision(roles)
-    pull_levers(roles, config)
+    apply_memory_options(roles, config)
     if frozen is not None:
         roles.copies["reference"] = frozen
         roles.adapters["reference"] = None
@@ -193,8 +193,8 @@ def load_ppo_roles(config: PPOConfig) -> Roles:
     critic on the policy's trunk is a head of zeros: the reward's head would read other hidden states than it knows.
     """
     check_speaks(find_source(config.model))
-    judges = {role: reward_adapter(config, setting) for role, setting in JUDGES.items()}
-    frozen = {role: folder for role, folder in judges.items() if folder is not None}
+    scorers = {role: reward_adapter(config, setting) for role, setting in SCORER_SETTINGS.items()}
+    frozen = {role: folder for role, folder in scorers.items() if folder is not None}
     own_critic = config.has_critic and config.critic == "adapter"
     copied = frozen.get("reward") if own_critic and config.value_init == "reward" else None
     base = load_base(config)
@@ -207,7 +207,7 @@ def load_ppo_roles(config: PPOConfig) -> Roles:
         assert targets is not None
         add_adapter(model, lora_config(config, base, targets, scalar=True), "value")
     for role, folder in {**({"value": copied} if copied else {}), **frozen}.items():
-        read_adapter(model, folder, role, JUDGES.get(role, JUDGES["reward"]))
+        read_adapter(model, folder, role, SCORER_SETTINGS.get(role, SCORER_SETTINGS["reward"]))
     adapters |= {role: role for role in frozen}
     if config.has_critic:
         adapters["value"] = "value" if own_critic else "policy"
@@ -215,7 +215,7 @@ def load_ppo_roles(config: PPOConfig) -> Roles:
     roles = Roles(model, trained, adapters, "packed" if config.padding_free else "padded")
     roles.left_out = targets.left_out if targets else ()
     check_precision(roles)
-    pull_levers(roles, config)
+    apply_memory_options(roles, config)
     for role, folder in frozen.items():
         roles.heads[role] = read_scalar_head(roles, folder).requires_grad_(False)
     if copied is not None:
@@ -228,7 +228,7 @@ def load_ppo_roles(config: PPOConfig) -> Roles:
 
 
 # The frozen roles that judge answers, and the setting that names the adapter of each.
-JUDGES = {"reward": "reward_model_path", "constraint": "constraint_model_path"}
+SCORER_SETTINGS = {"reward": "reward_model_path", "constraint": "constraint_model_path"}
 
 
 def reward_adapter(config: PPOConfig | EvaluateConfig, setting: str = "reward_model_path") -> Path | None:

@@ -113,7 +113,7 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
     return state.hexdigest()
 
 
-def judge_digest(config: PPOConfig, setting: str) -> str:
+def scorer_digest(config: PPOConfig, setting: str) -> str:
     """Changes with the weights of what a setting names to judge answers."""
     name: str = getattr(config, setting)
     if not name:
@@ -133,8 +133,8 @@ def ppo_identity(config: PPOConfig, training: Sequence[Prompt], heldout: Sequenc
         **reference_identity(config),
         "prompts": prompts_digest(training),
         "held-out prompts": prompts_digest(heldout),
-        "reward model": judge_digest(config, "reward_model_path"),
+        "reward model": scorer_digest(config, "reward_model_path"),
         "reward functions": functions_digest(config.reward_funcs),
-        "constraint model": judge_digest(config, "constraint_model_path"),
+        "constraint model": scorer_digest(config, "constraint_model_path"),
         "constraint functions": functions_digest(config.constraint_funcs),
     }

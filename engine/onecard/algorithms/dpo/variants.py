@@ -30,11 +30,11 @@ class Variant:
     """One kind of loss. `keywords` are the kernel's, each with the setting that it comes from.
 
     `loss(roles, record, keywords, normalizer)`; `reference(roles, record)` are the record's `ref_logps`, None where
-    there is no reference. `judge` is the kernel on made-up log-probs, whose complaints are those of the settings.
+    there is no reference. `scorer` is the kernel on made-up log-probs, whose complaints are those of the settings.
     """
 
     loss: Callable[[Roles, Any, Keywords, int], Loss]
-    judge: Callable[..., Loss]
+    scorer: Callable[..., Loss]
     keywords: Mapping[str, str]
     reference: Callable[[Roles, Any], Tensor] | None = None
     labelled: bool = False
@@ -84,7 +84,7 @@ def loss_keywords(config: DPOConfig) -> Keywords:
     if "loss_weights" in keywords:
         keywords["loss_weights"] = config.loss_weights or None
     try:  # the loss itself is the judge of its settings: before anything is loaded, on one answer or pair
-        variant.judge(**keywords)
+        variant.scorer(**keywords)
     except (TypeError, ValueError) as error:
         raise OnecardError(named_by_settings(str(error), variant)) from error
     return keywords

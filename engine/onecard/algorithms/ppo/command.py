@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from onecard.algorithms.common import (
-    described,
-    finish,
+    describe_adapter,
+    export_and_report,
     load_examples,
     longest_sequence,
 )
@@ -19,14 +19,14 @@ from onecard.algorithms.ppo.startup import check_start
 from onecard.config import PPOConfig
 from onecard.data import Prompt, prompt_examples
 from onecard.data.templates import template_date
-from onecard.models.build import JUDGES, load_ppo_roles, reward_adapter
+from onecard.models.build import SCORER_SETTINGS, load_ppo_roles, reward_adapter
 from onecard.models.load import find_source, load_tokenizer
-from onecard.models.memory_options import in_head_chunks, lever_notes
-from onecard.models.micro_batching import looking_budget
+from onecard.models.memory_options import in_head_chunks, memory_option_notes
+from onecard.models.micro_batching import forward_budget
 from onecard.models.roles import Roles
 from onecard.models.trunk import rotation_limit, trunk_of
 from onecard.models.vocabulary import check_tokens
-from onecard.rewards.judge import load_constraint, load_judge
+from onecard.rewards.scorer import load_constraint, load_scorer
 from onecard.training import dry_run
 from onecard.training.identity import ppo_identity
 from onecard.training.run_folder import Run, locked, open_run, with_folder
@@ -44,7 +44,7 @@ def described_role(config: PPOConfig, roles: Roles, role: str) -> str:
         "policy": find_source(config.model).adapter,
         "value": reward_adapter(config) if config.value_init == "reward" else None,
     }
-    return described(roles, role, adapters[role])
+    return describe_adapter(roles, role, adapters[role])
 
 
 def longest_prompt(config: PPOConfig) -> int:
@@ -104,9 +104,9 @@ def run(config: PPOConfig) -> Path:
 
 def run_opened(config: PPOConfig, run: Run) -> Path:
     """`run` in the folder that was opened for it."""
-    budget = looking_budget(config)
-    judge, constraint = load_judge(config, budget), load_constraint(config, budget)
-    for setting in JUDGES.values():
+    budget = forward_budget(config)
+    scorer, constraint = load_scorer(config, budget), load_constraint(config, budget)
+    for setting in SCORER_SETTINGS.values():
         reward_adapter(config, setting)
     tokenizer = load_tokenizer(config)
     room = longest_prompt(config)
@@ -120,7 +120,7 @@ def run_opened(config: PPOConfig, run: Run) -> Path:
             skip_bad_rows=config.skip_bad_rows,
         ),
     )
-    for each in filter(None, (judge, constraint)):
+    for each in filter(None, (scorer, constraint)):
         each.check_columns([*training, *heldout])
     roles = load_ppo_roles(config)
     longest = max(len(prompt.tokens) for prompt in (*training, *heldout)) + config.response_length
@@ -130,9 +130,9 @@ def run_opened(config: PPOConfig, run: Run) -> Path:
     check_model(roles, longest + 1, row=config.micro_batch_tokens or items * (longest + 1))
     check_decoding(roles, longest)
     sampler = make_sampler(config, roles, tokenizer)
-    judges = [judge, *([constraint] if constraint else [])]
+    scorers = [scorer, *([constraint] if constraint else [])]
     if run.checkpoint is None:  # a run that goes on has been checked, and its policy has left the reference
-        check_start(roles, sampler, judges, training, heldout, config, budget)
+        check_start(roles, sampler, scorers, training, heldout, config, budget)
     trained = sum(parameter.numel() for parameter in roles.trained_parameters().values())
     steps = config.total_steps(len(training))
     for role in roles.trained:
@@ -141,16 +141,16 @@ def run_opened(config: PPOConfig, run: Run) -> Path:
         f"model: {trained:,} trained parameters on {roles.device}, {roles.layout} batches; "
         f"{steps} iterations of {config.episodes_per_step} responses."
     )
-    for note in lever_notes(roles, config):
+    for note in memory_option_notes(roles, config):
         say(note)
     if config.dry_run:
         dry_run.show(config, roles, tokenizer, training[0])
         return run.folder
     begins = config.normalize_reward and run.checkpoint is None
-    scale = measure_scale(roles, sampler, judge, training, config) if begins else None
+    scale = measure_scale(roles, sampler, scorer, training, config) if begins else None
     job = PPO(
-        config, roles, sampler, judge, training, heldout, steps, constraint=constraint, scale=scale, budget=budget
+        config, roles, sampler, scorer, training, heldout, steps, constraint=constraint, scale=scale, budget=budget
     )
     with locked(run):
         train(config, job, roles, run, ppo_identity(config, training, heldout))
-        return finish(roles, tokenizer, run)
+        return export_and_report(roles, tokenizer, run)

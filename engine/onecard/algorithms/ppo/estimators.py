@@ -24,7 +24,7 @@ from onecard_kernels import Advantages, gae, group_advantages, masked_whiten
 
 
 @dataclass(frozen=True)
-class Rewarded:
+class AdvantageInput:
     """B answers of up to T tokens. `rewards` fp32 [B, T], KL and score in them; `mask` bool [B, T]: which tokens count.
 
     An answer that is not learned from has no True in its row of the mask: it is in no mean, no baseline, no group.
@@ -45,7 +45,7 @@ class Rewarded:
     group_size: int = 1
 
 
-def generalized(given: Rewarded) -> Advantages:
+def generalized(given: AdvantageInput) -> Advantages:
     """GAE of each answer; advantages whitened over all tokens that count."""
     if given.values is None:
         raise ValueError("values is None, expected the critic's")
@@ -55,17 +55,17 @@ def generalized(given: Rewarded) -> Advantages:
     return Advantages(masked_whiten(found.advantages, given.mask), found.returns)
 
 
-def actor_critic(given: Rewarded) -> Advantages:
+def actor_critic(given: AdvantageInput) -> Advantages:
     """Reward-to-go minus the critic's value, whitened: GAE at lam = 1."""
     return generalized(replace(given, lam=1.0))
 
 
-def reinforce(given: Rewarded) -> Advantages:
+def reinforce(given: AdvantageInput) -> Advantages:
     """Reward-to-go, whitened: the same under a critic that says 0."""
     return actor_critic(replace(given, values=torch.zeros_like(given.rewards)))
 
 
-def in_groups(given: Rewarded, kind: str) -> Advantages:
+def in_groups(given: AdvantageInput, kind: str) -> Advantages:
     """Each answer's whole reward against the others' to its prompt: one number for all of its tokens.
 
     An answer whose others are all left out has nothing to be compared with: its advantage is 0.
@@ -80,7 +80,7 @@ def in_groups(given: Rewarded, kind: str) -> Advantages:
     return Advantages(*(torch.where(given.mask, each.unsqueeze(1), 0.0) for each in (advantages, sums)))
 
 
-def with_company(kept: Tensor, group_size: int) -> Tensor:
+def with_group_peers(kept: Tensor, group_size: int) -> Tensor:
     """Of the answers that are kept, bool [B], those that have another one in their group to be compared with.
 
     >>> with_company(torch.tensor([True, True, True, False]), 2)
@@ -90,16 +90,16 @@ def with_company(kept: Tensor, group_size: int) -> Tensor:
     return (groups & (groups.sum(1, keepdim=True) > 1)).flatten()
 
 
-def leave_one_out(given: Rewarded) -> Advantages:
+def leave_one_out(given: AdvantageInput) -> Advantages:
     return in_groups(given, "rloo")
 
 
-def group_relative(given: Rewarded) -> Advantages:
+def group_relative(given: AdvantageInput) -> Advantages:
     return in_groups(given, "grpo")
 
 
 # `PPOConfig` says which need a critic or groups, and which pass over the answers once.
-ESTIMATORS: dict[str, Callable[[Rewarded], Advantages]] = {
+ESTIMATORS: dict[str, Callable[[AdvantageInput], Advantages]] = {
     "gae": generalized,
     "a2c": actor_critic,
     "reinforce": reinforce,
