@@ -42,9 +42,9 @@ class MicroBatchSize:
     def split(self, sizes: Sequence[int]) -> Iterator[list[int]]:
         """Which items make up each pass. By count in their order; by tokens the longest first, of like lengths.
 
-        >>> list(Cut(2).places([3, 9, 4]))
+        >>> list(MicroBatchSize(2).split([3, 9, 4]))
         [[0, 1], [2]]
-        >>> list(Cut(2, tokens=8).places([3, 9, 4]))
+        >>> list(MicroBatchSize(2, tokens=8).split([3, 9, 4]))
         [[1], [2, 0]]
         """
         order = list(range(len(sizes)))
