@@ -214,7 +214,7 @@ def recorded(task: Task) -> int:
 
 
 def sampled(task: Task) -> Any:
-    return sample_responses(task.roles, task.prompts, task.sampling, ends=task.ends, batch_size=task.batch_size)
+    return sample_responses(task.roles, task.prompts, task.sampling, stop_tokens=task.ends, batch_size=task.batch_size)
 
 
 def peer(task: Task) -> int:

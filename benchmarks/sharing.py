@@ -27,7 +27,7 @@ from onecard.algorithms.dpo import make_recipe
 from onecard.config import DPOConfig
 from onecard.data.batches import PreferencePair, answers
 from onecard.models.build import load_roles
-from onecard.models.micro_batching import Cut
+from onecard.models.micro_batching import MicroBatchSize
 from onecard.models.roles import Roles
 from onecard.training.trainer import Objective, accumulate
 
@@ -64,7 +64,7 @@ class Step:
         self.roles.zero_grad(set_to_none=True)
 
     def __call__(self) -> None:
-        accumulate(self.objective, self.pairs, Cut(len(self.pairs)), self.roles.device)
+        accumulate(self.objective, self.pairs, MicroBatchSize(len(self.pairs)), self.roles.device)
 
     def gradient(self) -> torch.Tensor:
         self.ready()

@@ -130,7 +130,7 @@ class OnecardDPO(DPOStepper):
 
     def cuts(self) -> tuple[Any, ...]:
         """Micro-batches as they are cut now: smaller than at first if memory ran out."""
-        return self.trainer.cut, self.job.budget.cut
+        return self.trainer.micro_batch_size, self.job.budget.size
 
     def watched(self, timer: PhaseTimer) -> None:
         """A step, timed by phase."""

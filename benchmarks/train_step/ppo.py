@@ -22,8 +22,8 @@ from onecard.config import PPOConfig, RewardConfig
 from onecard.data import Prompt
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
-from onecard.models.micro_batching import looking_budget
-from onecard.rewards.judge import load_judge
+from onecard.models.micro_batching import forward_budget
+from onecard.rewards.scorer import load_scorer
 from onecard.training.run_folder import Run
 from onecard.training.trainer import Trainer
 
@@ -75,14 +75,14 @@ class PPORun:
         # token ends an answer, and each is as long as the memory plan assumes.
         ends = range(FIRST_WORD, case.model.vocab, max(2, case.response // 2))
         sampler = replace(sampler, ends=sampler.ends | frozenset(ends) if case.mixed else frozenset())
-        budget = looking_budget(self.config)
+        budget = forward_budget(self.config)
         pairs = random_pairs(4 * case.items, case.prompt, 2, case.model.vocab, mixed=case.mixed)
         # prompts of one length would need no mask, and the plan has one: every other prompt is a token shorter
         lacks = [0 if case.mixed else place % 2 for place in range(len(pairs))]
         drawn = [pair.prompt[lack:] for pair, lack in zip(pairs, lacks, strict=True)]
         prompts = [Prompt(text(prompt), prompt) for prompt in drawn]
         self.job = PPO(
-            self.config, self.roles, sampler, load_judge(self.config, budget), prompts, [], 1 << 30, budget=budget
+            self.config, self.roles, sampler, load_scorer(self.config, budget), prompts, [], 1 << 30, budget=budget
         )
         self.trainer = Trainer(self.config, self.job, self.roles, Run(folder, None, ()))
         self.roles.train()
@@ -121,7 +121,7 @@ class PPORun:
         with ExitStack() as stack:
             for target, name, changed in (
                 (job, "sampler", Sampler()),
-                (job, "judge", timer.wrap(REWARD, job.judge)),
+                (job, "scorer", timer.wrap(REWARD, job.scorer)),
                 (trainer, "gradients", timer.wrap(TRAIN, trainer.gradients)),
                 (trainer, "apply", timer.wrap(OPTIMIZER, trainer.apply)),
             ):
@@ -137,7 +137,7 @@ class PPORun:
 
     def cuts(self) -> tuple[Any, ...]:
         """Micro-batches as they are cut now: smaller than at first if memory ran out."""
-        return self.trainer.cut, self.job.budget.cut, self.job.sampler.budget.cut
+        return self.trainer.micro_batch_size, self.job.budget.size, self.job.sampler.budget.size
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """(tokens, FLOPs that cannot be left out) of each phase of the last iteration."""

@@ -74,9 +74,9 @@ def write_material(folder: Path) -> Path:
 def cases(material: Path) -> dict[str, Case]:
     model, often = f"--model {material / 'model'}", "--max_steps 4 --save_steps 1 --logging_steps 1 --eval_steps 2"
     small = f"{model} {often} --test_size 4 --learning_rate 1e-2 --per_device_train_batch_size 4"
-    stops = " ".join(f"--stop_token {token}" for token in STOPS)
+    stop_strings = " ".join(f"--stop_token {token}" for token in STOPS)
     score = f"--reward_funcs {material / 'good.py'}:score"
-    ppo = f"{score} --batch_size 8 --num_ppo_epochs 2 --response_length 8 {stops}"
+    ppo = f"{score} --batch_size 8 --num_ppo_epochs 2 --response_length 8 {stop_strings}"
     adapter, prompts = f"--model {material / 'adapter' / 'policy'}", f"--dataset {material / 'prompts.jsonl'}"
     labels = f"--loss_type kto --dataset {material / 'labels.jsonl'}"
     told = {

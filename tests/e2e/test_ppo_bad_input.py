@@ -258,12 +258,12 @@ def test_another_run_is_not_gone_on_with(quick, ppo, tmp_path, material):
 
 def shift_sampling(patch: pytest.MonkeyPatch, tmp_path: Path, material: Path, tiny_model: Path) -> dict[str, Any]:
     """Tokens are drawn at half the temperature that is asked for."""
-    whole = sampler.draw
+    whole = sampler.sample_token
 
     def colder(logits, *more):
         return whole(logits * 2, *more)
 
-    patch.setattr(sampler, "draw", colder)
+    patch.setattr(sampler, "sample_token", colder)
     return {}
 
 

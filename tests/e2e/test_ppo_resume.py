@@ -99,7 +99,7 @@ def stop_in_update(patch: pytest.MonkeyPatch, step: int, update: int) -> None:
 
 def stop_in_sampling(patch: pytest.MonkeyPatch, step: int, draws: int) -> None:
     """Interrupt the sampling of iteration `step` after so many draws."""
-    whole_step, whole_draw = PPO.step, sampler.draw
+    whole_step, whole_draw = PPO.step, sampler.sample_token
     left: list[int] = []
 
     def stepping(self, trainer, indices, bar):
@@ -113,7 +113,7 @@ def stop_in_sampling(patch: pytest.MonkeyPatch, step: int, draws: int) -> None:
         return whole_draw(*words)
 
     patch.setattr(PPO, "step", stepping)
-    patch.setattr(sampler, "draw", drawing)
+    patch.setattr(sampler, "sample_token", drawing)
 
 
 def same(first: Any, second: Any) -> bool:

@@ -12,14 +12,14 @@ import torch
 from benchmarks.measure import peak_bytes
 from onecard.algorithms.ppo.experience import logprobs_of, values_of
 from onecard.commands.fit.model import read_config
-from onecard.commands.fit.phases import Lengths, episodes_per_step, work_of
+from onecard.commands.fit.phases import Lengths, work_of
 from onecard.commands.fit.plan import Plan, make_plan
 from onecard.config import DPOConfig, PPOConfig, RewardConfig, TrainConfig
 from onecard.data.batches import Episode
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
 from onecard.models.memory_options import head_chunks
-from onecard.models.micro_batching import Cut, looking_budget
+from onecard.models.micro_batching import MicroBatchSize, forward_budget
 from onecard.models.roles import Roles
 from onecard.rewards.adapter import score_sequences
 from onecard.rollout import Sampling, sample_responses, sampling_budget
@@ -95,7 +95,7 @@ def measured_phases(config: TrainConfig, roles: Roles) -> dict[str, int]:
         take_passes(config, roles, take)
     work = work_of(config, roles, LENGTHS)
     padded = roles.layout == "padded"
-    cut = Cut(config.per_device_train_batch_size, config.micro_batch_tokens, padded=padded)
+    cut = MicroBatchSize(config.per_device_train_batch_size, config.micro_batch_tokens, padded=padded)
     examples = [work.example] * work.examples
     if padded:
         examples[-1] = work_of(config, roles, SHORTER).example
@@ -118,16 +118,16 @@ def measured_phases(config: TrainConfig, roles: Roles) -> dict[str, int]:
 
 def take_passes(config: PPOConfig, roles: Roles, take: Callable[[str, Callable[[], object]], None]) -> None:
     """PPO's phases before the training."""
-    count = episodes_per_step(config)
+    count = config.episodes_per_step
     prompts = [(5,) * LENGTHS.prompt] * (count - 1) + [(5,) * SHORTER.prompt]
     sampling, rollout = Sampling(config.response_length), sampling_budget(config.local_rollout_forward_batch_size)
     take(
         "rollout",
-        lambda: sample_responses(roles, prompts, sampling, ends=(), batch_size=rollout),
+        lambda: sample_responses(roles, prompts, sampling, stop_tokens=(), batch_size=rollout),
     )
     sequences = [LENGTHS.sequence(1)] * (count - 1) + [SHORTER.sequence(1)]
     episodes = [Episode(sequence, torch.zeros(LENGTHS.response), True, 0) for sequence in sequences]
-    budget = looking_budget(config)
+    budget = forward_budget(config)
     if "reward" in roles.adapters:
         take("reward pass", lambda: score_sequences(roles, sequences, batch_size=budget))
     take("policy pass", lambda: logprobs_of(roles, "policy", episodes, config, budget))

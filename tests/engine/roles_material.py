@@ -28,7 +28,7 @@ def policy_part(roles: Roles, batch: TokenBatch) -> torch.Tensor:
 
 
 def value_part(roles: Roles, batch: TokenBatch) -> torch.Tensor:
-    with roles.playing("value"):
+    with roles.active("value"):
         return roles.scalars(batch, batch.targets.rows).square().sum()
 
 

@@ -42,7 +42,7 @@ class Player:
         return self.roles.causal_model()
 
     def sample(self, sampling: Sampling, prompts: Sequence[Sequence[int]] | None = None, **changes: Any) -> Any:
-        settings = {"ends": self.ends, "batch_size": 8, **changes}
+        settings = {"stop_tokens": self.ends, "batch_size": 8, **changes}
         return sample_responses(self.roles, self.prompts if prompts is None else prompts, sampling, **settings)
 
 

@@ -107,7 +107,7 @@ def test_every_role_s_adapter_is_in_bfloat16_and_heads_are_not(tiny_model, tmp_p
 def test_without_adapters_it_is_refused(tiny_model):
     config = DPOConfig(model=str(tiny_model), use_peft=False, adapter_dtype="bfloat16")
     with pytest.raises(OnecardError, match="adapter_dtype: bfloat16, but with --no_use_peft there are no adapters"):
-        load_roles(config, trained="policy")
+        config.validate()
 
 
 def test_updates_too_small_for_bfloat16_add_up_in_the_masters():

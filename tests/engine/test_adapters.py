@@ -61,7 +61,7 @@ def by_transformers(model) -> torch.Tensor:
 @torch.no_grad()
 def by_role(roles, role: str) -> torch.Tensor:
     batch = pack([TokenSequence(TOKENS, (True,) * len(TOKENS))])
-    with roles.playing(role):
+    with roles.active(role):
         return roles.logprobs(batch, batch.targets)
 
 

@@ -17,7 +17,7 @@ from onecard.config import SFTConfig
 from onecard.data import Prompt, prompt_examples
 from onecard.data.batches import Episode, TokenSequence
 from onecard.data.tokens import continuation_text, spelled
-from onecard.rewards.judge import make_answers
+from onecard.rewards.scorer import make_answers
 from onecard.rollout import Response
 from tests.engine.data_material import built, real, rows, sft
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from onecard.commands import chat as module
-from onecard.commands.chat import HALF, Chat, Conversation, Turn, Voice
+from onecard.commands.chat import HALF, AnswerStream, Chat, Conversation, Turn
 from onecard.config import ChatConfig
 from onecard.models.build import load_player
 from onecard.models.load import load_tokenizer
@@ -79,9 +79,9 @@ def test_characters_of_several_tokens_are_written_whole(request, model):
     expected = tokenizer.decode(prompt + tokens, skip_special_tokens=True)
     expected = expected[len(tokenizer.decode(prompt, skip_special_tokens=True)) :]
     pieces: list[str] = []
-    voice = Voice(tokenizer, prompt, pieces.append)
+    voice = AnswerStream(tokenizer, prompt, pieces.append)
     for token in tokens:
-        voice.hear(token)
+        voice.on_token(token)
         assert HALF not in "".join(pieces)
     assert voice.end() == "".join(pieces) == expected
     assert len(pieces) > 5
@@ -91,9 +91,9 @@ def test_a_character_that_is_never_finished_is_written_at_the_end(tiny_model):
     tokenizer = load_tokenizer(ChatConfig(model=str(tiny_model)))
     tokens = tokenizer.encode("a\u6f22", add_special_tokens=False)
     pieces: list[str] = []
-    voice = Voice(tokenizer, tokenizer.encode("b"), pieces.append)
+    voice = AnswerStream(tokenizer, tokenizer.encode("b"), pieces.append)
     for token in tokens[:-1]:
-        voice.hear(token)
+        voice.on_token(token)
     assert "".join(pieces) == "a"
     assert voice.end() == "".join(pieces) == f"a{HALF}"
 

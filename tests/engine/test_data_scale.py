@@ -27,10 +27,11 @@ from onecard.data import (
     tokens,
 )
 from onecard.data.batches import LabelledSequence, PreferencePair, Ranking, ScoredSequence, TokenSequence
-from onecard.data.example_arrays import all_lengths, all_numbers, all_tokens, as_examples, fingerprint
+from onecard.data.example_arrays import all_lengths, all_numbers, all_tokens, as_examples
 from onecard.data.files import dataset_rows
 from onecard.data.templates import template_date
 from onecard.data.tokens import bare, encode_batch
+from onecard.training.identity import examples_digest
 from onecard.utils.errors import OnecardError
 from tests.engine.data_material import CHATML, all_tokenizers, built, rows
 
@@ -135,7 +136,7 @@ def test_arrays_give_the_records_back(kind: str) -> None:
     assert examples.take([4, 0])[0] == records[4]
     assert examples.take([4, 0]).take([1]) == records[:1]
     for some in (examples, examples.take([3, 2, 5])):
-        assert fingerprint(some) == fingerprint(list(some))
+        assert examples_digest(some) == examples_digest(list(some))
         assert list(all_lengths(some)) == list(all_lengths(list(some)))
         assert [list(each) for each in all_numbers(some)] == [list(each) for each in all_numbers(list(some))]
     assert set().union(*all_tokens(examples)) == {1, 2, 3, 7}

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from onecard import config
-from onecard.algorithms.dpo.variants import ALONE, PAIRED, pick_variant
+from onecard.algorithms.dpo.variants import PAIRED, pick_variant
 from onecard.config import DPOConfig, PPOConfig
+from onecard.config.dpo import ALONE
 from onecard_kernels.dpo.losses import ANY_DIVERGENCE, LOSSES
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -116,12 +117,10 @@ def test_every_command_is_one():
         assert words[:2] == ["onecard", "dpo"]
         given = [word[2:] for word in words if word.startswith("--")]
         assert set(given) <= settings(DPOConfig)
-        pick_variant(
-            DPOConfig(
-                loss_type=[words[i + 1] for i, word in enumerate(words) if word == "--loss_type"] or ["sigmoid"],
-                loss_weights=[float(words[i + 1]) for i, word in enumerate(words) if word == "--loss_weights"],
-            )
-        )
+        DPOConfig(
+            loss_type=[words[i + 1] for i, word in enumerate(words) if word == "--loss_type"] or ["sigmoid"],
+            loss_weights=[float(words[i + 1]) for i, word in enumerate(words) if word == "--loss_weights"],
+        ).validate()
 
 
 def test_options_in_the_text_are_settings():

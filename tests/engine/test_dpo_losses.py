@@ -10,8 +10,8 @@ import torch
 
 from onecard.algorithms import dpo
 from onecard.algorithms.dpo.command import balance_notes
-from onecard.algorithms.dpo.variants import ALONE
 from onecard.config import DPOConfig
+from onecard.config.dpo import ALONE
 from onecard.data import load_rows
 from onecard.data.batches import TokenSequence, pack, pack_labelled, pack_pairs, part
 from onecard.models.load import load_tokenizer

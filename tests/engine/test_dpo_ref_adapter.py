@@ -33,7 +33,7 @@ def adapters(tiny_model, tmp_path_factory) -> dict[str, Path]:
 
 @torch.no_grad()
 def logps(roles, role: str) -> torch.Tensor:
-    with roles.playing(role):
+    with roles.active(role):
         return sequence_logps(roles, BATCH)
 
 

@@ -16,7 +16,7 @@ from onecard.algorithms.dpo import reference
 from onecard.algorithms.dpo.losses import labelled_reference, pair_reference
 from onecard.config import DPOConfig
 from onecard.data.batches import TokenSequence, pack_labelled, pack_pairs
-from onecard.data.example_arrays import fingerprint
+from onecard.training.identity import examples_digest
 from tests.engine.dpo_material import LABELLED, LEVEL, PAIRS, load, moved
 
 
@@ -45,7 +45,7 @@ def test_values_are_the_reference_s_own_answer_by_answer(config, roles):
     for pair in known(config, roles, [*PAIRS, *LEVEL]):
         for one, value in zip((pair.chosen, pair.rejected), pair.ref_logps, strict=True):
             ids = torch.tensor([one.tokens])
-            with roles.playing("reference"), torch.no_grad():
+            with roles.active("reference"), torch.no_grad():
                 logits = roles.causal_model()(input_ids=ids).logits[0, 1:-1].double()
             own = logits.log_softmax(-1).gather(-1, ids[0, 2:, None]).sum().item()
             assert value == pytest.approx(own, abs=2e-5)
@@ -232,8 +232,8 @@ def test_the_fingerprint_tells_labels_and_mismatched_answers_apart():
     one = LABELLED[0]
     others = [one, replace(one, desirable=False), replace(one, mismatched=one.sequence), PAIRS[0]]
     others += [replace(PAIRS[0], margin=1.0), one.sequence]
-    assert len({fingerprint([other]) for other in others}) == len(others)
-    assert fingerprint([replace(one, ref_logps=(1.0, 2.0))]) == fingerprint([one])
+    assert len({examples_digest([other]) for other in others}) == len(others)
+    assert examples_digest([replace(one, ref_logps=(1.0, 2.0))]) == examples_digest([one])
 
 
 def test_a_reference_that_is_a_whole_model_is_let_go(tiny_model):

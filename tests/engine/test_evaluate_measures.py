@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from onecard.commands.statistics import Z95, Estimate, distinct, estimate, win_rate
-from onecard.rollout import Sampling, chances_of, draw
+from onecard.rollout import Sampling, sample_token, uniforms_of
 from tests.engine.rollout_material import common_ends
 
 
@@ -58,15 +58,15 @@ def test_distinct_counts_runs_over_all_answers():
 def test_chances_pick_by_the_sums_of_the_probabilities():
     """Probabilities 0.2, 0, 0.5, 0.3: a chance on a bound belongs to the token after it; none to the impossible one."""
     logits = torch.tensor([0.2, 0.0, 0.5, 0.3]).log().expand(8, 4)
-    chances = torch.tensor([0.0, 0.19999, 0.20001, 0.5, 0.69999, 0.70001, 0.9, 1 - 2**-24])
-    tokens, logprobs = draw(logits, Sampling(1), [], chances)
+    uniforms = torch.tensor([0.0, 0.19999, 0.20001, 0.5, 0.69999, 0.70001, 0.9, 1 - 2**-24])
+    tokens, logprobs = sample_token(logits, Sampling(1), [], uniforms)
     assert tokens.tolist() == [0, 0, 2, 2, 2, 3, 3, 3]
     torch.testing.assert_close(logprobs, torch.tensor([0.2, 0.2, 0.5, 0.5, 0.5, 0.3, 0.3, 0.3]).log())
 
 
 def test_a_token_of_no_probability_is_not_drawn_by_a_chance_of_nothing():
     logits = torch.tensor([[-float("inf"), 0.0, 0.0, -float("inf")]]).expand(2, 4)
-    tokens, _ = draw(logits, Sampling(1), [], torch.tensor([0.0, 1 - 2**-24]))
+    tokens, _ = sample_token(logits, Sampling(1), [], torch.tensor([0.0, 1 - 2**-24]))
     assert tokens.tolist() == [1, 2]
 
 
@@ -75,7 +75,7 @@ def test_chances_draw_the_models_own_distribution():
     torch.manual_seed(0)
     logits = torch.randn(50)
     count = 20_000
-    tokens, _ = draw(logits.expand(count, 50), Sampling(1, 1.3), [], chances_of(42, 7, count))
+    tokens, _ = sample_token(logits.expand(count, 50), Sampling(1, 1.3), [], uniforms_of(42, 7, count))
     expected = (logits / 1.3).softmax(-1) * count
     chi = ((torch.bincount(tokens, minlength=50) - expected) ** 2 / expected).sum()
     assert chi < 49 + 4 * (2 * 49) ** 0.5
@@ -83,17 +83,17 @@ def test_chances_draw_the_models_own_distribution():
 
 def test_chances_depend_on_seed_and_prompt_alone():
     state = torch.get_rng_state()
-    first = chances_of(1, 2, 8)
-    assert torch.equal(first[:3], chances_of(1, 2, 3))
-    assert not torch.equal(first, chances_of(1, 3, 8))
-    assert not torch.equal(first, chances_of(2, 2, 8))
+    first = uniforms_of(1, 2, 8)
+    assert torch.equal(first[:3], uniforms_of(1, 2, 3))
+    assert not torch.equal(first, uniforms_of(1, 3, 8))
+    assert not torch.equal(first, uniforms_of(2, 2, 8))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 18])
 def test_each_prompt_has_its_own_draws_whatever_leaves_the_batch(player, batch_size):
     """Answers of many lengths: rows leave, and those that stay keep their numbers."""
-    settings = {"ends": common_ends(player), "seed": 3}
+    settings = {"stop_tokens": common_ends(player), "seed": 3}
     prompts = player.prompts * 3
     found = player.sample(Sampling(24), prompts, batch_size=batch_size, **settings).responses
     assert len({len(response.tokens) for response in found}) > 5

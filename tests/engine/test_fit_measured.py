@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.measure import peak_bytes
 from onecard.commands.fit.model import read_config
-from onecard.commands.fit.phases import Lengths, episodes_per_step
+from onecard.commands.fit.phases import Lengths
 from onecard.commands.fit.plan import make_plan
 from onecard.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from onecard.models.build import load_ppo_roles
@@ -125,10 +125,10 @@ def test_a_rollouts_cache_at_its_final_length(folders):
     plan = make_plan(model, config, Lengths(4, 240), CPU)
     phase = next(phase for phase in plan.phases if phase.name == "rollout")
     roles = load_ppo_roles(config)
-    prompts = [(5,) * 4] * (episodes_per_step(config) - 1) + [(5,) * 3]
+    prompts = [(5,) * 4] * (config.episodes_per_step - 1) + [(5,) * 3]
 
     def sample() -> None:
-        sample_responses(roles, prompts, Sampling(240), ends=(), batch_size=sampling_budget(64))
+        sample_responses(roles, prompts, Sampling(240), stop_tokens=(), batch_size=sampling_budget(64))
 
     real = peak_bytes(sample, CPU)
     assert phase.peak - phase.before == pytest.approx(real, rel=MOST_OFF)
@@ -143,13 +143,13 @@ def test_a_rollout_in_which_prompts_come_in_beside_the_whole_cache(folders, leng
     plan = make_plan(read_config(folders / "llama" / "config.json"), config, lengths, CPU)
     phase = next(phase for phase in plan.phases if phase.name == "rollout")
     roles = load_ppo_roles(config)
-    prompts = [(5,) * lengths.prompt] * (episodes_per_step(config) - 1) + [(5,) * (lengths.prompt - 1)]
+    prompts = [(5,) * lengths.prompt] * (config.episodes_per_step - 1) + [(5,) * (lengths.prompt - 1)]
     assert len(prompts) == 16
     ends = range(0, 400, 40)
 
     def sample() -> None:
         sample_responses(
-            roles, prompts, Sampling(lengths.response), ends=ends, batch_size=sampling_budget(rows), seed=1
+            roles, prompts, Sampling(lengths.response), stop_tokens=ends, batch_size=sampling_budget(rows), seed=1
         )
 
     assert phase.peak - phase.before == pytest.approx(peak_bytes(sample, CPU), rel=MOST_OFF)

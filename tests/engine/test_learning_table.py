@@ -11,7 +11,6 @@ import pytest
 
 from benchmarks import learning, records
 from benchmarks.learning import KL, PACKAGES, RECORD, SCORE, TASKS, VIOLATIONS, Bar, Finished, Job, after, deviations
-from onecard.algorithms.ppo.settings import check_settings
 from onecard.commands.cli import COMMANDS, make_cli
 
 
@@ -34,7 +33,7 @@ def test_every_command_parses(name):
     config = COMMANDS[command][0](**values)
     assert (config.seed, config.output_dir) == (1, f"runs/results/{name}-1")
     if command == "ppo":
-        check_settings(config)
+        config.validate()
         for entry in config.constraint_funcs:
             assert re.search(entry.removeprefix("regex:"), "So Happy")
 

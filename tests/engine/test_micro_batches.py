@@ -15,7 +15,7 @@ from torch import Tensor
 from onecard import reporting
 from onecard.algorithms.common import Recipe, Sharing
 from onecard.algorithms.dpo.command import make_recipe
-from onecard.algorithms.ppo.experience import make_experiences, make_passes, shape_rewards
+from onecard.algorithms.ppo.experience import compute_model_outputs, make_experiences, shape_rewards
 from onecard.algorithms.ppo.losses import ppo_objective
 from onecard.algorithms.reward.kinds import collate, collate_sharing, reward_loss, rows, tokenize
 from onecard.algorithms.sft import count_tokens, sft_loss
@@ -24,7 +24,7 @@ from onecard.data.batches import Episode, PreferencePair, TokenSequence, pack
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.layout import LAYOUTS
 from onecard.models.load import load_tokenizer
-from onecard.models.micro_batching import Cut
+from onecard.models.micro_batching import MicroBatchSize
 from onecard.models.roles import Roles
 from onecard.training.trainer import Objective, accumulate
 
@@ -95,7 +95,7 @@ def ppo(model: str, texts: list[tuple[int, ...]], **settings: Any) -> Made:
     roles = moved(load_ppo_roles(config))
     found = [pair.chosen for pair in pairs_of(texts)]
     episodes = [Episode(one, torch.zeros(sum(one.response_mask)), True, i) for i, one in enumerate(found)]
-    passes = make_passes(roles, episodes, config)
+    passes = compute_model_outputs(roles, episodes, config)
     made = make_experiences(episodes, passes, shape_rewards(passes, torch.linspace(-1, 2, len(episodes)), 0.1, config))
     generator = torch.Generator().manual_seed(3)
 
@@ -127,10 +127,10 @@ def gradients(made: Made) -> list[Tensor]:
     found, cuts = [], set()
     for sequences, tokens, layout in CUTS:
         roles.layout = layout
-        objective, cut = objective_of(), Cut(sequences, tokens, padded=layout == "padded")
+        objective, cut = objective_of(), MicroBatchSize(sequences, tokens, padded=layout == "padded")
         roles.zero_grad(set_to_none=True)
         accumulate(objective, examples, cut, roles.device)
-        cuts.add((layout, tuple(map(tuple, cut.places([objective.size(example) for example in examples])))))
+        cuts.add((layout, tuple(map(tuple, cut.split([objective.size(example) for example in examples])))))
         found.append(torch.cat([p.grad.flatten().double() for p in roles.trained_parameters().values()]))
     assert len(cuts) >= len(CUTS) - 2
     return found
@@ -199,9 +199,9 @@ def test_a_budget_counts_the_rows_that_the_model_runs(tinystories, texts, name, 
     """
     roles, objective_of, examples = ALGORITHMS[name](str(tinystories), texts)
     roles.layout = layout
-    objective, cut = objective_of(), Cut(8, 200, padded=layout == "padded")
+    objective, cut = objective_of(), MicroBatchSize(8, 200, padded=layout == "padded")
     sizes = [objective.size(example) for example in examples]
-    passes = list(cut.places(sizes))
+    passes = list(cut.split(sizes))
     assert len(passes) > 1
     for places in passes:
         record = objective.collate([examples[place] for place in places])

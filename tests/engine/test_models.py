@@ -67,7 +67,7 @@ def test_reference_is_the_base_with_adapters_off(tinystories):
     with torch.no_grad():
         for parameter in roles.trained_parameters().values():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    with roles.playing("reference"):
+    with roles.active("reference"):
         reference = logprobs(roles, texts, "packed")
     assert torch.equal(reference, before)
     assert (logprobs(roles, texts, "packed") - before).abs().max() > 0.1
@@ -88,7 +88,7 @@ def test_playing_another_role_takes_no_gradient_away(tinystories, four_bit, chec
                 parameter.add_(torch.randn_like(parameter) * 0.02)
         loss = logprobs(roles, texts_of(tinystories), "packed").sum()
         if detour:
-            with torch.no_grad(), roles.playing("reference"):
+            with torch.no_grad(), roles.active("reference"):
                 logprobs(roles, texts_of(tinystories), "packed")
         loss.backward()
         gradients.append([parameter.grad for parameter in roles.trained_parameters().values()])
@@ -106,7 +106,7 @@ def test_a_backward_while_another_role_plays_reaches_the_trained_adapter_alone(t
     roles = load_roles(config, trained="policy", reference=True)
     trained = set(roles.trained_parameters())
     loss = logprobs(roles, texts_of(tinystories), "packed").sum()
-    with roles.playing("reference"):
+    with roles.active("reference"):
         assert set(roles.trained_parameters()) == trained
         loss.backward()
     assert set(roles.trained_parameters()) == trained
@@ -140,7 +140,7 @@ def test_all_weights_trained_has_a_frozen_copy_as_reference(tinystories):
     with torch.no_grad():
         before = logprobs(roles, texts, "packed")
         next(iter(roles.trained_parameters().values())).mul_(1.1)
-        with roles.playing("reference"):
+        with roles.active("reference"):
             assert torch.equal(logprobs(roles, texts, "packed"), before)
         assert not torch.equal(logprobs(roles, texts, "packed"), before)
 
@@ -206,7 +206,7 @@ def test_an_adapter_on_the_head_is_trained_and_not_ignored(tinystories):
     trained = {name: p.grad for name, p in roles.trained_parameters().items() if "lm_head" in name}
     assert len(trained) == 2
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in trained.values())
-    with roles.playing("reference"):
+    with roles.active("reference"):
         assert torch.equal(roles.head().weight, model.get_output_embeddings().get_base_layer().weight)
 
 
@@ -224,7 +224,7 @@ def test_an_adapter_that_came_with_dropout_has_none_here(tinystories, tmp_path):
     texts = texts_of(tinystories)
     first = logprobs(roles, texts, "packed")
     assert torch.equal(first, logprobs(roles, texts, "packed"))
-    with roles.playing("reference"):
+    with roles.active("reference"):
         assert torch.equal(first, logprobs(roles, texts, "packed"))
 
 
@@ -253,6 +253,6 @@ def test_an_adapter_folder_that_is_none(tinystories, tmp_path, content, expected
         load_roles(DPOConfig(model=str(tmp_path)), trained="policy")
 
 
-def test_all_weights_in_float16_are_refused(tinystories):
+def test_all_weights_in_float16_are_refused():
     with pytest.raises(OnecardError, match="dtype: all weights cannot be trained in float16"):
-        load_roles(DPOConfig(model=str(tinystories), use_peft=False, dtype="float16"), trained="policy")
+        DPOConfig(use_peft=False, dtype="float16").validate()

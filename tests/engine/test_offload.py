@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from onecard.config import DPOConfig, PPOConfig, SFTConfig
 from onecard.data.batches import TokenSequence, pack
 from onecard.models.build import load_ppo_roles, load_roles
-from onecard.models.offload import Held, Offloader, PlainCopier
+from onecard.models.offload import DecodeBatch, Offloader, PlainCopier
 
 BASES = {"fp32": {}, "bf16": {"dtype": "bfloat16", "adapter_dtype": "bfloat16"}, "nf4": {"load_in_4bit": True}}
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ def offloaded(roles, least_bytes: int = 1) -> Recorder:
 def both_parts(roles, batch) -> Tensor:
     """The policy's and the critic's loss, both forwards before any backward."""
     loss = roles.logprobs(batch, batch.targets).sum()
-    with roles.playing("value"):
+    with roles.active("value"):
         return loss + roles.scalars(batch, batch.targets.rows).square().sum()
 
 
@@ -73,7 +73,7 @@ def gradients(roles) -> dict[str, Tensor]:
 
 def held_now() -> int:
     """Of all that is alive or waits for the garbage collector: memory must not."""
-    return sum(type(each) is Held for each in gc.get_objects())
+    return sum(type(each) is DecodeBatch for each in gc.get_objects())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
@@ -86,7 +86,7 @@ def test_gradients_of_two_roles_are_the_same_bits(tiny_model, request, base, che
     gc.disable()
     request.addfinalizer(gc.enable)
     loss = both_parts(roles, batch)
-    with roles.playing("reference"):  # whatever is active when the backward comes
+    with roles.active("reference"):  # whatever is active when the backward comes
         loss.backward()
     del loss
     got = gradients(roles)
@@ -130,7 +130,7 @@ def test_no_weight_is_copied_and_no_storage_twice(tiny_model, base, checkpointin
 def test_without_gradients_nothing_leaves(tiny_model):
     roles, batch = ppo_roles(tiny_model), some_batch()
     recorder = offloaded(roles)
-    with torch.no_grad(), roles.playing("reference"):
+    with torch.no_grad(), roles.active("reference"):
         roles.logprobs(batch, batch.targets)
     assert not recorder.left
 

@@ -15,8 +15,15 @@ from torch import Tensor, nn
 from onecard.config import ModelConfig, TrainConfig
 from onecard.models import micro_batching
 from onecard.models.load import load_base
-from onecard.models.micro_batching import Budget, Cut, attempt, each_item, each_pass, looking_budget
-from onecard.rollout import Held, Sampling, sampling_budget
+from onecard.models.micro_batching import (
+    MicroBatchSize,
+    TokenBudget,
+    forward_budget,
+    map_micro_batches,
+    run_micro_batches,
+    unless_out_of_memory,
+)
+from onecard.rollout import DecodeBatch, Sampling, sampling_budget
 from onecard.training.trainer import Objective, Trainer
 from onecard.utils.errors import OnecardError, is_out_of_memory
 from onecard_kernels import Loss
@@ -147,7 +154,7 @@ def test_the_smaller_cut_stays(capsys):
         trainer.gradients(model.objective(), EXAMPLES)
         trainer.apply()
     assert capsys.readouterr().err.count("out of memory") == 2
-    assert trainer.cut == Cut(8, tokens=9)
+    assert trainer.micro_batch_size == MicroBatchSize(8, tokens=9)
     assert model.passes.count(36) == 1
 
 
@@ -202,8 +209,8 @@ def test_other_errors_are_not_taken_for_it():
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        attempt(wrong)
-    assert attempt(lambda: None) == (None,)
+        unless_out_of_memory(wrong)
+    assert unless_out_of_memory(lambda: None) == (None,)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +254,7 @@ def test_what_the_host_really_cannot_hold_is_recovered_from():
             torch.empty(2**60, dtype=torch.uint8)
         return places
 
-    assert each_item(sizes, Budget(Cut(8)), read) == [0, 1]
+    assert map_micro_batches(sizes, TokenBudget(MicroBatchSize(8)), read) == [0, 1]
 
 
 class Reader:
@@ -274,12 +281,12 @@ def test_only_the_pass_that_failed_is_done_again(capsys):
     """20 | 9 + 9 fit; 8 + 8 + 8 do not: at most 12 from there on."""
     sizes = [8, 20, 9, 8, 9, 8, 3]
     read = Reader(sizes, 20)
-    budget = Budget(Cut(8, tokens=24))
-    assert each_item(sizes, budget, read) == sizes
+    budget = TokenBudget(MicroBatchSize(8, tokens=24))
+    assert map_micro_batches(sizes, budget, read) == sizes
     assert read.asked == [[1], [2, 4], [0, 3, 5], [0], [3], [5, 6]]
     assert capsys.readouterr().err == "out of memory: passes without gradients of at most 12 tokens from here on.\n"
     again = Reader(sizes, 20)
-    assert each_item(sizes, budget, again) == sizes  # and it stays so
+    assert map_micro_batches(sizes, budget, again) == sizes  # and it stays so
     assert again.asked == [[1], [2], [4], [0], [3], [5, 6]]
     assert capsys.readouterr().err == ""
 
@@ -287,7 +294,7 @@ def test_only_the_pass_that_failed_is_done_again(capsys):
 def test_passes_are_halved_as_often_as_it_takes(capsys):
     sizes = [5, 5, 5, 5]
     read = Reader(sizes, 5)
-    assert each_pass(sizes, Budget(Cut(4)), read) == [([place], [5]) for place in range(4)]
+    assert run_micro_batches(sizes, TokenBudget(MicroBatchSize(4)), read) == [([place], [5]) for place in range(4)]
     assert [len(places) for places in read.asked] == [4, 2, 1, 1, 1, 1]
     assert capsys.readouterr().err.count("out of memory") == 2
 
@@ -296,31 +303,31 @@ def test_padding_counts_when_a_pass_is_halved():
     """Padded, 9 + 3 + 3 take 27: then 13, in which the 9 is alone and the others fill 6."""
     sizes = [9, 3, 3]
     read = Reader(sizes, 13, padded=True)
-    assert each_item(sizes, Budget(Cut(8)), read, padded=True) == sizes
+    assert map_micro_batches(sizes, TokenBudget(MicroBatchSize(8)), read, padded=True) == sizes
     assert read.asked == [[0, 1, 2], [0], [1, 2]]
 
 
 def test_a_single_item_that_is_too_much_stops_it():
     with pytest.raises(OnecardError, match="one sequence of 1,200 tokens is too much for a pass without gradients"):
-        each_item([1200, 7], Budget(Cut(8)), Reader([1200, 7], 1000))
+        map_micro_batches([1200, 7], TokenBudget(MicroBatchSize(8)), Reader([1200, 7], 1000))
 
 
 def test_a_training_command_s_passes_follow_micro_batch_tokens():
-    assert looking_budget(TrainConfig(per_device_eval_batch_size=3)).cut == Cut(3, like=True)
-    assert looking_budget(TrainConfig(micro_batch_tokens=99)).cut.tokens == 99
+    assert forward_budget(TrainConfig(per_device_eval_batch_size=3)).size == MicroBatchSize(3, sort_by_length=True)
+    assert forward_budget(TrainConfig(micro_batch_tokens=99)).size.tokens == 99
 
 
 def short_of_rows(monkeypatch, rows: int, after: int = 5) -> list[int]:
     """Sampling finds no memory for more than so many rows, once they have drawn a few tokens. The rows that failed."""
-    whole, failed = Held.logits, []
+    whole, failed = DecodeBatch.logits, []
 
-    def logits(self: Held) -> Tensor:
+    def logits(self: DecodeBatch) -> Tensor:
         if len(self.owners) > rows and int(self.ages.max()) > after:
             failed.append(len(self.owners))
             raise no_memory()
         return whole(self)
 
-    monkeypatch.setattr(Held, "logits", logits)
+    monkeypatch.setattr(DecodeBatch, "logits", logits)
     return failed
 
 
@@ -335,13 +342,13 @@ def test_a_batch_of_prompts_is_drawn_again_from_where_it_began(monkeypatch, caps
         torch.manual_seed(5)
         budget = sampling_budget(6)
         with spied(player.model) as shapes:
-            found = player.sample(sampling, prompts, ends=(), batch_size=budget, bar=bar, seed=seed)
+            found = player.sample(sampling, prompts, stop_tokens=(), batch_size=budget, bar=bar, seed=seed)
         after = torch.get_rng_state()
     assert failed == [6]
     assert [rows for rows, columns in shapes if columns > 1] == [6, 3, 3, 3, 3]  # later batches are halved too
     assert len(moves) == 12
     torch.manual_seed(5)
-    halves = player.sample(sampling, prompts, ends=(), batch_size=3, seed=seed)
+    halves = player.sample(sampling, prompts, stop_tokens=(), batch_size=3, seed=seed)
     assert [one.tokens for one in found.responses] == [one.tokens for one in halves.responses]
     assert torch.equal(torch.get_rng_state(), after)
     assert "prompts that are sampled together hold a cache of at most" in capsys.readouterr().err
@@ -357,14 +364,14 @@ def test_answers_that_ended_before_the_error_are_drawn_again(monkeypatch, player
         failed = short_of_rows(patch, 4, after=12)
         torch.manual_seed(3)
         found = player.sample(
-            Sampling(40), [player.prompts[1]] * 16, ends=ends, batch_size=16,
+            Sampling(40), [player.prompts[1]] * 16, stop_tokens=ends, batch_size=16,
             bar=SimpleNamespace(advance=moves.append),
         )  # fmt: skip
     assert failed
     assert failed[0] < 16  # some had ended, and left
     torch.manual_seed(3)
     rows = 16 // 2 ** len(failed)
-    again = player.sample(Sampling(40), [player.prompts[1]] * 16, ends=ends, batch_size=rows)
+    again = player.sample(Sampling(40), [player.prompts[1]] * 16, stop_tokens=ends, batch_size=rows)
     assert [one.tokens for one in found.responses] == [one.tokens for one in again.responses]
     assert len(moves) == 16
 
@@ -372,4 +379,4 @@ def test_answers_that_ended_before_the_error_are_drawn_again(monkeypatch, player
 def test_one_prompt_that_is_too_much_stops_sampling(monkeypatch, player: Player):
     short_of_rows(monkeypatch, 0)
     with pytest.raises(OnecardError, match=r"cache of one prompt and its answer, .* MiB, is too much"):
-        player.sample(Sampling(20), [player.prompts[1]] * 2, ends=())
+        player.sample(Sampling(20), [player.prompts[1]] * 2, stop_tokens=())

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from onecard.algorithms.dpo import preference_loss
-from onecard.algorithms.ppo.experience import make_passes
+from onecard.algorithms.ppo.experience import compute_model_outputs
 from onecard.algorithms.ppo.job import PPO
 from onecard.algorithms.ppo.sampling import Sampler
 from onecard.algorithms.supervised import Supervised
@@ -25,7 +25,7 @@ from onecard.data import Prompt
 from onecard.data.batches import PreferencePair, TokenSequence, pack_pairs
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
-from onecard.rewards.judge import load_judge
+from onecard.rewards.scorer import load_scorer
 from onecard.rollout import Sampling
 from onecard.training.trainer import Objective, Trainer
 from onecard.utils.progress import progress
@@ -87,7 +87,7 @@ def ppo_job(model, reward, **settings):
     roles, tokenizer = load_ppo_roles(config), load_tokenizer(config)
     prompts = [Prompt("the cat", words(PROMPT, i)) for i in range(SEQUENCES)]
     never = Sampler(tokenizer, Sampling(RESPONSE), frozenset(), 64)  # nothing ends a response: all have RESPONSE tokens
-    return config, PPO(config, roles, never, load_judge(config), prompts, prompts[:4], 9), roles
+    return config, PPO(config, roles, never, load_scorer(config), prompts, prompts[:4], 9), roles
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +112,9 @@ def test_after_each_phase_of_ppo_what_is_left_is_records_on_the_cpu(tiny_model, 
         sampled = job.sampler.sample(roles, prompts, list(range(SEQUENCES)), bar)
         number = 4 * SEQUENCES * RESPONSE  # bytes of one float32 for each response token
         assert alive.storages() <= 2 * number  # the log-probs as they were sampled
-        judged = job.judge(prompts, sampled.episodes)
+        judged = job.scorer(prompts, sampled.episodes)
         assert alive.storages() <= 3 * number
-        passes = make_passes(roles, sampled.episodes, config)
+        passes = compute_model_outputs(roles, sampled.episodes, config)
         assert len(passes.logprobs) == SEQUENCES
         left = alive.storages()
         assert left <= 8 * number  # policy's, reference's, critic's
@@ -132,7 +132,7 @@ def test_after_each_phase_of_ppo_what_is_left_is_records_on_the_cpu(tiny_model, 
         assert rows[2][1] <= 4096  # states apart: 8-bit AdamW's codes, the schedule's few numbers
         with torch.no_grad():
             found = job.sampler.sample(roles, prompts[:2], [0, 1], bar)
-            job.judge(prompts[:2], found.episodes)
+            job.scorer(prompts[:2], found.episodes)
         del found
         assert alive.storages(states_of(trainer)) == rows[2][1]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onecard.algorithms.ppo.experience import make_experiences, make_passes, shape_rewards
+from onecard.algorithms.ppo.experience import compute_model_outputs, make_experiences, shape_rewards
 from onecard.algorithms.ppo.losses import critic_loss, policy_loss, ppo_objective
 from onecard.config import PPOConfig, RewardConfig
 from onecard.data.batches import Episode, Experience, ExperienceBatch, TokenSequence, pack_experience
@@ -42,7 +42,7 @@ def episode(index: int, prompt: int, response: int) -> Episode:
 def experiences(roles: Roles, config: PPOConfig, away: float = 0.3) -> list[Experience]:
     """Old numbers a little off, so that some clip."""
     episodes = [episode(i, 1 + 2 * i, 2 + (3 * i) % 7) for i in range(4)]
-    passes = make_passes(roles, episodes, config)
+    passes = compute_model_outputs(roles, episodes, config)
     made = make_experiences(episodes, passes, shape_rewards(passes, torch.linspace(-1, 2, 4), 0.1, config))
     torch.manual_seed(3)
 
@@ -74,7 +74,7 @@ def part(roles: Roles, config: PPOConfig, record: ExperienceBatch, name: str) ->
     count = len(targets.rows)
     if name == "policy":
         return policy_loss(roles, roles.hidden(record.sequences, targets.rows), targets, record, config, count).loss
-    with roles.playing("value"):
+    with roles.active("value"):
         return critic_loss(roles.scalars(record.sequences, targets.rows), record, config, count).loss
 
 
@@ -168,7 +168,7 @@ def test_a2c_s_values_are_not_clipped_either(tiny_model):
     roles = moved_roles(config)
     record = pack_experience(experiences(roles, config, away=1.0))
     targets = record.sequences.targets
-    with torch.no_grad(), roles.playing("value"):
+    with torch.no_grad(), roles.active("value"):
         values = roles.scalars(record.sequences, targets.rows)
     expected = 0.3 * 0.5 * (values - record.returns).square().mean()
     torch.testing.assert_close(part(roles, config, record, "value").detach(), expected)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from onecard.algorithms.ppo.experience import (
-    Passes,
+    ModelOutputs,
     explained_variance,
     make_experiences,
     next_kl_coef,
@@ -21,7 +21,7 @@ from onecard.config import PPOConfig
 from onecard.data.batches import Episode, TokenSequence, pack_experience
 
 # Two answers of 2 and 3 tokens. log-ratios to the reference: 0.5, -0.25 and 1, 0, 0.5.
-PASSES = Passes(
+PASSES = ModelOutputs(
     logprobs=[torch.tensor([-1.0, -2.0]), torch.tensor([-0.5, -1.0, -1.5])],
     ref_logprobs=[torch.tensor([-1.5, -1.75]), torch.tensor([-1.5, -1.0, -2.0])],
     values=[torch.tensor([0.5, 0.25]), torch.tensor([1.0, 0.0, -0.5])],

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from onecard.algorithms.ppo.experience import make_experiences, make_passes, shape_rewards
+from onecard.algorithms.ppo.experience import compute_model_outputs, make_experiences, shape_rewards
 from onecard.algorithms.ppo.job import learn, minibatches
 from onecard.algorithms.ppo.losses import ppo_objective
 from onecard.config import PPOConfig, RewardConfig
@@ -18,9 +18,9 @@ from onecard.data import Prompt, stream_indices
 from onecard.data.batches import Episode, Experience, TokenSequence, pack
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
-from onecard.models.micro_batching import Cut
+from onecard.models.micro_batching import MicroBatchSize
 from onecard.rewards.functions import RewardFunction
-from onecard.rewards.judge import Judge, load_judge, make_answers, response_text
+from onecard.rewards.scorer import Scorer, load_scorer, make_answers, response_text
 from onecard.training.metrics import add_up
 from onecard.training.trainer import micro_batches
 
@@ -35,7 +35,7 @@ def episode(index: int, prompt: int, response: int, finished: bool = True) -> Ep
 def experiences(roles, config: PPOConfig, count: int = 8) -> list[Experience]:
     """Of many lengths, so that a mean of means differs from the mean; old numbers a little off, so that some clip."""
     episodes = [episode(i, 1 + 2 * i, 2 + (3 * i) % 7) for i in range(count)]
-    passes = make_passes(roles, episodes, config)
+    passes = compute_model_outputs(roles, episodes, config)
     shaped = shape_rewards(passes, torch.linspace(-1, 2, count), 0.1, config)
     made = make_experiences(episodes, passes, shaped)
     torch.manual_seed(3)
@@ -72,7 +72,7 @@ def test_the_losses_are_those_of_plain_logits(tiny_model):
         surrogate = torch.min(ratio * x.advantages, ratio.clamp(0.8, 1.28) * x.advantages)
         entropy = -(logp.exp() * logp).sum(-1)
         total = total - (surrogate + 0.02 * entropy).sum() / tokens
-        with roles.playing("value"):
+        with roles.active("value"):
             states = (
                 roles.causal_model().get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, -k - 1 : -1]
             )
@@ -82,7 +82,7 @@ def test_the_losses_are_those_of_plain_logits(tiny_model):
     parameters = roles.trained_parameters()
     expected = dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
     objective, losses = ppo_objective(roles, config), []
-    [record] = micro_batches(objective, batch, Cut(8), roles.device)
+    [record] = micro_batches(objective, batch, MicroBatchSize(8), roles.device)
     for loss in objective.losses(record, objective.count(batch)):
         loss.loss.backward()
         losses.append(loss)
@@ -104,7 +104,7 @@ def test_any_cut_into_micro_batches_gives_the_same_step(tiny_model):
         batch = experiences(roles, config)
         roles.layout = layout
         objective, losses = ppo_objective(roles, config), []
-        for record in micro_batches(objective, batch, Cut(size), roles.device):
+        for record in micro_batches(objective, batch, MicroBatchSize(size), roles.device):
             for loss in objective.losses(record, objective.count(batch)):
                 loss.loss.backward()
                 losses.append(loss)
@@ -177,9 +177,9 @@ class WordTokenizer:
 
 def test_an_answer_that_does_not_end_by_itself_pays_missing_eos_penalty():
     function = RewardFunction("length", lambda completion_ids, **_: [len(ids) for ids in completion_ids])
-    judge = Judge({"length": function}, {"length": 0.5}, missing_eos_penalty=1.5, batch_size=8)
+    scorer = Scorer({"length": function}, {"length": 0.5}, missing_eos_penalty=1.5, batch_size=8)
     episodes = [episode(0, 2, 4), episode(1, 2, 4, finished=False)]
-    scores = judge.scores(None, WordTokenizer(), [Prompt("p", (1, 2))] * 2, episodes)
+    scores = scorer.scores(None, WordTokenizer(), [Prompt("p", (1, 2))] * 2, episodes)
     assert scores.total.tolist() == [2.0, 0.5]
     assert scores.parts["length"].tolist() == [4.0, 4.0]
 
@@ -201,7 +201,7 @@ def test_the_reward_model_comes_first_among_the_weights(tiny_model, tmp_path):
     (tmp_path / "mine.py").write_text("def one(completions): return [1.0] * len(completions)\n")
     functions = [f"{tmp_path}/mine.py:one"]
     config = PPOConfig(reward_model_path=str(tiny_model), reward_funcs=functions, reward_weights=[2.0, 0.25])
-    assert dict(load_judge(config).weights) == {"reward_model": 2.0, "one": 0.25}
+    assert dict(load_scorer(config).weights) == {"reward_model": 2.0, "one": 0.25}
 
 
 def test_the_reward_model_reads_at_an_eos_whether_the_answer_ended_or_not(tinystories, tmp_path):
@@ -210,14 +210,14 @@ def test_the_reward_model_reads_at_an_eos_whether_the_answer_ended_or_not(tinyst
     trained, tokenizer = load_roles(config, trained="reward", scalar=True), load_tokenizer(config)
     trained.export("reward", tmp_path / "reward", tokenizer)
     settings = PPOConfig(model=str(tinystories), reward_model_path=str(tmp_path / "reward"), missing_eos_penalty=0.5)
-    roles, judge, eos = load_ppo_roles(settings), load_judge(settings), tokenizer.eos_token_id
+    roles, scorer, eos = load_ppo_roles(settings), load_scorer(settings), tokenizer.eos_token_id
 
     def answer(tokens: tuple[int, ...], finished: bool) -> Episode:
         mask = (False, *(True,) * (len(tokens) - 1))
         return Episode(TokenSequence(tokens, mask), torch.zeros(len(tokens) - 1), finished, 0)
 
     answers = [answer((1, 40, 50), False), answer((1, 40, 50, eos), True), answer((1, 40, 50), True)]
-    scores = judge.scores(roles, tokenizer, [Prompt("", (1,))] * 3, answers)
+    scores = scorer.scores(roles, tokenizer, [Prompt("", (1,))] * 3, answers)
     with torch.no_grad():
         read = trained.scores(pack([TokenSequence((1, 40, 50, eos), (False, True, True, True))])).item()
     torch.testing.assert_close(scores.parts["reward_model"], torch.tensor([read] * 3))

@@ -17,7 +17,7 @@ from onecard.data import Prompt
 from onecard.data.batches import PreferencePair, TokenSequence, pack_pairs
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
-from onecard.rewards.judge import load_judge
+from onecard.rewards.scorer import load_scorer
 from onecard.rollout import Sampling, sampling_budget
 from onecard.training.trainer import Objective, Trainer
 from onecard.utils.progress import progress
@@ -60,7 +60,7 @@ def ppo_peak(model, reward, **settings) -> int:
     never = Sampler(
         tokenizer, Sampling(RESPONSE), frozenset(), sampling_budget(64)
     )  # nothing ends a response: all have RESPONSE tokens
-    return peak_of_a_step(config, PPO(config, roles, never, load_judge(config), prompts, [], 1), roles)
+    return peak_of_a_step(config, PPO(config, roles, never, load_scorer(config), prompts, [], 1), roles)
 
 
 @pytest.fixture(scope="module")

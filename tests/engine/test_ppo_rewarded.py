@@ -8,9 +8,15 @@ import pytest
 import torch
 
 from onecard.algorithms.ppo.constraint import next_multiplier, verdict_on
-from onecard.algorithms.ppo.experience import Passes, make_experiences, make_passes, objective_metrics, shape_rewards
+from onecard.algorithms.ppo.experience import (
+    ModelOutputs,
+    compute_model_outputs,
+    make_experiences,
+    objective_metrics,
+    shape_rewards,
+)
 from onecard.algorithms.ppo.job import Controls, learn, next_controls
-from onecard.algorithms.ppo.scores import Judged, Scale, judged_metrics, measure_scale
+from onecard.algorithms.ppo.scores import Scale, ScoredAnswers, measure_scale, score_metrics
 from onecard.config import PPOConfig
 from onecard.data import Prompt
 from onecard.data.batches import Episode, TokenSequence, last_rows, pack, pack_experience
@@ -20,7 +26,7 @@ from onecard.training import metrics
 from onecard.utils.errors import OnecardError
 
 # Two answers of 2 and 3 tokens. log-ratios to the reference: 0.5, -0.25 and 1, 0, 0.5.
-PASSES = Passes(
+PASSES = ModelOutputs(
     logprobs=[torch.tensor([-1.0, -2.0]), torch.tensor([-0.5, -1.0, -1.5])],
     ref_logprobs=[torch.tensor([-1.5, -1.75]), torch.tensor([-1.5, -1.0, -2.0])],
     values=[torch.tensor([0.5, 0.25]), torch.tensor([1.0, 0.0, -0.5])],
@@ -55,7 +61,7 @@ def test_a_scale_takes_the_mean_from_the_terminal_part_alone():
     assert all(map(torch.equal, same.dense, DENSE))
 
 
-class Drawn:
+class SampledTokens:
     """A sampler and a judge in one: answers are numbers that are drawn, and their own scores."""
 
     tokenizer = None
@@ -66,7 +72,7 @@ class Drawn:
     def sample(self, roles, prompts, places, bar):
         self.asked.append(list(places))
         self.drawn = torch.rand(len(prompts)) * self.spread + 5.0
-        return Drawn.Found(list(self.drawn))
+        return SampledTokens.Found(list(self.drawn))
 
     def scores(self, roles, tokenizer, prompts, episodes):
         return Scores(torch.stack(episodes), {})
@@ -84,7 +90,7 @@ class Somewhere:
 def test_the_scale_is_that_of_the_starting_policy_s_answers_to_the_first_prompts(capsys, prompts, expected):
     """The same draws whatever was drawn before, and no draw of the run's own is used up."""
     training, config = [Prompt(str(i), (i,)) for i in range(prompts)], PPOConfig()
-    first = Drawn(2.0)
+    first = SampledTokens(2.0)
     torch.manual_seed(0)
     state = torch.get_rng_state()
     scale = measure_scale(Somewhere, first, first, training, config)
@@ -97,13 +103,13 @@ def test_the_scale_is_that_of_the_starting_policy_s_answers_to_the_first_prompts
     assert scale.mean == pytest.approx(float(drawn.mean()), rel=1e-12)
     assert scale.std == pytest.approx(float((drawn - drawn.mean()).square().mean().sqrt()), rel=1e-12)
     torch.manual_seed(1)
-    assert measure_scale(Somewhere, Drawn(2.0), Drawn(2.0), training, config) == scale
-    assert measure_scale(Somewhere, Drawn(2.0), Drawn(2.0), training, PPOConfig(seed=1)) != scale
+    assert measure_scale(Somewhere, SampledTokens(2.0), SampledTokens(2.0), training, config) == scale
+    assert measure_scale(Somewhere, SampledTokens(2.0), SampledTokens(2.0), training, PPOConfig(seed=1)) != scale
 
 
 def test_scores_that_are_all_alike_cannot_be_normalised():
     with pytest.raises(OnecardError, match=r"normalize_reward: 3 answers .* all score 5: a standard deviation of 0"):
-        measure_scale(Somewhere, Drawn(0.0), Drawn(0.0), [Prompt("a", (1,))] * 3, PPOConfig())
+        measure_scale(Somewhere, SampledTokens(0.0), SampledTokens(0.0), [Prompt("a", (1,))] * 3, PPOConfig())
 
 
 # ---------------------------------------------------------------------------------------------------------- constraints
@@ -151,10 +157,10 @@ def test_lambda_moves_in_lagrangian_alone_and_beside_the_kl_coefficient():
 
 
 def test_cost_metrics():
-    judged = Judged(Scores(torch.zeros(2), {"a": torch.tensor([1.0, 2.0])}), COSTS)
-    row = judged_metrics(judged, PPOConfig(constraint_threshold=0.5))
+    judged = ScoredAnswers(Scores(torch.zeros(2), {"a": torch.tensor([1.0, 2.0])}), COSTS)
+    row = score_metrics(judged, PPOConfig(constraint_threshold=0.5))
     assert row == {"rewards/a/mean": 1.5, "constraint/cost": 1.0, "constraint/violation_rate": 0.5}
-    assert judged_metrics(Judged(judged.scores), PPOConfig()) == {"rewards/a/mean": 1.5}
+    assert score_metrics(ScoredAnswers(judged.scores), PPOConfig()) == {"rewards/a/mean": 1.5}
 
 
 def test_an_answer_that_is_left_out_gives_no_experience_and_is_in_no_mean():
@@ -175,13 +181,13 @@ def test_an_answer_that_is_left_out_gives_no_experience_and_is_in_no_mean():
 @pytest.mark.parametrize("estimator", ["rloo", "grpo"])
 def test_an_answer_that_is_alone_in_its_group_gives_no_experience(estimator):
     """Of groups of 2, 1 and 0 answers that are kept, the first is learned from, and is what it would be by itself."""
-    passes = Passes(3 * PASSES.logprobs, 3 * PASSES.ref_logprobs)
+    passes = ModelOutputs(3 * PASSES.logprobs, 3 * PASSES.ref_logprobs)
     scores = torch.tensor([2.0, -1.0, 5.0, 7.0, 1.0, 3.0])
     kept = torch.tensor([True, True, True, False, False, False])
     config = PPOConfig(advantage_estimator=estimator, num_generations=2)
     shaped = shape_rewards(passes, scores, 0.1, config, kept=kept)
     found = make_experiences(3 * EPISODES, passes, shaped)
-    whole = shape_rewards(Passes(PASSES.logprobs, PASSES.ref_logprobs), scores[:2], 0.1, config)
+    whole = shape_rewards(ModelOutputs(PASSES.logprobs, PASSES.ref_logprobs), scores[:2], 0.1, config)
     assert [experience.advantages.tolist() for experience in found] == [
         row[: len(piece)].tolist() for row, piece in zip(whole.advantages, PASSES.logprobs, strict=True)
     ]
@@ -223,18 +229,18 @@ def test_a_cut_answer_ends_in_the_critic_s_value_of_its_last_row(tiny_model, cri
     """0 where it ended by itself; and without the setting there is none."""
     roles, config = with_values(tiny_model, bootstrap_truncated=True, critic=critic)
     episodes = [episode(4, 6, finished=False), episode(2, 3), episode(3, 1, finished=False)]
-    passes = make_passes(roles, episodes, config)
+    passes = compute_model_outputs(roles, episodes, config)
     assert [len(values) for values in passes.values] == [6, 3, 1]
     for place, one in enumerate(episodes):
         batch = pack([one.sequence])
-        with torch.no_grad(), roles.playing("value"):
+        with torch.no_grad(), roles.active("value"):
             k = len(passes.values[place])
             alone = roles.scalars(batch, torch.arange(len(one) - k - 1, len(one)))
             assert torch.equal(last_rows(batch), torch.tensor([len(one) - 1]))
         torch.testing.assert_close(passes.values[place], alone[:-1])
         expected = torch.tensor(0.0) if one.finished else alone[-1]
         torch.testing.assert_close(passes.last_values[place], expected)
-    off = make_passes(roles, episodes, PPOConfig(model=str(tiny_model), critic=critic))
+    off = compute_model_outputs(roles, episodes, PPOConfig(model=str(tiny_model), critic=critic))
     assert off.last_values is None
     assert all(map(torch.equal, off.values, passes.values))
     scores = torch.tensor([1.0, 2.0, 3.0])
@@ -249,7 +255,7 @@ def test_without_a_critic_there_is_no_role_no_pass_and_no_value(tiny_model, esti
     assert roles.trained == ("policy",)
     assert set(roles.adapters) == {"policy", "reference"}
     assert not roles.heads
-    passes = make_passes(roles, EPISODES, config)
+    passes = compute_model_outputs(roles, EPISODES, config)
     assert passes.values is None
     shaped = shape_rewards(passes, torch.tensor([1.0, 2.0]), 0.1, config)
     made = make_experiences(EPISODES, passes, shaped)

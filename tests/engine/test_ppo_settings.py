@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from onecard.algorithms.ppo import settings
-from onecard.algorithms.ppo.settings import check_settings
+from onecard.algorithms.ppo import command
 from onecard.config import PPOConfig
 from onecard.utils.errors import OnecardError
 
@@ -49,22 +48,22 @@ USED: dict[str, tuple[object, dict[str, Settings], list[Settings]]] = {
 def test_a_setting_that_is_of_no_use_is_refused(name: str) -> None:
     value, unused, used = USED[name]
     for where, others in unused.items():
-        check_settings(PPOConfig(**others))
+        PPOConfig(**others).validate()
         with pytest.raises(OnecardError) as error:
-            check_settings(PPOConfig(**{**others, name: value}))
+            PPOConfig(**{**others, name: value}).validate()
         assert str(error.value) == f"{name}: {value} is not used {where}; leave it out."
     for others in used:
-        check_settings(PPOConfig(**{**others, name: value}))
+        PPOConfig(**{**others, name: value}).validate()
 
 
 def test_normalised_scores_are_not_for_a_critic_on_another_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only where the critic would be the reward adapter: not without a critic, at zero, or on the policy's trunk."""
-    monkeypatch.setattr(settings, "reward_adapter", lambda config: config.reward_model_path or None)
+    monkeypatch.setattr(command, "reward_adapter", lambda config: config.reward_model_path or None)
     adapter: Settings = {"normalize_reward": True, "reward_model_path": "rm"}
     with pytest.raises(OnecardError, match=r"^normalize_reward: expected --value_init zero with it: the critic would"):
-        check_settings(PPOConfig(**adapter))
+        command.check_value_init(PPOConfig(**adapter))
     fine: list[Settings] = [
         {"normalize_reward": False}, {"reward_model_path": ""}, {"value_init": "zero"}, {"critic": "shared"}, RLOO,
     ]  # fmt: skip
     for others in fine:
-        check_settings(PPOConfig(**{**adapter, **others}))
+        command.check_value_init(PPOConfig(**{**adapter, **others}))

@@ -11,13 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from onecard.algorithms.common import weights_digest
-from onecard.algorithms.ppo.command import check_settings, fingerprint
-from onecard.algorithms.ppo.experience import make_passes
+from onecard.algorithms.ppo.experience import compute_model_outputs
 from onecard.config import PPOConfig
 from onecard.data import Prompt
 from onecard.data.batches import Episode, TokenSequence
 from onecard.models.build import load_ppo_roles
+from onecard.training.identity import prompts_digest, weights_digest
 from onecard.utils.errors import OnecardError
 
 
@@ -90,17 +89,19 @@ def test_a_critic_that_broke_is_named_in_one_line(tiny_model):
     roles = load_ppo_roles(config)
     roles.heads["value"].bias.data.fill_(float("inf"))
     with pytest.raises(OnecardError, match="the critic's values of sampled answers are not finite"):
-        make_passes(roles, [Episode(TokenSequence((5, 6, 7), (False, True, True)), torch.zeros(2), True, 0)], config)
+        compute_model_outputs(
+            roles, [Episode(TokenSequence((5, 6, 7), (False, True, True)), torch.zeros(2), True, 0)], config
+        )
 
 
 def test_an_identity_changes_with_prompts_columns_and_weights(tiny_model, tmp_path):
     prompts = [Prompt("a", (1, 2), {"answer": "x"}), Prompt("b", (3,), {"answer": "y"})]
-    first = fingerprint(prompts)
-    assert fingerprint(list(prompts)) == first
-    assert fingerprint(prompts[::-1]) != first
-    assert fingerprint([prompts[0], replace(prompts[1], columns={"answer": "z"})]) != first
-    assert fingerprint([prompts[0], replace(prompts[1], tokens=(4,))]) != first
-    assert fingerprint([replace(prompts[0], columns={"image": object()})]) == fingerprint(
+    first = prompts_digest(prompts)
+    assert prompts_digest(list(prompts)) == first
+    assert prompts_digest(prompts[::-1]) != first
+    assert prompts_digest([prompts[0], replace(prompts[1], columns={"answer": "z"})]) != first
+    assert prompts_digest([prompts[0], replace(prompts[1], tokens=(4,))]) != first
+    assert prompts_digest([replace(prompts[0], columns={"image": object()})]) == prompts_digest(
         [replace(prompts[0], columns={"image": object()})]
     )
     shutil.copytree(tiny_model, tmp_path / "model")
@@ -125,9 +126,9 @@ def test_an_identity_changes_with_prompts_columns_and_weights(tiny_model, tmp_pa
 )
 def test_an_adaptive_coefficient_that_could_not_adapt_is_refused(settings, message):
     """Below the batch, one error of -0.2 could turn the coefficient's sign within five batches; 0 times all is 0."""
-    check_settings(PPOConfig(adap_kl_ctrl=True))
+    PPOConfig(adap_kl_ctrl=True).validate()
     with pytest.raises(OnecardError, match=message):
-        check_settings(PPOConfig(adap_kl_ctrl=True, **settings))
+        PPOConfig(adap_kl_ctrl=True, **settings).validate()
 
 
 def test_the_schedule_steps_once_an_iteration_and_looking_changes_nothing(onecard, tmp_path, tiny_model):

@@ -87,11 +87,11 @@ def test_a_callable_without_a_signature_gets_everything():
 
 
 def test_a_class_with_call_is_a_function():
-    class Judge:
+    class Scorer:
         def __call__(self, completion_ids, **kwargs):
             return [len(ids) for ids in completion_ids]
 
-    assert scores(Judge()) == [3.0, 1.0, 4.0]
+    assert scores(Scorer()) == [3.0, 1.0, 4.0]
 
 
 def test_a_column_cannot_pass_for_a_text():

@@ -13,27 +13,27 @@ from onecard.data import Prompt
 from onecard.data.batches import Episode, TokenSequence
 from onecard.models.build import load_ppo_roles
 from onecard.models.load import load_tokenizer
-from onecard.rewards.answers import Answers, Case
+from onecard.rewards.answers import Answers, RewardInput
 from onecard.rewards.builtin import load_builtin
-from onecard.rewards.judge import load_judge
+from onecard.rewards.scorer import load_scorer
 from onecard.utils.errors import OnecardError
 
 
-def case(*texts: str, prompts: tuple[Prompt, ...] = (), tokens: tuple[int, ...] = (), **columns: Any) -> Case:
+def case(*texts: str, prompts: tuple[Prompt, ...] = (), tokens: tuple[int, ...] = (), **columns: Any) -> RewardInput:
     """Answers as texts alone, or as so many tokens."""
     texts = texts or ("",) * len(tokens)
     prompts = prompts or (Prompt("p", (1,)),) * len(texts)
     ids = tuple((5,) * count for count in tokens or (1,) * len(texts))
     named = {name: tuple(values) for name, values in columns.items()}
     answers = Answers(tuple(prompt.text for prompt in prompts), tuple(texts), ids, named)
-    return Case(None, None, prompts, (), answers, 2)
+    return RewardInput(None, None, prompts, (), answers, 2)
 
 
-def scores(entry: str, judged: Case) -> list[float]:
+def scores(entry: str, judged: RewardInput) -> list[float]:
     return load_builtin(entry, "reward_funcs")(judged)
 
 
-def complaint(entry: str, judged: Case | None = None) -> str:
+def complaint(entry: str, judged: RewardInput | None = None) -> str:
     with pytest.raises(OnecardError) as caught:
         scores(entry, judged or case("a"))
     return str(caught.value)
@@ -44,7 +44,7 @@ def test_fluency_is_the_reference_s_mean_log_likelihood(tiny_model):
     config = PPOConfig(
         model=str(tiny_model), reward_funcs=["fluency"], temperature=0.5, per_device_eval_batch_size=2, lora_alpha=64
     )
-    roles, judge = load_ppo_roles(config), load_judge(config)
+    roles, scorer = load_ppo_roles(config), load_scorer(config)
     with torch.no_grad():
         for parameter in roles.trained_parameters().values():
             parameter.add_(0.1)
@@ -55,11 +55,11 @@ def test_fluency_is_the_reference_s_mean_log_likelihood(tiny_model):
         tokens = tuple(torch.randint(3, 300, (prompt + response,), generator=generator).tolist())
         sequence = TokenSequence(tokens, (False,) * prompt + (True,) * response)
         episodes.append(Episode(sequence, torch.zeros(response), True, index))
-        with roles.playing("reference"), torch.no_grad():
+        with roles.active("reference"), torch.no_grad():
             logits = roles.causal_model()(input_ids=torch.tensor([tokens])).logits[0, prompt - 1 : -1]
         chosen = logits.double().log_softmax(-1).gather(-1, torch.tensor(tokens[prompt:])[:, None])
         expected.append(chosen.mean().item())
-    got = judge.scores(roles, load_tokenizer(config), [Prompt("p", (1,))] * 3, episodes)
+    got = scorer.scores(roles, load_tokenizer(config), [Prompt("p", (1,))] * 3, episodes)
     assert got.parts["fluency"].tolist() == pytest.approx(expected, rel=1e-5)
     assert got.total.tolist() == got.parts["fluency"].tolist()
     assert roles.current == "policy"

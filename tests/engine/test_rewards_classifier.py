@@ -28,7 +28,7 @@ from onecard.data import Prompt, prompt_examples
 from onecard.data.batches import Episode, TokenSequence
 from onecard.models.build import load_ppo_roles, reward_adapter
 from onecard.models.classifier import Classifier, is_classifier, label_place
-from onecard.rewards.judge import load_constraint, load_judge
+from onecard.rewards.scorer import load_constraint, load_scorer
 from onecard.utils.errors import OnecardError
 from tests.engine.data_material import CHATML, PLAIN, built, rows, say
 
@@ -91,10 +91,10 @@ class Texts:
         return "".join(map(chr, ids))
 
 
-def scores(judge: Any, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
+def scores(scorer: Any, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
     sequences = [TokenSequence((1, *map(ord, text)), (False, *(True,) * len(text))) for text in answers]
     episodes = [Episode(each, torch.zeros(len(each) - 1), False, 0) for each in sequences]
-    found: list[float] = judge.scores(None, Texts(), prompts, episodes).parts["reward_model"].tolist()
+    found: list[float] = scorer.scores(None, Texts(), prompts, episodes).parts["reward_model"].tolist()
     return found
 
 
@@ -117,7 +117,7 @@ PROMPTS = [Prompt("Hello ", (1,)), Prompt("", (1,)), Prompt("I am", (1,)), Promp
 def test_a_batch_scores_as_each_text_alone(tmp_path, kind):
     """Prompt and answer as one text, by the classifier's own tokenizer; batches of 3 and 1, of different lengths."""
     folder = classifier(tmp_path, kind)
-    got = scores(load_judge(config(folder)), PROMPTS, TEXTS)
+    got = scores(load_scorer(config(folder)), PROMPTS, TEXTS)
     expected = [own(folder, prompt.text + text) for prompt, text in zip(PROMPTS, TEXTS, strict=True)]
     assert max(expected) - min(expected) > 0.05
     assert got == pytest.approx(expected, abs=1e-5)
@@ -143,11 +143,11 @@ def test_a_model_is_given_no_more_than_it_takes():
 def test_the_classifier_is_frozen_and_draws_nothing(tmp_path):
     """With dropout of 0.5 in its config, it scores the same twice."""
     folder = classifier(tmp_path, "bert")
-    judge = load_judge(config(folder))
-    model = judge.measures["reward_model"].classifier.model
+    scorer = load_scorer(config(folder))
+    model = scorer.model_rewards["reward_model"].classifier.model
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert scores(judge, PROMPTS, TEXTS) == scores(judge, PROMPTS, TEXTS)
+    assert scores(scorer, PROMPTS, TEXTS) == scores(scorer, PROMPTS, TEXTS)
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("bert", None), ("roberta", None), ("gpt2", None), ("llama", 20)])
@@ -155,8 +155,8 @@ def test_a_long_text_loses_its_beginning_and_that_is_said_once(tmp_path, capfd, 
     """64 positions (RoBERTa has two more, for its padding) or what the tokenizer says; special tokens stay."""
     folder = classifier(tmp_path, kind, limit=limit)
     room, form = limit or 64, KINDS[kind][2]
-    judge = load_judge(config(folder))
-    got = [scores(judge, PROMPTS[:2], ["what? " * 30 + "fine", "short"]) for _ in range(2)]
+    scorer = load_scorer(config(folder))
+    got = [scores(scorer, PROMPTS[:2], ["what? " * 30 + "fine", "short"]) for _ in range(2)]
     ids = AutoTokenizer.from_pretrained(folder)("Hello " + "what? " * 30 + "fine", add_special_tokens=False)[
         "input_ids"
     ]
@@ -180,12 +180,12 @@ def test_a_chat_is_written_by_the_classifier_s_own_template(tmp_path):
         "<|im_start|>system\nBe fine.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
         "<|im_start|>assistant\nI am fine<|im_end|>\n"
     )
-    [got] = scores(load_judge(config(folder)), [chat], ["I am fine"])
+    [got] = scores(load_scorer(config(folder)), [chat], ["I am fine"])
     assert got == pytest.approx(own(folder, text, add_special_tokens=False), abs=1e-5)
     assert abs(got - own(folder, text)) > 1e-3
     [plain] = prompt_examples(rows({"prompt": "Hello"}), policy).examples
     assert plain.messages is None
-    assert scores(load_judge(config(folder)), [plain], [" you"]) == pytest.approx([own(folder, "Hello you")], abs=1e-5)
+    assert scores(load_scorer(config(folder)), [plain], [" you"]) == pytest.approx([own(folder, "Hello you")], abs=1e-5)
 
 
 def test_without_a_template_a_chat_is_the_text_that_the_policy_reads(tmp_path):
@@ -193,14 +193,14 @@ def test_without_a_template_a_chat_is_the_text_that_the_policy_reads(tmp_path):
     folder = classifier(tmp_path, "llama")
     chat = Prompt("<s>user: Hello\n", (1,), messages=(say("user", "Hello"),))
     expected = own(folder, "<s>user: Hello\nfine", add_special_tokens=False)
-    assert scores(load_judge(config(folder)), [chat], ["fine"]) == pytest.approx([expected], abs=1e-5)
+    assert scores(load_scorer(config(folder)), [chat], ["fine"]) == pytest.approx([expected], abs=1e-5)
     assert abs(expected - own(folder, "<s>user: Hello\nfine")) > 1e-3
 
 
 def test_a_template_that_refuses_the_chat_is_named(tmp_path):
     folder = classifier(tmp_path, "llama", template="{{ raise_exception('two users') }}")
     with pytest.raises(OnecardError, match="reward_model_path: chat template: two users; prompt 'Hi'"):
-        scores(load_judge(config(folder)), [Prompt("Hi", (1,), messages=(say("user", "Hi"),))], ["fine"])
+        scores(load_scorer(config(folder)), [Prompt("Hi", (1,), messages=(say("user", "Hi"),))], ["fine"])
 
 
 LABELS = {0: "bad", 1: "good", 2: "neither"}
@@ -210,7 +210,7 @@ LABELS = {0: "bad", 1: "good", 2: "neither"}
 def test_of_several_labels_the_reward_is_the_log_odds(tmp_path, label):
     """log p / (1 - p) of the softmax."""
     folder = classifier(tmp_path, "bert", id2label=LABELS, label2id={name: i for i, name in LABELS.items()})
-    [got] = scores(load_judge(config(folder, reward_label=label)), PROMPTS[:1], ["fine"])
+    [got] = scores(load_scorer(config(folder, reward_label=label)), PROMPTS[:1], ["fine"])
     ids = AutoTokenizer.from_pretrained(folder)("Hello fine")["input_ids"]
     p = logits(folder, ids).double().softmax(-1)[1]
     assert got == pytest.approx((p.log() - (1 - p).log()).item(), abs=1e-5)
@@ -219,7 +219,7 @@ def test_of_several_labels_the_reward_is_the_log_odds(tmp_path, label):
 @pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
 def test_a_label_with_a_sigmoid_of_its_own_is_its_logit(tmp_path, problem):
     folder = classifier(tmp_path, "bert", id2label=LABELS, problem_type=problem)
-    [got] = scores(load_judge(config(folder, reward_label="good")), PROMPTS[:1], ["fine"])
+    [got] = scores(load_scorer(config(folder, reward_label="good")), PROMPTS[:1], ["fine"])
     ids = AutoTokenizer.from_pretrained(folder)("Hello fine")["input_ids"]
     assert got == pytest.approx(logits(folder, ids)[1].item(), abs=1e-5)
 
@@ -243,7 +243,7 @@ def test_a_label_that_is_missing_or_none_lists_those_there_are(tmp_path):
         ("3", f"'3' is no label of the classifier; {listed}"),
     ):
         with pytest.raises(OnecardError) as caught:
-            load_judge(config(folder, reward_label=label))
+            load_scorer(config(folder, reward_label=label))
         assert str(caught.value) == f"reward_label: {what}"
         with pytest.raises(OnecardError) as caught:
             load_constraint(PPOConfig(constraint_model_path=str(folder), constraint_label=label))
@@ -274,7 +274,7 @@ def test_what_is_a_classifier_and_what_is_not(tmp_path, tiny_model):
     ):
         reward_adapter(settings)
     with pytest.raises(OnecardError, match=r"reward_label: 'x' is a classifier's label, but .* is none"):
-        load_judge(config(tiny_model, reward_label="x"))
+        load_scorer(config(tiny_model, reward_label="x"))
 
 
 def test_weights_that_are_not_there_are_not_drawn(tmp_path, tiny_model):
@@ -285,7 +285,7 @@ def test_weights_that_are_not_there_are_not_drawn(tmp_path, tiny_model):
     described |= {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "reward"}}
     (tmp_path / "config.json").write_text(json.dumps(described))
     with pytest.raises(OnecardError, match=r"reward_model_path: '.*' has no weights for score.weight"):
-        load_judge(config(tmp_path))
+        load_scorer(config(tmp_path))
 
 
 def test_a_classifier_that_finds_no_memory_is_not_called_one_that_cannot_be_loaded(tmp_path, monkeypatch):
@@ -295,13 +295,13 @@ def test_a_classifier_that_finds_no_memory_is_not_called_one_that_cannot_be_load
     folder = classifier(tmp_path, "bert")
     monkeypatch.setattr("transformers.AutoModelForSequenceClassification.from_pretrained", from_pretrained)
     with pytest.raises(torch.OutOfMemoryError):
-        load_judge(config(folder))
+        load_scorer(config(folder))
 
 
 def test_a_text_of_no_tokens_is_named(tmp_path):
     folder = classifier(tmp_path, "gpt2")
     with pytest.raises(OnecardError, match="reward_model_path: its tokenizer makes no token of ''"):
-        scores(load_judge(config(folder)), [Prompt("", (1,))], [""])
+        scores(load_scorer(config(folder)), [Prompt("", (1,))], [""])
 
 
 def test_ppo_has_no_reward_role_beside_a_classifier_and_a_critic_of_zeros(tmp_path, tiny_model):

@@ -18,7 +18,7 @@ from onecard.data.batches import Episode, pack
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
 from onecard.rewards.adapter import closed_answer
-from onecard.rewards.judge import load_judge
+from onecard.rewards.scorer import load_scorer
 from onecard.rollout import Response, Rollout, end_tokens, make_episode
 from tests.engine.data_material import BOT, USER, rows, say, spelled
 from tests.engine.template_material import FAMILIES, of_family
@@ -108,7 +108,7 @@ def test_training_ppo_and_evaluation_give_an_answer_one_score(gemma_like: Path, 
     episodes = [answered(tokenizer, *texts, finished=len(texts) > 1) for texts in endings]
     settings = PPOConfig(model=str(gemma_like), reward_model_path=str(tmp_path / "reward"))
     [prompt] = prompt_examples(rows({"prompt": [USER]}), tokenizer).examples
-    scores = load_judge(settings).scores(load_ppo_roles(settings), tokenizer, [prompt] * 2, episodes)
+    scores = load_scorer(settings).scores(load_ppo_roles(settings), tokenizer, [prompt] * 2, episodes)
     torch.testing.assert_close(scores.total, torch.tensor(expected), atol=1e-5, rtol=0)
 
     def sampled(*args: object, **settings: object) -> Rollout:

@@ -7,7 +7,8 @@ import uuid
 
 import pytest
 
-from onecard.rewards.functions import REWARD_MODEL, digest_functions, load_function, part_names
+from onecard.rewards.functions import REWARD_MODEL, load_function, part_names
+from onecard.training.identity import functions_digest
 from onecard.utils.errors import OnecardError
 
 SOURCE = """
@@ -248,20 +249,20 @@ def test_one_function_twice_is_refused():
 def test_the_digest_changes_with_what_a_function_s_file_holds_and_with_no_weight(tmp_path):
     module, file = write(tmp_path, SOURCE), write(tmp_path, SOURCE, "mine")
     entries = [f"{module}:length", f"0.5*fluency + 2*{file}.py:length + reward_model", "regex:a + b"]
-    before = digest_functions(entries)
-    assert before == digest_functions([entries[0], f"fluency + {file}.py:length", "3*reward_model", "regex:a + b"])
+    before = functions_digest(entries)
+    assert before == functions_digest([entries[0], f"fluency + {file}.py:length", "3*reward_model", "regex:a + b"])
     others = [
-        digest_functions([*entries[:2], "regex:a + c"]),
-        digest_functions([*entries[:2], "length:3"]),
-        digest_functions([f"{module}:judge.call", *entries[1:]]),
-        digest_functions([entries[0]]),
-        digest_functions([]),
+        functions_digest([*entries[:2], "regex:a + c"]),
+        functions_digest([*entries[:2], "length:3"]),
+        functions_digest([f"{module}:judge.call", *entries[1:]]),
+        functions_digest([entries[0]]),
+        functions_digest([]),
     ]
     assert len({before, *others}) == 6
     write(tmp_path, SOURCE + "\n# edited", "mine")
-    edited = digest_functions(entries)
+    edited = functions_digest(entries)
     write(tmp_path, SOURCE, "mine")
-    assert digest_functions(entries) == before != edited
+    assert functions_digest(entries) == before != edited
     write(tmp_path, SOURCE + "\n# edited", module)
-    assert digest_functions(entries) not in (before, edited)
-    assert digest_functions(["sys:intern"])  # a module without a file
+    assert functions_digest(entries) not in (before, edited)
+    assert functions_digest(["sys:intern"])  # a module without a file

@@ -11,7 +11,7 @@ from onecard.config import EvaluateConfig, PPOConfig
 from onecard.data import Prompt
 from onecard.data.batches import Episode, TokenSequence
 from onecard.rewards.expressions import Term, parse_terms
-from onecard.rewards.judge import load_constraint, load_judge
+from onecard.rewards.scorer import load_constraint, load_scorer
 from onecard.utils.errors import OnecardError
 
 FUNCTIONS = """
@@ -66,13 +66,15 @@ def test_a_mixture_is_split_into_its_terms(entries, terms):
 
 def test_one_line_is_what_several_entries_with_weights_are(mine):
     line = f"0.5*length + -2*length:4 + 3*{mine}:one"
-    one = load_judge(PPOConfig(reward_funcs=[line]))
-    several = load_judge(PPOConfig(reward_funcs=["length", "length:4", f"{mine}:one"], reward_weights=[0.5, -2.0, 3.0]))
+    one = load_scorer(PPOConfig(reward_funcs=[line]))
+    several = load_scorer(
+        PPOConfig(reward_funcs=["length", "length:4", f"{mine}:one"], reward_weights=[0.5, -2.0, 3.0])
+    )
     names = {"length": 0.5, "length:4": -2.0, "one": 3.0}
     assert dict(one.weights) == dict(several.weights) == names
     judged = [[Prompt("p", (1,))] * 2, [episode(5, 6, 7, 2), episode(5, 6)]]
-    for judge in (one, several):
-        scores = judge.scores(None, WordTokenizer(), *judged)
+    for scorer in (one, several):
+        scores = scorer.scores(None, WordTokenizer(), *judged)
         assert {name: part.tolist() for name, part in scores.parts.items()} == {
             "length": [4.0, 2.0], "length:4": [1.0, 0.5], "one": [1.0, 1.0],
         }  # fmt: skip
@@ -83,22 +85,22 @@ def test_the_reward_model_s_weight_may_stand_in_the_line(tiny_model, tmp_path):
     (tmp_path / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{tiny_model}"}}')
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     line = ["0.5*length + 3*reward_model", "relevance"]
-    judge = load_judge(PPOConfig(reward_model_path=str(tmp_path), reward_funcs=line))
-    assert list(judge.weights.items()) == [("reward_model", 3.0), ("length", 0.5), ("relevance", 1.0)]
-    plain = load_judge(PPOConfig(reward_model_path=str(tmp_path), reward_funcs=["2*length"]))
+    scorer = load_scorer(PPOConfig(reward_model_path=str(tmp_path), reward_funcs=line))
+    assert list(scorer.weights.items()) == [("reward_model", 3.0), ("length", 0.5), ("relevance", 1.0)]
+    plain = load_scorer(PPOConfig(reward_model_path=str(tmp_path), reward_funcs=["2*length"]))
     assert dict(plain.weights) == {"reward_model": 1.0, "length": 2.0}
 
 
 def test_evaluation_takes_the_same_settings():
-    judge = load_judge(EvaluateConfig(reward_funcs=["2*length"], missing_eos_penalty=3.0))
-    scores = judge.scores(None, WordTokenizer(), [Prompt("p", (1,))] * 2, [episode(5), episode(5, finished=False)])
+    scorer = load_scorer(EvaluateConfig(reward_funcs=["2*length"], missing_eos_penalty=3.0))
+    scores = scorer.scores(None, WordTokenizer(), [Prompt("p", (1,))] * 2, [episode(5), episode(5, finished=False)])
     assert scores.total.tolist() == [2.0, -1.0]
 
 
 def test_dense_and_terminal_rewards_in_one_mixture_and_a_penalty(mine):
-    judge = load_judge(PPOConfig(reward_funcs=[f"0.5*{mine}:dense + length"], missing_eos_penalty=1.5))
+    scorer = load_scorer(PPOConfig(reward_funcs=[f"0.5*{mine}:dense + length"], missing_eos_penalty=1.5))
     episodes = [episode(5, 6, 2), episode(7, finished=False)]
-    scores = judge.scores(None, WordTokenizer(), [Prompt("p", (1,))] * 2, episodes)
+    scores = scorer.scores(None, WordTokenizer(), [Prompt("p", (1,))] * 2, episodes)
     assert scores.total.tolist() == [3.0, -0.5]
     assert [each.tolist() for each in scores.dense] == [[2.5, 3.0, 1.0], [3.5]]
     assert scores.sums.tolist() == [9.5, 3.0]
@@ -119,11 +121,11 @@ def test_costs_are_judged_by_settings_of_their_own_without_a_penalty(mine):
 def test_the_constraint_s_adapter_plays_a_role_of_its_own(tiny_model, tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{tiny_model}"}}')
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    asked = []
+    spec = []
     monkeypatch.setattr("onecard.rewards.adapter.end_tokens", lambda roles, tokenizer: {2})
 
     def score_sequences(roles, sequences, *, batch_size, role):
-        asked.append((role, [sequence.tokens for sequence in sequences], batch_size))
+        spec.append((role, [sequence.tokens for sequence in sequences], batch_size))
         return [1.0] * len(sequences)
 
     monkeypatch.setattr("onecard.rewards.adapter.score_sequences", score_sequences)
@@ -131,27 +133,27 @@ def test_the_constraint_s_adapter_plays_a_role_of_its_own(tiny_model, tmp_path, 
         reward_model_path=str(tmp_path), constraint_model_path=str(tmp_path), constraint_funcs=["4*constraint_model"],
         per_device_eval_batch_size=3,
     )  # fmt: skip
-    for judge, total in ((load_judge(config), 1.0), (load_constraint(config), 4.0)):
-        judged = judge.scores(None, WordTokenizer(), [Prompt("p", (1,))], [episode(5, 6, finished=False)])
+    for scorer, total in ((load_scorer(config), 1.0), (load_constraint(config), 4.0)):
+        judged = scorer.scores(None, WordTokenizer(), [Prompt("p", (1,))], [episode(5, 6, finished=False)])
         assert judged.total.tolist() == [total]
-    assert asked == [(role, [(1, 5, 6, 2)], 3) for role in ("reward", "constraint")]
+    assert spec == [(role, [(1, 5, 6, 2)], 3) for role in ("reward", "constraint")]
 
 
 @pytest.mark.parametrize(
     ("load", "settings", "message"),
     [
-        (load_judge, {}, "--reward_model_path or --reward_funcs is missing"),
-        (load_judge, {"reward_funcs": ["2*length", "fluency"], "reward_weights": [1.0, 1.0]},
+        (load_scorer, {}, "--reward_model_path or --reward_funcs is missing"),
+        (load_scorer, {"reward_funcs": ["2*length", "fluency"], "reward_weights": [1.0, 1.0]},
          "reward_weights: given, and so is the weight of 'length' in reward_funcs; expected one or the other."),
-        (load_judge, {"reward_funcs": ["length + reward_model"]},
+        (load_scorer, {"reward_funcs": ["length + reward_model"]},
          "reward_funcs: 'reward_model', but there is no reward_model_path."),
-        (load_judge, {"reward_funcs": ["length + fluncy"]}, "reward_funcs: 'fluncy' is no address"),
-        (load_judge, {"reward_funcs": ["length + fluncy"]}, "Did you mean 'fluency'?"),
-        (load_judge, {"reward_funcs": ["length - fluency"]}, "reward_funcs: 'length - fluency' is no address"),
-        (load_judge, {"reward_funcs": ["2*length + 3*length"]}, "reward_funcs: 'length' is given twice"),
-        (load_judge, {"reward_funcs": ["1e999*length"]}, "reward_funcs: the weight of 'length' is inf; expected a"),
-        (load_judge, {"reward_funcs": ["length"], "reward_weights": [math.nan]}, "reward_weights: nan is no finite"),
-        (load_judge, {"reward_funcs": ["length"], "reward_label": "good"},
+        (load_scorer, {"reward_funcs": ["length + fluncy"]}, "reward_funcs: 'fluncy' is no address"),
+        (load_scorer, {"reward_funcs": ["length + fluncy"]}, "Did you mean 'fluency'?"),
+        (load_scorer, {"reward_funcs": ["length - fluency"]}, "reward_funcs: 'length - fluency' is no address"),
+        (load_scorer, {"reward_funcs": ["2*length + 3*length"]}, "reward_funcs: 'length' is given twice"),
+        (load_scorer, {"reward_funcs": ["1e999*length"]}, "reward_funcs: the weight of 'length' is inf; expected a"),
+        (load_scorer, {"reward_funcs": ["length"], "reward_weights": [math.nan]}, "reward_weights: nan is no finite"),
+        (load_scorer, {"reward_funcs": ["length"], "reward_label": "good"},
          "reward_label: 'good' is a classifier's label, but there is no reward_model_path."),
         (load_constraint, {"constraint_funcs": ["lenght:3"]}, "constraint_funcs: 'lenght:3' is no address"),
         (load_constraint, {"constraint_funcs": ["no_such_thing:f"]}, "constraint_funcs: there is no module 'no_such"),

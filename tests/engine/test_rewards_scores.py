@@ -24,7 +24,7 @@ RESPONSES = (" there was a dog.", " a big cat sat on the mat and smiled at all o
 
 
 @pytest.fixture(scope="module")
-def judge(tinystories, tmp_path_factory):
+def scorer(tinystories, tmp_path_factory):
     """A reward adapter that is no copy of its base, and its tokenizer."""
     config = RewardConfig(model=str(tinystories))
     roles, tokenizer = load_roles(config, trained="reward", scalar=True), load_tokenizer(config)
@@ -54,9 +54,9 @@ def extended(sequence: TokenSequence, *tokens: int) -> TokenSequence:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 100])
-def test_sampled_tokens_score_as_their_texts_do_and_in_their_order(judge, batch_size):
+def test_sampled_tokens_score_as_their_texts_do_and_in_their_order(scorer, batch_size):
     """Lengths go up and down, so an order by length that is not undone would show."""
-    roles, tokenizer = judge
+    roles, tokenizer = scorer
     sequences = sequences_of(tokenizer)
     lengths = [len(sequence) for sequence in sequences]
     assert lengths not in (sorted(lengths), sorted(lengths, reverse=True))
@@ -65,9 +65,9 @@ def test_sampled_tokens_score_as_their_texts_do_and_in_their_order(judge, batch_
     assert score_sequences(roles, sequences, batch_size=batch_size) == pytest.approx(expected, abs=2e-6)
 
 
-def test_the_score_is_read_at_the_last_token(judge):
+def test_the_score_is_read_at_the_last_token(scorer):
     """At the last and no other, whatever the mask says: tokens before it count only through attention."""
-    roles, tokenizer = judge
+    roles, tokenizer = scorer
     first = sequences_of(tokenizer)[0]
     other = TokenSequence((*first.tokens[:-1], first.tokens[4]), first.response_mask)
     unmasked = TokenSequence(first.tokens, (False,) * len(first))
@@ -81,9 +81,9 @@ def test_the_score_is_read_at_the_last_token(judge):
     assert abs(by_hand[-1] - by_hand[-2]) > 1e-3
 
 
-def test_like_lengths_share_a_pass(judge, monkeypatch):
+def test_like_lengths_share_a_pass(scorer, monkeypatch):
     """The longest first; 3 + 1 tokens of padding instead of the 8 + 3 in the given order."""
-    roles, tokenizer = judge
+    roles, tokenizer = scorer
     base = sequences_of(tokenizer)[0].tokens[:1]
     sequences = [TokenSequence(base * length, (False,) * length) for length in (2, 10, 4, 7, 3)]
     seen = []
@@ -94,9 +94,9 @@ def test_like_lengths_share_a_pass(judge, monkeypatch):
     assert score_sequences(roles, [], batch_size=2) == []
 
 
-def test_another_role_plays_the_reward_only_while_it_scores(tinystories, judge):
+def test_another_role_plays_the_reward_only_while_it_scores(tinystories, scorer):
     """In PPO the policy is active: the scores are those of the reward adapter, and the policy is active again after."""
-    alone, tokenizer = judge
+    alone, tokenizer = scorer
     sequences = sequences_of(tokenizer)
     folder = alone.model.peft_config["reward"]
     roles = load_roles(RewardConfig(model=str(tinystories)), trained="policy")
@@ -120,8 +120,8 @@ def test_another_role_plays_the_reward_only_while_it_scores(tinystories, judge):
     assert costs == pytest.approx([score + 2.0 for score in got], abs=1e-5)
 
 
-def test_scoring_keeps_nothing_for_a_backward_pass(judge, monkeypatch):
-    roles, tokenizer = judge
+def test_scoring_keeps_nothing_for_a_backward_pass(scorer, monkeypatch):
+    roles, tokenizer = scorer
     seen = []
     scores = Roles.scores
     monkeypatch.setattr(

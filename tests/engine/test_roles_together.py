@@ -41,18 +41,18 @@ def test_one_backward_of_both_roles_gives_each_role_s_own_gradients(tinystories,
         torch.testing.assert_close(together[name], gradient, rtol=0, atol=0, msg=name)
 
 
-@pytest.mark.parametrize("playing", ["reference", "value"])
+@pytest.mark.parametrize("active", ["reference", "value"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-def test_a_backward_under_another_role_is_the_same(tinystories, checkpointing, playing):
+def test_a_backward_under_another_role_is_the_same(tinystories, checkpointing, active):
     """The policy's backward, run while another role is active."""
     roles = ppo_roles(tinystories, gradient_checkpointing=checkpointing)
     batch = pack(texts_of(tinystories))
     policy_part(roles, batch).backward()
     expected = gradients(roles)
     loss = policy_part(roles, batch)
-    with roles.playing(playing):
+    with roles.active(active):
         loss.backward()
-        assert roles.current == playing
+        assert roles.current == active
     got = gradients(roles)
     assert got.keys() == expected.keys()
     assert all(".policy." in name for name in got)
@@ -71,9 +71,9 @@ def test_the_reference_and_the_reward_never_move(tinystories, tmp_path):
     assert {"heads.value.weight", "heads.value.bias"} <= names
 
     def looks():
-        with torch.no_grad(), roles.playing("reward"):
+        with torch.no_grad(), roles.active("reward"):
             scores = roles.scores(batch)
-        with torch.no_grad(), roles.playing("reference"):
+        with torch.no_grad(), roles.active("reference"):
             return scores, roles.logprobs(batch, batch.targets)
 
     before = looks()
@@ -95,9 +95,9 @@ def test_the_critic_starts_as_the_reward_model_or_at_zero(tinystories, tmp_path)
     scores = trained.scores(batch).detach()
     for value_init in ("reward", "zero"):
         roles = load_ppo_roles(PPOConfig(model=str(tinystories), reward_model_path=path, value_init=value_init))
-        with torch.no_grad(), roles.playing("reward"):
+        with torch.no_grad(), roles.active("reward"):
             torch.testing.assert_close(roles.scores(batch), scores, rtol=0, atol=0)
-        with torch.no_grad(), roles.playing("value"):
+        with torch.no_grad(), roles.active("value"):
             values = roles.scores(batch)
         assert torch.equal(values, scores if value_init == "reward" else torch.zeros_like(scores))
         assert roles.heads["value"].weight.requires_grad

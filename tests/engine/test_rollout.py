@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onecard.rollout import Held, Sampling, draw, warpers
+from onecard.rollout import DecodeBatch, Sampling, logits_warpers, sample_token
 from onecard.rollout.token_sampling import BLOCK, NOT_FINITE, first_beyond
 from onecard.utils.errors import OnecardError
 from tests.engine.rollout_material import (
@@ -30,7 +30,7 @@ def test_logprobs_as_drawn_are_those_of_the_finished_sequences(request, model, t
     prompts = player.prompts * 3
     ends = common_ends(player)
     with spied(player.model) as shapes:
-        found = player.sample(Sampling(40, temperature), prompts, ends=ends, batch_size=batch_size).responses
+        found = player.sample(Sampling(40, temperature), prompts, stop_tokens=ends, batch_size=batch_size).responses
     assert len({len(response.tokens) for response in found}) > 5
     if batch_size == 18:
         sizes = [rows for rows, _ in shapes]
@@ -145,7 +145,7 @@ def test_the_models_own_generation_config_is_ignored(stories260k):
     assert player.model.generation_config is own
 
 
-# --- draw
+# --- sample_token
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -153,23 +153,23 @@ def test_the_models_own_generation_config_is_ignored(stories260k):
 def test_a_row_of_logits_that_are_not_finite_gets_no_token(bad, sampling):
     logits = torch.zeros(3, 5)
     logits[1, 3] = bad
-    tokens, _ = draw(logits, sampling, warpers(sampling))
+    tokens, _ = sample_token(logits, sampling, logits_warpers(sampling))
     assert tokens[1] == NOT_FINITE
     assert (tokens[::2] >= 0).all()
 
 
 def test_logits_that_are_not_finite_are_one_line(player, monkeypatch):
     """From the third pass on, in one row of several: nothing goes on with what they gave."""
-    whole, calls = Held.logits, []
+    whole, calls = DecodeBatch.logits, []
 
-    def broken(self: Held) -> torch.Tensor:
+    def broken(self: DecodeBatch) -> torch.Tensor:
         calls.append(whole(self))
         calls[-1][-1, 2] = float("nan") if len(calls) == 2 else 0.0
         return calls[-1]
 
-    monkeypatch.setattr(Held, "logits", broken)
+    monkeypatch.setattr(DecodeBatch, "logits", broken)
     with pytest.raises(OnecardError, match="logits are not finite"):
-        player.sample(Sampling(8), ends=())
+        player.sample(Sampling(8), stop_tokens=())
     assert len(calls) == 2
 
 
@@ -179,11 +179,11 @@ def test_the_token_is_the_first_beyond_the_chance():
     for words in (1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 50257):
         probs = (torch.randn(64, words) * 4).softmax(-1)
         probs[:, ::3] *= torch.rand(64, 1) > 0.5  # runs of words that cannot come, sums that are not 1
-        chances = torch.rand(64)
+        uniforms = torch.rand(64)
         sums = probs.double().cumsum(-1)
-        expected = torch.searchsorted(sums, chances.double().unsqueeze(1) * sums[:, -1:], right=True)
+        expected = torch.searchsorted(sums, uniforms.double().unsqueeze(1) * sums[:, -1:], right=True)
         possible = (sums[:, -1] > 0).nonzero().flatten()
-        assert torch.equal(first_beyond(probs, chances)[possible], expected[possible])
+        assert torch.equal(first_beyond(probs, uniforms)[possible], expected[possible])
 
 
 def test_the_least_and_the_largest_chance_find_words_that_can_come():
@@ -203,7 +203,7 @@ def test_a_token_of_no_probability_is_never_drawn():
     torch.manual_seed(0)
     logits = torch.full((500, 40), -float("inf"))
     logits[:, 7], logits[:, 30] = 0.0, 1.0
-    tokens, logprobs = draw(logits, Sampling(1, 2.0), [])
+    tokens, logprobs = sample_token(logits, Sampling(1, 2.0), [])
     assert set(tokens.tolist()) == {7, 30}
     expected = torch.tensor([0.0, 0.5]).log_softmax(0)
     torch.testing.assert_close(logprobs, expected[(tokens == 30).long()])

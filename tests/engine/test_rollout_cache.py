@@ -19,7 +19,7 @@ from transformers import (
 from onecard.algorithms.ppo.sampling import make_sampler
 from onecard.config import PPOConfig
 from onecard.models.cache import cache_bytes
-from onecard.rollout import Held, Sampling, sampling_budget
+from onecard.rollout import DecodeBatch, Sampling, sampling_budget
 from tests.engine.rollout_material import Player, spied
 
 SMALL = {
@@ -72,16 +72,16 @@ def test_prompts_sampled_together_stay_within_the_budget(monkeypatch, player: Pl
     budget = rows * longest * per_token
     torch.manual_seed(0)
     sizes: list[int] = []
-    whole = Held.logits
+    whole = DecodeBatch.logits
 
-    def logits(self: Held) -> torch.Tensor:
+    def logits(self: DecodeBatch) -> torch.Tensor:
         found = whole(self)
         sizes.append(held(self.cache))
         return found
 
-    monkeypatch.setattr(Held, "logits", logits)
+    monkeypatch.setattr(DecodeBatch, "logits", logits)
     with spied(player.model) as shapes:
-        player.sample(Sampling(new), prompts, ends=(), batch_size=sampling_budget(12, budget))
+        player.sample(Sampling(new), prompts, stop_tokens=(), batch_size=sampling_budget(12, budget))
     incoming = [count for count, columns in shapes if columns > 1]
     assert sum(incoming) == len(prompts)
     assert incoming[0] == min(rows, 12)
@@ -92,7 +92,7 @@ def test_prompts_sampled_together_stay_within_the_budget(monkeypatch, player: Pl
 
 def test_one_prompt_is_sampled_whatever_the_budget(player: Player):
     with spied(player.model) as shapes:
-        player.sample(Sampling(2), player.prompts, ends=(), batch_size=sampling_budget(8, 1))
+        player.sample(Sampling(2), player.prompts, stop_tokens=(), batch_size=sampling_budget(8, 1))
     assert [count for count, columns in shapes if columns > 1] == [1] * len(player.prompts)
 
 
@@ -107,6 +107,6 @@ def test_without_a_budget_batches_are_as_they_were(player: Player):
 
 def test_the_setting_counts_in_gib(player: Player):
     config = PPOConfig(rollout_cache_gib=0.25, local_rollout_forward_batch_size=7)
-    assert make_sampler(config, player.roles, player.tokenizer).budget.cut.tokens == 2**28
-    assert make_sampler(config, player.roles, player.tokenizer).budget.cut.most == 7
-    assert make_sampler(PPOConfig(), player.roles, player.tokenizer).budget.cut.tokens == 0
+    assert make_sampler(config, player.roles, player.tokenizer).budget.size.tokens == 2**28
+    assert make_sampler(config, player.roles, player.tokenizer).budget.size.max_items == 7
+    assert make_sampler(PPOConfig(), player.roles, player.tokenizer).budget.size.tokens == 0

@@ -38,7 +38,7 @@ from tests.engine.rollout_material import (
 def test_the_ending_token_is_kept_and_told_apart_from_the_body(player):
     torch.manual_seed(2)
     ends = common_ends(player)
-    found = player.sample(Sampling(12), player.prompts * 4, ends=ends).responses
+    found = player.sample(Sampling(12), player.prompts * 4, stop_tokens=ends).responses
     assert {response.finished for response in found} == {True, False}
     for response in found:
         assert not ends & set(response.body)
@@ -51,22 +51,22 @@ def test_the_ending_token_is_kept_and_told_apart_from_the_body(player):
 
 
 def test_an_end_on_the_last_token_is_an_end(player):
-    longer = player.sample(Sampling(6, 0.0), [player.prompts[1]], ends=()).responses[0]
+    longer = player.sample(Sampling(6, 0.0), [player.prompts[1]], stop_tokens=()).responses[0]
     assert not longer.finished
     assert len(set(longer.tokens)) == 6
-    cut = player.sample(Sampling(6, 0.0), [player.prompts[1]], ends={longer.tokens[-1]}).responses[0]
+    cut = player.sample(Sampling(6, 0.0), [player.prompts[1]], stop_tokens={longer.tokens[-1]}).responses[0]
     assert cut.finished
     assert cut.tokens == longer.tokens
-    first = player.sample(Sampling(6, 0.0), [player.prompts[1]], ends={longer.tokens[0]}).responses[0]
+    first = player.sample(Sampling(6, 0.0), [player.prompts[1]], stop_tokens={longer.tokens[0]}).responses[0]
     assert first.tokens == longer.tokens[:1]
     assert first.finished
     assert first.body == ()
 
 
 def test_any_of_several_ids_ends(player):
-    plain = player.sample(Sampling(30, 0.0), ends=()).responses
+    plain = player.sample(Sampling(30, 0.0), stop_tokens=()).responses
     ends = {plain[0].tokens[7], plain[1].tokens[3]}
-    for long, short in zip(plain, player.sample(Sampling(30, 0.0), ends=ends).responses, strict=True):
+    for long, short in zip(plain, player.sample(Sampling(30, 0.0), stop_tokens=ends).responses, strict=True):
         length = next((place for place, token in enumerate(long.tokens, 1) if token in ends), 30)
         assert short.tokens == long.tokens[:length]
         assert short.finished == (long.tokens[length - 1] in ends)
@@ -75,9 +75,9 @@ def test_any_of_several_ids_ends(player):
 def test_padding_is_masked_whatever_its_token_means(player):
     """Token 0 pads. Here it ends responses too, and stands inside a prompt: masks decide."""
     prompts = [(*player.prompts[1][:4], 0, *player.prompts[1][4:]), *player.prompts]
-    together = player.sample(Sampling(30, 0.0), prompts, ends={0}).responses
+    together = player.sample(Sampling(30, 0.0), prompts, stop_tokens={0}).responses
     for prompt, one in zip(prompts, together, strict=True):
-        other = player.sample(Sampling(30, 0.0), [prompt], ends={0}).responses[0]
+        other = player.sample(Sampling(30, 0.0), [prompt], stop_tokens={0}).responses[0]
         assert one.tokens == other.tokens
         torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-5, rtol=0)
 
@@ -132,7 +132,7 @@ def test_end_tokens_are_the_tokenizers_the_generation_configs_and_the_stops(tiny
 
 def test_a_stop_text_ends_responses(stories260):
     ends = end_tokens(stories260.roles, stories260.tokenizer, ["."])
-    found = stories260.sample(Sampling(30, 0.0), ends=ends).responses
+    found = stories260.sample(Sampling(30, 0.0), stop_tokens=ends).responses
     assert any(response.finished for response in found)
     for response in found:
         text = stories260.tokenizer.decode(response.tokens)
@@ -200,7 +200,7 @@ def ids(tokenizer: Any, *texts: str) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("stops", "tokens", "stop", "text", "kept"),
+    ("stop_strings", "tokens", "stop", "text", "kept"),
     [
         (["\n\n"], ["a", "\n", "\n"], "\n\n", "a", ["a"]),
         (["\n\n"], ["a", "\n\n"], "\n\n", "a", ["a"]),
@@ -216,11 +216,11 @@ def ids(tokenizer: Any, *texts: str) -> list[int]:
         (["User:"], ["U", "s"], "", None, None),
     ],
 )
-def test_a_stop_string_is_found_across_tokens(stops, tokens, stop, text, kept):
+def test_a_stop_string_is_found_across_tokens(stop_strings, tokens, stop, text, kept):
     tokenizer = merging("\n\n", ".\n", "ser: hi")
     sampled = [token for each in tokens for token in tokenizer.encode(each)]
     prompt = tokenizer.encode("\nUser")  # what the prompt ends with is no part of an answer
-    found = [StopStrings(tokenizer, stops).found(prompt, sampled[:end]) for end in range(1, len(sampled) + 1)]
+    found = [StopStrings(tokenizer, stop_strings).found(prompt, sampled[:end]) for end in range(1, len(sampled) + 1)]
     assert found == [""] * (len(sampled) - 1) + [stop]
     if stop:
         how = {"finished": True, "stop": stop}
@@ -233,9 +233,9 @@ def test_a_token_without_text_of_its_own_stops_as_a_token(stories260):
     tokenizer = stories260.tokenizer
     prompt, answer = tokenizer.encode("Once"), tokenizer.encode(" upon\n", add_special_tokens=False)
     for stop, token in (("</s>", 2), ("<0x0A>", answer[-1])):
-        stops = StopStrings(tokenizer, [stop])
+        stop_strings = StopStrings(tokenizer, [stop])
         sampled = [*answer[:-1], token]
-        assert [stops.found(prompt, sampled[:end]) for end in range(1, len(sampled) + 1)][-2:] == ["", stop]
+        assert [stop_strings.found(prompt, sampled[:end]) for end in range(1, len(sampled) + 1)][-2:] == ["", stop]
         assert text_before_end(tokenizer, prompt, sampled, finished=True, stop=stop).strip() == "upon"
         assert tokens_before_end(tokenizer, prompt, sampled, finished=True, stop=stop) == answer[:-1]
 
@@ -245,9 +245,9 @@ def test_a_stop_string_is_found_at_the_end_of_a_long_run_of_bytes(stories260):
     tokenizer = stories260.tokenizer
     for text in ("漢" * 12 + "字", "漢" * 13 + "字。"):
         answer = tokenizer.encode(text, add_special_tokens=False)
-        stops = StopStrings(tokenizer, [text[12:].lstrip("漢")])
-        found = [stops.found([1], answer[:end]) for end in range(1, len(answer) + 1)]
-        assert found == [""] * (len(answer) - 1) + stops.strings
+        stop_strings = StopStrings(tokenizer, [text[12:].lstrip("漢")])
+        found = [stop_strings.found([1], answer[:end]) for end in range(1, len(answer) + 1)]
+        assert found == [""] * (len(answer) - 1) + stop_strings.strings
 
 
 @pytest.mark.parametrize("name", ["stories260K", "TinyStories-656K", "bytes"])
@@ -257,7 +257,7 @@ def test_stop_strings_are_found_where_the_whole_text_first_has_one(name):
     texts = [". ", "\n\n", "he", "ed.\n", "漢字"][: 5 if name == "bytes" else 4]
     if name == "stories260K":
         texts.append("字")
-    stops = StopStrings(tokenizer, texts)
+    stop_strings = StopStrings(tokenizer, texts)
     likely = [token for text in ("the red. He\n\nled.\n", "漢字漢字\n\n") for token in tokenizer.encode(text)]
     rng, places = random.Random(0), []
     for _ in range(150):
@@ -265,17 +265,17 @@ def test_stop_strings_are_found_where_the_whole_text_first_has_one(name):
         answer = [rng.choice(likely) if rng.random() < 0.7 else rng.randrange(3, len(tokenizer)) for _ in range(60)]
         wholes = [continuation_text(prompt, answer[:end], tokenizer) for end in range(1, 61)]
         expected = next((end for end, whole in enumerate(wholes) if any(text in whole for text in texts)), None)
-        got = next((end for end in range(60) if stops.found(prompt, answer[: end + 1])), None)
+        got = next((end for end in range(60) if stop_strings.found(prompt, answer[: end + 1])), None)
         assert got == expected
         places.append(got)
     assert 0 < places.count(None) < 150 or len(set(places)) > 10
 
 
 def test_sampling_stops_where_the_text_first_has_a_stop_string(stories260):
-    plain = stories260.sample(Sampling(60, 0.0), ends=()).responses
+    plain = stories260.sample(Sampling(60, 0.0), stop_tokens=()).responses
     tokenizer, texts = stories260.tokenizer, ["was a", ". S"]
-    stops = StopStrings(tokenizer, texts)
-    found = stories260.sample(Sampling(60, 0.0), ends=(), stops=stops).responses
+    stop_strings = StopStrings(tokenizer, texts)
+    found = stories260.sample(Sampling(60, 0.0), stop_tokens=(), stop_strings=stop_strings).responses
     assert {response.finished for response in found} >= {True}
     for prompt, whole, response in zip(stories260.prompts, plain, found, strict=True):
         said = [continuation_text(prompt, whole.tokens[:end], tokenizer) for end in range(1, 61)]

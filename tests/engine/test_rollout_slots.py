@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from onecard.models.attention import use_own_attention
 from onecard.models.roles import Roles
-from onecard.rollout import Held, Padded, Sampling, cache_slots, sampler
-from onecard.rollout.cache_slots import GROWTH, SlotLayer, Slots, takes_slots
+from onecard.rollout import DecodeBatch, PaddedBatch, Sampling, cache_slots, sampler
+from onecard.rollout.cache_slots import GROWTH, CacheSlots, SlotLayer, takes_slots
 from onecard.rollout.cuda_graphs import cuda_graph, recorded_by, recorder_for
 from tests.engine.rollout_material import Player, common_ends, load, own_logprobs, spied
 
@@ -23,8 +23,8 @@ SMALL = {
 }  # fmt: skip
 
 
-def batched(roles: Roles, rows: int, columns: int) -> Padded:
-    return Padded(roles.causal_model(), rows, roles.device)
+def batched(roles: Roles, rows: int, columns: int) -> PaddedBatch:
+    return PaddedBatch(roles.causal_model(), rows, roles.device)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -34,10 +34,10 @@ def test_answers_are_those_of_batches(monkeypatch, player: Player, rows, tempera
     prompts, ends = player.prompts * 3, common_ends(player)
 
     def sampled() -> Any:
-        return player.sample(Sampling(40, temperature), prompts, ends=ends, batch_size=rows, seed=3).responses
+        return player.sample(Sampling(40, temperature), prompts, stop_tokens=ends, batch_size=rows, seed=3).responses
 
     together = sampled()
-    monkeypatch.setattr(sampler, "make_held", batched)
+    monkeypatch.setattr(sampler, "make_decode_batch", batched)
     for one, other in zip(together, sampled(), strict=True):
         assert one.tokens == other.tokens
         assert one.finished == other.finished
@@ -51,7 +51,7 @@ def test_a_row_that_ends_takes_the_next_prompt(monkeypatch, player: Player):
 
     def passes() -> tuple[list[tuple[int, int]], int]:
         with spied(player.model) as shapes:
-            found = player.sample(Sampling(60), prompts, ends=ends, batch_size=16, seed=1).responses
+            found = player.sample(Sampling(60), prompts, stop_tokens=ends, batch_size=16, seed=1).responses
         return shapes, sum(len(response.tokens) for response in found)
 
     shapes, tokens = passes()
@@ -60,7 +60,7 @@ def test_a_row_that_ends_takes_the_next_prompt(monkeypatch, player: Player):
     assert incoming[0] == 16
     assert len(incoming) > 10
     assert tokens <= sum(rows for rows, _ in shapes) < 1.2 * tokens
-    monkeypatch.setattr(sampler, "make_held", batched)
+    monkeypatch.setattr(sampler, "make_decode_batch", batched)
     in_batches, same = passes()
     assert same == tokens
     assert len(shapes) < 0.75 * len(in_batches)
@@ -70,7 +70,7 @@ def test_a_short_prompt_does_not_see_whose_place_it_takes(player: Player):
     """The longest prompts come first, so that all others stand where something longer has been."""
     torch.manual_seed(0)
     prompts = [player.prompts[3] * 3, *player.prompts]
-    found = player.sample(Sampling(30), prompts, ends=common_ends(player), batch_size=1).responses
+    found = player.sample(Sampling(30), prompts, stop_tokens=common_ends(player), batch_size=1).responses
     for prompt, response in zip(prompts, found, strict=True):
         own = own_logprobs(player, prompt, response, 1.0)
         torch.testing.assert_close(response.logprobs, own, atol=1e-4, rtol=0)
@@ -80,7 +80,7 @@ def test_no_row_leaves_while_a_prompt_waits(monkeypatch, player: Player):
     """Where prompts come in by halves, free rows are kept for them."""
     monkeypatch.setattr(cache_slots, "OPENING_SHARE", 0.5)
     with spied(player.model) as shapes:
-        player.sample(Sampling(40), player.prompts * 4, ends=common_ends(player), batch_size=8, seed=2)
+        player.sample(Sampling(40), player.prompts * 4, stop_tokens=common_ends(player), batch_size=8, seed=2)
     incoming = [place for place, (_, columns) in enumerate(shapes) if columns > 1]
     assert len(incoming) > 3
     assert {rows for rows, columns in shapes[: incoming[-1]] if columns == 1} == {8}
@@ -113,7 +113,7 @@ def test_recorded_passes_give_the_same_answers(monkeypatch, player: Player):
     prompts, ends = player.prompts * 4, common_ends(player)
 
     def sampled() -> Any:
-        return player.sample(Sampling(50), prompts, ends=ends, batch_size=6, seed=5).responses
+        return player.sample(Sampling(50), prompts, stop_tokens=ends, batch_size=6, seed=5).responses
 
     plain, recorder = sampled(), Kept()
     with recorded_by(recorder), spied(player.model) as shapes:
@@ -130,18 +130,18 @@ def test_recorded_passes_give_the_same_answers(monkeypatch, player: Player):
 def test_where_all_rows_end_at_once_the_next_begin_with_new_memory(monkeypatch, player: Player):
     """No pass over many prompts beside a whole cache; and nothing is replayed into memory that is gone."""
     recorder, taken = Kept(), []
-    admit = Slots.admit
+    admit = CacheSlots.admit
 
-    def watched(self: Slots, prompts: Any, *given: Any) -> Any:
+    def watched(self: CacheSlots, prompts: Any, *given: Any) -> Any:
         taken.append((len(prompts), self.cache is None))
         return admit(self, prompts, *given)
 
-    monkeypatch.setattr(Slots, "admit", watched)
+    monkeypatch.setattr(CacheSlots, "admit", watched)
     with recorded_by(recorder):
-        found = player.sample(Sampling(9), player.prompts * 2, ends=(), batch_size=4, seed=3).responses
+        found = player.sample(Sampling(9), player.prompts * 2, stop_tokens=(), batch_size=4, seed=3).responses
     assert taken == [(4, True)] * 3
     assert len(recorder.shapes) == 3
-    plain = player.sample(Sampling(9), player.prompts * 2, ends=(), batch_size=1, seed=3).responses
+    plain = player.sample(Sampling(9), player.prompts * 2, stop_tokens=(), batch_size=1, seed=3).responses
     assert [one.tokens for one in found] == [one.tokens for one in plain]
 
 
@@ -149,14 +149,14 @@ def test_few_come_in_beside_a_whole_cache(monkeypatch, player: Player):
     """However many rows are free: a pass over all of them would be the largest of the rollout."""
     monkeypatch.setattr(cache_slots, "OPENING_SHARE", 0.25)
     sizes = []
-    admit = Slots.admit
+    admit = CacheSlots.admit
 
-    def watched(self: Slots, prompts: Any, *given: Any) -> Any:
+    def watched(self: CacheSlots, prompts: Any, *given: Any) -> Any:
         sizes.append((len(prompts), self.cache is None))
         return admit(self, prompts, *given)
 
-    monkeypatch.setattr(Slots, "admit", watched)
-    player.sample(Sampling(40), player.prompts * 6, ends=common_ends(player), batch_size=8, seed=4)
+    monkeypatch.setattr(CacheSlots, "admit", watched)
+    player.sample(Sampling(40), player.prompts * 6, stop_tokens=common_ends(player), batch_size=8, seed=4)
     assert sizes[0] == (8, True)
     assert {count for count, fresh in sizes if not fresh} == {2}
 
@@ -164,25 +164,27 @@ def test_few_come_in_beside_a_whole_cache(monkeypatch, player: Player):
 def test_a_row_that_has_ended_may_draw_nothing_finite(monkeypatch, player: Player):
     """It goes on unseen until it leaves, and what it draws is fed to the model."""
     monkeypatch.setattr(sampler, "LEAVING_SHARE", 2.0)
-    whole = Held.logits
+    whole = DecodeBatch.logits
 
-    def broken(self: Held) -> torch.Tensor:
+    def broken(self: DecodeBatch) -> torch.Tensor:
         found = whole(self)
         ended = [row for row, place in enumerate(self.owners) if place is None]
         found[ended] = torch.nan
         return found
 
     def sampled() -> Any:
-        return player.sample(Sampling(40), player.prompts, ends=common_ends(player), batch_size=6, seed=6).responses
+        return player.sample(
+            Sampling(40), player.prompts, stop_tokens=common_ends(player), batch_size=6, seed=6
+        ).responses
 
     plain = sampled()
-    monkeypatch.setattr(Held, "logits", broken)
+    monkeypatch.setattr(DecodeBatch, "logits", broken)
     assert [one.tokens for one in sampled()] == [one.tokens for one in plain]
 
 
 def test_what_an_ended_row_left_behind_is_wiped(player: Player):
     """A newcomer's masked columns have no weight, but no weight times nan is nan."""
-    held = Slots(player.model, 2, 60, torch.device("cpu"))
+    held = CacheSlots(player.model, 2, 60, torch.device("cpu"))
     with torch.no_grad():
         held.admit([(5, 6, 7), (5, 6, 7)], [0, 1], [0, 1])
         for layer in held.cache.layers:
@@ -238,7 +240,7 @@ def test_passes_are_recorded_on_a_gpu_where_one_asks_for_it(monkeypatch):
 
 def test_memory_grows_with_the_longest_row_and_no_further_than_its_end(player: Player):
     length = GROWTH * 2 + 5
-    held = Slots(player.model, 2, length - 1, torch.device("cpu"))
+    held = CacheSlots(player.model, 2, length - 1, torch.device("cpu"))
     taken = []
     for place, _ in zip(range(length - 1), run(held, player, length), strict=False):
         taken.append((place, held.cache.layers[0].keys.shape[2]))
@@ -246,7 +248,7 @@ def test_memory_grows_with_the_longest_row_and_no_further_than_its_end(player: P
     assert capacities == [GROWTH, 2 * GROWTH, length - 1]
 
 
-def run(held: Slots, player: Player, length: int) -> Any:
+def run(held: CacheSlots, player: Player, length: int) -> Any:
     """Token after token of one row; the other one has no prompt."""
     logits = held.admit([player.prompts[0]], [0], [0])
     for _ in range(length - 1 - len(player.prompts[0])):  # a column each
@@ -259,7 +261,7 @@ def run(held: Slots, player: Player, length: int) -> Any:
 def test_what_was_never_written_is_zero():
     """Masked keys have no weight, but no weight times nan is nan."""
     layer = SlotLayer(
-        Slots(AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)), 3, 300, torch.device("cpu")).layout, 3
+        CacheSlots(AutoModelForCausalLM.from_config(LlamaConfig(**SMALL)), 3, 300, torch.device("cpu")).layout, 3
     )
     layer.layout.grow(7)
     new = torch.full((2, 4, 7, 8), torch.nan)
@@ -276,15 +278,15 @@ def test_what_was_never_written_is_zero():
 def test_the_cache_is_gone_when_sampling_is_over(monkeypatch, player: Player):
     """At once, without the collector: the next phase begins with all memory."""
     kept = []
-    make = sampler.make_held
+    make = sampler.make_decode_batch
 
     def watched(*given: Any) -> Any:
         held = make(*given)
-        assert isinstance(held, Slots)
+        assert isinstance(held, CacheSlots)
         kept.append(weakref.ref(held))
         return held
 
-    monkeypatch.setattr(sampler, "make_held", watched)
+    monkeypatch.setattr(sampler, "make_decode_batch", watched)
     gc.disable()
     try:
         player.sample(Sampling(5), batch_size=2)

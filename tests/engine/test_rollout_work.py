@@ -33,7 +33,7 @@ def test_finished_rows_leave_and_a_batch_ends_with_its_last_row(player, monkeypa
     def passes() -> tuple[list[int], list[Response]]:
         torch.manual_seed(0)
         with spied(player.model) as shapes:
-            found = player.sample(Sampling(80, 0.0), player.prompts * 2, ends=ends, batch_size=12).responses
+            found = player.sample(Sampling(80, 0.0), player.prompts * 2, stop_tokens=ends, batch_size=12).responses
         return [rows for rows, _ in shapes], list(found)
 
     rows, found = passes()
@@ -70,7 +70,7 @@ def test_an_empty_prompt_is_named(player):
 
 
 def test_tokens_per_second_count_response_tokens(player):
-    found = player.sample(Sampling(7), ends=())
+    found = player.sample(Sampling(7), stop_tokens=())
     assert found.seconds > 0
     assert found.tokens_per_second == pytest.approx(7 * len(player.prompts) / found.seconds)
 
@@ -88,7 +88,7 @@ def test_the_bar_moves_with_each_response(player, monkeypatch):
     bar.rows = []
     ticks = itertools.count()
     monkeypatch.setattr(sampler.time, "perf_counter", lambda: float(next(ticks)))
-    found = player.sample(Sampling(7), ends=(), batch_size=4, bar=bar)
+    found = player.sample(Sampling(7), stop_tokens=(), batch_size=4, bar=bar)
     assert len(bar.rows) == len(player.prompts)
     assert bar.rows == [{"time/tokens_per_second": 7.0}] * len(player.prompts)
     assert found.seconds == len(player.prompts) + 1
@@ -120,7 +120,7 @@ def test_a_policy_in_training_is_sampled_in_evaluation_mode_and_trains_on(tinyst
     odd.eval()
     before = [module.training for module in roles.modules()]
     with spied(player.model) as shapes:
-        found = player.sample(Sampling(12), ends=common_ends(player)).responses
+        found = player.sample(Sampling(12), stop_tokens=common_ends(player)).responses
     assert [module.training for module in roles.modules()] == before
     assert not odd.training
     assert all(columns == 1 for _, columns in shapes[1:])  # the cache was there
@@ -142,7 +142,7 @@ def test_the_current_role_is_sampled(tinystories):
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.3)
     policy = player.sample(Sampling(16, 0.0)).responses
-    with player.roles.playing("reference"):
+    with player.roles.active("reference"):
         reference = player.sample(Sampling(16, 0.0)).responses
     base = load(tinystories, dtype="float32").sample(Sampling(16, 0.0)).responses
     assert [response.tokens for response in reference] == [response.tokens for response in base]
@@ -212,7 +212,7 @@ def test_every_kind_of_model_is_sampled_rightly(make):
     roles = Roles(model, ("policy",), {"policy": None}, "packed").eval()
     prompts = [torch.randint(1, 60, (length,)).tolist() for length in (3, 9, 5, 12, 4, 7)]
     with spied(model) as shapes:
-        found = sample_responses(roles, prompts, Sampling(24), ends=range(5), batch_size=6).responses
+        found = sample_responses(roles, prompts, Sampling(24), stop_tokens=range(5), batch_size=6).responses
     assert len({rows for rows, _ in shapes}) > 2
     for prompt, response in zip(prompts, found, strict=True):
         tokens = torch.tensor([[*prompt, *response.tokens]])

@@ -11,8 +11,8 @@ import yaml
 
 from onecard.config import DPOConfig
 from onecard.data.batches import PreferencePair, TokenSequence
-from onecard.data.example_arrays import fingerprint
 from onecard.training import checkpoint, run_folder
+from onecard.training.identity import examples_digest
 from onecard.utils.errors import OnecardError
 
 SAME = {"command": "dpo", "training data": "abc"}
@@ -105,8 +105,8 @@ def test_the_fingerprint_knows_data_order_and_masks():
     one, two = TokenSequence((1, 2), (False, True)), TokenSequence((1, 2), (True, True))
     apart = [TokenSequence((1,), (True,)), TokenSequence((2,), (True,))]
     prints = [[one], [two], [one, two], [two, one], apart]
-    assert len({fingerprint(examples) for examples in prints}) == len(prints)
-    assert fingerprint([PreferencePair(one, two)]) != fingerprint([PreferencePair(two, one)])
+    assert len({examples_digest(examples) for examples in prints}) == len(prints)
+    assert examples_digest([PreferencePair(one, two)]) != examples_digest([PreferencePair(two, one)])
 
 
 def test_a_folder_with_things_of_another_is_left_alone(config, tmp_path):

@@ -27,7 +27,7 @@ from onecard.data.batches import (
     rows_sharing,
 )
 from onecard.models.build import load_roles
-from onecard.models.micro_batching import Cut, looking_budget
+from onecard.models.micro_batching import MicroBatchSize, forward_budget
 from onecard.models.roles import Roles
 from onecard.training.metrics import add_up
 from onecard.training.trainer import Objective, accumulate, micro_batches
@@ -53,10 +53,12 @@ def fresh(tiny_model):
     return moved(load(tiny_model))
 
 
-def learned(roles: Any, objective: Objective[Any, Any], examples: list[Any], cut: Cut | None = None) -> tuple:
+def learned(
+    roles: Any, objective: Objective[Any, Any], examples: list[Any], cut: MicroBatchSize | None = None
+) -> tuple:
     """(metrics, gradient) of one step's examples."""
     roles.zero_grad(set_to_none=True)
-    found = accumulate(objective, examples, cut or Cut(len(examples)), roles.device)
+    found = accumulate(objective, examples, cut or MicroBatchSize(len(examples)), roles.device)
     slopes = [p.grad.flatten() for p in roles.trained_parameters().values() if p.grad is not None]
     roles.zero_grad(set_to_none=True)
     return add_up(found), torch.cat(slopes)
@@ -147,7 +149,7 @@ def test_rows_that_a_pair_takes():
 def test_a_budget_counts_the_rows_that_are_run(fresh):
     """Pairs of 36, 26, 11 and 33 rows; laid apart they are 66, 46, 11 and 59."""
     objective = recipe_of().objective(fresh)
-    cut = Cut(1, tokens=70)
+    cut = MicroBatchSize(1, tokens=70)
     passes = [record.sequences for record in micro_batches(objective, PAIRS, cut, fresh.device)]
     assert [each.num_tokens for each in passes] == [36 + 33, 26 + 11]
     apart = recipe_of(share_prompts=False).objective(fresh)
@@ -265,7 +267,7 @@ def test_the_evaluation_of_a_reward_model_lays_answers_apart(tiny_model, monkeyp
     scores = type(roles).scores
     monkeypatch.setattr(type(roles), "scores", lambda self, batch: seen.append(batch) or scores(self, batch))
     with progress("evaluate", 1) as bar:
-        reward_command.heldout_row(roles, PAIRS, config, looking_budget(config), bar)
+        reward_command.heldout_row(roles, PAIRS, config, forward_budget(config), bar)
     assert len(seen) == 2 * len(PAIRS)
     assert all(batch.shared is None for batch in seen)
 

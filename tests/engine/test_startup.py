@@ -12,7 +12,7 @@ from onecard.models.load import without_dropout
 from onecard.models.roles import Roles
 from onecard.rollout import Sampling, sample_responses
 from onecard.training import startup
-from onecard.training.startup import check_decoding, check_model, mixes, probe
+from onecard.training.startup import check_decoding, check_model, mixes_sequences, probe
 from onecard.utils.errors import OnecardError
 from tests.models.families import FAMILIES, Family, config_of, random_model
 
@@ -64,7 +64,7 @@ def laid(roles: Roles, sequences: list[TokenSequence]) -> torch.Tensor:
 def test_gradients_tell_whether_texts_mix(name, layout, mixed, dtype):
     """Exactly 0 or not, in every dtype: 16-bit rounding hides a state that crosses from one text to the next."""
     roles = roles_of(name, dtype)
-    assert mixes(roles, layout, probe(roles, 20)[::2]) == mixed
+    assert mixes_sequences(roles, layout, probe(roles, 20)[::2]) == mixed
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_sampling_across_the_original_context_rotates_as_whole_texts_do():
     roles = roles_of("phi3, longrope")
     check_decoding(roles, 40)
     prompts = [startup.text(300, 26, 0), startup.text(300, 5, 1)]
-    found = sample_responses(roles, prompts, Sampling(12), ends=(), batch_size=2, seed=0).responses
+    found = sample_responses(roles, prompts, Sampling(12), stop_tokens=(), batch_size=2, seed=0).responses
     model = random_model(FAMILIES["phi3, longrope"])
     for prompt, response in zip(prompts, found, strict=True):
         for place, (token, logprob) in enumerate(zip(response.tokens, response.logprobs, strict=True)):

@@ -187,7 +187,9 @@ def test_what_is_trained_and_left_out_is_said(onecard, tmp_path):
     model.save_pretrained(tmp_path / "model")
     roles = load_roles(SFTConfig(model=str(tmp_path / "model")), trained="policy")
     assert roles.left_out == ("the experts of 2 layers",)
-    from onecard.algorithms.common import described
+    from onecard.algorithms.common import describe_adapter
 
-    assert described(roles, "policy", None) == "an adapter of rank 16 on 24 layers, without the experts of 2 layers"
+    assert (
+        describe_adapter(roles, "policy", None) == "an adapter of rank 16 on 24 layers, without the experts of 2 layers"
+    )
     assert not [name for name in roles.trained_parameters() if ".experts." in name or ".gate." in name]

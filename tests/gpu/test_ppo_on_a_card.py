@@ -81,7 +81,7 @@ def test_nothing_of_the_rollout_stays_allocated(tiny_model):
     prompts = [(1, 5 + i, 7) for i in range(32)]
 
     def sample() -> None:
-        sample_responses(roles, prompts, Sampling(64), ends=end_tokens(roles, tokenizer), batch_size=32)
+        sample_responses(roles, prompts, Sampling(64), stop_tokens=end_tokens(roles, tokenizer), batch_size=32)
 
     sample()
     before = torch.cuda.memory_allocated()

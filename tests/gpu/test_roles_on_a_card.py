@@ -79,9 +79,9 @@ def test_checkpointing_changes_no_gradient_while_roles_switch(llama, base: str) 
     del plain
     roles = ppo_roles(llama, gradient_checkpointing=True, **BASES[base])
     turns = (("policy", policy_part, "value"), ("policy", policy_part, "reference"), ("value", value_part, "policy"))
-    for role, part, playing in turns:
+    for role, part, active in turns:
         loss = part(roles, batch)
-        with roles.playing(playing):
+        with roles.active(active):
             loss.backward()
         own = {name: right for name, right in expected.items() if role_of(name) == role}
         assert_same(gradients(roles), own, steady=steady)

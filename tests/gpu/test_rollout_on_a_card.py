@@ -41,7 +41,7 @@ def prompts() -> list[list[int]]:
 
 def sampled(roles: Roles) -> Rollout:
     settings = Sampling(sized(160, 12))
-    return sample_responses(roles, prompts(), settings, ends=ENDS, batch_size=sized(16, 4), seed=7)
+    return sample_responses(roles, prompts(), settings, stop_tokens=ENDS, batch_size=sized(16, 4), seed=7)
 
 
 def off(roles: Roles, found: Rollout) -> float:

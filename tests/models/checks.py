@@ -121,9 +121,9 @@ def check_bf16(bench: Bench) -> None:
 
 def check_gradients(bench: Bench) -> None:
     roles, adapter = adapted(bench)
-    judge = plain(bench.model, adapter)
-    plain_logprobs(judge, texts()).square().sum().backward()
-    truth = {name.replace(".default", ""): p.grad for name, p in judge.named_parameters() if p.grad is not None}
+    scorer = plain(bench.model, adapter)
+    plain_logprobs(scorer, texts()).square().sum().backward()
+    truth = {name.replace(".default", ""): p.grad for name, p in scorer.named_parameters() if p.grad is not None}
     for found in laid(roles):
         roles.zero_grad()
         found.square().sum().backward()
@@ -151,10 +151,10 @@ def check_scores(bench: Bench) -> None:
 def check_greedy(bench: Bench) -> None:
     roles, adapter = adapted(bench)
     prompts = [text(length, 20 + place) for place, length in enumerate(PROMPTS)]
-    judge = plain(bench.model, adapter)
-    found = sample_responses(roles, prompts, Sampling(NEW, 0.0), ends=(), batch_size=2).responses
+    scorer = plain(bench.model, adapter)
+    found = sample_responses(roles, prompts, Sampling(NEW, 0.0), stop_tokens=(), batch_size=2).responses
     for prompt, response in zip(prompts, found, strict=True):
-        if list(response.tokens) != plain_greedy(judge, prompt):
+        if list(response.tokens) != plain_greedy(scorer, prompt):
             raise Inexact(f"{roles.decoding}: other tokens")
 
 
@@ -236,9 +236,9 @@ def check_reward(bench: Bench) -> None:
     rows = load_rows(str(bench.data / "pairs.jsonl"), split="train")
     pairs = preference_examples(rows, tokenizer, **settings(bench)).examples
     with torch.no_grad():
-        judge = plain(bench.model, folder / "reward")
+        scorer = plain(bench.model, folder / "reward")
         chosen, rejected = (
-            plain_scores(judge, folder / "reward", [getattr(pair, side) for pair in pairs])
+            plain_scores(scorer, folder / "reward", [getattr(pair, side) for pair in pairs])
             for side in ("chosen", "rejected")
         )
     truth = -torch.nn.functional.logsigmoid(chosen - rejected).mean()

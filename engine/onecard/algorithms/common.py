@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,23 +11,23 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from onecard import reporting
 from onecard.algorithms.samples import HeldoutSamples, heldout_samples
 from onecard.algorithms.supervised import Supervised
-from onecard.config import EvaluateConfig, SpeakingConfig, TrainConfig
+from onecard.config import EvaluateConfig, PolicyTrainConfig, TrainConfig
 from onecard.data import Row, Tokenized, hold_out, open_rows, preference_examples
 from onecard.data.batches import LabelledSequence, PreferencePair, TokenSequence
-from onecard.data.example_arrays import all_lengths, all_tokens, fingerprint, lengths_of
+from onecard.data.example_arrays import all_lengths, all_tokens, lengths_of
 from onecard.data.templates import template_date
 from onecard.models.build import load_roles
 from onecard.models.load import context_length, find_source, load_tokenizer
-from onecard.models.memory_options import in_head_chunks, lever_notes
-from onecard.models.micro_batching import Budget
+from onecard.models.memory_options import in_head_chunks, memory_option_notes
+from onecard.models.micro_batching import TokenBudget
 from onecard.models.roles import Roles
 from onecard.models.vocabulary import check_tokens
 from onecard.training import dry_run, run_folder
+from onecard.training.identity import supervised_identity
 from onecard.training.run_folder import Run, open_run, with_folder
 from onecard.training.startup import check_decoding, check_model
 from onecard.training.trainer import Objective, train
 from onecard.utils.errors import OnecardError
-from onecard.utils.files import digest
 from onecard.utils.progress import Bar, say
 from onecard_kernels import Loss
 
@@ -87,7 +85,7 @@ class Recipe(Generic[E, B]):
     reference: bool = False  # a frozen reference beside the trained role
     scalar: bool = False  # a scalar head on the trained role
     # the row of the held-out examples, where it is more than sums over micro-batches
-    heldout: Callable[[Roles, Sequence[E], Budget, Bar], dict[str, float]] | None = None
+    heldout: Callable[[Roles, Sequence[E], TokenBudget, Bar], dict[str, float]] | None = None
     adjust: Callable[[Roles, Sequence[E]], None] | None = None  # the trained weights, before they are exported
     check: Callable[[Sequence[E]], None] | None = None  # what settings say against the training examples
     prepare: Callable[[Roles, Sequence[E], Sequence[E]], tuple[Sequence[E], Sequence[E]]] | None = None  # before step 0
@@ -152,48 +150,7 @@ def load_examples(
     return training, heldout
 
 
-BLOCK = 1 << 12
-
-
-def sampled_digest(path: Path) -> str:
-    """Of a safetensors file its header, and the beginning, middle and end of each tensor.
-
-    Whatever changes weights changes whole tensors, and all of a large base takes minutes to read.
-    """
-    state = hashlib.sha256()
-    with open(path, "rb") as file:
-        header = file.read(int.from_bytes(file.read(8), "little"))
-        state.update(header)
-        first = file.tell()
-        for name, tensor in json.loads(header).items():
-            if name == "__metadata__":
-                continue
-            start, end = tensor["data_offsets"]
-            for place in (start, (start + end - BLOCK) // 2, end - BLOCK):
-                file.seek(first + max(start, place))
-                state.update(file.read(min(BLOCK, end - start)))
-    return state.hexdigest()
-
-
-def weights_digest(model: str) -> str:
-    """Changes when the weights or the config in a folder do; empty for hub names, which stand for their weights."""
-    source, state = find_source(model), hashlib.sha256()
-    folders = [Path(source.base), *([source.adapter] if source.adapter else [])]
-    names = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
-    files = sorted(path for folder in folders if folder.is_dir() for name in names for path in folder.glob(name))
-    for path in files:
-        found = sampled_digest(path) if path.suffix == ".safetensors" else digest(path)
-        state.update(f"{path.name} {found} ".encode())
-    return state.hexdigest() if files else ""
-
-
-def reference_identity(config: TrainConfig) -> dict[str, str]:
-    """The part of a run's identity that is its `ref_adapter`, where it has one."""
-    adapter = getattr(config, "ref_adapter", "")
-    return {"ref_adapter": weights_digest(adapter)} if adapter else {}
-
-
-def finish(roles: Roles, tokenizer: Any, run: Run) -> Path:
+def export_and_report(roles: Roles, tokenizer: Any, run: Run) -> Path:
     """Export the (first) trained role, write the report, and say where things are."""
     role = roles.trained[0]
     exported = run.folder / role
@@ -203,7 +160,7 @@ def finish(roles: Roles, tokenizer: Any, run: Run) -> Path:
     return exported
 
 
-def described(roles: Roles, role: str, source: Path | None) -> str:
+def describe_adapter(roles: Roles, role: str, source: Path | None) -> str:
     """What a trained role is. An adapter that is not new has its own rank and layers, not lora_r's."""
     if source is not None:
         return f"an adapter of rank {roles.rank(role)}, as it is in {source}"
@@ -214,6 +171,7 @@ def described(roles: Roles, role: str, source: Path | None) -> str:
 @in_head_chunks
 def run_recipe(config: TrainConfig, recipe: Recipe[E, B]) -> Path:
     """A training command from its settings to its exported weights. Nothing is written before all of it is loaded."""
+    config.validate()
     config = with_folder(config, recipe.command)
     run = open_run(config)
     with template_date(run.date):
@@ -231,24 +189,18 @@ def run_opened(config: TrainConfig, recipe: Recipe[E, B], run: Run) -> Path:
         recipe.check(training)
     roles = load_roles(config, trained=recipe.trained, reference=recipe.reference, scalar=recipe.scalar)
     check_tokens(roles.causal_model(), tokenizer, [*all_tokens(training), *all_tokens(heldout)])
-    samples = heldout_samples(config, roles, tokenizer, heldout) if isinstance(config, SpeakingConfig) else None
+    samples = heldout_samples(config, roles, tokenizer, heldout) if isinstance(config, PolicyTrainConfig) else None
     check_start(config, roles, training, heldout, samples)
     trained = sum(parameter.numel() for parameter in roles.trained_parameters().values())
     if config.use_peft:
-        say(f"{recipe.trained}: {described(roles, recipe.trained, find_source(config.model).adapter)}.")
+        say(f"{recipe.trained}: {describe_adapter(roles, recipe.trained, find_source(config.model).adapter)}.")
     say(f"model: {trained:,} trained parameters on {roles.device}, {roles.layout} batches.")
-    for note in lever_notes(roles, config):
+    for note in memory_option_notes(roles, config):
         say(note)
     if config.dry_run:
         dry_run.show(config, roles, tokenizer, training[0])
         return run.folder
-    identity = {
-        "command": recipe.command,
-        "model": weights_digest(config.model),
-        **reference_identity(config),
-        "training data": fingerprint(training),
-        "held-out data": fingerprint(heldout),
-    }
+    identity = supervised_identity(config, recipe.command, training, heldout)
     if recipe.prepare:
         training, heldout = recipe.prepare(roles, training, heldout)
     objective = recipe.objective(roles)
@@ -258,4 +210,4 @@ def run_opened(config: TrainConfig, recipe: Recipe[E, B], run: Run) -> Path:
         train(config, job, roles, run, identity)
         if recipe.adjust:
             recipe.adjust(roles, training)
-        return finish(roles, tokenizer, run)
+        return export_and_report(roles, tokenizer, run)

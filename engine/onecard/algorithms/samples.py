@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onecard.config import SpeakingConfig
+from onecard.config import PolicyTrainConfig
 from onecard.data.batches import LabelledSequence, PreferencePair, TokenSequence
 from onecard.data.tokens import spelled
 from onecard.models.roles import Roles
 from onecard.models.trunk import context_of, trunk_of
 from onecard.rollout import Response, Sampling, end_tokens, sample_responses, text_before_end
 from onecard.utils.progress import Bar
-from onecard.utils.rng import own_draws
+from onecard.utils.rng import seeded_rng
 
 BEGINNING = 8  # tokens of a text without a prompt that stand for one
 
@@ -39,7 +39,7 @@ class HeldoutSamples:
     had been drawn here.
     """
 
-    config: SpeakingConfig
+    config: PolicyTrainConfig
     roles: Roles
     tokenizer: Any
     prompts: Sequence[tuple[int, ...]]
@@ -52,12 +52,12 @@ class HeldoutSamples:
     def __call__(self, bar: Bar) -> list[dict[str, Any]]:
         """A row of prompt and completion, both as text, for each prompt."""
         config, roles, prompts = self.config, self.roles, self.prompts
-        with bar.part("samples", len(prompts)) as part, own_draws(roles.device, config.seed, "samples"):
+        with bar.part("samples", len(prompts)) as part, seeded_rng(roles.device, config.seed, "samples"):
             rollout = sample_responses(
                 roles,
                 prompts,
                 Sampling(config.eval_sample_length),
-                ends=end_tokens(roles, self.tokenizer),
+                stop_tokens=end_tokens(roles, self.tokenizer),
                 batch_size=config.per_device_eval_batch_size,
                 bar=part,
             )
@@ -71,7 +71,7 @@ class HeldoutSamples:
 
 
 def heldout_samples(
-    config: SpeakingConfig, roles: Roles, tokenizer: Any, heldout: Sequence[object]
+    config: PolicyTrainConfig, roles: Roles, tokenizer: Any, heldout: Sequence[object]
 ) -> HeldoutSamples | None:
     """Answers to the first `eval_samples` prompts with room for one; None if that is 0, or nothing is held out."""
     different = list(dict.fromkeys(map(prompt_of, heldout)))

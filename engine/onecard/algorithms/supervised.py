@@ -12,7 +12,7 @@ from onecard.algorithms.samples import HeldoutSamples
 from onecard.config import TrainConfig
 from onecard.data import step_indices
 from onecard.data.batches import to_device
-from onecard.models.micro_batching import Budget, Cut, each_pass
+from onecard.models.micro_batching import MicroBatchSize, TokenBudget, run_micro_batches
 from onecard.training import run_folder
 from onecard.training.metrics import add_up, per_kind
 from onecard.training.trainer import B, E, Objective, Trainer
@@ -22,7 +22,7 @@ from onecard_kernels import Loss
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepSchedule:
     """How many steps there are, and which examples each one sees."""
 
     num_examples: int
@@ -44,14 +44,14 @@ class Plan:
             yield (step + 1) / self.steps_per_epoch, order[place]
 
 
-def make_plan(config: TrainConfig, num_examples: int) -> Plan:
+def make_schedule(config: TrainConfig, num_examples: int) -> StepSchedule:
     """Turn epochs or `max_steps` into optimizer steps."""
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     per_epoch = math.ceil(num_examples / per_step)
     total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
     if total == 0:
         raise OnecardError("num_train_epochs: 0 epochs are 0 steps; expected more than 0.")
-    return Plan(num_examples, per_step, total, config.seed)
+    return StepSchedule(num_examples, per_step, total, config.seed)
 
 
 class Supervised(Generic[E, B]):
@@ -68,7 +68,7 @@ class Supervised(Generic[E, B]):
         heldout: Sequence[E],
         samples: HeldoutSamples | None = None,
         # where it is more than sums over micro-batches
-        heldout_row: Callable[[Budget, Bar], dict[str, float]] | None = None,
+        heldout_row: Callable[[TokenBudget, Bar], dict[str, float]] | None = None,
     ) -> None:
         self.name, self.objective, self.training, self.heldout, self.samples = (
             name,
@@ -78,8 +78,10 @@ class Supervised(Generic[E, B]):
             samples,
         )
         self.heldout_row = heldout_row
-        self.budget = Budget(Cut(config.per_device_eval_batch_size, config.micro_batch_tokens))  # of evaluations
-        self.plan = make_plan(config, len(training))
+        self.budget = TokenBudget(
+            MicroBatchSize(config.per_device_eval_batch_size, config.micro_batch_tokens)
+        )  # of evaluations
+        self.plan = make_schedule(config, len(training))
         self.total_steps = self.plan.total_steps
 
     def batches(self, first_step: int) -> Iterator[tuple[float, list[int]]]:
@@ -111,7 +113,7 @@ class Supervised(Generic[E, B]):
                 return found
 
             sizes = [objective.size(example) for example in heldout]
-            passes = each_pass(sizes, self.budget, read, padded=weights.layout == "padded")
+            passes = run_micro_batches(sizes, self.budget, read, padded=weights.layout == "padded")
         losses = [loss for _, found in passes for loss in found]
         for sample in self.samples(bar) if self.samples else []:
             run_folder.log(trainer.run.folder, {"step": trainer.step, **sample}, run_folder.SAMPLES)
@@ -121,7 +123,7 @@ class Supervised(Generic[E, B]):
         return {}
 
     def state(self) -> dict[str, Any]:
-        return {"evaluation_tokens": self.budget.cut.tokens}
+        return {"evaluation_tokens": self.budget.size.tokens}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.budget.cut = replace(self.budget.cut, tokens=state["evaluation_tokens"])
+        self.budget.size = replace(self.budget.size, tokens=state["evaluation_tokens"])

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from onecard.commands.generate import check_sampling, longest_prompt
+from onecard.commands.generate import longest_prompt
 from onecard.config import ChatConfig
 from onecard.data import prompt_tokens
 from onecard.data.columns import BadRowError, Text
@@ -73,7 +73,7 @@ class Conversation:
 
 
 @dataclass
-class Voice:
+class AnswerStream:
     """Writes an answer while its tokens come, and nothing of a character before all of it is there."""
 
     tokenizer: Any
@@ -86,7 +86,7 @@ class Voice:
         """The answer so far."""
         return continuation_text(self.prompt, self.tokens, self.tokenizer)
 
-    def hear(self, token: int) -> None:
+    def on_token(self, token: int) -> None:
         """One more token."""
         self.tokens.append(token)
         self.tell(self.text().rstrip(HALF))
@@ -139,15 +139,15 @@ class Chat:
         """Say a line, and write the answer as it comes. Ctrl-C ends the answer; what was written of it is kept."""
         conversation, prompt = self.fitting(self.conversation.said(line))
         check_tokens(self.roles.causal_model(), self.tokenizer, [prompt])
-        voice = Voice(self.tokenizer, prompt, write)
+        voice = AnswerStream(self.tokenizer, prompt, write)
         with suppress(KeyboardInterrupt):
             sample_responses(
                 self.roles,
                 [prompt],
                 self.sampling,
-                ends=self.ends,
+                stop_tokens=self.ends,
                 batch_size=1,
-                hear=lambda token: None if token in self.ends else voice.hear(token),
+                on_token=lambda token: None if token in self.ends else voice.on_token(token),
             )
         text, messages = voice.end(), conversation.prompt()
         self.conversation = conversation.answered(
@@ -215,7 +215,7 @@ def with_room(config: ChatConfig) -> ChatConfig:
 
 def run(config: ChatConfig) -> None:
     """`onecard chat`."""
-    check_sampling(config)
+    config.validate()
     config = with_room(config)
     tokenizer = load_tokenizer(config)
     if config.system and not tokenizer.chat_template:

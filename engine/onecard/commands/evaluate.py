@@ -25,12 +25,12 @@ from onecard.data.batches import Episode, ResponseTargets, TokenBatch, TokenSequ
 from onecard.data.columns import TEMPLATE_COLUMNS, has
 from onecard.data.templates import template_date, today
 from onecard.models.build import check_speaks, load_players, read_scalar_head, reward_adapter, same_base
-from onecard.models.classifier import find_judge
+from onecard.models.classifier import find_model_source
 from onecard.models.load import find_source, load_tokenizer
 from onecard.models.passes import per_token, sequence_passes
 from onecard.models.roles import Roles
 from onecard.models.vocabulary import check_tokens
-from onecard.rewards.judge import Judge, load_judge, response_text
+from onecard.rewards.scorer import Scorer, load_scorer, response_text
 from onecard.rollout import Sampling, end_tokens, make_episode, sample_responses
 from onecard.training.startup import check_decoding, check_model
 from onecard.utils.errors import OnecardError
@@ -41,7 +41,7 @@ SETTINGS = {"reference": "ref_adapter", "baseline": "baseline", "reward": "rewar
 
 
 @dataclass(frozen=True)
-class Material:
+class EvaluationData:
     """What is asked, and the answers that the rows themselves give, if any."""
 
     prompts: Sequence[Prompt]
@@ -50,7 +50,7 @@ class Material:
 
 
 @dataclass(frozen=True)
-class Side:
+class PolicyResult:
     """A policy's answers, and what was measured of them while its weights were there."""
 
     episodes: list[Episode]
@@ -65,7 +65,7 @@ def longest_prompt(config: EvaluateConfig, limit: int) -> int:
     return room
 
 
-def load_material(config: EvaluateConfig, tokenizer: Any) -> Material:
+def load_material(config: EvaluateConfig, tokenizer: Any) -> EvaluationData:
     """The first `max_prompts` rows, as prompts and as the answers in `completion` or `chosen`."""
     if not config.dataset:
         raise OnecardError("--dataset is missing: give a .jsonl, .json, .csv or .parquet file, or a hub dataset name.")
@@ -76,7 +76,7 @@ def load_material(config: EvaluateConfig, tokenizer: Any) -> Material:
     answers, notes = given_answers(rows, tokenizer, limit)
     for note in (*prompts.notes, *notes):
         say(f"data: {note}")
-    return Material(prompts.examples, answers, tokenizer)
+    return EvaluationData(prompts.examples, answers, tokenizer)
 
 
 def given_answers(
@@ -107,7 +107,7 @@ def given_answers(
 
 def perplexity(roles: Roles, role: str, answers: Sequence[TokenSequence], batch_size: int, bar: Bar) -> float:
     """exp of the mean negative log-likelihood of the answers' tokens, their ends included."""
-    with roles.playing(role), bar.part(f"{role}: perplexity", len(answers)) as part:
+    with roles.active(role), bar.part(f"{role}: perplexity", len(answers)) as part:
 
         def read(batch: TokenBatch) -> list[torch.Tensor]:
             found = roles.logprobs(batch, batch.targets).double().cpu().split(list(batch.num_targets))
@@ -118,15 +118,17 @@ def perplexity(roles: Roles, role: str, answers: Sequence[TokenSequence], batch_
     return float((-logprobs.mean()).exp())
 
 
-def listen(roles: Roles, role: str, material: Material, config: EvaluateConfig, bar: Bar, *, kl: bool) -> Side:
+def measure_answers(
+    roles: Roles, role: str, material: EvaluationData, config: EvaluateConfig, bar: Bar, *, kl: bool
+) -> PolicyResult:
     """One answer to each prompt, and what can be said without a reward. Prompt i draws by the seed and i alone."""
     prompts, tokenizer = material.prompts, material.tokenizer
-    with roles.playing(role), bar.part(f"{role}: answers", len(prompts)) as part:
+    with roles.active(role), bar.part(f"{role}: answers", len(prompts)) as part:
         rollout = sample_responses(
             roles,
             [prompt.tokens for prompt in prompts],
             Sampling(config.response_length, config.temperature),
-            ends=end_tokens(roles, tokenizer),
+            stop_tokens=end_tokens(roles, tokenizer),
             batch_size=config.local_rollout_forward_batch_size,
             bar=part,
             seed=config.seed,
@@ -148,7 +150,7 @@ def listen(roles: Roles, role: str, material: Material, config: EvaluateConfig, 
         found = perplexity(roles, role, material.answers, config.per_device_eval_batch_size, bar)
         measures["perplexity"] = Estimate(found)
     bar.advance()
-    return Side(episodes, measures)
+    return PolicyResult(episodes, measures)
 
 
 def kl_of(roles: Roles, role: str, episodes: Sequence[Episode], config: EvaluateConfig) -> list[float]:
@@ -163,11 +165,13 @@ def kl_of(roles: Roles, role: str, episodes: Sequence[Episode], config: Evaluate
     return [float((p.double() - q.double()).sum()) for p, q in zip(own, reference, strict=True)]
 
 
-def judged(judge: Judge | None, roles: Roles, material: Material, side: Side) -> tuple[Side, dict[str, list[float]]]:
+def with_scores(
+    scorer: Scorer | None, roles: Roles, material: EvaluationData, side: PolicyResult
+) -> tuple[PolicyResult, dict[str, list[float]]]:
     """The side with its mean rewards, and each answer's own: the parts as they came, and the weighted sum."""
-    if judge is None:
+    if scorer is None:
         return side, {}
-    scores = judge.scores(roles, material.tokenizer, material.prompts, side.episodes)
+    scores = scorer.scores(roles, material.tokenizer, material.prompts, side.episodes)
     columns = {"objective/scores": scores.sums.tolist()}
     columns |= {f"rewards/{name}": part.tolist() for name, part in scores.parts.items()}
     return replace(side, measures={n: estimate(v) for n, v in columns.items()} | side.measures), columns
@@ -176,19 +180,19 @@ def judged(judge: Judge | None, roles: Roles, material: Material, side: Side) ->
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Everything that the settings ask to be measured."""
     policy = find_source(config.model)
-    baseline = find_judge(config.baseline, "baseline") if config.baseline else None
-    reference = find_judge(config.ref_adapter, "ref_adapter") if config.ref_adapter else None
+    baseline = find_model_source(config.baseline, "baseline") if config.baseline else None
+    reference = find_model_source(config.ref_adapter, "ref_adapter") if config.ref_adapter else None
     if reference is not None and (reference.adapter is None or not same_base(reference, policy)):
         raise OnecardError(f"ref_adapter: {config.ref_adapter} is no adapter on the policy's base, {policy.base}.")
     for setting, source in {"model": policy, "baseline": baseline, "ref_adapter": reference}.items():
         if source is not None:
             check_speaks(source, setting)
-    judge = load_judge(config) if config.reward_model_path or config.reward_funcs else None
+    scorer = load_scorer(config) if config.reward_model_path or config.reward_funcs else None
     reward = reward_adapter(config)
     tokenizer = load_tokenizer(config)
     material = load_material(config, tokenizer)
-    if judge is not None:
-        judge.check_columns(material.prompts)
+    if scorer is not None:
+        scorer.check_columns(material.prompts)
     adapters = {"policy": policy.adapter, "reference": reference.adapter if reference else None}
     apart = baseline is not None and not same_base(baseline, policy)
     if baseline is not None and not apart:
@@ -203,29 +207,29 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
                 replace(config, model=config.baseline), {"baseline": baseline.adapter}, {"baseline": "baseline"}
             )
             check_start(config, alone, material)
-            other = listen(alone, "baseline", material, config, bar, kl=False)
+            other = measure_answers(alone, "baseline", material, config, bar, kl=False)
             del alone
         roles = load_players(config, adapters, SETTINGS)
         if reward is not None:
             roles.heads["reward"] = read_scalar_head(roles, reward).requires_grad_(False)
         check_start(config, roles, material)
-        side = listen(roles, "policy", material, config, bar, kl=True)
+        side = measure_answers(roles, "policy", material, config, bar, kl=True)
         if baseline is not None and not apart:
-            other = listen(roles, "baseline", material, config, bar, kl=True)
-        side, scores = judged(judge, roles, material, side)
+            other = measure_answers(roles, "baseline", material, config, bar, kl=True)
+        side, scores = with_scores(scorer, roles, material, side)
         measures, samples = {"policy": side.measures}, samples_of(material, side, scores, "")
         won = None
         if other is not None:
-            other, other_scores = judged(judge, roles, material, other)
+            other, other_scores = with_scores(scorer, roles, material, other)
             measures["baseline"] = other.measures
             theirs = samples_of(material, other, other_scores, "baseline_")
             samples = [mine | its for mine, its in zip(samples, theirs, strict=True)]
-            if judge is not None:
+            if scorer is not None:
                 won = win_rate(scores["objective/scores"], other_scores["objective/scores"])
     return Evaluation(config, len(material.prompts), measures, won, samples)
 
 
-def check_start(config: EvaluateConfig, roles: Roles, material: Material) -> None:
+def check_start(config: EvaluateConfig, roles: Roles, material: EvaluationData) -> None:
     """What is taken for granted of the model, on texts as long as the longest."""
     texts = [*(prompt.tokens for prompt in material.prompts), *(answer.tokens for answer in material.answers)]
     check_tokens(roles.causal_model(), material.tokenizer, texts)
@@ -244,7 +248,9 @@ def check_same_tokens(config: EvaluateConfig, tokenizer: Any) -> None:
         )
 
 
-def samples_of(material: Material, side: Side, scores: dict[str, list[float]], prefix: str) -> list[dict[str, Any]]:
+def samples_of(
+    material: EvaluationData, side: PolicyResult, scores: dict[str, list[float]], prefix: str
+) -> list[dict[str, Any]]:
     """A row for each prompt; the baseline's columns have `prefix` before their names."""
     rows = []
     for place, (prompt, episode) in enumerate(zip(material.prompts, side.episodes, strict=True)):

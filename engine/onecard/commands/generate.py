@@ -8,7 +8,7 @@ import sys
 import torch
 
 from onecard.commands.outputs import output_file
-from onecard.config import GenerateConfig, SampledConfig
+from onecard.config import GenerateConfig, SamplingConfig
 from onecard.data import load_rows, prompt_examples, prompt_rows
 from onecard.data.templates import template_date, today
 from onecard.models.build import load_player
@@ -21,13 +21,7 @@ from onecard.utils.files import write_text
 from onecard.utils.progress import say
 
 
-def check_sampling(config: SampledConfig) -> None:
-    """What the least value of a setting does not say."""
-    if config.top_p > 1:
-        raise OnecardError(f"top_p: {config.top_p:g}, expected 0 to 1.")
-
-
-def longest_prompt(config: SampledConfig) -> int | None:
+def longest_prompt(config: SamplingConfig) -> int | None:
     """Tokens that are left for a prompt beside the response; None where the model does not say."""
     limit = context_length(config)
     if limit is not None and config.max_new_tokens >= limit:
@@ -39,9 +33,7 @@ def longest_prompt(config: SampledConfig) -> int | None:
 
 def run(config: GenerateConfig) -> None:
     """Responses to standard output, or JSONL rows to `output`."""
-    if bool(config.prompt) == bool(config.dataset):
-        raise OnecardError("--prompt or --dataset: give one of them.")
-    check_sampling(config)
+    config.validate()
     output = output_file(config) if config.output else None
     tokenizer = load_tokenizer(config)
     rows = load_rows(config.dataset, split=config.dataset_split) if config.dataset else prompt_rows(config.prompt)

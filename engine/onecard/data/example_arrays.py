@@ -9,7 +9,6 @@ Two pairs of which the first has texts of 3 and 2 tokens, and the second of 4 an
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -187,16 +186,6 @@ def all_tokens(examples: Sequence[object]) -> Iterator[Sequence[int]]:
     if isinstance(examples, Examples):
         return iter([examples.distinct_tokens()])
     return (sequence.tokens for example in examples for sequence in CONTENTS[type(example)](example)[0])
-
-
-def fingerprint(examples: Iterable[object]) -> str:
-    """SHA-256 of tokenized examples: changes with the data, their order, and the tokenizer."""
-    state = hashlib.sha256()
-    for texts, numbers in contents(examples):
-        state.update(array("q", [len(texts)]).tobytes() + array("d", numbers).tobytes())
-        for tokens, mask in texts:
-            state.update(array("q", [len(tokens)]).tobytes() + np.asarray(tokens, np.int64).tobytes() + bytes(mask))
-    return state.hexdigest()
 
 
 def contents(examples: Iterable[object]) -> Iterator[tuple[list[tuple[Any, Any]], Sequence[float]]]:

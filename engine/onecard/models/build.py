@@ -12,11 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from onecard.config import Activation, EvaluateConfig, ModelConfig, PPOConfig, TrainConfig
+from onecard.config import (
+    Activation,
+    EvaluateConfig,
+    ModelConfig,
+    PPOConfig,
+    ReferenceConfig,
+    RewardConfig,
+    TrainConfig,
+)
 from onecard.models.adapters import add_adapter, read_adapter
 from onecard.models.classifier import is_classifier
 from onecard.models.load import Source, find_source, load_base, reason
-from onecard.models.memory_options import pull_levers
+from onecard.models.memory_options import apply_memory_options
 from onecard.models.roles import HEAD_WEIGHTS, Roles
 from onecard.models.scalar import ScalarHead
 from onecard.models.targets import Targets, find_targets
@@ -84,9 +92,9 @@ def add_adapters(
 
 def reference_adapter(config: TrainConfig) -> Path | None:
     """The folder that `ref_adapter` names, if it names one, after a look at whether it fits the base."""
-    name: str = getattr(config, "ref_adapter", "")
-    if not name:
+    if not isinstance(config, ReferenceConfig) or not config.ref_adapter:
         return None
+    name = config.ref_adapter
     if not config.use_peft:
         raise OnecardError(
             "ref_adapter: with --no_use_peft the reference is a frozen copy of the model, which has no adapters; leave "
@@ -108,19 +116,11 @@ def reference_adapter(config: TrainConfig) -> Path | None:
     return source.adapter
 
 
-def check_trained_weights(config: TrainConfig, *, adapter: bool) -> None:
-    """Refuse to train all weights where these cannot be trained. `adapter`: `config.model` is one."""
-    if config.use_peft:
-        return
-    if isinstance(config, PPOConfig):
-        raise OnecardError("use_peft: PPO holds its roles as adapters on one base; leave --no_use_peft out.")
-    if config.load_in_4bit or adapter:
-        what = "a 4-bit base" if config.load_in_4bit else f"the adapter {find_source(config.model).adapter}"
-        raise OnecardError(f"use_peft: all weights cannot be trained on {what}; leave --no_use_peft out.")
-    if config.dtype == "float16":
-        raise OnecardError("dtype: all weights cannot be trained in float16, where small updates vanish; use float32.")
-    if config.adapter_dtype != "float32":
-        raise OnecardError(f"adapter_dtype: {config.adapter_dtype}, but with --no_use_peft there are no adapters.")
+def check_no_adapter(config: TrainConfig, *, adapter: bool) -> None:
+    """Refuse to train all weights of an adapter. `adapter`: `config.model` is one."""
+    if adapter and not config.use_peft:
+        name = find_source(config.model).adapter
+        raise OnecardError(f"use_peft: all weights cannot be trained on the adapter {name}; leave --no_use_peft out.")
 
 
 def check_precision(roles: Roles) -> None:
@@ -138,7 +138,7 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
     source = find_source(config.model)
     if not scalar:
         check_speaks(source)
-    check_trained_weights(config, adapter=source.adapter is not None)
+    check_no_adapter(config, adapter=source.adapter is not None)
     base = load_base(config, train_all=not config.use_peft)
     adapters: dict[str, str | None] = {trained: None}
     frozen = copy.deepcopy(base).requires_grad_(False) if reference and not config.use_peft else None
@@ -151,7 +151,7 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
     roles = Roles(model, (trained,), adapters, "packed" if config.padding_free else "padded")
     roles.left_out = targets.left_out if targets and source.adapter is None else ()
     check_precision(roles)
-    pull_levers(roles, config)
+    apply_memory_options(roles, config)
     if frozen is not None:
         roles.copies["reference"] = frozen
         roles.adapters["reference"] = None
@@ -159,7 +159,7 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
         folder = source.adapter or Path(source.base)
         goes_on = (folder / HEAD_WEIGHTS).is_file()  # training goes on with a reward model
         head = read_scalar_head(roles, folder) if goes_on else scalar_head(*head_shape(roles))
-        activation: Activation = getattr(config, "score_activation", "none")
+        activation: Activation = config.score_activation if isinstance(config, RewardConfig) else "none"
         if goes_on and head.activation != activation:
             raise OnecardError(
                 f"score_activation: {activation}, but the reward model {folder} that training goes on with was trained "
@@ -185,11 +185,6 @@ def read_scalar_head(roles: Roles, folder: Path) -> ScalarHead:
     return head
 
 
-def has_critic(config: PPOConfig) -> bool:
-    """Whether the advantage estimator asks a critic what states are worth."""
-    return config.advantage_estimator in ("gae", "a2c")
-
-
 def load_ppo_roles(config: PPOConfig) -> Roles:
     """Policy, reference, and where there are such, value, reward and constraint: adapters on one base.
 
@@ -197,11 +192,10 @@ def load_ppo_roles(config: PPOConfig) -> Roles:
     whole answers score; or with a new adapter and a head of zeros, so that the first advantages are plain returns. A
     critic on the policy's trunk is a head of zeros: the reward's head would read other hidden states than it knows.
     """
-    check_trained_weights(config, adapter=False)
     check_speaks(find_source(config.model))
-    judges = {role: reward_adapter(config, setting) for role, setting in JUDGES.items()}
-    frozen = {role: folder for role, folder in judges.items() if folder is not None}
-    own_critic = has_critic(config) and config.critic == "adapter"
+    scorers = {role: reward_adapter(config, setting) for role, setting in SCORER_SETTINGS.items()}
+    frozen = {role: folder for role, folder in scorers.items() if folder is not None}
+    own_critic = config.has_critic and config.critic == "adapter"
     copied = frozen.get("reward") if own_critic and config.value_init == "reward" else None
     base = load_base(config)
     new_critic = own_critic and copied is None
@@ -213,20 +207,20 @@ def load_ppo_roles(config: PPOConfig) -> Roles:
         assert targets is not None
         add_adapter(model, lora_config(config, base, targets, scalar=True), "value")
     for role, folder in {**({"value": copied} if copied else {}), **frozen}.items():
-        read_adapter(model, folder, role, JUDGES.get(role, JUDGES["reward"]))
+        read_adapter(model, folder, role, SCORER_SETTINGS.get(role, SCORER_SETTINGS["reward"]))
     adapters |= {role: role for role in frozen}
-    if has_critic(config):
+    if config.has_critic:
         adapters["value"] = "value" if own_critic else "policy"
-    trained = ("policy", "value") if has_critic(config) else ("policy",)
+    trained = ("policy", "value") if config.has_critic else ("policy",)
     roles = Roles(model, trained, adapters, "packed" if config.padding_free else "padded")
     roles.left_out = targets.left_out if targets else ()
     check_precision(roles)
-    pull_levers(roles, config)
+    apply_memory_options(roles, config)
     for role, folder in frozen.items():
         roles.heads[role] = read_scalar_head(roles, folder).requires_grad_(False)
     if copied is not None:
         roles.heads["value"] = read_scalar_head(roles, copied).as_critic()
-    elif has_critic(config):
+    elif config.has_critic:
         head = scalar_head(*head_shape(roles))
         nn.init.zeros_(head.weight)
         roles.heads["value"] = head
@@ -234,7 +228,7 @@ def load_ppo_roles(config: PPOConfig) -> Roles:
 
 
 # The frozen roles that judge answers, and the setting that names the adapter of each.
-JUDGES = {"reward": "reward_model_path", "constraint": "constraint_model_path"}
+SCORER_SETTINGS = {"reward": "reward_model_path", "constraint": "constraint_model_path"}
 
 
 def reward_adapter(config: PPOConfig | EvaluateConfig, setting: str = "reward_model_path") -> Path | None:

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from onecard.config import ModelConfig
 from onecard.models.load import Source, check_weights, find_source, pick_device, pick_dtype, reason
-from onecard.models.micro_batching import Budget, budget_of, each_item
+from onecard.models.micro_batching import TokenBudget, as_budget, map_micro_batches
 from onecard.utils.errors import OnecardError, is_out_of_memory, nearest
 
 ARCHITECTURE = "ForSequenceClassification"
 LABELS_OF_THEIR_OWN = ("multi_label_classification", "regression")  # problem types without a softmax over the labels
 
 
-def find_judge(path: str, setting: str) -> Source:
+def find_model_source(path: str, setting: str) -> Source:
     """`find_source` of a setting other than `model`."""
     try:
         return find_source(path)
@@ -31,7 +31,7 @@ def is_classifier(path: str, setting: str, *, trust_remote_code: bool = False) -
     """Whether `path` names a sequence classifier, by the architecture in its config; an adapter folder is none."""
     from transformers import AutoConfig
 
-    source = find_judge(path, setting)
+    source = find_model_source(path, setting)
     if source.adapter is not None:
         return False
     try:
@@ -55,7 +55,7 @@ class Classifier:
     limit: int | None
     pad: int | None
 
-    def values(self, texts: Sequence[Mapping[str, list[int]]], batch_size: int | Budget) -> list[float]:
+    def values(self, texts: Sequence[Mapping[str, list[int]]], batch_size: int | TokenBudget) -> list[float]:
         """The label's value of each tokenized text, in their order; batches of like lengths, padded on the right."""
 
         def read(places: list[int]) -> list[float]:
@@ -66,7 +66,7 @@ class Classifier:
             values: list[float] = self.value(self.model(**self.batch(chosen, pad)).logits.float()).tolist()
             return values
 
-        return each_item([len(text["input_ids"]) for text in texts], budget_of(batch_size), read, padded=True)
+        return map_micro_batches([len(text["input_ids"]) for text in texts], as_budget(batch_size), read, padded=True)
 
     @property
     def rows(self) -> int:
@@ -103,7 +103,7 @@ def load_classifier(path: str, setting: str, label: str, label_setting: str, con
     """The classifier that `setting` names, on the run's device, frozen."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    base, remote = find_judge(path, setting).base, {"trust_remote_code": config.trust_remote_code}
+    base, remote = find_model_source(path, setting).base, {"trust_remote_code": config.trust_remote_code}
     try:
         names = AutoConfig.from_pretrained(base, **remote).id2label
         place = label_place(label, label_setting, names)  # before any weights are loaded

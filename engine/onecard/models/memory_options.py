@@ -18,7 +18,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def pull_levers(roles: Roles, config: TrainConfig) -> None:
+def apply_memory_options(roles: Roles, config: TrainConfig) -> None:
     """Hold adapters and activations as the settings say."""
     if config.use_peft and config.adapter_dtype != "float32":
         roles.cast_adapters(getattr(torch, config.adapter_dtype))
@@ -28,7 +28,7 @@ def pull_levers(roles: Roles, config: TrainConfig) -> None:
         roles.offload_activations()
 
 
-def lever_notes(roles: Roles, config: TrainConfig) -> list[str]:
+def memory_option_notes(roles: Roles, config: TrainConfig) -> list[str]:
     """A line for each setting that saves little or nothing here. No errors: the same settings may run elsewhere."""
     notes = []
     if config.activation_offloading and roles.device.type == "cpu":

@@ -1,6 +1,6 @@
 """How items are split into micro-batches, by count or by a budget of tokens, and what is done when memory runs out.
 
-    items, their sizes -> Budget.cut -> indices of each micro-batch -> read -> results, in the items' order
+    items, their sizes -> TokenBudget.size -> indices of each micro-batch -> read -> results, in the items' order
 
 The split changes memory and time only: a step's normaliser is the whole step's, so every split gives the same gradient
 to rounding (except for kto's KL and aot's sorts, which are computed per micro-batch). A pass that runs out of memory is
@@ -26,35 +26,35 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Cut:
+class MicroBatchSize:
     """At most `sequences` items in a pass; with `tokens`, as many as that budget holds instead, and at least one.
 
-    `padded`: a pass's items count as long as its longest one. `like`: by count, too, the longest first, of like
-    lengths. `most`: no more items than that in a pass, whatever the budget holds (0: no such bound).
+    `padded`: items count as long as the longest of their micro-batch. `sort_by_length`: items are taken longest first
+    by count, too. `max_items`: largest number of items, whatever the token budget allows (0: no limit).
     """
 
     sequences: int
     tokens: int = 0
     padded: bool = False
-    like: bool = False
-    most: int = 0
+    sort_by_length: bool = False
+    max_items: int = 0
 
-    def places(self, sizes: Sequence[int]) -> Iterator[list[int]]:
+    def split(self, sizes: Sequence[int]) -> Iterator[list[int]]:
         """Which items make up each pass. By count in their order; by tokens the longest first, of like lengths.
 
-        >>> list(Cut(2).places([3, 9, 4]))
+        >>> list(MicroBatchSize(2).split([3, 9, 4]))
         [[0, 1], [2]]
-        >>> list(Cut(2, tokens=8).places([3, 9, 4]))
+        >>> list(MicroBatchSize(2, tokens=8).split([3, 9, 4]))
         [[1], [2, 0]]
         """
         order = list(range(len(sizes)))
-        if self.like or self.tokens:
+        if self.sort_by_length or self.tokens:
             order = [place for alone in like_lengths(sizes, 1) for place in alone]
         held: list[int] = []
         total = longest = 0  # of those held
         for place in order:
             size = sizes[place]
-            if held and not self.holds(len(held) + 1, total + size, max(longest, size)):
+            if held and not self.fits(len(held) + 1, total + size, max(longest, size)):
                 yield held
                 held, total, longest = [], 0, 0
             held.append(place)
@@ -62,18 +62,18 @@ class Cut:
         if held:
             yield held
 
-    def holds(self, items: int, total: int, longest: int) -> bool:
+    def fits(self, items: int, total: int, longest: int) -> bool:
         """Whether so many items fit into one pass."""
         if not self.tokens:
             return items <= self.sequences
-        return (items * longest if self.padded else total) <= self.tokens and items <= (self.most or items)
+        return (items * longest if self.padded else total) <= self.tokens and items <= (self.max_items or items)
 
-    def halved(self, sizes: Sequence[int]) -> Cut | None:
+    def halved(self, sizes: Sequence[int]) -> MicroBatchSize | None:
         """The cut to try where a pass of this one took too much memory; None where each was a single item.
 
         By tokens from there on: half of what the largest pass of several items held.
         """
-        several = [each for each in self.places(sizes) if len(each) > 1]
+        several = [each for each in self.split(sizes) if len(each) > 1]
         if not several:
             return None
         largest = max(self.tokens_of([sizes[place] for place in each]) for each in several)
@@ -85,7 +85,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Wording:
+class RetryMessages:
     """What is said where memory runs out: `smaller` of the passes to come, `single` where one item was too much.
 
     In them `{size}` is the budget from there on, or what the item took.
@@ -96,48 +96,50 @@ class Wording:
     shown: Callable[[int], str] = "{:,} tokens".format
 
 
-HELP = (
+MEMORY_ADVICE = (
     "Lower max_length (in ppo response_length too), or add --gradient_checkpointing, --load_in_4bit or a smaller "
     "--head_chunk_tokens; `onecard fit` says beforehand what fits."
 )
-LOOKING = Wording(
+FORWARD_MESSAGES = RetryMessages(
     smaller="passes without gradients of at most {size} from here on.",
     single="one sequence of {size} is too much for a pass without gradients. "
     "Lower max_length (in ppo response_length too), or add --load_in_4bit; `onecard fit` says beforehand what fits.",
 )
-LEARNING = Wording(
+TRAINING_MESSAGES = RetryMessages(
     smaller="micro-batches of at most {size} from here on; the step is done again, and nothing is lost.",
-    single=f"an example of {{size}} is too much for a micro-batch of its own. {HELP}",
+    single=f"an example of {{size}} is too much for a micro-batch of its own. {MEMORY_ADVICE}",
 )
 
 
 @dataclass
-class Budget:
+class TokenBudget:
     """How passes are cut. The cut gets smaller where memory runs out, and stays so; runs keep it in checkpoints."""
 
-    cut: Cut
-    wording: Wording = LOOKING
+    size: MicroBatchSize
+    wording: RetryMessages = FORWARD_MESSAGES
 
     def shrink(self, sizes: Sequence[int], *, padded: bool = False) -> None:
         """Items of these sizes have run out of memory: say so and cut smaller, or stop where each was alone."""
-        smaller = replace(self.cut, padded=padded).halved(sizes)
+        smaller = replace(self.size, padded=padded).halved(sizes)
         if smaller is None:
             raise OnecardError("out of memory: " + self.wording.single.format(size=self.wording.shown(max(sizes))))
-        self.cut = replace(self.cut, tokens=smaller.tokens)
+        self.size = replace(self.size, tokens=smaller.tokens)
         say("out of memory: " + self.wording.smaller.format(size=self.wording.shown(smaller.tokens)))
 
 
-def budget_of(size: int | Budget) -> Budget:
+def as_budget(size: int | TokenBudget) -> TokenBudget:
     """A number of items as a budget of its own, in batches of like lengths."""
-    return size if isinstance(size, Budget) else Budget(Cut(size, like=True))
+    return size if isinstance(size, TokenBudget) else TokenBudget(MicroBatchSize(size, sort_by_length=True))
 
 
-def looking_budget(config: TrainConfig) -> Budget:
+def forward_budget(config: TrainConfig) -> TokenBudget:
     """The budget of a training run's passes without gradients."""
-    return Budget(Cut(config.per_device_eval_batch_size, config.micro_batch_tokens, like=True))
+    return TokenBudget(
+        MicroBatchSize(config.per_device_eval_batch_size, config.micro_batch_tokens, sort_by_length=True)
+    )
 
 
-def attempt(work: Callable[[], R]) -> tuple[R] | None:
+def unless_out_of_memory(work: Callable[[], R]) -> tuple[R] | None:
     """What `work` gives, in a tuple of its own; None where it ran out of memory, and then all that it held is free."""
     try:
         return (work(),)
@@ -152,8 +154,8 @@ def attempt(work: Callable[[], R]) -> tuple[R] | None:
 
 
 @torch.no_grad()
-def each_pass(
-    sizes: Sequence[int], budget: Budget, read: Callable[[list[int]], R], *, padded: bool = False
+def run_micro_batches(
+    sizes: Sequence[int], budget: TokenBudget, read: Callable[[list[int]], R], *, padded: bool = False
 ) -> list[tuple[list[int], R]]:
     """`(places, read(places))` of each pass over items of these sizes.
 
@@ -162,10 +164,10 @@ def each_pass(
     found: list[tuple[list[int], R]] = []
     left = list(range(len(sizes)))
     while left:
-        cut = replace(budget.cut, padded=padded)
-        for chosen in cut.places([sizes[place] for place in left]):
+        cut = replace(budget.size, padded=padded)
+        for chosen in cut.split([sizes[place] for place in left]):
             places = [left[index] for index in chosen]
-            done = attempt(partial(read, places))
+            done = unless_out_of_memory(partial(read, places))
             if done is None:
                 budget.shrink([sizes[place] for place in places], padded=padded)
                 break
@@ -175,25 +177,25 @@ def each_pass(
     return found
 
 
-def each_item(
-    sizes: Sequence[int], budget: Budget, read: Callable[[list[int]], Sequence[R]], *, padded: bool = False
+def map_micro_batches(
+    sizes: Sequence[int], budget: TokenBudget, read: Callable[[list[int]], Sequence[R]], *, padded: bool = False
 ) -> list[R]:
     """What `read` gives for each item of a pass, in the items' order."""
     found: dict[int, R] = {}
-    for places, results in each_pass(sizes, budget, read, padded=padded):
+    for places, results in run_micro_batches(sizes, budget, read, padded=padded):
         found.update(zip(places, results, strict=True))
     return [found[place] for place in range(len(sizes))]
 
 
 @torch.no_grad()
-def at_once(sizes: Sequence[int], budget: Budget, work: Callable[[int], R]) -> R:
+def run_with_retry(sizes: Sequence[int], budget: TokenBudget, work: Callable[[int], R]) -> R:
     """What `work` gives, told how many items of these sizes may be held at once, each as large as the largest.
 
     Where memory runs out it is done again from its beginning, with fewer.
     """
     while True:
-        largest = next(replace(budget.cut, padded=True).places(sizes))
-        done = attempt(partial(work, len(largest)))
+        largest = next(replace(budget.size, padded=True).split(sizes))
+        done = unless_out_of_memory(partial(work, len(largest)))
         if done is not None:
             return done[0]
         budget.shrink([sizes[place] for place in largest], padded=True)

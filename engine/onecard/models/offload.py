@@ -122,10 +122,10 @@ class PlannedCopier(PlainCopier):
 COPIERS: dict[str, type[CudaCopier] | type[PlainCopier]] = {"cuda": CudaCopier, "meta": PlannedCopier}
 
 
-class Held:
+class DecodeBatch:
     """One storage on the host. It lives as long as an operation's backward has use for it."""
 
-    def __init__(self, flat: Tensor, copier: Copier, before: weakref.ref[Held] | None) -> None:
+    def __init__(self, flat: Tensor, copier: Copier, before: weakref.ref[DecodeBatch] | None) -> None:
         self.nbytes = flat.numel()
         self.copier = copier
         self.before = before  # the one that was saved before it, and is needed after it
@@ -159,7 +159,7 @@ class Held:
 class Ticket:
     """What autograd keeps in a tensor's place."""
 
-    held: Held
+    held: DecodeBatch
     dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
@@ -191,7 +191,7 @@ class Seen:
 
     storage: Any  # a weak reference; as long as it is there, no other storage has the same key
     version: int
-    held: weakref.ref[Held]
+    held: weakref.ref[DecodeBatch]
 
 
 class Offloader:
@@ -218,7 +218,7 @@ class Offloader:
         tensors = chain(self.model.parameters(), self.model.buffers())
         weights = {tensor.untyped_storage()._cdata for tensor in tensors}
         seen: dict[int, Seen] = {}
-        last: list[weakref.ref[Held]] = []
+        last: list[weakref.ref[DecodeBatch]] = []
 
         def pack(tensor: Tensor) -> Tensor | Ticket:
             if self.stays(tensor, weights):
@@ -228,7 +228,7 @@ class Offloader:
             held = known.held() if known is not None and known.version == tensor._version else None
             if held is None:
                 flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(cast(Any, storage))
-                held = Held(flat, self.copier, last[-1] if last else None)
+                held = DecodeBatch(flat, self.copier, last[-1] if last else None)
                 seen[storage._cdata] = Seen(StorageWeakRef(storage), tensor._version, weakref.ref(held))
                 last[:] = [weakref.ref(held)]
             return Ticket(held, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))

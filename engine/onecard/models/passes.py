@@ -8,14 +8,14 @@ from typing import TypeVar
 from torch import Tensor
 
 from onecard.data.batches import Episode, ResponseTargets, TokenBatch, TokenSequence, pack, to_device
-from onecard.models.micro_batching import Budget, budget_of, each_item
+from onecard.models.micro_batching import TokenBudget, as_budget, map_micro_batches
 from onecard.models.roles import Roles
 
 R = TypeVar("R")
 
 
 def sequence_passes(
-    roles: Roles, sequences: Sequence[TokenSequence], size: int | Budget, read: Callable[[TokenBatch], Sequence[R]]
+    roles: Roles, sequences: Sequence[TokenSequence], size: int | TokenBudget, read: Callable[[TokenBatch], Sequence[R]]
 ) -> list[R]:
     """What `read` gives for each sequence of a record, in the order of `sequences`."""
 
@@ -23,7 +23,7 @@ def sequence_passes(
         return read(to_device(pack([sequences[place] for place in places]), roles.device))
 
     lengths = [len(sequence) for sequence in sequences]
-    return each_item(lengths, budget_of(size), read_record, padded=roles.layout == "padded")
+    return map_micro_batches(lengths, as_budget(size), read_record, padded=roles.layout == "padded")
 
 
 def per_token(
@@ -31,7 +31,7 @@ def per_token(
     role: str,
     episodes: Sequence[Episode],
     read: Callable[[TokenBatch, ResponseTargets], Tensor],
-    size: int | Budget,
+    size: int | TokenBudget,
     beyond: int = 0,
 ) -> list[Tensor]:
     """`read` of each episode's response tokens under a role, on the CPU, in the episodes' order.
@@ -44,5 +44,5 @@ def per_token(
         # a view would keep its whole batch alive
         return [piece.clone() for piece in read(batch, batch.targets).cpu().split(lengths)]
 
-    with roles.playing(role):
+    with roles.active(role):
         return sequence_passes(roles, [episode.sequence for episode in episodes], size, pieces)

@@ -49,7 +49,7 @@ class Roles(nn.Module):
         self.trained = tuple(trained)
         self.adapters = adapters
         self.layout = structural_layout(model.get_base_model() if self.has_adapters else model, layout)
-        self.decoding = ""  # a name of `rollout.make_held`; empty: what the model's structure allows
+        self.decoding = ""  # a name of `rollout.make_decode_batch`; empty: what the model's structure allows
         self.heads = nn.ModuleDict()
         self.copies = nn.ModuleDict()  # role -> a whole frozen model; only where all weights are trained
         self.offloader: Offloader | None = None
@@ -102,7 +102,7 @@ class Roles(nn.Module):
         self.current = role
 
     @contextmanager
-    def playing(self, role: str) -> Iterator[None]:
+    def active(self, role: str) -> Iterator[None]:
         """`with roles.playing("reference"): ...`, then back to the role before."""
         before = self.current
         self.activate(role)
@@ -128,7 +128,7 @@ class Roles(nn.Module):
         """
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), self.playing(self.current)
+            return nullcontext(), self.active(self.current)
 
         base = self.model.get_base_model() if self.has_adapters else self.model
         try:

@@ -9,10 +9,10 @@ from typing import Any
 from onecard.data import Prompt, Row, sft_examples
 from onecard.data.batches import Episode, TokenSequence
 from onecard.data.templates import answer_ends, closing_token
-from onecard.models.micro_batching import Budget
+from onecard.models.micro_batching import TokenBudget
 from onecard.models.passes import sequence_passes
 from onecard.models.roles import Roles
-from onecard.rewards.answers import Case
+from onecard.rewards.answers import RewardInput
 from onecard.rollout import end_tokens, tokens_before_end
 
 
@@ -36,13 +36,13 @@ def score(
 
 
 def score_sequences(
-    roles: Roles, sequences: Sequence[TokenSequence], *, batch_size: int | Budget, role: str = "reward"
+    roles: Roles, sequences: Sequence[TokenSequence], *, batch_size: int | TokenBudget, role: str = "reward"
 ) -> list[float]:
     """One reward for each sequence, read at its last token: the tokens as they were sampled, never tokenized again.
 
     The scores come back in the order of `sequences`. `role` is whose adapter and head are asked.
     """
-    with roles.playing(role):
+    with roles.active(role):
         return sequence_passes(roles, sequences, batch_size, lambda batch: roles.scores(batch).tolist())
 
 
@@ -52,11 +52,11 @@ class AdapterReward:
 
     role: str
 
-    def __call__(self, case: Case) -> list[float]:
-        ends = end_tokens(case.roles, case.tokenizer)
-        answers = zip(case.prompts, case.episodes, strict=True)
-        sequences = [closed_answer(prompt, episode, case.tokenizer, ends) for prompt, episode in answers]
-        return score_sequences(case.roles, sequences, batch_size=case.batch_size, role=self.role)
+    def __call__(self, inputs: RewardInput) -> list[float]:
+        ends = end_tokens(inputs.roles, inputs.tokenizer)
+        answers = zip(inputs.prompts, inputs.episodes, strict=True)
+        sequences = [closed_answer(prompt, episode, inputs.tokenizer, ends) for prompt, episode in answers]
+        return score_sequences(inputs.roles, sequences, batch_size=inputs.batch_size, role=self.role)
 
 
 def closed_answer(prompt: Prompt, episode: Episode, tokenizer: Any, ends: Collection[int]) -> TokenSequence:

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from onecard.data import Prompt
 from onecard.data.batches import Episode
-from onecard.models.micro_batching import Budget
+from onecard.models.micro_batching import TokenBudget
 from onecard.models.roles import Roles
 
 
@@ -56,7 +56,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Case:
+class RewardInput:
     """All that is known of B answers. Reward functions see `answers`; what is built in may ask the models too."""
 
     roles: Roles
@@ -64,7 +64,7 @@ class Case:
     prompts: Sequence[Prompt]
     episodes: Sequence[Episode]
     answers: Answers
-    batch_size: int | Budget  # of the passes that models are asked in
+    batch_size: int | TokenBudget  # of the passes that models are asked in
 
 
-Measure: TypeAlias = Callable[[Case], list[float]]  # a built-in reward: one number for each answer
+ModelReward: TypeAlias = Callable[[RewardInput], list[float]]  # a built-in reward: one number for each answer

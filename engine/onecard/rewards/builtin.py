@@ -22,7 +22,7 @@ import torch
 
 from onecard.data import Prompt
 from onecard.models.passes import per_token
-from onecard.rewards.answers import Case, Measure
+from onecard.rewards.answers import ModelReward, RewardInput
 from onecard.utils.errors import OnecardError
 
 NGRAMS = (1, 2)
@@ -42,9 +42,9 @@ MINUS = str.maketrans("\u2212", "-")
 MOST_DIGITS = 1000  # before or behind the point of a number
 
 
-def fluency(case: Case) -> list[float]:
+def fluency(inputs: RewardInput) -> list[float]:
     """1/k sum_t log ref(y_t | x, y_<t) over an answer's k tokens, the one that ended it included; temperature 1."""
-    logprobs = per_token(case.roles, "reference", case.episodes, case.roles.logprobs, case.batch_size)
+    logprobs = per_token(inputs.roles, "reference", inputs.episodes, inputs.roles.logprobs, inputs.batch_size)
     return [float(each.double().mean()) for each in logprobs]
 
 
@@ -53,18 +53,18 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+", text.casefold())
 
 
-def asked(prompt: Prompt) -> str:
+def spec(prompt: Prompt) -> str:
     """What the user says; not what a chat template writes around it."""
     if prompt.messages is None:
         return prompt.text
     return " ".join(message["content"] for message in prompt.messages if message["role"] == "user")
 
 
-def relevance(case: Case) -> list[float]:
+def relevance(inputs: RewardInput) -> list[float]:
     """|W(prompt) & W(answer)| / |W(prompt)|, where W is a text's set of words without stop words; 0 if W is empty."""
     shares = []
-    for prompt, answer in zip(case.prompts, case.answers.completions, strict=True):
-        wanted = set(words(asked(prompt))) - STOP_WORDS
+    for prompt, answer in zip(inputs.prompts, inputs.answers.completions, strict=True):
+        wanted = set(words(spec(prompt))) - STOP_WORDS
         shares.append(len(wanted & set(words(answer))) / max(len(wanted), 1))
     return shares
 
@@ -73,14 +73,14 @@ def ngrams(text: Sequence[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(text[start : start + n]) for start in range(len(text) - n + 1)]
 
 
-def diversity(case: Case) -> list[float]:
+def diversity(inputs: RewardInput) -> list[float]:
     """Mean over n = 1, 2 of (distinct n-grams that no other answer of the batch has) / (n-grams of the answer).
 
     The distinct-n of "A Diversity-Promoting Objective Function for Neural Conversation Models"
     (https://arxiv.org/abs/1510.03055, section 5.2), distinct over all n-grams of all answers, told apart by answer.
     An n of which an answer has none counts 0.
     """
-    texts = [words(answer) for answer in case.answers.completions]
+    texts = [words(answer) for answer in inputs.answers.completions]
     shares = torch.zeros(len(texts), dtype=torch.float64)
     for n in NGRAMS:
         grams = [ngrams(text, n) for text in texts]
@@ -91,21 +91,21 @@ def diversity(case: Case) -> list[float]:
     return shares.tolist()
 
 
-def length(argument: str | None) -> Measure:
+def length(argument: str | None) -> ModelReward:
     """k, the tokens of an answer with the one that ended it; `length:N`: max(0, 1 - |k - N| / N)."""
     if argument is None:
-        return lambda case: [float(len(ids)) for ids in case.answers.completion_ids]
+        return lambda inputs: [float(len(ids)) for ids in inputs.answers.completion_ids]
     if not argument.isdecimal() or int(argument) == 0:
         raise ValueError("expected a number of tokens, as in length:50")
     wanted = int(argument)
 
-    def near(case: Case) -> list[float]:
-        return [max(0.0, 1.0 - abs(len(ids) - wanted) / wanted) for ids in case.answers.completion_ids]
+    def near(inputs: RewardInput) -> list[float]:
+        return [max(0.0, 1.0 - abs(len(ids) - wanted) / wanted) for ids in inputs.answers.completion_ids]
 
     return near
 
 
-def regex(argument: str | None) -> Measure:
+def regex(argument: str | None) -> ModelReward:
     """1 where the pattern is found anywhere in the answer (`^` and `$` are its ends), else 0."""
     if not argument:
         raise ValueError("expected a pattern, as in regex:[0-9]+")
@@ -113,17 +113,17 @@ def regex(argument: str | None) -> Measure:
         pattern = re.compile(argument)
     except re.error as error:
         raise ValueError(f"no regular expression: {error}") from error
-    return lambda case: [float(bool(pattern.search(answer))) for answer in case.answers.completions]
+    return lambda inputs: [float(bool(pattern.search(answer))) for answer in inputs.answers.completions]
 
 
-def exact_answer(case: Case) -> list[float]:
+def exact_answer(inputs: RewardInput) -> list[float]:
     """1 where an answer, or its last line, says what the row's `answer` (or else `solution`) does, else 0.
 
     Said alike: but for case, white space, quotes, stars or dollars around it, and stops after it; of a text with
     `####`, as in GSM8K, what follows counts. Where a number is expected, the last number of the answer is looked at
     too: 1,234.50 is 1234.5, but 02134 is not 2134.
     """
-    answers = case.answers
+    answers = inputs.answers
     columns = [name for name in ANSWER_COLUMNS if name in answers.columns]
     if not columns:
         there = ", ".join(answers.columns) or "none beside prompt"
@@ -178,10 +178,10 @@ def number(text: str) -> Decimal:
     return Decimal(text.replace(",", ""))
 
 
-def plain(measure: Measure) -> Callable[[str | None], Measure]:
+def plain(measure: ModelReward) -> Callable[[str | None], ModelReward]:
     """A reward that takes no argument."""
 
-    def make(argument: str | None) -> Measure:
+    def make(argument: str | None) -> ModelReward:
         if argument is not None:
             raise ValueError("it takes nothing after its name")
         return measure
@@ -190,7 +190,7 @@ def plain(measure: Measure) -> Callable[[str | None], Measure]:
 
 
 # What follows the name after a colon (None without one) -> the reward; a ValueError says what is wrong with it.
-BUILTINS: Mapping[str, Callable[[str | None], Measure]] = {
+BUILTINS: Mapping[str, Callable[[str | None], ModelReward]] = {
     "fluency": plain(fluency),
     "relevance": plain(relevance),
     "diversity": plain(diversity),
@@ -206,7 +206,7 @@ def builtin_name(entry: str) -> str | None:
     return name if name in BUILTINS else None
 
 
-def load_builtin(entry: str, setting: str) -> Measure:
+def load_builtin(entry: str, setting: str) -> ModelReward:
     """The reward that an entry of `setting` names."""
     name, colon, argument = entry.partition(":")
     try:

@@ -10,7 +10,7 @@ from onecard.data.template_answers import as_content
 from onecard.data.templates import rendered
 from onecard.data.tokens import opening
 from onecard.models.classifier import Classifier
-from onecard.rewards.answers import Case
+from onecard.rewards.answers import RewardInput
 from onecard.utils.errors import OnecardError
 from onecard.utils.progress import say
 
@@ -24,10 +24,11 @@ class ClassifierReward:
         self.front = "".join(classifier.tokenizer.convert_ids_to_tokens(opening(classifier.tokenizer)))
         self.said = False  # that texts are cut
 
-    def __call__(self, case: Case) -> list[float]:
-        answers = case.answers.completions
+    def __call__(self, inputs: RewardInput) -> list[float]:
+        answers = inputs.answers.completions
         texts = [
-            self.tokenized(prompt, answer, case.tokenizer) for prompt, answer in zip(case.prompts, answers, strict=True)
+            self.tokenized(prompt, answer, inputs.tokenizer)
+            for prompt, answer in zip(inputs.prompts, answers, strict=True)
         ]
         limit = self.classifier.limit
         cut = sum(text["cut"] for text in texts)
@@ -37,7 +38,7 @@ class ClassifierReward:
                 f"{self.setting}: {cut} of {len(texts)} texts are longer than the {limit} tokens that the classifier "
                 "reads, and lose their beginning; so will others."
             )
-        return self.classifier.values([text["inputs"] for text in texts], case.batch_size)
+        return self.classifier.values([text["inputs"] for text in texts], inputs.batch_size)
 
     def tokenized(self, prompt: Prompt, answer: str, policy_tokenizer: Any = None) -> dict[str, Any]:
         """What the classifier's tokenizer makes of one text, and whether it was `cut` at the left.

@@ -15,7 +15,6 @@ from types import ModuleType
 from typing import Any
 
 from onecard.rewards.builtin import BUILTINS, builtin_name
-from onecard.rewards.expressions import parse_terms
 from onecard.rewards.guard import described, guarded
 from onecard.utils.errors import OnecardError, nearest
 
@@ -134,17 +133,3 @@ def part_names(entries: Sequence[str], *, setting: str = "reward_funcs", model: 
     short = [builtin_name(entry) or entry.rpartition(":")[2] for entry in entries]
     taken = Counter([model, *short])
     return tuple(name if taken[name] == 1 else entry for name, entry in zip(short, entries, strict=True))
-
-
-def digest_functions(entries: Sequence[str]) -> str:
-    """SHA-256 of what `reward_funcs` names, weights aside: another one when the file of a function was edited.
-
-    Of a function its module's file counts, not what that imports; of what is built in the entry.
-    """
-    state = hashlib.sha256()
-    for term in parse_terms(entries, "reward_funcs"):
-        state.update(term.entry.encode())
-        if ":" in term.entry and builtin_name(term.entry) is None:  # no name of a reward model's part
-            file = getattr(import_place(term.entry.rpartition(":")[0]), "__file__", None)
-            state.update(Path(file).read_bytes() if file else b"")
-    return state.hexdigest()

@@ -14,39 +14,39 @@ what is sampled is the policy, at the temperature that was asked for. Masks, nev
 may be the EOS, the EOS may be the BOS, and all of them may stand inside a prompt. There is no beam search.
 """
 
-from onecard.rollout.decode_batch import Held, Padded, Uncached
+from onecard.rollout.decode_batch import DecodeBatch, PaddedBatch, UncachedBatch
 from onecard.rollout.sampler import (
     Response,
     Rollout,
-    decodings,
+    decoding_modes,
     generate,
+    make_decode_batch,
     make_episode,
-    make_held,
     sample_responses,
     sampling_budget,
 )
 from onecard.rollout.stop_tokens import StopStrings, end_tokens, stop_ids, text_before_end, tokens_before_end
-from onecard.rollout.token_sampling import Sampling, chances_of, draw, warpers
+from onecard.rollout.token_sampling import Sampling, logits_warpers, sample_token, uniforms_of
 
 __all__ = [
-    "Held",
-    "Padded",
+    "DecodeBatch",
+    "PaddedBatch",
     "Response",
     "Rollout",
     "Sampling",
     "StopStrings",
-    "Uncached",
-    "chances_of",
-    "decodings",
-    "draw",
+    "UncachedBatch",
+    "decoding_modes",
     "end_tokens",
     "generate",
+    "logits_warpers",
+    "make_decode_batch",
     "make_episode",
-    "make_held",
     "sample_responses",
+    "sample_token",
     "sampling_budget",
     "stop_ids",
     "text_before_end",
     "tokens_before_end",
-    "warpers",
+    "uniforms_of",
 ]

@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from onecard.models.attention import has_own_attention, windows_of
 from onecard.models.trunk import rotation_limit, trunk_of
 from onecard.rollout.cuda_graphs import Replayed, recorder_for
-from onecard.rollout.decode_batch import Held, padded
+from onecard.rollout.decode_batch import DecodeBatch, padded
 
 # Prompts come in when so large a share of the rows is free. To come in costs a pass of its own, however few they are,
 # and a free row costs its share of every step.
@@ -44,7 +44,7 @@ def takes_slots(model: Any) -> bool:
     )
 
 
-class Layout:
+class SlotLayout:
     """Where a pass's keys and values go, which all layers share."""
 
     def __init__(self, limit: int) -> None:
@@ -66,7 +66,7 @@ class SlotLayer(DynamicLayer):
 
     _layer_type = None  # else transformers would take it for its own kind of layer from here on
 
-    def __init__(self, layout: Layout, rows: int) -> None:
+    def __init__(self, layout: SlotLayout, rows: int) -> None:
         super().__init__()
         self.keys: Any = None
         self.values: Any = None
@@ -75,14 +75,14 @@ class SlotLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return 0 if self.layout.rows is not None else self.layout.read - 1
 
-    def roomy(self, held: Tensor | None, like: Tensor) -> Tensor:
+    def roomy(self, batch: Tensor | None, like: Tensor) -> Tensor:
         """The memory with room for what is to come, zeros where nothing was written: masked is not the same as nan."""
         capacity = self.layout.capacity
-        if held is not None and held.shape[2] >= capacity:
-            return held
+        if batch is not None and batch.shape[2] >= capacity:
+            return batch
         grown = like.new_zeros(self.count, like.shape[1], capacity, like.shape[3])
-        if held is not None:
-            grown[:, :, : held.shape[2]] = held
+        if batch is not None:
+            grown[:, :, : batch.shape[2]] = batch
         return grown
 
     def grow(self) -> None:
@@ -99,15 +99,15 @@ class SlotLayer(DynamicLayer):
         both = ((self.keys, key_states), (self.values, value_states))
         if layout.rows is not None:
             assert layout.source is not None
-            for held, new in both:
+            for batch, new in both:
                 source = layout.source[:, None, :, None].expand_as(new)
-                held[layout.rows, :, : new.shape[2]] = new.gather(2, source)
-                held[layout.rows, :, new.shape[2] :] = 0  # whoever was there may have ended in nan
+                batch[layout.rows, :, : new.shape[2]] = new.gather(2, source)
+                batch[layout.rows, :, new.shape[2] :] = 0  # whoever was there may have ended in nan
             return key_states, value_states
         assert layout.lengths is not None
         rows = torch.arange(self.count, device=key_states.device)
-        for held, new in both:
-            held[rows, :, layout.lengths] = new[:, :, 0]
+        for batch, new in both:
+            batch[rows, :, layout.lengths] = new[:, :, 0]
         return self.keys[:, :, : layout.read], self.values[:, :, : layout.read]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -116,14 +116,14 @@ class SlotLayer(DynamicLayer):
         self.values = self.values.index_select(0, beam_idx)
 
 
-class Slots(Held):
+class CacheSlots(DecodeBatch):
     """Rows of at most `limit` columns each; a prompt comes in wherever one has ended."""
 
     refills = True
 
     def __init__(self, model: Any, size: int, limit: int, device: torch.device) -> None:
         super().__init__(model, size, device)
-        self.layout = Layout(limit)
+        self.layout = SlotLayout(limit)
         recorder = recorder_for(device)
         self.replayed = None if recorder is None else Replayed(recorder)
         self.least_leaving = 0.0 if recorder is None else 0.5  # a pass over fewer rows is recorded anew

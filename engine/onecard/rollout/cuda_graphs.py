@@ -61,8 +61,8 @@ def cuda_graph(run: Pass, inputs: Inputs) -> Pass:
         out = run(inputs)
 
     def replay(new: Inputs) -> Tensor:
-        for name, held in inputs.items():
-            held.copy_(new[name])
+        for name, batch in inputs.items():
+            batch.copy_(new[name])
         graph.replay()
         return out.clone()
 

@@ -15,7 +15,7 @@ def unwatched(cache: Any) -> None:
     """Nobody watches."""
 
 
-class Held(ABC):
+class DecodeBatch(ABC):
     """At most `size` rows, sampled together. `places[i]` says which prompt row i belongs to, `ages[i]` how many tokens
     it has drawn: int64 [rows], on the device; `owners[i]` is the prompt on the host, None where its response has ended.
 
@@ -101,7 +101,7 @@ def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
     return torch.tensor(tokens, device=device), mask, (mask.cumsum(1) - 1).clamp(min=0)
 
 
-class Padded(Held):
+class PaddedBatch(DecodeBatch):
     """A batch of prompts, padded on the left; the next ones come in when all of them have ended. For any model: what a
     mask and positions can say is all that it has to understand.
 
@@ -143,7 +143,7 @@ class Padded(Held):
         self.tokens, self.mask, self.positions = self.tokens[index], self.mask[index], self.positions[index]
 
 
-class Uncached(Held):
+class UncachedBatch(DecodeBatch):
     """Rows that are run whole for each token, one after another: exact for every model, and slow for long rows."""
 
     refills = True

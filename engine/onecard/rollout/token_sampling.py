@@ -25,7 +25,7 @@ class Sampling:
     top_k: int = 0
 
 
-def warpers(sampling: Sampling) -> list[Any]:
+def logits_warpers(sampling: Sampling) -> list[Any]:
     """transformers' top-k and top-p, in its order."""
     from transformers import TopKLogitsWarper, TopPLogitsWarper
 
@@ -36,13 +36,13 @@ def warpers(sampling: Sampling) -> list[Any]:
     return [*top_k, *top_p]
 
 
-def draw(
-    logits: Tensor, sampling: Sampling, filters: Sequence[Any], chances: Tensor | None = None
+def sample_token(
+    logits: Tensor, sampling: Sampling, filters: Sequence[Any], uniforms: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """One token for each row of logits [b, V], and its log-probability: int64 [b], fp32 [b].
 
     The token is the first up to which the probabilities add up to more than the row's chance, a number from 0 to below
-    1: `chances` [b], or torch's global generator's. A row whose logits are not finite gets the token NOT_FINITE: one
+    1: `uniforms` [b], or torch's global generator's. A row whose logits are not finite gets the token NOT_FINITE: one
     bad logit makes the whole row nan, and to look here would make the host wait for a GPU.
     """
     if sampling.temperature not in (0, 1):
@@ -54,16 +54,16 @@ def draw(
         tokens = logits.argmax(-1, keepdim=True)
         found = logprobs.gather(1, tokens)
     else:
-        if chances is None:
-            chances = torch.rand(len(logits), device=logits.device)
+        if uniforms is None:
+            uniforms = torch.rand(len(logits), device=logits.device)
         probs = logits.softmax(-1)
-        tokens = first_beyond(probs, chances)
+        tokens = first_beyond(probs, uniforms)
         found = probs.gather(1, tokens).log()
     tokens = tokens.masked_fill(found.isnan(), NOT_FINITE)
     return tokens.squeeze(1), found.squeeze(1)
 
 
-def first_beyond(probs: Tensor, chances: Tensor) -> Tensor:
+def first_beyond(probs: Tensor, uniforms: Tensor) -> Tensor:
     """Of each row, the first place up to which `probs` [b, V] add up to more than the row's share of their sum: [b, 1].
 
     One reading of the probabilities: sums of blocks of words, then the words of one block. `torch.multinomial` draws a
@@ -75,7 +75,7 @@ def first_beyond(probs: Tensor, chances: Tensor) -> Tensor:
     blocks = probs[:, : full * BLOCK].unflatten(1, (full, BLOCK)).sum(-1, dtype=torch.float64)
     rest = probs[:, full * BLOCK :].sum(-1, keepdim=True, dtype=torch.float64)
     sums = torch.cat([blocks, rest], dim=1).cumsum(-1)
-    wanted = chances.double().unsqueeze(1) * sums[:, -1:]
+    wanted = uniforms.double().unsqueeze(1) * sums[:, -1:]
     block = torch.searchsorted(sums, wanted, right=True).clamp(max=full)
     before = sums.gather(1, (block - 1).clamp(min=0)).where(block > 0, 0.0)
     places = block * BLOCK + torch.arange(BLOCK, device=probs.device)
@@ -86,7 +86,7 @@ def first_beyond(probs: Tensor, chances: Tensor) -> Tensor:
     return (block * BLOCK + place).clamp(max=words - 1)
 
 
-def chances_of(seed: int, prompt: int, length: int) -> Tensor:
+def uniforms_of(seed: int, prompt: int, length: int) -> Tensor:
     """The numbers that choose the tokens of one prompt's response, fp32 [length], whatever else is sampled with it."""
     generator = torch.Generator().manual_seed(seed_of(seed, prompt))
     return torch.rand(length, generator=generator)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from onecard.config import TrainConfig
 from onecard.models.load import FULL_PRECISION
-from onecard.utils.errors import OnecardError
 
 
 def adamw_torch(parameters: Iterable[torch.nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
@@ -124,9 +123,6 @@ class MasterOptimizer(torch.optim.Optimizer):
 
 def make_optimizer(config: TrainConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer that `config.optim` names; where any weights are held in 16 bit it works on float32 masters."""
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(config, name) < 1:
-            raise OnecardError(f"{name}: {getattr(config, name)}, expected a number from 0 to below 1.")
     make = partial(
         OPTIMIZERS[config.optim],
         lr=config.learning_rate,

@@ -234,9 +234,8 @@ def check_nothing_is_lost(config: TrainConfig, folder: Path) -> None:
     removed = [
         path.resolve() for path in (*checkpoint.checkpoint_folders(folder), *(folder / name for name in OUTPUTS))
     ]
-    for setting in ("model", "dataset", "eval_dataset", "reward_model_path", "ref_adapter", "constraint_model_path"):
-        value = getattr(config, setting, "")
-        if value and any(weights_folder(Path(value)).resolve().is_relative_to(path) for path in removed):
+    for setting, value in config.input_paths().items():
+        if any(weights_folder(Path(value)).resolve().is_relative_to(path) for path in removed):
             raise OnecardError(
                 f"{setting}: {value} is part of the run in {folder} that would be replaced; choose another output_dir."
             )

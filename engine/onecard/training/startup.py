@@ -36,11 +36,11 @@ from onecard.models.attention import (
 from onecard.models.head import check_head
 from onecard.models.layout import LAYOUTS
 from onecard.models.load import reason
-from onecard.models.micro_batching import attempt
+from onecard.models.micro_batching import unless_out_of_memory
 from onecard.models.roles import Roles
 from onecard.models.trunk import context_of, errors_of, evaluating, trunk_of
 from onecard.models.vocabulary import known_tokens
-from onecard.rollout import Sampling, decodings, sample_responses
+from onecard.rollout import Sampling, decoding_modes, sample_responses
 from onecard.training.plain_model import (
     LEAST,
     SHARED,
@@ -56,7 +56,7 @@ from onecard.training.plain_model import (
 )
 from onecard.utils.errors import OnecardError, is_out_of_memory
 from onecard.utils.progress import say
-from onecard.utils.rng import own_draws
+from onecard.utils.rng import seeded_rng
 
 NEW = 8  # tokens that are sampled behind each prompt
 WAYS = {
@@ -68,7 +68,7 @@ WAYS = {
 REPEATED, REPEATED_16_BIT = 1e-5, 1e-3  # nat: the mean over a text between two passes of the same
 
 
-def slopes(roles: Roles, batch: TokenBatch, layout: str, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+def input_gradients(roles: Roles, batch: TokenBatch, layout: str, rows: Sequence[Sequence[int]]) -> list[Tensor]:
     """For each set of flat rows, the gradient of their hidden states by every row's embedding [n, D].
 
     It is exactly 0, in every dtype, where attention masks or separate rows keep texts apart; a state that goes on from
@@ -94,11 +94,11 @@ def slopes(roles: Roles, batch: TokenBatch, layout: str, rows: Sequence[Sequence
     return [each.flatten(0, 1)[laid.places] for each in found]
 
 
-def mixes(roles: Roles, layout: str, texts: Sequence[TokenSequence]) -> bool:
+def mixes_sequences(roles: Roles, layout: str, texts: Sequence[TokenSequence]) -> bool:
     """Whether one of two texts, in one pass, changes the other's hidden states."""
     batch = to_device(pack(texts), roles.device)
     first, second = range(batch.lengths[0]), range(batch.lengths[0], batch.num_tokens)
-    by_first, by_second = slopes(roles, batch, layout, [first, second])
+    by_first, by_second = input_gradients(roles, batch, layout, [first, second])
     return bool(by_first[list(second)].any()) or bool(by_second[list(first)].any())
 
 
@@ -107,7 +107,7 @@ def check_causal(roles: Roles, example: TokenSequence) -> None:
     model = roles.causal_model()
     batch, half = to_device(pack([example]), roles.device), len(example) // 2
     with evaluating(model), plain_attention(model):
-        [found] = slopes(roles, batch, "single", [range(half)])
+        [found] = input_gradients(roles, batch, "single", [range(half)])
     if found[half:].any():
         raise OnecardError(
             f"model: {type(model).__name__} is not causal: what it makes of a token depends on the tokens that follow; "
@@ -115,7 +115,7 @@ def check_causal(roles: Roles, example: TokenSequence) -> None:
         )
 
 
-def candidates(roles: Roles) -> Iterator[tuple[bool, str]]:
+def layout_candidates(roles: Roles) -> Iterator[tuple[bool, str]]:
     """`(own attention, layout)` from the fastest to the plain model itself."""
     model, wanted = roles.causal_model(), roles.layout
     own = has_own_attention(model)
@@ -133,22 +133,22 @@ def candidates(roles: Roles) -> Iterator[tuple[bool, str]]:
 
 
 @dataclass(frozen=True)
-class Trial:
+class ProbeSet:
     """Texts of one pass, and the plain model's log-probs of them."""
 
     texts: list[TokenSequence]
     plain: PlainLogprobs
 
 
-def fault(roles: Roles, layout: str, trials: Sequence[Trial], row: int) -> str:
+def layout_fault(roles: Roles, layout: str, trials: Sequence[ProbeSet], row: int) -> str:
     """What is wrong with a layout; empty where nothing is."""
     name, first = f"{layout} batches", trials[0].texts
     try:
-        if mixes(roles, layout, [first[0], first[2]]):
+        if mixes_sequences(roles, layout, [first[0], first[2]]):
             return f"{name} mix texts up"
         missing = max(0, row - sum(map(len, first))) if layout == "restarted" else 0
         filling = [first[0]] * -(-missing // len(first[0]))
-        passes: list[tuple[Trial, Mapping[int, tuple[int, int]]]] = [(trial, {}) for trial in trials]
+        passes: list[tuple[ProbeSet, Mapping[int, tuple[int, int]]]] = [(trial, {}) for trial in trials]
         if layout == "packed":
             passes.append((trials[0], {2: (0, len(first[2]) - sum(first[2].response_mask))}))
         with evaluating(roles.causal_model()):
@@ -172,12 +172,12 @@ def choose_layout(roles: Roles, longest: int, row: int) -> None:
     texts = probe(roles, longest, row)
     check_causal(roles, texts[0])
     alone = [scored(text(known_tokens(roles.causal_model()), longest, 1))] if len(texts[1]) < longest else []
-    trials = [Trial(each, plain_logprobs(roles, each)) for each in (texts, alone) if each]
+    trials = [ProbeSet(each, plain_logprobs(roles, each)) for each in (texts, alone) if each]
     faults: list[str] = []
-    for own, layout in candidates(roles):
+    for own, layout in layout_candidates(roles):
         if not own:
             roles.use_plain_attention()
-        found = "" if layout == "single" else fault(roles, layout, trials, row)
+        found = "" if layout == "single" else layout_fault(roles, layout, trials, row)
         if not found:
             roles.layout = layout
             break
@@ -198,7 +198,7 @@ def check_training_mode(roles: Roles, longest: int, row: int) -> None:
     def differs() -> str:
         before = roles.training
         roles.train()
-        with own_draws(roles.device, "startup check"):
+        with seeded_rng(roles.device, "startup check"):
             first, second = (logprobs(roles, batch, roles.layout) for _ in range(2))
         roles.train(before)
         noise = max(distance(one, other) for one, other in zip(first, second, strict=True))
@@ -224,7 +224,7 @@ def check_learning(roles: Roles, longest: int) -> None:
     batch = to_device(pack(probe(roles, min(SHORT, longest))[:1]), roles.device)
     try:
         for role in roles.trained:
-            with roles.playing(role), torch.enable_grad():
+            with roles.active(role), torch.enable_grad():
                 found = (
                     roles.scalars(batch, batch.targets.rows)
                     if role in roles.heads
@@ -254,9 +254,9 @@ def check_factors(roles: Roles) -> None:
                 raise OnecardError(f"model: the adapter on {path} would never learn: {what}.")
 
 
-def halving(check: Callable[[int], None], longest: int) -> None:
+def with_shorter_texts(check: Callable[[int], None], longest: int) -> None:
     """A check on texts of `longest` tokens; where they take too much memory, on texts half as long."""
-    while attempt(partial(check, longest)) is None:
+    while unless_out_of_memory(partial(check, longest)) is None:
         longest //= 2
         if longest < LEAST:
             say("out of memory: the startup check is left out.")  # the run itself says what would help
@@ -284,14 +284,14 @@ def check_model(roles: Roles, longest: int, row: int = 0, *, trains: bool = True
 
     with errors_of(model):
         check_head(model, trunk_of(model), roles.head())
-        halving(check, longest)
+        with_shorter_texts(check, longest)
 
 
 def sampled_logprobs(
     roles: Roles, prompts: Sequence[tuple[int, ...]], new: int
 ) -> tuple[list[Tensor], list[TokenSequence]]:
     """Log-probs of `new` tokens behind each prompt as they were drawn, two prompts at a time, and the whole texts."""
-    responses = sample_responses(roles, prompts, Sampling(new), ends=(), batch_size=2, seed=0).responses
+    responses = sample_responses(roles, prompts, Sampling(new), stop_tokens=(), batch_size=2, seed=0).responses
     texts = [scored(p + response.tokens, len(p)) for p, response in zip(prompts, responses, strict=True)]
     return [response.logprobs for response in responses], texts
 
@@ -306,7 +306,7 @@ def choose_decoding(roles: Roles, longest: int) -> None:
     with errors_of(roles.causal_model()):
         plain_logprobs(roles, [scored(prompts[-1] + prompts[-1])])
     faults: list[str] = []
-    for decoding in decodings(roles.causal_model()):
+    for decoding in decoding_modes(roles.causal_model()):
         roles.decoding = decoding
         if decoding == "uncached":
             break
@@ -331,4 +331,4 @@ def check_decoding(roles: Roles, longest: int) -> None:
     the check is as long, two others are short.
     """
     context = context_of(trunk_of(roles.causal_model()).config) or longest
-    halving(partial(choose_decoding, roles), max(2, min(longest, context)))
+    with_shorter_texts(partial(choose_decoding, roles), max(2, min(longest, context)))

@@ -20,7 +20,13 @@ from torch import nn
 
 from onecard.config import TrainConfig
 from onecard.data.batches import to_device
-from onecard.models.micro_batching import HELP, LEARNING, Budget, Cut, attempt
+from onecard.models.micro_batching import (
+    MEMORY_ADVICE,
+    TRAINING_MESSAGES,
+    MicroBatchSize,
+    TokenBudget,
+    unless_out_of_memory,
+)
 from onecard.training import checkpoint, run_folder
 from onecard.training.metrics import Window, add_up, peak_memory_gib, per_kind
 from onecard.training.optim import clip_grad_norm, make_optimizer, make_scheduler
@@ -101,14 +107,20 @@ class Job(Protocol):
         ...
 
 
-def micro_batches(objective: Objective[E, B], examples: Sequence[E], cut: Cut, device: torch.device) -> Iterator[B]:
+def micro_batches(
+    objective: Objective[E, B], examples: Sequence[E], cut: MicroBatchSize, device: torch.device
+) -> Iterator[B]:
     """A step's examples as records on the device, as the cut says."""
-    for places in cut.places([objective.size(example) for example in examples]):
+    for places in cut.split([objective.size(example) for example in examples]):
         yield to_device(objective.collate([examples[place] for place in places]), device)
 
 
 def accumulate(
-    objective: Objective[E, B], examples: Sequence[E], cut: Cut, device: torch.device, losses: LossesOf | None = None
+    objective: Objective[E, B],
+    examples: Sequence[E],
+    cut: MicroBatchSize,
+    device: torch.device,
+    losses: LossesOf | None = None,
 ) -> list[Loss]:
     """Add the examples' gradient to the parameters'. Waits for no value, so that it runs on meta tensors too.
 
@@ -131,16 +143,18 @@ class Trainer:
         self.parameters = list(weights.trained_parameters().values())
         self.optimizer = make_optimizer(config, self.parameters)
         self.scheduler = make_scheduler(config, self.optimizer, job.total_steps, first=job.schedule_from)
-        cut = Cut(config.per_device_train_batch_size, config.micro_batch_tokens, padded=weights.layout == "padded")
-        self.budget = Budget(cut, LEARNING)
+        cut = MicroBatchSize(
+            config.per_device_train_batch_size, config.micro_batch_tokens, padded=weights.layout == "padded"
+        )
+        self.budget = TokenBudget(cut, TRAINING_MESSAGES)
         self.step = 0
         self.num_tokens = 0
         self.window = Window()
 
     @property
-    def cut(self) -> Cut:
-        """How steps are cut into micro-batches by now."""
-        return self.budget.cut
+    def micro_batch_size(self) -> MicroBatchSize:
+        """How steps are split into micro-batches by now."""
+        return self.budget.size
 
     def restore(self) -> None:
         """Go back to the run's checkpoint."""
@@ -151,7 +165,7 @@ class Trainer:
         self.scheduler.load_state_dict(training["scheduler"])
         self.step, self.num_tokens = state["step"], state["num_tokens"]
         self.window = Window(**state["window"])
-        self.budget.cut = replace(self.cut, tokens=state["micro_batch_tokens"])
+        self.budget.size = replace(self.micro_batch_size, tokens=state["micro_batch_tokens"])
         self.job.restore(state["job"])
 
     def save(self) -> Path:
@@ -168,7 +182,7 @@ class Trainer:
             state={
                 "num_tokens": self.num_tokens,
                 "window": self.window.state(),
-                "micro_batch_tokens": self.cut.tokens,
+                "micro_batch_tokens": self.micro_batch_size.tokens,
                 "job": self.job.state(),
             },
             keep=self.config.save_total_limit,
@@ -194,16 +208,18 @@ class Trainer:
         """Leave the examples' gradient in the parameters; where memory runs out, from the start in smaller pieces."""
         losses_of = partial(self.losses_of, objective)
         while True:
-            done = attempt(lambda: accumulate(objective, examples, self.cut, self.weights.device, losses_of))
+            done = unless_out_of_memory(
+                lambda: accumulate(objective, examples, self.micro_batch_size, self.weights.device, losses_of)
+            )
             if done is not None:
                 return done[0]
             self.discard()
             if objective.uncut:
                 raise OnecardError(
                     f"out of memory: {objective.uncut} takes the {len(examples)} examples of a step together, so they "
-                    f"cannot be cut. Lower per_device_train_batch_size. {HELP}"
+                    f"cannot be cut. Lower per_device_train_batch_size. {MEMORY_ADVICE}"
                 )
-            self.budget.shrink([objective.size(example) for example in examples], padded=self.cut.padded)
+            self.budget.shrink([objective.size(example) for example in examples], padded=self.micro_batch_size.padded)
 
     def gradients(self, objective: Objective[E, B], examples: Sequence[E]) -> dict[str, float]:
         """Leave the examples' clipped gradient in the parameters. It does not depend on the cut into micro-batches."""
@@ -272,10 +288,10 @@ class Trainer:
                 bar.advance(per_kind(row))
                 if self.is_due(self.config.eval_steps):
                     self.evaluate(bar)
-                stops = stopping() and self.step < self.job.total_steps
-                if stops or self.is_due(self.config.save_steps):
+                stop_strings = stopping() and self.step < self.job.total_steps
+                if stop_strings or self.is_due(self.config.save_steps):
                     saved = self.save()
-                if stops:
+                if stop_strings:
                     raise interrupted(saved)
 
 

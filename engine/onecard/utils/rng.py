@@ -17,7 +17,7 @@ def seed_of(*place: object) -> int:
 
 
 @contextmanager
-def own_draws(device: torch.device, *place: object) -> Iterator[None]:
+def seeded_rng(device: torch.device, *place: object) -> Iterator[None]:
     """Inside, torch, Python and numpy draw from a state made of `place`; outside, all is as if nothing had been drawn.
 
     So what is sampled in a step cannot depend on what an evaluation or a reward function drew before it, or on a seed
@@ -40,7 +40,7 @@ def own_draws(device: torch.device, *place: object) -> Iterator[None]:
 
 
 @contextmanager
-def drawn_again_after_errors(device: torch.device) -> Iterator[None]:
+def rng_restored_on_error(device: torch.device) -> Iterator[None]:
     """Where what is inside fails, torch's generators go back to where they were: done again, it draws the same."""
     states = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     try:

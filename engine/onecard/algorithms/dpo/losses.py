@@ -26,7 +26,7 @@ def sequence_logps(roles: Roles, sequences: TokenBatch) -> Tensor:
 @torch.no_grad()
 def reference_logps(roles: Roles, sequences: TokenBatch) -> Tensor:
     """Log-probs of whole responses [S] under the reference."""
-    with roles.playing("reference"):
+    with roles.active("reference"):
         return sequence_logps(roles, sequences)
 
 

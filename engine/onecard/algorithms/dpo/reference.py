@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from onecard import __version__
-from onecard.algorithms.common import padded_rows, weights_digest
+from onecard.algorithms.common import padded_rows
 from onecard.config import DPOConfig
 from onecard.data.batches import LabelledSequence, PreferencePair, to_device
-from onecard.data.example_arrays import all_lengths, fingerprint
+from onecard.data.example_arrays import all_lengths
 from onecard.models.load import find_source, pick_attention, pick_dtype
-from onecard.models.micro_batching import Budget, budget_of, each_item, looking_budget
+from onecard.models.micro_batching import TokenBudget, as_budget, forward_budget, map_micro_batches
 from onecard.models.roles import Roles
+from onecard.training.identity import examples_digest, weights_digest
 from onecard.utils.files import cache_folder
 from onecard.utils.progress import progress, say
 
@@ -46,7 +47,7 @@ def cache_key(config: DPOConfig, roles: Roles, examples: Sequence[E]) -> str:
     parts = {
         "weights": weights_digest(reference),
         "base": "" if Path(base).is_dir() else base,  # a hub name stands for its weights
-        "examples": fingerprint(examples),
+        "examples": examples_digest(examples),
         "dtype": str(dtype),
         "adapter_dtype": config.adapter_dtype,
         "load_in_4bit": config.load_in_4bit,
@@ -106,7 +107,7 @@ def compute_table(
     examples: Sequence[E],
     collate: Callable[[Sequence[E]], Any],
     reference: Callable[[Roles, Any], Tensor],
-    size: int | Budget,
+    size: int | TokenBudget,
 ) -> Tensor:
     """Both log-probs of each example under the reference, fp32 [N, 2], on the CPU."""
     padded = roles.layout == "padded"
@@ -119,7 +120,7 @@ def compute_table(
             bar.advance(by=len(places))
             return found
 
-        return torch.stack(each_item(sizes, budget_of(size), lambda places: list(read(places)), padded=padded))
+        return torch.stack(map_micro_batches(sizes, as_budget(size), lambda places: list(read(places)), padded=padded))
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +153,6 @@ def with_reference(
     path = cache_folder() / NAME / f"{cache_key(config, roles, examples)}.safetensors"
     table = read_table(path, len(examples))
     if table is None:
-        table = compute_table(roles, examples, collate, reference, looking_budget(config))
+        table = compute_table(roles, examples, collate, reference, forward_budget(config))
         write_table(path, table)
     return WithReference(examples, table)

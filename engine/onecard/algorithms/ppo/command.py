@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from onecard.algorithms.common import described, finish, load_examples, reference_identity, weights_digest
+from onecard.algorithms.common import (
+    describe_adapter,
+    export_and_report,
+    load_examples,
+    longest_sequence,
+)
 from onecard.algorithms.ppo.job import PPO
 from onecard.algorithms.ppo.sampling import make_sampler
 from onecard.algorithms.ppo.scores import measure_scale
-from onecard.algorithms.ppo.settings import check_settings, episodes_per_step, longest_prompt, total_steps, with_passes
 from onecard.algorithms.ppo.startup import check_start
 from onecard.config import PPOConfig
 from onecard.data import Prompt, prompt_examples
 from onecard.data.templates import template_date
-from onecard.models.build import JUDGES, load_ppo_roles, reward_adapter
+from onecard.models.build import SCORER_SETTINGS, load_ppo_roles, reward_adapter
 from onecard.models.load import find_source, load_tokenizer
-from onecard.models.memory_options import in_head_chunks, lever_notes
-from onecard.models.micro_batching import looking_budget
-from onecard.models.roles import ADAPTER_WEIGHTS, HEAD_WEIGHTS, Roles
+from onecard.models.memory_options import in_head_chunks, memory_option_notes
+from onecard.models.micro_batching import forward_budget
+from onecard.models.roles import Roles
 from onecard.models.trunk import rotation_limit, trunk_of
 from onecard.models.vocabulary import check_tokens
-from onecard.rewards.functions import digest_functions
-from onecard.rewards.judge import load_constraint, load_judge
+from onecard.rewards.scorer import load_constraint, load_scorer
 from onecard.training import dry_run
+from onecard.training.identity import ppo_identity
 from onecard.training.run_folder import Run, locked, open_run, with_folder
 from onecard.training.startup import check_decoding, check_model
 from onecard.training.trainer import train
 from onecard.utils.errors import OnecardError
-from onecard.utils.files import digest
 from onecard.utils.progress import say
 
 
@@ -43,44 +44,39 @@ def described_role(config: PPOConfig, roles: Roles, role: str) -> str:
         "policy": find_source(config.model).adapter,
         "value": reward_adapter(config) if config.value_init == "reward" else None,
     }
-    return described(roles, role, adapters[role])
+    return describe_adapter(roles, role, adapters[role])
 
 
-def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """Changes with the prompts' tokens and their other columns, which rewards may look at."""
-    state = hashlib.sha256()
-    for prompt in prompts:
-        # Of what JSON cannot hold (an image, say) only the type counts: its `str` may be another in each process.
-        columns = json.dumps(dict(prompt.columns), default=lambda value: type(value).__name__, sort_keys=True)
-        state.update(array("q", [len(prompt.tokens), *prompt.tokens]).tobytes() + columns.encode())
-    return state.hexdigest()
+def longest_prompt(config: PPOConfig) -> int:
+    """Tokens that are left for a prompt beside the response."""
+    limit = longest_sequence(config)
+    eos = 1 if config.reward_model_path or config.constraint_model_path else 0  # a cut answer gets one to be judged
+    room = limit - config.response_length - eos
+    if room < 1:
+        raise OnecardError(
+            f"response_length: {config.response_length} leaves no room for a prompt in {limit} tokens, the smaller of "
+            f"max_length ({config.max_length}) and the model's context."
+        )
+    return room
 
 
-def judge_digest(config: PPOConfig, setting: str) -> str:
-    """Changes with the weights of what a setting names to judge answers."""
-    name: str = getattr(config, setting)
-    if not name:
-        return ""
-    folder = reward_adapter(config, setting)
-    if folder is None:  # a classifier
-        return weights_digest(name)
-    files = [folder / name for name in (ADAPTER_WEIGHTS, HEAD_WEIGHTS)]
-    return " ".join(digest(file) for file in files if file.is_file())
+def with_passes(config: PPOConfig) -> PPOConfig:
+    """The same settings with num_ppo_epochs 1 for an estimator that passes over the answers once; says so."""
+    if not config.is_single_pass or config.num_ppo_epochs == 1:
+        return config
+    name = config.advantage_estimator
+    say(f"num_ppo_epochs: 1 instead of {config.num_ppo_epochs}: {name} passes over an iteration's answers once.")
+    return replace(config, num_ppo_epochs=1)
 
 
-def identity(config: PPOConfig, training: Sequence[Prompt], heldout: Sequence[Prompt]) -> dict[str, str]:
-    """What the run is beyond its settings."""
-    return {
-        "command": "ppo",
-        "model": weights_digest(config.model),
-        **reference_identity(config),
-        "prompts": fingerprint(training),
-        "held-out prompts": fingerprint(heldout),
-        "reward model": judge_digest(config, "reward_model_path"),
-        "reward functions": digest_functions(config.reward_funcs),
-        "constraint model": judge_digest(config, "constraint_model_path"),
-        "constraint functions": digest_functions(config.constraint_funcs),
-    }
+def check_value_init(config: PPOConfig) -> None:
+    """Refuse normalize_reward with a critic that starts as the reward adapter."""
+    copies = config.has_critic and config.critic == "adapter" and config.value_init == "reward"
+    if config.normalize_reward and copies and reward_adapter(config) is not None:
+        raise OnecardError(
+            "normalize_reward: expected --value_init zero with it: the critic would start as the reward model, whose "
+            "scores are on another scale."
+        )
 
 
 def check_rotations(roles: Roles, prompts: Sequence[Prompt], config: PPOConfig) -> None:
@@ -98,8 +94,9 @@ def check_rotations(roles: Roles, prompts: Sequence[Prompt], config: PPOConfig) 
 @in_head_chunks
 def run(config: PPOConfig) -> Path:
     """`onecard ppo`. Returns the folder of the trained policy."""
+    config.validate()
+    check_value_init(config)
     config = with_passes(with_folder(config, "ppo"))
-    check_settings(config)
     run = open_run(config)
     with template_date(run.date):
         return run_opened(config, run)
@@ -107,9 +104,9 @@ def run(config: PPOConfig) -> Path:
 
 def run_opened(config: PPOConfig, run: Run) -> Path:
     """`run` in the folder that was opened for it."""
-    budget = looking_budget(config)
-    judge, constraint = load_judge(config, budget), load_constraint(config, budget)
-    for setting in JUDGES.values():
+    budget = forward_budget(config)
+    scorer, constraint = load_scorer(config, budget), load_constraint(config, budget)
+    for setting in SCORER_SETTINGS.values():
         reward_adapter(config, setting)
     tokenizer = load_tokenizer(config)
     room = longest_prompt(config)
@@ -123,7 +120,7 @@ def run_opened(config: PPOConfig, run: Run) -> Path:
             skip_bad_rows=config.skip_bad_rows,
         ),
     )
-    for each in filter(None, (judge, constraint)):
+    for each in filter(None, (scorer, constraint)):
         each.check_columns([*training, *heldout])
     roles = load_ppo_roles(config)
     longest = max(len(prompt.tokens) for prompt in (*training, *heldout)) + config.response_length
@@ -133,27 +130,27 @@ def run_opened(config: PPOConfig, run: Run) -> Path:
     check_model(roles, longest + 1, row=config.micro_batch_tokens or items * (longest + 1))
     check_decoding(roles, longest)
     sampler = make_sampler(config, roles, tokenizer)
-    judges = [judge, *([constraint] if constraint else [])]
+    scorers = [scorer, *([constraint] if constraint else [])]
     if run.checkpoint is None:  # a run that goes on has been checked, and its policy has left the reference
-        check_start(roles, sampler, judges, training, heldout, config, budget)
+        check_start(roles, sampler, scorers, training, heldout, config, budget)
     trained = sum(parameter.numel() for parameter in roles.trained_parameters().values())
-    steps = total_steps(config, len(training))
+    steps = config.total_steps(len(training))
     for role in roles.trained:
         say(f"{role}: {described_role(config, roles, role)}.")
     say(
         f"model: {trained:,} trained parameters on {roles.device}, {roles.layout} batches; "
-        f"{steps} iterations of {episodes_per_step(config)} responses."
+        f"{steps} iterations of {config.episodes_per_step} responses."
     )
-    for note in lever_notes(roles, config):
+    for note in memory_option_notes(roles, config):
         say(note)
     if config.dry_run:
         dry_run.show(config, roles, tokenizer, training[0])
         return run.folder
     begins = config.normalize_reward and run.checkpoint is None
-    scale = measure_scale(roles, sampler, judge, training, config) if begins else None
+    scale = measure_scale(roles, sampler, scorer, training, config) if begins else None
     job = PPO(
-        config, roles, sampler, judge, training, heldout, steps, constraint=constraint, scale=scale, budget=budget
+        config, roles, sampler, scorer, training, heldout, steps, constraint=constraint, scale=scale, budget=budget
     )
     with locked(run):
-        train(config, job, roles, run, identity(config, training, heldout))
-        return finish(roles, tokenizer, run)
+        train(config, job, roles, run, ppo_identity(config, training, heldout))
+        return export_and_report(roles, tokenizer, run)

@@ -10,8 +10,6 @@
 
 [1] https://arxiv.org/abs/1506.02438  [2] https://arxiv.org/abs/1602.01783  [3] REINFORCE++,
 https://arxiv.org/abs/2501.03262  [4] https://arxiv.org/abs/2402.14740  [5] https://arxiv.org/abs/2402.03300
-
-Whether there is a critic is `models.build.has_critic`, since weights depend on it.
 """
 
 from __future__ import annotations
@@ -22,12 +20,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from onecard.config import PPOConfig
 from onecard_kernels import Advantages, gae, group_advantages, masked_whiten
 
 
 @dataclass(frozen=True)
-class Rewarded:
+class AdvantageInput:
     """B answers of up to T tokens. `rewards` fp32 [B, T], KL and score in them; `mask` bool [B, T]: which tokens count.
 
     An answer that is not learned from has no True in its row of the mask: it is in no mean, no baseline, no group.
@@ -48,7 +45,7 @@ class Rewarded:
     group_size: int = 1
 
 
-def generalized(given: Rewarded) -> Advantages:
+def generalized(given: AdvantageInput) -> Advantages:
     """GAE of each answer; advantages whitened over all tokens that count."""
     if given.values is None:
         raise ValueError("values is None, expected the critic's")
@@ -58,17 +55,17 @@ def generalized(given: Rewarded) -> Advantages:
     return Advantages(masked_whiten(found.advantages, given.mask), found.returns)
 
 
-def actor_critic(given: Rewarded) -> Advantages:
+def actor_critic(given: AdvantageInput) -> Advantages:
     """Reward-to-go minus the critic's value, whitened: GAE at lam = 1."""
     return generalized(replace(given, lam=1.0))
 
 
-def reinforce(given: Rewarded) -> Advantages:
+def reinforce(given: AdvantageInput) -> Advantages:
     """Reward-to-go, whitened: the same under a critic that says 0."""
     return actor_critic(replace(given, values=torch.zeros_like(given.rewards)))
 
 
-def in_groups(given: Rewarded, kind: str) -> Advantages:
+def in_groups(given: AdvantageInput, kind: str) -> Advantages:
     """Each answer's whole reward against the others' to its prompt: one number for all of its tokens.
 
     An answer whose others are all left out has nothing to be compared with: its advantage is 0.
@@ -83,7 +80,7 @@ def in_groups(given: Rewarded, kind: str) -> Advantages:
     return Advantages(*(torch.where(given.mask, each.unsqueeze(1), 0.0) for each in (advantages, sums)))
 
 
-def with_company(kept: Tensor, group_size: int) -> Tensor:
+def with_group_peers(kept: Tensor, group_size: int) -> Tensor:
     """Of the answers that are kept, bool [B], those that have another one in their group to be compared with.
 
     >>> with_company(torch.tensor([True, True, True, False]), 2)
@@ -93,31 +90,19 @@ def with_company(kept: Tensor, group_size: int) -> Tensor:
     return (groups & (groups.sum(1, keepdim=True) > 1)).flatten()
 
 
-def leave_one_out(given: Rewarded) -> Advantages:
+def leave_one_out(given: AdvantageInput) -> Advantages:
     return in_groups(given, "rloo")
 
 
-def group_relative(given: Rewarded) -> Advantages:
+def group_relative(given: AdvantageInput) -> Advantages:
     return in_groups(given, "grpo")
 
 
-@dataclass(frozen=True)
-class Estimator:
-    """`once`: one pass over an iteration's answers, and nothing is clipped. `groups`: several answers to a prompt."""
-
-    advantages: Callable[[Rewarded], Advantages]
-    once: bool = False
-    groups: bool = False
-
-
-ESTIMATORS = {
-    "gae": Estimator(generalized),
-    "a2c": Estimator(actor_critic, once=True),
-    "reinforce": Estimator(reinforce, once=True),
-    "rloo": Estimator(leave_one_out, groups=True),
-    "grpo": Estimator(group_relative, groups=True),
+# `PPOConfig` says which need a critic or groups, and which pass over the answers once.
+ESTIMATORS: dict[str, Callable[[AdvantageInput], Advantages]] = {
+    "gae": generalized,
+    "a2c": actor_critic,
+    "reinforce": reinforce,
+    "rloo": leave_one_out,
+    "grpo": group_relative,
 }
-
-
-def estimator_of(config: PPOConfig) -> Estimator:
-    return ESTIMATORS[config.advantage_estimator]

@@ -8,15 +8,15 @@ from typing import Any
 
 from onecard.algorithms.ppo.experience import answer_metrics, logprobs_of
 from onecard.algorithms.ppo.sampling import Sampler
-from onecard.algorithms.ppo.scores import Judged, judged_metrics
+from onecard.algorithms.ppo.scores import ScoredAnswers, score_metrics
 from onecard.config import PPOConfig
 from onecard.data import Prompt
 from onecard.data.batches import Episode
-from onecard.models.micro_batching import Budget
+from onecard.models.micro_batching import TokenBudget
 from onecard.models.roles import Roles
-from onecard.rewards.judge import response_text
+from onecard.rewards.scorer import response_text
 from onecard.utils.progress import Bar
-from onecard.utils.rng import own_draws
+from onecard.utils.rng import seeded_rng
 
 MOST_PROMPTS = 128  # an answer costs as much as a training step's; the mean of 128 is known to a tenth of a deviation
 SHOWN_SAMPLES = 8
@@ -34,20 +34,20 @@ def evaluate_policy(
     heldout: Sequence[Prompt],
     roles: Roles,
     sampler: Sampler,
-    judge: Callable[[Sequence[Prompt], Sequence[Episode]], Judged],
+    scorer: Callable[[Sequence[Prompt], Sequence[Episode]], ScoredAnswers],
     config: PPOConfig,
-    budget: Budget,
+    budget: TokenBudget,
     bar: Bar,
 ) -> Found:
     """One answer to each of (at most 128) prompts, always with the same seed. Training's own draws stay as they are."""
     prompts = heldout[:MOST_PROMPTS]
-    with bar.part("evaluate", len(prompts)) as part, own_draws(roles.device, config.seed, "evaluate"):
+    with bar.part("evaluate", len(prompts)) as part, seeded_rng(roles.device, config.seed, "evaluate"):
         episodes = sampler.sample(roles, prompts, range(len(prompts)), part).episodes
-        judged = judge(prompts, episodes)
+        judged = scorer(prompts, episodes)
     logprobs, ref_logprobs = (logprobs_of(roles, role, episodes, config, budget) for role in ("policy", "reference"))
     scores = judged.scores.sums
     metrics = answer_metrics(episodes, logprobs, ref_logprobs, scores)
-    metrics |= judged_metrics(judged, config)
+    metrics |= score_metrics(judged, config)
     shown = zip(prompts[:SHOWN_SAMPLES], episodes, scores.tolist(), strict=False)
     samples = [
         {"prompt": prompt.text, "completion": response_text(sampler.tokenizer, episode), "score": score}

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from onecard.algorithms.ppo.estimators import Rewarded, estimator_of, with_company
+from onecard.algorithms.ppo.estimators import ESTIMATORS, AdvantageInput, with_group_peers
 from onecard.config import PPOConfig
 from onecard.data.batches import Episode, Experience, ResponseTargets, TokenBatch, last_rows
-from onecard.models.micro_batching import Budget, looking_budget
+from onecard.models.micro_batching import TokenBudget, forward_budget
 from onecard.models.passes import per_token
 from onecard.models.roles import Roles
 from onecard.utils.errors import OnecardError
@@ -27,7 +27,7 @@ from onecard_kernels import masked_whiten, token_kl
 
 
 @dataclass(frozen=True)
-class Passes:
+class ModelOutputs:
     """What the roles say about each episode: fp32 [k], one entry per response token, on the CPU.
 
     `values` are None without a critic. `last_values` fp32 [B]: of the state after the last token, where the answer was
@@ -41,7 +41,7 @@ class Passes:
 
 
 @dataclass(frozen=True)
-class Shaped:
+class ShapedRewards:
     """The same as padded tensors [B, T], with the rewards and what follows from them.
 
     `mask` bool marks real tokens of answers that are learned from; other answers have none.
@@ -56,7 +56,7 @@ class Shaped:
 
 
 def logprobs_of(
-    roles: Roles, role: str, episodes: Sequence[Episode], config: PPOConfig, budget: Budget
+    roles: Roles, role: str, episodes: Sequence[Episode], config: PPOConfig, budget: TokenBudget
 ) -> list[Tensor]:
     """Log-probs of the sampled tokens under a role, at the temperature they were sampled with."""
 
@@ -72,7 +72,7 @@ def state_values(roles: Roles, batch: TokenBatch) -> Tensor:
     return roles.scalars(batch, rows)
 
 
-def values_of(roles: Roles, episodes: Sequence[Episode], budget: Budget) -> list[Tensor]:
+def values_of(roles: Roles, episodes: Sequence[Episode], budget: TokenBudget) -> list[Tensor]:
     """The critic's k + 1 values of each episode: of the states in which its tokens are chosen, and after the last one.
 
     A state's value is read at the row that predicts the next token, so the state after the last one is its own row.
@@ -84,12 +84,14 @@ def values_of(roles: Roles, episodes: Sequence[Episode], budget: Budget) -> list
     return per_token(roles, "value", episodes, read, budget, beyond=1)
 
 
-def make_passes(roles: Roles, episodes: Sequence[Episode], config: PPOConfig, budget: Budget | None = None) -> Passes:
+def compute_model_outputs(
+    roles: Roles, episodes: Sequence[Episode], config: PPOConfig, budget: TokenBudget | None = None
+) -> ModelOutputs:
     """Passes without gradients: of the policy, the reference, and the critic where there is one.
 
     `budget`: the run's; by default one of its own. A role whose numbers are none any more is named.
     """
-    budget = budget or looking_budget(config)
+    budget = budget or forward_budget(config)
     passes = {
         "policy's log-probs": logprobs_of(roles, "policy", episodes, config, budget),
         "reference's log-probs": logprobs_of(roles, "reference", episodes, config, budget),
@@ -103,7 +105,7 @@ def make_passes(roles: Roles, episodes: Sequence[Episode], config: PPOConfig, bu
             )
     logprobs, ref_logprobs, values = passes.values()
     last = [0.0 if episode.finished else float(each[-1]) for episode, each in zip(episodes, values, strict=False)]
-    return Passes(
+    return ModelOutputs(
         logprobs,
         ref_logprobs,
         values=[each[:-1].clone() for each in values] if values else None,
@@ -117,14 +119,14 @@ def pad(pieces: Sequence[Tensor]) -> Tensor:
 
 
 def shape_rewards(
-    passes: Passes,
+    passes: ModelOutputs,
     scores: Tensor,
     kl_coef: float,
     config: PPOConfig,
     *,
     dense: Sequence[Tensor] | None = None,
     kept: Tensor | None = None,
-) -> Shaped:
+) -> ShapedRewards:
     """Rewards, advantages and returns of an iteration.
 
         reward_t = -kl_coef * KL_t + dense_t + [t is the last response token] * score
@@ -144,21 +146,20 @@ def shape_rewards(
     if dense is not None:
         rewards += pad(dense)
     rewards[torch.arange(len(lengths)), lengths - 1] += scores
-    estimator = estimator_of(config)
     if kept is not None:
-        if estimator.groups:
-            kept = with_company(kept, config.num_generations)
+        if config.has_groups:
+            kept = with_group_peers(kept, config.num_generations)
         mask &= kept.unsqueeze(1)
     if config.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     values = None if passes.values is None else pad(passes.values)
-    found = estimator.advantages(
-        Rewarded(rewards, mask, values, passes.last_values, config.gamma, config.lam, config.num_generations)
+    found = ESTIMATORS[config.advantage_estimator](
+        AdvantageInput(rewards, mask, values, passes.last_values, config.gamma, config.lam, config.num_generations)
     )
-    return Shaped(mask, kl, rewards, values, found.advantages, found.returns)
+    return ShapedRewards(mask, kl, rewards, values, found.advantages, found.returns)
 
 
-def make_experiences(episodes: Sequence[Episode], passes: Passes, shaped: Shaped) -> list[Experience]:
+def make_experiences(episodes: Sequence[Episode], passes: ModelOutputs, shaped: ShapedRewards) -> list[Experience]:
     """One record for each episode that is learned from."""
     return [
         Experience(
@@ -196,8 +197,8 @@ def answer_metrics(
 
 def objective_metrics(
     episodes: Sequence[Episode],
-    passes: Passes,
-    shaped: Shaped,
+    passes: ModelOutputs,
+    shaped: ShapedRewards,
     scores: Tensor,
     kl_coef: float,
     penalty: float = 0.0,

@@ -12,27 +12,26 @@ from typing import Any
 from onecard.algorithms.ppo.constraint import next_multiplier, verdict_on
 from onecard.algorithms.ppo.evaluation import evaluate_policy
 from onecard.algorithms.ppo.experience import (
+    compute_model_outputs,
     make_experiences,
-    make_passes,
     next_kl_coef,
     objective_metrics,
     shape_rewards,
 )
 from onecard.algorithms.ppo.losses import ppo_objective
 from onecard.algorithms.ppo.sampling import Sampler
-from onecard.algorithms.ppo.scores import Judged, Scale, judged_metrics
-from onecard.algorithms.ppo.settings import episodes_per_step, minibatch_size
+from onecard.algorithms.ppo.scores import Scale, ScoredAnswers, score_metrics
 from onecard.config import PPOConfig
 from onecard.data import Prompt, stream_indices
 from onecard.data.batches import Episode, Experience, ExperienceBatch
-from onecard.models.micro_batching import Budget, looking_budget
+from onecard.models.micro_batching import TokenBudget, forward_budget
 from onecard.models.roles import Roles
-from onecard.rewards.judge import Judge
+from onecard.rewards.scorer import Scorer
 from onecard.training import run_folder
 from onecard.training.metrics import phase_memory
 from onecard.training.trainer import Objective, Trainer
 from onecard.utils.progress import Bar
-from onecard.utils.rng import own_draws
+from onecard.utils.rng import seeded_rng
 
 # Over the updates of an iteration the means of these are logged, under TRL's names.
 UPDATE_METRICS = {
@@ -50,7 +49,7 @@ UPDATE_METRICS = {
 
 def minibatches(experiences: Sequence[Experience], config: PPOConfig, step: int) -> Iterator[list[Experience]]:
     """Every experience num_ppo_epochs times, in minibatches of an order of its own for each epoch."""
-    size = minibatch_size(config)
+    size = config.minibatch_size
     for epoch in range(config.num_ppo_epochs):
         order = list(range(len(experiences)))
         random.Random(f"{config.seed} {step} {epoch}").shuffle(order)
@@ -116,36 +115,36 @@ class PPO:
         config: PPOConfig,
         roles: Roles,
         sampler: Sampler,
-        judge: Judge,
+        scorer: Scorer,
         prompts: Sequence[Prompt],
         heldout: Sequence[Prompt],
         total_steps: int,
         *,
-        constraint: Judge | None = None,
+        constraint: Scorer | None = None,
         scale: Scale | None = None,
-        budget: Budget | None = None,
+        budget: TokenBudget | None = None,
     ) -> None:
         self.config, self.roles, self.sampler = config, roles, sampler
-        self.rewards, self.constraint = judge, constraint
+        self.rewards, self.constraint = scorer, constraint
         self.prompts, self.heldout, self.total_steps = prompts, heldout, total_steps
         # A warm-up begins at a rate of 0. An iteration is worth too much for that: this one begins a step later.
         self.schedule_from = 1 if config.warmup_steps else 0
         self.objective = ppo_objective(roles, config)
-        self.budget = budget or looking_budget(config)  # of passes without gradients, which judges may share
+        self.budget = budget or forward_budget(config)  # of passes without gradients, which judges may share
         self.controls = Controls(config.kl_coef, config.constraint_lambda, scale or Scale())
 
     def batches(self, first_step: int) -> Iterator[tuple[float, list[int]]]:
         """The prompts of each iteration: a stream of shuffled epochs, cut every batch_size / num_generations."""
-        size = episodes_per_step(self.config) // self.config.num_generations
+        size = self.config.episodes_per_step // self.config.num_generations
         for step in range(first_step, self.total_steps):
             indices = stream_indices(len(self.prompts), step * size, size, seed=self.config.seed)
             yield (step + 1) * size / len(self.prompts), indices
 
-    def judge(self, prompts: Sequence[Prompt], episodes: Sequence[Episode]) -> Judged:
+    def scorer(self, prompts: Sequence[Prompt], episodes: Sequence[Episode]) -> ScoredAnswers:
         """Scores on the run's scale, and costs where there is a constraint."""
-        judges = [self.rewards, *([self.constraint] if self.constraint else [])]
-        scores, *costs = [each.scores(self.roles, self.sampler.tokenizer, prompts, episodes) for each in judges]
-        return Judged(self.controls.scale.of(scores), costs[0].sums if costs else None)
+        scorers = [self.rewards, *([self.constraint] if self.constraint else [])]
+        scores, *costs = [each.scores(self.roles, self.sampler.tokenizer, prompts, episodes) for each in scorers]
+        return ScoredAnswers(self.controls.scale.of(scores), costs[0].sums if costs else None)
 
     def step(self, trainer: Trainer, indices: Sequence[int], bar: Bar) -> dict[str, float]:
         began = time.perf_counter()
@@ -156,22 +155,22 @@ class PPO:
         with (
             bar.part("sample", len(places)) as part,
             phase_memory(row, "memory/rollout_gib"),
-            own_draws(roles.device, config.seed, trainer.step, "sample"),
+            seeded_rng(roles.device, config.seed, trainer.step, "sample"),
         ):
             sampled = self.sampler.sample(roles, prompts, places, part)
         episodes = sampled.episodes
-        with own_draws(roles.device, config.seed, trainer.step, "judge"):
-            judged = self.judge(prompts, episodes)
+        with seeded_rng(roles.device, config.seed, trainer.step, "judge"):
+            judged = self.scorer(prompts, episodes)
         verdict = verdict_on(judged.scores.total, judged.costs, controls.multiplier, config)
-        passes = make_passes(roles, episodes, config, self.budget)
+        passes = compute_model_outputs(roles, episodes, config, self.budget)
         shaped = shape_rewards(
             passes, verdict.scores, controls.kl_coef, config, dense=judged.scores.dense, kept=verdict.kept
         )
         paid = float((judged.scores.total - verdict.scores).mean())
         row |= objective_metrics(episodes, passes, shaped, judged.scores.sums, controls.kl_coef, paid)
-        row |= judged_metrics(judged, config)
+        row |= score_metrics(judged, config)
         experiences = make_experiences(episodes, passes, shaped)
-        updates = -(-len(experiences) // minibatch_size(config)) * config.num_ppo_epochs
+        updates = -(-len(experiences) // config.minibatch_size) * config.num_ppo_epochs
         with bar.part("learn", updates) as part, phase_memory(row, "memory/learn_gib"):
             counted = advancing(minibatches(experiences, config, trainer.step), part)
             row |= learn(trainer, self.objective, counted, config.target_kl)
@@ -192,25 +191,25 @@ class PPO:
         """Answers to the held-out prompts, which are kept in `samples.jsonl` too."""
         if not self.heldout:
             return {}
-        found = evaluate_policy(self.heldout, self.roles, self.sampler, self.judge, self.config, self.budget, bar)
+        found = evaluate_policy(self.heldout, self.roles, self.sampler, self.scorer, self.config, self.budget, bar)
         for sample in found.samples:
             run_folder.log(trainer.run.folder, {"step": trainer.step, **sample}, run_folder.SAMPLES)
         return found.metrics
 
     def counts(self, step: int) -> dict[str, int]:
-        return {"episode": step * episodes_per_step(self.config)}
+        return {"episode": step * self.config.episodes_per_step}
 
     def state(self) -> dict[str, Any]:
-        tokens = {name: budget.cut.tokens for name, budget in self.budgets().items()}
+        tokens = {name: budget.size.tokens for name, budget in self.budgets().items()}
         return {"controls": asdict(self.controls), "tokens": tokens}
 
     def restore(self, state: dict[str, Any]) -> None:
         controls = state["controls"]
         self.controls = Controls(**{**controls, "scale": Scale(**controls["scale"])})
         for name, budget in self.budgets().items():
-            budget.cut = replace(budget.cut, tokens=state["tokens"][name])
+            budget.size = replace(budget.size, tokens=state["tokens"][name])
 
-    def budgets(self) -> dict[str, Budget]:
+    def budgets(self) -> dict[str, TokenBudget]:
         """What may have become smaller in the course of the run."""
         return {"passes": self.budget, "rollout": self.sampler.budget}
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from onecard.algorithms.ppo.estimators import estimator_of
 from onecard.config import PPOConfig
 from onecard.data.batches import Experience, ExperienceBatch, ResponseTargets, pack_experience
 from onecard.models.roles import Roles
@@ -23,7 +22,7 @@ def policy_loss(
     """The clipped surrogate of the policy on one record; of an estimator that learns once, the free one."""
     head = roles.head()
     clip = (config.cliprange, config.cliprange_high or config.cliprange)
-    low, high = NO_CLIP if estimator_of(config).once else clip
+    low, high = NO_CLIP if config.is_single_pass else clip
     loss = linear_ppo_loss(
         hidden,
         head.weight,
@@ -51,27 +50,27 @@ def critic_loss(values: Tensor, batch: ExperienceBatch, config: PPOConfig, norma
         batch.old_values,
         batch.returns,
         torch.ones_like(values, dtype=torch.bool),
-        clip=None if estimator_of(config).once else config.cliprange_value or None,
+        clip=None if config.is_single_pass else config.cliprange_value or None,
         normalizer=normalizer,
     )
     return Loss(config.vf_coef * loss.loss, {**loss.metrics, "loss/value": loss.loss.detach()})
 
 
-def policys_own(roles: Roles, batch: ExperienceBatch, config: PPOConfig, normalizer: int) -> Iterator[Loss]:
+def policy_only(roles: Roles, batch: ExperienceBatch, config: PPOConfig, normalizer: int) -> Iterator[Loss]:
     """The policy's loss alone."""
     targets = batch.sequences.targets
     yield policy_loss(roles, roles.hidden(batch.sequences, targets.rows), targets, batch, config, normalizer)
 
 
-def one_after_the_other(roles: Roles, batch: ExperienceBatch, config: PPOConfig, normalizer: int) -> Iterator[Loss]:
+def policy_then_critic(roles: Roles, batch: ExperienceBatch, config: PPOConfig, normalizer: int) -> Iterator[Loss]:
     """Both losses, one role after the other: who takes a loss runs its backward before asking for the next."""
-    yield from policys_own(roles, batch, config, normalizer)
-    with roles.playing("value"):
+    yield from policy_only(roles, batch, config, normalizer)
+    with roles.active("value"):
         values = roles.scalars(batch.sequences, batch.sequences.targets.rows)
         yield critic_loss(values, batch, config, normalizer)
 
 
-def both_at_once(roles: Roles, batch: ExperienceBatch, config: PPOConfig, normalizer: int) -> Iterator[Loss]:
+def policy_and_critic(roles: Roles, batch: ExperienceBatch, config: PPOConfig, normalizer: int) -> Iterator[Loss]:
     """The sum of both losses, from one forward of the trunk that policy and critic share."""
     targets = batch.sequences.targets
     hidden = roles.hidden(batch.sequences, targets.rows)
@@ -81,7 +80,7 @@ def both_at_once(roles: Roles, batch: ExperienceBatch, config: PPOConfig, normal
 
 
 Losses = Callable[[Roles, ExperienceBatch, PPOConfig, int], Iterator[Loss]]
-LOSSES: dict[str, Losses] = {"none": policys_own, "adapter": one_after_the_other, "shared": both_at_once}
+LOSSES: dict[str, Losses] = {"none": policy_only, "adapter": policy_then_critic, "shared": policy_and_critic}
 
 
 def critic_kind(roles: Roles) -> str:

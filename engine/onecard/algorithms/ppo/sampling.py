@@ -9,7 +9,7 @@ from typing import Any
 from onecard.config import PPOConfig
 from onecard.data import Prompt
 from onecard.data.batches import Episode
-from onecard.models.micro_batching import Budget
+from onecard.models.micro_batching import TokenBudget
 from onecard.models.roles import Roles
 from onecard.rollout import Rollout, Sampling, StopStrings, end_tokens, make_episode, sample_responses, sampling_budget
 from onecard.utils.progress import Bar
@@ -30,8 +30,8 @@ class Sampler:
     tokenizer: Any
     sampling: Sampling
     ends: frozenset[int]
-    budget: Budget
-    stops: StopStrings | None = None
+    budget: TokenBudget
+    stop_strings: StopStrings | None = None
 
     def sample(self, roles: Roles, prompts: Sequence[Prompt], places: Sequence[int], bar: Bar | None) -> Sampled:
         """One episode for each prompt. `places` are the prompts' indices in the dataset."""
@@ -39,8 +39,8 @@ class Sampler:
             roles,
             [prompt.tokens for prompt in prompts],
             self.sampling,
-            ends=self.ends,
-            stops=self.stops,
+            stop_tokens=self.ends,
+            stop_strings=self.stop_strings,
             batch_size=self.budget,
             bar=bar,
         )
@@ -51,7 +51,7 @@ class Sampler:
         return Sampled(episodes, rollout)
 
 
-def rollout_budget(config: PPOConfig) -> Budget:
+def rollout_budget(config: PPOConfig) -> TokenBudget:
     """How many prompts are sampled together."""
     return sampling_budget(config.local_rollout_forward_batch_size, int(config.rollout_cache_gib * 2**30))
 
@@ -60,5 +60,5 @@ def make_sampler(config: PPOConfig, roles: Roles, tokenizer: Any) -> Sampler:
     """The sampler that the settings ask for."""
     ends = end_tokens(roles, tokenizer, config.stop_token)
     sampling = Sampling(config.response_length, config.temperature)
-    stops = StopStrings(tokenizer, config.stop_token) if config.stop_token else None
-    return Sampler(tokenizer, sampling, ends, rollout_budget(config), stops)
+    stop_strings = StopStrings(tokenizer, config.stop_token) if config.stop_token else None
+    return Sampler(tokenizer, sampling, ends, rollout_budget(config), stop_strings)

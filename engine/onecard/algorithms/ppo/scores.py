@@ -19,11 +19,11 @@ from onecard.algorithms.ppo.sampling import Sampler
 from onecard.config import PPOConfig
 from onecard.data import Prompt, stream_indices
 from onecard.models.roles import Roles
-from onecard.rewards.judge import Judge
 from onecard.rewards.mixture import Scores
+from onecard.rewards.scorer import Scorer
 from onecard.utils.errors import OnecardError
 from onecard.utils.progress import say
-from onecard.utils.rng import own_draws
+from onecard.utils.rng import seeded_rng
 
 MOST_PROMPTS = 64
 
@@ -42,26 +42,28 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoredAnswers:
     """What B answers are worth and cost: `costs` fp32 [B], None without a constraint."""
 
     scores: Scores
     costs: Tensor | None = None
 
 
-def judged_metrics(judged: Judged, config: PPOConfig) -> dict[str, float]:
+def score_metrics(judged: ScoredAnswers, config: PPOConfig) -> dict[str, float]:
     """Each reward's part as it came, and the costs, in training and in evaluation."""
     parts = {f"rewards/{name}/mean": float(part.mean()) for name, part in judged.scores.parts.items()}
     return parts if judged.costs is None else {**parts, **cost_metrics(judged.costs, config)}
 
 
-def measure_scale(roles: Roles, sampler: Sampler, judge: Judge, training: Sequence[Prompt], config: PPOConfig) -> Scale:
+def measure_scale(
+    roles: Roles, sampler: Sampler, scorer: Scorer, training: Sequence[Prompt], config: PPOConfig
+) -> Scale:
     """The scale of one answer each to the first (at most 64) prompts that training will take."""
     places = stream_indices(len(training), 0, min(MOST_PROMPTS, len(training)), seed=config.seed)
     prompts = [training[place] for place in places]
-    with own_draws(roles.device, config.seed, "normalize_reward"):
+    with seeded_rng(roles.device, config.seed, "normalize_reward"):
         episodes = sampler.sample(roles, prompts, places, None).episodes
-        sums = judge.scores(roles, sampler.tokenizer, prompts, episodes).sums.double()
+        sums = scorer.scores(roles, sampler.tokenizer, prompts, episodes).sums.double()
     if sums.min() == sums.max():
         raise OnecardError(
             f"normalize_reward: {len(sums)} answers of the starting policy all score {float(sums[0]):g}: a standard "

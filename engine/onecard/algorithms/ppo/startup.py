@@ -24,23 +24,23 @@ from onecard.config import PPOConfig
 from onecard.data import Prompt
 from onecard.data.batches import Episode, ResponseTargets, TokenBatch
 from onecard.models.load import find_source
-from onecard.models.micro_batching import LEARNING, Budget, Cut
+from onecard.models.micro_batching import TRAINING_MESSAGES, MicroBatchSize, TokenBudget
 from onecard.models.passes import per_token
 from onecard.models.roles import Roles
-from onecard.rewards.judge import Judge
+from onecard.rewards.scorer import Scorer
 from onecard.utils.errors import OnecardError
-from onecard.utils.rng import own_draws
+from onecard.utils.rng import seeded_rng
 
 MOST_PROMPTS = 8
 # (mean, largest) difference in nats. 16-bit passes of one model differ by their own rounding, most for unlikely tokens.
 LIMITS = {torch.float32: (1e-4, 1e-3)}
 LIMITS_16_BIT = (0.05, 1.0)
-CHECKING = replace(LEARNING, smaller="the check goes on in micro-batches of at most {size}.")
+CHECKING = replace(TRAINING_MESSAGES, smaller="the check goes on in micro-batches of at most {size}.")
 
 
 def new_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfig) -> Tensor:
     """The log-probs that the first minibatch's ratio will be made from: in training mode, with gradients."""
-    budget = Budget(Cut(config.per_device_train_batch_size, config.micro_batch_tokens), CHECKING)
+    budget = TokenBudget(MicroBatchSize(config.per_device_train_batch_size, config.micro_batch_tokens), CHECKING)
 
     def read(batch: TokenBatch, targets: ResponseTargets) -> Tensor:
         with torch.enable_grad():
@@ -52,27 +52,27 @@ def new_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfig) -
 def check_start(
     roles: Roles,
     sampler: Sampler,
-    judges: Sequence[Judge],
+    scorers: Sequence[Scorer],
     training: Sequence[Prompt],
     heldout: Sequence[Prompt],
     config: PPOConfig,
-    budget: Budget,
+    budget: TokenBudget,
 ) -> None:
     """Raise where a reward fails, or log-probs differ that should be equal. Leaves all random states as they were."""
     before = roles.training
     parts = [prompts[:MOST_PROMPTS] for prompts in (training, heldout) if prompts]
     episodes: list[Episode] = []
-    with own_draws(roles.device, config.seed, "start"):
+    with seeded_rng(roles.device, config.seed, "start"):
         for chosen in parts:
             sampled = sampler.sample(roles, chosen, range(len(chosen)), None).episodes
-            for judge in judges:
-                judge.scores(roles, sampler.tokenizer, chosen, sampled)
+            for scorer in scorers:
+                scorer.scores(roles, sampler.tokenizer, chosen, sampled)
             episodes += sampled
     compare_logprobs(roles, episodes, config, budget)
     roles.train(before)
 
 
-def compare_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfig, budget: Budget) -> None:
+def compare_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfig, budget: TokenBudget) -> None:
     """The comparisons. Dropout makes all of them differ, so the one that shows it alone comes first.
 
     Where `ref_adapter` is another adapter than the policy starts as, those two are not equal, and not compared.

@@ -23,7 +23,7 @@ from onecard.algorithms.reward.kinds import (
 )
 from onecard.config import RewardConfig
 from onecard.data.batches import TokenBatch, unpack
-from onecard.models.micro_batching import Budget, looking_budget
+from onecard.models.micro_batching import TokenBudget, forward_budget
 from onecard.models.passes import sequence_passes
 from onecard.models.roles import Roles
 from onecard.training.metrics import add_up
@@ -33,7 +33,7 @@ from onecard.utils.progress import Bar, progress, say
 MOST_NORMALIZED = 2048  # rows that the mean and standard deviation of the scores are taken from
 
 
-def scores_of(roles: Roles, batch: TokenBatch, budget: Budget, bar: Bar) -> Tensor:
+def scores_of(roles: Roles, batch: TokenBatch, budget: TokenBudget, bar: Bar) -> Tensor:
     """Scores fp32 [S] of a record's sequences, on the CPU."""
     with bar.part("scores", len(batch.lengths)) as shown:
 
@@ -46,7 +46,7 @@ def scores_of(roles: Roles, batch: TokenBatch, budget: Budget, bar: Bar) -> Tens
 
 
 def heldout_row(
-    roles: Roles, examples: Sequence[Any], config: RewardConfig, budget: Budget, bar: Bar
+    roles: Roles, examples: Sequence[Any], config: RewardConfig, budget: TokenBudget, bar: Bar
 ) -> dict[str, float]:
     """Loss and metrics of all held-out examples together."""
     batch = collate(examples)
@@ -60,7 +60,7 @@ def normalize(roles: Roles, examples: Sequence[Any], config: RewardConfig) -> No
     """Fold the scores' mean and standard deviation over training rows into the head: they become 0 and 1."""
     some = examples[:: math.ceil(len(examples) / MOST_NORMALIZED)]  # spread over all: a file may be sorted
     with progress("normalize_scores", 1) as bar:
-        scores = scores_of(roles, collate(some).sequences, looking_budget(config), bar).double()
+        scores = scores_of(roles, collate(some).sequences, forward_budget(config), bar).double()
     mean, std = float(scores.mean()), float(scores.std(correction=0))
     if not std > 0:
         raise OnecardError(
@@ -72,12 +72,7 @@ def normalize(roles: Roles, examples: Sequence[Any], config: RewardConfig) -> No
 
 
 def make_recipe(config: RewardConfig) -> Recipe[Any, Any]:
-    """What a reward run is made of; its settings go together, or this stops."""
-    if config.normalize_scores and config.score_activation == "sigmoid":
-        raise OnecardError(
-            "normalize_scores: scores from a sigmoid lie in 0 to 1, and not around 0 with standard deviation 1; leave "
-            "it or --score_activation sigmoid out."
-        )
+    """What a reward run is made of."""
     return Recipe(
         command="reward",
         trained="reward",

@@ -130,8 +130,8 @@ def answer(model: Path, reward_model: Path, prompts: list[str], seed: int) -> An
     torch.manual_seed(seed)
     tokenized = prompt_examples(prompt_rows(prompts), tokenizer).examples
     texts = generate(policy, tokenizer, tokenized, Sampling(max_new_tokens=48), batch_size=64)
-    judge = load_player(ModelConfig(model=str(reward_model)), role="reward", head=True)
-    rewards = score(judge, tokenizer, prompts, texts, max_length=MAX_LENGTH, batch_size=64)
+    scorer = load_player(ModelConfig(model=str(reward_model)), role="reward", head=True)
+    rewards = score(scorer, tokenizer, prompts, texts, max_length=MAX_LENGTH, batch_size=64)
     return Answers(texts, rewards)
 
 
@@ -230,8 +230,8 @@ def run_stages(folder: Path, config: DemoConfig) -> Path:
         say(f"\n{stage}: {stage_config.dataset}")
         command(stage_config)
     prompts = ANSWERS_EACH * [json.loads(line)["prompt"] for line in corpus.prompts.read_text().splitlines()]
-    judge = folder / "reward" / "reward"
-    answers = {stage: answer(folder / stage / "policy", judge, prompts, config.seed) for stage in POLICIES}
+    scorer = folder / "reward" / "reward"
+    answers = {stage: answer(folder / stage / "policy", scorer, prompts, config.seed) for stage in POLICIES}
     samples = [
         Sample(
             prompt,

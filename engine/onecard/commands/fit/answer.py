@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from onecard.algorithms.ppo.settings import check_settings
+from onecard.algorithms.ppo.command import check_value_init
 from onecard.commands.fit.cards import GIB, Card, find_card, smallest
 from onecard.commands.fit.model import Planned, find_model
 from onecard.commands.fit.phases import Lengths, is_uncut, rows_of
 from onecard.commands.fit.plan import Plan, make_plan
 from onecard.commands.fit.search import Fitting, flags, largest_tokens, make_fit
 from onecard.config import FitConfig, PPOConfig, RewardConfig, TrainConfig
-from onecard.models.build import check_speaks, check_trained_weights
+from onecard.models.build import check_no_adapter, check_speaks
 from onecard.models.folders import weights_folder
 from onecard.models.load import find_source, reason
 from onecard.models.trunk import context_of
@@ -62,9 +62,10 @@ def answer(fit: FitConfig, config: TrainConfig) -> Answer:
     found = find_model(config.model)
     if not isinstance(config, RewardConfig) and weights_folder(Path(config.model)).is_dir():
         check_speaks(find_source(config.model))
-    check_trained_weights(config, adapter=found.adapter)
+    check_no_adapter(config, adapter=found.adapter)
+    config.validate()
     if isinstance(config, PPOConfig):
-        check_settings(config)
+        check_value_init(config)
     lengths = lengths_of(fit, config, found.config)
     plan_of = planner(found, lengths, torch.device(fit.device))
     plan = plan_of(config)

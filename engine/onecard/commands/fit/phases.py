@@ -18,7 +18,6 @@ from onecard.algorithms.dpo.variants import pick_variant
 from onecard.algorithms.ppo.experience import state_values
 from onecard.algorithms.ppo.losses import ppo_objective
 from onecard.algorithms.ppo.sampling import rollout_budget
-from onecard.algorithms.ppo.settings import episodes_per_step, minibatch_size
 from onecard.algorithms.reward.command import make_recipe as reward_recipe
 from onecard.algorithms.sft import make_recipe as sft_recipe
 from onecard.commands.fit.rollouts import sample_longest
@@ -36,10 +35,10 @@ from onecard.data.batches import (
     to_device,
 )
 from onecard.models.cache import cache_bytes
-from onecard.models.micro_batching import Cut, looking_budget
+from onecard.models.micro_batching import MicroBatchSize, forward_budget
 from onecard.models.roles import Roles
 from onecard.models.trunk import evaluating
-from onecard.rollout import Sampling, decodings, make_held
+from onecard.rollout import Sampling, decoding_modes, make_decode_batch
 from onecard.training.optim import clip_grad_norm, make_optimizer
 from onecard.training.trainer import Objective, accumulate
 
@@ -123,7 +122,7 @@ def work_of(config: TrainConfig, roles: Roles, lengths: Lengths) -> Work:
     """What an optimizer step of these settings is made of, all sequences as long as planned."""
     if isinstance(config, PPOConfig):
         learned = experience(lengths, values="value" in roles.adapters)
-        return Work(ppo_objective(roles, config), learned, minibatch_size(config))
+        return Work(ppo_objective(roles, config), learned, config.minibatch_size)
     count = config.per_device_train_batch_size * config.gradient_accumulation_steps
     return Work(recipe_of(config).objective(roles), example_of(config, lengths), count)
 
@@ -131,7 +130,7 @@ def work_of(config: TrainConfig, roles: Roles, lengths: Lengths) -> Work:
 def rows_of(config: TrainConfig, lengths: Lengths) -> tuple[int, int]:
     """Rows of the model that one example takes, and how many examples at most make up a pass."""
     if isinstance(config, PPOConfig):
-        return lengths.total, max(minibatch_size(config), episodes_per_step(config))
+        return lengths.total, max(config.minibatch_size, config.episodes_per_step)
     recipe = recipe_of(config)
     example = example_of(config, lengths)
     size = recipe.sharing.size if recipe.sharing and config.padding_free else len
@@ -208,15 +207,15 @@ class Rehearsal:
     def rollout(self, config: PPOConfig) -> None:
         """One pass over the prompts, and the passes at which the cache is largest: it grows, and the last one."""
         model = self.roles.causal_model()
-        sizes = [cache_bytes(model, self.lengths.total)] * episodes_per_step(config)
-        rows = len(next(replace(rollout_budget(config).cut, padded=True).places(sizes)))
+        sizes = [cache_bytes(model, self.lengths.total)] * config.episodes_per_step
+        rows = len(next(replace(rollout_budget(config).size, padded=True).split(sizes)))
         sampling = Sampling(config.response_length, config.temperature)
         waiting, making = len(sizes) - rows, partial(self.tracker.making, CACHE)
-        for decoding in decodings(model):
+        for decoding in decoding_modes(model):
             self.roles.decoding = decoding
             try:
-                with self.phase("rollout"), torch.no_grad(), evaluating(model), self.roles.playing("policy"):
-                    held = make_held(self.roles, rows, self.lengths.total - 1)
+                with self.phase("rollout"), torch.no_grad(), evaluating(model), self.roles.active("policy"):
+                    held = make_decode_batch(self.roles, rows, self.lengths.total - 1)
                     sample_longest(held, self.lengths.prompt, self.lengths.total, waiting, sampling, making)
                 break
             except (RuntimeError, TypeError, ValueError, AttributeError):  # a cache of another kind than this one's
@@ -226,9 +225,9 @@ class Rehearsal:
     def passes(self, config: PPOConfig) -> None:
         """Those without gradients, in PPO: the judges', the policy's and the reference's, the critic's."""
         roles = self.roles
-        cut = replace(looking_budget(config).cut, padded=roles.layout == "padded")
-        sequences = [self.lengths.sequence(1)] * episodes_per_step(config)
-        chosen = next(cut.places([len(sequence) for sequence in sequences]))
+        cut = replace(forward_budget(config).size, padded=roles.layout == "padded")
+        sequences = [self.lengths.sequence(1)] * config.episodes_per_step
+        chosen = next(cut.split([len(sequence) for sequence in sequences]))
 
         def logprobs(batch: TokenBatch) -> Tensor:
             return roles.logprobs(batch, batch.targets, config.temperature)
@@ -242,7 +241,7 @@ class Rehearsal:
         for role, read in reads.items():
             if role not in roles.adapters:
                 continue
-            with self.phase(f"{role} pass"), torch.no_grad(), roles.playing(role):
+            with self.phase(f"{role} pass"), torch.no_grad(), roles.active(role):
                 read(to_device(pack([sequences[place] for place in chosen]), META))
 
     def precompute(self, config: DPOConfig) -> None:
@@ -250,8 +249,8 @@ class Rehearsal:
         roles, variant = self.roles, pick_variant(config)
         assert variant.reference is not None
         example = replace(example_of(config, self.lengths), ref_logps=None)
-        cut = replace(looking_budget(config).cut, padded=roles.layout == "padded")
-        chosen = next(cut.places([len(example)] * max(config.per_device_eval_batch_size, 1)))
+        cut = replace(forward_budget(config).size, padded=roles.layout == "padded")
+        chosen = next(cut.split([len(example)] * max(config.per_device_eval_batch_size, 1)))
         record = recipe_of(config).collate([example] * len(chosen))
         with self.phase("reference pass"), torch.no_grad():
             variant.reference(roles, to_device(record, META))
@@ -261,9 +260,11 @@ class Rehearsal:
     def train(self) -> None:
         """The largest micro-batch of a step, with gradients from another one where a step has several."""
         config, work = self.config, work_of(self.config, self.roles, self.lengths)
-        cut = Cut(config.per_device_train_batch_size, config.micro_batch_tokens, padded=self.roles.layout == "padded")
+        cut = MicroBatchSize(
+            config.per_device_train_batch_size, config.micro_batch_tokens, padded=self.roles.layout == "padded"
+        )
         examples = [work.example] * work.examples
-        passes = list(cut.places([work.objective.size(example) for example in examples]))
+        passes = list(cut.split([work.objective.size(example) for example in examples]))
         if work.objective.uncut:
             passes = [list(range(len(examples)))]
         hooks = [
@@ -273,6 +274,6 @@ class Rehearsal:
         with self.phase("train"):
             if len(passes) > 1:
                 self.with_gradients()
-            accumulate(work.objective, [examples[place] for place in passes[0]], Cut(len(passes[0])), META)
+            accumulate(work.objective, [examples[place] for place in passes[0]], MicroBatchSize(len(passes[0])), META)
         for hook in hooks:
             hook.remove()

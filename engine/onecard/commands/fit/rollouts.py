@@ -10,31 +10,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.rollout import Held, Sampling, Uncached, draw
+from onecard.rollout import DecodeBatch, Sampling, UncachedBatch, sample_token
 
 Making = Callable[[], AbstractContextManager[None]]  # what is made inside is the cache's
 
 
-def sample_longest(held: Held, prompt: int, total: int, waiting: int, sampling: Sampling, making: Making) -> None:
+def sample_longest(
+    batch: DecodeBatch, prompt: int, total: int, waiting: int, sampling: Sampling, making: Making
+) -> None:
     """Every row from a prompt of so many tokens to the last one that can be drawn, `total` with the prompt.
 
     `waiting`: prompts that come in where others have ended.
     """
-    if isinstance(held, Uncached):  # a row is run whole for each token, and the last time it is longest
-        draw(held.admit([(0,) * (total - 1)], [0], [0]), sampling, [])
+    if isinstance(batch, UncachedBatch):  # a row is run whole for each token, and the last time it is longest
+        sample_token(batch.admit([(0,) * (total - 1)], [0], [0]), sampling, [])
         return
-    held.watch = partial(follow, making)
-    rows = list(range(held.size))
-    tokens, _ = draw(held.admit([(0,) * prompt] * held.size, rows, rows), sampling, [])
-    held.extend(tokens)
-    for stretch in (stretch_slots if held.refills else stretch_padded)(held, total - 1):
+    batch.watch = partial(follow, making)
+    rows = list(range(batch.size))
+    tokens, _ = sample_token(batch.admit([(0,) * prompt] * batch.size, rows, rows), sampling, [])
+    batch.extend(tokens)
+    for stretch in (stretch_slots if batch.refills else stretch_padded)(batch, total - 1):
         stretch(making)
-        draw(held.logits(), sampling, [])
-    if waiting and held.refills:  # beside a cache that is as large as it gets
-        held.owners[1:] = [None] * (held.size - 1)
-        if rows := held.room(waiting):
-            draw(held.admit([(0,) * prompt] * len(rows), rows, rows), sampling, [])
-    del held.cache.update  # it knows itself by it, and would not be let go of
+        sample_token(batch.logits(), sampling, [])
+    if waiting and batch.refills:  # beside a cache that is as large as it gets
+        batch.owners[1:] = [None] * (batch.size - 1)
+        if rows := batch.room(waiting):
+            sample_token(batch.admit([(0,) * prompt] * len(rows), rows, rows), sampling, [])
+    del batch.cache.update  # it knows itself by it, and would not be let go of
 
 
 def follow(making: Making, cache: Any) -> None:
@@ -57,36 +59,36 @@ def hold(layer: Any, columns: int, making: Making) -> None:
         layer.keys, layer.values = (torch.empty(shape, dtype=dtype, device="meta") for _ in range(2))
 
 
-def stretch_padded(held: Any, columns: int) -> list[Callable[[Making], None]]:
+def stretch_padded(batch: Any, columns: int) -> list[Callable[[Making], None]]:
     """The cache, mask and positions as they are when the last token is due."""
 
     def last(making: Making) -> None:
-        for layer in held.cache.layers:
+        for layer in batch.cache.layers:
             if not isinstance(getattr(layer, "keys", None), Tensor):
                 continue
             window = getattr(layer, "sliding_window", None)
             hold(layer, columns - 1 if window is None else min(columns - 1, window - 1), making)
             if hasattr(layer, "cumulative_length"):
                 layer.cumulative_length = columns - 1
-        held.mask = held.mask.new_ones(len(held.places), columns)
-        held.positions = held.positions[:, -1:] + 1
+        batch.mask = batch.mask.new_ones(len(batch.places), columns)
+        batch.positions = batch.positions[:, -1:] + 1
 
     return [last]
 
 
-def stretch_slots(held: Any, columns: int) -> list[Callable[[Making], None]]:
+def stretch_slots(batch: Any, columns: int) -> list[Callable[[Making], None]]:
     """The memory grows for the last time, and then its last column is read."""
     from onecard.rollout.cache_slots import GROWTH
 
     def grows(making: Making) -> None:
-        held.layout.capacity = (columns - 1) // GROWTH * GROWTH
-        for layer in held.cache.layers:
-            hold(layer, held.layout.capacity, making)
-        held.columns = [held.layout.capacity] * held.size
+        batch.layout.capacity = (columns - 1) // GROWTH * GROWTH
+        for layer in batch.cache.layers:
+            hold(layer, batch.layout.capacity, making)
+        batch.columns = [batch.layout.capacity] * batch.size
         with making():
-            held.grow(held.layout.capacity + 1)
+            batch.grow(batch.layout.capacity + 1)
 
     def last(making: Making) -> None:
-        held.columns = [columns - 1] * held.size
+        batch.columns = [columns - 1] * batch.size
 
-    return [last] if held.layout.capacity == columns else [grows, last]
+    return [last] if batch.layout.capacity == columns else [grows, last]

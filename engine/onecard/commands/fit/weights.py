@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from onecard.config import ModelConfig, PPOConfig, RewardConfig, TrainConfig
+from onecard.config import ModelConfig, PPOConfig, ReferenceConfig, RewardConfig, TrainConfig
 from onecard.data.batches import TokenSequence, pack, to_device
 from onecard.models.adapters import ADAPTER_SETTINGS, add_adapter, as_modules, read_settings
 from onecard.models.attention import use_own_attention
-from onecard.models.build import JUDGES, has_critic, head_shape, lora_config, scalar_head
+from onecard.models.build import SCORER_SETTINGS, head_shape, lora_config, scalar_head
 from onecard.models.folders import weights_folder
 from onecard.models.four_bit import check_packed, nf4_settings, read_directly, stack_parameters, unpack_in_passes
 from onecard.models.load import model_class, reason, without_dropout
-from onecard.models.memory_options import pull_levers
+from onecard.models.memory_options import apply_memory_options
 from onecard.models.roles import Roles
 from onecard.models.targets import Targets, find_targets
 from onecard.models.trunk import context_of, trunk_of
-from onecard.training.startup import SHORT, candidates
+from onecard.training.startup import SHORT, layout_candidates
 from onecard.utils.errors import OnecardError
 
 META = torch.device("meta")
@@ -159,16 +159,16 @@ class Cast:
 
 def cast_of(config: TrainConfig, *, reference: bool, own_reference: bool) -> Cast:
     """The roles of a command. `reference`: there is one; `own_reference`: an adapter, as the policy starts as one."""
-    own_reference |= bool(getattr(config, "ref_adapter", ""))
+    own_reference |= isinstance(config, ReferenceConfig) and bool(config.ref_adapter)
     more = {"reference": "reference" if own_reference else None} if reference else {}
     if isinstance(config, PPOConfig):
         adapters: dict[str, str | None] = {"policy": "policy", **more}
-        if has_critic(config):
+        if config.has_critic:
             adapters["value"] = "value" if config.critic == "adapter" else "policy"
-        judges = [role for role, setting in JUDGES.items() if getattr(config, setting)]
-        adapters |= {role: role for role in judges}
+        scorers = [role for role, setting in SCORER_SETTINGS.items() if getattr(config, setting)]
+        adapters |= {role: role for role in scorers}
         trained = tuple(role for role in ("policy", "value") if role in adapters)
-        return Cast(trained, adapters, tuple(role for role in ("value", *judges) if role in adapters))
+        return Cast(trained, adapters, tuple(role for role in ("value", *scorers) if role in adapters))
     role = "reward" if isinstance(config, RewardConfig) else "policy"
     if not config.use_peft:
         return Cast((role,), {role: None, **dict.fromkeys(more)}, (role,) if role == "reward" else ())
@@ -179,7 +179,7 @@ def cast_of(config: TrainConfig, *, reference: bool, own_reference: bool) -> Cas
 def settle_layout(roles: Roles) -> None:
     """The first layout that the model can be run in, as `startup.choose_layout` tries them where there are numbers."""
     context = context_of(trunk_of(roles.causal_model()).config) or SHORT
-    for own, layout in candidates(roles):
+    for own, layout in layout_candidates(roles):
         if not own:
             roles.use_plain_attention()
         length = context // 2 + 1 if layout == "restarted" else SHORT  # some masks end with the context
@@ -199,7 +199,7 @@ def plan_roles(base: Any, copy: Any, config: TrainConfig, cast: Cast) -> Roles:
     model = lora(base, config, {name: names[name] for name in reversed(names)}, goes_on)
     roles = Roles(model, cast.trained, dict(cast.adapters), "packed" if config.padding_free else "padded")
     settle_layout(roles)
-    pull_levers(roles, config)
+    apply_memory_options(roles, config)
     if copy is not None:
         roles.copies["reference"] = copy.requires_grad_(False)
     for role in cast.scalar:

@@ -10,10 +10,10 @@ from onecard.config import EvaluateConfig, ModelConfig, PPOConfig
 from onecard.data import Prompt
 from onecard.data.batches import Episode
 from onecard.models.classifier import is_classifier, load_classifier
-from onecard.models.micro_batching import Budget
+from onecard.models.micro_batching import TokenBudget
 from onecard.models.roles import Roles
 from onecard.rewards.adapter import AdapterReward
-from onecard.rewards.answers import Answers, Case, Measure
+from onecard.rewards.answers import Answers, ModelReward, RewardInput
 from onecard.rewards.builtin import ANSWER_COLUMNS, builtin_name, exact_answer, expected_of, load_builtin
 from onecard.rewards.classifier import ClassifierReward
 from onecard.rewards.expressions import Term, parse_terms
@@ -25,30 +25,30 @@ from onecard.utils.errors import OnecardError
 
 
 @dataclass(frozen=True)
-class Judge:
-    """The rewards of a run, each with its weight: functions, and `measures`, which may ask models."""
+class Scorer:
+    """The rewards of a run, each with its weight: functions, and `model_rewards`, which may ask models."""
 
     functions: Mapping[str, RewardFunction]
     weights: Mapping[str, float]
     missing_eos_penalty: float
-    batch_size: int | Budget
-    measures: Mapping[str, Measure] = field(default_factory=dict)
+    batch_size: int | TokenBudget
+    model_rewards: Mapping[str, ModelReward] = field(default_factory=dict)
     timeout: float = 0.0  # seconds after which a function that still runs is named
 
     def check_columns(self, prompts: Sequence[Prompt]) -> None:
         """Stop at the first row whose columns a built-in reward cannot use: it would end the run in the middle."""
         known = {name for prompt in prompts for name in prompt.columns}
-        if exact_answer in self.measures.values() and known.intersection(ANSWER_COLUMNS):
+        if exact_answer in self.model_rewards.values() and known.intersection(ANSWER_COLUMNS):
             for prompt in prompts:
                 expected_of(prompt.columns, prompt.text)
 
     def scores(self, roles: Roles, tokenizer: Any, prompts: Sequence[Prompt], episodes: Sequence[Episode]) -> Scores:
         """What each episode, which answers the prompt at its place, is worth; an unfinished one pays its penalty."""
         answers = make_answers(tokenizer, prompts, episodes)
-        case = Case(roles, tokenizer, prompts, episodes, answers, self.batch_size)
+        inputs = RewardInput(roles, tokenizer, prompts, episodes, answers, self.batch_size)
         parts = {
-            name: self.measures[name](case)
-            if name in self.measures
+            name: self.model_rewards[name](inputs)
+            if name in self.model_rewards
             else call_function(self.functions[name], answers, self.timeout)
             for name in self.weights
         }
@@ -58,7 +58,7 @@ class Judge:
 
 
 @dataclass(frozen=True)
-class Asked:
+class RewardSpec:
     """What a judge is to be made of. `what` (`reward` or `constraint`) begins the names of the settings that say so,
     and is the role of its adapter.
     """
@@ -85,12 +85,12 @@ class Asked:
         return f"{self.what}_model"
 
 
-def load_judge(config: PPOConfig | EvaluateConfig, budget: Budget | None = None) -> Judge:
+def load_scorer(config: PPOConfig | EvaluateConfig, budget: TokenBudget | None = None) -> Scorer:
     """The rewards that the settings name; functions are imported now, so that a wrong name stops at once.
 
     `budget` is what the run's passes without gradients are cut by, if the models are to be asked under it too.
     """
-    asked = Asked(
+    spec = RewardSpec(
         "reward",
         config.reward_model_path,
         config.reward_label,
@@ -99,61 +99,61 @@ def load_judge(config: PPOConfig | EvaluateConfig, budget: Budget | None = None)
         config.missing_eos_penalty,
         config.reward_timeout,
     )
-    judge = make_judge(asked, config, budget or config.per_device_eval_batch_size)
-    if judge is None:
+    scorer = make_scorer(spec, config, budget or config.per_device_eval_batch_size)
+    if scorer is None:
         raise OnecardError(
             "--reward_model_path or --reward_funcs is missing: give a reward model, or a function as module:function."
         )
-    return judge
+    return scorer
 
 
-def load_constraint(config: PPOConfig, budget: Budget | None = None) -> Judge | None:
+def load_constraint(config: PPOConfig, budget: TokenBudget | None = None) -> Scorer | None:
     """What gives answers their costs, which are all added up; None where no setting names anything."""
-    asked = Asked(
+    spec = RewardSpec(
         "constraint",
         config.constraint_model_path,
         config.constraint_label,
         config.constraint_funcs,
         timeout=config.reward_timeout,
     )
-    return make_judge(asked, config, budget or config.per_device_eval_batch_size)
+    return make_scorer(spec, config, budget or config.per_device_eval_batch_size)
 
 
-def make_judge(asked: Asked, config: ModelConfig, batch_size: int | Budget) -> Judge | None:
+def make_scorer(spec: RewardSpec, config: ModelConfig, batch_size: int | TokenBudget) -> Scorer | None:
     """A judge with everything loaded but the adapter, which plays a role of the run's own; None if it has no parts."""
-    terms = parse_terms(asked.functions, asked.functions_setting)
-    names = part_names([term.entry for term in terms], setting=asked.functions_setting, model=asked.part)
-    named = {asked.part: Term(asked.part)} if asked.model_path else {}
-    if asked.part in names and not named:
-        raise OnecardError(f"{asked.functions_setting}: '{asked.part}', but there is no {asked.path_setting}.")
+    terms = parse_terms(spec.functions, spec.functions_setting)
+    names = part_names([term.entry for term in terms], setting=spec.functions_setting, model=spec.part)
+    named = {spec.part: Term(spec.part)} if spec.model_path else {}
+    if spec.part in names and not named:
+        raise OnecardError(f"{spec.functions_setting}: '{spec.part}', but there is no {spec.path_setting}.")
     named |= dict(zip(names, terms, strict=True))
-    weights = weigh(asked, named)
-    entries = {name: term.entry for name, term in named.items() if name != asked.part}
+    weights = weigh(spec, named)
+    entries = {name: term.entry for name, term in named.items() if name != spec.part}
     functions = {
-        name: load_from(entry, asked.functions_setting)
-        for name, entry in entries.items()
-        if builtin_name(entry) is None
+        name: load_from(entry, spec.functions_setting) for name, entry in entries.items() if builtin_name(entry) is None
     }
-    measures = {
-        name: load_builtin(entry, asked.functions_setting) for name, entry in entries.items() if name not in functions
+    model_rewards = {
+        name: load_builtin(entry, spec.functions_setting) for name, entry in entries.items() if name not in functions
     }
-    model = load_model(asked, config)
-    measures |= {asked.part: model} if model else {}
+    model = load_model(spec, config)
+    model_rewards |= {spec.part: model} if model else {}
     return (
-        Judge(functions, weights, asked.missing_eos_penalty, batch_size, measures, asked.timeout) if weights else None
+        Scorer(functions, weights, spec.missing_eos_penalty, batch_size, model_rewards, spec.timeout)
+        if weights
+        else None
     )
 
 
-def weigh(asked: Asked, named: Mapping[str, Term]) -> dict[str, float]:
+def weigh(spec: RewardSpec, named: Mapping[str, Term]) -> dict[str, float]:
     """Each part's weight: as written with it, or from the setting for all of them, or 1."""
     written = next((term for term in named.values() if term.weight is not None), None)
-    if asked.weights and written is not None:
+    if spec.weights and written is not None:
         raise OnecardError(
-            f"{asked.what}_weights: given, and so is the weight of '{written.entry}' in {asked.functions_setting}; "
+            f"{spec.what}_weights: given, and so is the weight of '{written.entry}' in {spec.functions_setting}; "
             "expected one or the other."
         )
-    if asked.weights:
-        return reward_weights(list(named), asked.weights)
+    if spec.weights:
+        return reward_weights(list(named), spec.weights)
     return {name: 1.0 if term.weight is None else term.weight for name, term in named.items()}
 
 
@@ -165,15 +165,15 @@ def load_from(address: str, setting: str) -> RewardFunction:
         raise OnecardError(f"{setting}: {str(error).removeprefix('reward_funcs: ')}") from error
 
 
-def load_model(asked: Asked, config: ModelConfig) -> Measure | None:
+def load_model(spec: RewardSpec, config: ModelConfig) -> ModelReward | None:
     """The model's part: a classifier, or an adapter's role, whose weights are loaded with the run's other roles."""
-    path, setting = asked.model_path, asked.path_setting
+    path, setting = spec.model_path, spec.path_setting
     if path and is_classifier(path, setting, trust_remote_code=config.trust_remote_code):
-        return ClassifierReward(load_classifier(path, setting, asked.label, f"{asked.what}_label", config), setting)
-    if asked.label:
+        return ClassifierReward(load_classifier(path, setting, spec.label, f"{spec.what}_label", config), setting)
+    if spec.label:
         what = f"{path} is none" if path else f"there is no {setting}"
-        raise OnecardError(f"{asked.what}_label: '{asked.label}' is a classifier's label, but {what}.")
-    return AdapterReward(asked.what) if path else None
+        raise OnecardError(f"{spec.what}_label: '{spec.label}' is a classifier's label, but {what}.")
+    return AdapterReward(spec.what) if path else None
 
 
 def response_text(tokenizer: Any, episode: Episode) -> str:

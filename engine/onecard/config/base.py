@@ -1,0 +1,213 @@
+"""Settings that several commands share. Names are those of TRL and transformers.
+
+A field becomes a command line flag and a YAML key of the same name; the command line wins over the file, the file over
+the default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from onecard.utils.errors import OnecardError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+AdapterDtype = Literal["float32", "bfloat16"]
+Optim = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"]
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+Truncation = Literal["keep_start", "keep_end", "error"]
+
+
+def option(default: Any, help: str, least: float | None = None) -> Any:
+    """A field with its help text and the least value it takes; a list default is copied for each instance."""
+    metadata = {"help": help, "least": least}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def raise_first(complaints: Mapping[str, bool]) -> None:
+    """Raise the first complaint that holds."""
+    for complaint, holds in complaints.items():
+        if holds:
+            raise OnecardError(complaint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which weights, and how they are held in memory."""
+
+    model: str = option("", "Hugging Face model: a hub name, a folder, or an adapter folder that onecard wrote.")
+    dtype: Dtype = option(
+        "auto",
+        "Weights' type. auto: float32 on CPU and where all weights are trained, else bfloat16 (float16 without it).",
+    )
+    load_in_4bit: bool = option(
+        False, "Hold the base in NF4 with double quantization (head and embeddings stay 16-bit)."
+    )
+    attn_implementation: str = option(
+        "auto", "sdpa, eager or flash_attention_2. auto: flash-attn on a GPU where it is installed, else sdpa."
+    )
+    trust_remote_code: bool = option(False, "Run code that comes with the model. Only for sources you trust.")
+
+    def validate(self) -> None:
+        """Raise `OnecardError` if settings are out of range or contradict each other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(ModelConfig):
+    """What all training commands share. A step is an optimizer step; in PPO, an iteration."""
+
+    INPUTS: ClassVar[tuple[str, ...]] = ("model", "dataset", "eval_dataset")
+
+    dataset: str = option("", "Training rows: a .jsonl, .json, .csv or .parquet file, a folder, or a hub dataset name.")
+    dataset_train_split: str = option("train", "Split of a folder or hub dataset to train on.")
+    eval_dataset: str = option("", "Held-out rows. Empty: test_size of the training rows are held out.")
+    dataset_test_split: str = option("test", "Split to use when eval_dataset is a folder or a hub dataset.")
+    test_size: float = option(
+        0.05, "Rows to hold out when there is no eval_dataset: a share below 1, or a count; 0: none.", least=0
+    )
+    skip_bad_rows: bool = option(False, "Count and list bad rows and go on, instead of stopping at the first.")
+    max_length: int = option(1024, "Longest sequence in tokens, prompt and response together.", least=2)
+    truncation_mode: Truncation = option(
+        "keep_start", "What is cut beyond max_length: keep_start the response's end, keep_end the prompt's beginning; "
+        "error: nothing, such a row is bad.",
+    )  # fmt: skip
+    padding_free: bool = option(True, "Pack sequences end to end. Off: pad to the longest of the micro-batch.")
+
+    output_dir: str = option("", "Run folder. Empty: runs/<command>.")
+    resume: bool = option(
+        False, "Go on from the newest whole checkpoint in output_dir; from the start if there is none."
+    )
+    overwrite: bool = option(False, "Replace a run that output_dir already holds.")
+    dry_run: bool = option(
+        False,
+        "Show the settings, each role's parameters and the first example with its mask; train nothing.",
+    )
+    seed: int = option(42, "Seed of the data order and of every new weight.")
+
+    use_peft: bool = option(True, "Train a LoRA adapter. Off: train all weights (no 4-bit).")
+    lora_r: int = option(16, "Rank of the adapter.", least=1)
+    lora_alpha: int = option(32, "Scale of the adapter: its output is multiplied by lora_alpha / lora_r.", least=1)
+    adapter_dtype: AdapterDtype = option(
+        "float32", "Adapters' type. bfloat16: faster, with smaller activations; the optimizer keeps float32 copies."
+    )
+    lora_target_modules: list[str] = option(
+        ["all-linear"], "Layers that get an adapter; all-linear: all but the head and a mixture's experts."
+    )
+
+    optim: Optim = option("adamw_torch", "Optimizer: adamw_torch, or bitsandbytes' 8-bit AdamW, plain or paged.")
+    learning_rate: float = option(1e-4, "Peak learning rate.", least=0)
+    lr_scheduler_type: Scheduler = option("linear", "How the learning rate falls after the warm-up.")
+    warmup_steps: float = option(0.0, "Steps of linear warm-up; below 1: that share of all steps.", least=0)
+    weight_decay: float = option(0.0, "Decoupled weight decay.", least=0)
+    adam_beta1: float = option(0.9, "Decay of the first moment.", least=0)
+    adam_beta2: float = option(0.999, "Decay of the second moment.", least=0)
+    adam_epsilon: float = option(1e-8, "Term in the denominator of Adam.", least=0)
+    max_grad_norm: float = option(1.0, "Gradient norm is clipped to this; 0: not clipped.", least=0)
+    num_train_epochs: float = option(1.0, "Passes over the training rows.", least=0)
+    max_steps: int = option(-1, "Steps; overrides num_train_epochs when above 0.")
+    per_device_train_batch_size: int = option(
+        8, "Sequences (pairs for reward and dpo) in one micro-batch; with micro_batch_tokens, only in a step's count.",
+        least=1,
+    )  # fmt: skip
+    gradient_accumulation_steps: int = option(1, "Micro-batches in one optimizer step.", least=1)
+    per_device_eval_batch_size: int = option(16, "Sequences (pairs) in one evaluation micro-batch.", least=1)
+    micro_batch_tokens: int = option(
+        0, "Tokens in one pass over the model: how a step's sequences are cut for memory, with the same result "
+        "(but for kto, whose KL is each micro-batch's own). 0: per_device_train_batch_size sequences.", least=0,
+    )  # fmt: skip
+    head_chunk_tokens: int = option(
+        0, "Tokens whose logits are held at a time; fewer take less memory and more time. 0: what suits the device.",
+        least=0,
+    )  # fmt: skip
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass: less memory, a third slower."
+    )
+    activation_offloading: bool = option(
+        False, "Hold what the backward pass needs in host memory, copied while the GPU computes."
+    )
+
+    logging_steps: int = option(1, "Steps between rows of metrics.jsonl.", least=1)
+    eval_steps: int = option(
+        0, "Steps between evaluations on held-out rows; 0: only before and after training.", least=0
+    )
+    save_steps: int = option(100, "Steps between checkpoints; 0: only after the last step.", least=0)
+    save_total_limit: int = option(2, "Checkpoints to keep, newest first.", least=1)
+
+    def validate(self) -> None:
+        super().validate()
+        betas = {name: getattr(self, name) for name in ("adam_beta1", "adam_beta2")}
+        raise_first(
+            {f"{name}: {beta}, expected a number from 0 to below 1.": beta >= 1 for name, beta in betas.items()}
+        )
+        if self.use_peft:
+            return
+        raise_first({
+            "use_peft: all weights cannot be trained on a 4-bit base; leave --no_use_peft out.": self.load_in_4bit,
+            "dtype: all weights cannot be trained in float16, where small updates vanish; use float32.": (
+                self.dtype == "float16"
+            ),
+            f"adapter_dtype: {self.adapter_dtype}, but with --no_use_peft there are no adapters.": (
+                self.adapter_dtype != "float32"
+            ),
+        })  # fmt: skip
+
+    def input_paths(self) -> dict[str, str]:
+        """Setting -> the folder or file that the run reads, where one is given."""
+        return {name: value for name in self.INPUTS if (value := getattr(self, name))}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyTrainConfig(TrainConfig):
+    """What is shared by supervised commands that train a policy: its samples at each evaluation."""
+
+    eval_samples: int = option(
+        4, "Held-out prompts that are answered at each evaluation, for samples.jsonl and the report; 0: none.", least=0
+    )
+    eval_sample_length: int = option(64, "Longest of those answers, in tokens.", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The reference model, in commands that may have one."""
+
+    ref_adapter: str = option("", "Adapter folder that is the reference. Empty: the policy as it starts.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringConfig:
+    """What scores responses, in training and in evaluation."""
+
+    reward_model_path: str = option(
+        "", "Reward adapter that `onecard reward` trained on the same base, or any Hugging Face sequence classifier."
+    )
+    reward_label: str = option("", "Which label of a classifier with several is the reward, by name or number.")
+    reward_funcs: list[str] = option(
+        [], "fluency, relevance, diversity, length, exact_answer, regex:PATTERN, or a Python function: module:function "
+        "or file.py:function. May be given several times, or as one line: '0.5*fluency + 2*judge.py:polite'.",
+    )  # fmt: skip
+    reward_weights: list[float] = option(
+        [], "A weight for each reward, the reward model first, then reward_funcs in order; empty: those in "
+        "reward_funcs, or 1 each.",
+    )  # fmt: skip
+    missing_eos_penalty: float = option(0.0, "Taken from the score of a response that does not end by itself.", least=0)
+    reward_timeout: float = option(
+        60.0, "Seconds after which a reward function that still runs is named; it is not stopped. 0: never.", least=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(ModelConfig):
+    """How responses are sampled by `generate` and `chat`."""
+
+    max_new_tokens: int = option(128, "Longest response in tokens.", least=1)
+    temperature: float = option(1.0, "Divides the logits; 0: the likeliest token each time.", least=0)
+    top_p: float = option(1.0, "Sample from the smallest set of tokens with this much probability.", least=0)
+    top_k: int = option(0, "Sample from this many likeliest tokens; 0: all.", least=0)
+    seed: int = option(42, "Seed of the sampling.")
+
+    def validate(self) -> None:
+        super().validate()
+        raise_first({f"top_p: {self.top_p:g}, expected 0 to 1.": self.top_p > 1})

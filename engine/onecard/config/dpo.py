@@ -1,0 +1,119 @@
+"""Settings of `onecard dpo`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from onecard.config.base import PolicyTrainConfig, ReferenceConfig, TrainConfig, option, raise_first
+from onecard.utils.errors import OnecardError, nearest
+
+# Losses that cannot be summed with others -> the kernel's keywords, each with the setting that it comes from
+ALONE: dict[str, dict[str, str]] = {
+    "simpo": {"beta": "beta", "label_smoothing": "label_smoothing", "gamma": "simpo_gamma"},
+    "orpo": {"beta": "beta"},
+    "cpo": {"beta": "beta", "label_smoothing": "label_smoothing", "cpo_alpha": "cpo_alpha"},
+    "kto": {name: name for name in ("beta", "desirable_weight", "undesirable_weight")},
+    "apo_zero_unpaired": {name: name for name in ("beta", "desirable_weight", "undesirable_weight")},
+}
+LABELLED = ("kto", "apo_zero_unpaired")  # of labelled answers; all others are of pairs
+REFERENCE = ("ref_adapter", "precompute_ref_log_probs")
+# The same of the losses of pairs that can be summed
+SUMMED = {
+    name: name
+    for name in (
+        "beta", "loss_type", "loss_weights", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef",
+        "discopop_tau",
+    )
+}  # fmt: skip
+Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(ReferenceConfig, PolicyTrainConfig):
+    """Direct preference optimization from `prompt`, `chosen`, `rejected` rows; kto: `prompt`, `completion`, `label`."""
+
+    INPUTS: ClassVar[tuple[str, ...]] = (*TrainConfig.INPUTS, "ref_adapter")
+
+    learning_rate: float = option(5e-5, "Peak learning rate.", least=0)
+    beta: float = option(0.1, "Strength of the pull towards the reference; larger stays closer.", least=0)
+    loss_type: list[str] = option(
+        ["sigmoid"], "sigmoid, ipo, hinge, discopop, robust, exo_pair, nca_pair, bco_pair, sppo_hard, aot, "
+        "aot_unpaired, apo_zero, apo_down, sigmoid_norm or sft; several are added up with loss_weights. Without a "
+        "reference: simpo, orpo, cpo. From labelled answers: kto, apo_zero_unpaired. These five stand alone.",
+    )  # fmt: skip
+    loss_weights: list[float] = option([], "One weight for each loss_type; empty: 1 each.")
+    label_smoothing: float = option(
+        0.0, "Probability that a label is flipped, 0 to 0.5; used by sigmoid (cDPO), sigmoid_norm, aot, aot_unpaired, "
+        "simpo, cpo, robust (below 0.5) and exo_pair (above 0).", least=0,
+    )  # fmt: skip
+    f_divergence_type: Divergence = option("reverse_kl", "Divergence to the reference.")
+    f_alpha_divergence_coef: float = option(0.5, "alpha of alpha_divergence.")
+    discopop_tau: float = option(0.05, "Temperature of discopop.")
+    use_weighting: bool = option(False, "Weight each pair by how likely its answers are under the policy (WPO).")
+    simpo_gamma: float = option(0.5, "Target margin of simpo.")
+    cpo_alpha: float = option(1.0, "Weight of the likelihood of the chosen answer in cpo.", least=0)
+    desirable_weight: float = option(1.0, "Weight of the desirable answers in kto and apo_zero_unpaired.", least=0)
+    undesirable_weight: float = option(1.0, "Weight of the undesirable answers in kto and apo_zero_unpaired.", least=0)
+    share_prompts: bool = option(True, "Run a prompt once for all its answers: same to rounding. Needs padding_free.")
+    precompute_ref_log_probs: bool = option(
+        False, "Compute the reference's log-probs once, before training, and keep them on disk for other runs."
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        check_names(self.loss_type)
+        first, unset = self.loss_type[0], DPOConfig()
+        for name in sorted(OPTIONAL - settings_of(first)):
+            value = getattr(self, name)
+            if value != getattr(unset, name):
+                raise OnecardError(f"{name}: {value!r} came, but loss_type {first} does not take this setting.")
+        check_whole_batch(self)
+
+
+def settings_of(loss_type: str) -> set[str]:
+    """The optional settings that a loss takes."""
+    taken = {*ALONE.get(loss_type, SUMMED).values()} - {"loss_type"}
+    if loss_type not in ALONE:
+        taken |= {"use_weighting"}
+    return taken | {*REFERENCE} if loss_type in LABELLED or loss_type not in ALONE else taken
+
+
+# Settings that some losses take and others do not
+OPTIONAL = set.union(*map(settings_of, (*ALONE, "sigmoid")))
+
+
+def check_names(names: list[str]) -> None:
+    """Refuse unknown losses, and sums with a loss that cannot be summed."""
+    from onecard_kernels.dpo.losses import LOSSES
+
+    known = (*LOSSES, *ALONE)
+    if not names:
+        raise OnecardError("loss_type: empty, expected a loss such as sigmoid.")
+    for name in names:
+        if name not in known:
+            hint = nearest(name, known) or f" Expected one of {', '.join(known)}."
+            raise OnecardError(f"loss_type: no loss is called '{name}'.{hint}")
+    alone = [name for name in names if name in ALONE]
+    if alone and len(names) > 1:
+        raise OnecardError(f"loss_type: {alone[0]} stands alone, and came with {len(names) - 1} more: {names}.")
+
+
+def check_whole_batch(config: DPOConfig) -> None:
+    """Refuse to split a batch for a loss that sorts the whole of it."""
+    from onecard_kernels.dpo import WHOLE_BATCH
+
+    sorting = sorted(WHOLE_BATCH.intersection(config.loss_type))
+    if not sorting:
+        return
+    raise_first({
+        f"gradient_accumulation_steps is {config.gradient_accumulation_steps}, expected 1 with loss_type {sorting[0]}, "
+        "which sorts the whole batch; raise per_device_train_batch_size instead": (
+            config.gradient_accumulation_steps > 1
+        ),
+        f"micro_batch_tokens is {config.micro_batch_tokens}, expected 0 with loss_type {sorting[0]}, which sorts the "
+        "whole batch": config.micro_batch_tokens > 0,
+        f"use_weighting: loss_type {sorting[0]} sorts the whole batch, so no weight belongs to one of its terms.": (
+            config.use_weighting
+        ),
+    })  # fmt: skip

@@ -1,0 +1,14 @@
+"""Settings of `onecard merge`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from onecard.config.base import ModelConfig, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(ModelConfig):
+    """An adapter and its base as one plain Hugging Face model."""
+
+    output_dir: str = option("", "Folder of the merged model; it must not exist, or be empty.")

@@ -1,0 +1,229 @@
+"""Settings of `onecard ppo`, and the sizes that follow from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from onecard.config.base import ReferenceConfig, ScoringConfig, TrainConfig, option, raise_first
+from onecard.utils.errors import OnecardError
+
+KLEstimator = Literal["k1", "k2", "k3"]
+ValueInit = Literal["reward", "zero"]
+Critic = Literal["adapter", "shared"]
+Estimator = Literal["gae", "reinforce", "rloo", "grpo", "a2c"]
+ConstraintMode = Literal["skip", "lagrangian"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(ReferenceConfig, ScoringConfig, TrainConfig):
+    """Proximal policy optimization from `prompt` rows: the policy answers, rewards judge, the policy learns.
+
+    A step is one iteration: batch_size responses are sampled and scored, then learned from num_ppo_epochs times.
+    """
+
+    INPUTS: ClassVar[tuple[str, ...]] = (
+        *TrainConfig.INPUTS, "reward_model_path", "ref_adapter", "constraint_model_path",
+    )  # fmt: skip
+
+    normalize_reward: bool = option(
+        False, "Shift and scale scores so that the starting policy's answers have mean 0 and standard deviation 1."
+    )
+    constraint_model_path: str = option("", "Cost of each answer: what reward_model_path may be.")
+    constraint_label: str = option("", "Which label of that is the cost, if it is a classifier with several.")
+    constraint_funcs: list[str] = option([], "Cost of each answer: as reward_funcs; all costs are added up.")
+    constraint_threshold: float = option(0.0, "An answer that costs more violates the constraint.")
+    constraint_mode: ConstraintMode = option(
+        "skip", "skip: an answer that violates the constraint gives no gradient. lagrangian: its cost is taken from "
+        "the score, times a multiplier that is learned so that the mean cost comes to the threshold.",
+    )  # fmt: skip
+    constraint_lambda: float = option(1.0, "The multiplier at the start of lagrangian.", least=0)
+    constraint_lambda_lr: float = option(0.1, "How fast the multiplier follows the mean cost.", least=0)
+
+    total_episodes: int = option(
+        0, "Responses to sample in all; 0: num_train_epochs over the prompts. max_steps overrides both.", least=0
+    )
+    batch_size: int = option(
+        0, "Responses in one iteration; 0: num_mini_batches minibatches of per_device_train_batch_size "
+        "* gradient_accumulation_steps.", least=0,
+    )  # fmt: skip
+    num_mini_batches: int = option(
+        4, "Minibatches, each an optimizer step, in an iteration; not used where batch_size is given.", least=1
+    )
+    num_ppo_epochs: int = option(4, "Passes over an iteration's responses.", least=1)
+    num_generations: int = option(1, "Responses to each prompt; batch_size counts all of them.", least=1)
+    response_length: int = option(64, "Longest response in tokens.", least=1)
+    stop_token: list[str] = option([], "Text that ends a response, besides its end tokens; may be given several times.")
+    temperature: float = option(1.0, "Divides the logits wherever the policy or the reference is asked.", least=0)
+    per_device_eval_batch_size: int = option(
+        16, "Sequences in one pass without gradients: old and reference log-probs, values, scores.", least=1
+    )
+    local_rollout_forward_batch_size: int = option(64, "Prompts sampled together, at most.", least=1)
+    rollout_cache_gib: float = option(
+        0.0, "Memory for the keys and values of prompts that are sampled together, in GiB; 0: no limit.", least=0
+    )
+
+    kl_coef: float = option(0.05, "Weight of the KL to the reference in each token's reward.", least=0)
+    kl_estimator: KLEstimator = option("k1", "Estimate of that KL from the sampled token.")
+    adap_kl_ctrl: bool = option(False, "Adapt kl_coef, so that objective/kl comes to adap_kl_target.")
+    adap_kl_target: float = option(6.0, "The KL per response, in nats, that adap_kl_ctrl aims at.", least=0)
+    adap_kl_horizon: int = option(10000, "Episodes over which adap_kl_ctrl adapts; smaller is faster.", least=1)
+    target_kl: float = option(
+        0.0, "End an iteration's passes when a minibatch's policy/approxkl exceeds this; 0: never.", least=0
+    )
+
+    advantage_estimator: Estimator = option(
+        "gae", "gae and a2c use a critic; reinforce, rloo and grpo do not. rloo and grpo compare num_generations "
+        "answers to a prompt. reinforce and a2c pass over an iteration's answers once and do not clip.",
+    )  # fmt: skip
+    critic: Critic = option("adapter", "adapter: the critic has weights of its own; shared: a head on the policy.")
+    bootstrap_truncated: bool = option(
+        False, "The return of an answer that was cut goes on with the critic's value instead of ending."
+    )
+    gamma: float = option(1.0, "Discount of later rewards, per token.", least=0)
+    lam: float = option(0.95, "lambda of GAE: 1 is Monte-Carlo, 0 is one step ahead.", least=0)
+    whiten_rewards: bool = option(
+        False, "Scale the rewards of an iteration to standard deviation 1, keeping their mean."
+    )
+    cliprange: float = option(0.2, "The policy's ratio is clipped to 1 - cliprange .. 1 + cliprange.", least=0)
+    cliprange_high: float = option(0.0, "Upper range where it differs from cliprange (DAPO's clip-higher).", least=0)
+    dual_clip: float = option(0.0, "Bounds the loss of tokens with a negative advantage; above 1, 0: off.", least=0)
+    cliprange_value: float = option(0.2, "Values move at most this far from the old ones; 0: not clipped.", least=0)
+    vf_coef: float = option(0.1, "Weight of the value loss.", least=0)
+    entropy_coef: float = option(0.0, "Weight of the entropy bonus.", least=0)
+    value_init: ValueInit = option("reward", "Critic starts as the reward model (where there is one), or at zero.")
+
+    @property
+    def minibatch_size(self) -> int:
+        """Responses in one optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def episodes_per_step(self) -> int:
+        """Responses in one iteration."""
+        return self.batch_size or self.minibatch_size * self.num_mini_batches
+
+    def total_steps(self, num_prompts: int) -> int:
+        """Iterations in all."""
+        if self.max_steps > 0:
+            return self.max_steps
+        episodes = self.total_episodes or self.num_train_epochs * num_prompts * self.num_generations
+        steps = math.ceil(episodes / self.episodes_per_step)
+        if steps == 0:
+            raise OnecardError("num_train_epochs: 0 epochs are 0 steps; expected more than 0.")
+        return steps
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the advantage estimator needs a value function."""
+        return self.advantage_estimator in ("gae", "a2c")
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether the advantage estimator compares several responses to a prompt."""
+        return self.advantage_estimator in ("rloo", "grpo")
+
+    @property
+    def is_single_pass(self) -> bool:
+        """Whether the advantage estimator passes over an iteration's responses once and does not clip."""
+        return self.advantage_estimator in ("reinforce", "a2c")
+
+    @property
+    def has_constraint(self) -> bool:
+        """Whether responses get costs."""
+        return bool(self.constraint_model_path or self.constraint_funcs)
+
+    def validate(self) -> None:
+        raise_first({
+            "use_peft: PPO holds its roles as adapters on one base; leave --no_use_peft out.": not self.use_peft,
+        })  # fmt: skip
+        super().validate()
+        for complaints in (batch_sizes(self), ranges(self), estimator_needs(self), unused_settings(self)):
+            raise_first(complaints)
+
+
+def batch_sizes(config: PPOConfig) -> dict[str, bool]:
+    """Sizes that do not divide."""
+    batch, minibatch, per_prompt = config.episodes_per_step, config.minibatch_size, config.num_generations
+    made_of = f"per_device_train_batch_size * gradient_accumulation_steps = {minibatch}"
+    return {
+        f"batch_size: {batch} is smaller than a minibatch of {made_of}; expected a multiple of it.": minibatch > batch,
+        f"batch_size: {batch} is no multiple of a minibatch of {made_of}.": batch % minibatch != 0,
+        f"num_generations: {per_prompt} does not divide the {batch} responses of an iteration.": batch % per_prompt
+        != 0,
+    }
+
+
+def ranges(config: PPOConfig) -> dict[str, bool]:
+    """Values out of range."""
+    batch, adapts = config.episodes_per_step, config.adap_kl_ctrl
+    return {
+        f"temperature: {config.temperature:g}, expected above 0: PPO learns from answers that are drawn.": (
+            config.temperature <= 0
+        ),
+        f"dual_clip: {config.dual_clip:g}, expected above 1, or 0 for none.": 0 < config.dual_clip <= 1,
+        f"cliprange: {config.cliprange:g}, expected above 0 and below 1.": not 0 < config.cliprange < 1,
+        f"gamma: {config.gamma:g}, expected 0 to 1.": config.gamma > 1,
+        f"lam: {config.lam:g}, expected 0 to 1.": config.lam > 1,
+        f"adap_kl_target: {config.adap_kl_target:g}, expected above 0.": adapts and config.adap_kl_target <= 0,
+        f"adap_kl_horizon: {config.adap_kl_horizon}, expected at least the {batch} responses of an iteration.": (
+            adapts and config.adap_kl_horizon < batch
+        ),
+        f"kl_coef: {config.kl_coef:g}, expected above 0 with adap_kl_ctrl, which multiplies it.": (
+            adapts and config.kl_coef <= 0
+        ),
+    }
+
+
+def estimator_needs(config: PPOConfig) -> dict[str, bool]:
+    """Settings that contradict the advantage estimator."""
+    groups, single, critic = config.has_groups, config.is_single_pass, config.has_critic
+    given = f"with advantage_estimator {config.advantage_estimator}"
+    return {
+        f"num_generations: {config.num_generations}, expected at least 2 {given}, which compares them.": (
+            groups and config.num_generations < 2
+        ),
+        f"gamma: {config.gamma:g}, expected 1 {given}, which judges whole answers.": groups and config.gamma != 1,
+        f"whiten_rewards: expected off {given}: whitened rewards add up to more in a longer answer.": (
+            groups and config.whiten_rewards
+        ),
+        f"dual_clip: {config.dual_clip:g}, expected 0 {given}, which does not clip.": single and config.dual_clip > 0,
+        f"bootstrap_truncated: expected off {given}, which has no critic to go on with.": (
+            config.bootstrap_truncated and not critic
+        ),
+        f"critic: shared, expected adapter (the default) {given}, which has no critic.": (
+            config.critic == "shared" and not critic
+        ),
+    }
+
+
+def unused_settings(config: PPOConfig) -> dict[str, bool]:
+    """Settings that were given and have no effect. (`rewards.scorer` checks constraint_label.)"""
+    name, critic, unset = config.advantage_estimator, config.has_critic, PPOConfig()
+    clips, given = not config.is_single_pass, f"with advantage_estimator {name}"
+    table = (  # whether they are used, where they are not, which settings
+        (
+            config.has_constraint,
+            "where there is neither a constraint_model_path nor constraint_funcs",
+            ("constraint_mode", "constraint_threshold", "constraint_lambda", "constraint_lambda_lr"),
+        ),
+        (
+            config.constraint_mode == "lagrangian",
+            f"with constraint_mode {config.constraint_mode}",
+            ("constraint_lambda", "constraint_lambda_lr"),
+        ),
+        (config.adap_kl_ctrl, "without adap_kl_ctrl", ("adap_kl_target", "adap_kl_horizon")),
+        (clips, given, ("cliprange", "cliprange_high")),
+        (clips and critic, given, ("cliprange_value",)),
+        (critic, given, ("vf_coef", "value_init")),
+        (name == "gae", given, ("lam",)),
+        (config.critic == "adapter", f"with critic {config.critic}", ("value_init",)),
+    )
+    return {
+        f"{setting}: {getattr(config, setting)} is not used {where}; leave it out.": (
+            not used and getattr(config, setting) != getattr(unset, setting)
+        )
+        for used, where, settings in table
+        for setting in settings
+    }

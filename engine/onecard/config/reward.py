@@ -1,0 +1,35 @@
+"""Settings of `onecard reward`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from onecard.config.base import TrainConfig, option, raise_first
+
+Activation = Literal["none", "sigmoid"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(TrainConfig):
+    """A reward adapter with a scalar head, from pairs (`chosen`, `rejected`, maybe `margin`), scores (`completion`,
+    `score`) or rankings (`completions`, the best first), each with `prompt`.
+    """
+
+    center_rewards_coefficient: float = option(
+        0.0, "Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0; pairs and rankings.", least=0
+    )
+    share_prompts: bool = option(True, "Run a prompt once for all its answers: same to rounding. Needs padding_free.")
+    score_activation: Activation = option(
+        "none", "sigmoid: scores are fitted by the sigmoid of the head, for scores from 0 to 1."
+    )
+    normalize_scores: bool = option(
+        False, "Shift and scale the trained head so that training rows' scores have mean 0 and standard deviation 1."
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        raise_first({
+            "normalize_scores: scores from a sigmoid lie in 0 to 1, and not around 0 with standard deviation 1; leave "
+            "it or --score_activation sigmoid out.": self.normalize_scores and self.score_activation == "sigmoid",
+        })  # fmt: skip

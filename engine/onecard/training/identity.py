@@ -1,0 +1,140 @@
+"""What a run is beyond its settings: the command, and digests of the data, weights and functions that it reads.
+
+A resumed run must have the same identity, or its two halves would be different experiments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from onecard.config import PPOConfig, ReferenceConfig, TrainConfig
+from onecard.data import Prompt
+from onecard.data.example_arrays import contents
+from onecard.models.build import reward_adapter
+from onecard.models.load import find_source
+from onecard.models.roles import ADAPTER_WEIGHTS, HEAD_WEIGHTS
+from onecard.rewards.builtin import builtin_name
+from onecard.rewards.expressions import parse_terms
+from onecard.rewards.functions import import_place
+from onecard.utils.files import digest
+
+BLOCK = 1 << 12
+
+
+def examples_digest(examples: Iterable[object]) -> str:
+    """SHA-256 of tokenized examples: changes with the data, their order, and the tokenizer."""
+    state = hashlib.sha256()
+    for texts, numbers in contents(examples):
+        state.update(array("q", [len(texts)]).tobytes() + array("d", numbers).tobytes())
+        for tokens, mask in texts:
+            state.update(array("q", [len(tokens)]).tobytes() + np.asarray(tokens, np.int64).tobytes() + bytes(mask))
+    return state.hexdigest()
+
+
+def sampled_digest(path: Path) -> str:
+    """Of a safetensors file its header, and the beginning, middle and end of each tensor.
+
+    Whatever changes weights changes whole tensors, and all of a large base takes minutes to read.
+    """
+    state = hashlib.sha256()
+    with open(path, "rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        state.update(header)
+        first = file.tell()
+        for name, tensor in json.loads(header).items():
+            if name == "__metadata__":
+                continue
+            start, end = tensor["data_offsets"]
+            for place in (start, (start + end - BLOCK) // 2, end - BLOCK):
+                file.seek(first + max(start, place))
+                state.update(file.read(min(BLOCK, end - start)))
+    return state.hexdigest()
+
+
+def weights_digest(model: str) -> str:
+    """Changes when the weights or the config in a folder do; empty for hub names, which stand for their weights."""
+    source, state = find_source(model), hashlib.sha256()
+    folders = [Path(source.base), *([source.adapter] if source.adapter else [])]
+    names = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
+    files = sorted(path for folder in folders if folder.is_dir() for name in names for path in folder.glob(name))
+    for path in files:
+        found = sampled_digest(path) if path.suffix == ".safetensors" else digest(path)
+        state.update(f"{path.name} {found} ".encode())
+    return state.hexdigest() if files else ""
+
+
+def reference_identity(config: TrainConfig) -> dict[str, str]:
+    """The part of a run's identity that is its `ref_adapter`, where it has one."""
+    if not isinstance(config, ReferenceConfig) or not config.ref_adapter:
+        return {}
+    return {"ref_adapter": weights_digest(config.ref_adapter)}
+
+
+def supervised_identity(
+    config: TrainConfig, command: str, training: Sequence[object], heldout: Sequence[object]
+) -> dict[str, str]:
+    """What a run on fixed examples is beyond its settings."""
+    return {
+        "command": command,
+        "model": weights_digest(config.model),
+        **reference_identity(config),
+        "training data": examples_digest(training),
+        "held-out data": examples_digest(heldout),
+    }
+
+
+def functions_digest(entries: Sequence[str]) -> str:
+    """SHA-256 of what `reward_funcs` names, weights aside: another one when the file of a function was edited.
+
+    Of a function its module's file counts, not what that imports; of what is built in the entry.
+    """
+    state = hashlib.sha256()
+    for term in parse_terms(entries, "reward_funcs"):
+        state.update(term.entry.encode())
+        if ":" in term.entry and builtin_name(term.entry) is None:  # no name of a reward model's part
+            file = getattr(import_place(term.entry.rpartition(":")[0]), "__file__", None)
+            state.update(Path(file).read_bytes() if file else b"")
+    return state.hexdigest()
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """Changes with the prompts' tokens and their other columns, which rewards may look at."""
+    state = hashlib.sha256()
+    for prompt in prompts:
+        # Of what JSON cannot hold (an image, say) only the type counts: its `str` may be another in each process.
+        columns = json.dumps(dict(prompt.columns), default=lambda value: type(value).__name__, sort_keys=True)
+        state.update(array("q", [len(prompt.tokens), *prompt.tokens]).tobytes() + columns.encode())
+    return state.hexdigest()
+
+
+def scorer_digest(config: PPOConfig, setting: str) -> str:
+    """Changes with the weights of what a setting names to judge answers."""
+    name: str = getattr(config, setting)
+    if not name:
+        return ""
+    folder = reward_adapter(config, setting)
+    if folder is None:  # a classifier
+        return weights_digest(name)
+    files = [folder / name for name in (ADAPTER_WEIGHTS, HEAD_WEIGHTS)]
+    return " ".join(digest(file) for file in files if file.is_file())
+
+
+def ppo_identity(config: PPOConfig, training: Sequence[Prompt], heldout: Sequence[Prompt]) -> dict[str, str]:
+    """What a PPO run is beyond its settings: the command, and digests of all that it reads."""
+    return {
+        "command": "ppo",
+        "model": weights_digest(config.model),
+        **reference_identity(config),
+        "prompts": prompts_digest(training),
+        "held-out prompts": prompts_digest(heldout),
+        "reward model": scorer_digest(config, "reward_model_path"),
+        "reward functions": functions_digest(config.reward_funcs),
+        "constraint model": scorer_digest(config, "constraint_model_path"),
+        "constraint functions": functions_digest(config.constraint_funcs),
+    }
