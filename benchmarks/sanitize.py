@@ -30,8 +30,6 @@ import click
 import torch
 import triton
 import triton.language as tl
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks import cli, records
@@ -382,17 +380,6 @@ def check(jobs: Sequence[Job], checker: str | None, deadline: float) -> list[Cas
         return list(pool.map(one, jobs))
 
 
-def table_of(cases: Sequence[Case]) -> Table:
-    """Groups by tools."""
-    tools = list(dict.fromkeys(case.what for case in cases))
-    table = Table("kernels", *tools)
-    for group in dict.fromkeys(case.name for case in cases):
-        found = {case.what: case.found for case in cases if case.name == group}
-        cells = [f"{found[tool]['state']}, {found[tool]['seconds']:.0f} s" if tool in found else "" for tool in tools]
-        table.add_row(group, *cells, style=None if all(each["ok"] for each in found.values()) else "bold red")
-    return table
-
-
 def verdict(cases: Sequence[Case]) -> str | None:
     """What is wrong, in a line."""
     blind = [case.what for case in cases if case.name == PLANTED and not case.found["ok"]]
@@ -440,12 +427,11 @@ def command(groups: Sequence[str], minutes: float, dry: bool, out: Path | None, 
     cases += check([(tool, group) for tool in seeing for group in groups or GROUPS], checker, deadline)
     cut_off = any(case.found["state"] == "cut off" for case in cases)
     recorder.put(cases, complete=not groups and not cut_off and len(seeing) == len(tools))
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table_of(cases))
     for case in cases:
+        click.echo(f"{case.what:12} {case.name:20} {case.found['state']}, {case.found['seconds']:.0f} s")
         for text in case.found["tail"]:
-            console.print(f"{case.what}, {case.name} | {text}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"wrote {recorder.path}", highlight=False, soft_wrap=True)
+            click.echo(f"    {text}")
+    click.echo(f"wrote {recorder.path}")
     problem = verdict(cases)
     if problem:
         raise Refused(problem)

@@ -54,11 +54,6 @@ def config_of(case: StepCase, folder: Path, dtype: torch.dtype) -> PPOConfig:
     )
 
 
-def reward_config(config: PPOConfig) -> RewardConfig:
-    """Of the reward adapter, on the same base."""
-    return RewardConfig(model=config.model, dtype=config.dtype, load_in_4bit=config.load_in_4bit)
-
-
 class PPORun:
     """PPO with a reward adapter and a critic adapter, one iteration at a time."""
 
@@ -66,7 +61,7 @@ class PPORun:
         self.case, self.device = case, device
         self.config = config_of(case, folder, dtype)
         with random_weights():
-            write_reward(reward_config(self.config), Path(self.config.reward_model_path))
+            write_reward(self.config)
             free_memory()
             self.roles = load_ppo_roles(self.config)
         tokenizer = load_tokenizer(self.config)
@@ -165,8 +160,9 @@ class PPORun:
         return {name: (count, flops) for name, (count, flops) in found.items()}
 
 
-def write_reward(config: RewardConfig, folder: Path) -> None:
-    """An untrained reward adapter."""
+def write_reward(ours: PPOConfig) -> None:
+    """An untrained reward adapter on the same base, in the folder that the settings name."""
     torch.manual_seed(SEED)
+    config = RewardConfig(model=ours.model, dtype=ours.dtype, load_in_4bit=ours.load_in_4bit)
     roles = load_roles(config, trained="reward", scalar=True)
-    roles.export("reward", folder, load_tokenizer(config))
+    roles.export("reward", Path(ours.reward_model_path), load_tokenizer(config))
