@@ -181,8 +181,10 @@ def settings(case: Case) -> str:
     for name, value in {**about, **about.pop("settings", {})}.items():
         if name not in ("settings", "in_turns") and value:
             parts.append(name if value is True else f"{name} {value}")
+    if "state" in case.found:  # of the sanitizer
+        parts = [case.found["state"], f"{case.found['seconds']:.0f} s"]
     text = ", ".join(filter(None, parts))
-    return f"{text[0].upper()}{text[1:]}."
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def off(planned: int, measured: int | None) -> float | None:
@@ -373,7 +375,7 @@ def markdown(report: Report, name: str) -> str:
             if case.refused is not None:
                 parts.append(f"REFUSED, nothing was timed: {case.refused}")
                 continue
-            parts += [table(*cells(case)), *notes(case)]
+            parts += [table(*cells(case)), *notes(case)] if case.rows else []
     return "\n\n".join(parts) + "\n"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ahead, cli, records, tune
+from benchmarks import ahead, cli, records, render, tune
 from benchmarks.launches import LAUNCHES
 from benchmarks.records import OURS, Case, Row
 from benchmarks.tune import CUDA, DRY, KNOBS, Knob
@@ -134,6 +134,7 @@ def test_dry_runs_the_real_processes(tmp_path: Path, capsys: pytest.CaptureFixtu
     [path] = tmp_path.glob("sanitizer-*-quick.json")
     [found] = records.load(path).cases
     assert (found.what, found.found["state"]) == (sanitize.DRY, "clean")
+    assert "Clean, " in render.markdown(records.load(path), path.name)
     if not torch.cuda.is_available():
         assert cli.main(sanitize.command, []) == 2
         assert "error: a GPU is needed" in capsys.readouterr().err
