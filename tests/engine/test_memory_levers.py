@@ -16,7 +16,7 @@ from benchmarks.measure import peak_bytes, spread
 from onecard.config import DPOConfig, TrainConfig
 from onecard.data.batches import TokenSequence, pack
 from onecard.models.build import load_roles
-from onecard.models.memory_options import head_chunks, in_head_chunks
+from onecard.models.memory_options import head_chunks
 from onecard.training.optim import make_optimizer
 from onecard_kernels import linear_logprobs
 from onecard_kernels.logprob import plans
@@ -118,18 +118,18 @@ def test_fewer_tokens_of_the_head_at_a_time_take_less_memory_for_the_same_result
         torch.testing.assert_close(found[32][1], found[512][1], rtol=1e-5, atol=1e-6)
 
 
-def test_a_whole_command_runs_in_the_chunks_of_its_config():
-    """Inside and only inside; 0 is the device's own choice; what else is given goes through."""
+def test_head_chunks_hold_inside_the_context_alone():
+    """0 is the device's own choice."""
 
-    @in_head_chunks
-    def command(config: TrainConfig, more: int, *, name: str) -> tuple[int, int, str]:
-        return plans.choose(32000, torch.float32, torch.device("cuda")).rows, more, name
+    def rows() -> int:
+        return plans.choose(32000, torch.float32, torch.device("cuda")).rows
 
-    own = plans.choose(32000, torch.float32, torch.device("cuda")).rows
+    own = rows()
     assert own > 96
-    assert command(TrainConfig(head_chunk_tokens=96), 3, name="x") == (96, 3, "x")
-    assert command(TrainConfig(), 3, name="x") == (own, 3, "x")
-    assert command.__name__ == "command"
+    with head_chunks(96):
+        assert rows() == 96
+    with head_chunks(0):
+        assert rows() == own
 
 
 def test_every_linear_loss_of_a_run_is_cut_so(onecard, tiny_model, pairs, tmp_path, monkeypatch):
