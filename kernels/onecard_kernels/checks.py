@@ -216,15 +216,18 @@ def ids(y: Tensor, vocabulary: int, valid: Tensor | None = None) -> None:
     A -100 that no mask covers is an error, not a token to skip: the caller divides by the number of tokens, and would
     count it. The operators ask, so that it is the same under torch.compile; on CUDA a device assert does not wait.
     """
+    checked = values_are_checked(y.device)
+    if not checked and y.device.type != "cuda":
+        return
     outside = (y < 0) | (y >= vocabulary)
     if valid is not None:
         outside &= valid.bool()
-    if values_are_checked(y.device):
+    if checked:
         if bool(outside.any()):
             raise ValueError(
                 f"targets holds {y[outside][0].item()}, expected ids from 0 to {vocabulary - 1} wherever mask is 1"
             )
-    elif y.device.type == "cuda":
+    else:
         torch._assert_async(~outside.any(), f"targets holds ids outside of 0 to {vocabulary - 1} where mask is 1")
 
 
@@ -301,6 +304,13 @@ def linear(hidden: Tensor, weight: Tensor, targets_: Tensor, head_: Head, mask_:
     device("targets", targets_, "hidden", hidden)
     head(head_, weight.shape[0], hidden)
     mask(mask_, "targets", targets_)
+
+
+def chunk_tokens(value: int | None) -> int | None:
+    number: int | None = plain(value)
+    if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+        raise ValueError(f"chunk_tokens is {value!r}, expected a whole number of 1 or more, or None")
+    return number
 
 
 def still_there(weight: Tensor) -> None:

@@ -16,26 +16,35 @@ from . import launch
 BACKENDS = ("auto", "triton", "torch")
 
 TABLE: dict[str, dict[str, str]] = {
-    "gae": {"torch": "onecard_kernels.advantages.scan:gae", "triton": "onecard_kernels.advantages.triton:gae"},
+    "gae": {"torch": "onecard_kernels.advantages.torch_gae:gae", "triton": "onecard_kernels.advantages.triton:gae"},
     "linear_logprobs": {  # its pass over a tile of logits
-        "torch": "onecard_kernels.logprob.online:exp_tile",
+        "torch": "onecard_kernels.logprob.online_softmax:exp_tile",
         "triton": "onecard_kernels.logprob.triton_exp:exp_tile",
     },
     "linear_kl": {  # its pass over two chunks of logits
-        "torch": "onecard_kernels.kl.passes:kl_pass_",
+        "torch": "onecard_kernels.kl.torch_kl:kl_pass_",
         "triton": "onecard_kernels.kl.triton:kl_pass_",
     },
     "logits_ppo_loss": {
-        "torch": "onecard_kernels.ppo.composed:logits_ppo_loss",
-        "triton": "onecard_kernels.ppo.fused_logits:logits_ppo_loss",
+        "torch": "onecard_kernels.ppo.torch_losses:logits_ppo_loss",
+        "triton": "onecard_kernels.ppo.triton_ops:logits_ppo_loss",
     },
-    "ppo_terms": {"torch": "onecard_kernels.ppo.terms:ppo_terms", "triton": "onecard_kernels.ppo.launches:ppo_terms"},
-    "ppo_loss": {"torch": "onecard_kernels.ppo.reference:ppo_loss", "triton": "onecard_kernels.ppo.ops:ppo_loss"},
+    "policy_sums": {  # of linear_ppo_loss
+        "torch": "onecard_kernels.ppo.torch_losses:policy_sums",
+        "triton": "onecard_kernels.ppo.triton:policy_sums",
+    },
+    "ppo_loss": {
+        "torch": "onecard_kernels.ppo.torch_losses:ppo_loss",
+        "triton": "onecard_kernels.ppo.triton_ops:ppo_loss",
+    },
     "selective_log_softmax": {
-        "torch": "onecard_kernels.logprob.selective:selective_log_softmax",
-        "triton": "onecard_kernels.logprob.selective:selective_log_softmax_triton",
+        "torch": "onecard_kernels.logprob.torch_rows:forward",
+        "triton": "onecard_kernels.logprob.triton_rows:forward",
     },
-    "value_loss": {"torch": "onecard_kernels.ppo.reference:value_loss", "triton": "onecard_kernels.ppo.ops:value_loss"},
+    "value_loss": {
+        "torch": "onecard_kernels.ppo.torch_losses:value_loss",
+        "triton": "onecard_kernels.ppo.triton_ops:value_loss",
+    },
 }
 
 # What "auto" tries, in this order, by device type; the first one that the function has is taken.

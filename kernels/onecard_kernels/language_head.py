@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .logprob.products import autocast_is_on
+from .logprob.matmul import autocast_is_on
 
 TOKENS = 12
 TINY, HUGE = 2.0**-40, 2.0**100  # tanh(x) is x at the first and 1 at the second

@@ -11,7 +11,7 @@ import torch
 
 from onecard.config import TrainConfig
 from onecard.models.roles import Roles
-from onecard_kernels.logprob import plans
+from onecard_kernels.logprob import tuning
 
 C = TypeVar("C", bound=TrainConfig)
 P = ParamSpec("P")
@@ -44,7 +44,7 @@ def lever_notes(roles: Roles, config: TrainConfig) -> list[str]:
 
 def head_chunks(tokens: int) -> AbstractContextManager[None]:
     """Inside, the linear losses form the logits of `tokens` tokens at a time; 0: of as many as suit the device."""
-    return plans.override(rows=tokens) if tokens else nullcontext()
+    return tuning.override(rows=tokens) if tokens else nullcontext()
 
 
 def in_head_chunks(run: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C, P], R]:

@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..double_backward import no_forward_ad
 from ..launch import launch
-from ..logprob.passes import result_dtype
-from ..once import no_forward_ad
-from ..records import Advantages
+from ..records import Advantages, result_dtype
 
 # Positions that one program scans at once; a longer row takes several turns.
 LARGEST_BLOCK = 2048

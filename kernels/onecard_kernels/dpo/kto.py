@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..kl.reference import log_ratio
+from ..kl.token_kl import log_ratio
 from ..records import Loss, divisor_of
 from .inputs import check_responses, check_weights
 

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from .. import checks
 from ..logprob import linear_logprobs
-from ..logprob.passes import result_dtype
-from ..records import Loss
+from ..records import Loss, result_dtype
+from .dpo import check_options, dpo_loss
 from .inputs import check_lengths, check_weights
-from .reference import check_options, dpo_loss
 
 
 def sequence_sums(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:

@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
-from ..logprob.passes import result_dtype
-from ..records import Loss, divisor_of
+from ..records import Loss, divisor_of, result_dtype
+from .dpo import dpo_loss
 from .inputs import check_lengths, check_responses, check_weights, difference, reward_metrics
 from .losses import per_token, smoothed_logistic
-from .reference import dpo_loss
 
 CPO_LOSSES = ("sigmoid", "hinge", "ipo")
 

@@ -1,4 +1,4 @@
-"""The row pass of the exact vocabulary KL: two rows of products with the heads in, one number and its direction out."""
+"""KL of rows of logits in Triton: a program reads two rows of products and writes the KL and its direction."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .selective import STATS
+from .torch_rows import STATS
 from .triton_math import log1p
 
 LOG2E = math.log2(math.e)

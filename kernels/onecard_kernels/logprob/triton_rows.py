@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch
-from .passes import result_dtype
-from .selective import STATS
+from ..records import result_dtype
+from .torch_rows import STATS
 from .triton_row_parts import (
     ENTROPY,
     FAR,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..launch import interpreted, launch
 from ..records import Head
-from .cards import TileConfig, config_for, config_on, tiles_per_program
 from .triton_math import log, log1p, tanh
+from .tuning import TileConfig, config_for, config_on, tiles_per_program
 
 __all__ = ["TileConfig", "config_for", "tiled_statistics"]
 

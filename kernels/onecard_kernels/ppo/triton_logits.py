@@ -13,11 +13,10 @@ from torch import Tensor
 
 from ..launch import launch
 from ..logprob import triton_rows as rows
-from ..logprob.passes import result_dtype
 from ..logprob.triton_row_parts import Cut, checked_target, row_address, row_statistics, store_statistics
-from .launches import POLICY_SUMS, finish, policy_choices, policy_numbers
-from .options import PolicyOptions, PolicyTokens
-from .triton import token_terms
+from ..records import result_dtype
+from .options import SUMS, PolicyOptions, PolicyTokens
+from .triton import finish, policy_choices, policy_numbers, token_terms
 
 CUT = Cut()
 
@@ -132,9 +131,9 @@ def forward(
     slope = logits.new_empty(count, dtype=dtype)
     entropy_slope = logits.new_empty(count if options.entropy_in_loss else 0, dtype=dtype)
     if count == 0:
-        done = finish(logits.new_zeros(POLICY_SUMS, 1, dtype=dtype), normalizer)
+        done = finish(logits.new_zeros(len(SUMS), 1, dtype=dtype), normalizer)
         return *done, stats, slope, entropy_slope
-    sums = logits.new_empty(POLICY_SUMS, count, dtype=dtype)
+    sums = logits.new_empty(len(SUMS), count, dtype=dtype)
     logits, strides = rows.with_strides(logits)
     block = rows.block_for(columns, logits.element_size(), strides.outer_stride, strides.inner_stride, cut=CUT)
     per_token = (targets, tokens.mask, tokens.advantages if tokens.old_logprobs is None else tokens.old_logprobs)

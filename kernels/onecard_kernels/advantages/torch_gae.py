@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..logprob.passes import result_dtype
-from ..once import no_forward_ad
-from ..records import Advantages
+from ..double_backward import no_forward_ad
+from ..records import Advantages, result_dtype
 
 
 @torch.no_grad()

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..kl.reference import log_ratio
-from ..logprob.passes import result_dtype
-from ..records import Loss, divisor_of
-from .divergences import DIVERGENCES
+from ..kl.token_kl import log_ratio
+from ..records import Loss, divisor_of, result_dtype
 from .inputs import check_lengths, check_responses, check_weights, reward_metrics
-from .losses import ANY_DIVERGENCE, LOSSES, WHOLE_BATCH, Pairs
+from .losses import ANY_DIVERGENCE, DIVERGENCES, LOSSES, WHOLE_BATCH, Pairs
 
 T = TypeVar("T")
 
