@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import onecard_kernels as k
 from onecard_kernels import launch, linear_logprobs, linear_ppo_loss
 from onecard_kernels.logprob import tuning
 from onecard_kernels.logprob.tuning import CHUNKED, LOW_MEMORY, TILED, TileSizes, choose, columns_of, override
@@ -247,3 +248,44 @@ def test_a_loss_s_plan_is_its_own_where_the_asked_one_cannot_be(implementation: 
         got = torch.autograd.grad(linear_ppo_loss(hidden, weight, *tokens).loss, leaves)
     for mine, expected in zip(got, plain, strict=True):
         assert_within(mine, expected, 16 * torch.finfo(torch.float32).eps * float(expected.abs().max()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# chunk_tokens: the rows of one call
+
+
+def test_chunk_tokens_go_before_the_override_and_the_table() -> None:
+    assert now(chunk_tokens=5).rows == 5
+    with override(implementation="low_memory", rows=3, columns=4):
+        assert now(chunk_tokens=5) == TileSizes(LOW_MEMORY, 5, 4)
+        assert now(chunk_tokens=5, only=CHUNKED) == TileSizes(CHUNKED, 5)
+
+
+def calls(hidden: torch.Tensor, weight: torch.Tensor) -> dict[str, Any]:
+    targets, ones = torch.arange(N), torch.ones(N)
+    ids = torch.tensor([0, 0, 1, 1, -1])
+    return {
+        "linear_logprobs": lambda **kw: k.linear_logprobs(hidden, weight, targets, **kw).logprobs.sum(),
+        "linear_ppo_loss": lambda **kw: k.linear_ppo_loss(hidden, weight, targets, None, ones, ones, **kw).loss,
+        "linear_dpo_loss": lambda **kw: k.linear_dpo_loss(hidden, weight, targets, ids, torch.zeros(2), **kw).loss,
+        "linear_kl": lambda **kw: k.linear_kl(hidden, hidden.detach() * 0.9, weight.detach(), **kw).sum(),
+    }
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", ["linear_logprobs", "linear_ppo_loss", "linear_dpo_loss", "linear_kl"])
+def test_chunk_tokens_do_what_the_override_does(name: str, train: bool) -> None:
+    """Bit for bit, in the backward of a trained head too."""
+    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=train)
+    call = calls(hidden, weight)[name]
+    got = torch.autograd.grad(call(chunk_tokens=2), hidden)[0]
+    with override(rows=2):
+        expected = torch.autograd.grad(call(), hidden)[0]
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, True, "many"])
+def test_bad_chunk_tokens_are_refused(wrong: Any) -> None:
+    for call in calls(torch.randn(N, D), torch.randn(V, D)).values():
+        with pytest.raises(ValueError, match=r"^chunk_tokens is .*expected a whole number of 1 or more, or None"):
+            call(chunk_tokens=wrong)

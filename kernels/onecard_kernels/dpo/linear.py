@@ -67,6 +67,7 @@ def linear_dpo_loss(
     weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     backend: str = "auto",
+    chunk_tokens: int | None = None,
 ) -> Loss:
     """Preference loss of B pairs from hidden states: `dpo_loss` of the sums of `linear_logprobs`.
 
@@ -86,6 +87,7 @@ def linear_dpo_loss(
             sft are per token as TRL's are.
         beta ... normalizer: see `dpo_loss`.
         backend: "auto", "triton" or "torch".
+        chunk_tokens: see `linear_logprobs`.
 
     Returns:
         Loss, fp32 (fp64 in, fp64 out), with `dpo_loss`'s metrics.
@@ -130,6 +132,7 @@ def linear_dpo_loss(
         forbidden=forbidden,
         mask=sequence_ids >= 0,
         backend=backend,
+        chunk_tokens=chunk_tokens,
     ).logprobs
     chosen, rejected = sequence_sums(logprobs, sequence_ids, 2 * pairs).split(pairs)
     ref_chosen, ref_rejected = ref_logps.split(pairs)

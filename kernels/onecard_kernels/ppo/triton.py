@@ -136,6 +136,22 @@ def token_terms(
 
 
 @triton.jit
+def add_entropy_and_weight(
+    loss, slope, entropy, weight, entropy_coef, ENTROPY_IN_LOSS: tl.constexpr, HAS_WEIGHTS: tl.constexpr
+):
+    """(loss, d loss / d logp, d loss / d entropy) with the entropy bonus and times the weight. weight: 1 where valid."""
+    entropy_slope = tl.full(loss.shape, 0.0, loss.dtype)
+    if ENTROPY_IN_LOSS:
+        coef = tl.full((), entropy_coef, loss.dtype)
+        loss -= coef * entropy
+        entropy_slope = -coef * weight
+    if HAS_WEIGHTS:
+        loss *= weight
+        slope *= weight
+    return loss, slope, entropy_slope
+
+
+@triton.jit
 def _load(pointer, t, inside, dtype: tl.constexpr):
     return tl.load(pointer + t, mask=inside, other=0).to(dtype)
 
@@ -190,18 +206,14 @@ def policy_kernel(
     )
     count = tl.where(valid, 1.0, 0.0).to(dtype)
     entropy = tl.zeros_like(loss)
-    entropy_slope = tl.zeros_like(loss)
     if HAS_ENTROPY:
         entropy = tl.where(valid, _load(entropy_ptr, t, inside, dtype), 0.0)
-    if ENTROPY_IN_LOSS:
-        coef = tl.full((), entropy_coef, dtype)
-        loss -= coef * entropy
-        entropy_slope = -coef * count
+    weight = count
     if HAS_WEIGHTS:
         weight = tl.where(valid, _load(weights_ptr, t, inside, dtype), 0.0)
-        loss *= weight
-        slope *= weight
-        entropy_slope *= weight
+    loss, slope, entropy_slope = add_entropy_and_weight(
+        loss, slope, entropy, weight, entropy_coef, ENTROPY_IN_LOSS, HAS_WEIGHTS
+    )
     if SLOPE:
         tl.store(slope_ptr + t, slope, mask=inside)
     if ENTROPY_SLOPE:

@@ -16,7 +16,7 @@ from ..logprob import triton_rows as rows
 from ..logprob.triton_row_parts import Cut, checked_target, row_address, row_statistics, store_statistics
 from ..records import result_dtype
 from .options import SUMS, PolicyOptions, PolicyTokens
-from .triton import finish, policy_choices, policy_numbers, token_terms
+from .triton import add_entropy_and_weight, finish, policy_choices, policy_numbers, token_terms
 
 CUT = Cut()
 
@@ -95,12 +95,13 @@ def _forward_kernel(
         weight = tl.full((), 1.0, of_tokens)
         if HAS_WEIGHTS:
             weight = tl.load(weight_ptr + row).to(of_tokens)
+        loss, slope, entropy_slope = add_entropy_and_weight(
+            loss, slope, entropy, weight, entropy_coef, ENTROPY_IN_LOSS, HAS_WEIGHTS
+        )
         if ENTROPY_IN_LOSS:
-            coef = tl.full((), entropy_coef, of_tokens)
-            loss -= coef * entropy
-            tl.store(entropy_slope_ptr + row, -coef * weight)
-        tl.store(slope_ptr + row, slope * weight)
-        tl.store(sums, loss * weight)
+            tl.store(entropy_slope_ptr + row, entropy_slope)
+        tl.store(slope_ptr + row, slope)
+        tl.store(sums, loss)
         tl.store(sums + rows, approxkl)
         tl.store(sums + 2 * rows, clipped)
         tl.store(sums + 3 * rows, ratio)
