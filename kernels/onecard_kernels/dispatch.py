@@ -1,6 +1,6 @@
-"""Which implementation runs: `backend="auto" | "triton" | "torch"`.
+"""Choice of the implementation: `backend="auto" | "triton" | "torch"`.
 
-Entries are strings, imported when first asked for: a backend that is not used is not imported.
+Entries are strings that are imported on first use: a backend that is not used is not imported.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ BACKENDS = ("auto", "triton", "torch")
 
 TABLE: dict[str, dict[str, str]] = {
     "gae": {"torch": "onecard_kernels.advantages.torch_gae:gae", "triton": "onecard_kernels.advantages.triton:gae"},
-    "linear_logprobs": {  # its pass over a tile of logits
+    "linear_logprobs": {  # the pass over a tile of logits
         "torch": "onecard_kernels.logprob.online_softmax:exp_tile",
         "triton": "onecard_kernels.logprob.triton_exp:exp_tile",
     },
-    "linear_kl": {  # its pass over two chunks of logits
+    "linear_kl": {  # the pass over two chunks of logits
         "torch": "onecard_kernels.kl.torch_kl:kl_pass_",
         "triton": "onecard_kernels.kl.triton:kl_pass_",
     },
@@ -58,7 +58,7 @@ def implementation(function: str, backend: str, device: torch.device) -> Callabl
 
 
 def resolve(function: str, backend: str, device: torch.device) -> str:
-    """The backend that "auto" stands for, or a ValueError that says why this one cannot be had."""
+    """The name of the backend that runs. ValueError, with the reason, if the one that is asked for cannot."""
     available = TABLE[function]
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
@@ -83,9 +83,9 @@ def _load(address: str) -> Callable[..., Any]:
     return _LOADED[address]
 
 
-@launch.constant_in_graphs  # torch.compile cannot trace an import; this one it runs, and traces what came
+@launch.constant_in_graphs  # torch.compile cannot trace an import: it runs this one, and traces the result
 def _import(address: str) -> None:
-    """With all of its backend: the tracer reads _LOADED once, and sees no entry that comes later."""
+    """Import all entries of the address's backend: the tracer reads _LOADED once, and misses later entries."""
     if address in _LOADED:
         return
     backend = next(name for row in TABLE.values() for name, at in row.items() if at == address)

@@ -1,4 +1,4 @@
-"""The DPO family: one loss or several of the table, on sequence log-probabilities."""
+"""dpo_loss: the DPO family, one loss or several, on sequence log-probabilities."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def check_options(
     weights: Tensor | None,
     normalizer: float | Tensor | None,
 ) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """The loss types and their factors, if they go together with the rest."""
+    """(loss types, their factors), after checking that the options fit together."""
     types = (loss_type,) if isinstance(loss_type, str) else _listed("loss_type", loss_type, "a name or several")
     factors = (1.0,) * len(types)
     if loss_weights is not None:
@@ -184,7 +184,7 @@ def check_options(
 def _check_together(
     loss_type: str, label_smoothing: float, f_divergence_type: str, weights: Tensor | None, normalizer: object
 ) -> None:
-    """What this one loss does not go together with."""
+    """Raise where an option does not go together with this loss."""
     if loss_type == "exo_pair" and label_smoothing == 0.0:
         raise ValueError(
             f"label_smoothing is {label_smoothing!r}, expected above 0 with loss_type 'exo_pair' (or 1e-3)"

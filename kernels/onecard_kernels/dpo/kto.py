@@ -1,4 +1,4 @@
-"""KTO: each response is judged by itself, as desirable or not."""
+"""kto_loss: a preference loss of single responses, each desirable or not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preference losses straight from hidden states: token log-probabilities, their sums per response, the loss."""
+"""linear_dpo_loss: preference losses from hidden states, by token log-probabilities and their sums per response."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def sequence_sums(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> T
     dtype = result_dtype(values.dtype)
     flat = values.reshape(-1).to(dtype)
     ids = sequence_ids.reshape(-1).long()
-    # Tokens of no sequence go to one slot more: no compaction, so nothing waits for the device.
+    # Tokens of no sequence go to one more slot: compacting them away would wait for the device.
     ids = torch.where(ids < 0, num_sequences, ids)
     sums = flat.new_zeros(num_sequences + 1)
-    # On CPU index_add walks in order. On CUDA it adds atomically in any order, and index_put sorts first.
+    # On CPU index_add adds in order. On CUDA it adds atomically in any order, and index_put sorts first.
     sums = sums.index_add(0, ids, flat) if flat.device.type == "cpu" else sums.index_put((ids,), flat, accumulate=True)
     return sums[:num_sequences]
 

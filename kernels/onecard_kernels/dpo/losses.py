@@ -47,7 +47,7 @@ def _expm1(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Pairs:
-    """What a loss sees of B pairs, in one dtype: log-probabilities, log-ratios, scores, lengths, and the numbers."""
+    """Inputs of a loss for B pairs, in one dtype: log-probabilities, log-ratios, scores, lengths, and options."""
 
     chosen_logps: Tensor
     rejected_logps: Tensor
@@ -185,8 +185,8 @@ LOSSES: dict[str, Callable[[Pairs], Tensor]] = {
     "sft": _sft,
 }
 
-# They sort the pairs against each other: no weight belongs to a sorted place, and parts do not add up to the whole.
+# Losses that sort the whole batch: weights have no meaning, and micro-batches do not add up to the batch.
 WHOLE_BATCH = frozenset({"aot", "aot_unpaired"})
 
-# What sees the scores' difference alone: each score has an unknown term of the prompt more, which cancels only there.
+# Losses of the difference of scores: each score has an unknown term of the prompt, which cancels only there.
 ANY_DIVERGENCE = frozenset({"sigmoid", "ipo", "hinge", "discopop", "robust", "exo_pair", "sigmoid_norm", "sft"})

@@ -177,7 +177,7 @@ class _InPlace(torch.autograd.Function):
             return (None,) * 6
         ctx.spent = True
         logits, *saved = ctx.saved_tensors
-        # A detached alias shares the logits' version counter: whoever else saved them gets an error, no wrong number.
+        # A detached alias shares the logits' version counter: other graphs that saved them raise.
         into = logits.detach()
         grad = _rows(ctx.backend).backward(logits, *saved, on_logprobs, on_entropy, ctx.temperature, out=into)
         return grad, *(None,) * 5

@@ -1,9 +1,8 @@
-"""The pass over a tile of products with the head: the transform, the online softmax, and the exponentials it leaves.
+"""The pass over a tile of products with the head in Triton: transform, online softmax, exponentials.
 
-One program per row, and one read of the tile. The shift is picked before the tile is read, from its first block and
-the target (later tiles keep the shift they find), and every sum and result is against that one number. Should a logit
-turn out to lie more than the limit above it, the row is read again with the right one. So no sum in the loop is ever
-rescaled, and what is written is e^limit at most.
+One program takes one row and reads the tile once. The shift is picked before that, from the first block and the target;
+later tiles keep the shift of earlier ones. All sums and results use that shift. If a logit lies more than the limit
+above it, the row is read again with a higher shift. So no sum in the loop is rescaled, and results are at most e^limit.
 """
 
 from __future__ import annotations
@@ -252,7 +251,7 @@ def exp_tile(
     in_place = outputs.direction and out.dtype == z.dtype and out.data_ptr() == z.data_ptr()
     cap = head.softcap
     block = block_for(columns, z.element_size(), z.stride(0), cut=CUT)
-    # More is held per logit, fewer of them at a time: or registers run out.
+    # With more numbers per logit, fewer logits at a time: registers would run out.
     extras = (head.bias is not None, head.forbidden is not None, cap is not None or entropy_term is not None, in_place)
     fuller = sum(extras) - (sum(extras) > 1 and block.vector > 1)
     before = head.factor if cap is None else head.logit_scale / cap

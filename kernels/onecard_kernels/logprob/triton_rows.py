@@ -1,4 +1,4 @@
-"""Row kernels over logits: log-softmax of the targets with entropy, and its gradient. One program per row."""
+"""selective_log_softmax in Triton: forward and gradient over rows of logits, one program per row."""
 
 from __future__ import annotations
 

@@ -78,11 +78,11 @@ class PolicyTokens(NamedTuple):
         return dtype_of(self.old_logprobs, self.advantages, self.ref_logprobs, self.weights, *others)
 
     def detached(self) -> PolicyTokens:
-        """Constants of the loss, whatever graph they come from."""
+        """The same without gradients: they are constants of the loss."""
         return self._each(lambda x: x.detach(), self.mask.detach())
 
     def picked(self, rows: Rows) -> PolicyTokens:
-        """The valid ones, flat."""
+        """The valid tokens, flat."""
         return self._each(rows.pick, torch.ones(rows.count, dtype=torch.bool, device=self.mask.device))
 
     def part(self, piece: slice) -> PolicyTokens:
@@ -95,12 +95,12 @@ class PolicyTokens(NamedTuple):
 
 
 def dtype_of(*given: Tensor | None) -> torch.dtype:
-    """The result's dtype, of inputs of which some may be absent."""
+    """The result's dtype; absent inputs are None."""
     return result_dtype(*(x.dtype for x in given if x is not None))
 
 
 def policy_options(*given: Any) -> PolicyOptions:
-    """Checked, with plain numbers for those of NumPy."""
+    """Check the options, and make plain numbers of NumPy's."""
     options = PolicyOptions(*map(checks.plain, given))
     options.check()
     return options

@@ -34,14 +34,14 @@ def _exp(x):
 
 @triton.jit
 def _log_ratio(logp, other):
-    """logp - other, 0 where both are -inf; and whether it has a derivative."""
+    """(logp - other, 0 where both are -inf; whether it has a derivative)"""
     both = (logp == float("-inf")) & (other == float("-inf"))
     return tl.where(both, 0.0, logp - other), ~both
 
 
 @triton.jit
-def _hold(x, low, high):
-    """torch.clamp: NaN stays NaN, and the borders count as inside."""
+def _clamp(x, low, high):
+    """torch.clamp, and whether x is inside: NaN stays NaN, and the borders count as inside."""
     return tl.where(x < low, low, tl.where(x > high, high, x)), (x >= low) & (x <= high)
 
 
@@ -72,7 +72,7 @@ def _divergence(logp, ref, ESTIMATOR: tl.constexpr):
     elif ESTIMATOR == "k2":
         kl, slope = 0.5 * d * d, d
     else:
-        d, inside = _hold(d, -20.0, 20.0)
+        d, inside = _clamp(d, -20.0, 20.0)
         if d.dtype == tl.float64:
             kl, slope = _k3(d, 18)
         else:
@@ -97,7 +97,7 @@ def token_terms(
     KL_IN_LOSS: tl.constexpr,
     ESTIMATOR: tl.constexpr,
 ):
-    """What one token, or a block of them, adds to the loss and the metrics; see `ppo_loss` for the formulas.
+    """Loss and metrics of one token or a block of them; see `ppo_loss` for the formulas.
 
     logp, old, adv and ref (logp again where there is none) are fp32 or fp64, all the same; ESTIMATOR is k1, k2 or k3.
     Invalid tokens may hold anything. For exact borders of the clip range the coefficients are fp64 scalars.
@@ -111,10 +111,10 @@ def token_terms(
     a = tl.where(valid, adv, 0.0)
 
     d, free_to_move = _log_ratio(logp, old)
-    d, inside = _hold(d, -20.0, 20.0)
+    d, inside = _clamp(d, -20.0, 20.0)
     ratio = _exp(d)
-    held, in_range = _hold(ratio, tl.full((), 1.0 - clip_low, dtype), tl.full((), 1.0 + clip_high, dtype))
-    free, cut = -a * ratio, -a * held
+    clamped, in_range = _clamp(ratio, tl.full((), 1.0 - clip_low, dtype), tl.full((), 1.0 + clip_high, dtype))
+    free, cut = -a * ratio, -a * clamped
     loss, share = _larger(free, cut)
     slope = free * tl.where(in_range, 1.0, share)  # inside, both sides of the maximum are one
     if HAS_DUAL:
@@ -139,7 +139,7 @@ def token_terms(
 def add_entropy_and_weight(
     loss, slope, entropy, weight, entropy_coef, ENTROPY_IN_LOSS: tl.constexpr, HAS_WEIGHTS: tl.constexpr
 ):
-    """(loss, d loss / d logp, d loss / d entropy) with the entropy bonus and times the weight. weight: 1 where valid."""
+    """(loss, d loss / d logp, d loss / d entropy) with the entropy bonus, times the weight (1 where valid)."""
     entropy_slope = tl.full(loss.shape, 0.0, loss.dtype)
     if ENTROPY_IN_LOSS:
         coef = tl.full((), entropy_coef, loss.dtype)
@@ -255,8 +255,8 @@ def value_kernel(
     if HAS_CLIP:
         old = tl.where(valid, _load(old_ptr, t, inside, dtype), 0.0)
         reach = tl.full((), clip, dtype)
-        held, in_range = _hold(v, old - reach, old + reach)
-        cut = (held - target) * (held - target)
+        clamped, in_range = _clamp(v, old - reach, old + reach)
+        cut = (clamped - target) * (clamped - target)
         clipped = tl.where(cut > loss, 1.0, 0.0).to(dtype)
         loss, share = _larger(loss, cut)
         slope *= tl.where(in_range, 1.0, share)
@@ -274,7 +274,7 @@ def value_kernel(
 
 @triton.jit
 def _divide(x, y):
-    """Correctly rounded, for both dtypes: 3 / 3 is 1, which the hardware's fast fp32 division does not promise."""
+    """x / y, correctly rounded in both dtypes: the hardware's fast fp32 division does not guarantee 3 / 3 = 1."""
     if x.dtype == tl.float64:
         result = x / y
     else:
@@ -296,7 +296,7 @@ def finish_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The sums of all programs, divided by a number, by a tensor's, or by the last sum, but at least 1."""
+    """Divide the sums of all programs by a number, by a tensor's value, or by the last sum (at least 1)."""
     dtype: tl.constexpr = sums_ptr.dtype.element_ty
     row = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
@@ -361,7 +361,7 @@ class Finished(NamedTuple):
 
 
 def _blocks(n: int) -> tuple[int, int]:
-    """Programs, one at least so that there always is a sum, and tokens of each."""
+    """(number of programs, tokens of each). There is at least one program, so that there always is a sum."""
     block = min(BLOCK, max(32, triton.next_power_of_2(n)))
     return max(1, triton.cdiv(n, block)), block
 
@@ -371,7 +371,7 @@ def _warps(block: int) -> int:
 
 
 def as_loadable(mask: Tensor) -> Tensor:
-    """Bools as bytes, without a copy."""
+    """View bools as bytes, without a copy."""
     mask = mask.contiguous()
     return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
 
@@ -497,7 +497,7 @@ def finish(sums: Tensor, normalizer: float | Tensor | None) -> Finished:
 def scale(
     grad: Tensor, divisor: Tensor, slope: Tensor, entropy_slope: Tensor, dtype: torch.dtype, entropy_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Both derivatives times grad / divisor, in the dtypes of what they are the gradients of."""
+    """Both derivatives times grad / divisor, in the dtypes of logprobs and entropy."""
     outs = slope.new_empty(slope.shape, dtype=dtype), entropy_slope.new_empty(entropy_slope.shape, dtype=entropy_dtype)
     n = max(slope.numel(), entropy_slope.numel())
     if n == 0:

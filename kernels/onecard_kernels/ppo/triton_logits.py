@@ -1,4 +1,4 @@
-"""PPO's policy loss from logits in Triton: log-probability, entropy and the loss's terms in one read of each row.
+"""PPO's policy loss from logits in Triton: each row is read once for log-probability, entropy and loss.
 
 Forward: one launch over the rows, one that adds up in a fixed order. Backward: one launch, from what the forward kept
 of each row: its softmax's statistics and the derivatives of its loss by log-probability and entropy. Rows whose
