@@ -141,7 +141,8 @@ def test_every_linear_loss_of_a_run_is_cut_so(onecard, tiny_model, pairs, tmp_pa
         asked.append(plan.rows)
         return plan
 
-    monkeypatch.setattr("onecard_kernels.logprob.linear.choose", spy)
+    for module in ("logprob.linear", "ppo.linear"):
+        monkeypatch.setattr(f"onecard_kernels.{module}.choose", spy)
     commands = {
         "dpo": ["--precompute_ref_log_probs"],
         "ppo": ["--reward_funcs", "length", "--response_length", 6, "--num_mini_batches", 1],
