@@ -66,7 +66,7 @@ def our_variant(
     """The same with the linear path told to use another implementation than the device's default."""
 
     def load(device: torch.device) -> Function:
-        plans = imported("onecard_kernels.logprob.plans")
+        plans = imported("onecard_kernels.logprob.tuning")
         choice = plans.TABLE.get(device.type)
         if choice is not None and choice.default == implementation:
             raise Unavailable(f"the default on this device: see {OURS}")
@@ -74,7 +74,7 @@ def our_variant(
 
     def around() -> AbstractContextManager[object]:
         try:
-            plans = imported("onecard_kernels.logprob.plans")
+            plans = imported("onecard_kernels.logprob.tuning")
         except Unavailable:
             return nullcontext()  # the loader says so
         return plans.override(implementation=implementation)

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.ahead import name_of
-from onecard_kernels import gae, logits_ppo_loss, ppo_loss, selective_log_softmax, value_loss
+from onecard_kernels import gae, linear_logprobs, logits_ppo_loss, ppo_loss, selective_log_softmax, value_loss
 from onecard_kernels.launch import launch, recording
-from onecard_kernels.logprob import online, reference
-from onecard_kernels.logprob.online import Wanted
-from onecard_kernels.logprob.state import SLOPE
+from onecard_kernels.logprob import online_softmax as online
+from onecard_kernels.logprob.online_softmax import SLOPE, TileOutputs
 from onecard_kernels.records import Head
 
 ROUNDED = "rounded"  # outputs that were 16 bits wide
@@ -130,7 +129,7 @@ def exponentials(device: torch.device, backend: str, *, dtype: torch.dtype | Non
     drawn, rows, first = Drawn(device), 5, FEW
     z, head = drawn.normal(rows, V + 4, std=4.0), head_of(drawn, V, kind)
     y = torch.tensor([0, first - 1, first, V - 1, 1 + 7 * 50]).to(device)
-    state, wanted, outs = online.new_state(rows, z), Wanted(moment=True, square=True, direction=True), []
+    state, wanted, outs = online.new_state(rows, z), TileOutputs(moment=True, square=True, direction=True), []
     state[SLOPE] = 1.0
     for part in (slice(0, first), slice(first, V)):
         tile = z[:, part]
@@ -151,7 +150,7 @@ def exponentials(device: torch.device, backend: str, *, dtype: torch.dtype | Non
 
 
 def divergence(device: torch.device, backend: str, *, out: torch.dtype | None, kind: str) -> Outputs:
-    from onecard_kernels.kl import passes
+    from onecard_kernels.kl import torch_kl as passes
     from onecard_kernels.kl import triton as fused
 
     drawn, rows = Drawn(device), 5
@@ -174,7 +173,7 @@ def tiles(device: torch.device, backend: str, *, dtype: torch.dtype, kind: str, 
         parts = {name: getattr(head, name) for name in ("temperature", "logit_scale", "softcap", "forbidden")}
         parts["bias"] = None if head.bias is None else head.bias.double()
         options: dict[str, Any] = {"return_entropy": True, "return_log_sum_sq_probs": True}
-        found = tuple(reference.linear_logprobs(hidden.double(), weight.double(), targets, **parts, **options))
+        found = tuple(linear_logprobs(hidden.double(), weight.double(), targets, **parts, **options, backend=backend))
     else:
         found = triton_tiled.tiled_statistics(hidden, weight, targets, head, entropy=True, sum_sq=True, splits=splits)
     return {name: x for name, x in zip(("logprobs", "entropy", "squares"), found, strict=True) if x is not None}

@@ -44,7 +44,7 @@ class Counted(TorchDispatchMode):
 
 def frozen(shape: Shape, implementation: str) -> Launches:
     """Of linear_logprobs with a frozen head, forward, by the plan of a GPU. In fp32: bf16 has a cast or two more."""
-    plans, raw = library("logprob.plans"), library("logprob.linear")
+    plans, raw = library("logprob.tuning"), library("logprob.linear")
 
     def meta(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(sizes, dtype=dtype, device="meta")
@@ -56,13 +56,8 @@ def frozen(shape: Shape, implementation: str) -> Launches:
         library("launch").recording() as kernels,
         Counted() as counted,
     ):
-        raw.forward(
-            hidden,
-            y,
-            library("logprob.passes").Rows(y.shape, None),
-            library("logprob.ops").linear_of(hidden, weight, library("records").Head(), "triton"),
-            entropy=False,
-            sum_sq=False,
-            directions=raw.Directions(True, False),
+        # the operator's body: called as an operator it would be one step
+        raw._forward._init_fn(
+            *(hidden, weight, y, None, None, None, 1.0, 1.0, None), False, False, False, raw.FROZEN, "triton"
         )
     return Launches(counted.products, len(kernels), counted.small)

@@ -50,15 +50,15 @@ def grid(**values: Sequence[Any]) -> tuple[Values, ...]:
     return tuple(dict(zip(values, point, strict=True)) for point in product(*values.values()))
 
 
-# The line of plans.TABLE
+# The line of tuning.TABLE
 
 
 def choice_line(device: str, **changes: Any) -> str:
-    """A line of plans.TABLE; sizes of chunks are whole MiB."""
-    choice = replace(library("logprob.plans").TABLE[device], **changes)
+    """A line of tuning.TABLE; sizes of chunks are whole MiB."""
+    choice = replace(library("logprob.tuning").TABLE[device], **changes)
     rows = f"{choice.row_bytes >> 20} << 20, {choice.least_rows}, {choice.most_rows}"
     tile = f"{choice.tile_rows}, {choice.tile_columns}"
-    return f'plans.TABLE: "{device}": Choice({choice.default.upper()}, {rows}, {tile}),'
+    return f'tuning.TABLE: "{device}": Choice({choice.default.upper()}, {rows}, {tile}),'
 
 
 def chunk_line(values: Values, rows: Sequence[Row], device: str) -> str:
@@ -81,9 +81,9 @@ HOPPER = (9, 0)
 
 def card_line(values: Values, rows: Sequence[Row], device: str) -> str:
     plain, dtype = library("records").Head(), linear_logprobs.BENCHMARK.dtypes[CUDA]
-    config = replace(library("logprob.cards").config_for(HOPPER, dtype, plain), **values)
+    config = replace(library("logprob.tuning").config_for(HOPPER, dtype, plain), **values)
     fields = ", ".join(f"{name}={value}" for name, value in asdict(config).items())
-    return f"cards._CARDS: {HOPPER}: the tile is TileConfig({fields})"
+    return f"tuning._CARDS: {HOPPER}: the tile is TileConfig({fields})"
 
 
 def record_line(address: str) -> Line:
@@ -150,7 +150,7 @@ def chunk_rows(name: str, benchmark: Benchmark, mode: str, cuda: tuple[Shape, ..
         "tokens of a chunk of the fast path",
         benchmark,
         mode,
-        (f"{_LOGPROB}.plans:TABLE",),
+        (f"{_LOGPROB}.tuning:TABLE",),
         turning.planned(implementation=CHUNKED),
         {CUDA: grid(rows=(256, 512, 1024, 1536, 2048, 4096)), CPU: grid(rows=(64, 128, 256, 512, 1024))},
         {CUDA: cuda, **TINY, **({CPU: CPU_LINEAR.usual} if on_cpu else {})},
@@ -167,7 +167,7 @@ def implementation(mode: str, cuda: tuple[Shape, ...], default: str = CHUNKED) -
         "how the linear path cuts its work",
         linear_logprobs.BENCHMARK,
         mode,
-        (f"{_LOGPROB}.plans:TABLE",),
+        (f"{_LOGPROB}.tuning:TABLE",),
         turning.planned(),
         {CUDA: tuple(v for v in others if v["implementation"] != default), CPU: of_cpu},
         {CUDA: cuda, CPU: CPU_LINEAR.usual, **TINY},
@@ -186,7 +186,7 @@ def row_pass(
 
 
 def token_pass(name: str, benchmark: Benchmark) -> Knob:
-    module = f"{_PPO}.launches"
+    module = f"{_PPO}.triton"
     return Knob(
         name,
         "tokens of a program, and of a thread",
@@ -243,7 +243,7 @@ KNOBS: dict[str, Knob] = {
             "tokens and vocabulary of a tile of low memory",
             linear_logprobs.BENCHMARK,
             FROZEN,
-            (f"{_LOGPROB}.plans:TABLE",),
+            (f"{_LOGPROB}.tuning:TABLE",),
             turning.planned(implementation=LOW_MEMORY),
             {
                 CUDA: grid(rows=(1024, 2048, 4096), columns=(2048, 4096, 8192)),
@@ -280,10 +280,10 @@ KNOBS: dict[str, Knob] = {
         token_pass("ppo-tokens", token_losses.PPO_LOSS),
         token_pass("value-tokens", token_losses.VALUE_LOSS),
         of_constants("ppo-sums", "programs whose sums are added at once", token_losses.PPO_LOSS, token_losses.FORWARD,
-                     f"{_PPO}.launches", {CUDA: grid(columns=(64, 128))},
+                     f"{_PPO}.triton", {CUDA: grid(columns=(64, 128))},
                      {CUDA: TOKENS[CUDA].usual, **TINY_BATCH}, replayed=True),
         of_constants("cpu-blocks", "bytes of an elementwise block of the torch path", linear_logprobs.BENCHMARK,
-                     FROZEN, f"{_LOGPROB}.passes",
+                     FROZEN, f"{_LOGPROB}.rows",
                      {CPU: grid(block_bytes=tuple(n << 20 for n in (1, 2, 4, 8, 16)))},
                      {CPU: CPU_LINEAR.usual[:1], **TINY}),
     )

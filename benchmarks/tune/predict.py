@@ -106,7 +106,7 @@ def floors(*, gemm_rate: float, copy_rate: float) -> list[Floor]:
 
 def tiles(shape: Shape) -> int:
     """Of the vocabulary, in low memory on a GPU."""
-    return -(-shape["V"] // int(library("logprob.plans").TABLE["cuda"].tile_columns))
+    return -(-shape["V"] // int(library("logprob.tuning").TABLE["cuda"].tile_columns))
 
 
 def table(gemm_rate: float, copy_rate: float) -> str:

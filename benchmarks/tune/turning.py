@@ -12,7 +12,7 @@ from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
-CHUNKED, LOW_MEMORY, TILED = "chunked", "low_memory", "tiled"  # as onecard_kernels.logprob.plans has them
+CHUNKED, LOW_MEMORY, TILED = "chunked", "low_memory", "tiled"  # as onecard_kernels.logprob.tuning has them
 
 Values = Mapping[str, Any]
 Turn = Callable[[Values], AbstractContextManager[object]]
@@ -47,7 +47,7 @@ def entered(table: dict[str, Any], key: str, value: Any) -> Iterator[None]:
 
 def planned(**always: Any) -> Turn:
     """The plan of the linear path: implementation, rows, columns. `always` holds for the default too."""
-    return lambda values: library("logprob.plans").override(**{**always, **values})
+    return lambda values: library("logprob.tuning").override(**{**always, **values})
 
 
 def constants(module: str, **always: Any) -> Turn:
@@ -92,7 +92,7 @@ def tile(values: Values) -> Iterator[None]:
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """On CPU tensors, what a GPU would run: its plans, and Triton's kernels where their interpreter is on."""
-    dispatch, plans = library("dispatch"), library("logprob.plans")
+    dispatch, plans = library("dispatch"), library("logprob.tuning")
     with (
         entered(dispatch.PREFERENCE, "cpu", dispatch.PREFERENCE["cuda"]),
         entered(plans.TABLE, "cpu", plans.TABLE["cuda"]),

@@ -25,13 +25,13 @@ from benchmarks.tune import knobs, render, sweep, turning
 from benchmarks.tune.knobs import CPU, CUDA, DRY, KNOBS, Knob
 from onecard_kernels import launch
 from onecard_kernels.launch import recording
-from onecard_kernels.logprob import plans
+from onecard_kernels.logprob import tuning
 from onecard_kernels.records import Head
 
 HERE = torch.device("cpu")
 needs_triton = pytest.mark.skipif(launch.why_not(HERE) is not None, reason="triton does not run here")
-PACKAGE = Path(plans.__file__).resolve().parents[1]
-ON_PLANS = [knob for knob in KNOBS.values() if knob.turns[0].endswith("plans:TABLE")]
+PACKAGE = Path(tuning.__file__).resolve().parents[1]
+ON_PLANS = [knob for knob in KNOBS.values() if knob.turns[0].endswith("tuning:TABLE")]
 ON_KERNELS = [knob for knob in KNOBS.values() if CUDA in knob.settings and knob not in ON_PLANS]
 
 
@@ -43,7 +43,7 @@ def run(tmp_path: Path, *arguments: str) -> tuple[int, list[Path]]:
 @pytest.mark.long
 @needs_triton
 def test_every_knob_runs_dry_on_tritons_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = {name: knob.turn for name, knob in KNOBS.items()}, dict(plans.TABLE)
+    before = {name: knob.turn for name, knob in KNOBS.items()}, dict(tuning.TABLE)
     status, files = run(tmp_path)
     assert status == 0, capsys.readouterr().err
     report = render.load(files[0])
@@ -57,7 +57,7 @@ def test_every_knob_runs_dry_on_tritons_kernels(tmp_path: Path, capsys: pytest.C
         assert [row.reason for row in result.rows if row.reason] == []
         assert all(row.seconds for row in result.rows)
         assert any(row.rate for row in result.rows if row.role == records.LIMIT)
-    assert ({name: knob.turn for name, knob in KNOBS.items()}, dict(plans.TABLE)) == before
+    assert ({name: knob.turn for name, knob in KNOBS.items()}, dict(tuning.TABLE)) == before
     page = files[0].with_suffix(".md").read_text()
     assert all(f"## {name}" in page for name in KNOBS)
     assert "QUICK RUN" in page
@@ -130,7 +130,7 @@ def test_every_plan_is_another_one(knob: Knob, device: str) -> None:
     found = []
     for values in ({}, *knob.settings[device]):
         with knob.turn(values):
-            found.append(plans.choose(knob.shapes[device][0]["V"], torch.float32, table))
+            found.append(tuning.choose(knob.shapes[device][0]["V"], torch.float32, table))
     assert len(set(found[1:])) == len(found) - 1
     assert all(getattr(plan, name) == value for plan, v in zip(found[1:], knob.settings[device], strict=True)
                for name, value in v.items())  # fmt: skip
@@ -154,7 +154,7 @@ def tunables() -> Iterator[str]:
                 yield from (f"{module}:{ast.unparse(target)}" for target in node.targets)
 
 
-COUNTS = {"onecard_kernels.ppo.launches:VALUE_SUMS"}  # how many there are, not how they are cut
+COUNTS: set[str] = set()  # of how many there are, not of how they are cut
 
 
 def test_every_number_of_every_kernel_file_has_a_knob() -> None:
@@ -170,9 +170,8 @@ def test_every_number_of_every_kernel_file_has_a_knob() -> None:
 
 @needs_triton
 def test_tiles_fit_on_a_multiprocessor() -> None:
-    from onecard_kernels.logprob import cards
 
-    default = cards.config_for((9, 0), torch.bfloat16, Head())
+    default = tuning.config_for((9, 0), torch.bfloat16, Head())
     for values in knobs.TILES:
         tile = replace(default, **values)
         staged = tile.stages * (tile.rows + tile.columns) * tile.depth * 2  # bytes, bf16
@@ -180,7 +179,7 @@ def test_tiles_fit_on_a_multiprocessor() -> None:
 
 
 def test_implementations_are_the_librarys() -> None:
-    assert plans.IMPLEMENTATIONS == (turning.CHUNKED, turning.LOW_MEMORY, turning.TILED)
+    assert tuning.IMPLEMENTATIONS == (turning.CHUNKED, turning.LOW_MEMORY, turning.TILED)
 
 
 @pytest.mark.parametrize("knob", KNOBS.values(), ids=KNOBS)
@@ -275,13 +274,14 @@ def test_a_setting_that_is_wrong_where_fp64_does_not_look_is_held_against_the_de
     from onecard_kernels.logprob import linear
 
     monkeypatch.setattr("benchmarks.truth.ROWS", 1)  # the first token
-    right = linear._write
+    right = linear.HeadTiles.sweep
 
-    def last_wrong(out: Any, piece: Any, of: Any) -> None:
-        right(out, piece, of)
-        out.logprobs[-1] += 1.0
+    def last_wrong(self: Any, h: Any, *given: Any, **options: Any) -> Any:
+        of, *sums = right(self, h, *given, **options)
+        of.logprobs[-1] += 1.0
+        return of, *sums
 
-    knob = spoiled(PLAN, lambda: turning.swapped(linear, "_write", last_wrong))
+    knob = spoiled(PLAN, lambda: turning.swapped(linear.HeadTiles, "sweep", last_wrong))
     assert "from the default's" in (rows_of(knob)["rows=2"].reason or "")
 
 

@@ -17,7 +17,7 @@ from benchmarks.records import Result, Row
 from benchmarks.tune import counting, predict, proposal, sweep, turning
 from benchmarks.tune.knobs import KNOBS
 from onecard_kernels import launch
-from onecard_kernels.logprob import plans
+from onecard_kernels.logprob import tuning
 
 needs_triton = pytest.mark.skipif(launch.why_not(torch.device("meta")) is not None, reason="triton is not installed")
 
@@ -84,14 +84,14 @@ def test_what_breaks_the_promised_workspace_is_not_proposed() -> None:
     ("knob", "values", "line"),
     [
         ("chunk-rows", {"rows": 2048},
-         'plans.TABLE: "cuda": Choice(CHUNKED, 1002 << 20, 256, 2048, 2048, 4096),'),
+         'tuning.TABLE: "cuda": Choice(CHUNKED, 1002 << 20, 256, 2048, 2048, 4096),'),
         ("low-memory-tiles", {"rows": 1024, "columns": 8192},
-         'plans.TABLE: "cuda": Choice(CHUNKED, 512 << 20, 256, 1024, 1024, 8192),'),
+         'tuning.TABLE: "cuda": Choice(CHUNKED, 512 << 20, 256, 1024, 1024, 8192),'),
         ("implementation-frozen", {"implementation": "low_memory"},
-         'plans.TABLE: "cuda": Choice(LOW_MEMORY, 512 << 20, 256, 1024, 2048, 4096),  # for all modes'),
+         'tuning.TABLE: "cuda": Choice(LOW_MEMORY, 512 << 20, 256, 1024, 2048, 4096),  # for all modes'),
         ("hopper-tile", {"depth": 128, "stages": 2},
-         "cards._CARDS: (9, 0): the tile is TileConfig(rows=128, columns=256, depth=128, warps=8, stages=2, at_once=1, "
-         "multiprocessors=132, group=16)"),
+         "tuning._CARDS: (9, 0): the tile is TileConfig(rows=128, columns=256, depth=128, warps=8, stages=2, "
+         "at_once=1, multiprocessors=132, group=16)"),
         ("logits-forward", {"thread_bytes": 32, "warps": 4},
          "onecard_kernels.logprob.triton_rows: FORWARD = Cut(thread_bytes=32, warps=4)"),
         ("gae", {"largest_block": 1024, "per_thread": 8},
@@ -104,10 +104,10 @@ def test_the_line_to_put(knob: str, values: dict[str, Any], line: str) -> None:
 
 def test_a_line_of_the_table_gives_the_rows_it_was_measured_with(monkeypatch: pytest.MonkeyPatch) -> None:
     text = KNOBS["chunk-rows"].line({"rows": 1536}, [row("x", 1.0, vocabulary=256000)], "cuda")
-    given = eval(text.split("Choice")[1].rstrip(","), {**vars(plans)})
-    monkeypatch.setitem(plans.TABLE, "cuda", plans.Choice(*given))
+    given = eval(text.split("Choice")[1].rstrip(","), {**vars(tuning)})
+    monkeypatch.setitem(tuning.TABLE, "cuda", tuning.Choice(*given))
     for vocabulary in (128256, 256000):
-        assert plans.choose(vocabulary, torch.float32, torch.device("cuda")).rows == 1536
+        assert tuning.choose(vocabulary, torch.float32, torch.device("cuda")).rows == 1536
 
 
 # Predictions

@@ -8,7 +8,7 @@ import torch
 
 from onecard.config import TrainConfig
 from onecard.models.roles import Roles
-from onecard_kernels.logprob import plans
+from onecard_kernels.logprob import tuning
 
 
 def apply_memory_options(roles: Roles, config: TrainConfig) -> None:
@@ -37,4 +37,4 @@ def memory_option_notes(roles: Roles, config: TrainConfig) -> list[str]:
 
 def head_chunks(tokens: int) -> AbstractContextManager[None]:
     """Inside, the linear losses form the logits of `tokens` tokens at a time; 0: of as many as suit the device."""
-    return plans.override(rows=tokens) if tokens else nullcontext()
+    return tuning.override(rows=tokens) if tokens else nullcontext()
