@@ -75,7 +75,7 @@ def part(roles: Roles, config: PPOConfig, record: ExperienceBatch, name: str) ->
     count = len(targets.rows)
     if name == "policy":  # as if there were no critic
         with mock.patch.dict(roles.adapters):
-            del roles.adapters["value"]
+            roles.adapters.pop("value", None)
             [policy] = ppo_losses(roles, record, config, count)
         return policy.loss
     with roles.active("value"):
