@@ -22,7 +22,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or the profiler announces ever
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles: means and standard deviations are ruled by the few calls that another process disturbed."""
+    """Median and quartiles: a few calls that another process disturbed do not move them."""
 
     median: float
     q1: float
@@ -46,7 +46,7 @@ def ready(work: Work) -> None:
 
 
 def stopwatch(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Callable[[Work], float]:
-    """A function that runs a work and returns the seconds it took."""
+    """Return a function that runs a work and returns its seconds."""
 
     def host(work: Work) -> float:
         ready(work)
@@ -82,7 +82,7 @@ def interleave(
     budget: float = math.inf,
     tick: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[float]]:
-    """Times A B C A B C ..., so that a slow minute of the machine falls on all of them and ratios within a round hold.
+    """Time A B C A B C ..., so that a slow minute of the machine falls on all and ratios within a round hold.
 
     A work comes as its variants (one per set of inputs). Every call takes another variant than the call before it, so
     that no work finds its inputs in a cache that its neighbour warmed. Once the calls have taken `budget` seconds, no
@@ -103,7 +103,7 @@ def interleave(
 
 
 def peak_bytes(work: Work, device: torch.device) -> int:
-    """The most memory allocated at once while `work` runs, above what was allocated before. Never inside a timed pass.
+    """Peak memory that `work` allocates, above what was allocated before. Never inside a timed pass.
 
     On CPU it is the running sum of the profiler's allocation events, so it is exact for everything that goes through
     PyTorch's allocator, and blind to what a BLAS library keeps for itself.
@@ -130,7 +130,7 @@ def peak_bytes(work: Work, device: torch.device) -> int:
 
 
 def launches(work: Work, device: torch.device) -> int | None:
-    """What the GPU was told to do during one call: kernels, copies and fills. None where nobody can see that."""
+    """Kernels, copies and fills that the GPU starts in one call. None without a GPU."""
     if device.type != "cuda":
         return None
     ready(work)
@@ -158,7 +158,7 @@ COPY_BYTES = 512 << 20  # read and written together; far more than most caches h
 
 
 def copy_work(device: torch.device) -> tuple[Work, int]:
-    """A plain copy and the bytes it moves: the bandwidth that this machine gives, not the one in its datasheet."""
+    """A plain copy and the bytes it moves: the measured bandwidth of this machine."""
     source = torch.randn(COPY_BYTES // 8, device=device)  # half of the bytes, fp32
     target = torch.empty_like(source)
     return lambda: target.copy_(source), COPY_BYTES
@@ -170,7 +170,7 @@ LOGITS_BYTES = 2 << 30  # of logits at a time in the bare GEMMs: many thousand t
 def gemm_work(
     hidden: torch.Tensor, weight: torch.Tensor, logits: int, back: int = 0, outer: int = 0
 ) -> Callable[[], tuple[torch.Tensor | None, ...]]:
-    """Bare matrix products of a head into buffers that exist already: the limit of everything built from them.
+    """Bare matrix products of a head into preallocated buffers: the limit of everything built from them.
 
     So many times each: the logits, the gradient of the hidden states, the gradient of the head.
     """

@@ -1,25 +1,23 @@
 #!/usr/bin/env bash
-# What to run on a borrowed GPU machine, in commands of at most ten minutes:
+# What to run on a GPU machine, in commands of at most ten minutes:
 #
 #   OUT=/tmp/gpu benchmarks/on_a_gpu.sh first      tests, sanitizer, rollouts: what breaks?
 #   OUT=/tmp/gpu benchmarks/on_a_gpu.sh kernels    the kernels' tables, then as many knobs as there is time for
-#   OUT=/tmp/gpu benchmarks/on_a_gpu.sh engine     whole steps and where their time goes
+#   OUT=/tmp/gpu benchmarks/on_a_gpu.sh engine     whole steps, and a profile of a PPO iteration
 #   OUT=/tmp/gpu benchmarks/on_a_gpu.sh train_step --case '8B, NF4, 12 GB card'      one part, with options of its own
 #   OUT=/tmp/dry benchmarks/on_a_gpu.sh rehearse   every part on a CPU, at tiny sizes: shows that it runs
 #
-# Parts: tests, sanitize, benchmark, tune, train_step, rollout, profile. Each has its seconds (TESTS_SECONDS=... and so
-# on say otherwise) and a log of its own.
+# Parts: tests, sanitize, benchmark, tune, train_step, rollout, profile. Each has a time limit (TESTS_SECONDS=... and so
+# on change it) and a log of its own.
 #
 # It needs a python3 with torch 2.11 (CUDA 13) and triton 3.6 or newer, click, rich, matplotlib and pytest; nothing is
 # installed or fetched, and this repository need not be. From `engine` on it also needs transformers, peft, trl, datasets
 # and bitsandbytes; tests that lack them fail. Peers (trl, liger-kernel, cut-cross-entropy) that are not on PYTHONPATH
-# stand in the tables with the reason. Where there is no .git, say ONECARD_COMMIT=<hash>.
+# stand in the tables with the reason. Without .git, set ONECARD_COMMIT=<hash>.
 #
 # Into OUT (default: benchmarks/results/<device>): a log of each part, and JSON that is written after every case, so that
 # a run that is cut off leaves what it had. Tables and plots are made from the JSON afterwards, anywhere:
-#   python -m benchmarks.render kernels-*.json             python -m benchmarks.tune.render tune-*.json
-#   python -m benchmarks.train_step.render train-step-*.json
-#   python -m benchmarks.rollout.render rollout-*.json     python -m benchmarks.where_time_goes --render where-time-goes-*.json
+#   python -m benchmarks.render *.json
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="kernels:engine:.${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 COLUMNS=120
@@ -38,11 +36,11 @@ limited() { # seconds, log, command...
   status=$ended
 }
 
-minutes() { # of so many seconds, those after which nothing more is begun
+minutes() { # of so many seconds, those after which no case begins
   "$PYTHON" -c "print($1 * ${2:-0.7} / 60)"
 }
 
-# A part's command, on a GPU and in a rehearsal. Those of whole steps begin no case when two thirds of the time are over.
+# A part's command, on a GPU and in a rehearsal.
 gpu() { case $1 in
   tests) run=(pytest -q -p no:cacheprovider --durations=15 tests/gpu) ;;
   sanitize) run=(benchmarks.sanitize --minutes "$(minutes "$2" 0.9)") ;;
@@ -50,7 +48,7 @@ gpu() { case $1 in
   tune) run=(benchmarks.tune --device cuda --data-only --minutes "$(minutes "$2" 0.9)") ;;
   train_step) run=(benchmarks.train_step --device cuda --data-only --minutes "$(minutes "$2")") ;;
   rollout) run=(benchmarks.rollout --table --device cuda --data-only --minutes "$(minutes "$2")") ;;
-  profile) run=(benchmarks.where_time_goes --device cuda) ;;
+  profile) run=(benchmarks.profile_ppo --device cuda) ;;
 esac; }
 dry() { case $1 in
   tests) run=(pytest -q -p no:cacheprovider tests/gpu) ;;
@@ -59,7 +57,7 @@ dry() { case $1 in
   tune) run=(benchmarks.tune --dry --data-only) ;;
   train_step) run=(benchmarks.train_step --smoke --data-only) ;;
   rollout) run=(benchmarks.rollout --smoke --data-only) ;;
-  profile) run=(benchmarks.where_time_goes --smoke) ;;
+  profile) run=(benchmarks.profile_ppo --smoke) ;;
 esac; }
 
 part() { # kind of command, name, seconds, options...
@@ -82,7 +80,7 @@ if [ "$WHAT" != rehearse ]; then
   }
 fi
 if [ -z "${OUT:-}" ]; then
-  OUT=$("$PYTHON" -c 'import torch; from benchmarks import records; print(records.ROOT / "benchmarks/results" / records.machine(torch.device("cuda"))[1])') || exit 2
+  OUT=$("$PYTHON" -c 'import torch; from benchmarks import records; print(records.RESULTS / records.machine(torch.device("cuda"))[1])') || exit 2
 fi
 mkdir -p "$OUT"
 

@@ -1,4 +1,9 @@
-"""What a run leaves: one JSON file that says where, when and from which code every number came."""
+"""The one record format: a report is a JSON file of cases, and a case has a row for each candidate.
+
+Every report names the machine, the commit, the versions and the clock. Every row has the seconds of each round, so
+that medians, quartiles and ratios are computed from the file. `Recorder` writes the file again after every case: a run
+that is cut off leaves what it had.
+"""
 
 from __future__ import annotations
 
@@ -9,73 +14,125 @@ import platform
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-R = TypeVar("R")
+from benchmarks.measure import Spread, spread
 
-SCHEMA = 2
+SCHEMA = 4
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "peft", "accelerate",
+            "bitsandbytes")  # fmt: skip
+OURS = "onecard"
+WHOLE = "the whole iteration"  # the row of a training step's sum
 LIMIT = "limit"  # the role of bare GEMMs and copies; candidates are "ours" or "peer"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One candidate in one case (shape and mode). Without times when it could not run: then `reason` says why."""
+    """A candidate of a case, or a phase of a training step. `reason`: why it has no times."""
 
-    shape: str
-    sizes: dict[str, int]  # by axis
-    mode: str
-    candidate: str
+    name: str
     role: str  # ours | peer | limit
     reason: str | None = None
-    seconds: tuple[float, ...] = ()  # every timed call, in the order of the rounds
-    median: float | None = None  # seconds
-    q1: float | None = None
-    q3: float | None = None
-    peak_bytes: int | None = None  # above the inputs
+    seconds: tuple[float, ...] = ()  # of each round
+    tokens: tuple[int, ...] = ()  # of each round
+    flops: tuple[int, ...] = ()  # of each round: what it cannot do without
+    peak_bytes: int | None = None  # above what was allocated before
+    held_bytes: int | None = None  # weights, adapters and optimizer
     errors: dict[str, float] = field(default_factory=dict)  # by result, against fp64
     launches: int | None = None  # on a GPU: kernels, copies and fills of one call
-    gemms: int | None = None  # of the limit: how many this case cannot do without
-    rate: float | None = None  # of the limits: FLOP/s of the GEMMs, bytes/s of the copy
-    of_limit: float | None = None  # share of the measured limit that was reached: 1 is perfect
+    gemms: int | None = None  # of the limit: bare products in a call
+    rate: float | None = None  # of the limit: FLOP/s of the GEMMs, bytes/s of the copy
+    of_limit: float | None = None  # time of the unavoidable work at the measured rate, over the time taken
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def time(self) -> Spread | None:
+        return spread(self.seconds) if self.seconds else None
+
+    @property
+    def token_rate(self) -> Spread | None:
+        return per_second(self.tokens, self.seconds)
 
 
 @dataclass(frozen=True)
-class Result:
-    """One benchmark of a run: what was finished of it."""
+class Case:
+    """`what` at one size in one mode. `about`: what was set; `found`: what was measured beside the rows."""
 
-    benchmark: str
-    about: str
-    axes: str
+    what: str  # the operation or the algorithm
+    name: str  # of the size or setting
+    sizes: dict[str, int]
     dtype: str
-    modes: dict[str, str]  # name -> what is done
-    rows: tuple[Row, ...]
-    refused: str | None = None  # ours was wrong: then there are no rows
+    mode: str = ""
+    rows: tuple[Row, ...] = ()
+    about: dict[str, Any] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
+    refused: str | None = None  # ours was wrong, or did not run: nothing was timed
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.what, self.name, self.mode
+
+    def row(self, name: str) -> Row | None:
+        return next((row for row in self.rows if row.name == name), None)
+
+    def limit(self) -> Row | None:
+        """The bare products."""
+        return next((row for row in self.rows if row.role == LIMIT and (row.gemms or row.flops)), None)
 
 
 @dataclass(frozen=True)
 class Report:
+    benchmark: str
     device: str  # cpu | cuda
     machine: str
     folder: str  # the name of this machine's results
-    quick: bool
+    quick: bool  # too small to conclude from
     complete: bool  # False: the run was cut off, and cases are missing
-    clock: str  # what a second is: of the wall, or of one processor
+    clock: str  # "wall time", or the processor time of one thread
     repeats: int  # at most: slow cases have fewer rounds
     date: str
     commit: str
     dirty: bool
-    load: float  # of the machine when the run began: how many processes wanted a core
+    load: float  # of the machine when the run began
     versions: dict[str, str]
-    results: tuple[Result, ...]
+    cases: tuple[Case, ...] = ()
     schema: int = SCHEMA
+
+    @property
+    def kinds(self) -> dict[str, list[Case]]:
+        """Cases by what they measure."""
+        found: dict[str, list[Case]] = {}
+        for case in self.cases:
+            found.setdefault(case.what, []).append(case)
+        return found
+
+
+def per_second(amounts: tuple[int, ...], seconds: tuple[float, ...]) -> Spread | None:
+    if not seconds or not amounts:
+        return None
+    return spread([amount / taken for amount, taken in zip(amounts, seconds, strict=True)])
+
+
+def ratio(row: Row, other: Row) -> Spread | None:
+    """Time over the other's time, round by round: what slowed both in a round cancels."""
+    pairs = list(zip(row.seconds, other.seconds, strict=False))  # one that is timed alone may have fewer rounds
+    return spread([mine / theirs for mine, theirs in pairs]) if pairs else None
+
+
+def share_of_limit(row: Row, case: Case) -> float | None:
+    if row.of_limit is not None or not sum(row.flops):
+        return row.of_limit
+    limit = case.limit()
+    mine, most = per_second(row.flops, row.seconds), limit and per_second(limit.flops, limit.seconds)
+    return mine.median / most.median if mine and most else None
 
 
 def git(*arguments: str) -> str | None:
@@ -87,43 +144,16 @@ def git(*arguments: str) -> str | None:
 
 
 def commit() -> tuple[str, bool]:
-    """(hash, dirty). Results are no part of what was measured.
+    """(hash, dirty); results are no part of what is measured.
 
-    Outside a repository (a copy on a borrowed machine) it is what ONECARD_COMMIT says, `<hash>` or `<hash>-dirty`, by
-    the word of who made the copy; without that nobody knows, so it is dirty.
+    Outside a repository (a copy on another machine) it is what ONECARD_COMMIT says, `<hash>` or `<hash>-dirty`; without
+    that it is unknown and dirty.
     """
     head, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     if head is not None:
         return head, changes != ""
     told = os.environ.get("ONECARD_COMMIT", "")
     return told.removesuffix("-dirty") or "unknown", not told or told.endswith("-dirty")
-
-
-def header(device: torch.device) -> dict[str, Any]:
-    """What every report says: where and when it was made, from which code, with what."""
-    line, folder = machine(device)
-    head, dirty = commit()
-    return {
-        "device": device.type,
-        "machine": line,
-        "folder": folder,
-        "date": now(),
-        "commit": head,
-        "dirty": dirty,
-        "load": os.getloadavg()[0],
-        "versions": versions(),
-    }
-
-
-def opening(about: Mapping[str, Any]) -> str:
-    """The first line on the terminal, from a header."""
-    dirty = " (dirty)" if about["dirty"] else ""
-    return f"{about['machine']}; {torch.__version__}; commit {about['commit'][:12]}{dirty}"
-
-
-def is_dirty(commit_before: str, *, dirty: bool) -> bool:
-    """Whether a report belongs to no commit: changes when it began, or other code by now."""
-    return dirty or commit() != (commit_before, False)
 
 
 def processor() -> str:
@@ -143,14 +173,11 @@ def machine(device: torch.device) -> tuple[str, str]:
     """(the machine in a line, the folder name of its results)."""
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
-        line = (
-            f"{card.name}, {card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}, CUDA {torch.version.cuda}"
-        )
-        return line, slug(card.name)
-    threads = torch.get_num_threads()
-    # Flags decide which BLAS kernels run, and many clouds give the model name without a number
-    line = f"{processor()}, cores: {cores()}, threads: {threads}, {torch.backends.cpu.get_cpu_capability()}"
-    return line, f"cpu-{cores()}-cores"
+        memory = f"{card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}, CUDA {torch.version.cuda}"
+        return f"{card.name}, {memory}", slug(card.name)
+    # Flags decide which BLAS kernels run, and many clouds give the model name without a number.
+    threads, flags = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    return f"{processor()}, cores: {cores()}, threads: {threads}, {flags}", f"cpu-{cores()}-cores"
 
 
 def slug(text: str) -> str:
@@ -171,18 +198,8 @@ def now() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ")
 
 
-def stamped(name: str, date: str, commit: str, *more: str, dirty: bool, quick: bool = False) -> str:
-    """A file name that sorts by date, and names the code; quick runs and dirty trees are told apart in a listing."""
-    marks = "".join(mark for mark, on in (("-dirty", dirty), ("-quick", quick)) if on)
-    return "-".join((name, re.sub(r"[-:]", "", date), commit[:7], *more)) + f"{marks}.json"
-
-
-def file_name(report: Report) -> str:
-    return stamped("kernels", report.date, report.commit, dirty=report.dirty, quick=report.quick)
-
-
 def write_atomically(path: Path, data: bytes) -> None:
-    """Whole or not at all: a reader, or a run that is cut off, never leaves half a file under the name."""
+    """Whole or not at all: no reader and no run that is cut off sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -197,33 +214,61 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
-def save(report: Any, path: Path) -> None:
-    """Any benchmark's report, as JSON."""
-    write_atomically(path, (json.dumps(asdict(report), indent=1, allow_nan=False) + "\n").encode())
-
-
-def result_of(values: dict[str, Any]) -> Result:
-    rows = tuple(Row(**{**row, "seconds": tuple(row["seconds"])}) for row in values["rows"])
-    return Result(**{**values, "rows": rows})
-
-
-def read(path: Path, what: str, expected: dict[str, Any], build: Callable[[dict[str, Any]], R]) -> R:
-    """A report whose `expected` entries are so. Raises ValueError with the file's name for anything else."""
+def load(path: Path) -> Report:
+    """A report; ValueError with the file's name for anything else."""
+    lists = ("seconds", "tokens", "flops")
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in expected.items():
-            if values.get(name) != value:
-                raise ValueError(f"{name} {values.get(name)!r}, expected {value!r}")
-        return build(values)
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.get("schema") != SCHEMA:
+            raise ValueError(f"schema {values.get('schema')!r}, expected {SCHEMA}")
+        cases = []
+        for case in values.pop("cases"):
+            rows = (Row(**{**row, **{name: tuple(row[name]) for name in lists}}) for row in case.pop("rows"))
+            cases.append(Case(**case, rows=tuple(rows)))
+        return Report(**values, cases=tuple(cases))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no {what}: {error}") from None
+        raise ValueError(f"{path} is no benchmark report: {error}") from None
 
 
-def report_of(values: dict[str, Any]) -> Report:
-    return Report(results=tuple(result_of(found) for found in values.pop("results")), **values)
+class Recorder:
+    """A report in the making, whose file is written after every case."""
 
+    def __init__(
+        self,
+        benchmark: str,
+        device: torch.device,
+        *,
+        clock: str = "wall time",
+        repeats: int = 1,
+        quick: bool = False,
+        out: Path | None = None,
+        name: str = "",
+    ) -> None:
+        line, folder = machine(device)
+        head, dirty = commit()
+        self.report = Report(
+            benchmark, device.type, line, folder, quick, False, clock, repeats, now(), head, dirty, os.getloadavg()[0],
+            versions(),
+        )  # fmt: skip
+        # The name sorts by date and has the commit; quick runs and dirty trees can be told apart in a listing.
+        marks = "".join(mark for mark, on in (("-dirty", dirty), ("-quick", quick)) if on)
+        parts = (benchmark, re.sub(r"[-:]", "", self.report.date), head[:7], slug(name))
+        self.path = (out or RESULTS / folder) / f"{'-'.join(filter(None, parts))}{marks}.json"
 
-def load(path: Path) -> Report:
-    return read(path, "benchmark report", {"schema": SCHEMA}, report_of)
+    def opening(self) -> str:
+        """The first line on the terminal."""
+        report = self.report
+        dirty = " (dirty)" if report.dirty else ""
+        return f"{report.machine}; {torch.__version__}; commit {report.commit[:12]}{dirty}"
+
+    def add(self, case: Case) -> None:
+        self.put((*self.report.cases, case))
+
+    def put(self, cases: Iterable[Case], *, complete: bool = False) -> None:
+        """Replace the cases, and write the file. The tree must not have changed since the run began either."""
+        dirty = self.report.dirty or commit() != (self.report.commit, False)
+        self.report = replace(self.report, cases=tuple(cases), complete=complete, dirty=dirty)
+        data = json.dumps(asdict(self.report), indent=1, allow_nan=False) + "\n"
+        write_atomically(self.path, data.encode())

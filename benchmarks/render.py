@@ -1,4 +1,7 @@
-"""`python -m benchmarks.render FILE.json...`: the Markdown table and the plots of a run, and the README's table."""
+"""`python -m benchmarks.render FILE.json...`: Markdown and plots of a report, and its tables in regions of pages.
+
+One table serves every benchmark: a line for each row, and the columns that any row of the case has a value for.
+"""
 
 from __future__ import annotations
 
@@ -6,107 +9,399 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import matplotlib
+from rich.box import SIMPLE
+from rich.table import Table
 
-from benchmarks import options, records, tables, targets
-from benchmarks.anatomy import OURS
-from benchmarks.records import LIMIT, Report, Result, Row
+from benchmarks import cli, records, targets
+from benchmarks.measure import Spread
+from benchmarks.records import LIMIT, OURS, WHOLE, Case, Report, Row
 
-matplotlib.use("Agg")  # before pyplot is there: no display is asked for
+matplotlib.use("Agg")  # before pyplot is there: no display is needed
 from matplotlib import pyplot
 
+NONE = "–"
 COLOURS = {"ours": "#1b7837", "peer": "#9e9e9e", LIMIT: "#d9d9d9"}
+STYLES = {"ours": "bold green", LIMIT: "dim"}
+ROLLOUT_TARGET = 2.0  # times the tokens per second of generate, on mixed lengths
+MOST_OFF = 0.05  # of a measured peak, by which the memory plan may be off
+LEAST_STEPS = 2  # whole ones, of a case under a memory cap
 
 
-def table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+# --- cells
+
+
+def milliseconds(seconds: float | None) -> str:
+    if seconds is None:
+        return NONE
+    value = seconds * 1e3
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def mebibytes(count: int | None) -> str:
+    return NONE if count is None else f"{count / 2**20:.1f}" if count < 100 << 20 else f"{count / 2**20:.0f}"
+
+
+def percent(value: float | None) -> str:
+    return NONE if value is None else f"{value:.0%}" if value >= 0.01 else f"{value:.2%}"
+
+
+def factor(value: Spread | None) -> str:
+    if value is None:
+        return NONE
+    return f"{value.median:.2f}x" + (f" ({value.q1:.2f} to {value.q3:.2f})" if value.count > 1 else "")
+
+
+def median(value: Spread | None, form: str = ",.0f") -> str:
+    return NONE if value is None else format(value.median, form)
+
+
+def whole_bytes(row: Row) -> int | None:
+    """At once, weights and all."""
+    return None if row.peak_bytes is None or row.held_bytes is None else row.peak_bytes + row.held_bytes
+
+
+def named(row: Row) -> str:
+    """The limits' names carry the rate that was measured."""
+    if row.rate is None:
+        return row.name
+    scale, unit = (1e12, "TFLOP/s") if row.gemms else (1e9, "GB/s")
+    return f"{row.name} ({row.rate / scale:.3g} {unit})"
+
+
+def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     def line(values: Sequence[str]) -> str:
         return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
 
-    marks = ["---", *["---:"] * (len(headings) - 1)]
-    return "\n".join([line(headings), line(marks), *[line(values) for values in lines]])
+    return "\n".join([line(headings), line(["---", *["---:"] * (len(headings) - 1)]), *map(line, lines)])
+
+
+# --- a case
+
+
+def size(case: Case) -> str:
+    return " x ".join(map(str, case.sizes.values()))
+
+
+def reference(case: Case) -> Row | None:
+    """The row that times are relative to."""
+    return case.row(OURS) or case.row(WHOLE) or next(iter(case.rows), None)
+
+
+def columns(case: Case) -> dict[str, Callable[[Row], str]]:
+    """Heading -> cell, of everything that a row may have."""
+    base, step = reference(case), case.found.get("step")
+
+    def times(row: Row) -> str:
+        if row.name == "copy" or base is None or step is not None:
+            return NONE  # a copy does other work, and two samplers other numbers of tokens
+        return factor(records.ratio(row, base))
+
+    def quartiles(row: Row) -> str:
+        found = row.time
+        return NONE if found is None or found.count == 1 else f"{milliseconds(found.q1)} to {milliseconds(found.q3)}"
+
+    def rate(row: Row) -> str:
+        found = row.token_rate
+        if found is None:
+            return NONE
+        return f"{found.median:,.0f}" + (f" ({found.q1:,.0f} to {found.q3:,.0f})" if found.count > 1 else "")
+
+    def a_step(row: Row) -> float | None:
+        return None if step is None else step["seconds"].get(row.name)
+
+    def reading(row: Row) -> str:
+        taken = a_step(row)
+        return percent(step["bytes_read"] / step["bandwidth"] / taken) if taken else NONE
+
+    def more(name: str, form: str) -> Callable[[Row], str]:
+        return lambda row: format(row.more[name], form) if name in row.more else NONE
+
+    def error(name: str) -> Callable[[Row], str]:
+        return lambda row: f"{row.errors[name]:.1e}" if name in row.errors else NONE
+
+    errors = dict.fromkeys(name for row in case.rows for name in row.errors)
+    return {
+        "time, ms": lambda row: milliseconds(row.time and row.time.median),
+        "quartiles": quartiles,
+        f"time / {base.name if base else OURS}": times,
+        "tokens/s": rate,
+        "of limit": lambda row: percent(records.share_of_limit(row, case)),
+        "ms a step": lambda row: milliseconds(a_step(row)),
+        "of the reading's rate": reading,
+        "peak, MiB": lambda row: mebibytes(row.peak_bytes),
+        "with weights, MiB": lambda row: mebibytes(whole_bytes(row)),
+        "busy": more("busy", ".0%"),
+        "launches": lambda row: NONE if row.launches is None else str(row.launches),
+        "launches a phase": more("launches", ",.0f"),
+        "synchronisations": more("synchronisations", ",.0f"),
+        **{f"error {name}": error(name) for name in errors},
+    }
+
+
+def cells(case: Case) -> tuple[list[str], list[list[str]]]:
+    """Headings and lines. A row that did not run has its reason in the second cell."""
+    ran = [row for row in case.rows if row.reason is None]
+    used = {name: cell for name, cell in columns(case).items() if any(cell(row) != NONE for row in ran)}
+    lines = []
+    for row in case.rows:
+        if row.reason is None:
+            lines.append([named(row), *(cell(row) for cell in used.values())])
+        else:
+            lines.append([row.name, row.reason, *[""] * (len(used) - 1)][: 1 + max(len(used), 1)])
+    return ["", *used], lines
+
+
+def title(case: Case, report: Report) -> str:
+    cap = case.about.get("cap_gib")
+    capped = f", capped at {cap:g} GiB on {report.machine.split(',')[0]}" if cap else ""
+    return f"{case.name}{capped}"
+
+
+def heading(case: Case, report: Report) -> str:
+    if case.mode:
+        return f"{case.about['mode']}: {' x '.join(case.sizes)} = {size(case)} ({case.name})"
+    return f"{case.what.upper() if case.what in ('dpo', 'ppo') else case.what}: {title(case, report)}"
+
+
+def settings(case: Case) -> str:
+    """Model, sizes and settings in a line."""
+    about = dict(case.about)
+    parts = [about.pop("operation", ""), about.pop("model", ""), case.dtype]
+    if "parameters" in about:
+        parts.append(f"{about.pop('parameters') / 1e6:,.0f}M parameters")
+    if not case.mode:
+        parts += [f"{name} {value:,}" for name, value in case.sizes.items()]
+    about.pop("mode", None)
+    for name, value in {**about, **about.pop("settings", {})}.items():
+        if name not in ("settings", "in_turns") and value:
+            parts.append(name if value is True else f"{name} {value}")
+    text = ", ".join(filter(None, parts))
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def off(planned: int, measured: int | None) -> float | None:
+    """How far a planned peak is from the measured one, as a share of that."""
+    return (planned - measured) / measured if measured else None
+
+
+def memory_lines(memory: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Each phase as `onecard fit` plans it and as measured: all at once, and above what stays between steps."""
+
+    def compared(planned: int, measured: int | None) -> list[str]:
+        distance = off(planned, measured)
+        return [mebibytes(planned), mebibytes(measured), NONE if distance is None else f"{distance:+.1%}"]
+
+    return [
+        [
+            each["phase"],
+            *compared(each["planned"], each["measured"]),
+            *compared(each["planned_above"], each["measured_above"]),
+        ]
+        for each in memory
+    ]
+
+
+def plan_verdict(case: Case) -> str:
+    if case.found.get("unplanned"):
+        return f"No plan stands beside the memory: {case.found['unplanned']}."
+    distances = {each["phase"]: off(each["planned"], each["measured"]) for each in case.found.get("memory", ())}
+    judged = {name: distance for name, distance in distances.items() if distance is not None}
+    missed = [f"{name} ({distance:+.1%})" for name, distance in judged.items() if abs(distance) > MOST_OFF]
+    verdict = f"missed in {', '.join(missed)}" if missed else "met in each phase" if judged else "nothing was measured"
+    return f"Plan within {MOST_OFF:.0%}: {verdict}."
+
+
+def steps_verdict(case: Case) -> str:
+    """How many whole steps were made, that their losses are finite, and whether memory held."""
+    learned, cap = case.found.get("learned", ()), case.about.get("cap_gib")
+    words = f"Whole steps{f' under a cap of {cap:g} GiB' if cap else ''}: {len(learned)}"
+    if learned:
+        losses, norms = zip(*learned, strict=True)
+        words += f", loss {min(losses):.4g} to {max(losses):.4g}, gradient norm {min(norms):.4g} to {max(norms):.4g}"
+    if cap and len(learned) < LEAST_STEPS:
+        words += f"; MISSED, expected {LEAST_STEPS}"
+    return words + ("; MEMORY RAN OUT, and passes were made smaller." if case.found.get("shrunk") else ".")
+
+
+def rollout_ratio(case: Case) -> Spread | None:
+    """Tokens per second of the first sampler over the last one's, round by round."""
+    if len(case.rows) < 2:
+        return None
+    one, other = case.rows[0], case.rows[-1]
+    rates = [[n / t for n, t in zip(row.tokens, row.seconds, strict=True)] for row in (one, other)]
+    return records.spread([mine / theirs for mine, theirs in zip(*rates, strict=True)])
+
+
+def rollout_note(case: Case) -> str:
+    step, found = case.found["step"], rollout_ratio(case)
+    reading = step["bytes_read"] / step["bandwidth"]
+    words = f"Rollout tokens/s at least {ROLLOUT_TARGET:g}x plain generate on mixed lengths: "
+    words += "not measured" if found is None else f"{found.median:.2f}x, "
+    words += "" if found is None else "met" if found.median >= ROLLOUT_TARGET else "MISSED"
+    return (
+        f"{words}. A step: {step['rows']} rows with {step['length']:,} tokens each in the cache. Weights and cache are "
+        f"{step['bytes_read'] / 2**20:,.0f} MiB, read in {milliseconds(reading)} ms at the "
+        f"{step['bandwidth'] / 1e9:,.0f} GB/s of a plain copy in this run."
+    )
+
+
+def operators(row: Row) -> list[str]:
+    """A phase's operators by time, and how much of the phase was profiled."""
+    (seconds,) = row.seconds
+    lines = [
+        [
+            each["name"],
+            milliseconds(each["seconds"]),
+            f"{each['seconds'] / seconds:.1%}",
+            f"{each['count']:,.0f}",
+            f"{each['flops'] / each['seconds'] / 1e9:,.0f}" if each["flops"] and each["seconds"] else NONE,
+            each["kind"],
+        ]
+        for each in row.more["operators"]
+    ]
+    parts = [f"#### {row.name}", table(["operator", "ms", "of the phase", "calls", "GFLOP/s", "counted as"], lines)]
+    if row.more["profiled"] < 0.99:
+        parts.append(f"Profiled: {row.more['profiled']:.0%} of the phase; the figures are scaled to all of it.")
+    return parts
+
+
+def cost_table(case: Case) -> str:
+    whole = case.row(WHOLE)
+    assert whole is not None
+    lines = [
+        [each["what"], each["phase"], milliseconds(each["seconds"]), f"{each['seconds'] / whole.seconds[0]:.1%}"]
+        for each in case.found["costs"]
+    ]
+    return table(["avoidable cost", "phase", "ms", "of the iteration"], lines)
+
+
+def notes(case: Case) -> list[str]:
+    """What stands below a case's table."""
+    found, parts = case.found, []
+    if "learned" in found:
+        if found.get("memory"):
+            headings = ["peak, MiB", "planned", "measured", "difference", "above what stays: planned", "measured",
+                        "difference"]  # fmt: skip
+            parts.append(table(headings, memory_lines(found["memory"])))
+        parts.append(f"{plan_verdict(case)} {steps_verdict(case)}")
+    if found.get("step"):
+        parts.append(rollout_note(case))
+    if "costs" in found:
+        parts.append(
+            f"Profiled, the iteration took {found['profiled_seconds']:.3g} s. Bare products: "
+            f"{found['rate'] / 1e12:.3g} TFLOP/s, a plain copy: {found['bandwidth'] / 1e9:.3g} GB/s."
+        )
+        parts.append(cost_table(case))
+        parts += [part for row in case.rows if "operators" in row.more for part in operators(row)]
+    return parts
+
+
+def terminal(case: Case) -> Table | str:
+    """A case on the terminal."""
+    if case.refused is not None:
+        return f"{case.what} {case.name}: REFUSED, {case.refused}"
+    headings, lines = cells(case)
+    shown = [index for index, name in enumerate(headings) if name != "quartiles"]
+    reasons = [f"{row.name}: {row.reason}" for row in case.rows if row.reason is not None]
+    below = [note for note in notes(case) if not note.startswith(("|", "#", "Profiled: "))]
+    heads = " ".join(filter(None, (case.what, case.name, case.mode, size(case) if case.mode else "")))
+    made = Table(title=heads, caption="\n".join([*reasons, *below]), box=SIMPLE, title_justify="left",
+                 caption_justify="left")  # fmt: skip
+    for index in shown:
+        made.add_column(headings[index], justify="right" if index else "left", no_wrap=not index)
+    for row, line in zip(case.rows, lines, strict=True):
+        if row.reason is None:  # one number a cell, for a terminal of 80 columns
+            made.add_row(*(line[i].split(" (")[0] if i else line[i] for i in shown), style=STYLES.get(row.role))
+    return made
+
+
+# --- a report
+
+
+def rounds(report: Report) -> str:
+    counts = sorted({len(row.seconds) for case in report.cases for row in case.rows if row.seconds})
+    return "no" if not counts else str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def provenance(report: Report) -> str:
+    """Where, when, and from which code; first what the numbers are not good for."""
+    calls = "interleaved calls" if report.benchmark in ("kernels", "tune") else "rounds"
+    profile = report.benchmark == "ppo-profile"
+    how = f"{'one iteration' if profile else f'median of {rounds(report)} {calls}'}, {report.clock}"
+    warnings = [
+        text
+        for text, on in (
+            ("DIRTY TREE: these numbers belong to no commit", report.dirty),
+            ("QUICK RUN: too small to conclude from", report.quick),
+            ("CUT OFF: cases are missing", not report.complete),
+            (f"CPU: read the {'shares' if profile else 'ratios'}, not the times", report.device == "cpu"),
+        )
+        if on
+    ]
+    libraries = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    facts = (
+        f"{report.machine}; commit {report.commit[:12]}; {report.date}; {how}; "
+        f"load {report.load:.1f} at the start; {libraries}"
+    )
+    return ". ".join([*warnings, facts]) + "."
 
 
 def markdown(report: Report, name: str) -> str:
-    """All the rows of a run, and the verdicts on its targets."""
+    """All of a report."""
     parts = [
-        f"# Kernels on {report.folder}",
-        tables.provenance(report),
+        f"# {report.benchmark} on {report.folder}",
+        provenance(report),
         f"Made from {name} by `python -m benchmarks.render`; how to read it: the README of `benchmarks/`.",
     ]
     judged = targets.verdicts(report)
     if judged:
-        lines = [verdict.cells for verdict in judged]
-        parts += [f"## {targets.heading(report)}", table(targets.HEADINGS, lines)]
-    for result in report.results:
-        parts.append(f"## {result.benchmark}")
-        parts.append(f"{result.about[0].upper()}{result.about[1:]}. Inputs: {result.dtype}.")
-        if result.refused is not None:
-            parts.append(f"REFUSED, nothing was timed: {result.refused}")
-        for rows in tables.cases(result.rows).values():
-            ours, columns = tables.ours_of(rows), tables.columns_of(rows)
-            parts.append(f"### {result.modes[rows[0].mode]}: {result.axes} = {tables.size(rows[0])} ({rows[0].shape})")
-            parts.append(table(columns.headings, [columns.cells(row, ours) for row in rows]))
+        parts += ["## Targets", table(("target", "bar", "figure", ""), judged)]
+    if report.benchmark == "tune":
+        from benchmarks import tune
+
+        parts += ["## Proposal", tune.proposals(report)]
+    for what, cases in report.kinds.items():
+        parts.append(f"## {what}")
+        for case in cases:
+            parts += [f"### {heading(case, report)}", settings(case)]
+            if case.refused is not None:
+                parts.append(f"REFUSED, nothing was timed: {case.refused}")
+                continue
+            parts += [table(*cells(case)), *notes(case)]
     return "\n\n".join(parts) + "\n"
 
 
-def summary(report: Report, result: Result, name: str) -> str:
-    """A README's table: a line per case, a column per candidate, time over ours and peak memory."""
-    grouped = tables.cases(result.rows)
-    names = list(dict.fromkeys(row.candidate for row in result.rows if row.role != LIMIT))
-    ran = [n for n in names if any(row.median is not None for row in result.rows if row.candidate == n)]
-    bare = any(row.gemms for row in result.rows)
-    lines, absent = [], {}
-    for rows in grouped.values():
-        ours, by_name = tables.ours_of(rows), {row.candidate: row for row in rows}
-        shown = [short(by_name[n], ours) if n in by_name else tables.NONE for n in ran]
-        against = [tables.ratio(row, ours) for row in rows if row.gemms]
-        lines.append(
-            [rows[0].mode, tables.size(rows[0]), *shown, *(f"{a.median:.2f}x" if a else tables.NONE for a in against)]
-        )
-        absent.update({row.candidate: row.reason for row in rows if row.reason is not None})
-    text = table(["pass", result.axes, *ran, *(["bare GEMMs"] if bare else [])], lines)
-    missing = "".join(f" {n}: {reason}." for n, reason in absent.items() if n not in ran)
-    return (
-        f"{text}\n\nTime relative to {OURS} (smaller is faster) and peak memory above the inputs ({result.dtype}). "
-        f"{tables.provenance(report)}{missing} From `{name}`."
-    )
-
-
-def short(row: Row, ours: Row) -> str:
-    if row.median is None:
-        return tables.NONE
-    against = tables.ratio(row, ours)
-    return f"{tables.NONE if against is None else f'{against.median:.2f}x'}, {tables.mebibytes(row.peak_bytes)} MiB"
-
-
-def plot(report: Report, result: Result, mode: str) -> bytes:
-    """A line of two panels per shape: time with quartiles, and peak memory."""
-    groups = [rows for (_, of), rows in tables.cases(result.rows).items() if of == mode]
-    figure, grid = pyplot.subplots(len(groups), 2, figsize=(11, 0.8 + 2.2 * len(groups)), squeeze=False)
-    for (left, right), rows in zip(grid, groups, strict=True):
-        ran = [row for row in rows if row.median is not None and row.candidate != "copy"][::-1]
-        names, colours = [row.candidate for row in ran], [COLOURS[row.role] for row in ran]
-        medians = [row.median * 1e3 for row in ran]
-        low = [(row.median - row.q1) * 1e3 for row in ran]
-        high = [(row.q3 - row.median) * 1e3 for row in ran]
-        left.barh(names, medians, xerr=[low, high], color=colours, capsize=3)
-        left.set(title=f"{result.axes} = {tables.size(rows[0])}", xlabel=f"{report.clock}, ms (median, quartiles)")
+def plot(report: Report, cases: Sequence[Case]) -> bytes:
+    """A line of two panels for each case: tokens per second or time, with quartiles; and peak memory."""
+    figure, grid = pyplot.subplots(len(cases), 2, figsize=(11, 0.8 + 2.2 * len(cases)), squeeze=False)
+    for (left, right), case in zip(grid, cases, strict=True):
+        ran = [row for row in case.rows if row.seconds and row.name not in ("copy", WHOLE)][::-1]
+        by_rate = bool(case.row(OURS)) and all(row.tokens for row in ran if row.role != LIMIT)
+        ran = [row for row in ran if row.tokens] if by_rate else ran
+        spreads = [row.token_rate if by_rate else records.spread([1e3 * taken for taken in row.seconds]) for row in ran]
+        bars = [[each.median - each.q1 for each in spreads], [each.q3 - each.median for each in spreads]]
+        names, colours = [row.name for row in ran], [COLOURS[row.role] for row in ran]
+        left.barh(names, [each.median for each in spreads], xerr=bars, color=colours, capsize=3)
+        label = "tokens/s" if by_rate else f"{report.clock}, ms"
+        left.set(title=size(case) if case.mode else title(case, report), xlabel=f"{label} (median, quartiles)")
         held = [row for row in ran if row.peak_bytes is not None]
-        bars = right.barh(
-            [row.candidate for row in held],
-            [row.peak_bytes / 2**20 for row in held],
-            color=[COLOURS[row.role] for row in held],
-        )
-        right.bar_label(bars, labels=[tables.mebibytes(row.peak_bytes) for row in held], padding=3)
-        right.set(xlabel="peak memory above the inputs, MiB")
+        peaks = [row.peak_bytes / 2**20 for row in held]
+        bars = right.barh([row.name for row in held], peaks, color=[COLOURS[row.role] for row in held])
+        right.bar_label(bars, labels=[mebibytes(row.peak_bytes) for row in held], padding=3)
+        right.set(xlabel="peak memory above what was held before, MiB")
         right.margins(x=0.18)
         for panel in (left, right):
             panel.spines[["top", "right"]].set_visible(False)
-    notes = "".join(f", {text}" for text, on in (("dirty tree", report.dirty), ("quick run", report.quick)) if on)
-    figure.suptitle(f"{result.benchmark}, {result.modes[mode]}\n{report.folder}, {result.dtype}{notes}", fontsize=11)
+    warnings = [text for text, on in (("dirty tree", report.dirty), ("quick run", report.quick)) if on]
+    first = cases[0]
+    named = f"{first.what}{', ' + first.about['mode'] if first.mode else ''}"
+    figure.suptitle("\n".join([named, ", ".join([report.folder, first.dtype, *warnings])]), fontsize=11)
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})  # the same bytes from the same file
@@ -114,26 +409,131 @@ def plot(report: Report, result: Result, mode: str) -> bytes:
     return buffer.getvalue()
 
 
+PLOTTED = ("kernels", "train-step", "rollout")
+
+
 def render(path: Path) -> list[Path]:
-    """Writes the Markdown file and the plots beside a report."""
+    """Write the Markdown file and the plots beside a report."""
     report = records.load(path)
     made = [path.with_suffix(".md")]
     records.write_atomically(made[0], markdown(report, path.name).encode())
-    for result in report.results:
-        for mode in dict.fromkeys(row.mode for row in result.rows):
-            made.append(path.with_name(f"{path.stem}-{result.benchmark}-{mode}.png"))
-            records.write_atomically(made[-1], plot(report, result, mode))
+    groups: dict[str, list[Case]] = {}
+    for case in report.cases if report.benchmark in PLOTTED else ():
+        if any(row.seconds for row in case.rows):
+            name = "-".join(filter(None, (case.what if case.what != report.benchmark else "", case.mode)))
+            groups.setdefault(name, []).append(case)
+    for name, cases in groups.items():
+        made.append(path.with_name(f"{'-'.join(filter(None, (path.stem, name)))}.png"))
+        records.write_atomically(made[-1], plot(report, cases))
     return made
+
+
+def finish(recorder: records.Recorder, *, complete: bool = True, data_only: bool = False) -> None:
+    """Write a report for the last time, and its Markdown and plots unless the data alone is asked for."""
+    if not recorder.report.cases:
+        return
+    recorder.put(recorder.report.cases, complete=complete)
+    if recorder.path.exists():
+        for made in (recorder.path, *([] if data_only else render(recorder.path))):
+            click.echo(f"wrote {made}")
+
+
+# --- summaries: the tables of READMEs and pages
+
+
+def kernel_summary(cases: Sequence[Case], source: str) -> str:
+    """A line for each size and mode, a column for each candidate: time over ours, and peak memory."""
+    rows = [row for case in cases for row in case.rows]
+    names = dict.fromkeys(row.name for row in rows if row.role != LIMIT)
+    ran = [name for name in names if any(row.seconds for row in rows if row.name == name)]
+    bare = any(row.gemms for row in rows)
+
+    def short(row: Row | None, ours: Row) -> str:
+        if row is None or not row.seconds:
+            return NONE
+        return f"{median(records.ratio(row, ours), '.2f')}x, {mebibytes(row.peak_bytes)} MiB"
+
+    lines = []
+    for case in cases:
+        ours = case.row(OURS)
+        assert ours is not None
+        limit = case.limit()
+        against = [f"{median(records.ratio(limit, ours), '.2f')}x"] if limit else [NONE] if bare else []
+        lines.append([case.mode, size(case), *(short(case.row(name), ours) for name in ran), *against])
+    absent = {row.name: row.reason for row in rows if row.reason is not None and row.name not in ran}
+    missing = "".join(f" {name}: {reason}." for name, reason in absent.items())
+    made = table(["pass", " x ".join(cases[0].sizes), *ran, *(["bare GEMMs"] if bare else [])], lines)
+    return (
+        f"{made}\n\nTime relative to {OURS} (smaller is faster) and peak memory above the inputs ({cases[0].dtype}). "
+        f"{source.replace(' From `', f'{missing} From `')}"
+    )
+
+
+UNSHARED, TRL = "onecard, prompts not shared", "TRL"
+
+
+def dpo_summary(report: Report, cases: Sequence[Case], source: str) -> str:
+    lines = []
+    for case in cases:
+        ours, plain, theirs = (case.row(name) for name in (OURS, UNSHARED, TRL))
+        if ours is None or not ours.seconds:
+            continue
+        memory, faster = NONE, NONE
+        if theirs is not None:
+            faster = theirs.reason or factor(records.ratio(theirs, ours))
+            if theirs.peak_bytes and ours.peak_bytes:
+                memory = f"{ours.peak_bytes / theirs.peak_bytes:.2f}x"
+        shared = factor(records.ratio(plain, ours) if plain else None)
+        rate = median(ours.token_rate)
+        lines.append([title(case, report), rate, faster, shared, mebibytes(whole_bytes(ours)), memory])
+    headings = ("DPO step", "tokens/s", "faster than TRL by", "of that by sharing prompts", "peak, MiB",
+                "step's memory / TRL's")  # fmt: skip
+    return f"{table(headings, lines)}\n\n{source}"
+
+
+def ppo_summary(report: Report, cases: Sequence[Case], source: str) -> str:
+    lines = []
+    for case in cases:
+        whole, rollout = case.row(WHOLE), case.row("rollout")
+        if whole is not None and whole.seconds and rollout is not None:
+            share = median(records.ratio(rollout, whole), ".0%")
+            rates = median(rollout.token_rate), share, median(whole.token_rate)
+            lines.append([title(case, report), *rates, mebibytes(whole_bytes(whole))])
+    headings = ("PPO iteration", "rollout, tokens/s", "rollout's share", "whole, tokens/s", "peak, MiB")
+    return f"{table(headings, lines)}\n\n{source}"
+
+
+def rollout_summary(cases: Sequence[Case], source: str) -> str:
+    lines = [
+        [case.name, median(case.rows[0].token_rate), median(case.rows[-1].token_rate), factor(rollout_ratio(case))]
+        for case in cases
+        if case.rows
+    ]
+    return f"{table(('rollout', 'onecard, tokens/s', 'generate, tokens/s', 'faster by'), lines)}\n\n{source}"
+
+
+def summaries(report: Report, name: str) -> dict[str, str]:
+    """By the name of a marked region."""
+    source = f"{provenance(report)} From `{name}`."
+    kinds = {what: [case for case in cases if case.rows] for what, cases in report.kinds.items()}
+    kinds = {what: cases for what, cases in kinds.items() if cases}
+    if report.benchmark == "kernels":
+        return {what: kernel_summary(cases, source) for what, cases in kinds.items()}
+    if report.benchmark == "train-step":
+        made = {"dpo": partial(dpo_summary, report), "ppo": partial(ppo_summary, report)}
+        return {f"train-step-{what}": made[what](cases, source) for what, cases in kinds.items()}
+    if report.benchmark == "rollout":
+        return {"rollout": rollout_summary(report.cases, source)}
+    return {}
 
 
 OPENING, CLOSING = "<!-- benchmark:{} -->", "<!-- /benchmark -->"
 
 
 def updated(text: str, bodies: Mapping[str, str]) -> str:
-    """`text` with each body between its markers, and all else as it was. Doing it twice changes nothing.
+    """`text` with each body between its marks, and all else as it was. Doing it twice changes nothing.
 
-    Benchmarks without markers are left out, and blocks of other benchmarks left alone; that no block is found at all is
-    an error.
+    Bodies without marks are left out, and regions of other benchmarks left alone; ValueError if there are no marks.
     """
     hits = 0
     for name, body in bodies.items():
@@ -149,65 +549,43 @@ def updated(text: str, bodies: Mapping[str, str]) -> str:
     return text
 
 
-def update_readme(readme: Path, path: Path) -> None:
-    report = records.load(path)
-    put(readme, path, lambda name: {r.benchmark: summary(report, r, name) for r in report.results if r.rows})
-
-
-def put(readme: Path, path: Path, summaries: Callable[[str], Mapping[str, str]]) -> None:
-    """Summaries between their markers, from the name of a report as seen from there; other blocks stay as they are."""
-    whole, parent = path.resolve(), readme.resolve().parent
-    name = whole.relative_to(parent).as_posix() if whole.is_relative_to(parent) else path.name
+def update(page: Path, bodies: Mapping[str, str]) -> None:
+    """Put bodies between their marks in a page."""
     try:
-        text = updated(readme.read_text(encoding="utf-8"), summaries(name))
-    except OSError as error:
-        raise ValueError(f"{readme}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{readme}: {error}") from None
-    records.write_atomically(readme, text.encode())
+        text = updated(page.read_text(encoding="utf-8"), bodies)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"{page}: {getattr(error, 'strerror', None) or error}") from None
+    records.write_atomically(page, text.encode())
 
 
-def run(
-    files: Sequence[Path],
-    readme: Path | None,
-    render_file: Callable[[Path], Iterable[Path]],
-    update: Callable[[Path, Path], None],
-) -> None:
-    """Tables and plots of each file; with `readme`, the summary of one file there too."""
-    if readme is not None and len(files) > 1:
-        raise click.UsageError("--readme takes its numbers from one FILE; give one.")
-    try:
-        for path in files:
-            for made in render_file(path):
-                click.echo(f"wrote {made}")
-        if readme is not None:
-            update(readme, files[0])
-            click.echo(f"updated {readme}")
-    except ValueError as error:
-        raise click.ClickException(str(error)) from None
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@options.FILES
-@options.readme_option("each summary between <!-- benchmark:NAME -->")
+@click.command(context_settings=cli.SETTINGS)
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--readme",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Put the summaries of one FILE between <!-- benchmark:NAME --> and <!-- /benchmark --> in this page.",
+)
 def command(files: tuple[Path, ...], readme: Path | None) -> None:
-    """Make the Markdown table and the plots of each FILE, beside it. Numbers come from the file alone.
+    """Make the Markdown and the plots of each FILE, beside it. Numbers come from the file alone.
 
     \b
     python -m benchmarks.render benchmarks/results/cpu-2-cores/*.json
     python -m benchmarks.render benchmarks/results/cpu-2-cores/RUN.json --readme README.md
     """
-    run(files, readme, render, update_readme)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+    if readme is not None and len(files) > 1:
+        raise click.UsageError("--readme takes its numbers from one FILE; give one.")
     try:
-        command.main(args=list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False)
-    except click.ClickException as error:
-        click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
-        return 2
-    return 0
+        for path in files:
+            for made in render(path):
+                click.echo(f"wrote {made}")
+        if readme is not None:
+            whole, parent = files[0].resolve(), readme.resolve().parent
+            name = whole.relative_to(parent).as_posix() if whole.is_relative_to(parent) else whole.name
+            update(readme, summaries(records.load(whole), name))
+            click.echo(f"updated {readme}")
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.main(command))

@@ -1,4 +1,4 @@
-"""Much data: seconds and memory before the first step, and of a long run's report, into the table of docs/data.md."""
+"""`python -m benchmarks.scale`: time and memory of a start over many rows and of a long report, into docs/data.md."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from pathlib import Path
 import click
 import torch
 
-from benchmarks import records
-from benchmarks.kernels import main as guarded
-from benchmarks.render import updated
+from benchmarks import cli, records, render
 from onecard.commands.demo.tiny import make_tiny_model
 
 PAGE = records.ROOT / "docs" / "data.md"
@@ -119,8 +117,7 @@ def all_measured(rows: int, report_rows: int) -> list[Measured]:
 
 
 def table(rows: Sequence[Measured]) -> str:
-    about = records.header(torch.device("cpu"))
-    dirty = " (dirty)" if about["dirty"] else ""
+    (head, dirty), (machine, _) = records.commit(), records.machine(torch.device("cpu"))
     lines = [f"| {row.what} | {row.seconds:.0f} s | {row.peak / 2**30:.2f} GiB |" for row in rows]
     import datasets
 
@@ -130,14 +127,14 @@ def table(rows: Sequence[Measured]) -> str:
             "|---|---|---|",
             *lines,
             "",
-            f"Each row is one process from its start to its end, imports and all. {about['machine']}; commit "
-            f"{about['commit'][:12]}{dirty}; datasets {datasets.__version__}, transformers "
-            f"{about['versions']['transformers']}; {about['date']}; made by `python -m benchmarks.scale`.",
+            f"Each row is one process from its start to its end, imports and all. {machine}; commit "
+            f"{head[:12]}{' (dirty)' if dirty else ''}; datasets {datasets.__version__}, transformers "
+            f"{records.versions()['transformers']}; {records.now()}; made by `python -m benchmarks.scale`.",
         ]
     )
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(context_settings=cli.SETTINGS)
 @click.option("--rows", type=click.IntRange(1), default=200_000, show_default=True, help="Pairs to tokenize.")
 @click.option("--report_rows", type=click.IntRange(1), default=100_000, show_default=True, help="Rows of the report.")
 @click.option("--print", "only_print", is_flag=True, help="Print the table and leave the page as it is.")
@@ -146,12 +143,8 @@ def command(rows: int, report_rows: int, only_print: bool) -> None:
     text = table(all_measured(rows, report_rows))
     click.echo(text)
     if not only_print:
-        records.write_atomically(PAGE, updated(PAGE.read_text(encoding="utf-8"), {"scale": text}).encode())
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return guarded(arguments, command)
+        render.update(PAGE, {"scale": text})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.main(command))

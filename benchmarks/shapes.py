@@ -14,6 +14,7 @@ import torch
 LOGIT_STD = 4.0  # of a trained model; random initialisation gives about 1, which hides rounding
 ROTATE_BELOW = 512 << 20  # bytes; smaller inputs may live in a cache, so two copies take turns
 LINEAR_DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+FP32 = {"cpu": torch.float32, "cuda": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Of a benchmark on a device. The first one is the main one: what compiles for long is timed there alone."""
+    """Of an operation on a device. What compiles for long is timed at the first shape alone."""
 
     usual: tuple[Shape, ...]
-    quick: tuple[Shape, ...]  # to see the bench work, not to measure: too small for ratios to mean much
+    quick: tuple[Shape, ...]  # to see that it runs: too small for ratios to mean much
     every: tuple[Shape, ...] = ()  # of --all-shapes; empty: the usual ones
 
     def of(self, *, quick: bool, every: bool) -> tuple[Shape, ...]:
@@ -42,6 +43,14 @@ class Shapes:
 
 def linear(name: str, tokens: int, hidden: int, vocab: int) -> Shape:
     return Shape(name, {"N": tokens, "D": hidden, "V": vocab})
+
+
+def logits(name: str, tokens: int, vocab: int) -> Shape:
+    return Shape(name, {"N": tokens, "V": vocab})
+
+
+def batch(rows: int, columns: int) -> Shape:
+    return Shape(f"{rows}x{columns}", {"B": rows, "T": columns})
 
 
 # (D, V) of real models
@@ -54,6 +63,7 @@ HEADS = {
     "qwen2.5-7b": (3584, 152064),  # Qwen2.5 7B
 }
 MAIN = "llama3-8b"
+FEW_MODELS = (MAIN, "qwen2.5-0.5b", "gemma2-2b")  # the usual head, the narrowest, the widest vocabulary
 
 
 def of_model(model: str, tokens: int) -> Shape:
@@ -64,38 +74,21 @@ EVERY = tuple(of_model(model, tokens) for tokens in (8192, 2048, 16384) for mode
 GPT2 = linear("gpt2-medium-2k", 2048, 1024, 50257)  # a vocabulary that is no multiple of anything
 LLAMA2 = linear("llama2-vocab-1k", 1024, 512, 32000)  # stories110M-sized hidden states, Llama 2's vocabulary
 SMALL = linear("quick", 512, 256, 8192)
-
-CPU_LINEAR = Shapes((GPT2, LLAMA2), (SMALL,))
-CPU_LINEAR_ONE = Shapes((GPT2,), (SMALL,), (GPT2, LLAMA2))
+QUICK_BATCH = Shape("quick", {"B": 16, "T": 128})
+CUDA_QUICK = (of_model("llama3-1b", 2048),)
 CUDA_LINEAR = Shapes(
-    (*(of_model(model, 8192) for model in HEADS), of_model(MAIN, 2048), of_model(MAIN, 16384)),
-    (of_model("llama3-1b", 2048),),
-    EVERY,
+    (*(of_model(model, 8192) for model in HEADS), of_model(MAIN, 2048), of_model(MAIN, 16384)), CUDA_QUICK, EVERY
 )
-CUDA_LINEAR_FEW = Shapes(  # the usual head, the narrowest, the widest vocabulary
-    tuple(of_model(model, 8192) for model in (MAIN, "qwen2.5-0.5b", "gemma2-2b")), CUDA_LINEAR.quick, EVERY
-)
+CUDA_FEW = tuple(of_model(model, 8192) for model in FEW_MODELS)
+
 # By device. The longer list for what the library stands for, the shorter one for what is built from it.
-LINEAR = {"cpu": CPU_LINEAR, "cuda": CUDA_LINEAR}
-LINEAR_LOSS = {"cpu": CPU_LINEAR_ONE, "cuda": CUDA_LINEAR}
-LINEAR_FEW = {"cpu": Shapes((LLAMA2,), (SMALL,), (LLAMA2, GPT2)), "cuda": CUDA_LINEAR_FEW}
-
-
-def logits(name: str, tokens: int, vocab: int) -> Shape:
-    return Shape(name, {"N": tokens, "V": vocab})
-
-
+LINEAR = {"cpu": Shapes((GPT2, LLAMA2), (SMALL,)), "cuda": CUDA_LINEAR}
+LINEAR_LOSS = {"cpu": Shapes((GPT2,), (SMALL,), (GPT2, LLAMA2)), "cuda": CUDA_LINEAR}
+LINEAR_FEW = {"cpu": Shapes((LLAMA2,), (SMALL,), (LLAMA2, GPT2)), "cuda": Shapes(CUDA_FEW, CUDA_QUICK, EVERY)}
 WIDE = tuple(logits(f"{model}-logits-8k", 8192, HEADS[model][1]) for model in ("qwen2.5-0.5b", MAIN, "gemma2-2b"))
 LOGITS = {
     "cpu": Shapes((logits("gpt2-logits-1k", 1024, 50257),), (logits("quick", 256, 8192),)),
     "cuda": Shapes(WIDE, (logits("quick", 1024, 128256),), (*WIDE, logits("tinyllama-logits-8k", 8192, 32000))),
 }
-
-
-def batch(rows: int, columns: int) -> Shape:
-    return Shape(f"{rows}x{columns}", {"B": rows, "T": columns})
-
-
-QUICK_BATCH = Shape("quick", {"B": 16, "T": 128})
 TOKENS = {"cpu": Shapes((batch(64, 1024),), (QUICK_BATCH,)), "cuda": Shapes((batch(64, 4096),), (QUICK_BATCH,))}
 ROWS = {device: Shapes((batch(64, 1024), batch(64, 4096)), (QUICK_BATCH,)) for device in ("cpu", "cuda")}

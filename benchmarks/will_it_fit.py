@@ -9,6 +9,7 @@ into README.md between its markers.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -17,15 +18,15 @@ from typing import Any
 
 import click
 
-from benchmarks import records
-from benchmarks.render import updated
+from benchmarks import cli, records
+from benchmarks.render import update
 from onecard.commands.fit.answer import answer
 from onecard.commands.fit.cards import GIB, Card
 from onecard.commands.fit.command import as_json
 from onecard.config import Algorithm, DPOConfig, FitConfig, PPOConfig, SFTConfig, TrainConfig
 from onecard.utils.progress import progress
 
-PLANS = records.ROOT / "benchmarks" / "results" / "plan" / "will-it-fit.json"
+PLANS = records.RESULTS / "plan" / "will-it-fit.json"
 README = records.ROOT / "README.md"
 NAME = "will-it-fit"
 
@@ -77,12 +78,13 @@ def measured(folder: Path) -> Marks:
     """(model, algorithm, card, base in 4 bit) of training steps that ran on a GPU under the cap of a card."""
     found = set()
     for path in sorted(folder.glob("*/train-step*.json")):
-        for result in json.loads(path.read_text(encoding="utf-8"))["results"]:
-            ran = any(row["role"] == "ours" and row["seconds"] for row in result["rows"])
-            if ran and result["cap_gib"] and not result["refused"]:
-                card = next((card for card in CARDS if result["cap_gib"] <= card), None)
+        for case in records.load(path).cases:
+            ran = any(row.role == "ours" and row.seconds for row in case.rows)
+            cap = case.about["cap_gib"]
+            if ran and cap and not case.refused:
+                card = next((card for card in CARDS if cap <= card), None)
                 if card is not None:
-                    found.add((result["model"], result["kind"], card, result["settings"]["load_in_4bit"]))
+                    found.add((case.about["model"], case.what, card, case.about["settings"]["load_in_4bit"]))
     return found
 
 
@@ -117,7 +119,7 @@ def plans_of(pairs: Sequence[tuple[str, Algorithm]]) -> Iterator[dict[str, Any]]
             bar.advance()
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=cli.SETTINGS)
 @click.option("--out", type=click.Path(path_type=Path), default=PLANS, help="The file of plans.")
 @click.option("--readme", type=click.Path(path_type=Path), default=README, help="Where the table goes.")
 @click.option("--render", is_flag=True, help="Only make the table again, from the file of plans.")
@@ -130,9 +132,8 @@ def command(out: Path, readme: Path, render: bool) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         records.write_atomically(out, (json.dumps(found, indent=1) + "\n").encode())
     plans = json.loads(out.read_text(encoding="utf-8"))
-    text = updated(readme.read_text(encoding="utf-8"), {NAME: table(plans, measured(PLANS.parent.parent))})
-    records.write_atomically(readme, text.encode())
+    update(readme, {NAME: table(plans, measured(records.RESULTS))})
 
 
 if __name__ == "__main__":
-    command()
+    sys.exit(cli.main(command))

@@ -1,6 +1,6 @@
 """The table of benchmarks, in the order of a run: what the library stands for comes first."""
 
-from benchmarks.anatomy import Benchmark
+from benchmarks.harness import Benchmark
 from benchmarks.suite import gae, linear_dpo, linear_kl, linear_logprobs, linear_ppo, selective, tokens
 
 BENCHMARKS: dict[str, Benchmark] = {

@@ -1,11 +1,11 @@
-"""PPO's losses as a plain trainer writes them (as the `PPOTrainer` that TRL has removed did), and their fp64 truth."""
+"""PPO's losses in plain PyTorch (as in the `PPOTrainer` that TRL has removed), and their fp64 oracles."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from benchmarks.anatomy import Inputs
+from benchmarks.oracle import Inputs
 
 CLIP = 0.2
 CLIPPED_SHARE = 0.15
@@ -54,7 +54,7 @@ def clip_share_inputs(exact: Tensor, seed: int) -> Inputs:
     return {"old_logprobs": (exact - difference.double()).float(), "advantages": advantages, "mask": mask}
 
 
-def policy_truth(exact: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+def policy_oracle(exact: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """(loss, dloss/dlogp) in fp64."""
     old, a = inputs["old_logprobs"].double(), inputs["advantages"].double()
     ratio, count = (exact - old).exp(), inputs["mask"].sum()
@@ -64,7 +64,7 @@ def policy_truth(exact: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return torch.where(inputs["mask"], losses, 0.0).sum() / count, coefficients
 
 
-def value_truth(inputs: Inputs) -> tuple[Tensor, Tensor]:
+def value_oracle(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """(loss, dloss/dvalues) in fp64."""
     values, old, returns = (inputs[name].double() for name in ("values", "old_values", "returns"))
     count, moved = inputs["mask"].sum(), values - old

@@ -7,11 +7,10 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from benchmarks.anatomy import EAGER, Benchmark, Candidate, Inputs, Mode, Truth, Work
-from benchmarks.candidates import COMPILE, absent, ours, takes
-from benchmarks.shapes import ROWS, Shape
-from benchmarks.suite.tokens import FP32, lengths_mask
-from benchmarks.truth import GRADIENT
+from benchmarks.harness import COMPILE, EAGER, Benchmark, Candidate, Mode, Work, absent, ours, takes
+from benchmarks.oracle import GRADIENT, Expected, Inputs
+from benchmarks.shapes import FP32, ROWS, Shape
+from benchmarks.suite.tokens import lengths_mask
 
 NAME = "gae"
 FORWARD = "forward"
@@ -39,7 +38,7 @@ def work(shape: Shape, itemsize: int) -> Work:
     )
 
 
-def truth(inputs: Inputs, wanted: Collection[str]) -> dict[str, Truth]:
+def expected(inputs: Inputs, wanted: Collection[str]) -> dict[str, Expected]:
     """A_t = sum_s (gamma lambda)^(s - t) delta_s, as a product with a triangular matrix: no recursion."""
     rewards, values = inputs["rewards"].double(), inputs["values"].double()
     following = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
@@ -47,7 +46,7 @@ def truth(inputs: Inputs, wanted: Collection[str]) -> dict[str, Truth]:
     distance = steps[:, None] - steps
     decay = torch.where(distance >= 0, (GAMMA * LAMBDA) ** distance.clamp_min(0), 0.0)
     advantages = (rewards + GAMMA * following - values) @ decay
-    return {"advantages": Truth(advantages), "returns": Truth(advantages + values)}
+    return {"advantages": Expected(advantages), "returns": Expected(advantages + values)}
 
 
 def loop(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,12 +66,11 @@ def loop(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]
 BENCHMARK = Benchmark(
     name=NAME,
     about="rewards and values to generalized advantages and returns; eager is a Python loop over T",
-    axes="B x T",
     modes={FORWARD: Mode("forward only", ("advantages", "returns"), work)},
     shapes=ROWS,
     dtypes=FP32,
     inputs=make_inputs,
-    truth=truth,
+    expected=expected,
     bars={"advantages": GRADIENT, "returns": GRADIENT},
     candidates=(
         ours(NAME, lambda function: takes(lambda *t: function(*t, gamma=GAMMA, lam=LAMBDA), TENSORS, 2)),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.anatomy import Inputs, Products, Work
+from benchmarks.harness import Products, Work
+from benchmarks.oracle import Inputs
 from benchmarks.shapes import LOGIT_STD, Shape
 
-AXES = "N x D x V"
 FROZEN_ABOUT = "forward + backward, frozen head (LoRA: a gradient for the hidden states alone)"
 
 

@@ -8,11 +8,32 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from benchmarks.anatomy import Benchmark, Candidate, Inputs, Mode, Products, Truth, Work
-from benchmarks.candidates import LogProbs, eager_logprobs, ours, plain, takes, trl_logprobs
+from benchmarks.harness import (
+    Benchmark,
+    Candidate,
+    LogProbs,
+    Mode,
+    Products,
+    Work,
+    eager_logprobs,
+    ours,
+    plain,
+    takes,
+    trl_logprobs,
+)
+from benchmarks.oracle import (
+    GRADIENT,
+    LOGPROB_BARS,
+    PEER_NATS,
+    Bar,
+    Expected,
+    Inputs,
+    exact_logprobs,
+    expected_loss,
+    largest,
+)
 from benchmarks.shapes import LINEAR_DTYPES, LINEAR_FEW, Shape
 from benchmarks.suite import linear
-from benchmarks.truth import GRADIENT, LOGPROB_BARS, PEER_NATS, Bar, exact_logprobs, largest, loss_truth
 
 NAME = "linear_dpo_loss"
 FROZEN = "frozen"
@@ -30,7 +51,7 @@ def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: in
     ids = torch.randint(2 * pairs, (shape["N"],), generator=generator, device=device).sort().values
     exact = torch.zeros(2 * pairs, dtype=torch.float64, device=device).index_add(0, ids, exact_logprobs(inputs))
     moved = exact + REFERENCE_STD * torch.randn(2 * pairs, generator=generator, device=device)
-    # `exact` is for the truth; nobody is given it
+    # `exact` is for the oracle; no candidate gets it
     return {**inputs, "sequence_ids": ids, "ref_logps": moved.float(), "exact": exact, "one": torch.ones_like(moved[0])}
 
 
@@ -42,13 +63,13 @@ def work(shape: Shape, itemsize: int) -> Work:
     return linear.work(shape, itemsize, Products(1, 1), token_bytes=per_token)  # logits; dHidden
 
 
-def truth(inputs: Inputs, wanted: Collection[str]) -> dict[str, Truth]:
+def expected(inputs: Inputs, wanted: Collection[str]) -> dict[str, Expected]:
     ratios = inputs["exact"] - inputs["ref_logps"].double()
     chosen, rejected = ratios.chunk(2)
     logits = BETA * (chosen - rejected)
     slope = -BETA * torch.sigmoid(-logits) / len(logits)  # dloss / d sum of a chosen response
     coefficients = torch.cat([slope, -slope])[inputs["sequence_ids"]]
-    return loss_truth(inputs, wanted, -logsigmoid(logits).mean(), coefficients)
+    return expected_loss(inputs, wanted, -logsigmoid(logits).mean(), coefficients)
 
 
 def from_logprobs(logprobs: LogProbs) -> Callable[..., tuple[Tensor, ...]]:
@@ -66,12 +87,11 @@ def from_logprobs(logprobs: LogProbs) -> Callable[..., tuple[Tensor, ...]]:
 BENCHMARK = Benchmark(
     name=NAME,
     about=f"packed pairs of about {RESPONSE} tokens a response to DPO's sigmoid loss and its metrics",
-    axes=linear.AXES,
     modes={FROZEN: Mode(linear.FROZEN_ABOUT, ("loss",), work, {"dHidden": "hidden"}, seed="one")},
     shapes=LINEAR_FEW,
     dtypes=LINEAR_DTYPES,
     inputs=make_inputs,
-    truth=truth,
+    expected=expected,
     bars={
         # |dloss/dlogp| is at most beta / pairs for each token of a pair: all of their errors, one way
         "loss": Bar(largest, {d: 2 * RESPONSE * BETA * bar for d, bar in LOGPROB_BARS.items()}, PEER_NATS),

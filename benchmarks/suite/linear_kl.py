@@ -7,11 +7,10 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from benchmarks.anatomy import Bar, Benchmark, Candidate, Function, Inputs, Mode, Products, Truth, Work
-from benchmarks.candidates import attribute, ours, plain, takes
+from benchmarks.harness import Benchmark, Candidate, Function, Mode, Products, Work, attribute, ours, plain, takes
+from benchmarks.oracle import NATS, Bar, Expected, Inputs, overall, sample
 from benchmarks.shapes import LINEAR_DTYPES, LINEAR_FEW, Shape
 from benchmarks.suite import linear
-from benchmarks.truth import NATS, overall, sample
 
 NAME = "linear_kl"
 FORWARD, FROZEN = "forward", "frozen"
@@ -39,16 +38,16 @@ def frozen_work(shape: Shape, itemsize: int) -> Work:
     return linear.work(shape, itemsize, Products(2, 1), token_bytes=per_token)  # two policies' logits; dHidden
 
 
-def truth(inputs: Inputs, wanted: Collection[str]) -> dict[str, Truth]:
+def expected(inputs: Inputs, wanted: Collection[str]) -> dict[str, Expected]:
     rows = sample(len(inputs["hidden"]), inputs["hidden"].device)
     weight = inputs["weight"].double()
     own, reference = ((inputs[name][rows].double() @ weight.t()).log_softmax(-1) for name in ("hidden", "ref_hidden"))
     p, difference = own.exp(), own - reference
     kl = (p * difference).sum(-1)
-    found = {"kl": Truth(kl, rows)}
+    found = {"kl": Expected(kl, rows)}
     if "dHidden" in wanted:
         slope = p * (difference - kl[:, None])  # dKL/dz
-        found["dHidden"] = Truth(slope @ weight * inputs["grad"][rows, None].double(), rows)
+        found["dHidden"] = Expected(slope @ weight * inputs["grad"][rows, None].double(), rows)
     return found
 
 
@@ -67,7 +66,6 @@ def trl(device: torch.device) -> Function:
 BENCHMARK = Benchmark(
     name=NAME,
     about="the exact KL divergence of each token between two policies that share a head, from hidden states",
-    axes=linear.AXES,
     modes={
         FORWARD: Mode("forward only", ("kl",), forward_work),
         FROZEN: Mode(linear.FROZEN_ABOUT, ("kl",), frozen_work, {"dHidden": "hidden"}),
@@ -75,7 +73,7 @@ BENCHMARK = Benchmark(
     shapes=LINEAR_FEW,
     dtypes=LINEAR_DTYPES,
     inputs=make_inputs,
-    truth=truth,
+    expected=expected,
     bars={"kl": NATS, "dHidden": Bar(overall)},
     candidates=(
         ours(NAME, lambda function: takes(function, TENSORS)),

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from importlib import import_module
+from typing import Any
 
 import torch
 
-from benchmarks.anatomy import Benchmark, Candidate, Function, Inputs, Mode, Products, Truth, Unavailable, Work
-from benchmarks.candidates import (
+from benchmarks.harness import (
+    Benchmark,
+    Candidate,
+    Function,
     LogProbs,
+    Mode,
+    Products,
+    Unavailable,
+    Work,
     attribute,
     eager_logprobs,
-    liger_logprobs,
-    our_variant,
     ours,
     plain,
     takes,
     trl_logprobs,
 )
+from benchmarks.oracle import GRADIENT, NATS, Expected, Inputs, directions, exact_logprobs, head_gradient, sample
+from benchmarks.records import OURS
 from benchmarks.shapes import LINEAR, LINEAR_DTYPES, Shape
 from benchmarks.suite import linear
-from benchmarks.truth import GRADIENT, NATS, directions, exact_logprobs, head_gradient, sample
 
 NAME = "linear_logprobs"
 FORWARD, FROZEN, TRAINED = "forward", "frozen", "trained"
@@ -57,12 +64,12 @@ MODES = {
 }
 
 
-def truth(inputs: Inputs, wanted: Collection[str]) -> dict[str, Truth]:
+def expected(inputs: Inputs, wanted: Collection[str]) -> dict[str, Expected]:
     rows = sample(len(inputs["targets"]), inputs["targets"].device)
     some = {**inputs, "hidden": inputs["hidden"][rows], "targets": inputs["targets"][rows]}
-    found = {"logp": Truth(exact_logprobs(some), rows)}
+    found = {"logp": Expected(exact_logprobs(some), rows)}
     if "dHidden" in wanted:
-        found["dHidden"] = Truth(directions(inputs, rows) * inputs["grad"][rows, None].double(), rows)
+        found["dHidden"] = Expected(directions(inputs, rows) * inputs["grad"][rows, None].double(), rows)
     if "dW" in wanted:
         found["dW"] = head_gradient(inputs, inputs["grad"])
     return found
@@ -70,6 +77,31 @@ def truth(inputs: Inputs, wanted: Collection[str]) -> dict[str, Truth]:
 
 def call(linear_logprobs: Callable[..., object]) -> Function:
     return takes(linear_logprobs, TENSORS)
+
+
+def variant(label: str, implementation: str, **only: tuple[str, ...]) -> Candidate:
+    """The same with another implementation than the device's default."""
+
+    def plans() -> Any:
+        return import_module("onecard_kernels.logprob.plans")
+
+    def load(device: torch.device) -> Function:
+        choice = plans().TABLE.get(device.type)
+        if choice is not None and choice.default == implementation:
+            raise Unavailable(f"the default on this device: see {OURS}")
+        return call(attribute("onecard_kernels", NAME))
+
+    return Candidate(
+        f"{OURS}, {label}", load, role="ours", around=lambda: plans().override(implementation=implementation), **only
+    )
+
+
+def liger_logprobs() -> LogProbs:
+    """The log-probabilities inside Liger's fused PPO and GRPO losses."""
+    base = attribute("liger_kernel.chunked_loss.fused_linear_ppo", "LigerFusedLinearPPOBase")
+    if not hasattr(base, "chunk_forward"):
+        raise Unavailable("this Liger has no LigerFusedLinearPPOBase.chunk_forward")
+    return lambda hidden, weight, targets: base.chunk_forward(hidden[None], weight, targets[None])[0]
 
 
 def peer(make: Callable[[], LogProbs]) -> Callable[[torch.device], Function]:
@@ -87,18 +119,17 @@ def cut_cross_entropy(device: torch.device) -> Function:
 BENCHMARK = Benchmark(
     name=NAME,
     about="hidden states and a head to per-token log-probabilities, without the [tokens, vocab] logits",
-    axes=linear.AXES,
     modes=MODES,
     shapes=LINEAR,
     dtypes=LINEAR_DTYPES,
     inputs=linear.make_inputs,
-    truth=truth,
+    expected=expected,
     bars={"logp": NATS, "dHidden": GRADIENT, "dW": GRADIENT},
     candidates=(
         ours(NAME, call),
-        our_variant("low memory", "low_memory", NAME, call),
-        our_variant("chunked", "chunked", NAME, call),
-        our_variant("tiled", "tiled", NAME, call, modes=(FORWARD,), devices=("cuda",)),
+        variant("low memory", "low_memory"),
+        variant("chunked", "chunked"),
+        variant("tiled", "tiled", modes=(FORWARD,), devices=("cuda",)),
         *plain(eager_logprobs, TENSORS),
         Candidate("TRL", peer(trl_logprobs)),
         Candidate("Liger", peer(liger_logprobs)),

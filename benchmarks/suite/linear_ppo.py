@@ -7,12 +7,35 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from benchmarks.anatomy import Benchmark, Candidate, Function, Inputs, Mode, Products, Truth, Work
-from benchmarks.candidates import LogProbs, attribute, eager_logprobs, ours, plain, takes, trl_logprobs
+from benchmarks.harness import (
+    Benchmark,
+    Candidate,
+    Function,
+    LogProbs,
+    Mode,
+    Products,
+    Work,
+    attribute,
+    eager_logprobs,
+    ours,
+    plain,
+    takes,
+    trl_logprobs,
+)
+from benchmarks.oracle import (
+    GRADIENT,
+    LOGPROB_BARS,
+    PEER_NATS,
+    Bar,
+    Expected,
+    Inputs,
+    exact_logprobs,
+    expected_loss,
+    largest,
+)
 from benchmarks.shapes import LINEAR_DTYPES, LINEAR_LOSS, Shape
 from benchmarks.suite import linear
-from benchmarks.suite.formulas import CLIP, clip_share_inputs, policy_loss, policy_truth
-from benchmarks.truth import GRADIENT, LOGPROB_BARS, PEER_NATS, Bar, exact_logprobs, largest, loss_truth
+from benchmarks.suite.formulas import CLIP, clip_share_inputs, policy_loss, policy_oracle
 
 NAME = "linear_ppo_loss"
 FROZEN = "frozen"
@@ -22,7 +45,7 @@ TENSORS = ("hidden", "weight", "targets", "old_logprobs", "advantages", "mask")
 def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Inputs:
     """Tokens of which 15 % are clipped, clearly: no candidate's rounding decides which."""
     inputs = linear.make_inputs(shape, device, dtype, seed)
-    inputs["exact"] = exact_logprobs(inputs)  # for the truth; nobody is given it
+    inputs["exact"] = exact_logprobs(inputs)  # for the oracle; no candidate gets it
     return {**inputs, **clip_share_inputs(inputs["exact"], seed), "one": torch.ones((), device=device)}
 
 
@@ -37,9 +60,9 @@ def work(shape: Shape, itemsize: int) -> Work:
     return linear.work(shape, itemsize, Products(1, 1), token_bytes=per_token)
 
 
-def truth(inputs: Inputs, wanted: Collection[str]) -> dict[str, Truth]:
-    loss, coefficients = policy_truth(inputs["exact"], inputs)
-    return loss_truth(inputs, wanted, loss, coefficients)
+def expected(inputs: Inputs, wanted: Collection[str]) -> dict[str, Expected]:
+    loss, coefficients = policy_oracle(inputs["exact"], inputs)
+    return expected_loss(inputs, wanted, loss, coefficients)
 
 
 def from_logprobs(logprobs: LogProbs) -> Callable[..., tuple[Tensor, ...]]:
@@ -72,12 +95,11 @@ def liger(device: torch.device) -> Function:
 BENCHMARK = Benchmark(
     name=NAME,
     about="hidden states and a head to PPO's clipped policy loss and its metrics; 15 % of the tokens are clipped",
-    axes=linear.AXES,
     modes={FROZEN: Mode(linear.FROZEN_ABOUT, ("loss",), work, {"dHidden": "hidden"}, seed="one")},
     shapes=LINEAR_LOSS,
     dtypes=LINEAR_DTYPES,
     inputs=make_inputs,
-    truth=truth,
+    expected=expected,
     # |dloss/dlogp| sums to about one over all tokens, so the loss is as right as the log-probabilities
     bars={"loss": Bar(largest, LOGPROB_BARS, PEER_NATS), "dHidden": GRADIENT},
     candidates=(

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.anatomy import OURS, Benchmark, Candidate, Function, Inputs, Mode, Truth, Work
-from benchmarks.candidates import absent, attribute, ours, plain, takes
+from benchmarks.harness import Benchmark, Candidate, Function, Mode, Work, absent, attribute, ours, plain, takes
+from benchmarks.oracle import GRADIENT, LOGPROB_BARS, NATS, PEER_NATS, Bar, Expected, Inputs, largest, sample
+from benchmarks.records import OURS
 from benchmarks.shapes import LINEAR_DTYPES, LOGIT_STD, LOGITS, Shape
-from benchmarks.truth import GRADIENT, LOGPROB_BARS, NATS, PEER_NATS, Bar, largest, sample
 
 NAME = "selective_log_softmax"
 FORWARD, BACKWARD = "forward", "backward"
@@ -48,18 +48,18 @@ def backward_work(shape: Shape, itemsize: int) -> Work:
     )
 
 
-def truth(inputs: Inputs, wanted: Collection[str]) -> dict[str, Truth]:
+def expected(inputs: Inputs, wanted: Collection[str]) -> dict[str, Expected]:
     rows = sample(len(inputs["targets"]), inputs["targets"].device)
     targets = inputs["targets"][rows, None]
     logp = inputs["logits"][rows].double().log_softmax(-1)
     p = logp.exp()
     found = {
-        "logp": Truth(logp.gather(-1, targets).squeeze(-1), rows),
-        "entropy": Truth(-(p * logp).sum(-1), rows),
+        "logp": Expected(logp.gather(-1, targets).squeeze(-1), rows),
+        "entropy": Expected(-(p * logp).sum(-1), rows),
     }
     if "dLogits" in wanted:
         slope = (-p).scatter_add(-1, targets, torch.ones_like(targets, dtype=p.dtype))
-        found["dLogits"] = Truth(slope * inputs["grad"][rows, None].double(), rows)
+        found["dLogits"] = Expected(slope * inputs["grad"][rows, None].double(), rows)
     return found
 
 
@@ -92,7 +92,6 @@ def trl(device: torch.device) -> Function:
 BENCHMARK = Benchmark(
     name=NAME,
     about="logits to the targets' log-probabilities and the entropies; the entropy is for logging, without a gradient",
-    axes="N x V",
     modes={
         FORWARD: Mode("forward only", ("logp", "entropy"), forward_work),
         BACKWARD: Mode("forward + backward", ("logp", "entropy"), backward_work, {"dLogits": "logits"}),
@@ -100,7 +99,7 @@ BENCHMARK = Benchmark(
     shapes=LOGITS,
     dtypes=LINEAR_DTYPES,
     inputs=make_inputs,
-    truth=truth,
+    expected=expected,
     # The entropy is a difference of two numbers of about the largest logit's size, 20
     bars={"logp": NATS, "entropy": Bar(largest, LOGPROB_BARS, PEER_NATS), "dLogits": GRADIENT},
     candidates=(

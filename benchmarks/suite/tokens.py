@@ -6,14 +6,12 @@ from collections.abc import Collection
 
 import torch
 
-from benchmarks.anatomy import Benchmark, Inputs, Mode, Truth, Work
-from benchmarks.candidates import ours, plain, takes
-from benchmarks.shapes import TOKENS, Shape
+from benchmarks.harness import Benchmark, Mode, Work, ours, plain, takes
+from benchmarks.oracle import GRADIENT, Bar, Expected, Inputs, largest
+from benchmarks.shapes import FP32, TOKENS, Shape
 from benchmarks.suite import formulas
-from benchmarks.truth import GRADIENT, Bar, largest
 
 FORWARD, BACKWARD = "forward", "backward"
-FP32 = {"cpu": torch.float32, "cuda": torch.float32}
 POLICY = ("logprobs", "old_logprobs", "advantages", "mask")
 VALUE = ("values", "old_values", "returns", "mask")
 # A sum of some hundred thousand terms in fp32, whatever the order of summation
@@ -74,25 +72,24 @@ def modes(name: str, tensor: str) -> dict[str, Mode]:
     }
 
 
-def policy_truth(inputs: Inputs, wanted: Collection[str]) -> dict[str, Truth]:
-    loss, slopes = formulas.policy_truth(inputs["logprobs"].double(), inputs)
-    return {"loss": Truth(loss), "dLogp": Truth(slopes)}
+def policy_expected(inputs: Inputs, wanted: Collection[str]) -> dict[str, Expected]:
+    loss, slopes = formulas.policy_oracle(inputs["logprobs"].double(), inputs)
+    return {"loss": Expected(loss), "dLogp": Expected(slopes)}
 
 
-def value_truth(inputs: Inputs, wanted: Collection[str]) -> dict[str, Truth]:
-    loss, slopes = formulas.value_truth(inputs)
-    return {"loss": Truth(loss), "dValues": Truth(slopes)}
+def value_expected(inputs: Inputs, wanted: Collection[str]) -> dict[str, Expected]:
+    loss, slopes = formulas.value_oracle(inputs)
+    return {"loss": Expected(loss), "dValues": Expected(slopes)}
 
 
 PPO_LOSS = Benchmark(
     name="ppo_loss",
     about="per-token log-probabilities to PPO's clipped policy loss and its metrics",
-    axes="B x T",
     modes=modes("dLogp", "logprobs"),
     shapes=TOKENS,
     dtypes=FP32,
     inputs=policy_inputs,
-    truth=policy_truth,
+    expected=policy_expected,
     bars={"loss": LOSS, "dLogp": GRADIENT},
     candidates=(
         ours("ppo_loss", lambda function: takes(lambda *tensors: function(*tensors).loss, POLICY)),
@@ -103,12 +100,11 @@ PPO_LOSS = Benchmark(
 VALUE_LOSS = Benchmark(
     name="value_loss",
     about="values to PPO's clipped value loss and its metric",
-    axes="B x T",
     modes=modes("dValues", "values"),
     shapes=TOKENS,
     dtypes=FP32,
     inputs=value_inputs,
-    truth=value_truth,
+    expected=value_expected,
     bars={"loss": LOSS, "dValues": GRADIENT},
     candidates=(
         ours("value_loss", lambda function: takes(lambda *tensors: function(*tensors).loss, VALUE)),

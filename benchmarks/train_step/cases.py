@@ -1,4 +1,4 @@
-"""What is measured: models, lengths and settings, most telling first; and the FLOPs that a step cannot do without."""
+"""The cases: models, lengths and settings, the most important first; and the FLOPs that a step needs at least."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.train_step.material import Model
+import click
+
+from benchmarks.train_step.synthetic import Model
 from onecard.config import Optim
 
 RANK = 16  # of every adapter
 
 
 @dataclass(frozen=True)
-class Case:
+class StepCase:
     """One setting of one algorithm. Lengths are in tokens; `mixed`: each is drawn from half of it to all of it.
 
     A step is `items` pairs (DPO) or responses (PPO), with `per_pass` of them in a micro-batch. `cap_gib`: of a GPU's
@@ -38,7 +40,7 @@ class Case:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What differs between cases, beside model and lengths."""
+        """Settings of the trainers that differ between cases."""
         names = ("gradient_checkpointing", "precompute_ref_log_probs", "load_in_4bit", "optim")
         return {name: getattr(self, name) for name in names}
 
@@ -53,10 +55,10 @@ QWEN_1_5B = Model("Qwen2.5-1.5B", 1536, 28, 12, 2, 8960, 151936, kind="qwen2", t
 QWEN_0_5B = Model("Qwen2.5-0.5B", 896, 24, 14, 2, 4864, 151936, kind="qwen2", tied=True)
 
 
-def on_cpu() -> list[Case]:
-    """The tables of a CPU: fp32, small models, one of them with most of its work in the trunk, as large models have."""
-    base = Case("small", "dpo", SMALL, prompt=256, response=128, items=2, per_pass=2)
-    ppo = Case("small", "ppo", SMALL, prompt=64, response=64, items=16, per_pass=4, mixed=True)
+def on_cpu() -> list[StepCase]:
+    """The cases of a CPU: fp32, small models; `deep` has most of its work in the trunk, as large models do."""
+    base = StepCase("small", "dpo", SMALL, prompt=256, response=128, items=2, per_pass=2)
+    ppo = StepCase("small", "ppo", SMALL, prompt=64, response=64, items=16, per_pass=4, mixed=True)
     deep = replace(base, name="deep", model=DEEP)
     return [
         base,
@@ -73,12 +75,12 @@ def on_cpu() -> list[Case]:
     ]
 
 
-def on_a_gpu() -> list[Case]:
-    """The tables of a GPU: bf16, real shapes. First what the README claims, then cards, then smaller models.
+def on_a_gpu() -> list[StepCase]:
+    """The cases of a GPU: bf16, real shapes. First the README's claims, then memory caps, then smaller models.
 
     Lengths of a card's cases are not mixed: they show what the longest takes, and the plan is of that.
     """
-    dpo = Case(
+    dpo = StepCase(
         "8B, NF4", "dpo", LLAMA_8B, prompt=512, response=512, items=4, per_pass=1, gradient_checkpointing=True,
         load_in_4bit=True, optim="paged_adamw_8bit", micro_batch_tokens=2048,
     )  # fmt: skip
@@ -109,17 +111,30 @@ def on_a_gpu() -> list[Case]:
     ]
 
 
-def tiny(case: Case) -> Case:
-    """The same code at sizes that take a CPU no time. Its card is not narrowed, for there is none."""
+def tiny(case: StepCase) -> StepCase:
+    """The same case at tiny sizes for a CPU, without a memory cap."""
     model = replace(TINY, kind=case.model.kind, tied=case.model.tied)
     return replace(
         case, model=model, prompt=24, response=16, items=min(case.items, 4), micro_batch_tokens=80, cap_gib=0.0
     )
 
 
-def quick(cases: Sequence[Case]) -> list[Case]:
-    """The first of each kind."""
-    return [next(case for case in cases if case.kind == kind) for kind in ("dpo", "ppo")]
+def picked(
+    device: str, kinds: Sequence[str] = (), names: Sequence[str] = (), *, quick: bool = False, smoke: bool = False
+) -> list[StepCase]:
+    """The cases that are asked for, in their order. `quick`: the first of each kind; `smoke`: a GPU's, tiny."""
+    found = on_a_gpu() if smoke or device == "cuda" else on_cpu()
+    unknown = sorted(set(names) - {case.name for case in found})
+    if unknown:
+        known = ", ".join(dict.fromkeys(repr(case.name) for case in found))
+        raise click.UsageError(f"--case {unknown[0]!r}: not among those of {device}: {known}.")
+    if quick:
+        found = [next(case for case in found if case.kind == kind) for kind in ("dpo", "ppo")]
+    found = [tiny(case) if smoke else case for case in found]
+    found = [case for case in found if (not kinds or case.kind in kinds) and (not names or case.name in names)]
+    if not found:
+        raise click.UsageError("--only, --case and --quick: no case is all of them.")
+    return found
 
 
 def linears(model: Model) -> list[tuple[int, int]]:
@@ -130,7 +145,7 @@ def linears(model: Model) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one sequence: a multiplication and an addition are two. Norms, softmax, rotations and the optimizer are none.
+    """FLOPs of one sequence; a multiply-add counts two. Norms, softmax, rotations and the optimizer are not counted.
 
     Nothing that a memory setting does twice is counted, and nothing that sharing prompts saves is left out: the same
     step has one number, whoever does it.
@@ -172,6 +187,6 @@ class Flops:
 
 
 def dpo_flops(model: Model, sequences: Sequence[tuple[int, int]], *, precomputed: bool) -> int:
-    """A step on sequences of so many (tokens, response tokens): reference, policy, and the policy's way back."""
+    """FLOPs of a step on sequences of (tokens, response tokens): reference and policy forward, policy backward."""
     found = [Flops.of(model, tokens, scored) for tokens, scored in sequences]
     return sum(each.forward + each.backward + (0 if precomputed else each.reference) for each in found)

@@ -1,9 +1,8 @@
-"""One DPO step from examples to changed weights: what both sides are given, and ours. `peer.py` has TRL's.
+"""One optimizer step of DPO, by onecard and by TRL.
 
-Both have the same base, the same adapter values, the same pairs in the same order and the same settings of AdamW. What
-is timed is each library's own step: `Supervised.step` (gradients, clipping, optimizer, metrics) and
-`DPOTrainer.training_step` with the clipping and the optimizer of transformers' loop. Making records is ours to pay;
-TRL's collator runs before its time begins.
+Both have the same base, adapter values, pairs in the same order, and settings of AdamW. What is timed is each library's
+own step: `Supervised.step` (batches, gradients, clipping, optimizer, metrics), and `DPOTrainer.training_step` with the
+clipping and the optimizer of transformers' loop. TRL's collator runs before its time begins.
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,13 @@ from unittest import mock
 import torch
 from rich.progress import Progress
 
-from benchmarks.train_step.cases import Case
-from benchmarks.train_step.material import DTYPES, Pair, drawn_weights
-from benchmarks.train_step.watch import OPTIMIZER, TRAIN, Watch
+from benchmarks.train_step.cases import StepCase
+from benchmarks.train_step.phases import OPTIMIZER, TRAIN, PhaseTimer
+from benchmarks.train_step.synthetic import DTYPES, Pair, random_weights, text, whole_words
 from onecard.algorithms.common import Recipe
 from onecard.algorithms.dpo.command import make_recipe
 from onecard.algorithms.supervised import Supervised
-from onecard.config import DPOConfig, Optim
+from onecard.config import DPOConfig
 from onecard.data.batches import PreferencePair, TokenSequence
 from onecard.models.build import load_roles
 from onecard.training.run_folder import Run
@@ -37,91 +36,67 @@ from onecard.training.trainer import Trainer
 from onecard.utils.progress import Bar
 
 CPU = torch.device("cpu")
-NOISE = 0.01  # standard deviation of adapters' second matrix: with zeros, the policy is its reference and says nothing
+NOISE = 0.01  # standard deviation of adapters' second matrix: with zeros the policy would equal its reference
 SAME = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What both sides are given."""
+    """The common input of both trainers."""
 
+    case: StepCase
     folder: Path
-    device: torch.device
     dtype: torch.dtype
-    pairs: tuple[Pair, ...]
-    per_step: int  # pairs of an optimizer step
-    per_pass: int  # pairs of a micro-batch
-    load_in_4bit: bool = False
-    gradient_checkpointing: bool = False
-    precompute_ref_log_probs: bool = False
-    optim: Optim = "adamw_torch"
+    device: torch.device = CPU
+    pairs: tuple[Pair, ...] = ()
 
-    def places(self, step: int) -> list[int]:
+    def indices(self, step: int) -> list[int]:
         """Which pairs a step learns from."""
-        return [(step * self.per_step + place) % len(self.pairs) for place in range(self.per_step)]
+        return [(step * self.case.items + index) % len(self.pairs) for index in range(self.case.items)]
 
     def tokens(self, step: int) -> int:
         """Real tokens of a step."""
-        return sum(self.pairs[place].tokens for place in self.places(step))
+        return sum(self.pairs[index].tokens for index in self.indices(step))
 
 
-class Side(ABC):
-    """A trainer that takes one optimizer step each time it is called, on the next pairs."""
+class DPOStepper:
+    """A trainer that takes one optimizer step on the next pairs each time it is called."""
+
+    model: Any
+    optimizer: Any
 
     def __init__(self, task: Task) -> None:
         self.task, self.done = task, 0
         self.row: dict[str, float] = {}
         self.learned: list[tuple[float, float]] = []  # loss and gradient norm of each step
 
-    @abstractmethod
     def ready(self) -> None:
         """What is outside of a step's time."""
 
-    @abstractmethod
-    def step(self, places: Sequence[int]) -> dict[str, float]:
+    def step(self, indices: Sequence[int]) -> dict[str, float]:
         """One optimizer step on these pairs; its row."""
+        raise NotImplementedError
 
     def __call__(self) -> None:
-        self.row = self.step(self.task.places(self.done))
+        self.row = self.step(self.task.indices(self.done))
         self.learned.append((self.row["loss"], self.row["grad_norm"]))
         self.done += 1
 
-    @abstractmethod
-    def model(self) -> Any:
-        """What holds the weights."""
 
-    @abstractmethod
-    def optimizer(self) -> Any:
-        """What updates them."""
-
-
-def task_on(
-    case: Case, folder: Path, dtype: torch.dtype, device: torch.device = CPU, pairs: Sequence[Pair] = ()
-) -> Task:
-    """A case as a task, on these pairs."""
-    return Task(folder, device, dtype, tuple(pairs), case.items, case.per_pass, **case.settings)
-
-
-def own_settings(case: Case, dtype: torch.dtype) -> dict[str, Any]:
-    """Of ours alone: TRL counts pairs, and has no other dtype for adapters."""
-    return {"micro_batch_tokens": case.micro_batch_tokens, "adapter_dtype": DTYPES[dtype]}
-
-
-def config_of(task: Task, *, share_prompts: bool = True, **settings: Any) -> DPOConfig:
-    """Ours."""
+def config_of(task: Task, *, share_prompts: bool = True) -> DPOConfig:
+    """onecard's settings. TRL counts pairs instead of tokens, and has no other dtype for adapters."""
+    case = task.case
     return DPOConfig(
         model=str(task.folder),
         dtype=DTYPES[task.dtype],
-        load_in_4bit=task.load_in_4bit,
-        gradient_checkpointing=task.gradient_checkpointing,
-        precompute_ref_log_probs=task.precompute_ref_log_probs,
-        per_device_train_batch_size=task.per_pass,
-        gradient_accumulation_steps=task.per_step // task.per_pass,
+        adapter_dtype=DTYPES[task.dtype],
+        micro_batch_tokens=case.micro_batch_tokens,
+        per_device_train_batch_size=case.per_pass,
+        gradient_accumulation_steps=case.items // case.per_pass,
         max_steps=1 << 30,
         share_prompts=share_prompts,
-        optim=task.optim,
         lr_scheduler_type="constant",
-        **settings,
+        **case.settings,
     )
 
 
@@ -130,16 +105,16 @@ def no_bar() -> Bar:
     return Bar(Progress(disable=True), "", 0)
 
 
-class Ours(Side):
+class OnecardDPO(DPOStepper):
     """`onecard dpo`, with prompts shared or not."""
 
-    def __init__(self, task: Task, *, share_prompts: bool = True, **settings: Any) -> None:
+    def __init__(self, task: Task, *, share_prompts: bool = True) -> None:
         super().__init__(task)
-        config = config_of(task, share_prompts=share_prompts, **settings)
+        config = config_of(task, share_prompts=share_prompts)
         self.examples = [example(pair) for pair in task.pairs]
-        with drawn_weights():
+        with random_weights():
             self.roles = load_roles(config, trained="policy", reference=True)
-        shake(self.roles.model)
+        randomize_adapters(self.roles.model)
         recipe: Recipe[Any, Any] = make_recipe(config)
         if recipe.prepare:
             with mock.patch.dict(os.environ, {"ONECARD_CACHE": str(task.folder / "cache")}):
@@ -147,36 +122,157 @@ class Ours(Side):
         self.job = Supervised(config, "dpo", recipe.objective(self.roles), self.examples, [])
         self.trainer = Trainer(config, self.job, self.roles, Run(task.folder, None, ()))
         self.roles.train()
+        self.model, self.optimizer = self.roles.model, self.trainer.optimizer
         self.bar, self.first_cuts = no_bar(), self.cuts()
 
-    def ready(self) -> None:
-        """Nothing is."""
-
-    def step(self, places: Sequence[int]) -> dict[str, float]:
-        return self.job.step(self.trainer, places, self.bar)
+    def step(self, indices: Sequence[int]) -> dict[str, float]:
+        return self.job.step(self.trainer, indices, self.bar)
 
     def cuts(self) -> tuple[Any, ...]:
-        """How passes are cut now."""
+        """Micro-batches as they are cut now: smaller than at first if memory ran out."""
         return self.trainer.micro_batch_size, self.job.budget.size
 
-    def watched(self, watch: Watch) -> None:
-        """A step, watched by phase."""
+    def watched(self, timer: PhaseTimer) -> None:
+        """A step, timed by phase."""
         with ExitStack() as stack:
             for phase, name in ((TRAIN, "gradients"), (OPTIMIZER, "apply")):
-                changed = watch.around(phase, getattr(self.trainer, name))
+                changed = timer.wrap(phase, getattr(self.trainer, name))
                 stack.enter_context(mock.patch.object(self.trainer, name, changed))
-            with watch.whole():
+            with timer.whole():
                 self()
 
-    def model(self) -> Any:
-        return self.roles.model
 
-    def optimizer(self) -> Any:
-        return self.trainer.optimizer
+# Liger's norms and feed-forward layers patch one model; its rotations and losses would patch ours too.
+LIGER = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
+
+
+class TrlDPO(DPOStepper):
+    """TRL's `DPOTrainer`, at the settings that take it the least memory."""
+
+    def __init__(self, task: Task, *, liger: bool = False, answers_alone: bool = False) -> None:
+        super().__init__(task)
+        self.answers_alone = answers_alone
+        import datasets
+        from peft import LoraConfig
+        from trl import DPOConfig as TheirConfig
+        from trl import DPOTrainer
+
+        quiet()
+        datasets.disable_progress_bars()
+        ours = DPOConfig(model=str(task.folder))
+        with random_weights():
+            from transformers import AutoModelForCausalLM
+
+            base = AutoModelForCausalLM.from_pretrained(
+                str(task.folder),
+                dtype=task.dtype,
+                device_map={"": task.device},
+                quantization_config=nf4(task.dtype) if task.case.load_in_4bit else None,
+            )
+        settings = TheirConfig(
+            output_dir=str(task.folder / "trl"),
+            use_cpu=task.device.type == "cpu",
+            bf16=task.dtype == torch.bfloat16,
+            per_device_train_batch_size=task.case.per_pass,
+            gradient_accumulation_steps=task.case.items // task.case.per_pass,
+            gradient_checkpointing=task.case.gradient_checkpointing,
+            precompute_ref_log_probs=task.case.precompute_ref_log_probs,
+            learning_rate=ours.learning_rate,
+            beta=ours.beta,
+            optim=task.case.optim,
+            weight_decay=ours.weight_decay,
+            max_grad_norm=ours.max_grad_norm,
+            max_length=None,
+            lr_scheduler_type="constant",
+            max_steps=1 << 30,
+            report_to=[],
+            save_strategy="no",
+        )
+        rows = [
+            {"prompt": text(pair.prompt), "chosen": text(pair.chosen), "rejected": text(pair.rejected)}
+            for pair in task.pairs
+        ]
+        adapter = LoraConfig(
+            r=ours.lora_r, lora_alpha=ours.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        self.trainer: Any = DPOTrainer(
+            model=base,
+            args=settings,
+            peft_config=adapter,
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=whole_words(task.folder),
+        )
+        check_same_tokens(self.trainer.train_dataset, task.pairs)
+        randomize_adapters(self.trainer.model)
+        if liger:
+            use_liger(self.trainer.model)
+        if task.case.gradient_checkpointing:  # what `train` does before its loop, which is not entered here
+            self.trainer.model.gradient_checkpointing_enable()  # newer releases have another name for it
+        self.trainer.create_optimizer()
+        self.wrapped, self.prepared = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
+        self.trainer.model_wrapped, self.trainer.optimizer = self.wrapped, self.prepared
+        self.model, self.optimizer = self.trainer.model, self.trainer.optimizer
+        self.trainer.current_gradient_accumulation_steps = settings.gradient_accumulation_steps
+        self.batches: list[Any] = []
+
+    def ready(self) -> None:
+        """Collate the next step."""
+        rows = [self.trainer.train_dataset[index] for index in self.task.indices(self.done)]
+        size = self.task.case.per_pass
+        self.batches = [self.trainer.data_collator(rows[at : at + size]) for at in range(0, len(rows), size)]
+
+    def step(self, indices: Sequence[int]) -> dict[str, float]:
+        with mock.patch("trl.trainer.utils._use_triton", on_any_device) if self.answers_alone else nullcontext():
+            return self.whole_step()
+
+    def whole_step(self) -> dict[str, float]:
+        trainer = self.trainer
+        losses = []
+        for index, batch in enumerate(self.batches):
+            trainer.accelerator.gradient_state._set_sync_gradients(index == len(self.batches) - 1)
+            losses.append(trainer.training_step(self.wrapped, batch))
+        norm = trainer.accelerator.clip_grad_norm_(self.wrapped.parameters(), trainer.args.max_grad_norm)
+        trainer.optimizer.step()
+        self.wrapped.zero_grad()
+        found = {name: sum(values[-len(losses) :]) / len(losses) for name, values in trainer._metrics["train"].items()}
+        return {**found, "loss": float(sum(losses)), "grad_norm": float(norm)}
+
+
+def use_liger(model: Any) -> None:
+    """Give this one model Liger's layers, and undo the patch of transformers' module."""
+    from transformers.integrations.liger import apply_liger_kernel
+
+    module = vars(sys.modules[type(model.get_base_model()).__module__])
+    before = dict(module)
+    try:
+        apply_liger_kernel(model, LIGER)
+    finally:
+        module.update(before)
+
+
+def on_any_device(_: torch.device) -> bool:
+    """Replaces TRL's check for Triton, without which its head also sees prompts and padding."""
+    return True
+
+
+def nf4(dtype: torch.dtype) -> Any:
+    """The 4-bit settings that `load_in_4bit` means in our engine."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def check_same_tokens(rows: Any, pairs: Sequence[Pair]) -> None:
+    """TRL tokenizes text: its tokens must be those of our pairs."""
+    for row, pair in zip(rows, pairs, strict=True):
+        theirs = tuple(tuple(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        assert theirs == (pair.prompt, pair.chosen, pair.rejected), "TRL's tokens are others than ours"
 
 
 def example(pair: Pair) -> PreferencePair:
-    """The same tokens as our record."""
+    """The same tokens as a record of the engine."""
 
     def side(answer: tuple[int, ...]) -> TokenSequence:
         return TokenSequence(pair.prompt + answer, (False,) * len(pair.prompt) + (True,) * len(answer))
@@ -184,8 +280,8 @@ def example(pair: Pair) -> PreferencePair:
     return PreferencePair(side(pair.chosen), side(pair.rejected))
 
 
-def shake(model: Any) -> None:
-    """Give every adapter the same values, whatever it is called: N(0, 1 / columns) and N(0, NOISE)."""
+def randomize_adapters(model: Any) -> None:
+    """Set adapter values that do not depend on adapter names: N(0, 1 / columns) and N(0, NOISE)."""
     generator = torch.Generator().manual_seed(11)
     for name, parameter in model.named_parameters():
         if "lora_" in name and parameter.requires_grad:
@@ -195,14 +291,14 @@ def shake(model: Any) -> None:
 
 
 def quiet() -> None:
-    """Keep advice that is the same in each run off the terminal."""
+    """Silence repeated warnings of the libraries."""
     warnings.filterwarnings("ignore")
     for name in ("transformers", "trl", "accelerate", "peft", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def held_bytes(model: Any, optimizer: Any, *, paged: bool = True) -> int:
-    """Weights, what quantized ones need beside them, buffers, and the optimizer's states and float32 copies of weights.
+    """Bytes of weights, quantization statistics, buffers, optimizer states and float32 copies of weights.
 
     Not `paged`: without states in memory that host and card share, which the card's allocator knows nothing of.
     """
@@ -224,8 +320,8 @@ def held_bytes(model: Any, optimizer: Any, *, paged: bool = True) -> int:
     return sum(storages.values())
 
 
-def forget() -> None:
-    """Give freed memory back, the cached part too."""
+def free_memory() -> None:
+    """Return freed and cached memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

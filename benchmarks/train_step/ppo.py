@@ -1,4 +1,4 @@
-"""One PPO iteration, watched phase by phase: the engine's own `PPO.step`, with a watch around its parts."""
+"""One PPO iteration by phase: the engine's own `PPO.step`, with a timer around its parts."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from unittest import mock
 
 import torch
 
-from benchmarks.train_step.cases import Case, Flops
-from benchmarks.train_step.dpo import forget, held_bytes, no_bar
-from benchmarks.train_step.material import DTYPES, FIRST_WORD, SEED, draw_pairs, drawn_weights, text
-from benchmarks.train_step.watch import OLD, OPTIMIZER, PHASES, REFERENCE, REWARD, ROLLOUT, TRAIN, VALUES, WHOLE, Watch
+from benchmarks.records import WHOLE
+from benchmarks.train_step.cases import Flops, StepCase
+from benchmarks.train_step.dpo import free_memory, no_bar
+from benchmarks.train_step.phases import OLD, OPTIMIZER, PHASES, REFERENCE, REWARD, ROLLOUT, TRAIN, VALUES, PhaseTimer
+from benchmarks.train_step.synthetic import DTYPES, FIRST_WORD, SEED, random_pairs, random_weights, text
+from onecard.algorithms.ppo import experience
 from onecard.algorithms.ppo.job import PPO
 from onecard.algorithms.ppo.sampling import make_sampler
 from onecard.config import PPOConfig, RewardConfig
@@ -28,8 +30,8 @@ from onecard.training.trainer import Trainer
 PASS_OF = {"policy": OLD, "reference": REFERENCE}
 
 
-def config_of(case: Case, folder: Path, dtype: torch.dtype) -> PPOConfig:
-    """What is trained: policy and critic, with a reward adapter in the folder; two updates in an iteration."""
+def config_of(case: StepCase, folder: Path, dtype: torch.dtype) -> PPOConfig:
+    """Settings: policy and critic are trained, with a reward adapter; two updates an iteration."""
     name = DTYPES[dtype]
     return PPOConfig(
         model=str(folder),
@@ -57,36 +59,25 @@ def reward_config(config: PPOConfig) -> RewardConfig:
     return RewardConfig(model=config.model, dtype=config.dtype, load_in_4bit=config.load_in_4bit)
 
 
-class WatchedSampler:
-    """The job's sampler, watched."""
-
-    def __init__(self, sampler: Any, watch: Watch) -> None:
-        self.sampler, self.sample = sampler, watch.around(ROLLOUT, sampler.sample)
-        self.found: list[Any] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.sampler, name)
-
-
-class Iterations:
+class PPORun:
     """PPO with a reward adapter and a critic adapter, one iteration at a time."""
 
-    def __init__(self, case: Case, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-        self.case, self.device, self.done = case, device, 0
+    def __init__(self, case: StepCase, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+        self.case, self.device = case, device
         self.config = config_of(case, folder, dtype)
-        with drawn_weights():
+        with random_weights():
             write_reward(reward_config(self.config), Path(self.config.reward_model_path))
-            forget()
+            free_memory()
             self.roles = load_ppo_roles(self.config)
         tokenizer = load_tokenizer(self.config)
         sampler = make_sampler(self.config, self.roles, tokenizer)
-        # Of drawn weights each token is as likely as any: then answers are half as long on average. Not mixed, nothing
-        # ends one, and each is as long as the memory plan takes it to be.
+        # With random weights every token is equally likely: mixed answers are half as long on average. Otherwise no
+        # token ends an answer, and each is as long as the memory plan assumes.
         ends = range(FIRST_WORD, case.model.vocab, max(2, case.response // 2))
         sampler = replace(sampler, ends=sampler.ends | frozenset(ends) if case.mixed else frozenset())
         budget = forward_budget(self.config)
-        pairs = draw_pairs(4 * case.items, case.prompt, 2, case.model.vocab, mixed=case.mixed)
-        # of one length they would need no mask, and the plan has one: every other prompt lacks a token
+        pairs = random_pairs(4 * case.items, case.prompt, 2, case.model.vocab, mixed=case.mixed)
+        # prompts of one length would need no mask, and the plan has one: every other prompt is a token shorter
         lacks = [0 if case.mixed else place % 2 for place in range(len(pairs))]
         drawn = [pair.prompt[lack:] for pair, lack in zip(pairs, lacks, strict=True)]
         prompts = [Prompt(text(prompt), prompt) for prompt in drawn]
@@ -101,7 +92,7 @@ class Iterations:
         self.episodes: list[Any] = []
         self.learned: list[tuple[float, float]] = []  # loss and gradient norm of each iteration
 
-    def run(self, watch: Watch, *, again: bool = False) -> dict[str, float]:
+    def run(self, timer: PhaseTimer, *, again: bool = False) -> dict[str, float]:
         """One iteration; its row. The episodes are kept for counting.
 
         `again`: on the last one's prompts and random numbers, so that answers are hardly longer or shorter.
@@ -111,47 +102,42 @@ class Iterations:
             trainer.step -= 1
         else:
             _, self.indices = next(self.order)
-        module = "onecard.algorithms.ppo.experience"
-        from onecard.algorithms.ppo import experience
 
-        sampler = WatchedSampler(job.sampler, watch)
-        kept = sampler.sample
+        class Sampler:
+            """The job's sampler with a timer; its episodes are kept for counting."""
 
-        def sample(*arguments: Any, **keywords: Any) -> Any:
-            found = kept(*arguments, **keywords)
-            self.episodes = list(found.episodes)
-            return found
+            def __getattr__(_, name: str) -> Any:
+                return getattr(sampler, name)
 
-        sampler.sample = sample
+            def sample(_, *arguments: Any, **keywords: Any) -> Any:
+                found = timer.wrap(ROLLOUT, sampler.sample)(*arguments, **keywords)
+                self.episodes = list(found.episodes)
+                return found
 
-        def which(roles: Any, role: str, *_: Any) -> str:
+        def role_of(roles: Any, role: str, *_: Any) -> str:
             return PASS_OF[role]
 
+        sampler = job.sampler
         with ExitStack() as stack:
             for target, name, changed in (
-                (job, "sampler", sampler),
-                (job, "judge", watch.around(REWARD, job.judge)),
-                (trainer, "gradients", watch.around(TRAIN, trainer.gradients)),
-                (trainer, "apply", watch.around(OPTIMIZER, trainer.apply)),
+                (job, "sampler", Sampler()),
+                (job, "scorer", timer.wrap(REWARD, job.scorer)),
+                (trainer, "gradients", timer.wrap(TRAIN, trainer.gradients)),
+                (trainer, "apply", timer.wrap(OPTIMIZER, trainer.apply)),
             ):
                 stack.enter_context(mock.patch.object(target, name, changed))
-            for name, phase in (("logprobs_of", which), ("values_of", VALUES)):
-                changed = watch.around(phase, getattr(experience, name))
-                stack.enter_context(mock.patch(f"{module}.{name}", changed))
-            with watch.whole():
+            for name, phase in (("logprobs_of", role_of), ("values_of", VALUES)):
+                changed = timer.wrap(phase, getattr(experience, name))
+                stack.enter_context(mock.patch.object(experience, name, changed))
+            with timer.whole():
                 row = job.step(trainer, self.indices, no_bar())
         trainer.step += 1
-        self.done += 1
         self.learned.append((row["loss"], row["grad_norm"]))
         return row
 
     def cuts(self) -> tuple[Any, ...]:
-        """How passes are cut now."""
+        """Micro-batches as they are cut now: smaller than at first if memory ran out."""
         return self.trainer.micro_batch_size, self.job.budget.size, self.job.sampler.budget.size
-
-    def held(self) -> int:
-        """Bytes that stay between iterations."""
-        return held_bytes(self.roles, self.trainer.optimizer)
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """(tokens, FLOPs that cannot be left out) of each phase of the last iteration."""
@@ -180,7 +166,7 @@ class Iterations:
 
 
 def write_reward(config: RewardConfig, folder: Path) -> None:
-    """A reward adapter that nobody trained."""
+    """An untrained reward adapter."""
     torch.manual_seed(SEED)
     roles = load_roles(config, trained="reward", scalar=True)
     roles.export("reward", folder, load_tokenizer(config))

@@ -1,156 +1,297 @@
-"""Measuring one case: right first, then in turns, then memory in a pass of its own."""
+"""One case of a training step: compared and planned, then timed in turns, then its memory in a pass of its own."""
 
 from __future__ import annotations
 
 import math
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import measure
-from benchmarks.records import LIMIT
-from benchmarks.train_step import planned, ppo
-from benchmarks.train_step.agreement import agreed, disagreement
-from benchmarks.train_step.cases import Case, Flops, dpo_flops
-from benchmarks.train_step.dpo import SAME, Ours, Side, Task, forget, held_bytes, own_settings, task_on
-from benchmarks.train_step.limits import BareProducts, capped
-from benchmarks.train_step.material import draw_pairs, write_folder
-from benchmarks.train_step.peer import Theirs
-from benchmarks.train_step.results import OURS, Memory, Result, Row
-from benchmarks.train_step.watch import PHASES, WHOLE, Peaks, Watch, highest, phase_peaks
+from benchmarks.harness import Timing, one_line
+from benchmarks.records import LIMIT, OURS, WHOLE, Case, Row
+from benchmarks.render import TRL, UNSHARED
+from benchmarks.train_step import dpo, ppo
+from benchmarks.train_step.cases import Flops, StepCase, dpo_flops
+from benchmarks.train_step.dpo import SAME, DPOStepper, OnecardDPO, Task, TrlDPO, free_memory, held_bytes
+from benchmarks.train_step.phases import (
+    OLD,
+    OPTIMIZER,
+    PHASES,
+    REFERENCE,
+    REWARD,
+    ROLLOUT,
+    TRAIN,
+    VALUES,
+    Peaks,
+    PhaseTimer,
+    highest,
+    phase_peaks,
+)
+from benchmarks.train_step.synthetic import random_pairs, write_folder
+from onecard.commands.fit.phases import Lengths
+from onecard.commands.fit.plan import Plan, make_plan
+from onecard.config import TrainConfig
 from onecard.utils.errors import OnecardError
 
-UNSHARED, TRL = "onecard, prompts not shared", "TRL"
 TRL_ANSWERS, TRL_LIGER, GEMMS = "TRL, head on answers alone", "TRL + Liger's layers", "bare GEMMs"
-STEPS = 8  # of pairs that differ; then they come again
-LONG = 15.0  # seconds of a PPO iteration from which one is timed at least, and not three
+STEPS = 8  # of different pairs, which then repeat
+LONG = 15.0  # seconds of a PPO iteration from which one round is enough, instead of three
+GEMM_FLOPS = {"cpu": 2e10, "cuda": 2e13}  # of bare products: enough to be timed, and little beside a step
+TOO_MUCH = (torch.OutOfMemoryError, OnecardError)  # ours may not fit; any other error is a bug
+# By which loss, rewards and gradient norm of the first step may differ: (absolute, relative). In bf16, log-probs of
+# hundreds of tokens are added up, each with a rounding of its own, and a reward is a tenth of them.
+CLOSE = {torch.float32: (2e-3, 1e-3), torch.bfloat16: (0.25, 0.25)}
+MIXED = "lengths are drawn, and the plan is of the longest"
+# `onecard fit`'s phases by their names there
+PHASE_OF = {
+    "rollout": ROLLOUT,
+    "reward pass": REWARD,
+    "policy pass": OLD,
+    "reference pass": REFERENCE,
+    "value pass": VALUES,
+    "train": TRAIN,
+    "optimizer step": OPTIMIZER,
+}
+Tell = Callable[[str], None]
+Build = Callable[[Task], DPOStepper]
+
+
+# --- the limits: the rate of bare products, and a card's memory
+
+
+class BareProducts:
+    """Products of the feed-forward matrix's shape: the FLOP rate that this machine gives.
+
+    The operands are made in `ready` and freed by the call: under a memory cap they would take a step's memory.
+    """
+
+    def __init__(self, case: StepCase, device: torch.device, dtype: torch.dtype, rows: int, step: float) -> None:
+        one = 2 * rows * case.model.hidden * case.model.inner
+        self.sizes, self.device, self.dtype = (rows, case.model.hidden, case.model.inner), device, dtype
+        self.times = max(1, int(min(GEMM_FLOPS[device.type], step) / one))
+        self.flops = one * self.times
+        self.operands: tuple[torch.Tensor, ...] = ()
+
+    def ready(self) -> None:
+        """Make the operands, and warm up."""
+        rows, hidden, inner = self.sizes
+        left = torch.randn(rows, hidden, device=self.device, dtype=self.dtype)
+        right = torch.randn(hidden, inner, device=self.device, dtype=self.dtype)
+        self.operands = left, right, left @ right
+
+    def __call__(self) -> None:
+        left, right, out = self.operands
+        for _ in range(self.times):
+            torch.mm(left, right, out=out)
+        self.operands = ()
+
+
+@contextmanager
+def capped(gib: float, device: torch.device) -> Iterator[None]:
+    """Inside, an allocation past `gib` fails. A big card with a cap is not a consumer card: it is as fast as before."""
+    if not gib or device.type != "cuda":
+        yield
+        return
+    whole = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / whole, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+# --- the memory plan beside what is measured
 
 
 @dataclass(frozen=True)
-class Timing:
-    """How often a step is timed: `repeats` rounds, or fewer once a case has taken `budget` seconds."""
+class Memory:
+    """A phase's peak in bytes as `onecard fit` plans it and as measured (None: not measured): all at once, and above
+    what stays between steps.
+    """
 
-    repeats: int
-    warmup: int
-    budget: float
-    clock: Callable[[], float] = time.perf_counter
-
-
-TOO_MUCH = (torch.OutOfMemoryError, OnecardError)  # ours may not fit; anything else is a fault of ours
-Build = Callable[[Task], Side]
-
-
-def candidates(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[str, Build]]:
-    """Each candidate's role, and what makes it."""
-    settings = own_settings(case, dtype)
-    found: dict[str, tuple[str, Build]] = {
-        OURS: ("ours", partial(Ours, **settings)),
-        UNSHARED: ("ours", partial(Ours, share_prompts=False, **settings)),
-        TRL: ("peer", Theirs),
-    }
-    if device.type == "cpu":  # on a GPU it does that anyway
-        found[TRL_ANSWERS] = ("peer", partial(Theirs, answers_alone=True))
-    return {**found, TRL_LIGER: ("peer", partial(Theirs, liger=True))}
+    phase: str
+    planned: int
+    planned_above: int
+    measured: int | None = None
+    measured_above: int | None = None
 
 
-def reason(error: BaseException) -> str:
-    """One line of why something could not run."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:160]}".rstrip(": ")
+def config_of(case: StepCase, dtype: torch.dtype) -> TrainConfig:
+    """The settings that the case trains with, of a folder that is not read."""
+    nowhere = Path("no-weights")
+    if case.kind == "ppo":
+        return ppo.config_of(case, nowhere, dtype)
+    return dpo.config_of(Task(case, nowhere, dtype))
 
 
-def empty(case: Case, dtype: torch.dtype, parameters: int) -> Result:
+def plan_of(case: StepCase, dtype: torch.dtype, device: torch.device) -> Plan:
+    """The plan of a case at its full lengths. Cases that differ in nothing that a plan depends on share one."""
+    return cached_plan(replace(case, name="", cap_gib=0.0, in_turns=True, mixed=False), dtype, device.type)
+
+
+@lru_cache
+def cached_plan(case: StepCase, dtype: torch.dtype, device: str) -> Plan:
+    from transformers import AutoConfig
+
+    model = AutoConfig.for_model(**case.model.settings)
+    return make_plan(model, config_of(case, dtype), Lengths(case.prompt, case.response), torch.device(device))
+
+
+def too_large(case: StepCase, dtype: torch.dtype) -> str | None:
+    """Why a case cannot be expected to run under its cap, if so."""
+    if not case.cap_gib:
+        return None
+    plan = plan_of(case, dtype, torch.device("cuda"))
+    if plan.peak <= case.cap_gib * 2**30:
+        return None
+    need = f"{plan.peak / 2**30:.2f} GiB in its {plan.highest.name}"
+    return f"the plan has {need}, expected at most the cap of {case.cap_gib:g} GiB"
+
+
+def compared(plan: Plan, held: int | None = None, peaks: Peaks | None = None) -> list[Memory]:
+    """A record for each phase that is watched, and for the whole. `held`: bytes between steps, measured."""
+    phases = {PHASE_OF[phase.name]: phase for phase in plan.phases if phase.name in PHASE_OF}
+    if peaks is not None:
+        phases = {name: phase for name, phase in phases.items() if name in peaks.above}
+    between = min(phase.before for phase in phases.values())
+    planned = {name: phase.peak for name, phase in phases.items()}
+    planned[WHOLE] = max(planned.values())
+
+    def measured(name: str) -> tuple[int | None, int | None]:
+        above = None if peaks is None else peaks.above[name]
+        return (None if above is None or held is None else held + above), above
+
+    return [Memory(name, peak, peak - between, *measured(name)) for name, peak in planned.items()]
+
+
+# --- a case
+
+
+def blank(case: StepCase, dtype: torch.dtype) -> Case:
     """The case without its rows."""
-    return Result(
-        kind=case.kind,
-        name=case.name,
-        model=case.model.name,
-        parameters=parameters,
-        dtype=str(dtype).removeprefix("torch."),
-        sizes={"prompt": case.prompt, "response": case.response, "items": case.items, "per_pass": case.per_pass},
-        mixed=case.mixed,
-        settings=case.settings,
-        cap_gib=case.cap_gib,
-        in_turns=case.in_turns,
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**case.model.settings))
+    return Case(
+        case.kind,
+        case.name,
+        {"prompt": case.prompt, "response": case.response, "items": case.items, "per_pass": case.per_pass},
+        str(dtype).removeprefix("torch."),
+        about={
+            "model": case.model.name,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "mixed": case.mixed,
+            "cap_gib": case.cap_gib,
+            "in_turns": case.in_turns,
+            "settings": case.settings,
+        },
     )
 
 
-def parameters_of(case: Case) -> int:
-    """Of the base."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
-        settings = AutoConfig.from_pretrained(write_folder(case.model, Path(folder)))
-        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(settings).parameters())
-
-
-def measure_case(
-    case: Case, device: torch.device, dtype: torch.dtype, timing: Timing, tell: Callable[[str], None]
-) -> Result:
-    """All of a case. One whose plan is above its cap is refused before it is begun."""
-    wrong = planned.too_large(case, dtype)
+def measure_case(case: StepCase, device: torch.device, dtype: torch.dtype, timing: Timing, tell: Tell) -> Case:
+    """All of a case. One whose plan is above its cap is refused before it begins."""
+    result = blank(case, dtype)
+    wrong = too_large(case, dtype)
     if wrong:
-        return replace(empty(case, dtype, parameters_of(case)), refused=wrong)
+        return replace(result, refused=wrong)
     with tempfile.TemporaryDirectory() as folder, capped(case.cap_gib, device):
         write_folder(case.model, Path(folder))
         measured = {"dpo": measure_dpo, "ppo": measure_ppo}[case.kind]
         try:
-            return checked(with_plan(measured(case, Path(folder), device, dtype, timing, tell), case, device, dtype))
+            result = measured(result, case, Path(folder), device, dtype, timing, tell)
         finally:
-            forget()
-
-
-def with_plan(result: Result, case: Case, device: torch.device, dtype: torch.dtype) -> Result:
-    """The plan beside what was measured; alone where nothing could be."""
-    if case.mixed or result.refused:
-        return replace(result, memory=(), unplanned=result.refused or planned.MIXED)
-    if result.memory:
-        return result
-    return replace(result, memory=planned.compared(planned.plan_of(case, dtype, device), None, None))
-
-
-def checked(result: Result) -> Result:
-    """The result; a refusal where a step of ours came to no numbers."""
-    wrong = next((pair for pair in result.learned if not all(map(math.isfinite, pair))), None)
-    if wrong:  # JSON has no such numbers, and nothing measured of such a run says anything
-        return replace(result, rows=(), memory=(), learned=(), refused=f"loss and gradient norm of a step are {wrong}")
+            free_memory()
+    wrong = next((pair for pair in result.found["learned"] if not all(map(math.isfinite, pair))), None)
+    if wrong:  # nothing measured of such a run means anything
+        refused = f"loss and gradient norm of a step are {wrong}"
+        return replace(result, rows=(), found={"learned": []}, refused=refused)
     return result
 
 
-def task_of(case: Case, folder: Path, device: torch.device, dtype: torch.dtype) -> Task:
-    pairs = draw_pairs(STEPS * case.items, case.prompt, case.response, case.model.vocab, mixed=case.mixed)
-    return task_on(case, folder, dtype, device, pairs)
+def found_of(
+    case: StepCase, dtype: torch.dtype, device: torch.device, memory: Sequence[Memory], side: Any
+) -> dict[str, Any]:
+    """What is reported beside the rows: the plan, also where nothing was measured, and what the steps learned."""
+    if not case.mixed and not memory:
+        memory = compared(plan_of(case, dtype, device))
+    return {
+        "memory": [] if case.mixed else [asdict(each) for each in memory],
+        "unplanned": MIXED if case.mixed else None,
+        "learned": [] if side is None else list(side.learned),
+        "shrunk": side is not None and side.cuts() != side.first_cuts,
+    }
+
+
+def candidates(device: torch.device) -> dict[str, tuple[str, Build]]:
+    """Each candidate's role, and what makes it."""
+    found: dict[str, tuple[str, Build]] = {
+        OURS: ("ours", OnecardDPO),
+        UNSHARED: ("ours", partial(OnecardDPO, share_prompts=False)),
+        TRL: ("peer", TrlDPO),
+    }
+    if device.type == "cpu":  # on a GPU it does that anyway
+        found[TRL_ANSWERS] = ("peer", partial(TrlDPO, answers_alone=True))
+    return {**found, TRL_LIGER: ("peer", partial(TrlDPO, liger=True))}
+
+
+def task_of(case: StepCase, folder: Path, device: torch.device, dtype: torch.dtype) -> Task:
+    pairs = random_pairs(STEPS * case.items, case.prompt, case.response, case.model.vocab, mixed=case.mixed)
+    return Task(case, folder, dtype, device, tuple(pairs))
+
+
+def disagreement(mine: Mapping[str, float], theirs: Mapping[str, float], dtype: torch.dtype) -> str | None:
+    """What of a first step is not the same, if anything."""
+    absolute, relative = CLOSE[dtype]
+    for name in SAME:
+        if not math.isclose(mine[name], theirs[name], rel_tol=relative, abs_tol=absolute):
+            return f"{name} of the first step is {mine[name]:.6g}, and {theirs[name]:.6g} in"
+    return None
+
+
+def step_flops(case: StepCase, task: Task, step: int) -> int:
+    """What a step cannot do without."""
+    sequences = [
+        (len(pair.prompt) + len(answer), len(answer))
+        for pair in (task.pairs[index] for index in task.indices(step))
+        for answer in (pair.chosen, pair.rejected)
+    ]
+    return dpo_flops(case.model, sequences, precomputed=case.precompute_ref_log_probs)
 
 
 def measure_dpo(
-    case: Case, folder: Path, device: torch.device, dtype: torch.dtype, timing: Timing, tell: Callable[[str], None]
-) -> Result:
+    result: Case, case: StepCase, folder: Path, device: torch.device, dtype: torch.dtype, timing: Timing, tell: Tell
+) -> Case:
     """All candidates in turns, or one after the other where they cannot be held at once."""
     task = task_of(case, folder, device, dtype)
-    names = list(candidates(case, device, dtype))
-    groups = [names] if case.in_turns else [[name] for name in names]
-    result = empty(case, dtype, parameters_of(case))
-    for names in groups:
-        found = measure_sides(case, task, names, timing, tell)
-        result = replace(
-            result,
-            rows=(*result.rows, *found.rows),
-            memory=result.memory or found.memory,
-            learned=result.learned or found.learned,
-            shrunk=result.shrunk or found.shrunk,
-        )
-        forget()
-    return agreed(result, dtype)
+    names = list(candidates(device))
+    rows: list[Row] = []
+    found: dict[str, Any] = found_of(case, dtype, device, (), None)
+    for group in [names] if case.in_turns else [[name] for name in names]:
+        more, memory, ours = measure_sides(case, task, group, timing, tell)
+        rows += more
+        if ours is not None:
+            found = found_of(case, dtype, device, memory, ours)
+        del ours
+        free_memory()
+    firsts = {row.name: row.more for row in rows if row.more}
+    for name, first in firsts.items():
+        wrong = OURS in firsts and disagreement(firsts[OURS], first, dtype)
+        if wrong:
+            return replace(result, found={**found, "memory": []}, refused=f"{wrong} {name}")
+    return replace(result, rows=tuple(rows), found=found)
 
 
-def first_steps(task: Task, builds: Mapping[str, Build]) -> tuple[dict[str, Side], dict[str, str]]:
+def first_steps(task: Task, builds: Mapping[str, Build]) -> tuple[dict[str, DPOStepper], dict[str, str]]:
     """Each side after its first step; or why there is none."""
-    sides: dict[str, Side] = {}
+    sides: dict[str, DPOStepper] = {}
     reasons: dict[str, str] = {}
     for name, build in builds.items():
         try:
@@ -159,37 +300,28 @@ def first_steps(task: Task, builds: Mapping[str, Build]) -> tuple[dict[str, Side
             side()
             sides[name] = side
         except Exception as error:  # a peer that cannot run stands in the table with the reason
-            if isinstance(build, partial) and build.func is Ours and not isinstance(error, TOO_MUCH):
+            if getattr(build, "func", build) is OnecardDPO and not isinstance(error, TOO_MUCH):
                 raise
-            reasons[name] = reason(error)
+            reasons[name] = one_line(error)
     return sides, reasons
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Of candidates that are in memory together: their rows; of ours, its memory by phase and what it learned."""
-
-    rows: list[Row]
-    memory: tuple[Memory, ...] = ()
-    learned: tuple[tuple[float, float], ...] = ()
-    shrunk: bool = False
-
-
 def measure_sides(
-    case: Case, task: Task, names: Sequence[str], timing: Timing, tell: Callable[[str], None]
-) -> Measured:
-    """First step, rounds, memory."""
-    known = candidates(case, task.device, task.dtype)
+    case: StepCase, task: Task, names: Sequence[str], timing: Timing, tell: Tell
+) -> tuple[list[Row], list[Memory], OnecardDPO | None]:
+    """First step, rounds, memory, of candidates that are in memory together. Rows, our memory by phase, and ours."""
+    known = candidates(task.device)
     tell(f"{case.name}: first step")
     sides, reasons = first_steps(task, {name: known[name][1] for name in names})
     firsts = {name: {key: side.row[key] for key in SAME} for name, side in sides.items()}
-    if OURS in sides and any(disagreement(firsts[OURS], found, task.dtype) for found in firsts.values()):
-        # `agreed` says what is wrong
-        return Measured([Row(name, known[name][0], first=firsts[name]) for name in sides])
-    longest, first = max(pair.tokens for pair in task.pairs), step_flops(case, task, 0)
-    bare = BareProducts(case, task.device, task.dtype, longest, first)
+    ours = sides.get(OURS)
+    assert ours is None or isinstance(ours, OnecardDPO)
+    if ours is not None and any(disagreement(firsts[OURS], found, task.dtype) for found in firsts.values()):
+        return [Row(name, known[name][0], more=firsts[name]) for name in sides], [], ours  # the caller refuses
+    bare = BareProducts(
+        case, task.device, task.dtype, max(pair.tokens for pair in task.pairs), step_flops(case, task, 0)
+    )
     works: dict[str, list[measure.Work]] = {**{name: [side] for name, side in sides.items()}, GEMMS: [bare]}
-    begun = 1 + timing.warmup
     times = measure.interleave(
         works,
         measure.stopwatch(task.device, timing.clock),
@@ -198,97 +330,75 @@ def measure_sides(
         budget=timing.budget,
         tick=lambda name: tell(f"{case.name}: {name}"),
     )
-    rounds = len(times[GEMMS])
-    steps = range(begun, begun + rounds)
-    flops = tuple(step_flops(case, task, step) for step in steps)
-    tokens = tuple(task.tokens(step) for step in steps)
+    begun, rounds = 1 + timing.warmup, len(times[GEMMS])
+    flops = tuple(step_flops(case, task, step) for step in range(begun, begun + rounds))
+    tokens = tuple(task.tokens(step) for step in range(begun, begun + rounds))
     rows: list[Row] = []
-    memory: tuple[Memory, ...] = ()
+    memory: list[Memory] = []
     for name in names:
-        role = known[name][0]
         if name in reasons:
-            rows.append(Row(name, role, reasons[name]))
+            rows.append(Row(name, known[name][0], reasons[name]))
             continue
         tell(f"{case.name}: memory of {name}")
         side = sides[name]
-        held = held_bytes(side.model(), side.optimizer())
-        if name == OURS and isinstance(side, Ours):
-            found = phase_peaks(side.watched, task.device)
-            peak, memory = found.above[WHOLE], memory_of(case, task, side, found, alone=len(sides) == 1)
+        held = held_bytes(side.model, side.optimizer)
+        if side is ours:
+            peaks = phase_peaks(ours.watched, task.device)
+            peak = peaks.above[WHOLE]
+            if not case.mixed:
+                # Where others are in memory too, what is held is ours, added up.
+                alone = len(sides) == 1 and peaks.held is not None
+                own = held_bytes(side.model, side.optimizer, paged=task.device.type == "cpu")
+                memory = compared(plan_of(case, task.dtype, task.device), peaks.held if alone else own, peaks)
         else:
             peak = measure.peak_bytes(side, task.device)
-        rows.append(Row(name, role, None, tuple(times[name]), tokens, flops, peak, held, firsts[name]))
-    limit = Row(GEMMS, LIMIT, None, tuple(times[GEMMS]), flops=(bare.flops,) * rounds)
-    ours = sides.get(OURS)
-    if not isinstance(ours, Ours):
-        return Measured([*rows, limit])
-    return Measured([*rows, limit], memory, tuple(ours.learned), ours.cuts() != ours.first_cuts)
-
-
-def memory_of(case: Case, task: Task, side: Side, found: Peaks, *, alone: bool) -> tuple[Memory, ...]:
-    """The plan beside the peaks of our step. Where others are in memory too, what is held is ours, added up."""
-    if case.mixed:
-        return ()
-    added_up = held_bytes(side.model(), side.optimizer(), paged=task.device.type == "cpu")
-    held = found.held if alone and found.held is not None else added_up
-    return planned.compared(planned.plan_of(case, task.dtype, task.device), held, found)
-
-
-def step_flops(case: Case, task: Task, step: int) -> int:
-    """What a step cannot do without."""
-    sequences = [
-        (len(pair.prompt) + len(answer), len(answer))
-        for pair in (task.pairs[place] for place in task.places(step))
-        for answer in (pair.chosen, pair.rejected)
-    ]
-    return dpo_flops(case.model, sequences, precomputed=case.precompute_ref_log_probs)
+        rows.append(Row(name, known[name][0], None, tuple(times[name]), tokens, flops, peak, held, more=firsts[name]))
+    rows.append(Row(GEMMS, LIMIT, seconds=tuple(times[GEMMS]), flops=(bare.flops,) * rounds))
+    return rows, memory, ours
 
 
 def measure_ppo(
-    case: Case, folder: Path, device: torch.device, dtype: torch.dtype, timing: Timing, tell: Callable[[str], None]
-) -> Result:
+    result: Case, case: StepCase, folder: Path, device: torch.device, dtype: torch.dtype, timing: Timing, tell: Tell
+) -> Case:
     """Whole iterations, watched by phase, in turns with bare products."""
-    result = empty(case, dtype, parameters_of(case))
     tell(f"{case.name}: loading")
-    try:
-        iterations = ppo.Iterations(case, folder, device, dtype)
-    except TOO_MUCH as error:
-        return replace(result, rows=(Row(WHOLE, "ours", reason(error)),))
+    iterations: ppo.PPORun | None = None
     length = case.prompt + case.response
     step = case.items * Flops.of(case.model, length, case.response).forward
     bare = BareProducts(case, device, dtype, case.per_pass * length, step)
     seconds_of = measure.stopwatch(device, timing.clock)
     limits: list[float] = []
-    watches: list[Watch] = []
+    watches: list[PhaseTimer] = []
     counts: list[dict[str, tuple[int, int]]] = []
     try:
+        iterations = ppo.PPORun(case, folder, device, dtype)
         for turn in range(-1, timing.repeats):  # the first one warms up, and makes the optimizer's states
             tell(f"{case.name}: iteration {max(turn, 0) + 1}")
-            watch = Watch(device, timing.clock)
-            iterations.run(watch)
+            timer = PhaseTimer(device, timing.clock)
+            iterations.run(timer)
             taken = seconds_of(bare)
             if turn < 0:
                 continue
             limits.append(taken)
-            watches.append(watch)
+            watches.append(timer)
             counts.append(iterations.counts())
             spent = sum(each.seconds[WHOLE] for each in watches)
             least = measure.LEAST_ROUNDS if spent < LONG * len(watches) else 1
             if len(watches) >= least and spent > timing.budget:
                 break
         tell(f"{case.name}: memory")
-        held = iterations.held()
-        # a GPU's allocator has kept the peaks of the timed iterations, at no cost
+        held = held_bytes(iterations.roles, iterations.trainer.optimizer)
+        # A GPU's allocator has kept the peaks of the timed iterations, at no cost.
         peaks = highest(watches) if device.type == "cuda" else phase_peaks(iterations.run, device)
     except TOO_MUCH as error:
-        row = Row(WHOLE, "ours", reason(error))
-        return replace(result, rows=(row,), learned=tuple(iterations.learned))
+        found = found_of(case, dtype, device, (), iterations)
+        return replace(result, rows=(Row(WHOLE, "ours", one_line(error)),), found=found)
     rows = [
         Row(
             name,
             "ours",
             None,
-            tuple(watch.seconds[name] for watch in watches),
+            tuple(timer.seconds[name] for timer in watches),
             tuple(count[name][0] for count in counts),
             tuple(count[name][1] for count in counts),
             peaks.above[name],
@@ -296,12 +406,6 @@ def measure_ppo(
         )
         for name in (*PHASES, WHOLE)
     ]
-    limit = Row(GEMMS, LIMIT, None, tuple(limits), flops=(bare.flops,) * len(limits))
-    memory = () if case.mixed else planned.compared(planned.plan_of(case, dtype, device), peaks.held or held, peaks)
-    return replace(
-        result,
-        rows=(*rows, limit),
-        memory=memory,
-        learned=tuple(iterations.learned),
-        shrunk=iterations.cuts() != iterations.first_cuts,
-    )
+    limit = Row(GEMMS, LIMIT, seconds=tuple(limits), flops=(bare.flops,) * len(limits))
+    memory = [] if case.mixed else compared(plan_of(case, dtype, device), peaks.held or held, peaks)
+    return replace(result, rows=(*rows, limit), found=found_of(case, dtype, device, memory, iterations))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from benchmarks import will_it_fit
+from benchmarks.records import Case, Recorder, Row
 from benchmarks.render import OPENING
 from onecard.commands.fit.cards import GIB, Card
 
@@ -26,44 +28,15 @@ def test_a_cell_is_the_first_level_that_the_card_holds():
     assert will_it_fit.needed({"peak_gib": 10.0}, 12) == pytest.approx(Card("", 12 * GIB).needed(10 * GIB) / GIB)
 
 
-def test_levels_add_up_and_ppo_has_all_its_roles():
-    least = will_it_fit.settings_of("ppo", "Llama-3.1-8B", "least")
-    assert (least.load_in_4bit, least.micro_batch_tokens, least.adapter_dtype) == (True, 1024, "bfloat16")
-    assert (least.gradient_checkpointing, least.optim) == (True, "paged_adamw_8bit")
-    assert (least.reward_model_path != "", least.response_length, least.local_rollout_forward_batch_size) == (
-        True,
-        512,
-        1,
-    )
-    first = will_it_fit.settings_of("dpo", "Llama-3.1-8B", "16 bit")
-    assert (first.load_in_4bit, first.micro_batch_tokens, first.adapter_dtype) == (False, 2048, "float32")
-
-
 def test_steps_that_ran_under_a_card_s_cap_are_marked(tmp_path):
-    def result(
-        kind: str, cap: float, role: str = "ours", seconds: tuple[float, ...] = (1.0,), refused: str | None = None
-    ):
-        row = {"role": role, "seconds": seconds}
-        settings = {"load_in_4bit": cap < 20}
-        return {
-            "model": "Llama-3.1-8B",
-            "kind": kind,
-            "cap_gib": cap,
-            "refused": refused,
-            "rows": [row],
-            "settings": settings,
-        }
+    def case(kind: str, cap: float, seconds: tuple[float, ...] = (1.0,), refused: str | None = None) -> Case:
+        about = {"model": "Llama-3.1-8B", "cap_gib": cap, "settings": {"load_in_4bit": cap < 20}}
+        return Case(kind, "", {}, "", rows=(Row("onecard", "ours", seconds=seconds),), about=about, refused=refused)
 
-    results = [
-        result("ppo", 10.5), result("dpo", 15.0), result("ppo", 23.0, seconds=()), result("dpo", 23.0, "peer"),
-        result("dpo", 0.0), result("dpo", 10.5, refused="wrong"),
-    ]  # fmt: skip
-    (tmp_path / "some-card").mkdir()
-    (tmp_path / "some-card" / "train-step-1.json").write_text(json.dumps({"results": results}))
-    assert will_it_fit.measured(tmp_path) == {
-        ("Llama-3.1-8B", "ppo", 12, True),
-        ("Llama-3.1-8B", "dpo", 16, True),
-    }
+    cases = (case("ppo", 10.5), case("dpo", 23.0, ()), case("dpo", 0.0), case("dpo", 10.5, refused="wrong"))
+    recorder = Recorder("train-step", torch.device("cpu"), out=tmp_path / "some-card")
+    recorder.put(cases)
+    assert will_it_fit.measured(tmp_path) == {("Llama-3.1-8B", "ppo", 12, True)}
 
 
 def test_the_readme_has_the_table_of_the_committed_plans(tmp_path):

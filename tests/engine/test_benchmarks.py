@@ -1,34 +1,32 @@
-"""The benchmark's cases and its command: what is wrong is not timed, and what was finished is written."""
+"""The benchmark of the kernels: instruments, fp64 oracles, refusals, a dry run, and the numbers that pages publish."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from contextlib import contextmanager
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import anatomy, candidates, cases, kernels, measure, records, render
-from benchmarks.anatomy import EAGER, OURS, Benchmark, Candidate, Inputs
-from benchmarks.candidates import eager_logprobs, takes
-from benchmarks.cases import Timing
-from benchmarks.shapes import Shapes, linear
-from benchmarks.suite.linear_logprobs import BENCHMARK, FORWARD, FROZEN, MODES, TENSORS, TRAINED
+from benchmarks import cli, harness, kernels, measure, records, render, targets
+from benchmarks.harness import EAGER, Candidate, Products, Timing, Unavailable, Work, eager_logprobs, takes
+from benchmarks.records import LIMIT, OURS, Case, Row
+from benchmarks.shapes import Shape, Shapes, linear, logits
+from benchmarks.suite import BENCHMARKS, gae, linear_dpo, linear_kl, linear_logprobs, linear_ppo, logits_ppo, selective
+from benchmarks.suite import tokens as token_losses
+from benchmarks.suite.linear_logprobs import BENCHMARK, FORWARD, FROZEN, TENSORS, TRAINED
 
 CPU = torch.device("cpu")
-# V and N divide by no block size; D is small enough for the whole file to take seconds
-TINY = linear("tiny", 13, 8, 37)
-
-
-def logprobs_from(function) -> Candidate:
-    """Something under our name."""
-    return Candidate(OURS, lambda device: takes(function, TENSORS), role="ours")
-
-
-PEER = Candidate(EAGER, lambda device: takes(eager_logprobs, TENSORS))
-RIGHT = logprobs_from(eager_logprobs)
+EVERY = {**BENCHMARKS, logits_ppo.NAME: logits_ppo.BENCHMARK}
+CASES = [(name, mode) for name, benchmark in EVERY.items() for mode in benchmark.modes]
+# V and N divide by no block size; N is enough for two pairs.
+TINY = {
+    ("N", "D", "V"): linear("tiny", 1061, 8, 37),
+    ("N", "V"): logits("tiny", 13, 37),
+    ("B", "T"): Shape("tiny", {"B": 5, "T": 11}),
+}
+SMALL = linear("tiny", 13, 8, 37)
 
 
 @pytest.fixture(autouse=True)
@@ -36,30 +34,98 @@ def small_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "COPY_BYTES", 1 << 16)
 
 
-def tiny_case(mode: str, *chosen: Candidate, repeats: int = 3, main: bool = True) -> list[records.Row]:
-    sets = anatomy.input_sets(BENCHMARK, TINY, CPU)
-    true = BENCHMARK.truth(sets[0], MODES[TRAINED].results)
-    return cases.measure_case(BENCHMARK, TINY, mode, sets, true, chosen, Timing(repeats), main=main)
+# --- instruments
 
 
-# --- cases and the verdict
+def test_times_are_interleaved_without_the_warmup_and_end_with_the_budget() -> None:
+    calls: list[str] = []
+    works = {name: [lambda n=name, i=i: calls.append(f"{n}{i}") for i in range(2)] for name in "ab"}
+    clock = iter([0, 100, 0, 100, 0, 1, 0, 2, 0, 3, 0, 4])  # a warm-up round of 100 s, then 1, 2, 3, 4 s
+    times = measure.interleave(works, measure.stopwatch(CPU, lambda: next(clock)), repeats=2, warmup=1)
+    assert times == {"a": [1, 3], "b": [2, 4]}
+    assert all(before[1] != after[1] for before, after in zip(calls[::2], calls[1::2], strict=True))  # other inputs
+    for budget, rounds in ((0.5, 3), (4.5, 5)):
+        ticks = iter(range(1000))  # every call takes a second
+        seconds = measure.stopwatch(CPU, lambda ticks=ticks: float(next(ticks)))
+        assert len(measure.interleave({"a": [lambda: None]}, seconds, repeats=9, budget=budget)["a"]) == rounds
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_case_has_every_number(mode: str) -> None:
-    rows = tiny_case(mode, RIGHT, PEER)
-    ours, eager, gemms, copy = rows
-    assert [r.candidate for r in rows] == ["onecard", "eager", f"bare GEMMs, {gemms.gemms}u", "copy"]
-    assert [r.role for r in rows] == ["ours", "peer", "limit", "limit"]
-    for found in (ours, eager):
-        assert len(found.seconds) == 3
-        assert found.q1 <= found.median <= found.q3
-        assert found.launches is None
-        assert found.peak_bytes > TINY["N"] * TINY["V"] * 4  # eager holds all logits
-        assert tuple(found.errors) == MODES[mode].results
-        assert found.errors["logp"] < 1e-5
-    assert copy.rate == pytest.approx(measure.COPY_BYTES / copy.median)
-    assert ours.of_limit is not None
+def test_spread_is_median_and_quartiles() -> None:
+    assert measure.spread([5.0, 1.0, 9.0, 3.0, 7.0]) == measure.Spread(5.0, 3.0, 7.0, 5)
+
+
+def test_peak_memory_of_known_allocations_is_exact() -> None:
+    def work() -> torch.Tensor:
+        first = torch.empty(1 << 20, dtype=torch.uint8)
+        second = torch.empty(2 << 20, dtype=torch.uint8)
+        del first
+        return torch.cat([second, second[: 1 << 19]])
+
+    # second and its longer copy live together at the end: 2 + 2.5 MiB, more than first and second
+    assert measure.peak_bytes(work, CPU) == (2 << 20) + (5 << 19)
+
+
+@pytest.mark.parametrize("budget", [1, 2 << 30])  # a token at a time, all at once
+def test_bare_gemms_are_the_products_they_claim(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "LOGITS_BYTES", budget)
+    hidden, weight = torch.randn(4, 3), torch.randn(6, 3)
+    logits = hidden @ weight.t()
+    work = measure.gemm_work(hidden, weight, 1, 1, 1)
+    assert measure.peak_bytes(work, CPU) == 0  # into buffers that exist
+    _, d_hidden, d_weight = work()
+    torch.testing.assert_close(d_hidden, logits @ weight)
+    torch.testing.assert_close(d_weight, logits.t() @ hidden)
+
+
+# --- oracles and counted work
+
+
+def outputs(name: str, mode: str, candidate: str, inputs: dict[str, torch.Tensor]) -> harness.Outputs:
+    chosen = next(c for c in EVERY[name].candidates if c.name == candidate)
+    with chosen.around():
+        return harness.run(chosen.load(CPU), inputs, EVERY[name].modes[mode])
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
+def test_ours_in_fp64_is_the_oracle_and_in_fp32_within_the_bars(name: str, mode: str) -> None:
+    """Two ways that share no line: the equations written out, and the library."""
+    benchmark = EVERY[name]
+    shape = next(TINY[axes] for axes in TINY if axes == tuple(benchmark.shapes["cpu"].usual[0].sizes))
+    inputs = benchmark.inputs(shape, CPU, torch.float32, 0)
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    expected = benchmark.expected(inputs, benchmark.modes[mode].results)
+    errors = harness.errors_of(outputs(name, mode, OURS, exact), expected, benchmark.bars)
+    assert errors.keys() == set(benchmark.modes[mode].results)
+    assert max(errors.values()) < 1e-11
+    check = harness.Check(benchmark, mode, inputs, expected)
+    for candidate in (EAGER, OURS):
+        check(next(c for c in benchmark.candidates if c.name == candidate))
+
+
+def test_work_counts_every_term_by_hand() -> None:
+    shape = linear("", 2, 3, 5)
+    ends, one = (2 * 3 + 5 * 3) * 4, 60
+    found = {mode: how.work(shape, 4) for mode, how in BENCHMARK.modes.items()}
+    assert found[FORWARD] == Work(ends + 2 * (8 + 4), one, Products(1))
+    assert found[FROZEN] == Work(ends + 2 * (8 + 4 + 4) + 2 * 3 * 4, 2 * one, Products(1, 1))
+    assert found[TRAINED] == Work(ends + 2 * 16 + 2 * 3 * 4 + 5 * 3 * 4, 3 * one, Products(1, 1, 1))
+    assert linear_ppo.work(shape, 2) == Work(42 + 2 * (8 + 4 + 4 + 1) + 12, 2 * one, Products(1, 1))
+    assert linear_dpo.work(shape, 2) == Work(42 + 2 * (8 + 8) + 12, 2 * one, Products(1, 1))
+    assert linear_kl.forward_work(shape, 4) == Work(ends + 2 * 3 * 4 + 2 * 4, 2 * one, Products(2))
+    assert linear_kl.frozen_work(shape, 4) == Work(ends + 2 * 24 + 2 * 8, 3 * one, Products(2, 1))
+    assert selective.forward_work(logits("", 2, 5), 2) == Work(2 * 5 * 2 + 2 * 16)
+    assert selective.backward_work(logits("", 2, 5), 2) == Work(3 * 2 * 5 * 2 + 2 * 20)
+    grid = Shape("", {"B": 2, "T": 3})
+    assert token_losses.forward_work(grid, 4) == Work(6 * 13)
+    assert token_losses.backward_work(grid, 4) == Work(6 * 17)
+    assert gae.work(grid, 4) == Work(6 * 17)
+
+
+# --- what is wrong is not timed
+
+
+def named(function, name: str = OURS, role: str = "ours") -> Candidate:
+    return Candidate(name, lambda device: takes(function, TENSORS), role=role)
 
 
 def biased(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -74,12 +140,17 @@ def uniform_gradient(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch
     return values
 
 
-def nan(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    return eager_logprobs(h, w, t) * float("nan")
-
-
 def raising(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("no\nluck")
+
+
+PEER, RIGHT = named(eager_logprobs, EAGER, "peer"), named(eager_logprobs)
+
+
+def tiny_rows(mode: str, *chosen: Candidate) -> dict[str, Row]:
+    sets = harness.input_sets(BENCHMARK, SMALL, CPU)
+    expected = BENCHMARK.expected(sets[0], BENCHMARK.modes[TRAINED].results)
+    return {row.name: row for row in harness.measure_case(BENCHMARK, SMALL, mode, sets, expected, chosen, Timing(3))}
 
 
 @pytest.mark.parametrize(
@@ -88,130 +159,54 @@ def raising(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         (biased, FORWARD, "logp: error 0.001"),
         (uniform_gradient, FROZEN, "dHidden"),
         (uniform_gradient, TRAINED, "dW"),
-        (nan, FORWARD, "nan"),
+        (lambda h, w, t: eager_logprobs(h, w, t) * float("nan"), FORWARD, "nan"),
         (raising, FORWARD, "RuntimeError: no luck"),
     ],
 )
 def test_a_wrong_candidate_of_ours_is_refused(function, mode: str, says: str) -> None:
-    with pytest.raises(cases.Refused, match=says):
-        tiny_case(mode, logprobs_from(function), PEER)
+    with pytest.raises(cli.Refused, match=says):
+        tiny_rows(mode, named(function), PEER)
 
 
-def test_a_wrong_variant_of_ours_is_refused_and_an_absent_one_is_a_row() -> None:
-    variant = dataclasses.replace(logprobs_from(biased), name=f"{OURS}, other")
-    with pytest.raises(cases.Refused, match=r"onecard, other is wrong in linear_logprobs"):
-        tiny_case(FORWARD, RIGHT, PEER, variant)
-    rows = tiny_case(FORWARD, RIGHT, PEER, dataclasses.replace(variant, load=candidates.absent("", "not here").load))
-    assert [r.reason for r in rows if r.candidate == variant.name] == ["not here"]
-
-
-def test_a_peer_that_cannot_run_or_is_wrong_keeps_its_row_with_the_reason() -> None:
-    off = dataclasses.replace(logprobs_from(nan), name="off", role="peer")
-    unlucky = dataclasses.replace(logprobs_from(raising), name="unlucky", role="peer")
-    rows = tiny_case(FORWARD, RIGHT, PEER, candidates.absent("absent", "not built here"), off, unlucky)
-    by_name = {r.candidate: r for r in rows}
-    assert by_name["absent"].reason == "not built here"
-    assert by_name["unlucky"].reason == "RuntimeError: no luck"
-    assert "wrong here" in by_name["off"].reason
-    assert by_name["off"].median is by_name["absent"].median is None
-    json.dumps([dataclasses.asdict(r) for r in rows], allow_nan=False)
-
-
-@pytest.mark.parametrize(("flops", "least"), [(8.0, 2.0), (2.0, 1.0)])  # bound by the products, by the copy
-def test_the_share_of_the_limit_is_of_what_binds(flops: float, least: float) -> None:
-    blank = records.Row("s", {}, FORWARD, OURS, "ours", median=4.0)
-    gemms = dataclasses.replace(blank, candidate="bare", role=records.LIMIT, median=2.0, gemms=1, rate=4.0)
-    copy = dataclasses.replace(blank, candidate="copy", role=records.LIMIT, median=1.0, rate=5.0)
-    ours, bare, copied = cases.with_share([blank, gemms, copy], anatomy.Work(5, flops, anatomy.Products(1)))
-    assert (ours.of_limit, bare.of_limit, copied.of_limit) == (least / 4, least / 2, None)
-
-
-def test_candidates_take_part_where_they_say() -> None:
-    slow = dataclasses.replace(PEER, name="slow", slow_start=True)
-    elsewhere = dataclasses.replace(PEER, name="elsewhere", devices=("cuda",))
-    backward = dataclasses.replace(PEER, name="backward", modes=(FROZEN,))
-    rows = tiny_case(FORWARD, RIGHT, PEER, slow, elsewhere, backward, main=False)
-    assert {r.candidate for r in rows} == {OURS, EAGER, "slow", "bare GEMMs, 1u", "copy"}
-    assert "compiles for long" in next(r.reason for r in rows if r.candidate == "slow")
-    assert "backward" in {r.candidate for r in tiny_case(FROZEN, RIGHT, PEER, backward)}
-
-
-def test_settings_hold_and_inputs_are_fresh_in_every_call() -> None:
-    """A candidate that destroys its inputs gets new ones each time, and the others never see the ruins."""
-    inside: list[bool] = []
-
-    @contextmanager
-    def settings():
-        inside.append(True)
-        yield
-        inside.pop()
-
-    def destructive(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        assert inside
-        found = eager_logprobs(h, w, t)
-        h.zero_()
-        return found
-
-    def copied(inputs: Inputs) -> Inputs:
-        return {**inputs, "hidden": inputs["hidden"].clone()}
-
-    variant = dataclasses.replace(logprobs_from(destructive), name="d", around=settings, prepare=copied)
-    sets = anatomy.input_sets(BENCHMARK, TINY, CPU)
-    before = [s["hidden"].clone() for s in sets]
-    true = BENCHMARK.truth(sets[0], ("logp",))
-    rows = cases.measure_case(BENCHMARK, TINY, FORWARD, sets, true, (RIGHT, PEER, variant), Timing(3))
-    assert [r.reason for r in rows] == [None] * 5
-    assert not inside
-    assert all(torch.equal(s["hidden"], b) for s, b in zip(sets, before, strict=True))
+def test_peers_and_settings_that_are_wrong_or_do_not_run_have_a_reason_and_no_time() -> None:
+    off = named(lambda h, w, t: eager_logprobs(h, w, t) + 1, "off", "peer")
+    rows = tiny_rows(FROZEN, RIGHT, PEER, off, named(raising, "unlucky", "peer"), named(biased, "setting", "setting"))
+    assert "wrong here" in rows["off"].reason
+    assert rows["unlucky"].reason == "RuntimeError: no luck"
+    assert rows["setting"].reason.startswith("WRONG, not timed: logp")
+    assert not rows["off"].seconds + rows["unlucky"].seconds + rows["setting"].seconds
+    for name in (OURS, EAGER):
+        assert len(rows[name].seconds) == 3
+        assert rows[name].peak_bytes > SMALL["N"] * SMALL["V"] * 4  # the logits
+        assert set(rows[name].errors) == {"logp", "dHidden"}
+    assert {row.name for row in rows.values() if row.role == LIMIT} == {"bare GEMMs, 2u", "copy"}
+    assert rows["bare GEMMs, 2u"].rate > 0
 
 
 # --- the command
 
 
-def tiny_benchmark(name: str, *chosen: Candidate) -> Benchmark:
-    return dataclasses.replace(BENCHMARK, name=name, shapes={"cpu": Shapes((TINY,), (TINY,))}, candidates=chosen)
-
-
-@pytest.fixture
-def two_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = tiny_benchmark("first", RIGHT, PEER, candidates.absent("absent", "not built here"))
-    second = tiny_benchmark("second", logprobs_from(biased), PEER)
-    monkeypatch.setattr(kernels, "BENCHMARKS", {"first": first, "second": second})
-
-
-def test_command_writes_json_markdown_and_plots(tmp_path: Path, monkeypatch, capsys) -> None:
-    first = tiny_benchmark("linear_logprobs", RIGHT, PEER, candidates.absent("absent", "not built here"))
-    monkeypatch.setattr(kernels, "BENCHMARKS", {"linear_logprobs": first})
-    chosen = ["--quick", "--repeats", "3", "--mode", FORWARD, "--mode", FROZEN]
-    assert kernels.main([*chosen, "--out", str(tmp_path)]) == 0
+def test_the_command_writes_what_is_right_and_refuses_the_rest(tmp_path: Path, monkeypatch, capsys) -> None:
+    shapes = {"cpu": Shapes((SMALL,), (SMALL,))}
+    right = dataclasses.replace(BENCHMARK, shapes=shapes, candidates=(RIGHT, PEER, harness.absent("gone", "not here")))
+    wrong = dataclasses.replace(right, name="wrong", candidates=(named(biased), PEER))
+    monkeypatch.setattr(kernels, "BENCHMARKS", {BENCHMARK.name: right, "wrong": wrong})
+    words = ["--quick", "--repeats", "3", "--mode", FORWARD, "--out", str(tmp_path)]
+    assert cli.main(kernels.command, words) == 1
+    assert capsys.readouterr().err.startswith("refused: onecard is wrong in wrong, mode forward: logp: error 0.001")
     [path] = tmp_path.glob("*.json")
     found = records.load(path)
     assert (found.quick, found.complete, found.repeats) == (True, True, 3)
-    assert {r.mode for r in found.results[0].rows} == {FORWARD, FROZEN}
+    assert [(case.what, bool(case.rows), bool(case.refused)) for case in found.cases] == [
+        (BENCHMARK.name, True, False),
+        ("wrong", False, True),
+    ]
     assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".md", ".png"}
-    assert "absent: not built here" in capsys.readouterr().out
-    assert kernels.main(["--quick", "--mode", FORWARD, "--data-only", "--out", str(tmp_path / "data")]) == 0
-    assert [p.suffix for p in (tmp_path / "data").iterdir()] == [".json"]
-
-
-def test_what_is_refused_is_not_written_and_the_rest_is(tmp_path: Path, two_benchmarks, capsys) -> None:
-    assert kernels.main(["--quick", "--repeats", "3", "--mode", FORWARD, "--out", str(tmp_path)]) == 1
-    [path] = tmp_path.glob("*.json")
-    right, refused = records.load(path).results
-    assert (right.benchmark, right.refused, bool(right.rows)) == ("first", None, True)
-    assert (refused.benchmark, refused.rows) == ("second", ())
-    assert "REFUSED, nothing was timed: onecard is wrong in second" in path.with_suffix(".md").read_text()
-    said = capsys.readouterr().err
-    assert said.startswith("refused: onecard is wrong in second, mode forward: logp: error 0.001")
-    assert said.count("\n") == 1
-
-
-def test_a_run_of_nothing_right_writes_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
-    wrong = tiny_benchmark("linear_logprobs", logprobs_from(uniform_gradient), PEER)  # right forward, wrong after it
-    monkeypatch.setattr(kernels, "BENCHMARKS", {"linear_logprobs": wrong})
-    assert kernels.main(["--quick", "--repeats", "3", "--out", str(tmp_path / "out")]) == 1
-    assert not list((tmp_path / "out").glob("*"))
-    assert capsys.readouterr().err.startswith("refused: onecard is wrong")
+    page = path.with_suffix(".md").read_text()
+    heads = "time, ms | quartiles | time / onecard | of limit | peak, MiB | error logp"
+    for text in (heads, "QUICK RUN", "| gone | not here |", "REFUSED"):
+        assert text in page
+    assert cli.main(kernels.command, ["--shape", "huge"]) == 2
 
 
 def test_a_run_cut_off_leaves_what_was_finished(tmp_path: Path, monkeypatch) -> None:
@@ -220,42 +215,80 @@ def test_a_run_cut_off_leaves_what_was_finished(tmp_path: Path, monkeypatch) -> 
             raise KeyboardInterrupt
         return eager_logprobs(h, w, t)
 
-    monkeypatch.setattr(kernels, "BENCHMARKS", {"linear_logprobs": tiny_benchmark("x", logprobs_from(cut), PEER)})
-    assert kernels.main(["--quick", "--repeats", "3", "--out", str(tmp_path)]) == 130
+    shapes = {"cpu": Shapes((SMALL,), (SMALL,))}
+    benchmark = dataclasses.replace(BENCHMARK, shapes=shapes, candidates=(named(cut), PEER))
+    monkeypatch.setattr(kernels, "BENCHMARKS", {BENCHMARK.name: benchmark})
+    assert cli.main(kernels.command, ["--quick", "--repeats", "3", "--out", str(tmp_path)]) == 130
     [path] = tmp_path.glob("*.json")
     found = records.load(path)
-    assert not found.complete
-    assert {r.mode for r in found.results[0].rows} == {FORWARD}
-    assert "CUT OFF" in render.markdown(found, path.name)
+    assert (found.complete, [case.mode for case in found.cases]) == (False, [FORWARD])
 
 
-@pytest.mark.parametrize(
-    ("main", "arguments", "says"),
-    [
-        (kernels.main, ["--device", "tpu"], "cpu"),
-        (kernels.main, ["--shape", "huge"], "llama2-vocab-1k"),
-        (kernels.main, ["--repeats", "0"], "repeats"),
-        (kernels.main, ["--without", "onecard"], "eager"),
-        (kernels.main, ["--benchmark", "rollout"], "linear_logprobs"),
-        (kernels.main, ["--benchmark", "gae", "--mode", "trained"], "no benchmark has them all"),
-        (render.main, ["no-such-file.json"], "no-such-file.json"),
-    ],
-)
-def test_misuse_is_one_line_and_status_2(main, arguments: list[str], says: str, capsys) -> None:
-    assert main(arguments) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ")
-    assert says in said
-    assert said.count("\n") == 1
+def test_every_target_is_a_case_of_the_usual_run() -> None:
+    """A typing error in a name would read "not measured" for ever."""
+    for target in targets.TARGETS:
+        benchmark = BENCHMARKS[target.benchmark]
+        assert target.shape in {shape.name for shape in benchmark.shapes[target.device].usual}
+        names = [c.name for c in benchmark.candidates if target.mode in (c.modes or (target.mode,))]
+        made = Row("", "peer", seconds=(1.0,), peak_bytes=1, of_limit=1.0, launches=1, errors={"logp": 1.0})
+        rows = [dataclasses.replace(made, name=name) for name in names]
+        rows.append(Row("bare", LIMIT, seconds=(1.0,), gemms=2))
+        case = Case(target.benchmark, target.shape, {}, "", target.mode, tuple(rows))
+        assert target.cells(case)[-1] in ("met", "missed")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
-def test_cuda_without_a_gpu_says_so(capsys) -> None:
-    assert kernels.main(["--device", "cuda"]) == 2
-    assert "finds no GPU" in capsys.readouterr().err
+# --- what pages publish
+
+PAGES = [records.ROOT / "README.md", *sorted((records.ROOT / "docs").glob("*.md"))]
+SOURCE = re.compile(r"From `(?:benchmarks/results/cpu-2-cores/)?([\w-]+\.json)`")
+PUBLISHED = [
+    (page, name, source[1])
+    for page in PAGES
+    for name, body in re.findall(r"<!-- benchmark:([\w-]+) -->(.*?)<!-- /benchmark -->", page.read_text(), re.DOTALL)
+    if (source := SOURCE.search(body))
+]
 
 
-@pytest.mark.parametrize("module", [kernels, render])
-def test_help_teaches(module, capsys) -> None:
-    assert module.main(["--help"]) == 0
-    assert f"python -m {module.__name__} " in capsys.readouterr().out
+@pytest.mark.parametrize(("page", "name", "file"), PUBLISHED, ids=[f"{p.name}-{n}" for p, n, _ in PUBLISHED])
+def test_published_numbers_are_those_of_their_files(page: Path, name: str, file: str) -> None:
+    path = records.RESULTS / "cpu-2-cores" / file
+    source = path.relative_to(page.parent).as_posix() if path.is_relative_to(page.parent) else file
+    body = render.summaries(records.load(path), source)[name]
+    assert f"<!-- benchmark:{name} -->\n{body}\n<!-- /benchmark -->" in page.read_text()
+
+
+def test_every_committed_report_and_its_page_are_readable() -> None:
+    assert len(PUBLISHED) >= 7
+    for path in records.RESULTS.glob("cpu-2-cores/*.json"):
+        report = records.load(path)
+        assert path.with_suffix(".md").read_text() == render.markdown(report, path.name)
+
+
+def test_every_commit_and_file_that_the_notes_name_is_there() -> None:
+    notes = records.ROOT / "benchmarks" / "NOTES.md"
+    for name in re.findall(r"`(results/[^`*]+)`", notes.read_text()):
+        assert (notes.parent / name).exists(), name
+    if records.git("rev-parse", "--is-shallow-repository") != "false":
+        pytest.skip("the history is not all here")
+    for commit in re.findall(r"\bcommit ([0-9a-f]{7})\b", notes.read_text()):
+        assert records.git("cat-file", "-t", commit) == "commit", commit
+
+
+def test_other_files_are_named_and_pages_without_marks_stay(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    for text in ("{", "[]", '{"schema": 2}', '{"schema": 4, "cases": [{}]}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"run\.json is no benchmark report"):
+            records.load(path)
+    text = "before\n<!-- benchmark:a -->\nold\n<!-- /benchmark -->\nafter \\1\n"
+    once = render.updated(text, {"a": "new", "b": "none"})
+    assert once == text.replace("old", "new") == render.updated(once, {"a": "new"})
+    for bad in ("no marks", "<!-- benchmark:a --> unclosed"):
+        with pytest.raises(ValueError, match="expected one block"):
+            render.updated(bad, {"a": "new"})
+
+
+def test_unavailable_peers_have_their_reason() -> None:
+    with pytest.raises(Unavailable, match="ModuleNotFoundError"):
+        harness.attribute("no_such_package", "x")
+    assert linear_logprobs.BENCHMARK is BENCHMARK

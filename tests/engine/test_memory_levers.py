@@ -7,12 +7,12 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-import click
 import pytest
 import torch
 
-from benchmarks import levers
+from benchmarks import memory_options
 from benchmarks.measure import peak_bytes, spread
+from benchmarks.render import updated
 from onecard.config import DPOConfig, TrainConfig
 from onecard.data.batches import TokenSequence, pack
 from onecard.models.build import load_roles
@@ -224,19 +224,12 @@ def test_the_page_names_every_lever_and_no_other():
     assert offered - {"rollout_cache_gib", "critic"} <= settings
 
 
-def test_the_measured_table_has_every_lever_and_goes_between_its_marks():
-    """Rows of known numbers; a page keeps what is around, and one without marks is refused."""
-    rows = [levers.Row("none", 4 << 20, 6 << 20, spread([1.0])), levers.Row("--x 1", 1 << 20, 0, spread([2.0]))]
-    text = levers.table(rows, torch.device("cpu"), 3, busy=True)
-    assert "| none | 4.0 | 6.0 | 1.00x (1.00 .. 1.00) |" in text
+def test_the_measured_table_has_every_option():
+    rows = [memory_options.Row("--x 1", 1 << 20, 0, spread([2.0]))]
+    text = memory_options.table(rows, torch.device("cpu"), 3, busy=True)
     assert "| `--x 1` | 1.0 | 0.0 | 2.00x (2.00 .. 2.00) |" in text
-    page = f"before\n{levers.MARKS[0]}\nold\n{levers.MARKS[1]}\nafter\n"
-    written = levers.between(page, text)
-    assert written == levers.between(written, text) == page.replace("old", text)
-    with pytest.raises(click.UsageError, match=r"memory\.md: expected <!-- levers -->"):
-        levers.between("no marks", text)
-    every = levers.combined(levers.LEVERS)["all of these"]
-    assert every.keys() == {name for settings in levers.LEVERS.values() for name in settings}
-    measured = levers.PAGE.read_text(encoding="utf-8").split(levers.MARKS[0])[1].split(levers.MARKS[1])[0]
-    for lever in levers.combined(levers.LEVERS):
-        assert (f"| {lever} |" in measured.replace("`", "")) == (lever not in levers.GPU_ONLY), lever
+    page = memory_options.PAGE.read_text(encoding="utf-8")
+    assert text in updated(page, {memory_options.MARK: text})
+    measured = page.split("<!-- benchmark:memory-options -->")[1].split("<!-- /benchmark -->")[0]
+    for option in (*memory_options.OPTIONS, "all of these"):
+        assert (f"| {option} |" in measured.replace("`", "")) == (option not in memory_options.GPU_ONLY), option

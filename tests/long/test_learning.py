@@ -1,4 +1,4 @@
-"""The learning table with one seed: every bar of benchmarks/learning/tasks.py, on runs made here. `make test-long`."""
+"""The learning table with one seed: every bar of benchmarks/learning.py, on runs made here. `make test-long`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import records
-from benchmarks.learning.data import SHARED
-from benchmarks.learning.page import Found, bar_cell, found_of, verdicts
-from benchmarks.learning.running import jobs_of, run_all
-from benchmarks.learning.tasks import TASKS
+from benchmarks.learning import SHARED, TASKS, Found, bar_cell, found_of, jobs_of, run_all, verdicts
 
 pytestmark = pytest.mark.long
 

@@ -6,12 +6,11 @@ from collections.abc import Collection
 
 import torch
 
-from benchmarks.anatomy import Bar, Benchmark, Inputs, Mode, Truth, Work
-from benchmarks.candidates import ours, plain, takes
+from benchmarks.harness import Benchmark, Mode, Work, ours, plain, takes
+from benchmarks.oracle import GRADIENT, LOGPROB_BARS, PEER_NATS, Bar, Expected, Inputs, largest, sample
 from benchmarks.shapes import LINEAR_DTYPES, LOGITS, Shape
 from benchmarks.suite import selective
-from benchmarks.suite.formulas import clip_share_inputs, policy_loss, policy_truth
-from benchmarks.truth import GRADIENT, LOGPROB_BARS, PEER_NATS, largest, sample
+from benchmarks.suite.formulas import clip_share_inputs, policy_loss, policy_oracle
 
 NAME, BACKWARD = "logits_ppo_loss", "backward"
 TENSORS = ("logits", "targets", "old_logprobs", "advantages", "mask")
@@ -28,7 +27,7 @@ def exact_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Inputs:
     inputs = selective.make_inputs(shape, device, dtype, seed)
-    inputs["exact"] = exact_logprobs(inputs["logits"], inputs["targets"])  # for the truth; nobody is given it
+    inputs["exact"] = exact_logprobs(inputs["logits"], inputs["targets"])  # for the oracle; no candidate gets it
     return {**inputs, **clip_share_inputs(inputs["exact"], seed), "one": torch.ones((), device=device)}
 
 
@@ -42,13 +41,13 @@ def work(shape: Shape, itemsize: int) -> Work:
     )
 
 
-def truth(inputs: Inputs, wanted: Collection[str]) -> dict[str, Truth]:
-    loss, coefficients = policy_truth(inputs["exact"], inputs)
+def expected(inputs: Inputs, wanted: Collection[str]) -> dict[str, Expected]:
+    loss, coefficients = policy_oracle(inputs["exact"], inputs)
     rows = sample(len(coefficients), coefficients.device)
     targets = inputs["targets"][rows, None]
     slope = -inputs["logits"][rows].double().softmax(-1)
     slope.scatter_add_(-1, targets, torch.ones_like(targets, dtype=slope.dtype))
-    return {"loss": Truth(loss), "dLogits": Truth(slope * coefficients[rows, None].double(), rows)}
+    return {"loss": Expected(loss), "dLogits": Expected(slope * coefficients[rows, None].double(), rows)}
 
 
 def eager(logits: torch.Tensor, targets: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -59,12 +58,11 @@ def eager(logits: torch.Tensor, targets: torch.Tensor, *rest: torch.Tensor) -> t
 BENCHMARK = Benchmark(
     name=NAME,
     about="logits to PPO's clipped policy loss and its metrics; 15 % of the tokens are clipped",
-    axes="N x V",
     modes={BACKWARD: Mode("forward + backward", ("loss",), work, {"dLogits": "logits"}, seed="one")},
     shapes=LOGITS,
     dtypes=LINEAR_DTYPES,
     inputs=make_inputs,
-    truth=truth,
+    expected=expected,
     bars={"loss": Bar(largest, LOGPROB_BARS, PEER_NATS), "dLogits": GRADIENT},
     candidates=(
         ours(NAME, lambda function: takes(lambda *tensors: function(*tensors).loss, TENSORS)),

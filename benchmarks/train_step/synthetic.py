@@ -1,8 +1,8 @@
-"""What both sides train on: a model of drawn weights, and pairs of drawn tokens. Nothing is downloaded.
+"""Synthetic models and pairs: random weights and tokens, the same each time. Nothing is downloaded.
 
 A model is a folder with a `config.json` and a tokenizer, but no weights. Where a library would read them, they are
-drawn on the device instead, the same ones each time, and quantized layer by layer where it asks for NF4: so a card
-that an 8B model fits on after loading is enough.
+drawn on the device instead, and quantized layer by layer for NF4: a card that holds an 8B model after loading is
+enough.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from onecard.config import Dtype
 SEED = 7
 END, PAD = 0, 1  # token ids; each answer ends with END
 FIRST_WORD = 2
-STD = 0.02  # of drawn weights
-NORMS_AND_BIASES = 2  # parameters with fewer dimensions than this are gains, which are 1, and biases, which are 0
+STD = 0.02  # of random weights
+NORMS_AND_BIASES = 2  # parameters with fewer dimensions are gains (1) and biases (0)
 
 
 DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -111,7 +111,7 @@ def whole_words(folder: Path) -> Any:
     return PreTrainedTokenizerFast.from_pretrained(str(folder))
 
 
-def draw_pairs(count: int, prompt: int, response: int, vocab: int, *, mixed: bool) -> list[Pair]:
+def random_pairs(count: int, prompt: int, response: int, vocab: int, *, mixed: bool) -> list[Pair]:
     """Pairs of these lengths, or with each length drawn from half of it to all of it."""
     draw = random.Random(f"{SEED} {count} {prompt} {response} {mixed}")
 
@@ -123,15 +123,15 @@ def draw_pairs(count: int, prompt: int, response: int, vocab: int, *, mixed: boo
 
 
 @contextmanager
-def drawn_weights() -> Iterator[None]:
-    """Inside, `AutoModelForCausalLM.from_pretrained` draws the weights of a folder that has none."""
+def random_weights() -> Iterator[None]:
+    """Inside, `AutoModelForCausalLM.from_pretrained` gives random weights."""
     from transformers import AutoModelForCausalLM
 
-    with mock.patch.object(AutoModelForCausalLM, "from_pretrained", draw_model):
+    with mock.patch.object(AutoModelForCausalLM, "from_pretrained", random_model):
         yield
 
 
-def draw_model(
+def random_model(
     folder: str,
     *,
     config: Any = None,
@@ -154,23 +154,20 @@ def draw_model(
     generator = torch.Generator(device).manual_seed(SEED)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            value = drawn(name, parameter.shape, dtype, device, generator)
-            setattr(module, name, held(module, name, value, device))
+            value = torch.empty(parameter.shape, dtype=dtype, device=device)
+            if parameter.dim() < NORMS_AND_BIASES:
+                value.fill_(0.0 if name == "bias" else 1.0)
+            else:
+                value.normal_(std=STD, generator=generator)
+            setattr(module, name, quantized(module, name, value, device))
     rebuild_positions(model, device)
     model.tie_weights()
     info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     return (model.eval(), info) if output_loading_info else model.eval()
 
 
-def drawn(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Any:
-    """One parameter's values."""
-    if len(shape) < NORMS_AND_BIASES:
-        return (torch.zeros if name == "bias" else torch.ones)(shape, dtype=dtype, device=device)
-    return torch.empty(shape, dtype=dtype, device=device).normal_(std=STD, generator=generator)
-
-
-def held(module: nn.Module, name: str, value: torch.Tensor, device: torch.device) -> nn.Parameter:
-    """The parameter; of a 4-bit layer, its weight is quantized here and now."""
+def quantized(module: nn.Module, name: str, value: torch.Tensor, device: torch.device) -> nn.Parameter:
+    """The parameter; the weight of a 4-bit layer is quantized at once."""
     if name != "weight" or type(module).__name__ != "Linear4bit":
         return nn.Parameter(value)
     import bitsandbytes
@@ -184,12 +181,12 @@ def held(module: nn.Module, name: str, value: torch.Tensor, device: torch.device
         quant_storage=meta.quant_storage,
         module=module,
     )
-    quantized: nn.Parameter = fresh._quantize(device)
-    return quantized
+    made: nn.Parameter = fresh._quantize(device)
+    return made
 
 
 def mark_quantized(model: Any, quantization_config: Any) -> None:
-    """4-bit layers for all linear ones but the head, and what PEFT and TRL look at to know of them."""
+    """Replace all linear layers but the head by 4-bit ones, and set the attributes that PEFT and TRL check."""
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -202,10 +199,10 @@ def mark_quantized(model: Any, quantization_config: Any) -> None:
 
 
 def rebuild_positions(model: Any, device: torch.device) -> None:
-    """Rotary embeddings hold tensors that are computed and not read, so that meta tensors know nothing of them."""
+    """Rotary embeddings hold computed tensors, which are empty after a construction on meta."""
     for name, module in list(model.named_modules()):
         if name.endswith("rotary_emb"):
             owner, _, last = name.rpartition(".")
             setattr(model.get_submodule(owner), last, type(module)(config=module.config).to(device))
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
-    assert not left, f"buffers that nobody computed: {left}"
+    assert not left, f"buffers that were not computed: {left}"

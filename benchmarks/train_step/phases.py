@@ -1,4 +1,4 @@
-"""A stopwatch and a look at memory around the parts of a step, by name."""
+"""Time and peak memory of the phases of a training step."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 
+from benchmarks.records import WHOLE
+
 ROLLOUT, REWARD, OLD, REFERENCE, VALUES = "rollout", "reward", "old log-probs", "reference log-probs", "values"
-TRAIN, OPTIMIZER, WHOLE = "train", "optimizer", "the whole iteration"
+TRAIN, OPTIMIZER = "train", "optimizer"
 PHASES = (ROLLOUT, REWARD, OLD, REFERENCE, VALUES, TRAIN, OPTIMIZER)
 MARK = "phase: "
 
 
 @dataclass
-class Watch:
-    """Seconds and peaks by phase, of one step. A phase that comes several times is added up."""
+class PhaseTimer:
+    """Seconds and peaks by phase, of one step. Repeated phases are summed."""
 
     device: torch.device
     clock: Callable[[], float] = time.perf_counter
@@ -29,7 +31,7 @@ class Watch:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what happens inside."""
+        """Time the block, and take its peak."""
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.synchronize(self.device)
@@ -44,7 +46,7 @@ class Watch:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """All of it. On a GPU its phases reset the peak: its own is the highest of theirs."""
+        """The whole step. On a GPU the phases reset the peak: the step's is their highest."""
         if self.device.type == "cpu":
             with self.phase(WHOLE):
                 yield
@@ -56,7 +58,7 @@ class Watch:
         self.seconds[WHOLE] = self.clock() - began
         self.peaks[WHOLE] = max(self.peaks.values())
 
-    def around(self, name: str | Callable[..., str], work: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(self, name: str | Callable[..., str], work: Callable[..., Any]) -> Callable[..., Any]:
         """`work` as a phase; its name may depend on what `work` is given."""
 
         @wraps(work)
@@ -73,29 +75,29 @@ class Watch:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What the allocator had given out when a step began, and the most that each phase held above it."""
+    """Bytes allocated when a step began, and each phase's peak above them."""
 
-    held: int | None  # None where no allocator says it
+    held: int | None  # None on a CPU
     above: dict[str, int]
 
 
-def highest(watches: list[Watch]) -> Peaks:
+def highest(watches: list[PhaseTimer]) -> Peaks:
     """Of several steps on a GPU: each phase's highest."""
-    found = [watch.above() for watch in watches]
-    return Peaks(max(watch.held for watch in watches), {name: max(each[name] for each in found) for name in found[0]})
+    found = [timer.above() for timer in watches]
+    return Peaks(max(timer.held for timer in watches), {name: max(each[name] for each in found) for name in found[0]})
 
 
-def phase_peaks(work: Callable[[Watch], Any], device: torch.device) -> Peaks:
-    """The most that each phase held above what was there before the step. A pass of its own, never timed.
+def phase_peaks(work: Callable[[PhaseTimer], Any], device: torch.device) -> Peaks:
+    """Each phase's peak above what was allocated before the step, in a pass that is not timed.
 
     On a CPU it is the running sum of the profiler's allocations between a phase's beginning and its end.
     """
     if device.type == "cuda":
-        watch = Watch(device)
-        work(watch)
-        return highest([watch])
+        timer = PhaseTimer(device)
+        work(timer)
+        return highest([timer])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work(Watch(device))
+        work(PhaseTimer(device))
     changes, spans = [], []
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU:

@@ -1,0 +1,97 @@
+"""What the commands share: options, clocks, one-line errors, and the loop over cases."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import click
+import torch
+
+from benchmarks.records import Case
+
+C = TypeVar("C")
+
+CLOCKS = {False: (time.perf_counter, "wall time"), True: (time.process_time, "processor time of one thread")}
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+DEVICE = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="cpu: fp32; cuda: bf16."
+)
+BUSY = click.option(
+    "--busy", is_flag=True, help="For a machine that others use (cpu only): one thread, its processor time."
+)
+OUT = click.option(
+    "--out",
+    "--output",
+    "out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the JSON, the Markdown and the plots. Default: benchmarks/results/<device>.",
+)
+DATA_ONLY = click.option("--data-only", is_flag=True, help="Write the JSON alone; benchmarks.render makes the rest.")
+MINUTES = click.option("--minutes", type=click.FloatRange(min=0), help="Begin no case after so many minutes.")
+REPEATS = click.option("--repeats", type=click.IntRange(1), help="Timed rounds of each case. Default: the device's.")
+
+
+class Refused(Exception):
+    """Ours is wrong, or does not run: there is nothing to time. Exit status 1."""
+
+
+def ready_device(name: str) -> torch.device:
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise click.UsageError("--device cuda: PyTorch finds no GPU here; --device cpu runs anywhere.")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def engine_device(name: str) -> torch.device:
+    """Of benchmarks that run the engine, which takes the GPU that is there."""
+    if name == "cpu" and torch.cuda.is_available():
+        raise click.UsageError("--device cpu: the engine takes the GPU that is here; set CUDA_VISIBLE_DEVICES= for it.")
+    return ready_device(name)
+
+
+def pick_clock(device: str, *, busy: bool) -> tuple[Callable[[], float], str]:
+    """The clock and its name. On a busy machine it counts the processor time of one thread."""
+    if busy and device == "cuda":
+        raise click.UsageError("--busy counts processor time, which says nothing of a GPU; leave it out.")
+    if busy:
+        torch.set_num_threads(1)  # threads that wait for a preempted one would count their waiting
+    return CLOCKS[busy]
+
+
+def until(cases: Sequence[C], minutes: float | None) -> Iterator[C]:
+    """The cases that begin within so many minutes."""
+    began = time.monotonic()
+    for index, case in enumerate(cases):
+        if minutes is not None and time.monotonic() - began > 60 * minutes:
+            click.echo(f"{len(cases) - index} cases were not begun after {minutes:g} minutes.")
+            return
+        yield case
+
+
+def refuse(cases: Iterable[Case]) -> None:
+    """Raise Refused for cases with nothing to time."""
+    refused = [f"{case.name}: {case.refused}" for case in cases if case.refused]
+    if refused:
+        raise Refused(" ".join(refused))
+
+
+def main(entry: click.Command, arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Errors are one line: of use, status 2; a refusal, status 1."""
+    try:
+        entry.main(args=list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False)
+    except click.ClickException as error:
+        click.echo(f"error: {' '.join(error.format_message().split())}", err=True)
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped", err=True)
+        return 130
+    except Refused as error:
+        click.echo(f"refused: {error}", err=True)
+        return 1
+    return 0

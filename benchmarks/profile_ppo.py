@@ -1,0 +1,395 @@
+"""`python -m benchmarks.profile_ppo`: a PPO iteration by phase and operator, and its largest avoidable costs.
+
+One warmed-up iteration runs by the stopwatch and one under the profiler. Seconds are the stopwatch's; the profiler says
+what they went into. On a GPU an operator is a kernel with the operator that launched it, and the GPU's own time counts;
+on a CPU it is the operator's self time. Costs follow from rules, the same for every phase:
+
+    seconds of a phase = waits + copies + sampling + dequantisation + attention + products + all other operators
+    products = what the FLOP count asks for at the measured rate + FLOPs beyond the count + products slower than that
+
+Attention and the products that the count asks for are not avoidable; everything else is listed. Of a rollout, whose
+steps read all weights for one token a row, products need the time of that reading.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import torch
+from rich.console import Console
+
+from benchmarks import cli, measure, render
+from benchmarks.harness import one_line
+from benchmarks.records import WHOLE, Case, Recorder, Row
+from benchmarks.rollout import bandwidth, weight_bytes
+from benchmarks.train_step.cases import Flops, StepCase, picked
+from benchmarks.train_step.dpo import quiet
+from benchmarks.train_step.phases import MARK, PHASES, ROLLOUT, PhaseTimer
+from benchmarks.train_step.ppo import PPORun
+from benchmarks.train_step.run import TOO_MUCH, BareProducts, blank, capped
+from benchmarks.train_step.synthetic import FIRST_WORD, write_folder
+from onecard.data import Prompt
+
+TOP = 12  # operators of a phase, and costs of an iteration
+LONGEST = 64  # tokens of an answer up to which a whole rollout is profiled; of longer ones so many in their middle:
+WINDOW = 24
+
+# --- a profile in numbers
+
+LAUNCHES = re.compile(r"^(cuda|cu)(LaunchKernel|LaunchCooperativeKernel|GraphLaunch|MemcpyAsync|MemsetAsync)")
+SYNCHRONISATIONS = re.compile(r"^cuda(Stream|Event)Synchronize")  # a device's synchronisation is the stopwatch's own
+
+
+@dataclass(frozen=True)
+class Operator:
+    """All calls of an operator, or of a kernel on a GPU: its own seconds, and the FLOPs of products where known."""
+
+    seconds: float = 0.0
+    count: float = 0
+    flops: float = 0
+
+    def plus(self, other: Operator, sign: int = 1) -> Operator:
+        return Operator(
+            self.seconds + sign * other.seconds, self.count + sign * other.count, self.flops + sign * other.flops
+        )
+
+
+@dataclass(frozen=True)
+class Digest:
+    """A profiled piece of work, and the seconds it took under the profiler."""
+
+    operators: dict[str, Operator] = field(default_factory=dict)
+    flops: float = 0.0
+    launches: int = 0
+    synchronisations: int = 0
+    seconds: float = 0.0
+
+    @property
+    def busy(self) -> float:
+        """Seconds in operators, or in kernels on a GPU."""
+        return sum(each.seconds for each in self.operators.values())
+
+    def beyond(self, other: Digest) -> Digest:
+        """The difference to a smaller piece of work."""
+        found = {name: each.plus(other.operators.get(name, Operator()), -1) for name, each in self.operators.items()}
+        names = ("flops", "launches", "synchronisations", "seconds")
+        rest = {name: max(getattr(self, name) - getattr(other, name), 0) for name in names}
+        return Digest({name: each for name, each in found.items() if each.seconds > 0}, **rest)
+
+
+def profiled(work: Callable[[], Any], device: torch.device) -> Digest:
+    """The digest of a call. Nothing else is kept of the profile: an iteration on a GPU is a million events."""
+    on_gpu = device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
+    synchronize = partial(torch.cuda.synchronize, device) if on_gpu else lambda: None
+    synchronize()
+    with torch.profiler.profile(activities=activities, with_flops=True) as profile:
+        began = time.perf_counter()
+        work()
+        synchronize()
+        seconds = time.perf_counter() - began
+    operators: dict[str, Operator] = {}
+    flops, counts = 0, {LAUNCHES: 0, SYNCHRONISATIONS: 0}
+    for row in profile.key_averages():
+        if row.key.startswith(MARK) or getattr(row, "is_user_annotation", False):
+            continue  # phase marks cover the operators inside them
+        is_kernel = row.device_type == torch.autograd.DeviceType.CUDA
+        flops += 0 if is_kernel else row.flops
+        for pattern in counts:
+            counts[pattern] += 0 if is_kernel or not pattern.match(row.key) else row.count
+        if is_kernel == on_gpu:
+            own = row.self_device_time_total if on_gpu else row.self_cpu_time_total
+            name = short(row.key) if on_gpu else row.key.removeprefix("autograd::engine::evaluate_function: ")
+            operators[name] = operators.get(name, Operator()).plus(Operator(own / 1e6, row.count, row.flops))
+    return Digest(operators, flops, *counts.values(), seconds)
+
+
+def short(kernel: str) -> str:
+    """A kernel's name without its types: templates are longer than a page."""
+    plain = kernel.removeprefix("void ").replace("(anonymous namespace)::", "")
+    inner = re.search(r"(\w*(?:Functor|_kernel_cuda|Cat\w+))", plain[plain.find("<") :] if "<" in plain else "")
+    head = re.split(r"[<(]", plain)[0].rpartition("::")[2]
+    return f"{head} {inner.group(1)}"[:80] if inner and inner.group(1) != head else head[:80]
+
+
+# --- the rules
+
+# The first that matches an operator's name decides
+RULES = tuple(
+    (name, re.compile(pattern, re.IGNORECASE))
+    for name, pattern in (
+        ("attention", r"scaled_dot_product|flash|efficient_attention|fmha|FlexAttention|attention"),
+        ("dequantisation of the 4-bit base", r"dequant"),
+        ("concatenation, as of the cache of keys and values", r"\bcat\b|CatArray|aten::stack"),
+        (
+            "drawing tokens, and log-probabilities",
+            r"multinomial|exponential|log_softmax|searchsorted|cumsum|\bsort\b|topk|argmax",
+        ),
+        ("selections of rows", r"aten::index|gather|scatter|embedding"),
+        ("products", r"\b(mm|addmm|bmm|baddbmm|linear|matmul|addmv|mv|dot)_?\b|gemm|gemv|cutlass|nvjet|xmma|cublas"),
+        ("copies and casts", r"copy|Memcpy|to_copy|contiguous|clone|Memset|zero_|fill_"),
+        (
+            "views and allocations: dispatch alone",
+            r"^(aten::)?(t|transpose|view|_unsafe_view|reshape|_reshape_alias|as_strided|unsqueeze|squeeze|slice|expand|"
+            r"detach|permute|select|split\w*|narrow|alias|empty\w*|new_empty\w*|resize_|resolve_\w+|to|chunk|unbind)$",
+        ),
+        ("optimizer", r"adam|optimizer|foreach|lerp|addcdiv|addcmul"),
+    )
+)
+OTHER = "elementwise and other operators"
+WAITS = {"cpu": "outside of any operator: Python", "cuda": "the GPU waits for its next kernel: launches and Python"}
+NEEDED = ("attention", "products")
+
+
+def kind(operator: str) -> str:
+    return next((name for name, pattern in RULES if pattern.search(operator)), OTHER)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of the timed iteration, and a digest of it or of a part of it.
+
+    `part_seconds`: what that part takes without the profiler. `flops`: what the phase cannot do without.
+    """
+
+    name: str
+    seconds: float
+    flops: int
+    part_seconds: float
+    digest: Digest
+    reading: float = 0.0  # seconds in which the part's weights can be read: no product is done before
+
+    @property
+    def scale(self) -> float:
+        """From what was profiled to the timed phase: of calls and FLOPs."""
+        return self.seconds / self.part_seconds if self.part_seconds else 0.0
+
+    def busy(self, device: str) -> float:
+        """The share of the time in which an operator ran, or a kernel on a GPU.
+
+        A profiler slows the host down, operators and what is between them alike, and not a GPU's kernels: those are
+        held against the seconds without it.
+        """
+        whole = self.part_seconds if device == "cuda" else self.digest.seconds
+        return min(self.digest.busy / whole, 1.0) if whole else 0.0
+
+    def seconds_of(self, operator: float, device: str) -> float:
+        """An operator's profiled seconds as seconds of the timed phase."""
+        total = self.digest.busy
+        return operator / total * self.busy(device) * self.seconds if total else 0.0
+
+
+def by_kind(phase: Phase, device: str) -> dict[str, float]:
+    """Seconds of the timed phase by what they went into, waiting included."""
+    found: dict[str, float] = {}
+    for name, operator in phase.digest.operators.items():
+        found[kind(name)] = found.get(kind(name), 0.0) + phase.seconds_of(operator.seconds, device)
+    return {**found, WAITS[device]: (1 - phase.busy(device)) * phase.seconds}
+
+
+def costs_of(phase: Phase, device: str, rate: float) -> list[dict[str, Any]]:
+    """A phase's; `rate`: FLOP/s of bare products."""
+    seconds = by_kind(phase, device)
+    found = {what: taken for what, taken in seconds.items() if what not in NEEDED}
+    done = phase.digest.flops * phase.scale
+    beyond = 0.0 if phase.reading else max(done - phase.flops, 0.0) / rate
+    slow = seconds.get("products", 0.0) - max(done / rate, phase.reading * phase.scale)
+    found["products beyond the count: what is recomputed, or run on padding"] = beyond
+    found["products slower than bare ones, or than the reading of weights"] = slow
+    return [{"phase": phase.name, "what": what, "seconds": taken} for what, taken in found.items() if taken > 0]
+
+
+def largest(phases: Sequence[Phase], device: str, rate: float) -> list[dict[str, Any]]:
+    """The costs of all phases, the largest first."""
+    found = [cost for phase in phases for cost in costs_of(phase, device, rate)]
+    return sorted(found, key=lambda cost: -cost["seconds"])[:TOP]
+
+
+# --- an iteration
+
+
+@dataclass
+class FirstPhaseTimer(PhaseTimer):
+    """Keeps the seconds of each phase's first occurrence, which is the one that is profiled."""
+
+    first: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        before = self.seconds.get(name, 0.0)
+        with super().phase(name):
+            yield
+        self.first.setdefault(name, self.seconds[name] - before)
+
+
+@dataclass
+class PhaseProfiler(PhaseTimer):
+    """Profiles the first occurrence of each wanted phase."""
+
+    wanted: tuple[str, ...] = ()
+    found: dict[str, Digest] = field(default_factory=dict)
+
+    def wrap(self, name: str | Callable[..., str], work: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*arguments: Any, **keywords: Any) -> Any:
+            phase = name if isinstance(name, str) else name(*arguments, **keywords)
+            if phase not in self.wanted or phase in self.found:
+                return work(*arguments, **keywords)
+            results: list[Any] = []
+            self.found[phase] = profiled(lambda: results.append(work(*arguments, **keywords)), self.device)
+            return results[0]
+
+        return watched
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        yield
+
+
+def measured(case: StepCase, device: torch.device, dtype: torch.dtype, tell: Callable[[str], None]) -> Case:
+    """Warm up, time an iteration, then profile one."""
+    with tempfile.TemporaryDirectory() as folder, capped(case.cap_gib, device):
+        write_folder(case.model, Path(folder))
+        tell("loading")
+        iterations = PPORun(case, Path(folder), device, dtype)
+        tell("a first iteration, which is not timed")
+        sampler = iterations.job.sampler  # warm after short answers
+        few = replace(sampler, sampling=replace(sampler.sampling, max_new_tokens=min(case.response, LONGEST)))
+        with mock.patch.object(iterations.job, "sampler", few):
+            iterations.run(PhaseTimer(device))
+        tell("the stopwatch")
+        timer = FirstPhaseTimer(device)
+        iterations.run(timer)
+        counts, batches = iterations.counts(), decode_steps(iterations)
+        rate, copies = product_rate(case, device, dtype), bandwidth(device)
+        tell("the profiler")
+        whole = case.response <= LONGEST
+        profiler = PhaseProfiler(device, wanted=PHASES if whole else tuple(name for name in PHASES if name != ROLLOUT))
+        began = time.perf_counter()
+        iterations.run(profiler, again=True)
+        taken = time.perf_counter() - began
+        again = iterations.counts()
+        model, length = iterations.roles.causal_model(), case.prompt + case.response // 2
+        a_step = weight_bytes(model) / copies
+        phases = []
+        for name, digest in profiler.found.items():
+            # after another update a few sampled tokens may differ
+            share = again[name][0] / counts[name][0]
+            part = timer.first[name] * share
+            reading = batches * share * a_step if name == ROLLOUT else 0.0
+            phases.append(Phase(name, timer.seconds[name], counts[name][1], part, digest, reading))
+        if not whole:
+            tell(f"the profiler: {WINDOW} tokens in the middle of answers")
+            part, digest = window(iterations, length, device)
+            phases.insert(0, Phase(ROLLOUT, timer.seconds[ROLLOUT], counts[ROLLOUT][1], part, digest, WINDOW * a_step))
+    phases.sort(key=lambda phase: PHASES.index(phase.name))
+    rows = [row_of(phase, counts[phase.name][0], rate, device.type) for phase in phases]
+    return replace(
+        blank(case, dtype),
+        rows=(*rows, Row(WHOLE, "ours", seconds=(timer.seconds[WHOLE],))),
+        found={
+            "profiled_seconds": taken,
+            "rate": rate,  # FLOP/s of bare products
+            "bandwidth": copies,  # bytes/s of a plain copy
+            "costs": largest(phases, device.type, rate),
+        },
+    )
+
+
+def row_of(phase: Phase, tokens: int, rate: float, device: str) -> Row:
+    """A phase by the stopwatch, with its operators scaled to it."""
+    digest, scale = phase.digest, phase.scale
+    top = sorted(digest.operators.items(), key=lambda item: -item[1].seconds)[:TOP]
+    operators = [
+        {"name": name, "kind": kind(name), "seconds": phase.seconds_of(each.seconds, device),
+         "count": each.count * scale, "flops": each.flops * scale}
+        for name, each in top
+    ]  # fmt: skip
+    more = {"busy": phase.busy(device), "profiled": phase.part_seconds / phase.seconds, "operators": operators}
+    if device == "cuda":
+        more |= {"launches": digest.launches * scale, "synchronisations": digest.synchronisations * scale}
+    share = phase.flops / phase.seconds / rate if phase.flops else None
+    return Row(phase.name, "ours", seconds=(phase.seconds,), tokens=(tokens,), flops=(phase.flops,), of_limit=share,
+               more=more)  # fmt: skip
+
+
+def decode_steps(iterations: PPORun) -> int:
+    """Decoding steps of a rollout in batches: at least the longest answer's of each batch."""
+    answers = sorted((len(each.sampling_logprobs) for each in iterations.episodes), reverse=True)
+    batches = -(-len(answers) // iterations.config.local_rollout_forward_batch_size)
+    return max(1, batches) * answers[0]
+
+
+def product_rate(case: StepCase, device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of bare products of a micro-batch's rows."""
+    length = case.prompt + case.response
+    rows = max(case.per_pass * length, case.micro_batch_tokens)
+    step = case.items * Flops.of(case.model, length, case.response).forward
+    bare, seconds = BareProducts(case, device, dtype, rows, step), measure.stopwatch(device)
+    return bare.flops / statistics.median(seconds(bare) for _ in range(5))
+
+
+def window(iterations: PPORun, length: int, device: torch.device) -> tuple[float, Digest]:
+    """Seconds and digest of WINDOW tokens that follow prompts of so many: those of more tokens less those of one.
+
+    No token ends an answer there. The seconds are those of calls without the profiler.
+    """
+    job, roles = iterations.job, iterations.roles
+    draw = random.Random(length)
+    words = tuple(draw.randrange(FIRST_WORD, iterations.case.model.vocab) for _ in range(length))
+    prompts = [Prompt("", words[place % 2 :]) for place in range(iterations.case.items)]
+
+    def sample(tokens: int) -> None:
+        sampling = replace(job.sampler.sampling, max_new_tokens=tokens)
+        replace(job.sampler, sampling=sampling, ends=frozenset()).sample(roles, prompts, range(len(prompts)), None)
+
+    seconds = measure.stopwatch(device)
+    sample(1 + WINDOW)  # the first call allocates and compiles
+    taken = [seconds(lambda: sample(1 + WINDOW)) - seconds(lambda: sample(1)) for _ in range(3)]
+    digest = profiled(lambda: sample(1 + WINDOW), device).beyond(profiled(lambda: sample(1), device))
+    return max(statistics.median(taken), 1e-9), digest
+
+
+@click.command(context_settings=cli.SETTINGS)
+@cli.DEVICE
+@click.option("--case", "name", default="", help="A PPO case of benchmarks.train_step, by name. Default: the first.")
+@click.option("--smoke", is_flag=True, help="A GPU's case at tiny sizes: shows that it runs, and measures nothing.")
+@cli.OUT
+def command(device: str, name: str, smoke: bool, out: Path | None) -> None:
+    """One warmed-up PPO iteration by the stopwatch, and one under the profiler.
+
+    Seconds are the stopwatch's. The profiler says what they went into: operators by their own time, on a GPU kernels,
+    how long the GPU was idle, and which costs are avoidable by rule.
+    """
+    where = cli.ready_device(device)
+    case = picked(device, ["ppo"], [name] if name else [], smoke=smoke)[0]
+    quiet()
+    dtype = torch.bfloat16 if smoke or device == "cuda" else torch.float32
+    recorder = Recorder("ppo-profile", where, quick=smoke, out=out, name=case.name)
+    console = Console()
+    console.print(recorder.opening(), highlight=False)
+    try:
+        with console.status("") as status:
+            result = measured(case, where, dtype, lambda words: status.update(f"{case.name}: {words}"))
+    except TOO_MUCH as error:
+        raise click.ClickException(f"--case {case.name!r}: {one_line(error)}") from None
+    recorder.add(result)
+    console.print(render.terminal(result))
+    click.echo(render.cost_table(result))
+    render.finish(recorder)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(command))

@@ -1,0 +1,468 @@
+"""`python -m benchmarks.rollout`: response tokens per second, ours against transformers' `generate`. Writes JSON.
+
+Both get the same batches of prompts (sorted by length), the same model object, temperature, stop tokens and length
+limit, and take turns in one process. Each draws its own random numbers, so what is counted is the tokens of responses,
+up to and with the one that ended each; padding behind it does not count. `generate` keeps no log-probabilities here,
+and ours does.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+
+from benchmarks import cli, measure, render
+from benchmarks.records import OURS, Case, Recorder, Row
+from benchmarks.train_step.cases import LLAMA_8B, QWEN_0_5B, QWEN_1_5B, TINY
+from benchmarks.train_step.dpo import free_memory, held_bytes, quiet, randomize_adapters
+from benchmarks.train_step.synthetic import DTYPES, FIRST_WORD, PAD, SEED, Model, random_weights, write_folder
+from onecard.config import ModelConfig, SFTConfig
+from onecard.data import load_rows
+from onecard.data.batches import TokenSequence, pack, to_device
+from onecard.models.build import load_player, load_roles
+from onecard.models.cache import cache_bytes
+from onecard.models.load import load_tokenizer
+from onecard.models.roles import Roles
+from onecard.rollout import Sampling, end_tokens, sample_responses
+from onecard.rollout.cuda_graphs import cuda_graph, recorded_by
+from onecard.utils.errors import OnecardError
+
+REPEATS = {"cpu": 7, "cuda": 3}
+BUDGET = {"cpu": math.inf, "cuda": 40.0}  # seconds of timed rounds of a case
+RECORDED, PEER = "onecard, recorded passes", "transformers generate"
+BAR = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # nats by which a log-probability as sampled may be off
+CHECKED, CHECKED_TOKENS = 8, 32  # responses that are compared, of at most so many tokens
+WINDOW = 32  # tokens over which a step of decoding is timed
+STEP_REPEATS = 3
+NEVER = 1 << 30  # an id that no token has
+
+SHAPES = {"8B": LLAMA_8B, "1.5B": QWEN_1_5B, "0.5B": QWEN_0_5B}
+RANDOM = "random Llama"
+SMALL = Model(RANDOM, hidden=128, layers=2, heads=8, key_heads=4, inner=384, vocab=2048)
+
+
+@dataclass(frozen=True)
+class RolloutCase:
+    """Prompts of `least` to `most` tokens, evenly spread, `batch_size` of them at a time.
+
+    With random weights one token in `mean` ends an answer: lengths are geometric, cut at `max_new_tokens`.
+    """
+
+    name: str
+    model: Model
+    prompts: int
+    batch_size: int
+    least: int
+    most: int
+    max_new_tokens: int
+    mean: int
+    load_in_4bit: bool = False
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """The common input of both samplers."""
+
+    roles: Roles
+    prompts: tuple[tuple[int, ...], ...]
+    ends: frozenset[int]
+    pad: int
+    sampling: Sampling
+    batch_size: int
+
+
+def small() -> RolloutCase:
+    """The case of a CPU, which takes seconds."""
+    return RolloutCase(RANDOM, SMALL, prompts=64, batch_size=32, least=4, most=64, max_new_tokens=128, mean=32)
+
+
+def of_shape(shape: str, *, load_in_4bit: bool, batch_size: int = 16) -> RolloutCase:
+    """A real model's sizes, and two batches of prompts, as a PPO iteration has."""
+    name = f"{shape}, {'NF4' if load_in_4bit else 'bf16'}, {batch_size} rows"
+    return RolloutCase(name, SHAPES[shape], 2 * batch_size, batch_size, 64, 512, 192, 64, load_in_4bit)
+
+
+def on_a_gpu() -> list[RolloutCase]:
+    """The table: the README's claim first, then smaller models, then more rows."""
+    return [
+        of_shape("8B", load_in_4bit=True),
+        of_shape("1.5B", load_in_4bit=False, batch_size=32),
+        of_shape("8B", load_in_4bit=False),
+        of_shape("0.5B", load_in_4bit=False, batch_size=64),
+        of_shape("8B", load_in_4bit=True, batch_size=64),
+    ]
+
+
+def tiny(case: RolloutCase) -> RolloutCase:
+    """The same case at tiny sizes for a CPU."""
+    model = replace(TINY, kind=case.model.kind, tied=case.model.tied)
+    return replace(case, model=model, prompts=6, batch_size=3, least=2, most=10, max_new_tokens=8, mean=6)
+
+
+def lengths(case: RolloutCase) -> list[int]:
+    """Prompt lengths, spread evenly and in no order."""
+    span = case.most - case.least + 1
+    return [case.least + index * 37 % span for index in range(case.prompts)]  # 37 shares no factor with our spans
+
+
+def random_task(case: RolloutCase, folder: Path, dtype: torch.dtype) -> Task:
+    """Random weights with an active adapter, as PPO's policy has, and random prompts."""
+    write_folder(case.model, folder)
+    name = DTYPES[dtype]
+    config = SFTConfig(model=str(folder), dtype=name, adapter_dtype=name, load_in_4bit=case.load_in_4bit)
+    with random_weights():
+        roles = load_roles(config, trained="policy")
+    randomize_adapters(roles.model)
+    roles.eval()
+    draw = random.Random(SEED)
+    prompts = [tuple(draw.randrange(FIRST_WORD, case.model.vocab) for _ in range(length)) for length in lengths(case)]
+    ends = frozenset(range(FIRST_WORD, case.model.vocab, case.mean))
+    return Task(roles, tuple(prompts), ends, PAD, Sampling(case.max_new_tokens, case.temperature), case.batch_size)
+
+
+def model_task(case: RolloutCase, model: str, file: str) -> Task:
+    """A pretrained model, and prompts that are the first words of a file's texts."""
+    settings = ModelConfig(model=model, load_in_4bit=case.load_in_4bit)
+    tokenizer, roles = load_tokenizer(settings), load_player(settings, role="policy")
+    rows = load_rows(file, split="train")
+    column = next((name for name in ("prompt", "text") if name in rows[0].values), None)
+    if column is None:
+        raise click.UsageError(f"--prompts: {file} has neither a `prompt` nor a `text` column.")
+    texts = [tokenizer.encode(rows[index % len(rows)].values[column])[: case.most] for index in range(case.prompts)]
+    prompts = tuple(tuple(text[:length]) for text, length in zip(texts, lengths(case), strict=True))
+    ends = end_tokens(roles, tokenizer)
+    return Task(
+        roles, prompts, ends, tokenizer.pad_token_id, Sampling(case.max_new_tokens, case.temperature), case.batch_size
+    )
+
+
+# --- what a step of decoding has to read
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of weights that a decoding step reads: all but the embeddings' other rows and idle adapters, with the
+    statistics of quantized weights.
+    """
+    head = model.get_output_embeddings().weight
+    embeddings = model.get_input_embeddings().weight
+    skipped = set() if embeddings is head else {id(embeddings)}
+    found: dict[int, int] = {}
+    for module in model.modules():
+        active = getattr(module, "active_adapters", None)
+        for name, parameter in module.named_parameters(recurse=False):
+            found.setdefault(id(parameter), parameter.numel() * parameter.element_size())
+            state = getattr(parameter, "quant_state", None)
+            if name == "weight" and state is not None:
+                extra = [state.absmax, *([state.state2.absmax] if state.nested else [])]
+                found[id(state)] = sum(each.numel() * each.element_size() for each in extra)
+        if isinstance(active, list):
+            for part in ("lora_A", "lora_B"):
+                idle = [one for key, one in getattr(module, part, {}).items() if key not in active]
+                skipped |= {id(parameter) for one in idle for parameter in one.parameters()}
+    return sum(size for key, size in found.items() if key not in skipped)
+
+
+def step_bytes(model: Any, rows: int, length: int) -> int:
+    """Bytes that a step over so many rows reads, each with `length` tokens in its cache."""
+    return weight_bytes(model) + rows * cache_bytes(model, length)
+
+
+def bandwidth(device: torch.device, repeats: int = 5) -> float:
+    """Bytes per second that a plain copy moves here, both ways counted."""
+    copy, size = measure.copy_work(device)
+    seconds = measure.stopwatch(device)
+    copy()
+    return size / statistics.median(seconds(copy) for _ in range(repeats))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of decoding: so many rows with so many tokens each in the cache."""
+
+    rows: int
+    length: int
+    seconds: dict[str, float]  # by sampler
+    bytes_read: int  # that it cannot do without: weights and cache
+    bandwidth: float  # bytes/s of a plain copy, in the same run
+
+
+# --- the samplers
+
+
+def ours(task: Task) -> int:
+    """Response tokens of our sampler."""
+    return sum(len(response.tokens) for response in sampled(task).responses)
+
+
+def recorded(task: Task) -> int:
+    """The same, with passes that are recorded as CUDA graphs and replayed."""
+    with recorded_by(cuda_graph):
+        return ours(task)
+
+
+def sampled(task: Task) -> Any:
+    return sample_responses(task.roles, task.prompts, task.sampling, stop_tokens=task.ends, batch_size=task.batch_size)
+
+
+def peer(task: Task) -> int:
+    """Response tokens of transformers' `generate`."""
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(
+        do_sample=True, temperature=task.sampling.temperature, top_k=0, top_p=1.0, pad_token_id=task.pad,
+        max_new_tokens=task.sampling.max_new_tokens, eos_token_id=sorted(task.ends) or [NEVER],
+    )  # fmt: skip
+    order = sorted(task.prompts, key=len, reverse=True)
+    total = 0
+    with torch.no_grad():
+        for start in range(0, len(order), task.batch_size):
+            part = order[start : start + task.batch_size]
+            width = max(map(len, part))
+            ids = torch.tensor([[task.pad] * (width - len(row)) + list(row) for row in part], device=task.roles.device)
+            mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in part], device=task.roles.device)
+            out = task.roles.causal_model().generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            total += sum(ended_length(row, task.ends) for row in out[:, width:].tolist())
+    return total
+
+
+Samplers = dict[str, tuple[str, Callable[[Task], int]]]
+SAMPLERS: dict[str, Samplers] = {
+    "cpu": {OURS: ("ours", ours), PEER: ("peer", peer)},
+    "cuda": {OURS: ("ours", ours), RECORDED: ("ours", recorded), PEER: ("peer", peer)},
+}
+
+
+def ended_length(tokens: Sequence[int], ends: Collection[int]) -> int:
+    """Number of tokens up to and including the first stop token."""
+    return next((place for place, token in enumerate(tokens, start=1) if token in ends), len(tokens))
+
+
+@torch.no_grad()
+def error_of_ours(task: Task) -> float:
+    """The largest difference between a log-probability as sampled and that of one pass over the finished sequence."""
+    torch.manual_seed(0)
+    short = min(task.sampling.max_new_tokens, CHECKED_TOKENS)
+    task = replace(task, sampling=replace(task.sampling, max_new_tokens=short))
+    worst = 0.0
+    for prompt, response in list(zip(task.prompts, sampled(task).responses, strict=True))[:CHECKED]:
+        mask = (False,) * len(prompt) + (True,) * len(response.tokens)
+        batch = pack([TokenSequence(prompt + response.tokens, mask)])
+        targets = to_device(batch.targets, task.roles.device)
+        batch = to_device(batch, task.roles.device)
+        own = task.roles.logprobs(batch, targets, temperature=task.sampling.temperature)
+        worst = max(worst, (own.cpu() - response.logprobs).abs().max().item())
+    return worst
+
+
+class Work:
+    """A sampler with its task. It keeps the number of tokens of each call, and a GPU's peak."""
+
+    def __init__(self, task: Task, sampler: Callable[[Task], int], device: torch.device) -> None:
+        self.task, self.sampler, self.device = task, sampler, device
+        self.tokens: list[int] = []
+        self.before, self.peak = 0, 0
+
+    def ready(self) -> None:
+        torch.manual_seed(len(self.tokens))
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+
+    def __call__(self) -> None:
+        self.tokens.append(self.sampler(self.task))
+        if self.device.type == "cuda":
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.device) - self.before)
+
+
+def take_turns(
+    task: Task,
+    device: torch.device,
+    repeats: int,
+    *,
+    budget: float = float("inf"),
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[Row, ...]:
+    """All samplers, timed in turns on the same seeds; no round is begun once they have taken `budget` seconds."""
+    samplers = SAMPLERS[device.type]
+    works = {name: Work(task, sampler, device) for name, (_, sampler) in samplers.items()}
+    seconds_of = measure.stopwatch(device, clock)
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(-warmup, repeats):
+        if turn > 0 and sum(map(sum, times.values())) > budget:
+            break
+        for name, work in works.items():
+            taken = seconds_of(work)
+            if turn >= 0:
+                times[name].append(taken)
+
+    def row(name: str) -> Row:
+        peak = works[name].peak if device.type == "cuda" else measure.peak_bytes(works[name], device)
+        tokens, seconds = tuple(works[name].tokens[warmup : warmup + len(times[name])]), tuple(times[name])
+        return Row(name, samplers[name][0], seconds=seconds, tokens=tokens, peak_bytes=peak)
+
+    return tuple(map(row, samplers))
+
+
+def time_a_step(
+    task: Task, device: torch.device, bandwidth: float, clock: Callable[[], float] = time.perf_counter
+) -> Step:
+    """Seconds of one step over a full batch in which nothing ends, in the middle of the longest answers.
+
+    What more tokens take beyond one, over their number: so the pass over the prompts does not count, and nothing needs
+    to be known of how a sampler steps.
+    """
+    tokens = min(WINDOW, max(1, task.sampling.max_new_tokens // 2))
+    length = max(map(len, task.prompts)) + task.sampling.max_new_tokens // 2 - tokens // 2
+    words = [word for prompt in task.prompts for word in prompt]
+    draw = random.Random(0)
+    # of one length no mask would be needed, and real batches need one
+    prompts = tuple(tuple(draw.choices(words, k=max(1, length - row % 2))) for row in range(task.batch_size))
+
+    def of(count: int) -> Task:
+        return replace(task, prompts=prompts, ends=frozenset(), sampling=Sampling(count, task.sampling.temperature))
+
+    seconds_of, samplers = measure.stopwatch(device, clock), SAMPLERS[device.type]
+    found: dict[str, list[float]] = {name: [] for name in samplers}
+    for turn in range(-1, STEP_REPEATS):
+        for name, (_, sampler) in samplers.items():
+            many, one = (seconds_of(Work(of(count), sampler, device)) for count in (1 + tokens, 1))
+            if turn >= 0:
+                found[name].append((many - one) / tokens)
+    length += tokens // 2
+    size = step_bytes(task.roles.causal_model(), task.batch_size, length)
+    seconds = {name: statistics.median(each) for name, each in found.items()}
+    return Step(task.batch_size, length, seconds, size, bandwidth)
+
+
+# --- the command
+
+
+def measured(result: Case, case: RolloutCase, task: Task, repeats: int, clock: Callable[[], float]) -> Case:
+    """Log-probabilities are checked first; then a step is timed, then whole rollouts in turns."""
+    causal, device = task.roles.causal_model(), task.roles.device
+    lengths = [len(prompt) for prompt in task.prompts]
+    result = replace(
+        result,
+        sizes={**result.sizes, "shortest": min(lengths), "longest": max(lengths)},
+        dtype=str(causal.dtype).removeprefix("torch."),
+        about={**result.about, "parameters": sum(each.numel() for each in causal.parameters())},
+    )
+    error = error_of_ours(task)
+    if not error <= BAR.get(causal.dtype, 0.5):
+        return replace(result, refused=f"log-probabilities as sampled are off by {error:.3g} nat")
+    step = time_a_step(task, device, bandwidth(device), clock)
+    rows = take_turns(task, device, repeats, budget=BUDGET[device.type], clock=clock)
+    held = held_bytes(causal, torch.optim.SGD(causal.parameters()))
+    mean = sum(rows[0].tokens) / len(rows[0].tokens) / len(task.prompts)
+    return replace(
+        result,
+        rows=tuple(replace(row, held_bytes=held) for row in rows),
+        found={"mean_response": mean, "error_logprobs": error, "step": asdict(step)},
+    )
+
+
+def measure_case(
+    case: RolloutCase, model: str, prompts: str, device: torch.device, repeats: int, clock: Callable[[], float]
+) -> Case:
+    """One case; one that does not fit is reported with the reason."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    sizes = {"prompts": case.prompts, "shortest": case.least, "longest": case.most, "batch_size": case.batch_size,
+             "max_new_tokens": case.max_new_tokens}  # fmt: skip
+    about = {"model": case.model.name, "load_in_4bit": case.load_in_4bit, "temperature": case.temperature}
+    result = Case("rollout", case.name, sizes, str(dtype).removeprefix("torch."), about=about)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            task = model_task(case, model, prompts) if model else random_task(case, Path(folder), dtype)
+            return measured(result, case, task, repeats, clock)
+        except torch.OutOfMemoryError as error:
+            return replace(result, refused=f"out of memory: {str(error).splitlines()[0][:160]}")
+        except OnecardError as error:
+            raise click.UsageError(str(error)) from None
+        finally:
+            free_memory()
+
+
+def chosen(names: Sequence[str], *, table: bool, smoke: bool) -> list[RolloutCase]:
+    """The cases that are asked for."""
+    if not (table or names or smoke):
+        return [small()]
+    found = on_a_gpu()
+    unknown = sorted(set(names) - {case.name for case in found})
+    if unknown:
+        raise click.UsageError(f"--case {unknown[0]!r}: expected one of {', '.join(repr(c.name) for c in found)}.")
+    return [tiny(case) if smoke else case for case in found if not names or case.name in names]
+
+
+@click.command(context_settings=cli.SETTINGS)
+@click.option("--model", default="", help="Hugging Face name or folder. Default: a small Llama of random weights.")
+@click.option("--prompts", default="", help="File whose `prompt` or `text` column begins the prompts of --model.")
+@click.option("--table", is_flag=True, help="The cases of a GPU, most telling first.")
+@click.option("--case", "names", multiple=True, help="Only this case of the table, by name.")
+@click.option("--smoke", is_flag=True, help="The table at tiny sizes: shows that it runs, and measures nothing.")
+@cli.DEVICE
+@click.option("--max-new-tokens", type=click.IntRange(1), help="Longest answer. Default: the case's.")
+@cli.MINUTES
+@cli.REPEATS
+@cli.BUSY
+@cli.OUT
+@cli.DATA_ONLY
+def command(
+    model: str,
+    prompts: str,
+    table: bool,
+    names: tuple[str, ...],
+    smoke: bool,
+    device: str,
+    max_new_tokens: int | None,
+    minutes: float | None,
+    repeats: int | None,
+    busy: bool,
+    out: Path | None,
+    data_only: bool,
+) -> None:
+    """Time onecard's sampler against transformers' generate, in response tokens per second.
+
+    Before anything is timed, the log-probabilities that ours keeps are compared with a pass over the finished
+    sequences. A case in which they are off is not timed, and the exit status is 1. The file is written after each case.
+    """
+    if bool(model) != bool(prompts):
+        raise click.UsageError("--model and --prompts: give both, or none for random weights and prompts.")
+    if model and (table or names or smoke):
+        raise click.UsageError("--model is a case of its own; leave out --table, --case and --smoke.")
+    found = chosen(names, table=table, smoke=smoke)
+    found = [replace(case, max_new_tokens=max_new_tokens or case.max_new_tokens) for case in found]
+    if model:
+        found = [
+            replace(case, name=Path(model).name, model=replace(case.model, name=Path(model).name)) for case in found
+        ]
+    where = cli.engine_device(device)
+    clock, clock_name = cli.pick_clock(device, busy=busy)
+    quiet()
+    rounds = repeats or (2 if smoke else REPEATS[device])
+    name = found[0].name if len(found) == 1 else "table"
+    recorder = Recorder("rollout", where, clock=clock_name, repeats=rounds, quick=smoke, out=out, name=name)
+    click.echo(recorder.opening())
+    for case in cli.until(found, minutes):
+        result = measure_case(case, model, prompts, where, rounds, clock)
+        recorder.add(result)
+        Console().print(render.terminal(result))
+    render.finish(recorder, complete=len(recorder.report.cases) == len(found), data_only=data_only)
+    cli.refuse(recorder.report.cases)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(command))

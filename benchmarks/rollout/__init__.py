@@ -1,1 +1,0 @@
-"""Response tokens per second, ours against transformers' `generate`. `python -m benchmarks.rollout --help`."""

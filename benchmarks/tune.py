@@ -1,0 +1,393 @@
+"""`python -m benchmarks.tune`: times settings of the kernels against their defaults, and proposes what is faster.
+
+A knob varies one thing (rows of a chunk, a tile, blocks and warps, the implementation) for one public function in one
+mode. The default is first compared with fp64, each setting with fp64 and, in all rows, with the default; what is wrong
+is not timed. A setting is proposed where it is faster in one case and slower in none, beyond the quartiles of both, ran
+in all cases, and keeps the promised workspace.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from importlib import import_module
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import torch
+from rich.console import Console
+
+from benchmarks import cli, harness, kernels, measure, records, render
+from benchmarks.cli import Refused
+from benchmarks.harness import EAGER, Benchmark, Candidate, Job, Timing, Unavailable, free, one_line
+from benchmarks.records import LIMIT, OURS, Case, Recorder, Report, Row
+from benchmarks.shapes import CUDA_FEW, LINEAR, LOGITS, ROWS, TOKENS, Shape, linear, logits
+from benchmarks.suite import gae, linear_kl, linear_logprobs, linear_ppo, logits_ppo, selective
+from benchmarks.suite import tokens as token_losses
+
+REPEATS = {"cpu": 5, "cuda": 30}
+BUDGET = {"cpu": 60.0, "cuda": 5.0}  # seconds of a case's timed rounds
+WARMUP = {"cpu": 0, "cuda": 2}
+CALLS = 20  # of a CUDA graph
+DRY, CPU, CUDA = "dry", "cpu", "cuda"
+
+Values = Mapping[str, Any]
+Apply = Callable[[Values], AbstractContextManager[object]]
+
+
+# --- applying a setting: a `with` in which numbers of the kernel library are replaced. The library is imported only
+# there, for Triton's interpreter has to be chosen before triton is imported.
+
+
+def library(module: str) -> Any:
+    return import_module(f"onecard_kernels.{module}")
+
+
+def plan(**always: Any) -> Apply:
+    """The plan of the linear path. `always` holds for the default too."""
+    return lambda values: library("logprob.tuning").override(**{**always, **values})
+
+
+def constants(module: str, **always: Any) -> Apply:
+    """Numbers of a module, by their names in small letters; `always` is a plan that holds for the default too."""
+
+    @contextmanager
+    def apply(values: Values) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(plan(**always)({}))
+            for name, value in values.items():
+                stack.enter_context(mock.patch.object(library(module), name.upper(), value))
+            yield
+
+    return apply
+
+
+def record(module: str, name: str) -> Apply:
+    """Fields of a named tuple of a module."""
+    return lambda values: mock.patch.object(library(module), name, getattr(library(module), name)._replace(**values))
+
+
+@contextmanager
+def tile(values: Values) -> Iterator[None]:
+    """Fields of the tile that the tiled forward takes from its table of cards."""
+    module = library("logprob.triton_tiled")
+    table = module.config_on
+    with (
+        plan(implementation="tiled")({}),
+        mock.patch.object(module, "config_on", lambda *asked: replace(table(*asked), **values)),
+    ):
+        yield
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """On CPU tensors, what a GPU would run: its plans, and Triton's kernels where their interpreter is on."""
+    preference, table = library("dispatch").PREFERENCE, library("logprob.tuning").TABLE
+    with (
+        mock.patch.dict(preference, cpu=preference["cuda"]),
+        mock.patch.dict(table, cpu=table["cuda"]),
+        mock.patch.object(measure, "COPY_BYTES", 1 << 20),
+    ):
+        yield
+
+
+# --- the knobs, the most telling first
+
+
+@dataclass(frozen=True)
+class Knob:
+    name: str
+    benchmark: Benchmark
+    mode: str
+    apply: Apply  # a context in which the values hold
+    where: str  # what to change in the library
+    settings: Mapping[str, tuple[Values, ...]]  # by device
+    shapes: Mapping[str, tuple[Shape, ...]]  # by device, and DRY
+    workspace: float | None = None  # bytes beyond the gradient of the hidden states; what takes more is not proposed
+    replayed: bool = False  # kernels of microseconds: calls in one CUDA graph, or their launch is all that is timed
+
+
+def label(values: Values) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
+
+
+def grid(**values: Sequence[Any]) -> tuple[Values, ...]:
+    return tuple(dict(zip(values, point, strict=True)) for point in product(*values.values()))
+
+
+FORWARD, FROZEN, TRAINED = linear_logprobs.FORWARD, linear_logprobs.FROZEN, linear_logprobs.TRAINED
+LOGPROBS, KL, PPO = linear_logprobs.BENCHMARK, linear_kl.BENCHMARK, linear_ppo.BENCHMARK
+FEW, ONE, WIDE, ON_CPU = CUDA_FEW, CUDA_FEW[:1], LOGITS[CUDA].usual, LINEAR[CPU].usual
+TINY, TINY_LOGITS = (linear("tiny", 2, 16, 70),), (logits("tiny", 2, 70),)
+TINY_BATCH = (Shape("tiny", {"B": 2, "T": 10}),)
+FAST, LOW = 1e9, 1e8  # bytes of workspace that are promised
+CUTS = tuple(
+    values for values in grid(thread_bytes=(32, 64, 128), warps=(4, 8, 16)) if tuple(values.values()) != (64, 8)
+)
+# None of these spills on sm_90 in bf16; `at_once` is what registers and shared memory leave room for.
+TILES: tuple[Values, ...] = (
+    {"stages": 3}, {"group": 8}, {"group": 32}, {"depth": 128, "stages": 2}, {"depth": 32},
+    {"rows": 256, "columns": 128}, {"columns": 128}, {"columns": 128, "warps": 4, "stages": 3, "at_once": 2},
+    {"rows": 64, "depth": 32, "warps": 4, "at_once": 2},
+)  # fmt: skip
+KL_BLOCKS = (
+    *grid(block=(2048, 4096), warps=(4, 8)), *grid(block=(4096,), warps=(16,)), *grid(block=(8192,), warps=(8, 16))
+)  # fmt: skip
+# More than 16 warps are never taken: a long block has no more threads for fewer positions each.
+GAE_BLOCKS = (
+    *grid(largest_block=(1024,), per_thread=(2, 4, 8)), *grid(largest_block=(2048,), per_thread=(4, 8)),
+    *grid(largest_block=(4096,), per_thread=(8,)),
+)  # fmt: skip
+TOKEN_BLOCKS = grid(block=(256, 512, 1024, 2048, 4096), per_thread=(4, 8))
+
+
+def chunk_rows(name: str, benchmark: Benchmark, mode: str, cuda: tuple[Shape, ...], on_cpu: bool = False) -> Knob:
+    settings = {CUDA: grid(rows=(256, 512, 1024, 1536, 2048, 4096)), CPU: grid(rows=(64, 128, 256, 512, 1024))}
+    shapes = {CUDA: cuda, DRY: TINY, **({CPU: ON_CPU} if on_cpu else {})}
+    apply = plan(implementation="chunked")
+    return Knob(name, benchmark, mode, apply, "logprob.tuning: rows of a chunk", settings, shapes, workspace=FAST)
+
+
+def implementation(mode: str, cuda: tuple[Shape, ...]) -> Knob:
+    names = ("low_memory", "tiled") if mode == FORWARD else ("low_memory",)
+    settings = {CUDA: grid(implementation=names), CPU: grid(implementation=("chunked",))}
+    shapes = {CUDA: cuda, CPU: ON_CPU, DRY: TINY}
+    where = "logprob.tuning: the default implementation, of all modes"
+    return Knob(f"implementation-{mode}", LOGPROBS, mode, plan(), where, settings, shapes)
+
+
+def row_pass(name: str, benchmark: Benchmark, mode: str, module: str, cut: str, cuda: tuple[Shape, ...]) -> Knob:
+    """Bytes of a row that a thread has in flight, and warps."""
+    dry = TINY_LOGITS if "V" in cuda[0].sizes and "D" not in cuda[0].sizes else TINY
+    where = f"{module}: {cut}"
+    return Knob(name, benchmark, mode, record(module, cut), where, {CUDA: CUTS}, {CUDA: cuda, DRY: dry})
+
+
+def blocks(
+    name: str, benchmark: Benchmark, mode: str, module: str, settings: tuple[Values, ...],
+    cuda: tuple[Shape, ...], dry: tuple[Shape, ...], *, replayed: bool = False, **always: Any,
+) -> Knob:  # fmt: skip
+    """Constants of a module of kernels."""
+    apply, shapes = constants(module, **always), {CUDA: cuda, DRY: dry}
+    return Knob(name, benchmark, mode, apply, module, {CUDA: settings}, shapes, replayed=replayed)
+
+
+BATCH, BOTH = TOKENS[CUDA].usual, token_losses.BACKWARD
+KNOBS: dict[str, Knob] = {
+    knob.name: knob
+    for knob in (
+        chunk_rows("chunk-rows", LOGPROBS, FROZEN, FEW, on_cpu=True),
+        implementation(FORWARD, FEW),
+        Knob("hopper-tile", LOGPROBS, FORWARD, tile, "logprob.tuning: the tile of compute capability 9.0",
+             {CUDA: TILES}, {CUDA: ONE, DRY: TINY}),
+        implementation(FROZEN, FEW),
+        Knob("low-memory-tiles", LOGPROBS, FROZEN, plan(implementation="low_memory"),
+             "logprob.tuning: rows and columns of a tile",
+             {CUDA: grid(rows=(1024, 2048, 4096), columns=(2048, 4096, 8192)),
+              CPU: grid(rows=(512, 1024, 2048), columns=(1024, 2048, 4096))},
+             {CUDA: ONE, CPU: ON_CPU, DRY: TINY}, workspace=LOW),
+        row_pass("logits-forward", selective.BENCHMARK, selective.FORWARD, "logprob.triton_rows", "FORWARD", WIDE),
+        row_pass("linear-pass", LOGPROBS, FROZEN, "logprob.triton_exp", "CUT", ONE),
+        row_pass("logits-backward", selective.BENCHMARK, selective.BACKWARD, "logprob.triton_rows", "BACKWARD",
+                 WIDE[:1]),
+        row_pass("linear-pass-forward", LOGPROBS, FORWARD, "logprob.triton_exp", "CUT", ONE),
+        chunk_rows("chunk-rows-ppo", PPO, linear_ppo.FROZEN, ONE),
+        chunk_rows("chunk-rows-forward", LOGPROBS, FORWARD, ONE),
+        implementation(TRAINED, ONE),
+        row_pass("logits-ppo", logits_ppo.BENCHMARK, logits_ppo.BACKWARD, "ppo.triton_logits", "CUT", WIDE[:1]),
+        blocks("kl-pass", KL, linear_kl.FROZEN, "kl.triton", KL_BLOCKS, ONE, TINY),
+        chunk_rows("kl-rows", KL, linear_kl.FROZEN, ONE),
+        blocks("tiled-shares", LOGPROBS, FORWARD, "logprob.triton_tiled", grid(combined=(8, 16, 64)), ONE, TINY,
+               implementation="tiled"),
+        blocks("gae", gae.BENCHMARK, gae.FORWARD, "advantages.triton", GAE_BLOCKS, ROWS[CUDA].usual, TINY_BATCH,
+               replayed=True),
+        blocks("ppo-tokens", token_losses.PPO_LOSS, BOTH, "ppo.triton", TOKEN_BLOCKS, BATCH, TINY_BATCH,
+               replayed=True),
+        blocks("value-tokens", token_losses.VALUE_LOSS, BOTH, "ppo.triton", TOKEN_BLOCKS, BATCH, TINY_BATCH,
+               replayed=True),
+        blocks("ppo-sums", token_losses.PPO_LOSS, token_losses.FORWARD, "ppo.triton", grid(columns=(64, 128)), BATCH,
+               TINY_BATCH, replayed=True),
+        Knob("cpu-blocks", LOGPROBS, FROZEN, constants("logprob.rows"), "logprob.rows",
+             {CPU: grid(block_bytes=tuple(n << 20 for n in (1, 2, 4, 8, 16)))}, {CPU: ON_CPU[:1], DRY: TINY}),
+    )
+}  # fmt: skip
+
+
+def settings_of(knob: Knob, device: str, *, dry: bool) -> tuple[Values, ...]:
+    """Dry: the first and the last of the GPU's."""
+    if not dry:
+        return knob.settings[device]
+    found = knob.settings.get(CUDA) or knob.settings[CPU]
+    return (found[0], found[-1])[: len(found)]
+
+
+# --- measuring
+
+
+class Replayed:
+    """Calls of a job as one CUDA graph: the time of its kernels, without that of launching them one by one."""
+
+    def __init__(self, job: Job) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        job.ready()
+        try:
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):  # what is allocated or compiled at the first call is no part of the graph
+                job()
+            torch.cuda.current_stream().wait_stream(beside)
+            with torch.cuda.graph(self.graph):
+                for _ in range(CALLS):
+                    job()
+        except Exception as error:
+            raise Unavailable(f"cannot be captured as a CUDA graph: {one_line(error)}") from error
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def candidates(knob: Knob, settings: Sequence[Values]) -> list[Candidate]:
+    """Eager as the yardstick of gradients, the default, and the same with each setting."""
+    default = next(c for c in knob.benchmark.candidates if c.name == OURS)
+    eager = next(c for c in knob.benchmark.candidates if c.name == EAGER)
+    made = [replace(default, name=label(v), role="setting", around=lambda v=v: knob.apply(v)) for v in settings]
+    return [replace(eager, timed=False), replace(default, around=lambda: knob.apply({})), *made]
+
+
+def measure_case(knob: Knob, shape: Shape, settings: Sequence[Values], device: torch.device, timing: Timing) -> Case:
+    """A row for the default, one for each setting, and the limits."""
+    benchmark, mode = knob.benchmark, knob.mode
+    case = replace(kernels.blank(benchmark, shape, mode, device), what=knob.name)
+    sets = harness.input_sets(benchmark, shape, device)
+    expected = benchmark.expected(sets[0], benchmark.modes[mode].results)
+    replayed = knob.replayed and device.type == CUDA
+    try:
+        rows = harness.measure_case(
+            benchmark, shape, mode, sets, expected, candidates(knob, settings), timing,
+            replay=Replayed if replayed else None, calls=CALLS if replayed else 1,
+        )  # fmt: skip
+    except Exception as error:  # the other knobs go on
+        return replace(case, refused=str(error) if isinstance(error, Refused) else one_line(error))
+    return replace(case, rows=rows)
+
+
+# --- proposing
+
+
+def faster(row: Row, other: Row) -> bool:
+    """Beyond the quartiles of both; a round or two have none."""
+    one, two = row.time, other.time
+    return one is not None and two is not None and min(one.count, two.count) >= measure.LEAST_ROUNDS and one.q3 < two.q1
+
+
+def kept_small(knob: Knob, row: Row, case: Case) -> bool:
+    """Whether the peak, without the gradient of the hidden states, is within the promised workspace."""
+    returned = case.sizes["N"] * case.sizes["D"] * getattr(torch, case.dtype).itemsize if "dHidden" in row.errors else 0
+    return knob.workspace is None or (row.peak_bytes or 0) - returned <= knob.workspace
+
+
+def tried(case: Case) -> list[Row]:
+    return [row for row in case.rows if row.role != LIMIT and row.name != OURS and row.seconds]
+
+
+def proposal(knob: Knob, cases: Sequence[Case]) -> tuple[float, str] | None:
+    """(mean time over the default's, setting) of the best one that is nowhere slower and somewhere faster."""
+    found = []
+    for name in dict.fromkeys(row.name for case in cases for row in tried(case)):
+        pairs = [(row, default, case) for case in cases if (row := case.row(name)) and (default := case.row(OURS))]
+        if len(pairs) < len(cases) or not all(row.seconds for row, _, _ in pairs):
+            continue  # a default has to run everywhere
+        small = all(kept_small(knob, row, case) for row, _, case in pairs)
+        slower = any(faster(default, row) for row, default, _ in pairs)
+        if small and not slower and any(faster(row, default) for row, default, _ in pairs):
+            logs = [math.log(times.median) for row, default, _ in pairs if (times := records.ratio(row, default))]
+            found.append((math.exp(sum(logs) / len(logs)), name))
+    return min(found, default=None)
+
+
+HEADINGS = ("knob", "mode", "shape", "default, ms", "fastest setting", "its ms", "time / default", "verdict")
+
+
+def proposals(report: Report) -> str:
+    """The fastest setting of every case, and what to change."""
+    lines, changes = [], []
+    for name, all_cases in report.kinds.items():
+        knob = KNOBS[name]
+        cases = [case for case in all_cases if case.rows]
+        for case in cases:
+            default, settings = case.row(OURS), tried(case)
+            if default is None or not settings:
+                continue
+            best = min(settings, key=lambda row: row.time.median if row.time else math.inf)
+            times = records.ratio(best, default)
+            verdict = "within the spread" if times and times.median < 1 else "the default is best"
+            if faster(best, default):
+                verdict = "faster" if kept_small(knob, best, case) else "faster, but over the promised workspace"
+            medians = [render.milliseconds(row.time and row.time.median) for row in (default, best)]
+            lines.append([name, case.mode, render.size(case), medians[0], best.name, medians[1], render.factor(times),
+                          verdict])  # fmt: skip
+        better = proposal(knob, cases)
+        if better is not None:
+            changes.append(f"- {knob.where}: {better[1]} ({better[0]:.3f} of the default's time, knob {name})")
+    nothing = "No setting is faster than its default beyond the spread in one case and slower in none."
+    return f"{render.table(HEADINGS, lines)}\n\n" + ("\n".join(changes) or nothing)
+
+
+@click.command(context_settings=cli.SETTINGS)
+@cli.DEVICE
+@click.option("--dry", is_flag=True, help="A GPU's knobs at tiny sizes on CPU: shows that they run, measures nothing.")
+@click.option("--knob", "names", multiple=True, type=click.Choice(list(KNOBS)), help="Only this knob.")
+@cli.MINUTES
+@cli.BUSY
+@cli.OUT
+@cli.DATA_ONLY
+def command(
+    device: str, dry: bool, names: tuple[str, ...], minutes: float | None, busy: bool, out: Path | None, data_only: bool
+) -> None:
+    """Time settings of the kernels (chunks, tiles, blocks, warps, implementations) and propose what is faster.
+
+    \b
+    python -m benchmarks.tune --dry --out /tmp/tune          every knob of a GPU on CPU, in seconds
+    python -m benchmarks.tune --device cuda --minutes 8      as many knobs as begin in eight minutes
+    python -m benchmarks.tune --device cuda --knob hopper-tile
+    python -m benchmarks.tune                                the CPU's own knobs
+    """
+    if dry and device == CUDA:
+        raise click.UsageError("--dry runs a GPU's knobs on CPU; leave out --device cuda.")
+    if dry and "triton" not in sys.modules:
+        os.environ["TRITON_INTERPRET"] = "1"
+    where = cli.ready_device(device)
+    kind = DRY if dry else device
+    todo = [
+        (knob, shape)
+        for knob in KNOBS.values()
+        if (not names or knob.name in names) and (dry or device in knob.settings)
+        for shape in knob.shapes.get(kind, ())
+    ]
+    if not todo:
+        raise click.UsageError(f"--knob {', '.join(names)}: no knob of {device}.")
+    clock, clock_name = cli.pick_clock(device, busy=busy)
+    timing = Timing(1) if dry else Timing(REPEATS[device], WARMUP[device], BUDGET[device], clock)
+    recorder = Recorder("tune", where, clock=clock_name, repeats=timing.repeats, quick=dry, out=out)
+    console = Console()
+    console.print(recorder.opening(), highlight=False)
+    with as_on_a_gpu() if dry else nullcontext():
+        for knob, shape in cli.until(todo, minutes):
+            case = measure_case(knob, shape, settings_of(knob, device, dry=dry), where, timing)
+            recorder.add(case)
+            console.print(render.terminal(case))
+            free(where)
+    console.print(proposals(recorder.report), markup=False, highlight=False, soft_wrap=True)
+    render.finish(recorder, complete=len(recorder.report.cases) == len(todo), data_only=data_only)
+    cli.refuse(recorder.report.cases)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(command))

@@ -1,1 +1,0 @@
-"""Where the time of a PPO iteration goes. `python -m benchmarks.where_time_goes --help`."""

@@ -1,0 +1,293 @@
+"""The benchmarks of steps and rollouts: both sides do the same work, counts are right, and each command runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="times TRL's own trainer")
+
+from benchmarks import cli, profile_ppo, records, rollout, sharing
+from benchmarks.harness import Timing
+from benchmarks.profile_ppo import Digest, Operator, Phase
+from benchmarks.records import OURS, WHOLE, Case
+from benchmarks.render import MOST_OFF, TRL, UNSHARED, off, plan_verdict, steps_verdict
+from benchmarks.train_step import cases, phases, ppo, run, synthetic
+from benchmarks.train_step.__main__ import command as train_step
+from benchmarks.train_step.cases import RANK, TINY, Flops, StepCase, dpo_flops
+from benchmarks.train_step.dpo import SAME, OnecardDPO, held_bytes, no_bar
+from benchmarks.train_step.synthetic import END, random_model, random_pairs, text, whole_words, write_folder
+
+CPU = torch.device("cpu")
+TIMING = Timing(repeats=2, budget=0.0)
+DPO = StepCase("tiny", "dpo", TINY, prompt=20, response=12, items=4, per_pass=2, mixed=True)
+PPO = replace(DPO, kind="ppo", items=8, per_pass=2)
+SMALL = synthetic.Model("small", hidden=128, layers=3, heads=4, key_heads=2, inner=352, vocab=4096)
+PLANNED = StepCase("small", "dpo", SMALL, prompt=48, response=32, items=4, per_pass=2)
+CAPPED = [case for case in cases.on_a_gpu() if case.cap_gib]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_folder(TINY, tmp_path)
+
+
+def measured(case: StepCase) -> Case:
+    return run.measure_case(case, CPU, torch.float32, TIMING, lambda _: None)
+
+
+# --- what both sides are given
+
+
+def test_random_weights_are_the_same_each_time_and_positions_are_computed(folder):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    first, second = (random_model(str(folder), dtype=torch.float32, device_map={"": CPU}) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first.parameters(), second.parameters(), strict=True))
+    computed = dict(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).named_buffers())
+    for name, buffer in first.named_buffers():
+        torch.testing.assert_close(buffer, computed[name])
+
+
+def test_pairs_have_their_lengths_and_their_text_is_their_tokens(folder):
+    tokenizer = whole_words(folder)
+    mixed = random_pairs(50, 20, 12, TINY.vocab, mixed=True)
+    assert {len(p.prompt) for p in mixed} == set(range(10, 21))
+    for pair in mixed[:5]:
+        assert pair.chosen[-1] == pair.rejected[-1] == END
+        assert tuple(tokenizer(text(pair.prompt + pair.chosen))["input_ids"]) == pair.prompt + pair.chosen
+
+
+# --- what is counted
+
+
+def test_flops_are_what_pytorch_counts(folder):
+    """Of eager attention PyTorch counts all n * n pairs, and it starts from embeddings that need no gradient."""
+    from peft import LoraConfig, get_peft_model
+    from torch.utils.flop_counter import FlopCounterMode
+
+    tokens, layers, d = 17, TINY.layers, TINY.hidden
+    model = random_model(str(folder), dtype=torch.float32, device_map={"": CPU}, attn_implementation="eager").train()
+    tuned = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with FlopCounterMode(display=False) as forward:
+        out = tuned(input_ids=torch.arange(2, 2 + tokens).unsqueeze(0), use_cache=False).logits
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    found = Flops.of(TINY, tokens, tokens)
+    full = 2 * 2 * d * layers * tokens * tokens
+    rotation = forward.get_total_flops() - (found.forward - found.attention + full)
+    assert 0 <= rotation <= 2 * tokens * d  # positions times frequencies, computed as a product
+    kv = d // TINY.heads * TINY.key_heads
+    first = 2 * tokens * (d * d + 2 * d * kv) + 3 * 2 * tokens * RANK * d  # layer 0's inputs need no gradient
+    assert backward.get_total_flops() == found.backward - 2 * found.attention + 2 * full - first
+    assert dpo_flops(TINY, [(2, 1)], precomputed=False) > dpo_flops(TINY, [(2, 1)], precomputed=True)
+
+
+def test_held_bytes_are_weights_once_and_states():
+    model = torch.nn.Linear(8, 4, bias=False)
+    model.tied = model.weight
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(8)).sum().backward()
+    optimizer.step()
+    assert held_bytes(model, optimizer) == 3 * 4 * 32 + 4  # weight, two moments, a step counter
+
+
+def test_peaks_within_a_phase_by_hand():
+    changes = [(1, 100), (3, 50), (4, -50), (6, -100), (8, 30)]
+    spans = [("first", 2, 5), ("second", 5, 7), ("first", 7, 9), ("none", 9, 10)]
+    assert phases.peaks_within(changes, spans) == {"first": 150, "second": 100, "none": 30}
+
+
+# --- DPO
+
+
+def test_all_candidates_take_the_same_steps(folder):
+    """Two updates in a row, of micro-batches of mixed lengths: gradients, clipping and AdamW are the same."""
+    case = replace(DPO, gradient_checkpointing=True)
+    builds = run.candidates(CPU)
+    task = run.task_of(case, folder, CPU, torch.float32)
+    sides = {each: builds[each][1](task) for each in (OURS, UNSHARED, TRL, run.TRL_ANSWERS)}
+    for _ in range(2):
+        for side in sides.values():
+            side.ready()
+            side()
+        for each, side in sides.items():
+            for key in SAME:
+                assert side.row[key] == pytest.approx(sides[OURS].row[key], rel=2e-4, abs=2e-5), (each, key)
+    mine, theirs = (
+        [parameter for parameter in sides[each].model.parameters() if parameter.requires_grad] for each in (OURS, TRL)
+    )
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-6)
+
+
+def test_a_wrong_first_step_is_not_timed(monkeypatch):
+    right = OnecardDPO.step
+    monkeypatch.setattr(OnecardDPO, "step", lambda self, indices: {**right(self, indices), "grad_norm": 1e3})
+    for in_turns in (True, False):
+        result = measured(replace(DPO, in_turns=in_turns))
+        assert result.rows == ()
+        assert "grad_norm of the first step is 1000" in result.refused
+
+
+# --- PPO
+
+
+def test_watching_an_iteration_changes_nothing_and_counts_its_phases(tmp_path):
+    made = []
+    for name in ("watched", "alone"):
+        (tmp_path / name).mkdir()
+        made.append(ppo.PPORun(PPO, write_folder(TINY, tmp_path / name), CPU, torch.float32))
+    watched, alone = made
+    watching = phases.PhaseTimer(CPU)
+    row = watched.run(watching)
+    _, indices = next(alone.order)
+    plain = alone.job.step(alone.trainer, indices, no_bar())
+    timed = {name for name in row if name.startswith(("time/", "memory/"))}
+    assert {name: row[name] for name in row.keys() - timed} == {name: plain[name] for name in plain.keys() - timed}
+    assert set(watching.seconds) == {*phases.PHASES, WHOLE}
+    counts = watched.counts()
+    assert counts[phases.ROLLOUT][0] == sum(len(episode.sampling_logprobs) for episode in watched.episodes)
+    assert counts[WHOLE][0] == sum(map(len, watched.episodes))
+    assert counts[WHOLE][1] == sum(counts[name][1] for name in phases.PHASES)
+    first, step = [each.sequence.tokens[: PPO.prompt - 1] for each in watched.episodes], watched.trainer.step
+    watched.run(phases.PhaseTimer(CPU), again=True)
+    assert watched.trainer.step == step
+    assert [len(each.sequence.tokens[: PPO.prompt - 1]) for each in watched.episodes] == [len(each) for each in first]
+
+
+# --- the memory plan
+
+
+@pytest.mark.long  # `on_a_gpu.sh` plans each of them before it begins
+@pytest.mark.parametrize("case", CAPPED, ids=lambda case: f"{case.kind} {case.name}")
+def test_every_case_with_a_cap_is_planned_to_fit_under_it(case):
+    pytest.importorskip("bitsandbytes")
+    assert run.too_large(case, torch.bfloat16) is None
+
+
+def test_the_promised_caps_are_among_the_cases():
+    promised = {(case.kind, case.model.name, case.cap_gib, case.load_in_4bit) for case in CAPPED}
+    for kind in ("dpo", "ppo"):
+        assert {(kind, "Llama-3.1-8B", 10.5, True), (kind, "Qwen2.5-1.5B", 5.0, True)} <= promised
+    assert "expected at most the cap of 0.001 GiB" in measured(replace(PLANNED, cap_gib=0.001)).refused
+
+
+@pytest.mark.parametrize("case", [PLANNED, replace(PLANNED, kind="ppo", items=8)], ids=["dpo", "ppo"])
+def test_the_plan_stands_beside_each_phase_and_is_right(case):
+    found = measured(case).found
+    wanted = {"dpo": {phases.TRAIN, phases.OPTIMIZER}, "ppo": set(phases.PHASES)}[case.kind]
+    assert {each["phase"] for each in found["memory"]} == wanted | {WHOLE}
+    for each in found["memory"]:
+        assert abs(off(each["planned"], each["measured"])) <= MOST_OFF, each
+        if each["phase"] not in (phases.OPTIMIZER, WHOLE):
+            assert abs(off(each["planned_above"], each["measured_above"])) <= MOST_OFF, each
+    assert len(found["learned"]) >= 2
+
+
+def test_verdicts_on_the_plan_and_the_steps():
+    memory = [{"phase": "a", "planned": 100, "measured": 104}, {"phase": "b", "planned": 110, "measured": 100}]
+    case = Case("dpo", "x", {}, "", about={"cap_gib": 5.0}, found={"memory": memory, "learned": [(0.7, 1.0)]})
+    assert plan_verdict(case) == "Plan within 5%: missed in b (+10.0%)."
+    assert "MISSED, expected 2" in steps_verdict(case)
+
+
+def test_on_a_gpu_peaks_are_above_what_was_held_when_the_step_began(monkeypatch):
+    """A simulated allocator: 100 bytes are held, a phase takes 50 more, the next 30, the first one again 70."""
+    peaks = iter([150, 130, 170])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
+    watching = phases.PhaseTimer(torch.device("cuda"))
+    with watching.whole():
+        for name in "aba":
+            with watching.phase(name):
+                pass
+    assert phases.highest([watching]) == phases.Peaks(100, {"a": 70, "b": 30, WHOLE: 70})
+
+
+# --- rollouts
+
+
+def test_both_samplers_count_the_same_work(tmp_path):
+    """Every token of random weights ends with the same probability: both draw lengths of the same distribution."""
+    assert rollout.ended_length([5, 6, 2, 0, 0, 2], {2, 9}) == 3
+    case = replace(rollout.small(), prompts=96, batch_size=48, max_new_tokens=64)
+    task = rollout.random_task(case, tmp_path, torch.float32)
+    share = 1 / case.mean
+    expected, spread = 96 * (1 - (1 - share) ** 64) / share, 96**0.5 / share
+    torch.manual_seed(0)
+    for count in (rollout.ours(task), rollout.peer(task)):
+        assert abs(count - expected) < 4 * spread
+    assert rollout.error_of_ours(task) < 1e-4
+
+
+def test_a_step_reads_all_weights_but_other_rows_of_the_embeddings(tmp_path):
+    causal = rollout.random_task(rollout.tiny(rollout.small()), tmp_path, torch.float32).roles.causal_model()
+    whole = sum(parameter.numel() for parameter in causal.parameters())
+    embeddings = causal.get_input_embeddings().weight.numel()
+    assert rollout.weight_bytes(causal) == 4 * (whole - embeddings)
+    cache = 2 * 4 * TINY.layers * TINY.hidden // TINY.heads * TINY.key_heads
+    assert rollout.step_bytes(causal, 3, 10) == 4 * (whole - embeddings) + 3 * 10 * cache
+
+
+def test_wrong_log_probabilities_are_not_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rollout, "error_of_ours", lambda task: 0.1)
+    words = ["--smoke", "--case", "0.5B, bf16, 64 rows", "--output", str(tmp_path)]
+    assert cli.main(rollout.command, words) == 1
+    assert "off by 0.1 nat" in capsys.readouterr().err
+
+
+# --- the profile's arithmetic
+
+
+def test_a_phase_s_seconds_and_costs_by_hand():
+    # A CPU's profile of 4 s, of which 3 in operators, of a phase that takes 1 s twice without the profiler.
+    found = Digest({"aten::mm": Operator(2, 3, 10e9), "aten::cat": Operator(1, 1)}, 10e9, seconds=4.0)
+    phase = Phase("train", 2.0, 12 * 10**9, 1.0, found)
+    seconds = profile_ppo.by_kind(phase, "cpu")
+    assert sum(seconds.values()) == pytest.approx(2.0)
+    assert seconds["products"] == pytest.approx(1.0)
+    costs = {cost["what"]: cost["seconds"] for cost in profile_ppo.costs_of(phase, "cpu", rate=40e9)}
+    assert costs["products beyond the count: what is recomputed, or run on padding"] == pytest.approx(8 / 40)
+    assert costs["products slower than bare ones, or than the reading of weights"] == pytest.approx(1.0 - 20 / 40)
+
+
+# --- the commands, at tiny sizes
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "rows", "heads"),
+    [
+        (train_step, ["--smoke", "--case", "1.5B, bf16"], [OURS, UNSHARED, TRL], "tokens/s | of limit | peak, MiB"),
+        (rollout.command, ["--smoke", "--case", "0.5B, bf16, 64 rows"], [OURS, rollout.PEER], "ms a step"),
+        (profile_ppo.command, ["--smoke", "--case", "1.5B, bf16"], [*phases.PHASES, WHOLE], "busy"),
+        (sharing.command, ["--quick", "--shape", "4/6", "--tokens", "60"], [sharing.SHARED, sharing.APART], "tokens/s"),
+    ],
+)
+def test_a_command_runs_dry_and_its_table_has_the_columns(command, words, rows, heads, tmp_path, monkeypatch):
+    monkeypatch.setattr(profile_ppo, "LONGEST", 4)  # as long answers are: in a window
+    assert cli.main(command, [*words, "--out", str(tmp_path)]) == 0
+    [path] = tmp_path.glob("*.json")
+    report = records.load(path)
+    assert report.complete
+    assert report.quick
+    assert [row.name for row in report.cases[0].rows][: len(rows)] == rows
+    assert all(row.seconds or row.reason for case in report.cases for row in case.rows)
+    page = path.with_suffix(".md").read_text()
+    assert heads in page
+    assert "QUICK RUN" in page
+
+
+def test_no_case_begins_after_the_minutes_and_unknown_cases_are_one_line(tmp_path, capsys):
+    assert cli.main(train_step, ["--smoke", "--minutes", "0", "--out", str(tmp_path)]) == 0
+    assert "not begun" in capsys.readouterr().out
+    for command in (train_step, rollout.command, profile_ppo.command):
+        assert cli.main(command, ["--case", "9B"]) == 2
+        error = capsys.readouterr().err
+        assert "--case '9B'" in error
+        assert error.count("\n") == 1
