@@ -149,7 +149,7 @@ POLICY: dict[str, dict[str, Any]] = {
 
 def tokens() -> Iterator[Configuration]:
     """PPO's policy and value losses of tokens, the sums of their programs, and their gradients."""
-    from onecard_kernels.ppo import launches
+    from onecard_kernels.ppo import triton as launches
 
     def gradient(of: launches.Terms, dtype: torch.dtype, normalizer: float | Tensor | None) -> None:
         done = launches.finish(of.sums, normalizer)
@@ -205,8 +205,7 @@ def advantages() -> Iterator[Configuration]:
 def exponentials() -> Iterator[Configuration]:
     """The pass over a tile of products with the head, as the linear path uses it."""
     from onecard_kernels.logprob import triton_exp
-    from onecard_kernels.logprob.online import Wanted
-    from onecard_kernels.logprob.state import SLOTS
+    from onecard_kernels.logprob.online_softmax import SLOTS, TileOutputs
 
     def run(n: int, v: int, use: str, kind: str, _: Capability) -> None:
         dtype, with_spread, wanted = uses[use]
@@ -218,13 +217,13 @@ def exponentials() -> Iterator[Configuration]:
         triton_exp.exp_tile(z, out, spread, meta(n, dtype=torch.int64), 0, state, HEADS[kind](v), wanted)
 
     uses = {
-        "frozen bf16, entropy": (BF16, True, Wanted(moment=True, direction=True)),
-        "frozen bf16": (BF16, False, Wanted(direction=True)),
-        "frozen fp16": (FP16, False, Wanted(direction=True)),
-        "trained, entropy": (None, True, Wanted(moment=True, direction=True)),
-        "trained": (None, False, Wanted(direction=True)),
-        "forward, entropy": (None, False, Wanted(moment=True, square=True)),
-        "forward": (None, False, Wanted()),
+        "frozen bf16, entropy": (BF16, True, TileOutputs(moment=True, direction=True)),
+        "frozen bf16": (BF16, False, TileOutputs(direction=True)),
+        "frozen fp16": (FP16, False, TileOutputs(direction=True)),
+        "trained, entropy": (None, True, TileOutputs(moment=True, direction=True)),
+        "trained": (None, False, TileOutputs(direction=True)),
+        "forward, entropy": (None, False, TileOutputs(moment=True, square=True)),
+        "forward": (None, False, TileOutputs()),
     }
     shapes = (*((CHUNK, v) for v in VOCABULARIES), TILE, (TILE[0], ODD % TILE[1]))
     for kind, use, shape in product(HEADS, uses, shapes):

@@ -36,7 +36,7 @@ from benchmarks import cli, records
 from benchmarks.ahead import name_of
 from benchmarks.cli import Refused
 from benchmarks.records import Case, Recorder
-from onecard_kernels import gae, logits_ppo_loss, ppo_loss, selective_log_softmax, value_loss
+from onecard_kernels import gae, linear_logprobs, logits_ppo_loss, ppo_loss, selective_log_softmax, value_loss
 from onecard_kernels.launch import launch, recording, why_not
 from onecard_kernels.records import Head
 
@@ -180,15 +180,15 @@ def head_of(inputs: Inputs, v: int, kind: str) -> Head:
 
 def exponentials(device: torch.device, backend: str, *, dtype: torch.dtype | None, kind: str, spread: bool) -> Outputs:
     """Two tiles of one row of products, in views that are wider; `dtype` None: in place."""
-    from onecard_kernels.logprob import online, triton_exp
-    from onecard_kernels.logprob.online import Wanted
-    from onecard_kernels.logprob.state import SLOPE
+    from onecard_kernels.logprob import online_softmax as online
+    from onecard_kernels.logprob import triton_exp
+    from onecard_kernels.logprob.online_softmax import SLOPE, TileOutputs
 
     function = triton_exp.exp_tile if backend == "triton" else online.exp_tile
     inputs, rows, first = Inputs(device), 5, FEW
     z, head = inputs.normal(rows, V + 4, std=4.0), head_of(inputs, V, kind)
     y = torch.tensor([0, first - 1, first, V - 1, 1 + 7 * 50]).to(device)
-    state, wanted, outs = online.new_state(rows, z), Wanted(moment=True, square=True, direction=True), []
+    state, wanted, outs = online.new_state(rows, z), TileOutputs(moment=True, square=True, direction=True), []
     state[SLOPE] = 1.0
     for part in (slice(0, first), slice(first, V)):
         tile = z[:, part]
@@ -209,7 +209,7 @@ def exponentials(device: torch.device, backend: str, *, dtype: torch.dtype | Non
 
 
 def divergence(device: torch.device, backend: str, *, out: torch.dtype | None, kind: str) -> Outputs:
-    from onecard_kernels.kl import passes
+    from onecard_kernels.kl import torch_kl as passes
     from onecard_kernels.kl import triton as fused
 
     inputs, rows = Inputs(device), 5
@@ -223,7 +223,7 @@ def divergence(device: torch.device, backend: str, *, out: torch.dtype | None, k
 
 def tiles(device: torch.device, backend: str, *, dtype: torch.dtype, kind: str, splits: int | None) -> Outputs:
     """More rows than a tile has; hidden states and head in views of any strides."""
-    from onecard_kernels.logprob import reference, triton_tiled
+    from onecard_kernels.logprob import triton_tiled
 
     inputs, rows, d, v = Inputs(device), 131, 70, FEW
     hidden, weight = inputs.normal(rows, d + 3, dtype=dtype)[:, 1:-2], inputs.normal(d, v, dtype=dtype, std=0.5).T
@@ -232,7 +232,7 @@ def tiles(device: torch.device, backend: str, *, dtype: torch.dtype, kind: str, 
         parts = {name: getattr(head, name) for name in ("temperature", "logit_scale", "softcap", "forbidden")}
         parts["bias"] = None if head.bias is None else head.bias.double()
         options: dict[str, Any] = {"return_entropy": True, "return_log_sum_sq_probs": True}
-        found = tuple(reference.linear_logprobs(hidden.double(), weight.double(), targets, **parts, **options))
+        found = tuple(linear_logprobs(hidden.double(), weight.double(), targets, **parts, **options, backend=backend))
     else:
         found = triton_tiled.tiled_statistics(hidden, weight, targets, head, entropy=True, sum_sq=True, splits=splits)
     return {name: x for name, x in zip(("logprobs", "entropy", "squares"), found, strict=True) if x is not None}

@@ -52,7 +52,7 @@ def library(module: str) -> Any:
 
 def plan(**always: Any) -> Apply:
     """The plan of the linear path. `always` holds for the default too."""
-    return lambda values: library("logprob.plans").override(**{**always, **values})
+    return lambda values: library("logprob.tuning").override(**{**always, **values})
 
 
 def constants(module: str, **always: Any) -> Apply:
@@ -89,7 +89,7 @@ def tile(values: Values) -> Iterator[None]:
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """On CPU tensors, what a GPU would run: its plans, and Triton's kernels where their interpreter is on."""
-    preference, table = library("dispatch").PREFERENCE, library("logprob.plans").TABLE
+    preference, table = library("dispatch").PREFERENCE, library("logprob.tuning").TABLE
     with (
         mock.patch.dict(preference, cpu=preference["cuda"]),
         mock.patch.dict(table, cpu=table["cuda"]),
@@ -152,14 +152,14 @@ def chunk_rows(name: str, benchmark: Benchmark, mode: str, cuda: tuple[Shape, ..
     settings = {CUDA: grid(rows=(256, 512, 1024, 1536, 2048, 4096)), CPU: grid(rows=(64, 128, 256, 512, 1024))}
     shapes = {CUDA: cuda, DRY: TINY, **({CPU: ON_CPU} if on_cpu else {})}
     apply = plan(implementation="chunked")
-    return Knob(name, benchmark, mode, apply, "logprob.plans: rows of a chunk", settings, shapes, workspace=FAST)
+    return Knob(name, benchmark, mode, apply, "logprob.tuning: rows of a chunk", settings, shapes, workspace=FAST)
 
 
 def implementation(mode: str, cuda: tuple[Shape, ...]) -> Knob:
     names = ("low_memory", "tiled") if mode == FORWARD else ("low_memory",)
     settings = {CUDA: grid(implementation=names), CPU: grid(implementation=("chunked",))}
     shapes = {CUDA: cuda, CPU: ON_CPU, DRY: TINY}
-    where = "logprob.plans: the default implementation, of all modes"
+    where = "logprob.tuning: the default implementation, of all modes"
     return Knob(f"implementation-{mode}", LOGPROBS, mode, plan(), where, settings, shapes)
 
 
@@ -185,11 +185,11 @@ KNOBS: dict[str, Knob] = {
     for knob in (
         chunk_rows("chunk-rows", LOGPROBS, FROZEN, FEW, on_cpu=True),
         implementation(FORWARD, FEW),
-        Knob("hopper-tile", LOGPROBS, FORWARD, tile, "logprob.cards: the tile of compute capability 9.0",
+        Knob("hopper-tile", LOGPROBS, FORWARD, tile, "logprob.tuning: the tile of compute capability 9.0",
              {CUDA: TILES}, {CUDA: ONE, DRY: TINY}),
         implementation(FROZEN, FEW),
         Knob("low-memory-tiles", LOGPROBS, FROZEN, plan(implementation="low_memory"),
-             "logprob.plans: rows and columns of a tile",
+             "logprob.tuning: rows and columns of a tile",
              {CUDA: grid(rows=(1024, 2048, 4096), columns=(2048, 4096, 8192)),
               CPU: grid(rows=(512, 1024, 2048), columns=(1024, 2048, 4096))},
              {CUDA: ONE, CPU: ON_CPU, DRY: TINY}, workspace=LOW),
@@ -208,13 +208,13 @@ KNOBS: dict[str, Knob] = {
                implementation="tiled"),
         blocks("gae", gae.BENCHMARK, gae.FORWARD, "advantages.triton", GAE_BLOCKS, ROWS[CUDA].usual, TINY_BATCH,
                replayed=True),
-        blocks("ppo-tokens", token_losses.PPO_LOSS, BOTH, "ppo.launches", TOKEN_BLOCKS, BATCH, TINY_BATCH,
+        blocks("ppo-tokens", token_losses.PPO_LOSS, BOTH, "ppo.triton", TOKEN_BLOCKS, BATCH, TINY_BATCH,
                replayed=True),
-        blocks("value-tokens", token_losses.VALUE_LOSS, BOTH, "ppo.launches", TOKEN_BLOCKS, BATCH, TINY_BATCH,
+        blocks("value-tokens", token_losses.VALUE_LOSS, BOTH, "ppo.triton", TOKEN_BLOCKS, BATCH, TINY_BATCH,
                replayed=True),
-        blocks("ppo-sums", token_losses.PPO_LOSS, token_losses.FORWARD, "ppo.launches", grid(columns=(64, 128)), BATCH,
+        blocks("ppo-sums", token_losses.PPO_LOSS, token_losses.FORWARD, "ppo.triton", grid(columns=(64, 128)), BATCH,
                TINY_BATCH, replayed=True),
-        Knob("cpu-blocks", LOGPROBS, FROZEN, constants("logprob.passes"), "logprob.passes",
+        Knob("cpu-blocks", LOGPROBS, FROZEN, constants("logprob.rows"), "logprob.rows",
              {CPU: grid(block_bytes=tuple(n << 20 for n in (1, 2, 4, 8, 16)))}, {CPU: ON_CPU[:1], DRY: TINY}),
     )
 }  # fmt: skip

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from onecard_kernels.logprob import cards, passes, plans
+from onecard_kernels.logprob import tuning
+from onecard_kernels.logprob.rows import BLOCK_BYTES
 from onecard_kernels.records import Head
 
 PHASES = ("forward", "held between", "backward")
@@ -84,11 +85,11 @@ def recompute(shape: Shape) -> Phases:
 
 def ours(implementation: str) -> Callable[[Shape], Phases]:
     def phases(shape: Shape) -> Phases:
-        with plans.override(implementation=implementation):
-            plan = plans.choose(shape.vocabulary, torch.float32, torch.device("cuda"))
-        rows = min(plan.rows, shape.tokens)
-        block = passes.BLOCK_BYTES // (HIGH * shape.hidden)
-        tile = rows * plans.columns_of(plan, shape.vocabulary, rows)
+        with tuning.override(implementation=implementation):
+            sizes = tuning.choose(shape.vocabulary, torch.float32, torch.device("cuda"))
+        rows = min(sizes.rows, shape.tokens)
+        block = BLOCK_BYTES // (HIGH * shape.hidden)
+        tile = rows * tuning.columns_of(sizes, shape.vocabulary, rows)
         forward = {
             TILE: HIGH * tile  # logits: the product's accumulators as they are
             + LOW * tile,  # e^(z - shift), the second product's operand
@@ -105,9 +106,9 @@ def ours(implementation: str) -> Callable[[Shape], Phases]:
 
 def tiled(shape: Shape) -> Phases:
     """Forward alone; logits stay on the chip. Of an H100's split of the vocabulary."""
-    config = cards.config_for((9, 0), torch.bfloat16, Head())
+    config = tuning.config_for((9, 0), torch.bfloat16, Head())
     tiles = -(-shape.vocabulary // config.columns)
-    splits = -(-tiles // cards.tiles_per_program(-(-shape.tokens // config.rows), tiles, config))
+    splits = -(-tiles // tuning.tiles_per_program(-(-shape.tokens // config.rows), tiles, config))
     sums = HIGH * shape.tokens * 2 * splits  # the largest logit and the sum, of each split
     sums += HIGH * shape.tokens  # the targets' logits
     return {SUMS: sums}, {}, {}
@@ -116,8 +117,8 @@ def tiled(shape: Shape) -> Phases:
 METHODS: dict[str, Callable[[Shape], Phases]] = {
     "eager PyTorch": eager,
     "recomputed\n(TRL 1.16)": recompute,
-    "onecard,\nchunked": ours(plans.CHUNKED),
-    "onecard,\nlow memory": ours(plans.LOW_MEMORY),
+    "onecard,\nchunked": ours(tuning.CHUNKED),
+    "onecard,\nlow memory": ours(tuning.LOW_MEMORY),
     "onecard, tiled\n(forward only)": tiled,
 }
 

@@ -1,8 +1,8 @@
-"""Errors that name the argument, what came and what was expected, raised before any work is done.
+"""Checks of arguments: errors that name the argument, its value and what was expected, before any work is done.
 
-Shapes, dtypes, devices and Python numbers are always checked. The *values* inside tensors are looked at on CPU, and
-on other devices only with ONECARD_CHECK=1: reading them there would wait for the device. Never under torch.compile,
-nor inside the transforms of torch.func, where there are none yet. Token ids are looked at by the operators (`ids`).
+Shapes, dtypes, devices and Python numbers are always checked. *Values* inside tensors are checked on CPU, and on other
+devices only with ONECARD_CHECK=1, because reading them would wait for the device. They are not checked under
+torch.compile or in transforms of torch.func, which have no values. Token ids are looked at by the operators (`ids`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def values_are_checked(device: torch.device) -> bool:
 
 
 def reverse_mode(function: str, **given: object) -> None:
-    """Of a function whose gradients come from operators of our own: torch.func cannot look into them."""
+    """Raise under torch.func and forward-mode AD: the operators that give the gradients have only a backward."""
     if torch.compiler.is_compiling():  # there the operators ask
         return
     if torch._C._are_functorch_transforms_active():
@@ -50,7 +50,7 @@ def reverse_mode(function: str, **given: object) -> None:
 
 
 def constants(function: str, **given: object) -> None:
-    """Of what a function detaches: a tangent of forward-mode AD would be lost without a word."""
+    """Raise where an input that the function detaches has a tangent, which would be lost silently."""
     name = None if torch.compiler.is_compiling() else _with_tangent(given)
     if name is not None:
         raise NotImplementedError(
@@ -68,7 +68,7 @@ def _with_tangent(given: dict[str, object]) -> str | None:
 
 
 def plain(value: Any) -> Any:
-    """A NumPy scalar, or a 0-d CPU tensor without a gradient, as a Python number; anything else as it is."""
+    """A NumPy scalar or 0-d CPU tensor without a gradient as a Python number; anything else unchanged."""
     if type(value) in (int, float) or getattr(value, "shape", None) != ():
         return value
     if isinstance(value, Tensor) and (value.requires_grad or not value.is_cpu):
@@ -94,7 +94,7 @@ def tensor(name: str, value: object) -> None:
 
 
 def _gathering(name: str) -> str:
-    """How a DTensor becomes a tensor, with the right gradient for who shards it: FSDP averages over ranks."""
+    """How to convert a DTensor so that its gradient is right: FSDP averages gradients over ranks."""
     if name not in ("weight", "bias", "ref_weight", "ref_bias"):
         return f"pass {name}.to_local(), or {name}.full_tensor() where each rank computes the loss of the whole batch"
     return (
@@ -166,7 +166,7 @@ def one_of(name: str, value: object, known: Iterable[str]) -> None:
 
 
 def no_nan(name: str, value: Tensor, valid: Tensor | None = None) -> None:
-    """No NaN, or none where `valid` is 1."""
+    """Raise on NaN, or on NaN where `valid` is 1."""
     if not values_are_checked(value.device) or not bool(value.detach().sum().isnan()):
         return  # a NaN anywhere makes the sum one; so does inf - inf, which the closer look lets pass
     found = value.isnan() if valid is None else value.isnan() & valid.bool()
@@ -176,14 +176,14 @@ def no_nan(name: str, value: Tensor, valid: Tensor | None = None) -> None:
 
 
 def alike(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
-    """A floating point tensor of another one's shape, on its device."""
+    """Check for a floating point tensor of `like`'s shape, on its device."""
     floating(name, value)
     shape(name, value, like.shape, f"the shape of {like_name}")
     device(name, value, like_name, like)
 
 
 def normalizer(value: float | Tensor | None) -> float | Tensor | None:
-    """As it is, but for a number of NumPy's, which becomes one of Python's."""
+    """Check the normalizer; a NumPy number becomes a Python number."""
     if isinstance(value, Tensor):
         tensor("normalizer", value)
         shape("normalizer", value, (), "a number or a 0-d tensor")
@@ -211,20 +211,23 @@ def mask(value: Tensor | None, like_name: str, like: Tensor) -> None:
 
 
 def ids(y: Tensor, vocabulary: int, valid: Tensor | None = None) -> None:
-    """The targets that count are token ids in [0, vocabulary); anything may stand where the mask is 0, and only there.
+    """Raise where a valid target is no token id in [0, vocabulary); where the mask is 0 it may be anything.
 
-    A -100 that no mask covers is an error, not a token to skip: the caller divides by the number of tokens, and would
-    count it. The operators ask, so that it is the same under torch.compile; on CUDA a device assert does not wait.
+    An unmasked -100 is an error, not a token to skip: the caller, who divides by the number of tokens, would count it.
+    The operators call this, so it also holds under torch.compile. On CUDA it is a device assert, which does not wait.
     """
+    checked = values_are_checked(y.device)
+    if not checked and y.device.type != "cuda":
+        return
     outside = (y < 0) | (y >= vocabulary)
     if valid is not None:
         outside &= valid.bool()
-    if values_are_checked(y.device):
+    if checked:
         if bool(outside.any()):
             raise ValueError(
                 f"targets holds {y[outside][0].item()}, expected ids from 0 to {vocabulary - 1} wherever mask is 1"
             )
-    elif y.device.type == "cuda":
+    else:
         torch._assert_async(~outside.any(), f"targets holds ids outside of 0 to {vocabulary - 1} where mask is 1")
 
 
@@ -261,7 +264,7 @@ def head(value: Head, vocabulary: int, like: Tensor) -> None:
 
 
 def logits(value: Tensor, targets_: Tensor, temperature: float, mask_: Tensor | None) -> None:
-    """The arguments that every function from logits takes."""
+    """Check the arguments of all functions from logits."""
     floating("logits", value)
     integer("targets", targets_)
     if value.dim() < 1 or value.shape[-1] == 0:
@@ -273,7 +276,7 @@ def logits(value: Tensor, targets_: Tensor, temperature: float, mask_: Tensor | 
 
 
 def product(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> None:
-    """Hidden states and a head that fit together."""
+    """Check that hidden states and head fit together."""
     floating(hidden_name, hidden)
     floating(weight_name, weight)
     if hidden.dim() < 1:
@@ -294,7 +297,7 @@ def product(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) 
 
 
 def linear(hidden: Tensor, weight: Tensor, targets_: Tensor, head_: Head, mask_: Tensor | None) -> None:
-    """The arguments that every function from hidden states to log-probabilities takes."""
+    """Check the arguments of all functions from hidden states to log-probabilities."""
     product("hidden", hidden, "weight", weight)
     integer("targets", targets_)
     shape("targets", targets_, hidden.shape[:-1], "hidden's shape without its last dimension")
@@ -303,8 +306,15 @@ def linear(hidden: Tensor, weight: Tensor, targets_: Tensor, head_: Head, mask_:
     mask(mask_, "targets", targets_)
 
 
+def chunk_tokens(value: int | None) -> int | None:
+    number: int | None = plain(value)
+    if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+        raise ValueError(f"chunk_tokens is {value!r}, expected a whole number of 1 or more, or None")
+    return number
+
+
 def still_there(weight: Tensor) -> None:
-    """In a backward: ZeRO-3 empties a weight after the forward unless it is told not to."""
+    """Raise in a backward whose weight is gone: ZeRO-3 empties it after the forward."""
     if weight.dim() != 2:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)} in the backward, expected [V, D] as in the forward: ZeRO-3 has "

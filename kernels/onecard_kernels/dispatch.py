@@ -1,6 +1,6 @@
-"""Which implementation runs: `backend="auto" | "triton" | "torch"`.
+"""Choice of the implementation: `backend="auto" | "triton" | "torch"`.
 
-Entries are strings, imported when first asked for: a backend that is not used is not imported.
+Entries are strings that are imported on first use: a backend that is not used is not imported.
 """
 
 from __future__ import annotations
@@ -16,26 +16,35 @@ from . import launch
 BACKENDS = ("auto", "triton", "torch")
 
 TABLE: dict[str, dict[str, str]] = {
-    "gae": {"torch": "onecard_kernels.advantages.scan:gae", "triton": "onecard_kernels.advantages.triton:gae"},
-    "linear_logprobs": {  # its pass over a tile of logits
-        "torch": "onecard_kernels.logprob.online:exp_tile",
+    "gae": {"torch": "onecard_kernels.advantages.torch_gae:gae", "triton": "onecard_kernels.advantages.triton:gae"},
+    "linear_logprobs": {  # the pass over a tile of logits
+        "torch": "onecard_kernels.logprob.online_softmax:exp_tile",
         "triton": "onecard_kernels.logprob.triton_exp:exp_tile",
     },
-    "linear_kl": {  # its pass over two chunks of logits
-        "torch": "onecard_kernels.kl.passes:kl_pass_",
+    "linear_kl": {  # the pass over two chunks of logits
+        "torch": "onecard_kernels.kl.torch_kl:kl_pass_",
         "triton": "onecard_kernels.kl.triton:kl_pass_",
     },
     "logits_ppo_loss": {
-        "torch": "onecard_kernels.ppo.composed:logits_ppo_loss",
-        "triton": "onecard_kernels.ppo.fused_logits:logits_ppo_loss",
+        "torch": "onecard_kernels.ppo.torch_losses:logits_ppo_loss",
+        "triton": "onecard_kernels.ppo.triton_ops:logits_ppo_loss",
     },
-    "ppo_terms": {"torch": "onecard_kernels.ppo.terms:ppo_terms", "triton": "onecard_kernels.ppo.launches:ppo_terms"},
-    "ppo_loss": {"torch": "onecard_kernels.ppo.reference:ppo_loss", "triton": "onecard_kernels.ppo.ops:ppo_loss"},
+    "policy_sums": {  # of linear_ppo_loss
+        "torch": "onecard_kernels.ppo.torch_losses:policy_sums",
+        "triton": "onecard_kernels.ppo.triton:policy_sums",
+    },
+    "ppo_loss": {
+        "torch": "onecard_kernels.ppo.torch_losses:ppo_loss",
+        "triton": "onecard_kernels.ppo.triton_ops:ppo_loss",
+    },
     "selective_log_softmax": {
-        "torch": "onecard_kernels.logprob.selective:selective_log_softmax",
-        "triton": "onecard_kernels.logprob.selective:selective_log_softmax_triton",
+        "torch": "onecard_kernels.logprob.torch_rows:forward",
+        "triton": "onecard_kernels.logprob.triton_rows:forward",
     },
-    "value_loss": {"torch": "onecard_kernels.ppo.reference:value_loss", "triton": "onecard_kernels.ppo.ops:value_loss"},
+    "value_loss": {
+        "torch": "onecard_kernels.ppo.torch_losses:value_loss",
+        "triton": "onecard_kernels.ppo.triton_ops:value_loss",
+    },
 }
 
 # What "auto" tries, in this order, by device type; the first one that the function has is taken.
@@ -49,7 +58,7 @@ def implementation(function: str, backend: str, device: torch.device) -> Callabl
 
 
 def resolve(function: str, backend: str, device: torch.device) -> str:
-    """The backend that "auto" stands for, or a ValueError that says why this one cannot be had."""
+    """The name of the backend that runs. ValueError, with the reason, if the one that is asked for cannot."""
     available = TABLE[function]
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
@@ -74,9 +83,9 @@ def _load(address: str) -> Callable[..., Any]:
     return _LOADED[address]
 
 
-@launch.constant_in_graphs  # torch.compile cannot trace an import; this one it runs, and traces what came
+@launch.constant_in_graphs  # torch.compile cannot trace an import: it runs this one, and traces the result
 def _import(address: str) -> None:
-    """With all of its backend: the tracer reads _LOADED once, and sees no entry that comes later."""
+    """Import all entries of the address's backend: the tracer reads _LOADED once, and misses later entries."""
     if address in _LOADED:
         return
     backend = next(name for row in TABLE.values() for name, at in row.items() if at == address)

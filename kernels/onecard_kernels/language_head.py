@@ -1,9 +1,9 @@
 """The head of a causal language model, read from a Hugging Face model and compared with the model's own logits.
 
-Models make their logits in many ways, and the names in their configs do not tell which: Granite divides by
+Models compute their logits in different ways that the names in their configs do not tell: Granite divides by
 `logits_scaling`, HyperCLOVA X multiplies by it, MiniCPM divides the hidden states by it. So nothing is read from the
-config. The model runs on a few tokens with known numbers in the place of its head's output, and what it makes of these
-numbers is its transform. transformers and peft are not imported; their classes are recognized by name.
+config. The model runs on a few tokens with known numbers instead of its head's output, and its logits show the
+transform. transformers and peft are not imported; their classes are recognized by name.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .logprob.products import autocast_is_on
+from .logprob.matmul import autocast_is_on
 
 TOKENS = 12
 TINY, HUGE = 2.0**-40, 2.0**100  # tanh(x) is x at the first and 1 at the second
-# In the place of the head's output. 13 numbers and 12 tokens: each column sees all of them but one.
+# Replace the head's output. 13 numbers and 12 tokens: each column sees all of them but one.
 PROBES = (0.0, TINY, HUGE, 0.5, -0.5, 3.0, -3.0, 20.0, -20.0, 100.0, -100.0, -TINY, -HUGE)
 EXACT = 1e-5  # of a few operations in fp32, relative
 # Between the model's product with the head and ours, relative to the largest logit, by the dtype of the model's logits.
@@ -137,7 +137,7 @@ def check_head(model: Any, head: LanguageHead, *, trunk: Any = None) -> None:
 
 
 class _Seen:
-    """What a forward pass showed. Where it was probed, `hidden` and `head_output` are the numbers that were put in."""
+    """Results of a forward pass. With probing, `hidden` and `head_output` are the numbers that were put in."""
 
     hidden: Tensor  # the trunk's output
     head_input: Tensor
@@ -227,7 +227,7 @@ def _fit(model: Any, seen: _Seen) -> tuple[float, float | None]:
 
 
 def _fit_factor(model: Any, seen: _Seen) -> float:
-    """By what the model multiplies the trunk's hidden states on their way to the head."""
+    """The factor between the trunk's hidden states and the head's input."""
     given, powers = seen.head_input, seen.hidden.double()
     if given.shape != powers.shape:
         raise _unknown(model, f"its trunk gives {tuple(powers.shape)} and its head takes {tuple(given.shape)}")
@@ -247,7 +247,7 @@ def _head_of(model: Any, transform: LogitTransform) -> LanguageHead:
 
 
 def _weight_and_bias(model: Any, layer: Any) -> tuple[Tensor, Tensor | None]:
-    """Of the layer as it is now, with what PEFT has put around it."""
+    """Weight and bias of the layer, with PEFT's active adapters."""
     kind = type(layer).__name__
     if type(layer).__module__.startswith("peft."):
         if kind == "ModulesToSaveWrapper":
@@ -291,7 +291,7 @@ def _with_lora(model: Any, layer: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _check_lora(layer: Any, name: str) -> None:
-    """Of the LoRA layers of PEFT those whose output is that of a weight."""
+    """Raise where the adapter cannot be written as a change of the weight."""
     variant = getattr(layer, "lora_variant", {}).get(name)
     if variant is not None or getattr(layer, "use_dora", {}).get(name):
         kind = "DoRA" if variant is None else type(variant).__name__
@@ -306,7 +306,7 @@ def _check_lora(layer: Any, name: str) -> None:
 
 
 def _causal_model(model: Any) -> Any:
-    """Without what PEFT, DistributedDataParallel and torch.compile put around it."""
+    """Unwrap PEFT, DistributedDataParallel and torch.compile."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -338,7 +338,7 @@ def _tokens(model: Any) -> Tensor:
 
 
 def _probes(output: Tensor) -> Tensor:
-    """Every token and column another of PROBES, in fp64 whatever the head's dtype (fp32 on a device without it)."""
+    """PROBES in turn over tokens and columns, in fp64 (fp32 on a device without it)."""
     dtype = torch.float32 if output.device.type == "mps" else torch.float64
     values = torch.tensor(PROBES, dtype=dtype, device=output.device)
     count, columns = output.shape[:-1].numel(), output.shape[-1]
@@ -347,7 +347,7 @@ def _probes(output: Tensor) -> Tensor:
 
 
 def _powers_of_two(hidden: Tensor) -> Tensor:
-    """Numbers of hidden's shape that no dtype rounds, in fp64 (fp32 on a device without it)."""
+    """Powers of two of hidden's shape, which no dtype rounds, in fp64 (fp32 on a device without it)."""
     dtype = torch.float32 if hidden.device.type == "mps" else torch.float64
     places = torch.arange(hidden.numel(), device=hidden.device) % 7
     return (2.0 ** (places.to(dtype) - 3.0)).view(hidden.shape)
@@ -355,7 +355,7 @@ def _powers_of_two(hidden: Tensor) -> Tensor:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout inside, and every module in its own mode again afterwards."""
+    """Evaluation mode inside; every module is back in its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,7 +1,7 @@
-"""The one place that starts Triton kernels: it runs them, or writes down what would have been run.
+"""Launch of Triton kernels: `launch` runs a kernel, or records the launch inside `recording()`.
 
-Writing down is how kernels are compiled for cards that are not here: a launching function is called with tensors on
-the `meta` device at real sizes, and its launches, with their dtypes, block sizes and warps, are compiled ahead of time.
+Recording serves to compile kernels for GPUs that are not present: a launching function is called with tensors on the
+`meta` device at real sizes, and its launches, with their dtypes, block sizes and warps, are compiled ahead of time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _recorders: list[list[Launch]] = []
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Inside, kernels do not run; the list that is handed out has their launches."""
+    """Record launches in the list that is yielded, instead of running them."""
     launches: list[Launch] = []
     _recorders.append(launches)
     try:
@@ -44,7 +44,7 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def constant_in_graphs(function: F) -> F:
-    """torch.compile calls `function` and keeps its answer as a constant of the graph.
+    """Let torch.compile call `function` and keep its result as a constant of the graph.
 
     `torch.compiler.assume_constant_result` does the same, and imports the compiler (one to three seconds) to do it.
     """
@@ -54,7 +54,7 @@ def constant_in_graphs(function: F) -> F:
 
 @cache
 def _triton() -> Any:
-    """The module, or None: it does not exist for every platform, and the torch backend needs none."""
+    """The triton module, or None where it is not installed."""
     try:
         import triton
     except ImportError:
@@ -63,13 +63,13 @@ def _triton() -> Any:
 
 
 def interpreted() -> bool:
-    """Triton's interpreter runs the kernels on CPU tensors (TRITON_INTERPRET=1 before triton was imported)."""
+    """Whether Triton's interpreter runs the kernels, on CPU tensors (TRITON_INTERPRET=1 before triton was imported)."""
     return _triton() is not None and bool(_triton().knobs.runtime.interpret)
 
 
 @constant_in_graphs  # the tracer need not follow the imports
 def why_not(device: torch.device) -> str | None:
-    """Why kernels cannot run on tensors of this device, or None."""
+    """The reason why kernels cannot run on tensors of this device, or None."""
     if _triton() is None:
         return "triton is not installed"
     if device.type in ("cuda", "meta") or interpreted():

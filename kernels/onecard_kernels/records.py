@@ -1,4 +1,4 @@
-"""The records that cross the library's borders, the head's transform of logits, and the divisor of losses."""
+"""The records of the public functions, the head's transform of logits, and the dtype and divisor of results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Loss(NamedTuple):
 
 
 class Advantages(NamedTuple):
-    """`[B, T]` each, detached: what the policy is pushed by, and what the value function is fitted to."""
+    """`[B, T]` each, detached: the policy gradient's advantages, and the targets of the value function."""
 
     advantages: Tensor
     returns: Tensor
@@ -33,7 +33,7 @@ class Advantages(NamedTuple):
 
 @dataclass(frozen=True)
 class Head:
-    """What lies between the product `h @ W.T` and the softmax.
+    """The transform between the product `h @ W.T` and the softmax.
 
     z = (h @ W.T + bias) * logit_scale;  z = softcap * tanh(z / softcap);  z = z / temperature;  z[forbidden] = -inf
     """
@@ -85,8 +85,13 @@ class Head:
             z.masked_fill_(self.forbidden, float("-inf"))
 
 
+def result_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """fp64 if one of them is fp64, else fp32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
 def divisor_of(normalizer: float | Tensor | None, default: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """What a loss and its metrics are divided by."""
+    """The divisor of a loss and its metrics."""
     chosen = default if normalizer is None else normalizer
     # Between two 0-d tensors torch promotes: an fp64 count would turn an fp32 loss into fp64.
     return chosen.detach().to(dtype) if isinstance(chosen, Tensor) else chosen

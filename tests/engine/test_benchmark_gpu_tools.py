@@ -15,7 +15,7 @@ from benchmarks.records import OURS, Case, Row
 from benchmarks.tune import CUDA, DRY, KNOBS, Knob
 from onecard_kernels import launch
 from onecard_kernels.launch import recording
-from onecard_kernels.logprob import plans
+from onecard_kernels.logprob import tuning
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -28,7 +28,7 @@ from benchmarks.sanitize import CPU, GROUPS, PLANTED, READY, judged
 @pytest.mark.long
 @pytest.mark.skipif(launch.why_not(torch.device("cpu")) is not None, reason="triton does not run here")
 def test_every_knob_runs_dry_and_leaves_no_trace(tmp_path: Path) -> None:
-    before = dict(plans.TABLE)
+    before = dict(tuning.TABLE)
     assert cli.main(tune.command, ["--dry", "--out", str(tmp_path)]) == 0
     [path] = tmp_path.glob("*.json")
     report = records.load(path)
@@ -37,7 +37,7 @@ def test_every_knob_runs_dry_and_leaves_no_trace(tmp_path: Path) -> None:
         labels = [row.name for row in case.rows if row.role == "ours"]
         assert labels == [OURS, *map(tune.label, tune.settings_of(KNOBS[case.what], "cpu", dry=True))]
         assert all(row.seconds for row in case.rows)
-    assert dict(plans.TABLE) == before
+    assert dict(tuning.TABLE) == before
     assert "| knob | mode |" in path.with_suffix(".md").read_text()
 
 

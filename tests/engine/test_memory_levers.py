@@ -16,10 +16,10 @@ from benchmarks.render import updated
 from onecard.config import DPOConfig, TrainConfig
 from onecard.data.batches import TokenSequence, pack
 from onecard.models.build import load_roles
-from onecard.models.memory_options import head_chunks, in_head_chunks
+from onecard.models.memory_options import head_chunks
 from onecard.training.optim import make_optimizer
 from onecard_kernels import linear_logprobs
-from onecard_kernels.logprob import plans
+from onecard_kernels.logprob import tuning
 
 SEQUENCES, LENGTH, HIDDEN, LAYERS, VOCABULARY = 4, 128, 128, 4, 4096
 
@@ -99,7 +99,7 @@ def test_fewer_tokens_of_the_head_at_a_time_take_less_memory_for_the_same_result
     torch.manual_seed(0)
     hidden, weight = torch.randn(512, 64), torch.randn(20000, 64) / 8
     targets = torch.randint(20000, (512,))
-    for implementation in plans.IMPLEMENTATIONS[:2]:
+    for implementation in tuning.IMPLEMENTATIONS[:2]:
         monkeypatch.setenv("ONECARD_LINEAR", implementation)
         found = {}
         for rows in (512, 32):
@@ -118,30 +118,31 @@ def test_fewer_tokens_of_the_head_at_a_time_take_less_memory_for_the_same_result
         torch.testing.assert_close(found[32][1], found[512][1], rtol=1e-5, atol=1e-6)
 
 
-def test_a_whole_command_runs_in_the_chunks_of_its_config():
-    """Inside and only inside; 0 is the device's own choice; what else is given goes through."""
+def test_head_chunks_hold_inside_the_context_alone():
+    """0 is the device's own choice."""
 
-    @in_head_chunks
-    def command(config: TrainConfig, more: int, *, name: str) -> tuple[int, int, str]:
-        return plans.choose(32000, torch.float32, torch.device("cuda")).rows, more, name
+    def rows() -> int:
+        return tuning.choose(32000, torch.float32, torch.device("cuda")).rows
 
-    own = plans.choose(32000, torch.float32, torch.device("cuda")).rows
+    own = rows()
     assert own > 96
-    assert command(TrainConfig(head_chunk_tokens=96), 3, name="x") == (96, 3, "x")
-    assert command(TrainConfig(), 3, name="x") == (own, 3, "x")
-    assert command.__name__ == "command"
+    with head_chunks(96):
+        assert rows() == 96
+    with head_chunks(0):
+        assert rows() == own
 
 
 def test_every_linear_loss_of_a_run_is_cut_so(onecard, tiny_model, pairs, tmp_path, monkeypatch):
     """DPO with its reference, evaluations and a reference pass beforehand; PPO from its start to its evaluation."""
-    asked, choose = [], plans.choose
+    asked, choose = [], tuning.choose
 
     def spy(*args, **keywords):
         plan = choose(*args, **keywords)
         asked.append(plan.rows)
         return plan
 
-    monkeypatch.setattr("onecard_kernels.logprob.ops.choose", spy)
+    for module in ("logprob.linear", "ppo.linear"):
+        monkeypatch.setattr(f"onecard_kernels.{module}.choose", spy)
     commands = {
         "dpo": ["--precompute_ref_log_probs"],
         "ppo": ["--reward_funcs", "length", "--response_length", 6, "--num_mini_batches", 1],
@@ -161,7 +162,7 @@ def test_every_linear_loss_of_a_run_is_cut_so(onecard, tiny_model, pairs, tmp_pa
             for name in one:
                 if not name.startswith(("time/", "memory/")):
                     assert two[name] == pytest.approx(one[name], rel=2e-4, abs=2e-5), name
-    assert not plans._overrides
+    assert not tuning._overrides
 
 
 def test_nf4_with_double_quantization_is_a_quarter_of_bfloat16(llama):

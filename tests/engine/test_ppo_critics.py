@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from onecard.algorithms.ppo.experience import compute_model_outputs, make_experiences, shape_rewards
-from onecard.algorithms.ppo.losses import critic_loss, policy_loss, ppo_objective
+from onecard.algorithms.ppo.losses import critic_loss, ppo_losses, ppo_objective
 from onecard.config import PPOConfig, RewardConfig
 from onecard.data.batches import Episode, Experience, ExperienceBatch, TokenSequence, pack_experience
 from onecard.models.build import load_ppo_roles, load_roles
@@ -72,8 +73,11 @@ def part(roles: Roles, config: PPOConfig, record: ExperienceBatch, name: str) ->
     """One of the two losses from a forward of its own."""
     targets = record.sequences.targets
     count = len(targets.rows)
-    if name == "policy":
-        return policy_loss(roles, roles.hidden(record.sequences, targets.rows), targets, record, config, count).loss
+    if name == "policy":  # as if there were no critic
+        with mock.patch.dict(roles.adapters):
+            roles.adapters.pop("value", None)
+            [policy] = ppo_losses(roles, record, config, count)
+        return policy.loss
     with roles.active("value"):
         return critic_loss(roles.scalars(record.sequences, targets.rows), record, config, count).loss
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from onecard_kernels import launch
-from onecard_kernels.logprob import plans, reference
+from onecard_kernels.logprob import tuning
+from tests.kernels import oracle
 
 CARD = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CARD else "cpu")
@@ -52,7 +53,7 @@ SHAPES: list[Shape] = sized(
 SIZES = [(shape, dtype) for shape in SHAPES for dtype in DTYPES if dtype == "bf16" or shape in (SHAPES[0], SHAPES[-1])]
 over_sizes = pytest.mark.parametrize(("shape", "dtype"), SIZES, ids=str)
 
-IMPLEMENTATIONS = (plans.CHUNKED, plans.LOW_MEMORY)
+IMPLEMENTATIONS = (tuning.CHUNKED, tuning.LOW_MEMORY)
 over_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -83,7 +84,7 @@ def truth(
     head, values, grads = weight.detach().to(dtype), [], []
     for part in in_parts(hidden.shape[0]):
         leaf = hidden[part].detach().to(dtype).requires_grad_()
-        logp = reference.linear_logprobs(leaf, head, targets[part]).logprobs
+        logp = oracle.linear_logprobs(leaf, head, targets[part]).logprobs
         grads.append(torch.autograd.grad(logp, leaf, upstream[part].to(logp))[0])
         values.append(logp.detach())
     return torch.cat(values), torch.cat(grads)

@@ -7,13 +7,14 @@ import torch
 
 from benchmarks.measure import peak_bytes
 from onecard_kernels import linear_logprobs, selective_log_softmax
-from onecard_kernels.logprob import products, reference
+from onecard_kernels.logprob import matmul
 from tests.closeness import LOGPROB_BARS, assert_within, error
 from tests.gpu.card import BF16, DEVICE, DTYPES, FP32, LOW, Shape, inputs, normal, sized, truth
+from tests.kernels import oracle
 
 
 def chosen(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return reference.selective_log_softmax(logits, targets).logprobs
+    return oracle.selective_log_softmax(logits, targets).logprobs
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -21,11 +22,11 @@ def test_products_of_16_bits_come_out_in_fp32(dtype: str) -> None:
     """Log-probabilities within 1e-4 of fp64 of the same inputs; a product that rounds its result could not be."""
     n, d, v = sized((300, 4096, 128256), (20, 64, 300))
     hidden, weight, targets = inputs(n, d, v, LOW[dtype])
-    operand = products.operand_dtype(hidden.dtype, weight.dtype, FP32, DEVICE)
+    operand = matmul.operand_dtype(hidden.dtype, weight.dtype, FP32, DEVICE)
     assert operand == sized(LOW[dtype], FP32)
-    scratch = products.scratch_for(weight, operand, v)
+    scratch = matmul.scratch_for(weight, operand, v)
     logits = torch.full((n, v), float("nan"), device=DEVICE)
-    products.project(hidden.to(operand), weight, logits, scratch)
+    matmul.project(hidden.to(operand), weight, logits, scratch)
     exact = hidden.double() @ weight.double().T
     assert_within(logits, exact, 5e-4)  # of up to 25: tensor cores may cut off what they add, not round it
     right = chosen(exact, targets)
@@ -40,18 +41,18 @@ def test_the_backward_s_products_of_16_bits_come_out_in_fp32(dtype: str) -> None
     """Both, added to what is there: by hidden over all columns of the vocabulary, by the head over all tokens."""
     n, d, v = sized((300, 512, 128256), (20, 64, 300))
     hidden, weight, _ = inputs(n, d, v, LOW[dtype])
-    operand = products.operand_dtype(hidden.dtype, weight.dtype, FP32, DEVICE)
-    scratch = products.scratch_for(weight, operand, v)
+    operand = matmul.operand_dtype(hidden.dtype, weight.dtype, FP32, DEVICE)
+    scratch = matmul.scratch_for(weight, operand, v)
     slopes = normal(n, v).to(operand)
     exact = slopes.double() @ weight.double()
     bar = 2.0**-12 * float(exact.abs().max())  # of long sums on tensor cores, see above; bf16 rounds at 2^-9
-    first = products.back(slopes, weight, None, FP32, scratch)
+    first = matmul.back(slopes, weight, None, FP32, scratch)
     assert first.dtype == FP32
     assert_within(first, exact, bar)
-    assert_within(products.back(slopes, weight, first, FP32, scratch), 2 * exact, 2 * bar)
+    assert_within(matmul.back(slopes, weight, first, FP32, scratch), 2 * exact, 2 * bar)
     exact = slopes.double().T @ hidden.double()
     total = torch.ones(v, d, device=DEVICE)
-    products.outer(slopes, hidden.to(operand), total)
+    matmul.outer(slopes, hidden.to(operand), total)
     assert_within(total, exact + 1, 2.0**-16 * float(exact.abs().max()))
 
 
@@ -84,7 +85,7 @@ def test_selective_log_softmax_against_fp64(dtype: str) -> None:
     logits = (normal(n, v) * 4).to(DTYPES[dtype])
     targets = torch.randint(v, (n,), device=DEVICE)
     got = selective_log_softmax(logits, targets, return_entropy=True)
-    right = reference.selective_log_softmax(logits.double(), targets, return_entropy=True)
+    right = oracle.selective_log_softmax(logits.double(), targets, return_entropy=True)
     assert_within(got.logprobs, right.logprobs, 2e-5)
     assert got.entropy is not None
     assert right.entropy is not None

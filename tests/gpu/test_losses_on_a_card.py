@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from onecard_kernels import linear_dpo_loss
-from onecard_kernels.dpo.reference import dpo_loss
-from onecard_kernels.logprob import plans, reference
+from onecard_kernels.dpo.dpo import dpo_loss
+from onecard_kernels.logprob import tuning
 from tests.closeness import LOGPROB_BARS, assert_like_eager, assert_within
 from tests.gpu.card import DEVICE, DTYPES, IMPLEMENTATIONS, SHAPES, SIZES, Shape, inputs, needs_triton, over_paths
+from tests.kernels import oracle
 from tests.kernels.regression_material import LOSS_BAR, Case, H
 from tests.kernels.regression_running import compare
 
@@ -39,7 +40,7 @@ def test_values_and_gradients_at_real_sizes(case: Case, shape: Shape, dtype: str
     with torch.device(DEVICE):
         data = case.make((n,), d, v, mask=torch.arange(n) % 7 != 3)
     low = {name: x.to(DTYPES[dtype]) if name in OF_16_BITS else x for name, x in data.items()}
-    with plans.override(implementation=case.implementation):
+    with tuning.override(implementation=case.implementation):
         compare(case, low, torch.randn(n, device=DEVICE), bar=bar_of(case, dtype))
 
 
@@ -50,7 +51,7 @@ def bar_of(case: Case, dtype: str) -> float:
 def eager_dpo(hidden: torch.Tensor, weight: torch.Tensor, **batch: Any) -> torch.Tensor:
     """The loss by the reference's log-probabilities, sequence by sequence."""
     ids, ref, mask = batch["sequence_ids"], batch["ref_logps"], batch["sequence_ids"] >= 0
-    logps = reference.linear_logprobs(hidden, weight, batch["targets"], mask=mask).logprobs
+    logps = oracle.linear_logprobs(hidden, weight, batch["targets"], mask=mask).logprobs
     sums = torch.stack([logps[ids == place].sum() for place in range(4)])
     return dpo_loss(sums[:2], sums[2:], ref[:2].to(sums), ref[2:].to(sums), beta=0.1).loss
 
@@ -64,11 +65,11 @@ def test_dpo_at_real_sizes(shape: Shape, dtype: str, implementation: str, backen
     ids = torch.tensor([-1, 0, 0, -1, 2, 2, 1, -1, 3], device=DEVICE).repeat_interleave(-(-n // 9))[:n]
     ids[-1] = 3
     with torch.no_grad():
-        logps = reference.linear_logprobs(hidden.float(), weight.float(), targets).logprobs
+        logps = oracle.linear_logprobs(hidden.float(), weight.float(), targets).logprobs
     ref = torch.stack([logps[ids == place].sum() for place in range(4)]) + torch.tensor([3.0, -2, 4, 1], device=DEVICE)
     batch = {"targets": targets.masked_fill(ids < 0, -100), "sequence_ids": ids, "ref_logps": ref}
     leaf = hidden.requires_grad_()
-    with plans.override(implementation=implementation):
+    with tuning.override(implementation=implementation):
         first, second = (linear_dpo_loss(leaf, weight, **batch, beta=0.1, backend=backend).loss for _ in range(2))
     assert torch.equal(first, second)
     grad, again = (torch.autograd.grad(loss, leaf)[0] for loss in (first, second))

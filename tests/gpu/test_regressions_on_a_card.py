@@ -19,7 +19,7 @@ from onecard_kernels import (
     value_loss,
 )
 from onecard_kernels import selective_log_softmax as selective
-from onecard_kernels.logprob import plans, reference
+from onecard_kernels.logprob import tuning
 from tests.closeness import LOGPROB_BARS, assert_like_eager, assert_within
 from tests.gpu.card import (
     BF16,
@@ -39,6 +39,7 @@ from tests.gpu.card import (
     sized,
     truth,
 )
+from tests.kernels import oracle
 
 MANY = sized(65536 + 5, 11)  # rows, more than the second dimension of a grid holds
 FAR = sized((20000, 151936), (9, 131))  # more logits than an int32 counts, and in bf16 6 GB of them
@@ -54,7 +55,7 @@ def test_each_implementation_at_real_sizes(shape: Shape, dtype: str, implementat
     right, right_grad = truth(hidden, weight, targets, upstream, torch.float64)
     _, eager_grad = truth(hidden, weight, targets, upstream, DTYPES[dtype])
     leaf = hidden.requires_grad_()
-    with plans.override(implementation=implementation):
+    with tuning.override(implementation=implementation):
         got = linear_logprobs(leaf, weight, targets, backend=backend).logprobs
         grad = torch.autograd.grad(got, leaf, upstream)[0]
     assert_within(got, right, LOGPROB_BARS[DTYPES[dtype], 4])
@@ -66,10 +67,10 @@ def test_each_implementation_at_real_sizes(shape: Shape, dtype: str, implementat
 def test_the_tensor_cores_of_the_tiled_forward(shape: Shape, dtype: str) -> None:
     hidden, weight, targets = inputs(*shape, DTYPES[dtype])
     right, _ = truth(hidden, weight, targets, torch.ones(shape[0], device=DEVICE), torch.float64)
-    with plans.override(implementation="tiled"), torch.no_grad():
+    with tuning.override(implementation="tiled"), torch.no_grad():
         out = linear_logprobs(hidden, weight, targets, return_entropy=True, return_log_sum_sq_probs=True)
     assert_within(out.logprobs, right, LOGPROB_BARS[DTYPES[dtype], 4])
-    with plans.override(implementation="chunked"), torch.no_grad():
+    with tuning.override(implementation="chunked"), torch.no_grad():
         other = linear_logprobs(hidden, weight, targets, return_entropy=True, return_log_sum_sq_probs=True)
     for mine, others, bar in zip(out[1:], other[1:], (1e-4, 2e-4), strict=True):
         assert mine is not None
@@ -88,7 +89,7 @@ def test_confident_tokens_keep_the_true_class_gradient(dtype: str, backend: str)
     right, right_grad = truth(hidden, weight, targets, torch.full((n,), 1024.0, device=DEVICE), torch.float64)
     for implementation in ("chunked", "low_memory"):
         leaf = hidden.clone().requires_grad_()
-        with plans.override(implementation=implementation):
+        with tuning.override(implementation=implementation):
             got = linear_logprobs(leaf, weight, targets, backend=backend).logprobs
         grad = torch.autograd.grad(got.sum() * 1024.0, leaf)[0]
         assert_within(got / right, torch.ones_like(right), 2e-5)
@@ -104,11 +105,11 @@ def test_more_rows_than_a_grid_dimension_holds(backend: str) -> None:
     right, right_grad = truth(hidden, weight, targets, upstream, torch.float64)
     for implementation in ("chunked", "low_memory"):
         leaf = hidden.clone().requires_grad_()
-        with plans.override(implementation=implementation, rows=1 << 20, columns=40):
+        with tuning.override(implementation=implementation, rows=1 << 20, columns=40):
             got = linear_logprobs(leaf, weight, targets, backend=backend).logprobs
         assert_within(got, right, LOGPROB_BARS[FP32, 4])
         assert_within(torch.autograd.grad(got, leaf, upstream)[0], right_grad, 1e-4)
-    with plans.override(implementation="tiled"), torch.no_grad():
+    with tuning.override(implementation="tiled"), torch.no_grad():
         assert_within(linear_logprobs(hidden, weight, targets).logprobs, right, LOGPROB_BARS[FP32, 4])
     logits = (hidden @ weight.T).requires_grad_()
     got = selective(logits, targets, backend=backend).logprobs
@@ -133,7 +134,7 @@ def test_contiguous_logits_beyond_two_to_the_31(backend: str) -> None:
     ends = torch.tensor([0, 1, n - 2, n - 1], device=DEVICE)
     targets = torch.randint(v, (n,), device=DEVICE)
     small = logits[ends].double().requires_grad_()
-    right = reference.selective_log_softmax(small, targets[ends]).logprobs
+    right = oracle.selective_log_softmax(small, targets[ends]).logprobs
     right_grad = torch.autograd.grad(right.sum(), small)[0]
     leaf = logits.requires_grad_()
     got = selective(leaf, targets, inplace_backward=True, backend=backend).logprobs
@@ -150,7 +151,7 @@ def test_chunks_beyond_two_to_the_31(implementation: str, backend: str) -> None:
     ends = torch.tensor([0, 1, n - 2, n - 1], device=DEVICE)
     right, right_grad = truth(hidden[ends], weight, targets[ends], torch.ones(4, device=DEVICE), torch.float64)
     leaf = hidden.requires_grad_()
-    with plans.override(implementation=implementation, rows=n, columns=v - 7):
+    with tuning.override(implementation=implementation, rows=n, columns=v - 7):
         got = linear_logprobs(leaf, weight, targets, backend=backend).logprobs
     assert_within(got[ends], right, LOGPROB_BARS[BF16, 4])
     grad = torch.autograd.grad(got.sum(), leaf)[0]
@@ -185,7 +186,7 @@ def every_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
 @over_paths
 def test_two_runs_are_equal_to_the_last_bit(implementation: str, backend: str) -> None:
     hidden, weight, targets = inputs(*sized((513, 256, 50257), FEW), BF16)
-    with plans.override(implementation=implementation, **SMALL_TILES):
+    with tuning.override(implementation=implementation, **SMALL_TILES):
         first, second = (every_loss(hidden, weight, targets, backend) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(x.isfinite().all() for x in first)
@@ -204,7 +205,7 @@ def test_autocast_rounds_operands_alone(dtype: str, implementation: str, backend
         grads = torch.autograd.grad((out.logprobs + out.entropy).sum(), (leaf, head))
         return out.logprobs, out.entropy, *grads
 
-    with plans.override(implementation=implementation):
+    with tuning.override(implementation=implementation):
         cast = run(LOW[dtype])
         with torch.autocast(DEVICE.type, dtype=LOW[dtype]):
             inside = run(FP32)

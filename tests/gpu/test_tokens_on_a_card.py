@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from onecard_kernels import gae, ppo_loss, value_loss
-from onecard_kernels.advantages import reference as advantages
 from tests.closeness import assert_within, error
 from tests.gpu.card import DEVICE, needs_triton, normal, over_backends, sized
+from tests.kernels import oracle
 from tests.kernels.regression_material import Case
 from tests.kernels.regression_running import compare
 
@@ -46,8 +46,8 @@ def test_gae_against_fp64(shape: tuple[int, int], backend: str) -> None:
     options = {"gamma": 0.99, "lam": 0.95}
     got = gae(rewards, values, mask, last_values=last, **options, backend=backend)
     exact = [x.double().cpu() for x in (rewards, values)]
-    right = advantages.gae(*exact, mask.cpu(), last_values=last.double().cpu(), **options)
-    eager = advantages.gae(rewards.cpu(), values.cpu(), mask.cpu(), last_values=last.cpu(), **options)
+    right = oracle.gae(*exact, mask.cpu(), last_values=last.double().cpu(), **options)
+    eager = oracle.gae(rewards.cpu(), values.cpu(), mask.cpu(), last_values=last.cpu(), **options)
     for ours, plain, true in zip(got, eager, right, strict=True):
         assert_within(ours.cpu(), true, 2 * error(plain, true) + 2e-5)
         assert torch.equal(ours[~mask], torch.zeros_like(ours[~mask]))

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from onecard_kernels.logprob import plans
+from onecard_kernels.logprob import tuning
 
 NAN = float("nan")
 LEADING = st.lists(st.integers(0, 4), max_size=3).map(tuple)  # of tokens: 0-d to 3-d, none among them
@@ -72,8 +72,8 @@ def head_of(draw: Any, v: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def plan_of(draw: Any) -> Any:
-    return plans.override(
-        implementation=draw(st.sampled_from(plans.IMPLEMENTATIONS)),
+    return tuning.override(
+        implementation=draw(st.sampled_from(tuning.IMPLEMENTATIONS)),
         rows=draw(st.integers(1, 9)),
         columns=draw(st.integers(1, 40)),
     )

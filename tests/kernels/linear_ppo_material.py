@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from onecard_kernels import linear_logprobs, linear_ppo_loss, ppo_loss
-from onecard_kernels.logprob import plans, reference
+from onecard_kernels.logprob import tuning
+from tests.kernels import oracle
 
 N, D, V = 24, 8, 131
 NAN = float("nan")
@@ -22,8 +23,8 @@ HEAD: dict[str, Any] = {"temperature": 0.7, "softcap": 5.0, "forbidden": torch.a
 @contextmanager
 def tiles(implementation: str) -> Iterator[None]:
     """Several tiles with a remainder, each way, and several blocks of rows in each."""
-    with pytest.MonkeyPatch.context() as patch, plans.override(implementation=implementation, rows=7, columns=40):
-        patch.setattr("onecard_kernels.logprob.passes.BLOCK_BYTES", 3 * 40 * 4)
+    with pytest.MonkeyPatch.context() as patch, tuning.override(implementation=implementation, rows=7, columns=40):
+        patch.setattr("onecard_kernels.logprob.rows.BLOCK_BYTES", 3 * 40 * 4)
         yield
 
 
@@ -36,7 +37,7 @@ def batch(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     hidden, weight, bias = torch.randn(N, D), torch.randn(V, D) * 0.5, torch.randn(V) * 0.3
     targets = torch.randint(1, V, (N,)).masked_fill(~mask, -100)
     hidden, weight, bias = (x.to(dtype) for x in (hidden, weight, bias))
-    logp = reference.linear_logprobs(
+    logp = oracle.linear_logprobs(
         hidden.double(), weight.double(), targets, bias=bias.double(), mask=mask, **HEAD
     ).logprobs
     d = torch.tensor([-0.6, -0.05, 0.04, 0.09, 0.5, 1.2]).double()[torch.arange(N) % 6]
@@ -89,4 +90,4 @@ def to(dtype: torch.dtype, data: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def eager(data: dict[str, Any], **kw: Any) -> Any:
-    return composed(data, lp=reference.linear_logprobs, **kw)
+    return composed(data, lp=oracle.linear_logprobs, **kw)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 import onecard_kernels as library
-from onecard_kernels.logprob import plans, reference
-from onecard_kernels.logprob.cards import TileConfig
+from onecard_kernels.logprob import tuning
+from onecard_kernels.logprob.tuning import TileConfig
 from tests.closeness import LOGPROB_BARS
+from tests.kernels import oracle
 
 Tensors = dict[str, Tensor]
 D, V = 8, 37
@@ -54,7 +55,7 @@ class Case:
 
     @property
     def leaves(self) -> tuple[str, ...]:
-        return () if self.implementation == plans.TILED else self.function.leaves
+        return () if self.implementation == tuning.TILED else self.function.leaves
 
     @property
     def bar(self) -> float:
@@ -71,14 +72,14 @@ class Case:
     @contextmanager
     def tiles(self, rows: int = 3, columns: int = 20) -> Iterator[None]:
         """More than one tile each way, the last one smaller."""
-        if self.implementation == plans.TILED:
+        if self.implementation == tuning.TILED:
             tile = TileConfig(16, 1 << (columns - 1).bit_length(), 16, 4, 2, at_once=1, multiprocessors=2, group=2)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("onecard_kernels.logprob.triton_tiled.config_on", lambda *_: tile)
-                with plans.override(implementation=plans.TILED):
+                with tuning.override(implementation=tuning.TILED):
                     yield
         else:
-            with plans.override(implementation=self.implementation, rows=rows, columns=columns):
+            with tuning.override(implementation=self.implementation, rows=rows, columns=columns):
                 yield
 
     def call(self, **data: Any) -> Tensor:
@@ -123,12 +124,12 @@ def with_policy(data: Tensors, logp: Tensor) -> Tensors:
 
 def linear_policy_inputs(shape: tuple[int, ...], d: int, v: int) -> Tensors:
     data: dict[str, Any] = linear_inputs(shape, d, v)
-    return with_policy(data, reference.linear_logprobs(**data).logprobs)
+    return with_policy(data, oracle.linear_logprobs(**data).logprobs)
 
 
 def logits_policy_inputs(shape: tuple[int, ...], d: int, v: int) -> Tensors:
     data: dict[str, Any] = logit_inputs(shape, d, v)
-    return with_policy(data, reference.selective_log_softmax(**data).logprobs)
+    return with_policy(data, oracle.selective_log_softmax(**data).logprobs)
 
 
 def policy_inputs(shape: tuple[int, ...], d: int, v: int) -> Tensors:
@@ -201,7 +202,7 @@ def joined(out: Any) -> Tensor:
 
 def from_logits(entropy: bool) -> Callable[..., Tensor]:
     def equation(logits: Tensor, targets: Tensor, mask: Tensor, **policy: Tensor) -> Tensor:
-        out = reference.selective_log_softmax(logits, targets, mask=mask, entropy_requires_grad=True)
+        out = oracle.selective_log_softmax(logits, targets, mask=mask, entropy_requires_grad=True)
         return policy_equation(out.logprobs, out.entropy if entropy else None, mask, **policy)
 
     return equation
@@ -218,7 +219,7 @@ def from_hidden(entropy: bool) -> Callable[..., Tensor]:
         weights: Tensor,
         **head: Any,
     ) -> Tensor:
-        out = reference.linear_logprobs(hidden, weight, targets, mask=mask, entropy_requires_grad=True, **head)
+        out = oracle.linear_logprobs(hidden, weight, targets, mask=mask, entropy_requires_grad=True, **head)
         return policy_equation(out.logprobs, out.entropy if entropy else None, mask, old_logprobs, advantages, weights)
 
     return equation
@@ -229,14 +230,14 @@ FUNCTIONS: dict[str, Function] = {
     "linear_logprobs": Function(
         linear_inputs,
         lambda **x: library.linear_logprobs(**x).logprobs,
-        lambda **x: reference.linear_logprobs(**x).logprobs,
+        lambda **x: oracle.linear_logprobs(**x).logprobs,
         ("hidden",),
         True,
     ),
     "linear_logprobs" + H: Function(
         linear_inputs,
         lambda **x: joined(library.linear_logprobs(**x, entropy_requires_grad=True)),
-        lambda **x: joined(reference.linear_logprobs(**x, entropy_requires_grad=True)),
+        lambda **x: joined(oracle.linear_logprobs(**x, entropy_requires_grad=True)),
         ("hidden",),
         True,
     ),
@@ -254,14 +255,14 @@ FUNCTIONS: dict[str, Function] = {
     "selective_log_softmax": Function(
         logit_inputs,
         lambda **x: library.selective_log_softmax(**x).logprobs,
-        lambda **x: reference.selective_log_softmax(**x).logprobs,
+        lambda **x: oracle.selective_log_softmax(**x).logprobs,
         ("logits",),
         True,
     ),
     "selective_log_softmax" + H: Function(
         logit_inputs,
         lambda **x: joined(library.selective_log_softmax(**x, entropy_requires_grad=True)),
-        lambda **x: joined(reference.selective_log_softmax(**x, entropy_requires_grad=True)),
+        lambda **x: joined(oracle.selective_log_softmax(**x, entropy_requires_grad=True)),
         ("logits",),
         True,
     ),

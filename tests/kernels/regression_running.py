@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from onecard_kernels.logprob import plans
+from onecard_kernels.logprob import tuning
 from tests.closeness import assert_within, error, floor
 from tests.kernels.regression_material import EPS, FUNCTIONS, Case, H, Tensors
 
 BACKENDS = ("torch", "triton")
-TILED = [Case(name, "triton", plans.TILED) for name in ("linear_logprobs", "linear_logprobs" + H)]
+TILED = [Case(name, "triton", tuning.TILED) for name in ("linear_logprobs", "linear_logprobs" + H)]
 
 
 def cases(*beginnings: str, tiled: bool = False) -> list[Case]:
@@ -22,8 +22,8 @@ def cases(*beginnings: str, tiled: bool = False) -> list[Case]:
     found = []
     for name in (n for n in FUNCTIONS if n.startswith(beginnings)):
         if name.startswith(("linear_logprobs", "linear_ppo_loss")):
-            found += [Case(name, "torch", plans.CHUNKED), Case(name, "torch", plans.LOW_MEMORY)]
-            found += [Case(name, "triton", plans.LOW_MEMORY if name.endswith(H) else plans.CHUNKED)]
+            found += [Case(name, "torch", tuning.CHUNKED), Case(name, "torch", tuning.LOW_MEMORY)]
+            found += [Case(name, "triton", tuning.LOW_MEMORY if name.endswith(H) else tuning.CHUNKED)]
         else:
             found += [Case(name, backend) for backend in (BACKENDS if name != "dpo_loss" else ("torch",))]
     return found + [case for case in TILED if tiled and case.name.startswith(beginnings)]

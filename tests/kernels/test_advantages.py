@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from onecard_kernels import gae, group_advantages, masked_whiten, modules
-from onecard_kernels.advantages import reference, scan
+from onecard_kernels.advantages import torch_gae
 from tests.closeness import assert_like_eager
+from tests.kernels import oracle
 
 NAN = float("nan")
 
@@ -90,8 +91,8 @@ def assert_like_the_loop(b: int, t: int, density: float, dtype: torch.dtype, **o
     rewards, values = (torch.randn(b, t, dtype=dtype).masked_fill(~mask, NAN) for _ in range(2))
     last = torch.randn(b, dtype=dtype)
     wide = [x.double() for x in (rewards, values, last)]
-    truth = reference.gae(*wide[:2], mask, last_values=wide[2], **options)
-    eager = reference.gae(rewards, values, mask, last_values=last, **options)
+    truth = oracle.gae(*wide[:2], mask, last_values=wide[2], **options)
+    eager = oracle.gae(rewards, values, mask, last_values=last, **options)
     got = gae(rewards, values, mask, last_values=last, backend="torch", **options)
     for name in ("advantages", "returns"):
         assert_like_eager(getattr(got, name), getattr(eager, name), getattr(truth, name), name)
@@ -106,7 +107,7 @@ def test_gae_of_any_length(length: int) -> None:
 
 @pytest.mark.parametrize("window", [1, 2, 4, 16, 64])
 def test_gae_in_any_window(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan, "_window", lambda length: window)
+    monkeypatch.setattr(torch_gae, "_window", lambda length: window)
     assert_like_the_loop(3, 29, 0.6, torch.float64, gamma=0.99, lam=0.9)
 
 
@@ -119,7 +120,7 @@ def test_gae_of_long_rows_keeps_fp32_s_digits(gamma: float, lam: float) -> None:
 @pytest.mark.parametrize("length", [1, 2, 100, 1024, 4096, 100_000])
 def test_gae_takes_few_steps(length: int) -> None:
     """No more windows than positions in one."""
-    assert length <= scan._window(length) ** 2 < 8 * length
+    assert length <= torch_gae._window(length) ** 2 < 8 * length
 
 
 def test_gae_at_lam_one_and_zero() -> None:

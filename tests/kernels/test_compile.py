@@ -32,7 +32,7 @@ from onecard_kernels import (
     token_kl,
     value_loss,
 )
-from onecard_kernels.logprob import plans
+from onecard_kernels.logprob import tuning
 
 B, T, D, V = 4, 6, 4, 19
 EPS = torch.finfo(torch.float32).eps
@@ -44,7 +44,7 @@ Batch = dict[str, Tensor]
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     torch.compiler.reset()
-    with plans.override(rows=5):
+    with tuning.override(rows=5):
         yield
     torch.compiler.reset()
 

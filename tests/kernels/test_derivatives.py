@@ -19,14 +19,14 @@ from onecard_kernels import (
     selective_log_softmax,
     value_loss,
 )
-from onecard_kernels.logprob import plans
+from onecard_kernels.logprob import tuning
 from tests.kernels.backends import BACKENDS
 from tests.kernels.operator_material import MASK, TARGETS, D, N, V, head, leaf
 
 
 @pytest.fixture(autouse=True)
 def small_tiles() -> Iterator[None]:
-    with plans.override(rows=3, columns=4):
+    with tuning.override(rows=3, columns=4):
         yield
 
 
@@ -72,7 +72,7 @@ def test_gradcheck_of_linear_logprobs(implementation: str, train: bool, entropy:
         )
         return out[:2] if entropy else out[:1]
 
-    with plans.override(implementation=implementation, rows=3, columns=4 if implementation == "low_memory" else None):
+    with tuning.override(implementation=implementation, rows=3, columns=4 if implementation == "low_memory" else None):
         assert torch.autograd.gradcheck(run, (hidden, weight, bias))
 
 
@@ -99,7 +99,7 @@ def test_gradcheck_of_linear_ppo_loss(backend: str, train: bool, implementation:
             backend=backend,
         ).loss
 
-    with plans.override(implementation=implementation, rows=3, columns=4 if implementation == "low_memory" else None):
+    with tuning.override(implementation=implementation, rows=3, columns=4 if implementation == "low_memory" else None):
         assert gradcheck(run, (hidden, weight, bias), backend)
 
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from onecard_kernels import Loss, dpo_loss
-from onecard_kernels.dpo.divergences import DIVERGENCES
-from onecard_kernels.dpo.losses import ANY_DIVERGENCE, LOSSES, WHOLE_BATCH
+from onecard_kernels.dpo.losses import ANY_DIVERGENCE, DIVERGENCES, LOSSES, WHOLE_BATCH
 
 # What a loss needs before it can be called at all, or says nothing without.
 NEEDS: dict[str, dict[str, Any]] = {"exo_pair": {"label_smoothing": 0.1}}

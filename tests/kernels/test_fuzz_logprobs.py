@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from onecard_kernels import linear_kl, linear_logprobs, selective_log_softmax
-from onecard_kernels.logprob import reference
 from onecard_kernels.records import Head
 from tests.closeness import FLOOR_ULPS, assert_within, error
+from tests.kernels import oracle
 from tests.kernels.backends import BACKENDS
 from tests.kernels.fuzz_material import (
     DTYPES,
@@ -76,8 +76,8 @@ def test_linear_logprobs(backend: str) -> None:
             total = finite_sum(out.logprobs, by)
             return out, derive(total + out.entropy.sum() if entropy else total, leaves)
 
-        truth, true_grads = run(reference.linear_logprobs, torch.float64)
-        _, eager_grads = run(reference.linear_logprobs, None)
+        truth, true_grads = run(oracle.linear_logprobs, torch.float64)
+        _, eager_grads = run(oracle.linear_logprobs, None)
         with plan_of(draw):
             got, grads = run(linear_logprobs, None, backend=backend)
         largest = float((hidden.double() @ weight.double().T).abs().max()) if hidden.numel() else 0.0
@@ -123,8 +123,8 @@ def test_selective_log_softmax(backend: str) -> None:
             total = (out.logprobs * by.to(out.logprobs)).sum()
             return out, derive(total + out.entropy.sum() if kw["entropy_requires_grad"] else total, [leaf])
 
-        truth, true_grads = run(reference.selective_log_softmax, torch.float64)
-        _, eager_grads = run(reference.selective_log_softmax, dtype)
+        truth, true_grads = run(oracle.selective_log_softmax, torch.float64)
+        _, eager_grads = run(oracle.selective_log_softmax, dtype)
         got, grads = run(selective_log_softmax, dtype, backend=backend)
         eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
         largest = float(logits.detach().abs().max()) / kw["temperature"] if logits.numel() else 0.0

@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from onecard_kernels import dpo_loss, gae, linear_ppo_loss, ppo_loss, value_loss
-from onecard_kernels.advantages import reference as advantages
-from onecard_kernels.kl.reference import token_kl
-from onecard_kernels.logprob import reference
-from onecard_kernels.ppo import reference as formulas
+from onecard_kernels.kl.token_kl import token_kl
 from tests.closeness import assert_within
+from tests.kernels import oracle
 from tests.kernels.backends import BACKENDS
 from tests.kernels.fuzz_material import (
     DTYPES,
@@ -92,7 +90,7 @@ def test_linear_ppo_loss(backend: str) -> None:
         hidden, weight = layout(draw, torch.randn(*shape, d, dtype=dtype)), layout(draw, torch.randn(v, d, dtype=dtype))
         targets, mask, head = torch.randint(v, shape), mask_of(draw, shape), head_of(draw, v, dtype)
         mask = torch.ones(shape) if mask is None else mask
-        logp = reference.linear_logprobs(hidden, weight, targets, **head).logprobs
+        logp = oracle.linear_logprobs(hidden, weight, targets, **head).logprobs
         tokens, options = policy_of(draw, logp.masked_fill(logp.isinf(), -5.0), shape, mask)
         train = draw(st.booleans())
 
@@ -102,9 +100,9 @@ def test_linear_ppo_loss(backend: str) -> None:
             if not composed:
                 loss = linear_ppo_loss(*given_, mask=mask, **tokens, **options, **head, backend=backend)
             else:
-                policy = reference.linear_logprobs(*given_, mask=mask, **head, entropy_requires_grad=True)
+                policy = oracle.linear_logprobs(*given_, mask=mask, **head, entropy_requires_grad=True)
                 given_terms = records(mask=mask, entropy=policy.entropy, **full(options, tokens))
-                loss = formulas.ppo_loss(policy.logprobs, **given_terms)
+                loss = oracle.ppo_loss(policy.logprobs, **given_terms)
             return loss, derive(loss.loss, leaves)
 
         truth, true_grads = run(True)
@@ -136,7 +134,7 @@ def test_ppo_and_value_loss(backend: str) -> None:
         mine = derive(got.loss, leaves)
         twins = [x.detach().double().requires_grad_() for x in (logp, entropy)]
         kw = doubled(full(options, tokens))
-        truth = formulas.ppo_loss(twins[0], **records(mask=mask, entropy=twins[1], **kw))
+        truth = oracle.ppo_loss(twins[0], **records(mask=mask, entropy=twins[1], **kw))
         true = derive(truth.loss, twins[: len(leaves)])
         eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
         near(got, truth, 10.0, eps)  # e^d is wrong by |d| <= 20 half ulps
@@ -152,7 +150,7 @@ def test_ppo_and_value_loss(backend: str) -> None:
         junk = torch.where(mask.bool(), 0.0, NAN).to(dtype)
         fit = value_loss(values, old + junk, returns + junk, mask, **more, backend=backend)
         twin = values.detach().double().requires_grad_()
-        best = formulas.value_loss(twin, double(old + junk), double(returns + junk), mask, **doubled(more))
+        best = oracle.value_loss(twin, double(old + junk), double(returns + junk), mask, **doubled(more))
         near(fit, best, 1.0, eps)
         expected = derive(best.loss, [twin])[0]
         largest = float(expected.abs().max()) if values.numel() else 0.0
@@ -178,7 +176,7 @@ def test_gae(backend: str) -> None:
         last = draw(st.sampled_from([None, torch.randn(shape[0]).to(dtype)]))
         kw = {"gamma": draw(st.sampled_from([1.0, 0.9, 0.0])), "lam": draw(st.sampled_from([1.0, 0.95, 0.0]))}
         got = gae(rewards, values, mask, last_values=last, **kw, backend=backend)
-        truth = advantages.gae(rewards.double(), values.double(), mask, last_values=double(last), **kw)
+        truth = oracle.gae(rewards.double(), values.double(), mask, last_values=double(last), **kw)
         eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
         for mine, true in zip(got, truth, strict=True):
             # sums of up to 40 terms of a few units, each rounded once or twice

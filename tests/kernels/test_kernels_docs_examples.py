@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import onecard_kernels as k
-from onecard_kernels.logprob import plans
+from onecard_kernels.logprob import tuning
 from tests.closeness import assert_like_eager, error
 from tests.kernels.kernels_docs import EXAMPLES, PAGE, B, D, Leaves, Names, T, V, tokens
 
@@ -232,14 +232,14 @@ def test_token_local_sft() -> None:
 def test_override_changes_the_cut_and_not_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     names, _ = tokens(torch.float64)
     plain = k.linear_logprobs(names["hidden"], names["weight"], names["targets"]).logprobs
-    used: list[plans.Plan] = []
-    choose = plans.choose
+    used: list[tuning.TileSizes] = []
+    choose = tuning.choose
 
-    def watched(*args: Any, **options: Any) -> plans.Plan:
+    def watched(*args: Any, **options: Any) -> tuning.TileSizes:
         used.append(choose(*args, **options))
         return used[-1]
 
-    monkeypatch.setattr("onecard_kernels.logprob.ops.choose", watched)
+    monkeypatch.setattr("onecard_kernels.logprob.linear.choose", watched)
     exec(compile(EXAMPLES["override"], "docs/kernels.md", "exec"), names)
-    assert used == [plans.Plan("low_memory", 1024, 2048)]
+    assert used == [tuning.TileSizes("low_memory", 1024, 2048)]
     assert error(names["logprobs"], plain) < 1e-12

@@ -15,12 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onecard_kernels import launch
-from onecard_kernels.logprob import linear as raw
-from onecard_kernels.logprob import plans, products
-from onecard_kernels.logprob.ops import scale_directions
-from onecard_kernels.logprob.passes import Rows
-from onecard_kernels.logprob.tiles import Linear
-from onecard_kernels.records import Head
+from onecard_kernels.logprob import linear, matmul, tuning
 from tests.kernels.kernels_docs import ROOT
 
 PICTURE = ROOT / "docs" / "kernels-memory.png"
@@ -98,33 +93,33 @@ def assert_counts(counted: int, held: int, shape: Any, what: str) -> None:
     assert counted <= held <= counted + small, said
 
 
-@pytest.mark.parametrize("implementation", plans.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", tuning.IMPLEMENTATIONS)
 def test_figure_counts_what_the_code_allocates(
     implementation: str, memory: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The library itself at the figure's size, on tensors without data, with the dtypes that CUDA has."""
     pytest.importorskip("triton")
     shape = memory.Shape()
-    phases = memory.tiled(shape) if implementation == plans.TILED else memory.ours(implementation)(shape)
+    phases = memory.tiled(shape) if implementation == tuning.TILED else memory.ours(implementation)(shape)
     forward, between, backward = totals(phases)
-    monkeypatch.setattr(products, "operand_dtype", lambda hidden, weight, accumulated, device: hidden)
+    monkeypatch.setattr(matmul, "operand_dtype", lambda hidden, weight, accumulated, device: hidden)
     monkeypatch.setattr(launch, "_recorders", [Nowhere()])
     torch.utils.deterministic.fill_uninitialized_memory = False  # it makes tensors of its own
     hidden, weight, targets = inputs(shape)
-    with plans.override(implementation=implementation):
-        plan = plans.choose(shape.vocabulary, torch.float32, torch.device("cuda"))
-    linear = Linear(weight, Head(), hidden.dtype, plan, "triton")
-    directions = raw.Directions(implementation != plans.TILED, False)
+    with tuning.override(implementation=implementation):
+        sizes = tuning.choose(shape.vocabulary, torch.float32, torch.device("cuda"))
+    monkeypatch.setattr(linear, "choose", lambda *args, **options: sizes)
+    mode = linear.FORWARD if implementation == tuning.TILED else linear.FROZEN
     with Held(hidden, weight, targets) as held:
-        rows = Rows(targets.shape, None)
-        out = raw.forward(hidden, targets, rows, linear, entropy=False, sum_sq=False, directions=directions)
+        # The operator's body: called as an operator it would be a step without an inside.
+        given = (hidden, weight, targets, None, None, None, 1.0, 1.0, None, False, False, False, mode, "triton")
+        logprobs, _, _, direction, *_ = linear._forward._init_fn(*given)
         assert_counts(forward, held.peak_from_here(), shape, "forward")
         assert_counts(between, held.now, shape, "between")
-        if out.direction is None:
+        if mode == linear.FORWARD:
             return
-        row = torch.empty_like(out.logprobs)
-        # The operator's body: called as an operator it would be a step without an inside.
-        grad = scale_directions._init_fn(None, row.isfinite(), out.direction, row, row, None)
+        row = torch.empty_like(logprobs)
+        grad = linear.scale_directions._init_fn(None, row.isfinite(), direction, row, row, None)
         assert_counts(backward, held.peak_from_here(), shape, "backward")
         assert grad.shape == hidden.shape
 

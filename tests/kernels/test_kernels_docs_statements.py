@@ -15,12 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 import onecard_kernels as k
 from onecard_kernels.dpo.losses import LOSSES
-from onecard_kernels.logprob import plans
+from onecard_kernels.logprob import tuning
 from tests.kernels.kernels_docs import PAGE, ROOT, B, D, T, V, tokens
 
 
 def test_the_table_of_plans_is_the_code_s() -> None:
-    for device, c in plans.TABLE.items():
+    for device, c in tuning.TABLE.items():
         line = (
             f"| {device} | {c.default} | {c.row_bytes >> 20} MiB of logits, {c.least_rows} to {c.most_rows} rows "
             f"| {c.tile_rows} x {c.tile_columns} |"

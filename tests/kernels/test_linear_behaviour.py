@@ -12,8 +12,9 @@ from torch._library.custom_ops import CustomOpDef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onecard_kernels import linear_logprobs
-from onecard_kernels.logprob import ops, plans, reference
+from onecard_kernels.logprob import linear, tuning
 from tests.closeness import LOGPROB_BARS, assert_within
+from tests.kernels import oracle
 
 BAR = LOGPROB_BARS[torch.float32, 4]
 B, T, D, V = 3, 5, 8, 131  # 131: prime, so no block or tile divides it
@@ -22,8 +23,8 @@ B, T, D, V = 3, 5, 8, 131  # 131: prime, so no block or tile divides it
 @pytest.fixture(autouse=True, params=["chunked", "low_memory"])
 def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several tiles with a remainder, each way, and several blocks of rows in each."""
-    monkeypatch.setattr("onecard_kernels.logprob.passes.BLOCK_BYTES", 3 * 40 * 4)
-    with plans.override(implementation=request.param, rows=4, columns=40):
+    monkeypatch.setattr("onecard_kernels.logprob.rows.BLOCK_BYTES", 3 * 40 * 4)
+    with tuning.override(implementation=request.param, rows=4, columns=40):
         yield
 
 
@@ -51,7 +52,7 @@ def test_masks(pattern: str, train: bool) -> None:
     mask = MASKS[pattern]
     hidden, weight, targets = inputs(train)
     grad, valid = torch.randn(B, T), mask.bool()
-    truth = reference.linear_logprobs(hidden.double(), weight.double(), targets, mask=mask, entropy_requires_grad=True)
+    truth = oracle.linear_logprobs(hidden.double(), weight.double(), targets, mask=mask, entropy_requires_grad=True)
     leaves = (hidden, weight) if train else (hidden,)
     true_grads = torch.autograd.grad((truth.logprobs * grad + truth.entropy).sum(), leaves)
 
@@ -121,7 +122,7 @@ def test_second_backward_is_equal_and_outputs_may_be_used_twice(train: bool) -> 
     loss = (out * torch.randn(B, T)).sum() + out.square().sum()
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
     second = torch.autograd.grad(loss, leaves)
-    truth = reference.linear_logprobs(hidden, weight, targets).logprobs
+    truth = oracle.linear_logprobs(hidden, weight, targets).logprobs
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
     once = torch.autograd.grad(truth.square().sum(), leaves)
@@ -150,7 +151,7 @@ def test_tied_embedding_gets_both_gradients() -> None:
         assert tied.grad is not None
         return tied.grad
 
-    assert_within(grad(linear_logprobs, torch.float32), grad(reference.linear_logprobs, torch.float64), 1e-5)
+    assert_within(grad(linear_logprobs, torch.float32), grad(oracle.linear_logprobs, torch.float64), 1e-5)
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -187,7 +188,7 @@ def test_tile_size_does_not_matter(train: bool) -> None:
     results = []
     leaves = (hidden, weight) if train else (hidden,)
     for rows, columns in ((1, None), (2, None), (7, None), (1000, None), (3, 1), (1000, 17), (4, 64), (5, 1000)):
-        with plans.override(implementation="low_memory" if columns else "chunked", rows=rows, columns=columns):
+        with tuning.override(implementation="low_memory" if columns else "chunked", rows=rows, columns=columns):
             out = linear_logprobs(hidden, weight, targets, entropy_requires_grad=True)
             results.append((out.logprobs, *torch.autograd.grad((out.logprobs + out.entropy).sum(), leaves)))
     for other in results[1:]:
@@ -241,7 +242,7 @@ def test_entropy_without_gradient_is_detached() -> None:
         assert not linear_logprobs(hidden, weight, targets, entropy_requires_grad=True).logprobs.requires_grad
 
 
-OPERATORS = {op._qualname: op._init_fn for op in vars(ops).values() if isinstance(op, CustomOpDef)}
+OPERATORS = {op._qualname: op._init_fn for op in vars(linear).values() if isinstance(op, CustomOpDef)}
 
 
 class Watch(TorchDispatchMode):
@@ -270,7 +271,7 @@ def test_no_tensor_of_tokens_by_vocabulary(train: bool, dtype: torch.dtype) -> N
     hidden = torch.randn(2, n // 2, D, dtype=dtype, requires_grad=True)
     weight = torch.randn(v, D, dtype=dtype, requires_grad=train)
     mask = torch.ones(2, n // 2).index_fill_(1, torch.tensor([3, 5]), 0)
-    with plans.override(rows=8, columns=300), Watch() as watch:
+    with tuning.override(rows=8, columns=300), Watch() as watch:
         out = linear_logprobs(
             hidden, weight, torch.randint(v, (2, n // 2)), mask=mask, softcap=9.0, entropy_requires_grad=True
         )
@@ -282,7 +283,7 @@ def test_no_tensor_of_tokens_by_vocabulary(train: bool, dtype: torch.dtype) -> N
 def test_frozen_head_takes_two_products_and_no_gradient_one() -> None:
     """One chunk: logits and direction; the backward multiplies with no head at all."""
     hidden, weight, targets = inputs()
-    with plans.override(rows=1000, columns=1000):
+    with tuning.override(rows=1000, columns=1000):
         with Watch() as forward:
             out = linear_logprobs(hidden, weight, targets, return_entropy=True)
         with Watch() as backward:

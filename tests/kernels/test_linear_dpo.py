@@ -9,7 +9,7 @@ import torch
 
 from onecard_kernels import dpo_loss, linear_dpo_loss, modules, sequence_sums
 from onecard_kernels.dpo.losses import LOSSES
-from onecard_kernels.logprob import reference
+from tests.kernels import oracle
 
 B, T, D, V = 2, 6, 8, 131
 
@@ -31,7 +31,7 @@ def padded() -> dict[str, torch.Tensor]:
 
 def restated(hidden: torch.Tensor, weight: torch.Tensor, batch: dict[str, torch.Tensor], **kw: Any) -> torch.Tensor:
     """The same from the reference functions, one sequence at a time."""
-    logps = reference.linear_logprobs(hidden, weight, batch["targets"], mask=batch["sequence_ids"] >= 0).logprobs
+    logps = oracle.linear_logprobs(hidden, weight, batch["targets"], mask=batch["sequence_ids"] >= 0).logprobs
     sums = torch.stack([logps[batch["sequence_ids"] == i].sum() for i in range(2 * B)])
     counts = torch.stack([(batch["sequence_ids"] == i).sum() for i in range(2 * B)])
     ref = batch["ref_logps"]

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from onecard_kernels import launch, linear_kl, linear_logprobs, token_kl
 from onecard_kernels.kl import linear as source
-from onecard_kernels.logprob import plans
+from onecard_kernels.logprob import tuning
 from onecard_kernels.records import Head
 from tests.closeness import assert_like_eager, assert_within
 
@@ -25,8 +25,8 @@ BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not RUNS, r
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("onecard_kernels.logprob.passes.BLOCK_BYTES", 2 * V * 4)
-    with plans.override(rows=6):  # three tokens of policy and reference each
+    monkeypatch.setattr("onecard_kernels.logprob.rows.BLOCK_BYTES", 2 * V * 4)
+    with tuning.override(rows=6):  # three tokens of policy and reference each
         yield
 
 
@@ -268,7 +268,7 @@ class Watch(TorchDispatchMode):
 def test_a_shared_head_is_read_once_for_both_and_once_for_the_gradient() -> None:
     hidden, ref, weight = torch.randn(T, D), torch.randn(T, D), torch.randn(V, D)
     leaf = hidden.clone().requires_grad_()
-    with plans.override(rows=1000):
+    with tuning.override(rows=1000):
         with Watch() as value:
             linear_kl(hidden, ref, weight)
         with Watch() as training:
@@ -288,7 +288,7 @@ def test_no_tensor_of_tokens_by_vocabulary(dtype: torch.dtype) -> None:
     n, v = 96, 1031
     hidden = torch.randn(2, n // 2, D, dtype=dtype, requires_grad=True)
     ref, weight = torch.randn(2, n // 2, D, dtype=dtype), torch.randn(v, D, dtype=dtype)
-    with plans.override(rows=8), Watch() as watch:
+    with tuning.override(rows=8), Watch() as watch:
         linear_kl(hidden, ref, weight, softcap=9.0).sum().backward()
     assert watch.largest <= 8 * v
     assert len(watch.products) == 2 * n // 4
@@ -309,7 +309,7 @@ def test_layouts_and_chunks_change_nothing_but_rounding() -> None:
     plain, plain_grad = with_gradient(linear_kl, hidden, ref, weight, grad=grad)
     eps = torch.finfo(torch.float32).eps
     for rows in (1, 2, 5, 1000):
-        with plans.override(rows=rows):
+        with tuning.override(rows=rows):
             other, other_grad = with_gradient(linear_kl, hidden, ref, weight, grad=grad)
         assert_within(other, plain, 32 * eps * float(plain.max()))
         assert_within(other_grad, plain_grad, 32 * eps * float(plain_grad.abs().max()))

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from onecard_kernels import linear_logprobs
-from onecard_kernels.logprob import plans, reference
+from onecard_kernels.logprob import tuning
 from tests.closeness import LOGPROB_BARS, assert_like_eager, assert_within
+from tests.kernels import oracle
 
 # (tokens, D, V). Vocabulary sizes are odd, prime or one off a power of two, so that no tile, block or vector of the
 # code divides them; 4099 is above one upcast tile (4096) by 3; one token and one column are the degenerate ends; 70
@@ -72,8 +73,8 @@ def compare(shape: tuple[int, int, int], dtype: torch.dtype, kind: str, train: s
     hidden, weight, targets, grad = inputs(n, d, v, dtype, std)
     kw = {**head_options(v, dtype, kind), **kw}
     args = (targets, grad, train)
-    truth, true_grads = gradients(reference.linear_logprobs, hidden.double(), weight.double(), *args, **double(kw))
-    _, eager_grads = gradients(reference.linear_logprobs, hidden, weight, *args, **kw)
+    truth, true_grads = gradients(oracle.linear_logprobs, hidden.double(), weight.double(), *args, **double(kw))
+    _, eager_grads = gradients(oracle.linear_logprobs, hidden, weight, *args, **kw)
     got, grads = gradients(linear_logprobs, hidden, weight, *args, **kw)
     bar = LOGPROB_BARS[dtype, std] / kw.get("temperature", 1.0)
     assert got.logprobs.dtype == torch.float32
@@ -90,8 +91,8 @@ def compare(shape: tuple[int, int, int], dtype: torch.dtype, kind: str, train: s
 @pytest.fixture(autouse=True, params=["chunked", "low_memory"])
 def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several tiles with a remainder, each way, and several blocks of rows in each."""
-    monkeypatch.setattr("onecard_kernels.logprob.passes.BLOCK_BYTES", 5 * 1000 * 4)
-    with plans.override(implementation=request.param, rows=32, columns=1000):
+    monkeypatch.setattr("onecard_kernels.logprob.rows.BLOCK_BYTES", 5 * 1000 * 4)
+    with tuning.override(implementation=request.param, rows=32, columns=1000):
         yield
 
 
@@ -134,8 +135,8 @@ def test_confident_tokens_keep_their_gradient(margin: float, train: str) -> None
     hidden[torch.arange(v), torch.arange(v)] = -150.0 + margin
     targets, grad = torch.arange(v), torch.randn(v)
     args = (targets, grad, train)
-    truth, true_grads = gradients(reference.linear_logprobs, hidden.double(), weight.double(), *args)
-    _, eager_grads = gradients(reference.linear_logprobs, hidden, weight, *args)
+    truth, true_grads = gradients(oracle.linear_logprobs, hidden.double(), weight.double(), *args)
+    _, eager_grads = gradients(oracle.linear_logprobs, hidden, weight, *args)
     got, grads = gradients(linear_logprobs, hidden, weight, *args)
     # Relative to 1 - p itself: 1 - p is summed, never 1 minus something.
     assert float((got.logprobs / truth.logprobs - 1).detach().abs().max()) < 1e-5
@@ -152,8 +153,8 @@ def test_all_negative_logits_and_the_last_column(train: str) -> None:
     n, d, v = 9, 8, 131
     hidden, weight = torch.rand(n, d) + 0.5, -torch.rand(v, d) * 20 - 5
     args = (torch.full((n,), v - 1), torch.randn(n), train)
-    truth, true_grads = gradients(reference.linear_logprobs, hidden.double(), weight.double(), *args)
-    _, eager_grads = gradients(reference.linear_logprobs, hidden, weight, *args)
+    truth, true_grads = gradients(oracle.linear_logprobs, hidden.double(), weight.double(), *args)
+    _, eager_grads = gradients(oracle.linear_logprobs, hidden, weight, *args)
     got, grads = gradients(linear_logprobs, hidden, weight, *args)
     assert_within(got.logprobs, truth.logprobs, 1e-4)
     for name, true_grad in true_grads.items():
@@ -166,8 +167,8 @@ def test_mixed_dtypes_keep_each_its_own_gradient_dtype(h: str, w: str, train: st
     hidden, weight, targets, grad = inputs(17, 16, 127, torch.float64)
     hidden, weight = hidden.to(getattr(torch, h)), weight.to(getattr(torch, w))
     args = (targets, grad, train)
-    truth, true_grads = gradients(reference.linear_logprobs, hidden.double(), weight.double(), *args)
-    _, eager_grads = gradients(reference.linear_logprobs, hidden, weight, *args)
+    truth, true_grads = gradients(oracle.linear_logprobs, hidden.double(), weight.double(), *args)
+    _, eager_grads = gradients(oracle.linear_logprobs, hidden, weight, *args)
     got, grads = gradients(linear_logprobs, hidden, weight, *args)
     assert got.logprobs.dtype == (torch.float64 if w == "float64" else torch.float32)
     assert_within(got.logprobs, truth.logprobs, 2e-5)
@@ -185,10 +186,10 @@ def test_gradcheck(kind: str, train: str) -> None:
     bias = options.pop("bias", torch.zeros(11, dtype=torch.float64)).requires_grad_(train == "both")
     targets = torch.tensor([0, 1, 2, 8, 9, 10, 10])
     mask = torch.tensor([1, 1, 0, 1, 1, 1, 0])
-    for fn in (linear_logprobs, reference.linear_logprobs):
+    for fn in (linear_logprobs, oracle.linear_logprobs):
 
         def run(h: torch.Tensor, w: torch.Tensor, b: torch.Tensor, fn: Any = fn) -> tuple[torch.Tensor, torch.Tensor]:
             return fn(h, w, targets, bias=b, mask=mask, entropy_requires_grad=True, **options)[:2]
 
-        with plans.override(rows=3, columns=4):
+        with tuning.override(rows=3, columns=4):
             assert torch.autograd.gradcheck(run, (hidden, weight, bias))

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from onecard_kernels import dispatch, launch, linear_ppo_loss, logits_ppo_loss, modules
-from onecard_kernels.logprob import reference
 from tests.closeness import assert_like_eager, assert_within
+from tests.kernels import oracle
 
 B, T, D, V = 3, 5, 8, 131
 NAN = float("nan")
@@ -23,7 +23,7 @@ def batch(head: dict[str, Any]) -> dict[str, torch.Tensor]:
     mask = torch.tensor([[1, 1, 0, 1, 1], [0, 0, 0, 0, 0], [0, 1, 1, 1, 0]]).bool()
     hidden, weight = torch.randn(B, T, D) * 0.5, torch.randn(V, D) * 0.5
     targets = torch.randint(1, V, (B, T)).masked_fill(~mask, -100)
-    logp = reference.linear_logprobs(hidden.double(), weight.double(), targets, mask=mask, **head).logprobs
+    logp = oracle.linear_logprobs(hidden.double(), weight.double(), targets, mask=mask, **head).logprobs
     offsets = torch.tensor([-0.6, -0.05, 0.0, 0.1, 0.5, 1.2]).double()
     d = offsets[torch.arange(B * T).view(B, T) % 6]
     junk = torch.where(mask, 0.0, NAN)
@@ -44,7 +44,7 @@ def plain(
 ) -> torch.Tensor:
     """The equation as it stands, over the valid tokens taken out."""
     mask = data["mask"]
-    out = reference.linear_logprobs(hidden, weight, data["targets"], mask=mask, entropy_requires_grad=True, **head)
+    out = oracle.linear_logprobs(hidden, weight, data["targets"], mask=mask, entropy_requires_grad=True, **head)
     logp, entropy = out.logprobs[mask], out.entropy[mask]
     old, a, ref, w = (data[name][mask].to(logp) for name in ("old_logprobs", "advantages", "ref_logprobs", "weights"))
     ratio = torch.exp(logp - old)
@@ -178,16 +178,13 @@ def test_micro_batches_add_up() -> None:
 def test_the_entropy_s_gradient_is_paid_for_only_where_it_counts(
     kind: str, entropy_coef: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name, keyword = {
-        "linear": ("local.Workspace", "spread"),
-        "logits": ("composed.selective_log_softmax", "entropy_requires_grad"),
-    }[kind]
+    name = {"linear": "linear.HeadTiles", "logits": "torch_losses.ppo_loss"}[kind]
     module, attribute = name.split(".")
     original = getattr(importlib.import_module(f"onecard_kernels.ppo.{module}"), attribute)
     asked: list[bool] = []
 
     def spy(*args: Any, **kw: Any) -> Any:
-        asked.append(kw[keyword])
+        asked.append(kw["entropy_term"] if kind == "linear" else args[1].requires_grad)
         return original(*args, **kw)
 
     monkeypatch.setattr(f"onecard_kernels.ppo.{name}", spy)
@@ -204,8 +201,8 @@ def test_bad_tokens_are_refused_before_the_head_is_multiplied(monkeypatch: pytes
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("worked before it checked")
 
-    monkeypatch.setattr("onecard_kernels.ppo.local.sweep", never)
-    monkeypatch.setattr("onecard_kernels.ppo.composed.selective_log_softmax", never)
+    monkeypatch.setattr("onecard_kernels.ppo.linear.HeadTiles.sweep", never)
+    monkeypatch.setattr("onecard_kernels.logprob.torch_rows.forward", never)
     data = batch({})
     hidden, weight = data.pop("hidden"), data.pop("weight")
     for wrong in (

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from onecard_kernels import linear_logprobs, linear_ppo_loss, ppo_loss
-from onecard_kernels.logprob import plans
+from onecard_kernels.logprob import tuning
 from tests.closeness import assert_like_eager, assert_within
 from tests.kernels.backends import needs_triton
 from tests.kernels.linear_ppo_material import (
@@ -77,7 +77,7 @@ def test_triton_s_terms_in_the_same_sweep(small_tiles: str, train: tuple[str, ..
     data, kw = batch(), OPTIONS["all"]
     truth, true_grads = run(eager, to(torch.float64, data), train, **kw)
     _, eager_grads = run(eager, data, train, **kw)
-    with plans.override(implementation="chunked", rows=16):
+    with tuning.override(implementation="chunked", rows=16):
         got, grads = run(local, data, train, **kw, backend="triton")
     assert_within(got.loss, truth.loss, 1e-4)
     for key, value in truth.metrics.items():

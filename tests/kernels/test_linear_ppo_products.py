@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from onecard_kernels import linear_logprobs, linear_ppo_loss, ppo_loss
-from onecard_kernels.logprob import plans, products, reference
+from onecard_kernels.logprob import matmul, tuning
 from tests.closeness import assert_within
+from tests.kernels import oracle
 from tests.kernels.linear_ppo_material import EPS, HEAD, LEAVES, D, V, batch, chunked_alone, local, tiles
 
 
@@ -23,7 +24,7 @@ def small_tiles(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def spy_on(name: str, calls: list[tuple[str, int]]) -> Any:
-    original = getattr(products, name)
+    original = getattr(matmul, name)
 
     def spy(first: Tensor, *rest: Any) -> Any:
         calls.append((name, first.shape[0]))
@@ -38,7 +39,7 @@ def counted() -> Iterator[list[tuple[str, int]]]:
     calls: list[tuple[str, int]] = []
     with pytest.MonkeyPatch.context() as patch:
         for name in ("project", "back", "outer"):
-            patch.setattr(products, name, spy_on(name, calls))
+            patch.setattr(matmul, name, spy_on(name, calls))
         yield calls
 
 
@@ -61,7 +62,7 @@ def test_number_of_products(small_tiles: str, train: tuple[str, ...], names: lis
     for name in train:
         data[name].requires_grad_()
     valid = int(data["mask"].sum())
-    with plans.override(implementation="chunked", rows=1000):
+    with tuning.override(implementation="chunked", rows=1000):
         with counted() as forward:
             loss = local(data, entropy_coef=entropy_coef).loss
         assert [name for name, _ in forward] == names
@@ -79,7 +80,7 @@ def test_low_memory_adds_one_product_for_the_entropy() -> None:
     data = batch()
     data["hidden"].requires_grad_()
     for entropy_coef, names in ((0.0, ["project", "back"]), (0.3, ["project", "back", "back"])):
-        with plans.override(implementation="low_memory", rows=19, columns=66), counted() as calls:
+        with tuning.override(implementation="low_memory", rows=19, columns=66), counted() as calls:
             local(data, entropy_coef=entropy_coef)
         assert [name for name, _ in calls] == names * 2  # two tiles
 
@@ -119,8 +120,8 @@ def test_tokens_without_a_coefficient_skip_the_second_product(
 
     def go(worth: float) -> tuple[Tensor, list[int]]:
         leaf = data["hidden"].clone().requires_grad_()
-        with plans.override(implementation="chunked", rows=1000), pytest.MonkeyPatch.context() as patch:
-            patch.setattr("onecard_kernels.ppo.local.WORTH_SKIPPING", worth)
+        with tuning.override(implementation="chunked", rows=1000), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("onecard_kernels.ppo.linear.WORTH_SKIPPING", worth)
             with counted() as calls:
                 loss = linear_ppo_loss(**{**data, "hidden": leaf}, mask=ones, **kw).loss
         return torch.autograd.grad(loss, leaf)[0], [n for name, n in calls if name == "back"]
@@ -181,7 +182,7 @@ def test_moved_rows_over_several_chunks_and_blocks(small_tiles: str, entropy_coe
     data["weights"] = torch.where(torch.arange(40) % 3 == 0, 0.0, 1.0)  # idle for the entropy bonus too
     leaves = {**data, "hidden": data["hidden"].clone().requires_grad_()}
     got = torch.autograd.grad(linear_ppo_loss(**leaves, **HEAD, entropy_coef=entropy_coef).loss, leaves["hidden"])[0]
-    policy = reference.linear_logprobs(
+    policy = oracle.linear_logprobs(
         leaves["hidden"].double(), data["weight"].double(), data["targets"], entropy_requires_grad=True, **HEAD
     )
     rest = (data["old_logprobs"], data["advantages"], data["mask"])

@@ -18,8 +18,9 @@ from torch.autograd import forward_ad
 import onecard_kernels
 from onecard_kernels import dispatch
 from onecard_kernels.kl import linear as kl_linear
-from onecard_kernels.logprob import ops, plans, selective
-from onecard_kernels.ppo import fused_logits, local_ops
+from onecard_kernels.logprob import linear, selective, tuning
+from onecard_kernels.ppo import linear as ppo_linear
+from onecard_kernels.ppo import triton_ops
 from tests.kernels.backends import BACKENDS, TRITON, needs_triton
 from tests.kernels.operator_material import MASK, TARGETS, D, N, V, head, leaf
 
@@ -30,7 +31,7 @@ for function, backends in dispatch.TABLE.items():  # every file that registers o
 
 @pytest.fixture(autouse=True)
 def small_tiles() -> Iterator[None]:
-    with plans.override(rows=3, columns=4):
+    with tuning.override(rows=3, columns=4):
         yield
 
 
@@ -52,7 +53,7 @@ def linear_logprobs_cases(backend: str) -> Cases:
 def recompute_cases(backend: str) -> Cases:
     hidden, weight, (bias, forbidden, *numbers) = torch.randn(N, D), torch.randn(V, D), head()
     given = (hidden, weight, TARGETS, MASK, bias, forbidden)
-    saved = ops._forward(*given, *numbers, True, True, False, "trained", backend)[-1]
+    saved = linear._forward(*given, *numbers, True, True, False, "trained", backend)[-1]
     yield *given, saved, torch.randn(N), torch.randn(N), *numbers, True, True, True, backend
     yield *given, saved, None, torch.randn(N), *numbers, False, True, False, backend
     yield *given, saved, torch.randn(N), None, *numbers, True, False, True, backend
@@ -153,7 +154,7 @@ def logits_ppo_cases(backend: str) -> Cases:
 
 def logits_ppo_backward_cases(backend: str) -> Cases:
     for logits, *rest in logits_ppo_cases(backend):
-        out = [x.detach() for x in fused_logits._forward_op(logits.detach(), *rest)]
+        out = [x.detach() for x in triton_ops._logits(logits.detach(), *rest)]
         yield logits.detach(), TARGETS, MASK, *out[2:], torch.tensor(1.5), 0.7
 
 
@@ -164,7 +165,7 @@ def gae_cases(backend: str) -> Cases:
 
 
 def gae_operators() -> list[CustomOpDef]:
-    files = [sys.modules.get(f"onecard_kernels.advantages.{name}") for name in ("scan", "triton")]
+    files = [sys.modules.get(f"onecard_kernels.advantages.{name}") for name in ("torch_gae", "triton")]
     return [op for file in files if file for op in vars(file).values() if is_operator(op)]
 
 
@@ -173,26 +174,23 @@ def is_operator(value: object) -> bool:
 
 
 BOTH: list[tuple[CustomOpDef, Callable[[str], Cases]]] = [
-    (ops._forward, linear_logprobs_cases),
-    (ops._recompute, recompute_cases),
-    (local_ops.linear_ppo, linear_ppo_cases),
+    (linear._forward, linear_logprobs_cases),
+    (linear._recompute, recompute_cases),
+    (ppo_linear.linear_ppo, linear_ppo_cases),
     (kl_linear._forward, linear_kl_cases),
     (selective._forward_op, selective_forward_cases),
     (selective._backward_op, selective_backward_cases),
 ]
 TORCH: list[tuple[CustomOpDef, Callable[[str], Cases]]] = [
-    (ops.scale_directions, scale_directions_cases),
-    (local_ops.scale_linear_ppo, scale_linear_ppo_cases),
+    (linear.scale_directions, scale_directions_cases),
+    (ppo_linear.scale_linear_ppo, scale_linear_ppo_cases),
 ]
 TRITON_ALONE: list[tuple[CustomOpDef, Callable[[str], Cases]]] = [
-    (fused_logits._forward_op, logits_ppo_cases),
-    (fused_logits._backward_op, logits_ppo_backward_cases),
+    (triton_ops._logits, logits_ppo_cases),
+    (triton_ops._logits_gradient, logits_ppo_backward_cases),
 ]
 TRITON_ALONE += [(operator, gae_cases) for operator in gae_operators()]
-if TRITON:
-    from onecard_kernels.ppo import ops as ppo_ops
-
-    TRITON_ALONE += [(ppo_ops._policy, ppo_cases), (ppo_ops._value, value_cases), (ppo_ops._scale, scale_cases)]
+TRITON_ALONE += [(triton_ops._policy, ppo_cases), (triton_ops._value, value_cases), (triton_ops._scale, scale_cases)]
 COVERED = [*BOTH, *TORCH, *TRITON_ALONE]
 
 

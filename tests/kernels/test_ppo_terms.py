@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from onecard_kernels import dispatch
-from onecard_kernels.ppo import reference as formulas
-from onecard_kernels.ppo.terms import SUMS
+from onecard_kernels.ppo.options import SUMS
+from tests.kernels import oracle
 from tests.kernels.backends import BACKENDS
 from tests.kernels.policy_records import records
 
@@ -29,7 +29,7 @@ BORDERS: dict[str, tuple[float, float]] = {  # log-ratio, advantage
 
 
 def terms_of(backend: str) -> Any:
-    return dispatch.implementation("ppo_terms", backend, torch.device("cpu"))
+    return dispatch.implementation("policy_sums", backend, torch.device("cpu"))
 
 
 def by_autograd(values: dict[str, Any], **kw: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -38,7 +38,7 @@ def by_autograd(values: dict[str, Any], **kw: Any) -> tuple[Tensor, Tensor, Tens
     entropy = values["entropy"]
     entropy = None if entropy is None else entropy.detach().clone().requires_grad_()
     given = {**values, "logprobs": logp, "entropy": entropy, "mask": mask}
-    loss = formulas.ppo_loss(**records(**given, **kw), normalizer=1.0)
+    loss = oracle.ppo_loss(**records(**given, **kw), normalizer=1.0)
     leaves = [x for x in (logp, entropy) if x is not None]
     grads = torch.autograd.grad(loss.loss, leaves, allow_unused=True)
     sums = [loss.loss.detach(), *(loss.metrics.get(name, torch.zeros_like(loss.loss)) for name in SUMS[1:-1])]

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from onecard_kernels import Loss, dpo_loss
+from onecard_kernels import modules as faces
 from onecard_kernels.dpo import cpo_loss, orpo_loss, simpo_loss
-from onecard_kernels.modules import dpo as faces
 
 INF = float("inf")
 REWARDS = {f"rewards/{x}" for x in ("chosen", "rejected", "margins", "accuracies")}

@@ -12,7 +12,7 @@ import torch
 
 from onecard_kernels import Loss
 from onecard_kernels.dpo import kto_loss
-from onecard_kernels.modules.dpo import KTOLoss
+from onecard_kernels.modules import KTOLoss
 
 INF = float("inf")
 

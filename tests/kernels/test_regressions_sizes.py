@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from onecard_kernels import launch
-from onecard_kernels.logprob import plans
-from onecard_kernels.logprob.online import Wanted, new_state
+from onecard_kernels.logprob import tuning
+from onecard_kernels.logprob.online_softmax import TileOutputs, new_state
 from onecard_kernels.records import Head
 from tests.closeness import assert_within
 from tests.kernels.regression_material import COEFFICIENT, EPS, Case, H, V
@@ -39,7 +39,7 @@ def far_rows(values: torch.Tensor) -> torch.Tensor:
 def test_offsets_beyond_two_to_the_31(case: Case) -> None:
     """Rows so far apart that the last one's offset does not fit an int32."""
     # the tiles of a block of 16 rows begin at its first one
-    rows = 17 if case.implementation == plans.TILED else 3
+    rows = 17 if case.implementation == tuning.TILED else 3
     data = case.make((1, rows) if case.name != "gae" else (rows, 4))
     if "mask" in data:
         data["mask"] = torch.ones_like(data["mask"])
@@ -74,7 +74,7 @@ def test_offsets_beyond_two_to_the_31_in_a_tile() -> None:
         tile, other, beside, out = place(z), place(r), place(spread), place(spread)
         kl = kl_pass_(tile, other, Head(), out=out)
         state = new_state(3, z)
-        exp_tile(tile, other, beside, y, 0, state, Head(), Wanted(moment=True, direction=True))
+        exp_tile(tile, other, beside, y, 0, state, Head(), TileOutputs(moment=True, direction=True))
         results.append((kl, out, other, beside, state))
     for near, far in zip(*results, strict=True):
         assert_within(far, near, 8 * EPS * float(near.abs().max()))
@@ -104,14 +104,14 @@ def tiles_on_meta() -> None:
     from onecard_kernels.logprob.triton_tiled import tiled_statistics
 
     z, ids = meta(N, 37), meta(N, dtype=torch.int64)
-    exp_tile(z, z, meta(N, 37), ids, 0, new_state(N, z), Head(), Wanted(moment=True, direction=True))
+    exp_tile(z, z, meta(N, 37), ids, 0, new_state(N, z), Head(), TileOutputs(moment=True, direction=True))
     kl_pass_(z, meta(N, 37), Head(), out=z)
     tiled_statistics(meta(N, 16), meta(37, 16), ids, Head(), entropy=True, sum_sq=True)
 
 
 def tokens_on_meta() -> None:
     from onecard_kernels.advantages.triton import launch_gae
-    from onecard_kernels.ppo import launches
+    from onecard_kernels.ppo import triton as launches
     from onecard_kernels.ppo.options import PolicyOptions, PolicyTokens
 
     x, mask = meta(N * 1024), meta(N * 1024, dtype=torch.bool)
@@ -141,7 +141,7 @@ def test_more_rows_than_a_grid_dimension_holds(launching: Callable[[], None]) ->
 def test_more_rows_than_a_grid_dimension_holds_in_torch(case: Case) -> None:
     n = LIMIT + 5
     data = case.make((1, n) if case.name != "gae" else (n, 1), 2, 3)
-    with plans.override(implementation=case.implementation, rows=1 << 20, columns=2):
+    with tuning.override(implementation=case.implementation, rows=1 << 20, columns=2):
         value, grads = evaluate(case.call, data, case.leaves)
     truth, true_grads = evaluate(case.function.equation, double(data), case.leaves)
     assert_within(value, truth, case.bar)

@@ -163,8 +163,8 @@ def test_the_block_of_rows_does_not_matter(case: Case, monkeypatch: pytest.Monke
     """Equal to the last bit: no row's arithmetic depends on which rows are beside it."""
     data, results = case.make(), []
     for rows in (1, 5, 1000):
-        monkeypatch.setattr("onecard_kernels.logprob.passes.BLOCK_BYTES", rows * V * 4)
-        monkeypatch.setattr("onecard_kernels.logprob.selective.BLOCK_BYTES", rows * V * 4)
+        monkeypatch.setattr("onecard_kernels.logprob.rows.BLOCK_BYTES", rows * V * 4)
+        monkeypatch.setattr("onecard_kernels.logprob.torch_rows.BLOCK_BYTES", rows * V * 4)
         results.append(evaluate(case.call, data, case.leaves))
     for value, grads in results[1:]:
         assert torch.equal(value, results[0][0])

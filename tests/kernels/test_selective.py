@@ -10,8 +10,9 @@ import torch
 
 import onecard_kernels
 from onecard_kernels import linear_logprobs
-from onecard_kernels.logprob import passes, reference, selective
+from onecard_kernels.logprob import rows, selective
 from tests.closeness import LOGPROB_BARS, assert_like_eager, assert_within
+from tests.kernels import oracle
 
 # Prime vocabularies, and one above the block of the fixture, so that blocks hold from one row to several.
 SHAPES = [((), 5), ((3,), 1), ((2, 3), 127), ((3, 2), 1031)]
@@ -26,7 +27,7 @@ def selective_log_softmax(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onecard_kernels.logprob.selective.BLOCK_BYTES", 3 * 127 * 4)
+    monkeypatch.setattr("onecard_kernels.logprob.torch_rows.BLOCK_BYTES", 3 * 127 * 4)
 
 
 def run(
@@ -52,8 +53,8 @@ def test_value_and_gradient(
     logits = (torch.randn(*rows, v) * 4).to(dtype)
     targets, grad = torch.randint(v, rows), torch.randn(rows)
     kw: dict[str, Any] = {"temperature": 0.8, **({entropy: True} if entropy else {})}
-    truth, true_grad = run(reference.selective_log_softmax, logits.double(), targets, grad, **kw)
-    _, eager_grad = run(reference.selective_log_softmax, logits, targets, grad, **kw)
+    truth, true_grad = run(oracle.selective_log_softmax, logits.double(), targets, grad, **kw)
+    _, eager_grad = run(oracle.selective_log_softmax, logits, targets, grad, **kw)
     got, mine = run(selective_log_softmax, logits, targets, grad, **kw)
     assert got.logprobs.dtype == torch.float32
     assert mine.dtype == dtype
@@ -70,7 +71,7 @@ def test_masked_rows_give_zeros(selective_log_softmax: Any, inplace: bool) -> No
     targets = torch.randint(31, (2, 5)).masked_fill(mask == 0, -100)
     grad = torch.randn(2, 5)
     dirty = logits.masked_fill(mask.unsqueeze(-1) == 0, float("nan"))
-    truth, true_grad = run(reference.selective_log_softmax, logits.double(), targets, grad, mask=mask)
+    truth, true_grad = run(oracle.selective_log_softmax, logits.double(), targets, grad, mask=mask)
     got, mine = run(selective_log_softmax, dirty, targets, grad, mask=mask, inplace_backward=inplace)
     assert torch.equal(got.logprobs[mask == 0], torch.zeros(7))
     assert torch.equal(mine[mask == 0], torch.zeros(7, 31))
@@ -93,7 +94,7 @@ def test_non_contiguous_logits(selective_log_softmax: Any, inplace: bool, masked
         assert leaf.grad is not None
         return leaf.grad
 
-    truth = run_slice(reference.selective_log_softmax, torch.float64)
+    truth = run_slice(oracle.selective_log_softmax, torch.float64)
     assert_within(run_slice(selective_log_softmax, torch.float32, inplace_backward=inplace), truth, 1e-6)
 
 
@@ -129,7 +130,7 @@ def test_confident_tokens_keep_their_gradient(selective_log_softmax: Any) -> Non
     logits = torch.full((4, 63), -3.0)
     logits[:, 7] += torch.tensor([8.0, 12.0, 16.0, 20.0])
     targets, grad = torch.full((4,), 7), torch.ones(4)
-    truth, true_grad = run(reference.selective_log_softmax, logits.double(), targets, grad)
+    truth, true_grad = run(oracle.selective_log_softmax, logits.double(), targets, grad)
     got, mine = run(selective_log_softmax, logits, targets, grad)
     assert float((got.logprobs / truth.logprobs - 1).detach().abs().max()) < 1e-5
     assert float((mine / true_grad - 1).abs().max()) < 1e-5
@@ -148,7 +149,7 @@ def test_a_target_of_minus_infinity_has_no_gradient(selective_log_softmax: Any) 
 def test_gradcheck() -> None:
     logits = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
     targets, mask = torch.randint(7, (2, 3)), torch.tensor([[1, 1, 0], [0, 1, 1]])
-    for fn in (partial(onecard_kernels.selective_log_softmax, backend="torch"), reference.selective_log_softmax):
+    for fn in (partial(onecard_kernels.selective_log_softmax, backend="torch"), oracle.selective_log_softmax):
 
         def outputs(x: torch.Tensor, fn: Any = fn) -> tuple[torch.Tensor, torch.Tensor]:
             return fn(x, targets, temperature=0.7, mask=mask, entropy_requires_grad=True)[:2]
@@ -174,7 +175,7 @@ def test_equals_the_linear_function_of_its_logits(selective_log_softmax: Any) ->
 
 
 def test_the_block_covers_all_rows() -> None:
-    pieces = [p for p in passes.blocks(10, 1 << 19, 4)]
+    pieces = [p for p in rows.blocks(10, 1 << 19, 4)]
     assert [p.start for p in pieces] == [0, 2, 4, 6, 8]
     assert pieces[-1].stop == 10
 
@@ -237,7 +238,7 @@ def test_forbidden_logits_and_the_entropys_gradient(selective_log_softmax: Any) 
     logits[:, ::7] = float("-inf")
     targets, grad = torch.tensor([1, 130, 8]), torch.randn(3)
     kw = {"entropy_requires_grad": True}
-    truth, true_grad = run(reference.selective_log_softmax, logits.double(), targets, grad, **kw)
+    truth, true_grad = run(oracle.selective_log_softmax, logits.double(), targets, grad, **kw)
     got, mine = run(selective_log_softmax, logits, targets, grad, **kw)
     assert_within(got.entropy, truth.entropy, 2e-5)
     assert_within(mine, true_grad, 2e-6)

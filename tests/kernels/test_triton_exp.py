@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from onecard_kernels.logprob import state as slots
-from onecard_kernels.logprob.online import Wanted
+from onecard_kernels.logprob import online_softmax as slots
+from onecard_kernels.logprob.online_softmax import TileOutputs
 from onecard_kernels.records import Head
 from tests.closeness import assert_within
 
@@ -58,7 +58,7 @@ def sweep(
         out = tile if dtype is None else torch.full(tile.shape, NAN, dtype=dtype)
         beside = torch.full(tile.shape, NAN, dtype=dtype or torch.float32) if spread else None
         part = head.columns(slice(start, stop))
-        triton_exp.exp_tile(tile, out, beside, y, start, state, part, Wanted(direction=True))
+        triton_exp.exp_tile(tile, out, beside, y, start, state, part, TileOutputs(direction=True))
         factor = state[slots.RESCALE].double().unsqueeze(1)
         if beside is not None:
             spreads = [(s + e * factor.log()) * factor for s, e in zip(spreads, outs, strict=True)]
@@ -186,7 +186,7 @@ def test_a_tile_of_forbidden_tokens_leaves_no_trace() -> None:
 def test_only_statistics_writes_nothing() -> None:
     z, y = products()
     before, state = z.clone(), fresh(ROWS)
-    triton_exp.exp_tile(z, z, None, y, 0, state, Head(), Wanted())
+    triton_exp.exp_tile(z, z, None, y, 0, state, Head(), TileOutputs())
     assert torch.equal(z, before)
     assert torch.equal(state[:-1], sweep(z, y, Head(), [0, V], torch.float32)[0][:-1])
 
@@ -196,7 +196,7 @@ def test_rows_apart_in_memory() -> None:
     wide, out = torch.randn(ROWS, 2 * V), torch.full((ROWS, V + 9), NAN)
     wide[:, 5 : V + 5] = z
     state = fresh(2 * ROWS)[:, :ROWS]
-    triton_exp.exp_tile(wide[:, 5 : V + 5], out[:, :V], None, y, 0, state, Head(), Wanted(direction=True))
+    triton_exp.exp_tile(wide[:, 5 : V + 5], out[:, :V], None, y, 0, state, Head(), TileOutputs(direction=True))
     like, expected, _ = sweep(z, y, Head(), [0, V], torch.float32)
     assert torch.equal(state[:-1], like[:-1])
     assert torch.equal(out[:, :V].double(), expected)
@@ -205,4 +205,4 @@ def test_rows_apart_in_memory() -> None:
 
 def test_no_rows() -> None:
     z = torch.empty(0, V)
-    triton_exp.exp_tile(z, z, None, torch.empty(0).long(), 0, fresh(0), Head(), Wanted())
+    triton_exp.exp_tile(z, z, None, torch.empty(0).long(), 0, fresh(0), Head(), TileOutputs())

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from onecard_kernels import dispatch, gae, launch
-from onecard_kernels.advantages import reference
 from onecard_kernels.ppo.options import PolicyOptions, PolicyTokens
 from tests.closeness import assert_like_eager
+from tests.kernels import oracle
 
 pytest.importorskip("triton")
 from onecard_kernels.advantages import triton as kernel
@@ -42,8 +42,8 @@ def check(
     """At most twice as wrong as the loop in the inputs' dtype; NaN wherever the mask is 0."""
     rewards, values = (x.masked_fill(mask == 0, NAN) for x in (rewards, values))
     wide = [None if x is None else x.double() for x in (rewards, values, last)]
-    truth = reference.gae(*wide[:2], mask, last_values=wide[2], **kw)
-    eager = reference.gae(rewards, values, mask, last_values=last, **kw)
+    truth = oracle.gae(*wide[:2], mask, last_values=wide[2], **kw)
+    eager = oracle.gae(rewards, values, mask, last_values=last, **kw)
     got = gae(rewards, values, mask, last_values=last, backend=backend, **kw)
     for name in ("advantages", "returns"):
         x = getattr(got, name)

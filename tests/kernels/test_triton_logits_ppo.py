@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from onecard_kernels import logits_ppo_loss
-from onecard_kernels.ppo import fused_logits
+from onecard_kernels.ppo import triton_ops
 from tests.closeness import assert_within, error, floor
 from tests.kernels.policy_records import records
 
@@ -31,7 +31,7 @@ ALL = {"temperature": 0.7, "clip_low": 0.15, "clip_high": 0.25, "dual_clip": 2.0
 
 
 def fused(logits: torch.Tensor, **kw: Any) -> Any:
-    return fused_logits.logits_ppo_loss(logits, **records(**{**DEFAULTS, **kw}))
+    return triton_ops.logits_ppo_loss(logits, **records(**{**DEFAULTS, **kw}))
 
 
 def composed(logits: torch.Tensor, **kw: Any) -> Any:

@@ -23,7 +23,8 @@ from tests.kernels.triton_ppo_material import (
 triton = pytest.importorskip("triton")
 import triton.language as tl
 
-from onecard_kernels.ppo import launches, ops
+from onecard_kernels.ppo import triton as launches
+from onecard_kernels.ppo import triton_ops as ops
 from onecard_kernels.ppo.triton import token_terms
 
 OF_TOKENS = ("old_logprobs", "advantages", "entropy", "ref_logprobs", "weights")
@@ -177,12 +178,12 @@ def test_terms_are_sums_of_the_reference() -> None:
     batch, mask = tokens((3, 7), torch.float64), masks((3, 7))["holes"]
     options = {k: v for k, v in OPTIONS["all"].items() if k != "normalizer"} | {"clip_high": 0.2, "kl_estimator": "k3"}
     truth = run_policy(batch, mask=mask, normalizer=1.0, backend="torch", **options)
-    sums, slope, entropy_slope = launches.ppo_terms(**records(**batch, mask=mask, **options))
+    sums, slope, entropy_slope = launches.policy_sums(**records(**batch, mask=mask, **options))
     expected = torch.stack([*list(truth.values())[:6], mask.sum().double()])
     torch.testing.assert_close(sums, expected, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(slope, truth["dlogprobs"], rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(entropy_slope, truth["dentropy"], rtol=1e-13, atol=1e-13)
-    assert launches.ppo_terms(**records(**batch, mask=mask, **{**options, "entropy_coef": 0.0}))[2] is None
+    assert launches.policy_sums(**records(**batch, mask=mask, **{**options, "entropy_coef": 0.0}))[2] is None
 
 
 @triton.jit

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from onecard_kernels import launch, selective_log_softmax
-from onecard_kernels.logprob import reference
 from tests.closeness import LOGPROB_BARS, assert_like_eager, assert_within
+from tests.kernels import oracle
 
 rows = pytest.importorskip("onecard_kernels.logprob.triton_rows", reason="triton is not installed")
 
@@ -35,8 +35,8 @@ def on_triton(logits: torch.Tensor, targets: torch.Tensor, **kw: Any) -> Any:
 def compare(logits: torch.Tensor, targets: torch.Tensor, bar: float, **kw: Any) -> None:
     grad = torch.randn(targets.shape)
     kw = {"entropy_requires_grad": True, **kw}
-    truth, true_grad = run(reference.selective_log_softmax, logits.double(), targets, grad, **kw)
-    _, eager_grad = run(reference.selective_log_softmax, logits, targets, grad, **kw)
+    truth, true_grad = run(oracle.selective_log_softmax, logits.double(), targets, grad, **kw)
+    _, eager_grad = run(oracle.selective_log_softmax, logits, targets, grad, **kw)
     got, mine = run(on_triton, logits, targets, grad, **kw)
     assert_within(got.logprobs, truth.logprobs, bar, "logp")
     assert_within(got.entropy, truth.entropy, bar, "entropy")
@@ -66,7 +66,7 @@ def test_large_logits() -> None:
 def test_fp64_keeps_its_digits() -> None:
     logits, targets, grad = torch.randn(3, 131).double() * 4, torch.tensor([0, 130, 7]), torch.randn(3)
     kw = {"entropy_requires_grad": True, "temperature": 0.7}
-    truth, true_grad = run(reference.selective_log_softmax, logits, targets, grad, **kw)
+    truth, true_grad = run(oracle.selective_log_softmax, logits, targets, grad, **kw)
     got, mine = run(on_triton, logits, targets, grad, **kw)
     assert got.logprobs.dtype == got.entropy.dtype == mine.dtype == torch.float64
     assert_within(got.logprobs, truth.logprobs, 1e-13)
@@ -82,7 +82,7 @@ def test_a_confident_token_keeps_every_digit(away: float) -> None:
         logits[:, 7] += away
         targets, grad = torch.tensor([7]), torch.ones(1)
         for kw in ({}, {"entropy_requires_grad": True}):
-            truth, true_grad = run(reference.selective_log_softmax, logits.double(), targets, grad, **kw)
+            truth, true_grad = run(oracle.selective_log_softmax, logits.double(), targets, grad, **kw)
             got, mine = run(on_triton, logits, targets, grad, **kw)
             assert_within(got.logprobs / truth.logprobs, torch.ones(1), 2e-5, "logp")
             assert_within(mine / true_grad, torch.ones(1, 63), 5e-5, "gradient")
@@ -95,7 +95,7 @@ def test_low_precision_gradients_are_rounded_once() -> None:
     logits = (torch.randn(3, 131) * 4).bfloat16()
     logits[:, 5] = 30.0
     targets, grad = torch.tensor([5, 5, 9]), torch.tensor([1.0, -2.0, 3.0])
-    _, true_grad = run(reference.selective_log_softmax, logits.double(), targets, grad)
+    _, true_grad = run(oracle.selective_log_softmax, logits.double(), targets, grad)
     _, mine = run(on_triton, logits, targets, grad)
     assert bool(((mine.double() - true_grad).abs() <= true_grad.abs() * 2.0**-7 * 1.001).all())
 
@@ -124,7 +124,7 @@ def test_strides(inplace: bool) -> None:
     for name, view in views.items():
         logits = view(base)
         targets, grad = torch.randint(logits.shape[-1], logits.shape[:-1]), torch.randn(logits.shape[:-1])
-        _, expected = run(reference.selective_log_softmax, logits.double(), targets, grad)
+        _, expected = run(oracle.selective_log_softmax, logits.double(), targets, grad)
         leaf = base.clone().requires_grad_()
         out = on_triton(view(leaf * 1), targets, inplace_backward=inplace)
         (out.logprobs * grad).sum().backward()
@@ -138,7 +138,7 @@ def test_per_token_tensors_of_any_strides() -> None:
     targets = torch.randint(17, (3, 4)).T
     mask = torch.tensor([True, False, True]).expand(4, 3)
     kw = {"mask": mask, "entropy_requires_grad": True}
-    expected, true_grad = run(reference.selective_log_softmax, logits.double(), targets, torch.ones(4, 3), **kw)
+    expected, true_grad = run(oracle.selective_log_softmax, logits.double(), targets, torch.ones(4, 3), **kw)
     leaf = logits.requires_grad_()
     out = on_triton(leaf, targets, **kw)
     (out.logprobs + 2 * out.entropy).sum().backward()  # gradients come expanded, all of one number
@@ -207,7 +207,7 @@ def test_a_row_beyond_two_to_the_31() -> None:
     launch.launch(forward.kernel, forward.grid, *args, num_warps=forward.num_warps, **forward.constexprs)
     args = (parts[0], parts[0], targets, targets, stats, grad, stats, stats, stats, *backward.args[9:])
     launch.launch(backward.kernel, backward.grid, *args, num_warps=backward.num_warps, **backward.constexprs)
-    truth, true_grad = run(reference.selective_log_softmax, values.double(), targets, grad)
+    truth, true_grad = run(oracle.selective_log_softmax, values.double(), targets, grad)
     assert_within(logprobs, truth.logprobs, 2e-5)
     assert_within(torch.stack(parts), true_grad, 2.0**-7 * float(true_grad.abs().max()))
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from onecard_kernels.logprob import reference
-from onecard_kernels.logprob.cards import TileConfig, config_for, tiles_per_program
+from onecard_kernels.logprob.tuning import TileConfig, config_for, tiles_per_program
 from onecard_kernels.records import Head
 from tests.closeness import LOGPROB_BARS, assert_within
+from tests.kernels import oracle
 
 triton = pytest.importorskip("triton")
 import triton.language as tl
@@ -48,7 +48,7 @@ def inputs(n: int, d: int, v: int, dtype: torch.dtype, std: float = 4.0) -> tupl
 
 
 def truth_of(hidden: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, head: Head) -> tuple[torch.Tensor, ...]:
-    out = reference.linear_logprobs(
+    out = oracle.linear_logprobs(
         hidden.double(),
         weight.double(),
         y,

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.measure import peak_bytes
 from onecard_kernels import linear_kl, linear_logprobs, linear_ppo_loss, selective_log_softmax
-from onecard_kernels.logprob import plans
+from onecard_kernels.logprob import tuning
 from onecard_kernels.workspace import TABLE, workspace_bytes
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")
@@ -100,7 +100,7 @@ def test_linear_logprobs(plan, kind, mode, masked, entropy, softcap):
         if learns:
             (found.logprobs.sum() + (found.entropy.sum() if entropy else 0.0)).backward()
 
-    with plans.override(**PLANS[plan]):
+    with tuning.override(**PLANS[plan]):
         names = check(run)
     backward = {"forward": set(), "frozen": {"scale_directions"}, "trained": {"linear_logprobs_backward"}}[mode]
     assert names == {f"onecard::{name}" for name in {"linear_logprobs"} | backward}
@@ -122,7 +122,7 @@ def test_linear_ppo(plan, kind, trained, entropy_coef, softcap):
             clip_low=0.99, clip_high=1e9,
         ).loss.backward()  # fmt: skip
 
-    with plans.override(**PLANS[plan]):
+    with tuning.override(**PLANS[plan]):
         assert check(run) == {"onecard::linear_ppo", "onecard::scale_linear_ppo"}
 
 
@@ -139,7 +139,7 @@ def test_linear_kl(plan, kind, learns, masked, softcap):
         if learns:
             kl.sum().backward()
 
-    with plans.override(**PLANS[plan]):
+    with tuning.override(**PLANS[plan]):
         assert "onecard::linear_kl" in check(run)
 
 
@@ -161,7 +161,7 @@ def test_selective_log_softmax(dtype, tokens, vocabulary, masked, entropy):
 def test_hidden_states_that_are_no_flat_view_are_gathered():
     hidden = torch.randn(2, 400, 64)[:, :-1].requires_grad_()
     weight, targets = 0.05 * torch.randn(5000, 64), torch.randint(0, 5000, (2, 399))
-    with plans.override(implementation="chunked", rows=100):
+    with tuning.override(implementation="chunked", rows=100):
         check(lambda: linear_logprobs(hidden, weight, targets).logprobs.sum().backward())
 
 
@@ -185,7 +185,7 @@ def test_a_forward_on_a_gpu_has_no_second_buffer():
 
 
 def test_a_smaller_chunk_takes_less_memory():
-    with plans.override(rows=128):
+    with tuning.override(rows=128):
         said = workspace_bytes("onecard::linear_logprobs", CUDA, *meta_arguments("forward", BF16))
     assert said == pytest.approx(128 * 128256 * 4, rel=2e-2)
 

@@ -18,7 +18,7 @@ from onecard.data.example_arrays import all_lengths, all_tokens, lengths_of
 from onecard.data.templates import template_date
 from onecard.models.build import load_roles
 from onecard.models.load import context_length, find_source, load_tokenizer
-from onecard.models.memory_options import in_head_chunks, memory_option_notes
+from onecard.models.memory_options import head_chunks, memory_option_notes
 from onecard.models.micro_batching import TokenBudget
 from onecard.models.roles import Roles
 from onecard.models.vocabulary import check_tokens
@@ -26,7 +26,7 @@ from onecard.training import dry_run, run_folder
 from onecard.training.identity import supervised_identity
 from onecard.training.run_folder import Run, open_run, with_folder
 from onecard.training.startup import check_decoding, check_model
-from onecard.training.trainer import Objective, train
+from onecard.training.trainer import Objective, Trainer
 from onecard.utils.errors import OnecardError
 from onecard.utils.progress import Bar, say
 from onecard_kernels import Loss
@@ -168,25 +168,39 @@ def describe_adapter(roles: Roles, role: str, source: Path | None) -> str:
     return f"an adapter of rank {roles.rank(role)} on {roles.adapted_layers(role)} layers{without}"
 
 
-@in_head_chunks
 def run_recipe(config: TrainConfig, recipe: Recipe[E, B]) -> Path:
     """A training command from its settings to its exported weights. Nothing is written before all of it is loaded."""
     config.validate()
     config = with_folder(config, recipe.command)
     run = open_run(config)
-    with template_date(run.date):
-        return run_opened(config, recipe, run)
+    with head_chunks(config.head_chunk_tokens), template_date(run.date):
+        tokenizer = load_tokenizer(config)
+        max_length = longest_sequence(config)
+        training: Sequence[E]
+        heldout: Sequence[E]
+        training, heldout = load_examples(config, lambda rows: recipe.tokenize(rows, tokenizer, max_length))
+        if recipe.check:
+            recipe.check(training)
+        roles, samples = load_and_check(config, recipe, tokenizer, training, heldout)
+        if config.dry_run:
+            dry_run.show(config, roles, tokenizer, training[0])
+            return run.folder
+        identity = supervised_identity(config, recipe.command, training, heldout)
+        if recipe.prepare:
+            training, heldout = recipe.prepare(roles, training, heldout)
+        row = partial(recipe.heldout, roles, heldout) if recipe.heldout else None
+        job = Supervised(config, recipe.command, recipe.objective(roles), training, heldout, samples, row)
+        with run_folder.locked(run):
+            Trainer(config, job, roles, run).train(identity)
+            if recipe.adjust:
+                recipe.adjust(roles, training)
+            return export_and_report(roles, tokenizer, run)
 
 
-def run_opened(config: TrainConfig, recipe: Recipe[E, B], run: Run) -> Path:
-    """`run_recipe` in the folder that was opened for it."""
-    tokenizer = load_tokenizer(config)
-    max_length = longest_sequence(config)
-    training: Sequence[E]
-    heldout: Sequence[E]
-    training, heldout = load_examples(config, lambda rows: recipe.tokenize(rows, tokenizer, max_length))
-    if recipe.check:
-        recipe.check(training)
+def load_and_check(
+    config: TrainConfig, recipe: Recipe[E, B], tokenizer: Any, training: Sequence[E], heldout: Sequence[E]
+) -> tuple[Roles, HeldoutSamples | None]:
+    """The run's weights, checked on texts as long as its longest, and the prompts that are answered at evaluations."""
     roles = load_roles(config, trained=recipe.trained, reference=recipe.reference, scalar=recipe.scalar)
     check_tokens(roles.causal_model(), tokenizer, [*all_tokens(training), *all_tokens(heldout)])
     samples = heldout_samples(config, roles, tokenizer, heldout) if isinstance(config, PolicyTrainConfig) else None
@@ -197,17 +211,4 @@ def run_opened(config: TrainConfig, recipe: Recipe[E, B], run: Run) -> Path:
     say(f"model: {trained:,} trained parameters on {roles.device}, {roles.layout} batches.")
     for note in memory_option_notes(roles, config):
         say(note)
-    if config.dry_run:
-        dry_run.show(config, roles, tokenizer, training[0])
-        return run.folder
-    identity = supervised_identity(config, recipe.command, training, heldout)
-    if recipe.prepare:
-        training, heldout = recipe.prepare(roles, training, heldout)
-    objective = recipe.objective(roles)
-    row = partial(recipe.heldout, roles, heldout) if recipe.heldout else None
-    job = Supervised(config, recipe.command, objective, training, heldout, samples, row)
-    with run_folder.locked(run):
-        train(config, job, roles, run, identity)
-        if recipe.adjust:
-            recipe.adjust(roles, training)
-        return export_and_report(roles, tokenizer, run)
+    return roles, samples

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
 from onecard.config import TrainConfig
 from onecard.models.roles import Roles
-from onecard_kernels.logprob import plans
-
-C = TypeVar("C", bound=TrainConfig)
-P = ParamSpec("P")
-R = TypeVar("R")
+from onecard_kernels.logprob import tuning
 
 
 def apply_memory_options(roles: Roles, config: TrainConfig) -> None:
@@ -44,15 +37,4 @@ def memory_option_notes(roles: Roles, config: TrainConfig) -> list[str]:
 
 def head_chunks(tokens: int) -> AbstractContextManager[None]:
     """Inside, the linear losses form the logits of `tokens` tokens at a time; 0: of as many as suit the device."""
-    return plans.override(rows=tokens) if tokens else nullcontext()
-
-
-def in_head_chunks(run: Callable[Concatenate[C, P], R]) -> Callable[Concatenate[C, P], R]:
-    """`run(config, ...)`, all of it with `head_chunk_tokens` of its config."""
-
-    @wraps(run)
-    def chunked(config: C, *args: P.args, **keywords: P.kwargs) -> R:
-        with head_chunks(config.head_chunk_tokens):
-            return run(config, *args, **keywords)
-
-    return chunked
+    return tuning.override(rows=tokens) if tokens else nullcontext()

@@ -140,17 +140,21 @@ def forward_budget(config: TrainConfig) -> TokenBudget:
 
 
 def unless_out_of_memory(work: Callable[[], R]) -> tuple[R] | None:
-    """What `work` gives, in a tuple of its own; None where it ran out of memory, and then all that it held is free."""
+    """The result of `work` in a tuple, or None if it ran out of memory; its tensors are freed then."""
     try:
         return (work(),)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    # Only here is the exception gone: until then its traceback keeps the frames, and their tensors, of what failed.
+    free_memory()
+    return None
+
+
+def free_memory() -> None:
+    """Free what an exception held. Call it after the `except` block: until then the traceback keeps the tensors."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return None
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -25,14 +25,14 @@ from onecard.models.micro_batching import (
     TRAINING_MESSAGES,
     MicroBatchSize,
     TokenBudget,
-    unless_out_of_memory,
+    free_memory,
 )
 from onecard.training import checkpoint, run_folder
 from onecard.training.metrics import Window, add_up, peak_memory_gib, per_kind
 from onecard.training.optim import clip_grad_norm, make_optimizer, make_scheduler
 from onecard.training.run_folder import Run
 from onecard.training.signals import interrupted, stop_requests
-from onecard.utils.errors import OnecardError
+from onecard.utils.errors import OnecardError, is_out_of_memory
 from onecard.utils.progress import Bar, progress, say
 from onecard_kernels import Loss
 
@@ -41,9 +41,6 @@ if TYPE_CHECKING:
 
 E = TypeVar("E", bound=Sized)  # one example; its length is its number of tokens
 B = TypeVar("B", bound="DataclassInstance")  # a record of several
-
-
-LossesOf = Callable[[Any, int], Iterable[Loss]]
 
 
 @dataclass(frozen=True)
@@ -108,28 +105,21 @@ class Job(Protocol):
 
 
 def micro_batches(
-    objective: Objective[E, B], examples: Sequence[E], cut: MicroBatchSize, device: torch.device
+    objective: Objective[E, B], examples: Sequence[E], size: MicroBatchSize, device: torch.device
 ) -> Iterator[B]:
-    """A step's examples as records on the device, as the cut says."""
-    for places in cut.split([objective.size(example) for example in examples]):
-        yield to_device(objective.collate([examples[place] for place in places]), device)
+    """A step's examples as batches on the device, split by `size`."""
+    for indices in size.split([objective.size(example) for example in examples]):
+        yield to_device(objective.collate([examples[index] for index in indices]), device)
 
 
 def accumulate(
-    objective: Objective[E, B],
-    examples: Sequence[E],
-    cut: MicroBatchSize,
-    device: torch.device,
-    losses: LossesOf | None = None,
+    objective: Objective[E, B], examples: Sequence[E], size: MicroBatchSize, device: torch.device
 ) -> list[Loss]:
-    """Add the examples' gradient to the parameters'. Waits for no value, so that it runs on meta tensors too.
-
-    `losses` stands for `objective.losses`, where it is wrapped.
-    """
+    """Add the gradient of the examples' loss to the parameters'. Reads no value, so it runs on meta tensors too."""
     normalizer = objective.count(examples)
     found = []
-    for batch in micro_batches(objective, examples, cut, device):
-        for loss in (losses or objective.losses)(batch, normalizer):
+    for batch in micro_batches(objective, examples, size, device):
+        for loss in objective.losses(batch, normalizer):
             loss.loss.backward()
             found.append(Loss(loss.loss.detach(), loss.metrics))
     return found
@@ -195,24 +185,31 @@ class Trainer:
             "The last checkpoint is from before that."
         )
 
-    def losses_of(self, objective: Objective[E, B], batch: B, normalizer: int) -> Iterator[Loss]:
-        """The objective's losses. The kernels refuse NaN by name, which here means that an update broke the weights."""
+    @contextmanager
+    def nan_means_diverged(self) -> Iterator[None]:
+        """Context in which the kernels' error for NaN inputs is reported as a run that has diverged."""
         try:
-            yield from objective.losses(batch, normalizer)
+            yield
         except ValueError as error:
             if "NaN" in str(error):
                 raise self.diverged(str(error)) from error
             raise
 
-    def accumulated(self, objective: Objective[E, B], examples: Sequence[E]) -> list[Loss]:
-        """Leave the examples' gradient in the parameters; where memory runs out, from the start in smaller pieces."""
-        losses_of = partial(self.losses_of, objective)
+    def gradients(self, objective: Objective[E, B], examples: Sequence[E]) -> dict[str, float]:
+        """Leave the examples' clipped gradient in the parameters, and give the step's metrics.
+
+        The result does not depend on the micro-batch size. When memory runs out, the step starts again with a smaller
+        one.
+        """
         while True:
-            done = unless_out_of_memory(
-                lambda: accumulate(objective, examples, self.micro_batch_size, self.weights.device, losses_of)
-            )
-            if done is not None:
-                return done[0]
+            try:
+                with self.nan_means_diverged():
+                    losses = accumulate(objective, examples, self.micro_batch_size, self.weights.device)
+                break
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            free_memory()
             self.discard()
             if objective.uncut:
                 raise OnecardError(
@@ -220,12 +217,7 @@ class Trainer:
                     f"cannot be cut. Lower per_device_train_batch_size. {MEMORY_ADVICE}"
                 )
             self.budget.shrink([objective.size(example) for example in examples], padded=self.micro_batch_size.padded)
-
-    def gradients(self, objective: Objective[E, B], examples: Sequence[E]) -> dict[str, float]:
-        """Leave the examples' clipped gradient in the parameters. It does not depend on the cut into micro-batches."""
-        losses = self.accumulated(objective, examples)
-        limit = self.config.max_grad_norm or math.inf
-        norm = clip_grad_norm(self.parameters, limit)
+        norm = clip_grad_norm(self.parameters, self.config.max_grad_norm or math.inf)
         row = {**add_up(losses), "grad_norm": float(norm)}
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             raise self.diverged(f"loss {row['loss']}, gradient norm {row['grad_norm']}")
@@ -267,8 +259,11 @@ class Trainer:
         """Whether something that happens every so many steps, and after the last, happens now."""
         return self.step == self.job.total_steps or (every > 0 and self.step % every == 0)
 
-    def train(self) -> None:
-        """From the checkpoint, or the start, to the last step; or to the step in which somebody stops it."""
+    def train(self, identity: dict[str, str]) -> None:
+        """Begin or resume the run, and train to its last step or until it is stopped."""
+        for note in self.run.notes:
+            say(note)
+        run_folder.begin(self.run, self.config, identity)
         self.weights.train()
         if self.run.checkpoint is not None:
             self.restore()
@@ -293,12 +288,3 @@ class Trainer:
                     saved = self.save()
                 if stop_strings:
                     raise interrupted(saved)
-
-
-def train(config: TrainConfig, job: Job, weights: Weights, run: Run, identity: dict[str, str]) -> None:
-    """Run `job` to its last step in `run.folder`."""
-    trainer = Trainer(config, job, weights, run)
-    for note in run.notes:
-        say(note)
-    run_folder.begin(run, config, identity)
-    trainer.train()

@@ -1,4 +1,4 @@
-"""GAE as one launch: a scan of each row from its end, a block of positions at a time."""
+"""gae in Triton, one launch: a program scans a row from its end, a block of positions at a time."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..double_backward import no_forward_ad
 from ..launch import launch
-from ..logprob.passes import result_dtype
-from ..once import no_forward_ad
-from ..records import Advantages
+from ..records import Advantages, result_dtype
 
 # Positions that one program scans at once; a longer row takes several turns.
 LARGEST_BLOCK = 2048
@@ -45,11 +44,11 @@ def _gae_kernel(
     HAS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What a position hands back is C = gamma V + decay A, with decay = gamma lam and rest = gamma - decay:
+    """Position t passes C_t = gamma V_t + decay A_t back, with decay = gamma lam and rest = gamma - decay:
 
     A_t = r_t - V_t + C_next(t);  C_t = decay r_t + rest V_t + decay C_next(t)
 
-    C_next(t) is the scan at t + 1, where masked positions hand on what they are handed. So rewards, values and mask are
+    C_next(t) is the scan at t + 1, where masked positions pass on what they receive. So rewards, values and mask are
     read at t + 1 for the scan and at t for A_t; the second time comes from the cache.
     """
     compute = advantages_ptr.dtype.element_ty
@@ -75,14 +74,14 @@ def _gae_kernel(
         sums = tl.where(valid, decay_ * reward + rest_ * value, 0.0)
         decays = tl.where(valid, decay_, 1.0)
         decays, sums = tl.associative_scan((decays, sums), 0, _link, reverse=True)
-        handed = sums + decays * carry
-        carry = tl.sum(tl.where(lane == 0, handed, 0.0), 0)
+        passed = sums + decays * carry
+        carry = tl.sum(tl.where(lane == 0, passed, 0.0), 0)
 
         inside = t < length
         valid = tl.load(mask_ptr + t * mask_step, mask=inside, other=0).to(tl.float32) != 0
         reward = tl.load(rewards_ptr + t * rewards_step, mask=inside, other=0.0).to(compute)
         value = tl.where(valid, tl.load(values_ptr + t * values_step, mask=inside, other=0.0).to(compute), 0.0)
-        advantage = tl.where(valid, reward - value + handed, 0.0)
+        advantage = tl.where(valid, reward - value + passed, 0.0)
         tl.store(advantages_ptr + row * length + t, advantage, mask=inside)
         tl.store(returns_ptr + row * length + t, advantage + value, mask=inside)
 

@@ -1,9 +1,9 @@
 """Preference losses, on sequence log-probabilities and straight from hidden states."""
 
+from .dpo import dpo_loss
 from .kto import kto_loss
 from .linear import linear_dpo_loss, sequence_sums
 from .losses import WHOLE_BATCH
-from .reference import dpo_loss
 from .reference_free import cpo_loss, orpo_loss, simpo_loss
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What the preference losses share: checks of their inputs, and the metrics of rewards."""
+"""Checks of inputs and metrics of rewards, shared by the preference losses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .. import checks
 
 
 def check_responses(logps: dict[str, Tensor], what: str) -> None:
-    """Floating `[B]` tensors of the first one's shape, on its device, with no NaN."""
+    """Check for floating `[B]` tensors of one shape, on one device, without NaN."""
     like_name, like = next(iter(logps.items()))
     checks.floating(like_name, like)
     if like.dim() != 1:
@@ -19,7 +19,7 @@ def check_responses(logps: dict[str, Tensor], what: str) -> None:
 
 
 def check_lengths(chosen: Tensor | None, rejected: Tensor | None, like_name: str, like: Tensor) -> None:
-    """Both or neither, numbers of tokens."""
+    """Check the numbers of tokens: both are given, or neither."""
     given = {"chosen_lengths": chosen, "rejected_lengths": rejected}
     for name, value in given.items():
         if value is None:
@@ -36,7 +36,7 @@ def check_lengths(chosen: Tensor | None, rejected: Tensor | None, like_name: str
 def check_weights(
     weights: Tensor | None, normalizer: float | Tensor | None, like_name: str, like: Tensor
 ) -> float | Tensor | None:
-    """The normalizer, as a plain number where it is one of NumPy's."""
+    """Check both; returns the normalizer, as a Python number where it is one of NumPy's."""
     if weights is not None:
         checks.alike("weights", weights, like_name, like)
         checks.no_nan("weights", weights)

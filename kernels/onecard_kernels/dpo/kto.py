@@ -1,4 +1,4 @@
-"""KTO: each response is judged by itself, as desirable or not."""
+"""kto_loss: a preference loss of single responses, each desirable or not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..kl.reference import log_ratio
+from ..kl.token_kl import log_ratio
 from ..records import Loss, divisor_of
 from .inputs import check_responses, check_weights
 

@@ -1,4 +1,4 @@
-"""Preference losses straight from hidden states: token log-probabilities, their sums per response, the loss."""
+"""linear_dpo_loss: preference losses from hidden states, by token log-probabilities and their sums per response."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from torch import Tensor
 
 from .. import checks
 from ..logprob import linear_logprobs
-from ..logprob.passes import result_dtype
-from ..records import Loss
+from ..records import Loss, result_dtype
+from .dpo import check_options, dpo_loss
 from .inputs import check_lengths, check_weights
-from .reference import check_options, dpo_loss
 
 
 def sequence_sums(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
@@ -36,10 +35,10 @@ def sequence_sums(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> T
     dtype = result_dtype(values.dtype)
     flat = values.reshape(-1).to(dtype)
     ids = sequence_ids.reshape(-1).long()
-    # Tokens of no sequence go to one slot more: no compaction, so nothing waits for the device.
+    # Tokens of no sequence go to one more slot: compacting them away would wait for the device.
     ids = torch.where(ids < 0, num_sequences, ids)
     sums = flat.new_zeros(num_sequences + 1)
-    # On CPU index_add walks in order. On CUDA it adds atomically in any order, and index_put sorts first.
+    # On CPU index_add adds in order. On CUDA it adds atomically in any order, and index_put sorts first.
     sums = sums.index_add(0, ids, flat) if flat.device.type == "cpu" else sums.index_put((ids,), flat, accumulate=True)
     return sums[:num_sequences]
 
@@ -68,6 +67,7 @@ def linear_dpo_loss(
     weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     backend: str = "auto",
+    chunk_tokens: int | None = None,
 ) -> Loss:
     """Preference loss of B pairs from hidden states: `dpo_loss` of the sums of `linear_logprobs`.
 
@@ -87,6 +87,7 @@ def linear_dpo_loss(
             sft are per token as TRL's are.
         beta ... normalizer: see `dpo_loss`.
         backend: "auto", "triton" or "torch".
+        chunk_tokens: see `linear_logprobs`.
 
     Returns:
         Loss, fp32 (fp64 in, fp64 out), with `dpo_loss`'s metrics.
@@ -131,6 +132,7 @@ def linear_dpo_loss(
         forbidden=forbidden,
         mask=sequence_ids >= 0,
         backend=backend,
+        chunk_tokens=chunk_tokens,
     ).logprobs
     chosen, rejected = sequence_sums(logprobs, sequence_ids, 2 * pairs).split(pairs)
     ref_chosen, ref_rejected = ref_logps.split(pairs)

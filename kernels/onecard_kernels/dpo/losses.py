@@ -1,4 +1,4 @@
-"""The table of preference losses. `dpo_loss` states their equations and papers."""
+"""The tables of preference losses and of f-divergences. `dpo_loss` states their equations and papers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .divergences import EXPONENT_LIMIT
 from .inputs import difference
+
+EXPONENT_LIMIT = 40.0  # e^40 is 2e17: its square, which ipo takes, is inside fp32 too. The gradient is zero above.
+
+
+def _reverse_kl(ratio: Tensor, alpha: float) -> Tensor:
+    return ratio
+
+
+def _forward_kl(ratio: Tensor, alpha: float) -> Tensor:
+    return -_expm1(-ratio)
+
+
+def _js_divergence(ratio: Tensor, alpha: float) -> Tensor:
+    return math.log(2.0) + F.logsigmoid(ratio)
+
+
+def _alpha_divergence(ratio: Tensor, alpha: float) -> Tensor:
+    if abs(alpha - 1.0) < 1e-6:  # the limit; TRL's threshold
+        return ratio
+    return _expm1((alpha - 1.0) * ratio) / (alpha - 1.0)
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "reverse_kl": _reverse_kl,
+    "forward_kl": _forward_kl,
+    "js_divergence": _js_divergence,
+    "alpha_divergence": _alpha_divergence,
+}
+
+
+def _expm1(x: Tensor) -> Tensor:
+    return x.clamp(max=EXPONENT_LIMIT).expm1()
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """What a loss sees of B pairs, in one dtype: log-probabilities, log-ratios, scores, lengths, and the numbers."""
+    """Inputs of a loss for B pairs, in one dtype: log-probabilities, log-ratios, scores, lengths, and options."""
 
     chosen_logps: Tensor
     rejected_logps: Tensor
@@ -154,8 +185,8 @@ LOSSES: dict[str, Callable[[Pairs], Tensor]] = {
     "sft": _sft,
 }
 
-# They sort the pairs against each other: no weight belongs to a sorted place, and parts do not add up to the whole.
+# Losses that sort the whole batch: weights have no meaning, and micro-batches do not add up to the batch.
 WHOLE_BATCH = frozenset({"aot", "aot_unpaired"})
 
-# What sees the scores' difference alone: each score has an unknown term of the prompt more, which cancels only there.
+# Losses of the difference of scores: each score has an unknown term of the prompt, which cancels only there.
 ANY_DIVERGENCE = frozenset({"sigmoid", "ipo", "hinge", "discopop", "robust", "exo_pair", "sigmoid_norm", "sft"})

@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks
-from ..logprob.passes import result_dtype
-from ..records import Loss, divisor_of
+from ..records import Loss, divisor_of, result_dtype
+from .dpo import dpo_loss
 from .inputs import check_lengths, check_responses, check_weights, difference, reward_metrics
 from .losses import per_token, smoothed_logistic
-from .reference import dpo_loss
 
 CPO_LOSSES = ("sigmoid", "hinge", "ipo")
 
@@ -152,7 +151,7 @@ def cpo_loss(
     normalizer = checks.normalizer(normalizer)
     checks.at_least("cpo_alpha", cpo_alpha, 0.0)
     check_responses({"chosen_logps": chosen_logps, "rejected_logps": rejected_logps}, "pair")
-    # Without its weight of 0 the likelihood would still turn a chosen logp of -inf into NaN.
+    # The likelihood is left out at cpo_alpha = 0: 0 * -inf would be NaN.
     types, factors = ((loss_type, "sft"), (1.0, cpo_alpha)) if cpo_alpha else ((loss_type,), (1.0,))
     uniform = torch.zeros_like(chosen_logps)
     loss, metrics = dpo_loss(
@@ -181,7 +180,7 @@ def _means(
     rejected_lengths: Tensor,
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Checked and per token, in the result's dtype."""
+    """Check the inputs; returns log-probabilities per token, in the result's dtype."""
     check_responses({"chosen_logps": chosen_logps, "rejected_logps": rejected_logps}, "pair")
     checks.tensor("chosen_lengths", chosen_lengths)
     checks.tensor("rejected_lengths", rejected_lengths)

@@ -1,20 +1,20 @@
-"""The exact KL divergence over the vocabulary, from the hidden states of policy and reference."""
+"""linear_kl: the exact KL divergence over the vocabulary, from the hidden states of policy and reference."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch
-from ..logprob import products
-from ..logprob.ops import linear_of
-from ..logprob.passes import Rows, result_dtype
-from ..logprob.plans import CHUNKED
-from ..logprob.tiles import Linear
-from ..once import no_forward_ad, once
-from ..records import Head
+from .. import checks, dispatch, workspace
+from ..double_backward import no_double_backward, no_forward_ad
+from ..logprob import matmul
+from ..logprob.rows import Rows
+from ..logprob.tile_bytes import IDS, block_bytes, by_triton, even_step
+from ..logprob.tuning import CHUNKED, choose
+from ..records import Head, result_dtype
 
 
 def linear_kl(
@@ -31,6 +31,7 @@ def linear_kl(
     forbidden: Tensor | None = None,
     mask: Tensor | None = None,
     backend: str = "auto",
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """Exact KL(pi || ref) per token over the whole vocabulary; the `[tokens, V]` logits never exist.
 
@@ -52,6 +53,7 @@ def linear_kl(
             reference too.
         mask: `[...]`, bool or 0/1. Masked tokens give 0 with zero gradient and cost nothing.
         backend: "auto", "triton" or "torch".
+        chunk_tokens: rows of logits that are in memory at a time, half of them the reference's; see `linear_logprobs`.
 
     Returns:
         fp32 `[...]` in nats (fp64 in, fp64 out), never negative. Infinite, with zero gradient, where the reference
@@ -70,10 +72,11 @@ def linear_kl(
     if mask is not None:
         checks.mask(mask, "hidden's tokens", hidden[..., 0])
     _check_constants(constants)
+    chunk_tokens = checks.chunk_tokens(chunk_tokens)
     dispatch.resolve("linear_kl", backend, hidden.device)
     if ref_weight is None and ref_bias is None:
         ref_bias = bias
-    hidden, ref_hidden, weight, *other = products.under_autocast(
+    hidden, ref_hidden, weight, *other = matmul.under_autocast(
         hidden, ref_hidden, weight, *(() if ref_weight is None else (ref_weight,))
     )
     ref_weight = other[0] if other else None
@@ -81,7 +84,7 @@ def linear_kl(
         *(hidden, ref_hidden, weight, ref_weight, mask, bias, ref_bias, forbidden),
         *(head.temperature, head.logit_scale, head.softcap),
         torch.is_grad_enabled() and hidden.requires_grad,
-        backend,
+        *(backend, chunk_tokens),
     )
     return kl.view(hidden.shape[:-1])
 
@@ -108,7 +111,7 @@ def _check_reference(
 
 
 def _check_constants(given: dict[str, Tensor | None]) -> None:
-    """A gradient that is asked for and silently not given would be worse than an error."""
+    """Raise where a gradient is asked for that linear_kl does not give."""
     for name, value in given.items():
         if torch.is_grad_enabled() and value is not None and value.requires_grad:
             raise ValueError(
@@ -132,64 +135,73 @@ def _forward(
     softcap: float | None,
     direction: bool,
     backend: str,
+    chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(hidden.device.type, enabled=False):
-        rows = Rows(hidden.shape[:-1], mask)
-        head = Head(bias, temperature, logit_scale, softcap, forbidden)
-        linear = linear_of(hidden, weight, head, backend, only=CHUNKED)
-        reference = linear_of(ref_hidden, weight if ref_weight is None else ref_weight, head, backend, only=CHUNKED)
-        kl = hidden.new_empty(rows.count, dtype=linear.dtype)
-        kept = hidden.new_empty(rows.count, hidden.shape[-1]) if direction else None
-        _sweep(hidden, ref_hidden, rows, linear, reference, ref_bias, kl, kept)
-        return rows.spread(kl), hidden.new_empty(0) if kept is None else rows.spread(kept)
+    """(KL, dKL/dh)"""
+    with matmul.without_autocast(hidden):
+        rows, head = Rows(hidden.shape[:-1], mask), Head(bias, temperature, logit_scale, softcap, forbidden)
+        kl = hidden.new_empty(rows.count, dtype=result_dtype(hidden.dtype, weight.dtype))
+        by_hidden = hidden.new_empty(rows.count, hidden.shape[-1]) if direction else None
+        _kl_rows(hidden, ref_hidden, weight, ref_weight, rows, head, ref_bias, kl, by_hidden, backend, chunk_tokens)
+        return rows.scatter(kl), hidden.new_empty(0) if by_hidden is None else rows.scatter(by_hidden)
 
 
-def _sweep(
+def _kl_rows(
     hidden: Tensor,
     ref_hidden: Tensor,
+    weight: Tensor,
+    ref_weight: Tensor | None,
     rows: Rows,
-    linear: Linear,
-    reference: Linear,
+    head: Head,
     ref_bias: Tensor | None,
     kl: Tensor,
-    direction: Tensor | None,
+    by_hidden: Tensor | None,
+    backend: str,
+    chunk_tokens: int | None,
 ) -> None:
-    """Chunks of whole rows, policy above reference in one buffer; with one head for both, one product for both."""
-    step = max(1, min(linear.plan.rows // 2, rows.count))
-    both = hidden.new_empty(2 * step * linear.vocabulary, dtype=linear.dtype)
-    shared = reference.weight is linear.weight and ref_hidden.dtype == hidden.dtype
-    scratch = products.scratch_for(linear.weight, linear.operand, linear.vocabulary)
-    ref_scratch = scratch if shared else products.scratch_for(reference.weight, reference.operand, linear.vocabulary)
-    backend = "torch" if linear.dtype == torch.float64 else linear.backend
-    kl_pass_ = dispatch.implementation("linear_kl", backend, hidden.device)
+    """Fill `kl` and `by_hidden` in chunks of whole rows of logits: the policy's above the reference's in one buffer.
+
+    With one head for both there is one product for both.
+    """
+    ref_weight = weight if ref_weight is None else ref_weight
+    vocabulary, dtype = weight.shape[0], kl.dtype
+    operand = matmul.operand_dtype(hidden.dtype, weight.dtype, dtype, hidden.device)
+    ref_operand = matmul.operand_dtype(ref_hidden.dtype, ref_weight.dtype, dtype, hidden.device)
+    sizes = choose(vocabulary, dtype, hidden.device, only=CHUNKED, chunk_tokens=chunk_tokens)
+    step = max(1, min(sizes.rows // 2, rows.count))
+    both = hidden.new_empty(2 * step * vocabulary, dtype=dtype)
+    shared = ref_weight is weight and ref_hidden.dtype == hidden.dtype
+    scratch = matmul.scratch_for(weight, operand, vocabulary)
+    ref_scratch = scratch if shared else matmul.scratch_for(ref_weight, ref_operand, vocabulary)
+    kl_pass_ = dispatch.implementation("linear_kl", "torch" if dtype == torch.float64 else backend, hidden.device)
     for piece in rows.chunks(step):
         n = piece.stop - piece.start
-        logits = both[: 2 * n * linear.vocabulary].view(2 * n, linear.vocabulary)
-        h = rows.take(hidden, piece).to(linear.operand)
-        ref_h = rows.take(ref_hidden, piece).to(reference.operand)
+        logits = both[: 2 * n * vocabulary].view(2 * n, vocabulary)
+        h = rows.take(hidden, piece).to(operand)
+        ref_h = rows.take(ref_hidden, piece).to(ref_operand)
         if shared:
-            products.project(torch.cat([h, ref_h]), linear.weight, logits, scratch)
+            matmul.project(torch.cat([h, ref_h]), weight, logits, scratch)
         else:
-            products.project(h, linear.weight, logits[:n], scratch)
-            products.project(ref_h, reference.weight, logits[n:], ref_scratch)
+            matmul.project(h, weight, logits[:n], scratch)
+            matmul.project(ref_h, ref_weight, logits[n:], ref_scratch)
         out = None
-        if direction is not None:
-            out = logits[:n] if linear.operand == linear.dtype else torch.empty_like(logits[:n], dtype=linear.operand)
-        kl[piece] = kl_pass_(logits[:n], logits[n:], linear.head, ref_bias=ref_bias, out=out)
-        if direction is not None and out is not None:
-            direction[piece] = products.back(out, linear.weight, None, linear.dtype, scratch).to(direction.dtype)
+        if by_hidden is not None:
+            out = logits[:n] if operand == dtype else torch.empty_like(logits[:n], dtype=operand)
+        kl[piece] = kl_pass_(logits[:n], logits[n:], head, ref_bias=ref_bias, out=out)
+        if by_hidden is not None and out is not None:
+            by_hidden[piece] = matmul.back(out, weight, None, dtype, scratch).to(by_hidden.dtype)
 
 
 @_forward.register_fake
 def _(hidden: Tensor, ref_hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     tokens = hidden.shape[:-1].numel()
     dtype = result_dtype(hidden.dtype, weight.dtype)
-    return hidden.new_empty(tokens, dtype=dtype), hidden.new_empty((tokens, hidden.shape[-1]) if rest[-2] else (0,))
+    return hidden.new_empty(tokens, dtype=dtype), hidden.new_empty((tokens, hidden.shape[-1]) if rest[8] else (0,))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     kl, direction = output
-    ctx.shape = inputs[0].shape
+    ctx.shape, ctx.inputs = inputs[0].shape, len(inputs)
     ctx.mark_non_differentiable(direction)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(inputs[4], kl.isfinite(), direction)
@@ -197,12 +209,47 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 13
+        return (None,) * ctx.inputs
     mask, possible, direction = ctx.saved_tensors
     nothing = direction.new_empty(0)
     by_hidden = torch.ops.onecard.scale_directions(mask, possible, direction, nothing, grad, None)
-    return by_hidden.view(ctx.shape), *(None,) * 12
+    return by_hidden.view(ctx.shape), *(None,) * (ctx.inputs - 1)
 
 
-_forward.register_autograd(once(_backward), setup_context=_setup)
+_forward.register_autograd(no_double_backward(_backward), setup_context=_setup)
 no_forward_ad("linear_kl", _forward)
+
+
+KL_BLOCKS = 5  # of the rows in torch: p, q, and the terms of the sum
+
+
+@workspace.formula("onecard::linear_kl")
+def _forward_bytes(device: torch.device, a: SimpleNamespace) -> int:
+    """Bytes that the operator holds inside (see `workspace`). `a` has its arguments by name."""
+    hidden, ref_hidden, weight, direction = a.hidden, a.ref_hidden, a.weight, a.direction
+    ref_weight = weight if a.ref_weight is None else a.ref_weight
+    dtype, width = result_dtype(hidden.dtype, weight.dtype), hidden.shape[-1]
+    count, vocabulary = hidden.shape[:-1].numel(), weight.shape[0]
+    sizes = choose(vocabulary, dtype, device, only=CHUNKED, chunk_tokens=a.chunk_tokens)
+    step = max(1, min(sizes.rows // 2, count))
+    operand = matmul.operand_dtype(hidden.dtype, weight.dtype, dtype, device)
+    ref_operand = matmul.operand_dtype(ref_hidden.dtype, ref_weight.dtype, dtype, device)
+    shared, masked = a.ref_weight is None and ref_hidden.dtype == hidden.dtype, a.mask is not None
+    upcast = min(matmul.SCRATCH_ROWS, vocabulary)
+    scratch = upcast * width * operand.itemsize * (weight.dtype != operand)
+    if not shared:
+        scratch += upcast * ref_weight.shape[1] * ref_operand.itemsize * (ref_weight.dtype != ref_operand)
+    piece = even_step(count, step)
+    rows = piece * width * operand.itemsize * (masked or hidden.dtype != operand)
+    rows += piece * ref_hidden.shape[-1] * ref_operand.itemsize * (masked or ref_hidden.dtype != ref_operand)
+    both = piece * 2 * width * operand.itemsize * shared
+    narrow = piece * vocabulary * operand.itemsize * (direction and operand != dtype)
+    block = block_bytes(device, piece, vocabulary, dtype.itemsize)
+    bools = block // dtype.itemsize
+    in_rows = 0
+    if not by_triton(device, a.backend, dtype):
+        in_rows = block * (KL_BLOCKS + (direction and a.softcap is not None)) + bools
+    product = piece * width * (dtype.itemsize + hidden.dtype.itemsize * (hidden.dtype != dtype)) * direction
+    inside = count * dtype.itemsize + count * width * hidden.dtype.itemsize * direction
+    kept = (count * IDS if masked else 0) + 2 * step * vocabulary * dtype.itemsize + scratch
+    return max(kept + rows + max(both, narrow + max(in_rows, product)), inside if masked else 0)

@@ -1,4 +1,4 @@
-"""The row pass of the exact vocabulary KL: two rows of products with the heads in, one number and its direction out."""
+"""KL of rows of logits in Triton: a program reads two rows of products and writes the KL and its direction."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def tanh_slope(x):
 def _load(
     row, bias, cols, live, vocabulary, inner, outer, BIAS: tl.constexpr, SCALED: tl.constexpr, SOFTCAP: tl.constexpr
 ):
-    """The transformed logits of one block, and what came in."""
+    """(transformed logits of one block, the products with bias that they are made of)"""
     raw = tl.load(row + cols, mask=cols < vocabulary, other=0.0)
     shift = 0.0
     if BIAS:
@@ -181,7 +181,7 @@ def _kl_kernel(
     tl.store(kl + row, divergence)
 
     if WRITE:
-        # The mean of these very d with these very p: what rounding they share is in it too, and leaves d - mean.
+        # The mean is of the same rounded d and p: rounding that they share cancels in d - mean.
         mean = tl.sum(sum_d, 0) / tl.sum(sum_p, 0)
         scale_p = tl.where(mean == float("inf"), 0.0, scale_p)
         for start in range(0, vocabulary, BLOCK):

@@ -1,123 +1,372 @@
-"""linear_logprobs without autograd: the forward with its directions, and the backward of a head that is trained."""
+"""linear_logprobs: log-probabilities from hidden states, as registered operators with gradients.
+
+The operators are opaque to torch.compile. Their outputs are flat, of all tokens (zeros where the mask is 0), so that
+shapes do not depend on the mask's values. An output that is not asked for is an empty tensor.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import launch
-from . import products
-from .online import Factors, Statistics, Wanted, added, entropy_factors, logprob_factors, new_state
-from .passes import Rows
-from .plans import TILED
-from .state import SHIFT
-from .tiles import Linear, Workspace, gradient_by_hidden_, sweep
+from .. import checks, dispatch, launch, workspace
+from ..double_backward import no_double_backward, no_forward_ad
+from ..records import Head, LogProbs, result_dtype
+from . import matmul
+from .online_softmax import (
+    SHIFT,
+    SLOTS,
+    Factors,
+    Statistics,
+    TileOutputs,
+    added,
+    derivative_,
+    entropy_factors,
+    logprob_factors,
+    new_state,
+)
+from .rows import Rows, blocks
+from .tile_bytes import STATISTICS, TileBytes, block_bytes, id_bytes
+from .tiles import Gradients, HeadTiles
+from .tuning import TILED, choose
 
-SAVED = 6  # of each token, for a backward that forms the logits again: the fields of Statistics but the last
+# Which gradients autograd will ask for: none; by hidden (formed in the forward); by weight or bias too (recomputed).
+FORWARD, FROZEN, TRAINED = "forward", "frozen", "trained"
+SAVED = 6  # numbers of each token for the backward of a trained head: the fields of Statistics but the last
 
 
-class Directions(NamedTuple):
-    logprobs: bool
-    entropy: bool
-
-
-class Forward(NamedTuple):
-    """Flat, of the valid tokens alone."""
-
-    logprobs: Tensor
-    entropy: Tensor | None
-    log_sum_sq_probs: Tensor | None
-    direction: Tensor | None  # dlogp/dh
-    entropy_direction: Tensor | None  # dH/dh
-    saved: Tensor  # [SAVED, tokens]
-
-
-def forward(
+def linear_logprobs(
     hidden: Tensor,
-    y: Tensor,
-    rows: Rows,
-    linear: Linear,
+    weight: Tensor,
+    targets: Tensor,
     *,
-    entropy: bool,
-    sum_sq: bool,
-    directions: Directions,
-    keep: bool = False,
-) -> Forward:
-    """One product with the head for the statistics, one more for each direction. `keep`: a backward needs `saved`."""
-    any_direction = directions.logprobs or directions.entropy
-    if linear.plan.implementation == TILED and not (any_direction or keep) and _tiles_run(linear):
-        return _tiled(hidden, y, rows, linear, entropy=entropy, sum_sq=sum_sq)
-    wanted = Wanted(moment=entropy, square=sum_sq, direction=any_direction)
-    space = Workspace(linear, rows.count, direction=any_direction, spread=directions.entropy)
-    new = hidden.new_empty
-    out = Forward(
-        new(rows.count, dtype=linear.dtype),
-        new(rows.count, dtype=linear.dtype) if entropy else None,
-        new(rows.count, dtype=linear.dtype) if sum_sq else None,
-        new(rows.count, hidden.shape[-1]) if directions.logprobs else None,
-        new(rows.count, hidden.shape[-1]) if directions.entropy else None,
-        new(SAVED, rows.count, dtype=linear.dtype),
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    forbidden: Tensor | None = None,
+    mask: Tensor | None = None,
+    return_entropy: bool = False,
+    entropy_requires_grad: bool = False,
+    return_log_sum_sq_probs: bool = False,
+    backend: str = "auto",
+    chunk_tokens: int | None = None,
+) -> LogProbs:
+    """Log-probabilities of the target tokens from hidden states; the `[tokens, V]` logits never exist.
+
+    z = (h @ W.T + bias) * logit_scale;  z = softcap * tanh(z / softcap);  z = z / temperature;  z[forbidden] = -inf
+    logp_t = z_t[y_t] - log sum_v exp(z_t[v])
+    H_t    = -sum_v p_t[v] log p_t[v]
+
+    With a frozen head (no gradient asked for `weight` and `bias`) the direction dlogp_t/dh_t = W[y_t] - sum_v p_tv W_v
+    is formed in the forward, two GEMMs in all, and the backward of any loss scales it by dL/dlogp_t.
+
+    Softcap: "Gemma 2", https://arxiv.org/abs/2408.00118. log_sum_sq_probs: "WPO", https://arxiv.org/abs/2406.11827.
+
+    Args:
+        hidden: `[..., D]`, any floating dtype. Any strides: `hidden[:, :-1]` is not copied.
+        weight: `[V, D]`; bf16, fp16, fp32 or fp64, not necessarily hidden's. Logits and softmax are fp32 (fp64 if
+            either is fp64). Under autocast hidden and weight are cast to its dtype, as for a linear layer, and the
+            products still accumulate in fp32; torch.autocast(enabled=False) around the call keeps them as they are.
+        targets: `[...]`, integer ids; `targets[t]` is the token that `hidden[t]` predicts.
+        bias: `[V]`, finite.
+        temperature, logit_scale, softcap: numbers, in the order of the equation.
+        forbidden: bool `[V]`, tokens that cannot be sampled (padded rows of the head).
+        mask: `[...]`, bool or 0/1. Masked tokens give 0 with zero gradient and cost nothing; their targets may be
+            anything (-100). Without a mask a target of -100 is an error: the caller would count it as a token.
+        return_entropy: also give H, detached. Costs no GEMM.
+        entropy_requires_grad: also give H, with its gradient. Costs one more GEMM.
+        return_log_sum_sq_probs: also give log sum_v p_v^2, detached.
+        backend: "auto", "triton" or "torch".
+        chunk_tokens: tokens whose logits are in memory at a time; None: what suits the device (`logprob.tuning`).
+
+    Returns:
+        LogProbs of fp32 tensors `[...]` in nats (fp64 in, fp64 out). A forbidden target gives logp -inf with zero
+        gradient; entropies count forbidden tokens as 0. Gradients have their inputs' dtypes; weight and bias gradients
+        are summed in fp32.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    checks.reverse_mode("linear_logprobs", hidden=hidden, weight=weight, bias=bias)
+    head = checks.plain_head(bias, temperature, logit_scale, softcap, forbidden)
+    checks.linear(hidden, weight, targets, head, mask)
+    chunk_tokens = checks.chunk_tokens(chunk_tokens)
+    dispatch.resolve("linear_logprobs", backend, hidden.device)
+    hidden, weight = matmul.under_autocast(hidden, weight)
+    mode = FORWARD
+    if torch.is_grad_enabled():
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        mode = TRAINED if trained else FROZEN if hidden.requires_grad else FORWARD
+    entropy = return_entropy or entropy_requires_grad
+    logprobs, h, lssp, *_ = torch.ops.onecard.linear_logprobs(
+        *(hidden, weight, targets, mask),
+        *(head.bias, head.forbidden, head.temperature, head.logit_scale, head.softcap),
+        *(entropy, entropy_requires_grad, return_log_sum_sq_probs, mode, backend, chunk_tokens),
     )
-    for piece in rows.chunks(space.rows):
-        h = rows.take(hidden, piece).to(linear.operand)
-        swept = sweep(space, h, y[piece], wanted, sums=any_direction)
-        of = swept.of
-        _write(out, piece, of)
-        # The entropy's first: each is formed over the sums that it is the last to need.
-        for direction, factors_of in ((out.entropy_direction, entropy_factors), (out.direction, logprob_factors)):
-            if direction is not None and swept.of_exp is not None:
-                direction[piece] = gradient_by_hidden_(linear, swept.of_exp, swept.of_spread, factors_of(of), y[piece])
-        del swept, of  # or they would live through the next sweep
-    return out
+    shape = targets.shape
+    # Views made here, not by the operator: one of an operator's own refuses `x.mul_()`.
+    return LogProbs(
+        logprobs.view(shape),
+        h.view(shape) if entropy else None,
+        lssp.view(shape) if return_log_sum_sq_probs else None,
+    )
 
 
-def _write(out: Forward, piece: slice, of: Statistics) -> None:
-    out.logprobs[piece] = of.logprobs
-    for into, value in ((out.entropy, of.entropy), (out.log_sum_sq_probs, of.log_sum_sq_probs)):
-        if into is not None and value is not None:
-            into[piece] = value
-    entropy = torch.zeros_like(of.total) if of.entropy is None else of.entropy
-    out.saved[:, piece] = torch.stack([of.shift, of.total, of.miss, of.slope, of.logprobs, entropy])
-
-
-def backward(
+@torch.library.custom_op("onecard::linear_logprobs", mutates_args=())
+def _forward(
     hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    forbidden: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    entropy: bool,
+    entropy_grad: bool,
+    sum_sq: bool,
+    mode: str,
+    backend: str,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logprobs, entropy, log_sum_sq_probs, dlogp/dh, dH/dh, [SAVED, tokens] for the backward of a trained head)"""
+    with matmul.without_autocast(hidden):
+        rows, head = Rows(targets.shape, mask), Head(bias, temperature, logit_scale, softcap, forbidden)
+        y = rows.pick(targets).long()
+        checks.ids(y, weight.shape[0])
+        results, saved = _forward_rows(
+            hidden, weight, y, rows, head, entropy, entropy_grad, sum_sq, mode, backend, chunk_tokens
+        )
+        dtypes = (*(saved.dtype,) * 3, *(hidden.dtype,) * 2)
+        logprobs, h, lssp, *directions = (
+            hidden.new_empty(0, dtype=dtype) if x is None else rows.scatter(x)
+            for x, dtype in zip(results, dtypes, strict=True)
+        )
+        saved = rows.scatter(saved.T).T.contiguous() if mode == TRAINED else saved.new_empty(0)
+        return logprobs, h, lssp, directions[0], directions[1], saved
+
+
+def _forward_rows(
+    hidden: Tensor,
+    weight: Tensor,
     y: Tensor,
     rows: Rows,
-    linear: Linear,
+    head: Head,
+    entropy: bool,
+    entropy_grad: bool,
+    sum_sq: bool,
+    mode: str,
+    backend: str,
+    chunk_tokens: int | None,
+) -> tuple[list[Tensor | None], Tensor]:
+    """`_forward` of the valid tokens: its five results, None for those that are not asked for, and `saved`.
+
+    One product with the head for the statistics, and one more for each direction.
+    """
+    frozen = mode == FROZEN
+    dtype = result_dtype(hidden.dtype, weight.dtype)
+    sizes = choose(weight.shape[0], dtype, hidden.device, chunk_tokens=chunk_tokens)
+    if sizes.implementation == TILED and mode == FORWARD and _tiled_kernel_runs(hidden, weight, backend):
+        from .triton_tiled import tiled_statistics
+
+        h = rows.take(hidden, slice(0, rows.count)).to(weight.dtype)
+        statistics = tiled_statistics(h, weight, y, head, entropy=entropy, sum_sq=sum_sq)
+        return [*statistics, None, None], hidden.new_empty(0, dtype=dtype)
+    entropy_direction = frozen and entropy_grad
+    tiles = HeadTiles(
+        hidden, weight, head, rows.count, sizes, backend, direction=frozen, entropy_term=entropy_direction
+    )
+    results = [
+        *(hidden.new_empty(rows.count, dtype=dtype) if x else None for x in (True, entropy, sum_sq)),
+        *(hidden.new_empty(rows.count, hidden.shape[-1]) if x else None for x in (frozen, entropy_direction)),
+    ]
+    saved = hidden.new_empty(SAVED, rows.count, dtype=dtype)
+    outputs = TileOutputs(moment=entropy, square=sum_sq, direction=frozen)
+    for piece in rows.chunks(tiles.rows):
+        h = rows.take(hidden, piece).to(tiles.operand)
+        of, of_exp, of_term = tiles.sweep(h, y[piece], outputs, sums=frozen)
+        for into, value in zip(results[:3], (of.logprobs, of.entropy, of.log_sum_sq_probs), strict=True):
+            if into is not None and value is not None:
+                into[piece] = value
+        entropies = torch.zeros_like(of.total) if of.entropy is None else of.entropy
+        saved[:, piece] = torch.stack([of.shift, of.total, of.miss, of.slope, of.logprobs, entropies])
+        # The entropy's first: each is formed over the sums that it is the last to need.
+        for into, factors_of in ((results[4], entropy_factors), (results[3], logprob_factors)):
+            if into is not None and of_exp is not None:
+                into[piece] = tiles.gradient_by_hidden_(of_exp, of_term, factors_of(of), y[piece])
+        del of, of_exp, of_term, entropies  # or they would live through the next sweep
+    return results, saved
+
+
+@_forward.register_fake
+def _(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    entropy, entropy_grad, sum_sq, mode = rest[6:10]
+    dtype, tokens = result_dtype(hidden.dtype, weight.dtype), targets.numel()
+    directions = (mode == FROZEN, mode == FROZEN and entropy_grad)
+    return (
+        *(hidden.new_empty(tokens if asked else 0, dtype=dtype) for asked in (True, entropy, sum_sq)),
+        *(hidden.new_empty((tokens, hidden.shape[-1]) if asked else (0,)) for asked in directions),
+        hidden.new_empty((SAVED, tokens) if mode == TRAINED else (0,), dtype=dtype),
+    )
+
+
+def _tiled_kernel_runs(hidden: Tensor, weight: Tensor, backend: str) -> bool:
+    dtype, device = result_dtype(hidden.dtype, weight.dtype), weight.device
+    if backend == "torch" or dtype != torch.float32 or launch.why_not(device) is not None:
+        return False
+    if weight.dtype != matmul.operand_dtype(hidden.dtype, weight.dtype, dtype, device):  # it would be cast as a whole
+        return False
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)  # below, its tiles spill
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, targets, mask, bias, forbidden, *ctx.numbers, _, ctx.entropy_grad, _, ctx.mode = inputs[:13]
+    ctx.backend_and_chunk, ctx.shape, ctx.inputs = inputs[13:], hidden.shape, len(inputs)
+    logprobs, h, lssp, direction, entropy_direction, saved = output
+    ctx.mark_non_differentiable(lssp, direction, entropy_direction, saved, *(() if ctx.entropy_grad else (h,)))
+    ctx.set_materialize_grads(False)
+    if ctx.mode == TRAINED:
+        ctx.save_for_backward(hidden, weight, targets, mask, bias, forbidden, saved)
+    elif ctx.mode == FROZEN:
+        # Not the output itself: whoever gets it may change it in place.
+        ctx.save_for_backward(mask, logprobs.isfinite(), direction, entropy_direction)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    on_logprobs, on_entropy = grads[0], grads[1] if ctx.entropy_grad else None
+    out: list[Tensor | None] = [None] * ctx.inputs
+    if on_logprobs is None and on_entropy is None:
+        return tuple(out)
+    if ctx.mode == FROZEN:
+        grad = torch.ops.onecard.scale_directions(*ctx.saved_tensors, on_logprobs, on_entropy)
+        return grad.view(ctx.shape), *out[1:]
+    needed = [ctx.needs_input_grad[place] for place in (0, 1, 4)]  # hidden, weight, bias
+    hidden, weight, bias = torch.ops.onecard.linear_logprobs_backward(
+        *ctx.saved_tensors, on_logprobs, on_entropy, *ctx.numbers, *needed, *ctx.backend_and_chunk
+    )
+    hidden = hidden.view(ctx.shape) if needed[0] else hidden
+    for place, grad, need in zip((0, 1, 4), (hidden, weight, bias), needed, strict=True):
+        out[place] = grad if need else None
+    return tuple(out)
+
+
+_forward.register_autograd(no_double_backward(_backward), setup_context=_setup)
+
+
+@torch.library.custom_op("onecard::scale_directions", mutates_args=())
+def scale_directions(
+    mask: Tensor | None,
+    possible: Tensor,
+    direction: Tensor,
+    entropy_direction: Tensor,
+    on_logprobs: Tensor | None,
+    on_entropy: Tensor | None,
+) -> Tensor:
+    """dL/dh = dL/dlogp * dlogp/dh + dL/dH * dH/dh per token: the whole backward of a frozen head."""
+    valid = torch.ones_like(possible) if mask is None else mask.reshape(-1).bool()
+    columns = []
+    for source, on, counts in ((direction, on_logprobs, valid & possible), (entropy_direction, on_entropy, valid)):
+        if on is not None:  # where a token does not count, its coefficient may be anything
+            columns.append((source, torch.where(counts, on.reshape(-1), 0.0).unsqueeze(1)))
+    grad = torch.empty_like(direction)
+    for rows in blocks(grad.shape[0], grad.shape[1], 4, grad.device):  # products in fp32, rounded once
+        torch.mul(columns[0][0][rows], columns[0][1][rows], out=grad[rows])
+        if len(columns) == 2:
+            grad[rows] = sum(source[rows] * column[rows] for source, column in columns)
+    return grad
+
+
+@scale_directions.register_fake
+def _(mask: Any, possible: Tensor, direction: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(direction)
+
+
+@torch.library.custom_op("onecard::linear_logprobs_backward", mutates_args=())
+def _recompute(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    forbidden: Tensor | None,
+    saved: Tensor,
+    on_logprobs: Tensor | None,
+    on_entropy: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    backend: str,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by hidden, weight and bias with a trained head: the logits are computed again, a tile at a time."""
+    checks.still_there(weight)
+    with matmul.without_autocast(hidden):
+        rows, head = Rows(targets.shape, mask), Head(bias, temperature, logit_scale, softcap, forbidden)
+        grads = _recompute_rows(
+            hidden,
+            weight,
+            rows.pick(targets).long(),
+            rows,
+            head,
+            saved if rows.index is None else saved[:, rows.index],
+            None if on_logprobs is None else rows.pick(on_logprobs),
+            None if on_entropy is None else rows.pick(on_entropy),
+            (need_hidden, need_weight, need_bias),
+            backend,
+            chunk_tokens,
+        )
+        return (
+            hidden.new_empty(0) if grads.hidden is None else rows.scatter(grads.hidden),
+            hidden.new_empty(0) if grads.weight is None else grads.weight.to(weight.dtype),
+            hidden.new_empty(0) if grads.bias is None or bias is None else grads.bias.to(bias.dtype),
+        )
+
+
+def _recompute_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    rows: Rows,
+    head: Head,
     saved: Tensor,
     on_logprobs: Tensor | None,
     on_entropy: Tensor | None,
     needed: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients by hidden (valid rows), and in fp32 by weight and bias; the logits formed again a tile at a time."""
-    grads = Gradients(hidden, linear, rows, needed, hidden.dtype)
+    backend: str,
+    chunk_tokens: int | None,
+) -> Gradients:
+    """`_recompute` of the valid tokens."""
+    with_entropy = on_entropy is not None
+    sizes = choose(weight.shape[0], saved.dtype, hidden.device, chunk_tokens=chunk_tokens)
     # The direction is scaled by each token's coefficient in fp32 and rounded only then.
-    space = Workspace(linear, rows.count, direction=False, spread=on_entropy is not None)
+    tiles = HeadTiles(hidden, weight, head, rows.count, sizes, backend, direction=False, entropy_term=with_entropy)
+    grads = Gradients(hidden, weight, rows, needed, tiles.dtype, hidden.dtype)
     state = new_state(rows.count, saved)
     state[SHIFT] = saved[0]  # the last shift of the forward: no tile moves it again
-    wanted = Wanted(moment=on_entropy is not None, direction=True)
-    for piece in rows.chunks(space.rows):
-        h = rows.take(hidden, piece).to(linear.operand)
-        shift, total, miss, slope, logprobs, entropy = saved[:, piece]
-        of = Statistics(shift, total, miss, slope, logprobs, entropy, None)
-        factors = _coefficients(of, _at(on_logprobs, piece), _at(on_entropy, piece))
-        for part, tile in space.tiles():
-            space.exp(h, part, tile, y[piece], state[:, piece].contiguous(), wanted)
-            n, c = h.shape[0], tile.shape[0]
-            d = derivative_(space.z(n, c), space.spread(n, c), factors, y[piece], part.start, linear.head.factor)
-            grads.add(space, part, tile, d, h)
+    outputs = TileOutputs(moment=with_entropy, direction=True)
+    for piece in rows.chunks(tiles.rows):
+        h = rows.take(hidden, piece).to(tiles.operand)
+        of = Statistics._make((*saved[:, piece], None))
+        factors = _loss_factors(of, *(None if x is None else x[piece] for x in (on_logprobs, on_entropy)))
+        for part, tile in tiles.tiles():
+            z, e, term = tiles.buffers(h.shape[0], tile.shape[0])
+            matmul.project(h, tile, z, tiles.scratch)
+            of_tile = state[:, piece].contiguous()
+            tiles.exp_tile(z, e, term, y[piece], part.start, of_tile, head.columns(part), outputs)
+            grads.add(tiles, part, tile, derivative_(e, term, factors, y[piece], part.start, head.factor), h)
         grads.write(piece)
-    return grads.result()
+    return grads
 
 
-def _at(values: Tensor | None, piece: slice) -> Tensor | None:
-    return None if values is None else values[piece]
-
-
-def _coefficients(of: Statistics, on_logprobs: Tensor | None, on_entropy: Tensor | None) -> Factors:
+def _loss_factors(of: Statistics, on_logprobs: Tensor | None, on_entropy: Tensor | None) -> Factors:
     zero = torch.zeros_like(of.total)
     factors = Factors(zero, None, zero)
     if on_logprobs is not None:
@@ -127,62 +376,81 @@ def _coefficients(of: Statistics, on_logprobs: Tensor | None, on_entropy: Tensor
     return factors
 
 
-def derivative_(e: Tensor, spread: Tensor | None, factors: Factors, y: Tensor, first: int, factor: float) -> Tensor:
-    """dL/d(h @ W.T) of one tile, over `e [n, c]` (fp32 or fp64)."""
-    e.mul_((factors.of_exp * factor).unsqueeze(1))
-    if spread is not None and factors.of_spread is not None:
-        e.addcmul_(spread, (factors.of_spread * factor).unsqueeze(1))
-    inside = ((y >= first) & (y < first + e.shape[1])).unsqueeze(1)
-    column = (y - first).clamp(0, e.shape[1] - 1).unsqueeze(1)
-    at_target = (factors.at_target * factor).unsqueeze(1)
-    return e.scatter_(1, column, torch.where(inside, at_target, e.gather(1, column)))
+@_recompute.register_fake
+def _(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Any, bias: Any, *rest: Any) -> tuple[Tensor, ...]:
+    need_hidden, need_weight, need_bias = rest[7:10]
+    return (
+        hidden.new_empty((targets.numel(), hidden.shape[-1]) if need_hidden else (0,)),
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else hidden.new_empty(0),
+        torch.empty_like(bias) if need_bias else hidden.new_empty(0),
+    )
 
 
-class Gradients:
-    """Sums over tiles, in fp32; only those that are needed exist. Those by hidden are kept in `dtype`."""
-
-    def __init__(
-        self, hidden: Tensor, linear: Linear, rows: Rows, needed: tuple[bool, bool, bool], dtype: torch.dtype
-    ) -> None:
-        self.linear = linear
-        new = hidden.new_zeros
-        self.hidden = new(rows.count, hidden.shape[-1], dtype=dtype) if needed[0] else None
-        self._of_piece: Tensor | None = None
-        self.weight = new(linear.weight.shape, dtype=linear.dtype) if needed[1] else None
-        self.bias = new(linear.vocabulary, dtype=linear.dtype) if needed[2] else None
-
-    def add(self, space: Workspace, part: slice, tile: Tensor, d: Tensor, h: Tensor) -> None:
-        """d: the loss's derivative by `h @ W.T` of one tile, in the accumulation dtype."""
-        if self.bias is not None:
-            self.bias[part] += d.sum(0)
-        d = d.to(self.linear.operand)
-        if self.hidden is not None:
-            self._of_piece = space.back(d, tile, self._of_piece)
-        if self.weight is not None:
-            products.outer(d, h, self.weight[part])
-
-    def write(self, piece: slice | Tensor, of_piece: Tensor | None = None) -> None:
-        """Close a piece: all tiles were added, or `of_piece` is their sum."""
-        of_piece, self._of_piece = (self._of_piece if of_piece is None else of_piece), None
-        if self.hidden is not None and of_piece is not None:
-            self.hidden[piece] = of_piece.to(self.hidden.dtype)
-
-    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return self.hidden, self.weight, self.bias
+no_forward_ad("linear_logprobs", _forward, scale_directions, _recompute)
 
 
-def _tiles_run(linear: Linear) -> bool:
-    device = linear.weight.device
-    if linear.backend == "torch" or linear.dtype != torch.float32 or launch.why_not(device) is not None:
-        return False
-    if linear.weight.dtype != linear.operand:  # it would be cast as a whole
-        return False
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)  # below, its tiles spill
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes that the operators hold inside (see `workspace`). `a` has an operator's arguments by name.
 
 
-def _tiled(hidden: Tensor, y: Tensor, rows: Rows, linear: Linear, *, entropy: bool, sum_sq: bool) -> Forward:
-    from .triton_tiled import tiled_statistics
+@workspace.formula("onecard::linear_logprobs")
+def _forward_bytes(device: torch.device, a: SimpleNamespace) -> int:
+    frozen, trained, masked = a.mode == FROZEN, a.mode == TRAINED, a.mask is not None
+    sums = frozen + (frozen and a.entropy_grad)
+    tiles = TileBytes.of(
+        device,
+        a.hidden,
+        a.weight,
+        a.targets.numel(),
+        chunk_tokens=a.chunk_tokens,
+        direction=sums > 0,
+        entropy_term=sums == 2,
+    )
+    kept_term = a.entropy and not (sums == 2 and tiles.operand == tiles.accumulated)
+    in_pass = tiles.exp_pass(a.backend, entropy_term=kept_term, slope=sums > 0 and a.softcap is not None)
+    totals = sums * tiles.hidden_rows * tiles.accumulated
+    sweep = max(in_pass + totals * (tiles.count > 1), totals + tiles.target_rows * (sums > 0))
+    saved = SAVED * tiles.tokens * tiles.accumulated
+    kept = id_bytes(a.targets, masked=masked) + saved * (not trained)
+    during = tiles.buffers + tiles.taken(a.hidden, masked=masked, sweep=sweep + tiles.per_token(STATISTICS))
+    numbers = (1 + a.entropy + a.sum_sq) * tiles.tokens * tiles.accumulated
+    numbers += sums * a.hidden.numel() * a.hidden.dtype.itemsize
+    scattered = numbers + saved * trained if masked else 0
+    return kept + max(during, scattered)
 
-    h = rows.take(hidden, slice(0, rows.count)).to(linear.operand)
-    results = tiled_statistics(h, linear.weight, y, linear.head, entropy=entropy, sum_sq=sum_sq)
-    return Forward(*results, None, None, hidden.new_empty(SAVED, 0, dtype=linear.dtype))
+
+@workspace.formula("onecard::linear_logprobs_backward")
+def _recompute_bytes(device: torch.device, a: SimpleNamespace) -> int:
+    count, masked, with_entropy = a.targets.numel(), a.mask is not None, a.on_entropy is not None
+    tiles = TileBytes.of(
+        device, a.hidden, a.weight, count, chunk_tokens=a.chunk_tokens, direction=False, entropy_term=with_entropy
+    )
+    given = (a.on_logprobs is not None) + with_entropy
+    picked = (SAVED + given) * count * tiles.accumulated if masked else 0
+    state = SLOTS * (count + tiles.step) * tiles.accumulated
+    of_piece = tiles.hidden_rows * tiles.accumulated * a.need_hidden
+    narrow = tiles.logits * tiles.operand * (tiles.operand != tiles.accumulated)
+    itemsize = a.hidden.dtype.itemsize
+    written = tiles.hidden_rows * itemsize * (a.need_hidden and itemsize != tiles.accumulated)
+    in_pass = tiles.exp_pass(a.backend, entropy_term=False, slope=a.softcap is not None)
+    step = max(in_pass + of_piece * (tiles.count > 1), of_piece + narrow, of_piece + written)
+    during = tiles.buffers + state + tiles.taken(a.hidden, masked=masked, sweep=step + tiles.per_token(10))
+    by_hidden = a.hidden.numel() * itemsize * a.need_hidden
+    by_weight = a.weight.numel() * tiles.accumulated * a.need_weight
+    outputs = by_hidden + a.weight.numel() * a.weight.dtype.itemsize * a.need_weight
+    inside = by_hidden + by_weight
+    at_end = inside + (by_hidden if masked else 0)
+    at_end += outputs - by_hidden if a.weight.dtype.itemsize != tiles.accumulated else 0
+    return id_bytes(a.targets, masked=masked) + picked + max(inside + during, at_end) - outputs
+
+
+@workspace.formula("onecard::scale_directions")
+def _scale_directions_bytes(device: torch.device, a: SimpleNamespace) -> int:
+    count, width = a.direction.shape
+    block = block_bytes(device, count, width, 4)
+    given = (a.on_logprobs is not None) + (a.on_entropy is not None)
+    numbers = count * (2 + 5 * given)
+    if given == 2:
+        return numbers + 3 * block
+    # A CPU multiplies numbers of one dtype: both factors and the product are cast.
+    return numbers + (2 * block if device.type == "cpu" and a.direction.dtype.itemsize < 4 else 0)

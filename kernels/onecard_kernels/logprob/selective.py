@@ -1,46 +1,71 @@
-"""selective_log_softmax as registered operators, on either backend, and its torch implementation.
-
-Only the logits themselves and five numbers of each row are saved. The backward takes each row's exponentials again:
-that costs one pass, and saving the [tokens, V] softmax would cost as much memory as the logits.
-"""
+"""selective_log_softmax: log-probabilities from logits, as registered operators on either backend."""
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..once import no_forward_ad, once
-from ..records import LogProbs
-from .passes import BLOCK_BYTES, Rows, result_dtype
+from .. import checks, dispatch, workspace
+from ..double_backward import no_double_backward, no_forward_ad
+from ..records import LogProbs, result_dtype
+from . import torch_rows
+from .tile_bytes import by_triton, even_step, id_bytes
+from .torch_rows import STATS
 
 SECOND_BACKWARD = (
     "a second backward through selective_log_softmax(inplace_backward=True): the first one wrote the gradient over the "
     "logits. Pass inplace_backward=False to go through the graph more than once."
 )
 
-# Each has `forward` and `backward`, with the signatures below. A backend's statistics are read by itself alone.
-IMPLEMENTATIONS = {"torch": __name__, "triton": "onecard_kernels.logprob.triton_rows"}
-
-FAR = -2000.0  # e^-2000 is 0 in fp64 too; a finite exponent, for 0 * -inf is NaN
-STATS = 5  # per row: shift, sum of e^(z - shift), the same without the target's, logp, entropy
-
 
 def selective_log_softmax(
     logits: Tensor,
     targets: Tensor,
     *,
-    temperature: float,
-    mask: Tensor | None,
-    return_entropy: bool,
-    entropy_requires_grad: bool,
-    inplace_backward: bool,
-    backend: str = "torch",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    return_entropy: bool = False,
+    entropy_requires_grad: bool = False,
+    inplace_backward: bool = False,
+    backend: str = "auto",
 ) -> LogProbs:
+    """Log-probabilities of the target tokens, without a second tensor of the logits' size.
+
+    logp_t = z_t[y_t] - log sum_v exp(z_t[v]),  z = logits / temperature
+    H_t    = -sum_v p_t[v] log p_t[v]
+
+    "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning", Williams, 1992, for
+    what policy gradients do with logp and H (https://link.springer.com/article/10.1007/BF00992696).
+
+    Args:
+        logits: `[..., V]`, any floating dtype. Arithmetic is fp32 for fp16, bf16 and fp32, fp64 for fp64.
+        targets: `[...]`, integer ids; `targets[t]` is the token that `logits[t]` predicts.
+        temperature: divides the logits.
+        mask: `[...]`, bool or 0/1. Masked tokens give 0 with zero gradient; their targets may be anything (-100).
+            Without a mask a target of -100 is an error: the caller would count it as a token.
+        return_entropy: also give H, detached.
+        entropy_requires_grad: also give H, with its gradient.
+        inplace_backward: write the gradient into the logits' storage. Saves that much memory; the logits are gone after
+            the backward, and a second backward raises RuntimeError. Under torch.compile it has no effect.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        LogProbs of fp32 tensors `[...]` in nats (fp64 for fp64 logits). `log_sum_sq_probs` is None. A target whose
+        logit is -inf gives logp -inf with zero gradient. `logits.grad` has the logits' dtype.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    checks.reverse_mode("selective_log_softmax", logits=logits)
+    temperature = checks.plain(temperature)
+    checks.logits(logits, targets, temperature, mask)
+    if inplace_backward and any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError("logits is expanded (stride 0), expected memory of its own for inplace_backward=True")
+    backend = dispatch.resolve("selective_log_softmax", backend, logits.device)
     entropy = return_entropy or entropy_requires_grad
     # The compiler plans memory itself, and an operator's gradient may not alias its inputs: there inplace_backward has
     # no effect.
@@ -53,12 +78,9 @@ def selective_log_softmax(
     return LogProbs(logprobs, h if entropy_requires_grad else h.detach(), None)
 
 
-def selective_log_softmax_triton(logits: Tensor, targets: Tensor, **options: Any) -> LogProbs:
-    return selective_log_softmax(logits, targets, **options, backend="triton")
-
-
-def _implementation(backend: str) -> Any:
-    return sys.modules[__name__] if backend == "torch" else import_module(IMPLEMENTATIONS[backend])
+def _rows(backend: str) -> Any:
+    """The module with `forward` and `backward` over rows of logits. Only it reads the statistics that it saves."""
+    return torch_rows if backend == "torch" else import_module(".triton_rows", __package__)
 
 
 @torch.library.custom_op("onecard::selective_forward", mutates_args=())
@@ -66,9 +88,7 @@ def _forward_op(
     logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     checks.ids(targets, logits.shape[-1], mask)
-    result: tuple[Tensor, Tensor, Tensor] = _implementation(backend).forward(
-        logits, targets, mask, temperature, entropy
-    )
+    result: tuple[Tensor, Tensor, Tensor] = _rows(backend).forward(logits, targets, mask, temperature, entropy)
     return result
 
 
@@ -95,9 +115,7 @@ def _backward_op(
     temperature: float,
     backend: str,
 ) -> Tensor:
-    result: Tensor = _implementation(backend).backward(
-        logits, targets, mask, stats, on_logprobs, on_entropy, temperature
-    )
+    result: Tensor = _rows(backend).backward(logits, targets, mask, stats, on_logprobs, on_entropy, temperature)
     return result
 
 
@@ -123,7 +141,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return grad, *(None,) * 5
 
 
-_forward_op.register_autograd(once(_backward), setup_context=_setup)
+_forward_op.register_autograd(no_double_backward(_backward), setup_context=_setup)
 no_forward_ad("selective_log_softmax", _forward_op, _backward_op)
 
 
@@ -142,7 +160,7 @@ class _InPlace(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         checks.ids(targets, logits.shape[-1], mask)
         ctx.temperature, ctx.entropy, ctx.backend, ctx.spent = temperature, entropy, backend, False
-        logprobs, h, stats = _implementation(backend).forward(logits, targets, mask, temperature, entropy)
+        logprobs, h, stats = _rows(backend).forward(logits, targets, mask, temperature, entropy)
         ctx.save_for_backward(logits, targets, mask, stats)
         ctx.set_materialize_grads(False)
         if not entropy:
@@ -150,7 +168,7 @@ class _InPlace(torch.autograd.Function):
         return logprobs, h
 
     @staticmethod
-    @once
+    @no_double_backward
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise RuntimeError(SECOND_BACKWARD)
@@ -159,102 +177,38 @@ class _InPlace(torch.autograd.Function):
             return (None,) * 6
         ctx.spent = True
         logits, *saved = ctx.saved_tensors
-        # A detached alias shares the logits' version counter: whoever else saved them gets an error, no wrong number.
+        # A detached alias shares the logits' version counter: other graphs that saved them raise.
         into = logits.detach()
-        grad = _implementation(ctx.backend).backward(logits, *saved, on_logprobs, on_entropy, ctx.temperature, out=into)
+        grad = _rows(ctx.backend).backward(logits, *saved, on_logprobs, on_entropy, ctx.temperature, out=into)
         return grad, *(None,) * 5
 
 
-def forward(
-    logits: Tensor, targets: Tensor, mask: Tensor | None, temperature: float, entropy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities and entropies of targets' shape (no entropies: empty), and the statistics for `backward`.
-
-    No digit of a small number passes through a large one: the target's column is left out of the sums, so that 1 - p_y
-    is one of its own, never 1 minus something; the largest logit and the log of the sum stay a pair.
-    """
-    rows, dtype = Rows(targets.shape, mask), result_dtype(logits.dtype)
-    y = rows.pick(targets).long()
-    stats = logits.new_zeros(STATS, rows.count, dtype=dtype)
-    for piece in rows.chunks(_block_rows(logits, dtype)):
-        z = _scaled(rows, logits, piece, temperature, dtype)
-        column = y[piece].unsqueeze(1)
-        at_target = z.gather(1, column)
-        z.scatter_(1, column, float("-inf"))
-        shift = torch.maximum(z.amax(1, keepdim=True), at_target)
-        z.sub_(shift)
-        d = z.clamp(min=FAR) if entropy else None
-        off = z.exp_().sum(1)
-        at_target = (at_target - shift).squeeze(1)
-        e_target = at_target.exp()
-        total = off + e_target
-        log_sum = total.log()
-        logp = torch.where(e_target > off, -(off / e_target).log1p(), at_target - log_sum)
-        stats[:4, piece] = torch.stack([shift.squeeze(1), total, off, logp])
-        if d is not None:
-            # In this form each term is small where the entropy is: near p_y = 1 both are of the size of 1 - p_y.
-            of_target = torch.where(e_target > 0, -e_target * logp, 0.0)
-            stats[4, piece] = (of_target + off * log_sum - d.mul_(z).sum(1)) / total
-    stats = rows.spread(stats.T).T.contiguous()
-    # No views of `stats`: one that an autograd Function returns refuses `x.mul_()`.
-    logprobs = stats.new_empty(targets.shape)
-    logprobs.view(-1).copy_(stats[3])
-    h = stats.new_empty(targets.shape if entropy else (0,))
-    if entropy:
-        h.view(-1).copy_(stats[4])
-    return logprobs, h, stats
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes that the operators hold inside (see `workspace`). `a` has an operator's arguments by name.
 
 
-def backward(
-    logits: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    stats: Tensor,
-    on_logprobs: Tensor | None,
-    on_entropy: Tensor | None,
-    temperature: float,
-    *,
-    out: Tensor | None = None,
-) -> Tensor:
-    """The gradient of the logits, into `out` (which may be the logits) or into new contiguous memory.
-
-    d = on_logp (onehot - p) - on_H p (log p + H), over temperature; p = e / total and log p = z - shift - log total.
-    """
-    rows, dtype = Rows(targets.shape, mask), result_dtype(logits.dtype)
-    y = rows.pick(targets).long()
-    into = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
-    shift, total, off, logp, h = (rows.pick(row).unsqueeze(1) for row in stats)
-    flat, at_target = torch.zeros_like(total), torch.zeros_like(total)
-    steep = None
-    if on_logprobs is not None:
-        # a target of -inf is a constant
-        on_logp = rows.pick(on_logprobs).unsqueeze(1).masked_fill(logp == float("-inf"), 0.0) / temperature
-        flat, at_target = -on_logp / total, on_logp * (off / total)
-    if on_entropy is not None:
-        on_h = rows.pick(on_entropy).unsqueeze(1) / temperature
-        flat, steep = flat + on_h * (total.log() - h) / total, -on_h / total
-        at_target = at_target - on_h * torch.where(logp > float("-inf"), logp.exp() * (logp + h), 0.0)
-    for piece in rows.chunks(_block_rows(logits, dtype)):
-        z = _scaled(rows, logits, piece, temperature, dtype).sub_(shift[piece])
-        if steep is None:
-            z.exp_().mul_(flat[piece])
-        else:
-            d = z.clamp(min=FAR)
-            z.exp_().mul_(d.mul_(steep[piece]).add_(flat[piece]))
-        rows.put(into, piece, z.scatter_(1, y[piece].unsqueeze(1), at_target[piece]))
-    if rows.index is not None:
-        masked_out = torch.ones(rows.total, dtype=torch.bool, device=logits.device)
-        masked_out[rows.index] = False
-        into.masked_fill_(masked_out.view(*rows.shape, 1), 0.0)
-    return into
+@workspace.formula("onecard::selective_forward")
+def _forward_bytes(device: torch.device, a: SimpleNamespace) -> int:
+    dtype = result_dtype(a.logits.dtype)
+    if by_triton(device, a.backend, dtype):
+        return 0
+    masked = a.mask is not None
+    stats = STATS * a.targets.numel() * dtype.itemsize
+    return stats + _block_bytes(a.logits, 1 + a.entropy, masked=masked) + id_bytes(a.targets, masked=masked)
 
 
-def _block_rows(logits: Tensor, dtype: torch.dtype) -> int:
-    return max(1, BLOCK_BYTES // (logits.shape[-1] * dtype.itemsize))
+@workspace.formula("onecard::selective_backward")
+def _backward_bytes(device: torch.device, a: SimpleNamespace) -> int:
+    dtype, with_entropy = result_dtype(a.logits.dtype), a.on_entropy is not None
+    if by_triton(device, a.backend, dtype):
+        return 0
+    columns = (10 + 8 * with_entropy) * a.targets.numel() * dtype.itemsize
+    return columns + _block_bytes(a.logits, 1 + with_entropy, masked=a.mask is not None)
 
 
-def _scaled(rows: Rows, logits: Tensor, piece: slice, temperature: float, dtype: torch.dtype) -> Tensor:
-    """One block of logits / temperature, in a buffer of its own."""
-    taken = rows.take(logits, piece)
-    z = torch.empty_like(taken, dtype=dtype, memory_format=torch.contiguous_format).copy_(taken)
-    return z if temperature == 1.0 else z.div_(temperature)
+def _block_bytes(logits: Tensor, blocks: int, *, masked: bool) -> int:
+    """So many blocks of logits in the accumulation dtype, and the gathered rows that they are made of."""
+    dtype, width, count = result_dtype(logits.dtype), logits.shape[-1], logits.shape[:-1].numel()
+    rows = even_step(count, min(count, max(1, torch_rows.BLOCK_BYTES // (width * dtype.itemsize))))
+    gathered = rows * width * logits.dtype.itemsize if masked else 0
+    return rows * width * dtype.itemsize * (blocks + (count > rows)) + gathered  # the one before lives on for a while

@@ -1,156 +1,155 @@
-"""The linear path's one loop: products with the head over tiles of tokens by vocabulary, and an online softmax between.
+"""Products with the head over tiles of tokens by vocabulary, with an online softmax between them.
 
-With a frozen head the tile of e_v = exp(z_v - shift) that the pass leaves goes straight into the second product, and
-the sums it gives, sum_v e_v W_v, need only each token's own factors to become dlogp/dh or dH/dh.
+With a frozen head, the tile of e_v = exp(z_v - shift) goes straight into the second product. The sums over the
+vocabulary, sum_v e_v W_v, then need only each token's own factors to become dlogp/dh or dH/dh.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..records import Head
-from . import products
-from .online import Factors, Statistics, Wanted, new_state, statistics
-from .passes import blocks, result_dtype
-from .plans import ALIGNED, Plan, columns_of
-from .state import RESCALE
+from ..records import Head, result_dtype
+from . import matmul
+from .online_softmax import Factors, Statistics, TileOutputs, new_state, rescale_sums_, statistics
+from .rows import Rows, blocks
+from .tuning import ALIGNED, TileSizes, columns_of
 
 
-@dataclass(frozen=True)
-class Linear:
-    """The head, and how the products with it run."""
+class HeadTiles:
+    """The head in tiles, and memory for one tile, which every tile uses again.
 
-    weight: Tensor
-    head: Head
-    hidden_dtype: torch.dtype
-    plan: Plan
-    backend: str
+    Args:
+        tokens: how many there are; a tile has no more rows.
+        direction: a second product takes the exponentials, in the operands' dtype.
+        entropy_term: the pass also keeps e_v (z_v - shift), which the entropy's gradient needs.
+    """
 
-    @property
-    def vocabulary(self) -> int:
-        return self.weight.shape[0]
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        head: Head,
+        tokens: int,
+        sizes: TileSizes,
+        backend: str,
+        *,
+        direction: bool,
+        entropy_term: bool,
+    ) -> None:
+        self.weight, self.head, self.vocabulary = weight, head, weight.shape[0]
+        self.dtype = result_dtype(hidden.dtype, weight.dtype)  # of logits, statistics and sums
+        self.operand = matmul.operand_dtype(hidden.dtype, weight.dtype, self.dtype, weight.device)
+        self.rows = max(1, min(sizes.rows, tokens))
+        self.columns = columns_of(sizes, self.vocabulary, self.rows)
+        self.whole = self.columns == self.vocabulary  # one tile has all columns
+        size = self.rows * padded(self.columns)
+        self._z = weight.new_empty(size, dtype=self.dtype)
+        own = direction and self.operand != self.dtype
+        self._e = weight.new_empty(size, dtype=self.operand) if own else self._z
+        self._term = weight.new_empty(size, dtype=self.operand if direction else self.dtype) if entropy_term else None
+        self.scratch = matmul.scratch_for(weight, self.operand, self.columns)
+        backend = "torch" if self.dtype == torch.float64 else backend
+        self.exp_tile: Callable[..., None] = dispatch.implementation("linear_logprobs", backend, weight.device)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of logits, statistics and sums."""
-        return result_dtype(self.hidden_dtype, self.weight.dtype)
+    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of the vocabulary, and these rows of the head."""
+        for start in range(0, self.vocabulary, self.columns):
+            part = slice(start, min(start + self.columns, self.vocabulary))
+            yield part, self.weight[part]
 
-    @property
-    def operand(self) -> torch.dtype:
-        return products.operand_dtype(self.hidden_dtype, self.weight.dtype, self.dtype, self.weight.device)
+    def buffers(self, n: int, c: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Memory `[n, c]` for the products, for their exponentials (the same if the dtype is) and the entropy term.
 
-    def at(self, y: Tensor) -> Tensor:
-        """The head's rows of the targets. An id outside of it reads no wild address."""
+        Every row is aligned: with an odd vocabulary all wide loads would be lost otherwise.
+        """
+        z, e, term = (
+            None if x is None else x[: n * padded(c)].view(n, padded(c))[:, :c] for x in (self._z, self._e, self._term)
+        )
+        assert z is not None
+        assert e is not None
+        return z, e, term
+
+    def sweep(
+        self, h: Tensor, y: Tensor, outputs: TileOutputs, *, sums: bool
+    ) -> tuple[Statistics, Tensor | None, Tensor | None]:
+        """Take the tokens h `[n, D]` (in the operands' dtype) with targets y through all tiles.
+
+        Returns:
+            The statistics; with `sums` also sum_v e_v W_v and sum_v e_v (z_v - shift) W_v `[n, D]`, both without the
+            target, the second one where there is an entropy term. With one tile, its buffers still hold the results.
+        """
+        state = new_state(h.shape[0], self._z)
+        of_exp = of_term = None
+        for part, tile in self.tiles():
+            z, e, term = self.buffers(h.shape[0], tile.shape[0])
+            matmul.project(h, tile, z, self.scratch)
+            self.exp_tile(z, e, term, y, part.start, state, self.head.columns(part), outputs)
+            if not sums:
+                continue
+            if of_exp is not None:
+                rescale_sums_(of_exp, of_term, state)
+            of_exp = matmul.back(e, tile, of_exp, self.dtype, self.scratch)
+            if term is not None:
+                of_term = matmul.back(term, tile, of_term, self.dtype, self.scratch)
+        return statistics(state, self.head, outputs), of_exp, of_term
+
+    def gradient_by_hidden_(self, of_exp: Tensor, of_term: Tensor | None, factors: Factors, y: Tensor) -> Tensor:
+        """dL/dh `[n, D]` of dL/dz in the form of `factors`, in the memory of `of_term` if used, else of `of_exp`."""
+        if factors.of_term is not None and of_term is not None:
+            total = of_term.mul_(factors.of_term.unsqueeze(1)).addcmul_(of_exp, factors.of_exp.unsqueeze(1))
+        else:
+            total = of_exp.mul_(factors.of_exp.unsqueeze(1))
+        at_target = factors.at_target.unsqueeze(1)
+        for rows in blocks(total.shape[0], total.shape[1], total.element_size()):
+            total[rows].addcmul_(self._head_rows(y[rows]), at_target[rows])
+        return total.mul_(self.head.factor)
+
+    def _head_rows(self, y: Tensor) -> Tensor:
+        """The head's rows of the targets. An id outside of the vocabulary reads no wild address."""
         return self.weight.index_select(0, y.clamp(0, self.vocabulary - 1)).to(self.dtype)
 
 
-class Workspace:
-    """Memory for one tile, used again for every tile: products `z`, their `e` in the operands' dtype, and `spread`."""
-
-    def __init__(self, linear: Linear, tokens: int, *, direction: bool, spread: bool) -> None:
-        self.linear = linear
-        self.rows = max(1, min(linear.plan.rows, tokens))
-        self.columns = columns_of(linear.plan, linear.vocabulary, self.rows)
-        self.whole = self.columns == linear.vocabulary  # one tile has all columns: e stays there after the sweep
-        size = self.rows * _padded(self.columns)
-        self._z = linear.weight.new_empty(size, dtype=linear.dtype)
-        own = direction and linear.operand != linear.dtype
-        self._e = linear.weight.new_empty(size, dtype=linear.operand) if own else self._z
-        spread_dtype = linear.operand if direction else linear.dtype
-        self._spread = linear.weight.new_empty(size, dtype=spread_dtype) if spread else None
-        self._scratch = products.scratch_for(linear.weight, linear.operand, self.columns)
-        backend = "torch" if linear.dtype == torch.float64 else linear.backend
-        self._pass: Callable[..., None] = dispatch.implementation("linear_logprobs", backend, linear.weight.device)
-
-    def z(self, n: int, c: int) -> Tensor:
-        return _rows(self._z, n, c)
-
-    def e(self, n: int, c: int) -> Tensor:
-        return _rows(self._e, n, c)
-
-    def spread(self, n: int, c: int) -> Tensor | None:
-        return None if self._spread is None else _rows(self._spread, n, c)
-
-    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Parts of the head."""
-        for start in range(0, self.linear.vocabulary, self.columns):
-            part = slice(start, min(start + self.columns, self.linear.vocabulary))
-            yield part, self.linear.weight[part]
-
-    def back(self, d: Tensor, tile: Tensor, total: Tensor | None) -> Tensor:
-        return products.back(d, tile, total, self.linear.dtype, self._scratch)
-
-    def exp(self, h: Tensor, part: slice, tile: Tensor, y: Tensor, state: Tensor, wanted: Wanted) -> None:
-        """One tile: the product, and the pass over it."""
-        n, c = h.shape[0], tile.shape[0]
-        z = self.z(n, c)
-        products.project(h, tile, z, self._scratch)
-        head = self.linear.head.columns(part)
-        self._pass(z, self.e(n, c), self.spread(n, c), y, part.start, state, head, wanted)
-
-
-def _padded(columns: int) -> int:
+def padded(columns: int) -> int:
     return -(-columns // ALIGNED) * ALIGNED
 
 
-def _rows(buffer: Tensor, n: int, c: int) -> Tensor:
-    """`[n, c]` at the buffer's beginning, every row aligned: an odd vocabulary would else cost all wide loads."""
-    return buffer[: n * _padded(c)].view(n, _padded(c))[:, :c]
+class Gradients:
+    """Sums over tiles by hidden, weight and bias; only those that are `needed` exist.
 
+    Those by weight and bias are kept in the accumulation dtype, those by hidden in `dtype`.
+    """
 
-@dataclass(frozen=True)
-class Swept:
-    """After all tiles: the statistics, and where they were asked for the sums over the head's rows, `[n, D]`."""
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        rows: Rows,
+        needed: tuple[bool, bool, bool],
+        accumulated: torch.dtype,
+        dtype: torch.dtype,
+    ) -> None:
+        new = hidden.new_zeros
+        self.hidden = new(rows.count, hidden.shape[-1], dtype=dtype) if needed[0] else None
+        self._of_piece: Tensor | None = None
+        self.weight = new(weight.shape, dtype=accumulated) if needed[1] else None
+        self.bias = new(weight.shape[0], dtype=accumulated) if needed[2] else None
 
-    of: Statistics
-    of_exp: Tensor | None  # sum e_v W_v without the target
-    of_spread: Tensor | None  # sum e_v (z_v - shift) W_v without the target
+    def add(self, tiles: HeadTiles, part: slice, tile: Tensor, d: Tensor, h: Tensor) -> None:
+        """d: the loss's derivative by `h @ W.T` of one tile, in the accumulation dtype."""
+        if self.bias is not None:
+            self.bias[part] += d.sum(0)
+        d = d.to(tiles.operand)
+        if self.hidden is not None:
+            self._of_piece = matmul.back(d, tile, self._of_piece, tiles.dtype, tiles.scratch)
+        if self.weight is not None:
+            matmul.outer(d, h, self.weight[part])
 
-
-def sweep(space: Workspace, h: Tensor, y: Tensor, wanted: Wanted, *, sums: bool) -> Swept:
-    """All of the vocabulary for the tokens h `[n, D]` (in the operands' dtype)."""
-    n = h.shape[0]
-    state = new_state(n, space.z(1, 1))
-    of_exp = of_spread = None
-    for part, tile in space.tiles():
-        space.exp(h, part, tile, y, state, wanted)
-        if not sums:
-            continue
-        c = tile.shape[0]
-        if of_exp is not None:
-            _rescale(of_exp, of_spread, state)
-        of_exp = space.back(space.e(n, c), tile, of_exp)
-        spread = space.spread(n, c)
-        if spread is not None:
-            of_spread = space.back(spread, tile, of_spread)
-    return Swept(statistics(state, space.linear.head, wanted), of_exp, of_spread)
-
-
-def gradient_by_hidden_(
-    linear: Linear, of_exp: Tensor, of_spread: Tensor | None, factors: Factors, y: Tensor
-) -> Tensor:
-    """dL/dh `[n, D]` of dL/dz in the form of `factors`; in the memory of `of_spread` if it is used, or of `of_exp`."""
-    if factors.of_spread is not None and of_spread is not None:
-        total = of_spread.mul_(factors.of_spread.unsqueeze(1)).addcmul_(of_exp, factors.of_exp.unsqueeze(1))
-    else:
-        total = of_exp.mul_(factors.of_exp.unsqueeze(1))
-    at_target = factors.at_target.unsqueeze(1)
-    for rows in blocks(total.shape[0], total.shape[1], total.element_size()):
-        total[rows].addcmul_(linear.at(y[rows]), at_target[rows])
-    return total.mul_(linear.head.factor)
-
-
-def _rescale(of_exp: Tensor, of_spread: Tensor | None, state: Tensor) -> None:
-    """Bring the sums over earlier tiles to the shift of the last one."""
-    rescale = state[RESCALE].unsqueeze(1)
-    if rescale.is_cpu and bool((rescale == 1.0).all()):
-        return
-    if of_spread is not None:
-        moved = torch.where(rescale > 0.0, rescale.log(), 0.0)
-        of_spread.addcmul_(of_exp, moved).mul_(rescale)
-    of_exp.mul_(rescale)
+    def write(self, piece: slice | Tensor, of_piece: Tensor | None = None) -> None:
+        """Close a piece of the tokens: all tiles were added, or `of_piece` is their sum."""
+        of_piece, self._of_piece = (self._of_piece if of_piece is None else of_piece), None
+        if self.hidden is not None and of_piece is not None:
+            self.hidden[piece] = of_piece.to(self.hidden.dtype)

@@ -1,9 +1,8 @@
-"""The pass over a tile of products with the head: the transform, the online softmax, and the exponentials it leaves.
+"""The pass over a tile of products with the head in Triton: transform, online softmax, exponentials.
 
-One program per row, and one read of the tile. The shift is picked before the tile is read, from its first block and
-the target (later tiles keep the shift they find), and every sum and result is against that one number. Should a logit
-turn out to lie more than the limit above it, the row is read again with the right one. So no sum in the loop is ever
-rescaled, and what is written is e^limit at most.
+One program takes one row and reads the tile once. The shift is picked before that, from the first block and the target;
+later tiles keep the shift of earlier ones. All sums and results use that shift. If a logit lies more than the limit
+above it, the row is read again with a higher shift. So no sum in the loop is rescaled, and results are at most e^limit.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from .. import launch
 from ..records import Head
-from . import state as slots
-from .online import Wanted
+from . import online_softmax as slots
+from .online_softmax import TileOutputs
 from .triton_row_parts import FAR, LOWEST, Cut, block_for, per_row
 
 SHIFT = tl.constexpr(slots.SHIFT)
@@ -99,7 +98,7 @@ def _columns(UNROLL: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
 def _exp_row(
     z_row,
     out_row,
-    spread_row,
+    entropy_term_row,
     bias_ptr,
     forbidden_ptr,
     target,
@@ -111,7 +110,7 @@ def _exp_row(
     CAP: tl.constexpr,
     FORBIDDEN: tl.constexpr,
     WRITE: tl.constexpr,
-    SPREAD: tl.constexpr,
+    ENTROPY_TERM: tl.constexpr,
     UNROLL: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -130,18 +129,18 @@ def _exp_row(
         z = tl.where(inside & (at != target), z, float("-inf"))
         d = z - shift
         e = tl.exp(d)
-        spread = e * tl.where(d < FAR, FAR, d)
+        entropy_term = e * tl.where(d < FAR, FAR, d)
         top = tl.maximum(top, tl.max(tl.max(z, axis=2), axis=0))
         off += tl.sum(tl.sum(e, axis=2), axis=0)
-        moment += tl.sum(tl.sum(spread, axis=2), axis=0)
+        moment += tl.sum(tl.sum(entropy_term, axis=2), axis=0)
         square += tl.sum(tl.sum(e * e, axis=2), axis=0)
         if CAP:
             e *= slope
-            spread *= slope
+            entropy_term *= slope
         if WRITE:
             tl.store(out_row + at, e.to(out_row.dtype.element_ty), mask=inside)
-        if SPREAD:
-            tl.store(spread_row + at, spread.to(spread_row.dtype.element_ty), mask=inside)
+        if ENTROPY_TERM:
+            tl.store(entropy_term_row + at, entropy_term.to(entropy_term_row.dtype.element_ty), mask=inside)
     return tl.max(top, axis=0), tl.sum(off, axis=0), tl.sum(moment, axis=0), tl.sum(square, axis=0)
 
 
@@ -149,7 +148,7 @@ def _exp_row(
 def _exp_kernel(
     z_ptr,
     out_ptr,
-    spread_ptr,
+    entropy_term_ptr,
     target_ptr,
     state_ptr,
     bias_ptr,
@@ -158,7 +157,7 @@ def _exp_kernel(
     columns,
     z_stride,
     out_stride,
-    spread_stride,
+    entropy_term_stride,
     state_stride,
     before,
     after,
@@ -167,7 +166,7 @@ def _exp_kernel(
     CAP: tl.constexpr,
     FORBIDDEN: tl.constexpr,
     WRITE: tl.constexpr,
-    SPREAD: tl.constexpr,
+    ENTROPY_TERM: tl.constexpr,
     IN_PLACE: tl.constexpr,
     UNROLL: tl.constexpr,
     THREADS: tl.constexpr,
@@ -176,7 +175,7 @@ def _exp_kernel(
     row = tl.program_id(0).to(tl.int64)
     z_row = z_ptr + row * z_stride
     out_row = out_ptr + row * out_stride
-    spread_row = spread_ptr + row * spread_stride
+    entropy_term_row = entropy_term_ptr + row * entropy_term_stride
     state = state_ptr + row
     target = tl.load(target_ptr + row).to(tl.int64) - first
     here = (target >= 0) & (target < columns)
@@ -202,16 +201,16 @@ def _exp_kernel(
         sample = tl.minimum(columns, UNROLL * THREADS * VECTOR)
         top = _top(z_row, bias_ptr, forbidden_ptr, sample, before, after, BIAS, CAP, FORBIDDEN, UNROLL, THREADS, VECTOR)
         shift = tl.maximum(tl.maximum(top, z_target), LOWEST)
-    line = (z_row, out_row, spread_row, bias_ptr, forbidden_ptr, target, columns)
+    line = (z_row, out_row, entropy_term_row, bias_ptr, forbidden_ptr, target, columns)
     highest, off, moment, square = _exp_row(
-        *line, shift, before, after, BIAS, CAP, FORBIDDEN, WRITE, SPREAD, UNROLL, THREADS, VECTOR
+        *line, shift, before, after, BIAS, CAP, FORBIDDEN, WRITE, ENTROPY_TERM, UNROLL, THREADS, VECTOR
     )
     if not IN_PLACE:
         highest = tl.maximum(highest, z_target)
         if highest > shift + limit:
             shift = highest
             highest, off, moment, square = _exp_row(
-                *line, shift, before, after, BIAS, CAP, FORBIDDEN, WRITE, SPREAD, UNROLL, THREADS, VECTOR
+                *line, shift, before, after, BIAS, CAP, FORBIDDEN, WRITE, ENTROPY_TERM, UNROLL, THREADS, VECTOR
             )
     # sum e (z - new) = rescale * (sum e (z - old) + (old - new) sum e)
     moved = tl.where(old == float("-inf"), 0.0, tl.maximum(old, LOWEST) - shift)
@@ -230,32 +229,39 @@ def _exp_kernel(
 
 
 def exp_tile(
-    z: Tensor, out: Tensor, spread: Tensor | None, y: Tensor, first: int, state: Tensor, head: Head, wanted: Wanted
+    z: Tensor,
+    out: Tensor,
+    entropy_term: Tensor | None,
+    y: Tensor,
+    first: int,
+    state: Tensor,
+    head: Head,
+    outputs: TileOutputs,
 ) -> None:
-    """Take the columns from `first` on into `state`, and leave e_v in `out`, e_v (z_v - shift) in `spread`.
+    """Add the columns from `first` on to `state`; write e_v to `out` and e_v (z_v - shift) to `entropy_term`.
 
     z: `[n, c]` fp32 products h @ W.T of one tile; kept, unless `out` is z. out: z, or `[n, c]` of another dtype,
-    written if `wanted.direction`. spread: None, or `[n, c]` of any dtype. Both are 0 at the target and times the
+    written if `outputs.direction`. entropy_term: None, or `[n, c]` of any dtype. Both are 0 at the target and times the
     softcap's slope. y: `[n]`, ids in the whole vocabulary. state: fp32 `[SLOTS, n]`. head: its bias and forbidden
-    columns are the tile's. z, out and spread have their columns side by side, and any row strides. No autograd.
+    columns are the tile's. z, out and entropy_term have their columns side by side, and any row strides. No autograd.
     """
     rows, columns = z.shape
     if rows == 0:
         return
-    in_place = wanted.direction and out.dtype == z.dtype and out.data_ptr() == z.data_ptr()
+    in_place = outputs.direction and out.dtype == z.dtype and out.data_ptr() == z.data_ptr()
     cap = head.softcap
     block = block_for(columns, z.element_size(), z.stride(0), cut=CUT)
-    # More is held per logit, fewer of them at a time: or registers run out.
-    extras = (head.bias is not None, head.forbidden is not None, cap is not None or spread is not None, in_place)
+    # With more numbers per logit, fewer logits at a time: registers would run out.
+    extras = (head.bias is not None, head.forbidden is not None, cap is not None or entropy_term is not None, in_place)
     fuller = sum(extras) - (sum(extras) > 1 and block.vector > 1)
     before = head.factor if cap is None else head.logit_scale / cap
-    half = torch.float16 in (out.dtype, z.dtype if spread is None else spread.dtype)
+    half = torch.float16 in (out.dtype, z.dtype if entropy_term is None else entropy_term.dtype)
     launch.launch(
         _exp_kernel,
         (rows,),
         z,
         out,
-        z if spread is None else spread,
+        z if entropy_term is None else entropy_term,
         per_row(y),
         state,
         z if head.bias is None else head.bias,
@@ -264,7 +270,7 @@ def exp_tile(
         columns,
         z.stride(0),
         out.stride(0),
-        0 if spread is None else spread.stride(0),
+        0 if entropy_term is None else entropy_term.stride(0),
         state.stride(0),
         before,
         0.0 if cap is None else cap / head.temperature,
@@ -273,8 +279,8 @@ def exp_tile(
         BIAS=head.bias is not None,
         CAP=cap is not None,
         FORBIDDEN=head.forbidden is not None,
-        WRITE=wanted.direction,
-        SPREAD=spread is not None,
+        WRITE=outputs.direction,
+        ENTROPY_TERM=entropy_term is not None,
         IN_PLACE=in_place,
         UNROLL=max(1, block.unroll >> fuller),
         THREADS=block.threads,

@@ -1,4 +1,4 @@
-"""Functions of one number that Triton has not, or not to every digit."""
+"""tanh, log1p and log to every digit, which Triton lacks."""
 
 from __future__ import annotations
 

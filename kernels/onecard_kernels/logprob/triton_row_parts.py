@@ -1,4 +1,4 @@
-"""What kernels over rows of logits share: where a row lies, how it is cut into loads, the statistics of its softmax.
+"""Parts of the kernels over rows of logits: addresses of rows, blocks of loads, statistics of the softmax.
 
 A block of the row is `[UNROLL, THREADS, VECTOR]`: VECTOR neighbours are one 16-byte load of one thread, so sums over
 the first and the last axis stay inside the thread. Each thread keeps an online softmax of its own and the loop has no
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .selective import STATS
+from .torch_rows import STATS
 from .triton_math import log1p
 
 LOG2E = math.log2(math.e)
@@ -31,7 +31,7 @@ SHIFT, TOTAL, OFF, LOGPROB, ENTROPY = (tl.constexpr(i) for i in range(STATS))
 
 
 class Cut(NamedTuple):
-    """What a program takes of a long row at once. Each kernel has a cut of its own, which only a card can judge."""
+    """How much of a long row a program takes at once. Each kernel has its own, to be measured on a GPU."""
 
     thread_bytes: int = 64  # four 16-byte loads of each thread in flight
     warps: int = 8
@@ -45,7 +45,7 @@ class Block(NamedTuple):
 
 
 def block_for(columns: int, itemsize: int, *strides: int, cut: Cut) -> Block:
-    """Enough bytes in flight on long rows, no more threads than short ones have work for.
+    """The block for a row: enough bytes in flight on long rows, no idle threads on short ones.
 
     Rows that do not all begin at 16 bytes (an odd vocabulary) have no wide loads: neighbours then go to neighbouring
     threads, so that one load of a warp is one piece of memory still.
@@ -71,7 +71,7 @@ class RowStrides(NamedTuple):
 
 
 def row_strides(x: Tensor) -> RowStrides | None:
-    """Of `[..., V]` with columns side by side; None if its rows are no two nested loops."""
+    """Strides of the rows of `[..., V]`; None if columns are apart, or the rows are not two nested loops."""
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         return None
     loops: list[tuple[int, int]] = []
@@ -95,7 +95,7 @@ def with_strides(x: Tensor) -> tuple[Tensor, RowStrides]:
 
 
 def per_row(x: Tensor) -> Tensor:
-    """One after the other in memory: a gradient may be expanded (stride 0), and so may targets and masks."""
+    """Flat and contiguous: gradients, targets and masks may be expanded (stride 0)."""
     return x.reshape(-1).contiguous()
 
 
@@ -111,7 +111,7 @@ def row_address(row, inner, outer_stride, inner_stride):
 
 @triton.jit
 def _fold(x, factor, shift, off, moment, MOMENT: tl.constexpr):
-    """Each thread's online softmax, one block further."""
+    """Add a block to each thread's online softmax."""
     higher = tl.maximum(shift, tl.max(tl.max(x, axis=2), axis=0))
     d = (x - higher[None, :, None]) * factor
     e = tl.exp2(d)
@@ -188,7 +188,7 @@ def store_statistics(stats_ptr, row, rows, shift, total, off, logprob, entropy):
 
 @triton.jit
 def checked_target(target_ptr, row, columns):
-    """The row's target as an address inside the row, whatever it is."""
+    """The row's target, clamped to an address inside the row."""
     target = tl.load(target_ptr + row).to(tl.int64)
     tl.device_assert((target >= 0) & (target < columns), "targets holds an id outside of the vocabulary")
     return tl.minimum(tl.maximum(target, 0), columns - 1).to(tl.int32)

@@ -1,4 +1,4 @@
-"""Row kernels over logits: log-softmax of the targets with entropy, and its gradient. One program per row."""
+"""selective_log_softmax in Triton: forward and gradient over rows of logits, one program per row."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launch
-from .passes import result_dtype
-from .selective import STATS
+from ..records import result_dtype
+from .torch_rows import STATS
 from .triton_row_parts import (
     ENTROPY,
     FAR,

@@ -1,7 +1,7 @@
-"""Log-prob statistics straight from hidden states: the logits live on chip, one tile at a time, and nowhere else.
+"""Forward-only linear_logprobs in Triton: logits stay on chip, one tile at a time.
 
-A program owns a block of rows and a share of the vocabulary, which it walks in tiles: product, head, online softmax.
-What it found goes to `partials`; a second kernel puts the shares of each row together in a fixed order.
+A program takes a block of rows and a part of the vocabulary, tile by tile: product, head, online softmax. It writes its
+results to `partials`; a second kernel combines the parts of each row in a fixed order.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from torch import Tensor
 
 from ..launch import interpreted, launch
 from ..records import Head
-from .cards import TileConfig, config_for, config_on, tiles_per_program
 from .triton_math import log, log1p, tanh
+from .tuning import TileConfig, config_for, config_on, tiles_per_program
 
 __all__ = ["TileConfig", "config_for", "tiled_statistics"]
 
-# Stands for -inf on chip. Being finite it needs no guard: NEVER - NEVER is 0 and 0 * NEVER is 0, where infinities give
-# NaN. A share of nothing but NEVER has a sum of nonsense, which exp(NEVER - any true logit) = 0 takes out of the row's.
+# A finite -inf: NEVER - NEVER and 0 * NEVER are 0, where infinities give NaN. The sum of a part that has only NEVER is
+# meaningless, and exp(NEVER - any true logit) = 0 removes it from the row's.
 NEVER = tl.constexpr(-1e30)
 BARELY = tl.constexpr(-1e29)  # what is below is NEVER
-COMBINED = 32  # rows of a program that puts shares together
+COMBINED = 32  # rows of a program that combines parts
 
 
 def tiled_statistics(
@@ -256,7 +256,7 @@ def _tiles_kernel(
             h += DEPTH * H_COL
             w += DEPTH * W_COL
 
-        # Made again in each tile and stored at once: kept, they would take registers from the product.
+        # Recomputed in each tile: kept, they would take registers from the product.
         cols = column + tl.arange(0, COLUMNS)
         y = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32)
         live = alive(forbidden, cols, vocabulary, FORBIDDEN)

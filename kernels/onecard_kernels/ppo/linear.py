@@ -1,129 +1,311 @@
-"""PPO's policy loss straight from logits or hidden states."""
+"""The operator of linear_ppo_loss: loss and gradients in one sweep over the tiles of logits.
+
+A token's coefficient is known as soon as its log-probability is. So the gradients are formed in the forward, from the
+same tile of logits, and the backward scales them. That takes two products with the head, three with a trained one.
+Tokens without a coefficient take one: those without advantage or weight in any case, clipped ones where tiles have
+whole rows (chunked). With whole rows the entropy bonus needs no product of its own either.
+"""
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from .. import checks, dispatch
-from ..logprob.products import under_autocast
-from ..records import Loss, divisor_of
-from . import local_ops
-from .options import PolicyTokens, policy_options
-from .terms import metrics_of
+from .. import checks, dispatch, workspace
+from ..double_backward import no_double_backward, no_forward_ad
+from ..logprob import matmul
+from ..logprob.online_softmax import Factors, TileOutputs, added, derivative_, entropy_factors, logprob_factors
+from ..logprob.rows import Rows, blocks
+from ..logprob.tile_bytes import IDS, STATISTICS, TileBytes, block_bytes
+from ..logprob.tiles import Gradients, HeadTiles
+from ..logprob.tuning import CHUNKED, choose
+from ..records import Head, result_dtype
+from .options import OPTIONS_SCHEMA, SUMS, PolicyOptions, PolicyTokens, dtype_of
+
+# A row of logits is copied at the price of a fraction of its product; below this share of idle rows nothing is gained.
+WORTH_SKIPPING = 1 / 8
+OPTIONS = len(PolicyOptions._fields)
 
 
-def logits_ppo_loss(
-    logits: Tensor,
-    targets: Tensor,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    temperature: float = 1.0,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    entropy_coef: float = 0.0,
-    ref_logprobs: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
-    weights: Tensor | None = None,
-    normalizer: float | Tensor | None = None,
-    backend: str = "auto",
-) -> Loss:
-    """Clipped policy loss from logits: `ppo_loss` of `selective_log_softmax`.
-
-    logp_t = z_t[y_t] - log sum_v exp(z_t[v]),  z = logits / temperature;  entropy_t = -sum_v p_t[v] log p_t[v]
-
-    "Proximal Policy Optimization Algorithms", https://arxiv.org/abs/1707.06347.
-
-    Args:
-        logits: `[..., V]`, any floating dtype.
-        targets: `[...]`, integer ids; `targets[t]` is the token that `logits[t]` predicts. Anything (-100) where mask
-            is 0.
-        old_logprobs, advantages, mask: `[...]`, see `ppo_loss`.
-        temperature: divides the logits.
-        clip_low ... normalizer: see `ppo_loss`. The entropy has a gradient only if entropy_coef is not 0.
-        backend: "auto", "triton" or "torch", of the log-probabilities.
-
-    Returns:
-        Loss, fp32 (fp64 if any floating point input is), with `ppo_loss`'s metrics, policy/entropy always among them.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
-    """
-    options = policy_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
-    tokens = PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights)
-    checks.reverse_mode("logits_ppo_loss", logits=logits, **tokens._asdict(), normalizer=normalizer)
-    normalizer, temperature = checks.normalizer(normalizer), checks.plain(temperature)
-    checks.integer("targets", targets)
-    tokens.check("targets", targets, options)
-    checks.logits(logits, targets, temperature, mask)
-    run = dispatch.implementation("logits_ppo_loss", backend, logits.device)
-    result: Loss = run(logits, targets, tokens, options, temperature, normalizer)
-    return result
-
-
-def linear_ppo_loss(
+@torch.library.custom_op(
+    "onecard::linear_ppo",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor targets, Tensor? old_logprobs, Tensor advantages, Tensor mask,"
+    " Tensor? ref_logprobs, Tensor? weights, Tensor? bias, Tensor? forbidden, float temperature, float logit_scale,"
+    f" float? softcap, {OPTIONS_SCHEMA}, bool[] needs, str backend, SymInt? chunk_tokens=None)"
+    " -> (Tensor loss, Tensor sums, Tensor by_hidden, Tensor by_weight, Tensor by_bias)",
+)
+def linear_ppo(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    forbidden: Tensor | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    entropy_coef: float = 0.0,
-    ref_logprobs: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
-    weights: Tensor | None = None,
-    normalizer: float | Tensor | None = None,
-    backend: str = "auto",
-) -> Loss:
-    """Clipped policy loss from hidden states, without the `[tokens, V]` logits: `ppo_loss` of `linear_logprobs`.
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    forbidden: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(summed loss, the other sums in the order of SUMS, and the gradients of the first by hidden, weight and bias)
 
-    z = head(hidden);  logp_t = z_t[y_t] - log sum_v exp(z_t[v]);  entropy_t = -sum_v p_t[v] log p_t[v]
-
-    "Proximal Policy Optimization Algorithms", https://arxiv.org/abs/1707.06347.
-
-    Args:
-        hidden: `[..., D]`, `[B, T, D]` or packed `[tokens, D]`.
-        weight: `[V, D]`. Autocast acts on both as in `linear_logprobs`.
-        targets: `[...]`, integer ids; `targets[t]` is the token that `hidden[t]` predicts. Anything (-100) where mask
-            is 0.
-        old_logprobs, advantages, mask: `[...]`, see `ppo_loss`.
-        bias, temperature, logit_scale, softcap, forbidden: the head, see `linear_logprobs`.
-        clip_low ... normalizer: see `ppo_loss`. The entropy has a gradient only if entropy_coef is not 0; that costs
-            one more GEMM in low memory, none in chunks (`logprob.plans`).
-        backend: "auto", "triton" or "torch".
-
-    Returns:
-        Loss, fp32 (fp64 if any floating point input is), with `ppo_loss`'s metrics, policy/entropy always among them.
-        Gradients are formed in the forward: two GEMMs with a frozen head, three with a trained one, and one for tokens
-        whose advantage or weight is 0 (in chunks also for clipped ones).
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
+    Nothing is divided by the normalizer yet. A gradient that is not needed is an empty tensor.
     """
-    options = policy_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
-    tokens = PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights)
-    head = checks.plain_head(bias, temperature, logit_scale, softcap, forbidden)
-    differentiable = {"hidden": hidden, "weight": weight, "bias": bias}
-    checks.reverse_mode("linear_ppo_loss", **differentiable, **tokens._asdict(), normalizer=normalizer)
-    normalizer = checks.normalizer(normalizer)
-    checks.integer("targets", targets)
-    tokens.check("targets", targets, options)
-    checks.linear(hidden, weight, targets, head, mask)
-    dispatch.resolve("linear_logprobs", backend, hidden.device)
-    hidden, weight = under_autocast(hidden, weight)
-    loss, sums = local_ops.sums_of(hidden, weight, targets, head, tokens, options, backend)
-    divisor = divisor_of(normalizer, sums[-1].clamp(min=1.0), loss.dtype)
-    return Loss(loss / divisor, metrics_of(sums / divisor, entropy=True, kl=ref_logprobs is not None))
+    options, (needs, backend, *more) = PolicyOptions(*rest[:OPTIONS]), rest[OPTIONS:]
+    with matmul.without_autocast(hidden):
+        tokens = PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights)
+        dtype = tokens.dtype_with(hidden, weight)
+        rows, busy = _busy_first(Rows(targets.shape, mask), tokens, options)
+        y = rows.pick(targets).long()
+        checks.ids(y, weight.shape[0])
+        head, needed = Head(bias, temperature, logit_scale, softcap, forbidden), (needs[0], needs[1], needs[2])
+        sums, grads = _sweep_rows(
+            *(hidden, weight, y, rows, busy, head, tokens.picked(rows), options, needed, backend),
+            chunk_tokens=more[0] if more else None,
+        )
+        by_hidden, by_weight, by_bias = (
+            hidden.new_empty(0) if x is None else x
+            for x in (None if grads.hidden is None else rows.scatter(grads.hidden), grads.weight, grads.bias)
+        )
+        return sums[0].to(dtype, copy=True), sums[1:].to(dtype, copy=True), by_hidden, by_weight, by_bias
+
+
+def _sweep_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    rows: Rows,
+    busy: int,
+    head: Head,
+    tokens: PolicyTokens,
+    options: PolicyOptions,
+    needed: tuple[bool, bool, bool],
+    backend: str,
+    *,
+    chunk_tokens: int | None,
+) -> tuple[Tensor, Gradients]:
+    """`linear_ppo` of the valid tokens, which `tokens` has flat. Rows from `busy` on are known to have no gradient."""
+    trained = needed[1] or needed[2]
+    # A trained head's product needs each token's coefficient, and that is known where the rows are whole.
+    dtype, only = result_dtype(hidden.dtype, weight.dtype), CHUNKED if trained else None
+    sizes = choose(weight.shape[0], dtype, hidden.device, only=only, chunk_tokens=chunk_tokens)
+    # A trained head's derivative is summed over tokens in fp32; that of a frozen one is an operand of the product.
+    direction, with_entropy = any(needed) and not trained, any(needed) and options.entropy_in_loss
+    tiles = HeadTiles(hidden, weight, head, rows.count, sizes, backend, direction=direction, entropy_term=with_entropy)
+    assert tiles.whole or not trained
+    policy_sums = dispatch.implementation("policy_sums", backend, hidden.device)
+    grads = Gradients(hidden, weight, rows, needed, dtype, kept_dtype(hidden.dtype))
+    outputs = TileOutputs(moment=True, direction=any(needed))
+    total = None
+    for piece in (*rows.chunks(tiles.rows, 0, busy), *rows.chunks(tiles.rows, busy)):
+        h = rows.take(hidden, piece).to(tiles.operand)
+        learns = any(needed) and piece.start < busy
+        of, of_exp, of_term = tiles.sweep(h, y[piece], outputs, sums=direction and learns and not tiles.whole)
+        sums, on_logprobs, on_entropy = policy_sums(of.logprobs, of.entropy, tokens.part(piece), options)
+        total = sums if total is None else total + sums
+        if not learns:
+            continue
+        factors = logprob_factors(of, on_logprobs.to(dtype))
+        idle = on_logprobs == 0.0
+        if on_entropy is not None:
+            factors = added(factors, entropy_factors(of, on_entropy.to(dtype)))
+            idle &= on_entropy == 0.0
+        if of_exp is not None:
+            grads.write(piece, tiles.gradient_by_hidden_(of_exp, of_term, factors, y[piece]))
+        elif trained:
+            _, e, term = tiles.buffers(h.shape[0], tiles.vocabulary)
+            d = derivative_(e, term, factors, y[piece], 0, head.factor)
+            grads.add(tiles, slice(0, tiles.vocabulary), weight, d, h)
+            grads.write(piece)
+        else:
+            _add_busy(grads, piece, tiles, h.shape[0], y[piece], factors, ~idle)
+    return hidden.new_zeros(len(SUMS), dtype=dtype) if total is None else total, grads
+
+
+def _busy_first(rows: Rows, tokens: PolicyTokens, options: PolicyOptions) -> tuple[Rows, int]:
+    """The rows, those whose loss can have a gradient before those with no advantage or no weight, and how many."""
+    busy = rows.pick(tokens.advantages) != 0.0
+    if options.kl_in_loss or options.entropy_in_loss:
+        busy = torch.ones_like(busy)
+    if tokens.weights is not None:
+        busy &= rows.pick(tokens.weights) != 0.0
+    return (rows, rows.count) if bool(busy.all()) else rows.first(busy)
+
+
+def kept_dtype(hidden: torch.dtype) -> torch.dtype:
+    """Dtype of the gradients by hidden until the backward scales them: undivided, they may be past fp16's range."""
+    return torch.float32 if hidden == torch.float16 else hidden
+
+
+def _add_busy(
+    grads: Gradients, piece: slice, tiles: HeadTiles, n: int, y: Tensor, factors: Factors, busy: Tensor
+) -> None:
+    """The second product, of the tokens that have a coefficient. Their rows are moved up in the tile, in place."""
+    _, e, term = tiles.buffers(n, tiles.columns)
+    index = busy.nonzero().squeeze(1)
+    if index.numel() == 0:
+        return
+    into: slice | Tensor = piece
+    if index.numel() <= (1.0 - WORTH_SKIPPING) * n:
+        for block in blocks(index.numel(), e.shape[1], e.element_size(), e.device):
+            # index is ascending, and never below its own place: no row is overwritten before it was read.
+            e[block] = e.index_select(0, index[block])
+            if term is not None:
+                term[block] = term.index_select(0, index[block])
+        of_term = None if factors.of_term is None else factors.of_term[index]
+        factors, y = Factors(factors.of_exp[index], of_term, factors.at_target[index]), y[index]
+        e, term = e[: index.numel()], None if term is None else term[: index.numel()]
+        into = index + piece.start
+    if term is not None and factors.of_term is not None:
+        # One product for both: the coefficients are known.
+        for block in blocks(e.shape[0], e.shape[1], e.element_size(), e.device):
+            both = e[block] * factors.of_exp[block].unsqueeze(1)
+            e[block] = both.addcmul_(term[block], factors.of_term[block].unsqueeze(1))
+        factors = factors._replace(of_exp=torch.ones_like(factors.of_exp), of_term=None)
+    of_exp = matmul.back(e, tiles.weight, None, tiles.dtype, tiles.scratch)
+    grads.write(into, tiles.gradient_by_hidden_(of_exp, None, factors, y))
+
+
+@linear_ppo.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logprobs: Tensor | None,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    needs = rest[4 + OPTIONS]
+    dtype = dtype_of(hidden, weight, old_logprobs, advantages, ref_logprobs, weights)
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(len(SUMS) - 1, dtype=dtype),
+        hidden.new_empty((targets.numel(), hidden.shape[-1]), dtype=kept_dtype(hidden.dtype))
+        if needs[0]
+        else hidden.new_empty(0),
+        *(
+            hidden.new_empty(x.shape, dtype=result_dtype(hidden.dtype, weight.dtype))
+            if needed and x is not None
+            else hidden.new_empty(0)
+            for x, needed in zip((weight, bias), needs[1:], strict=True)
+        ),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias = inputs[0], inputs[1], inputs[8]
+    ctx.shape, ctx.needs, ctx.inputs = hidden.shape, inputs[13 + OPTIONS], len(inputs)
+    ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
+    # A parameter, to see whether it is still there; a weight that was computed is not held for that.
+    ctx.weight = weight if ctx.needs[1] and weight.is_leaf else None
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[2:])
+
+
+def _backward(ctx: Any, grad: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
+    none = (None,) * ctx.inputs
+    if grad is None:
+        return none
+    if ctx.weight is not None:
+        checks.still_there(ctx.weight)
+    by_hidden, by_weight, by_bias = torch.ops.onecard.scale_linear_ppo(*ctx.saved_tensors, grad, *ctx.dtypes)
+    return (
+        by_hidden.view(ctx.shape) if ctx.needs[0] else None,
+        by_weight if ctx.needs[1] else None,
+        *none[2:8],
+        by_bias if ctx.needs[2] else None,
+        *none[9:],
+    )
+
+
+linear_ppo.register_autograd(no_double_backward(_backward), setup_context=_setup)
+
+
+@torch.library.custom_op("onecard::scale_linear_ppo", mutates_args=())
+def scale_linear_ppo(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    by: Tensor,
+    hidden_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each gradient times the 0-d `by`, then rounded: the whole backward."""
+    hidden, weight, bias = (
+        torch.mul(x, by, out=torch.empty_like(x, dtype=dtype))
+        for x, dtype in ((hidden, hidden_dtype), (weight, weight_dtype), (bias, bias_dtype))
+    )
+    return hidden, weight, bias
+
+
+@scale_linear_ppo.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor, by: Tensor, *dtypes: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x, dtype=dtype) for x, dtype in zip((hidden, weight, bias), dtypes, strict=True))
+
+
+no_forward_ad("linear_ppo_loss", linear_ppo, scale_linear_ppo)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes that the operators hold inside (see `workspace`). `a` has an operator's arguments by name.
+
+
+@workspace.formula("onecard::linear_ppo")
+def _linear_ppo_bytes(device: torch.device, a: SimpleNamespace) -> int:
+    by_hidden, by_weight, by_bias = a.needs
+    trained, learns, count = by_weight or by_bias, any(a.needs), a.targets.numel()
+    with_entropy = learns and a.entropy_coef != 0.0
+    tiles = TileBytes.of(
+        *(device, a.hidden, a.weight, count),
+        chunk_tokens=a.chunk_tokens,
+        direction=learns and not trained,
+        entropy_term=with_entropy,
+        only=CHUNKED if trained else None,
+    )
+    wide_term = with_entropy and (trained or tiles.operand == tiles.accumulated)
+    in_pass = tiles.exp_pass(a.backend, entropy_term=not wide_term, slope=learns and a.softcap is not None)
+    sums = tiles.hidden_rows * tiles.accumulated
+    kept = kept_dtype(a.hidden.dtype)
+    written = tiles.hidden_rows * kept.itemsize * (kept.itemsize != tiles.accumulated)
+    if not learns:
+        sweep = in_pass
+    elif trained:
+        narrow = tiles.logits * tiles.operand * (tiles.operand != tiles.accumulated)
+        sweep = max(in_pass, sums * by_hidden + max(narrow, written * by_hidden))
+    elif tiles.count == 1:
+        size = tiles.logits * tiles.operand * with_entropy
+        first = block_bytes(device, tiles.step, tiles.columns, tiles.operand) * with_entropy
+        last = size - first * (math.ceil(size / first) - 1) if size else 0  # lives on through the product
+        sweep = max(in_pass, first + min(first, size - first), last + sums + max(tiles.target_rows, written))
+    else:
+        sums *= 1 + with_entropy  # those of the step before live on until the new ones are there
+        sweep = sums * (1 + (count > tiles.step)) + max(in_pass, tiles.target_rows, written)
+    inside = a.hidden.numel() * kept.itemsize * by_hidden
+    per_token = (2 + (a.ref_logprobs is not None) + (a.weights is not None)) * 4 + 1 + 2 * IDS + 1
+    sweep += tiles.per_token(STATISTICS + 8)
+    return count * per_token + max(tiles.buffers + tiles.taken(a.hidden, masked=True, sweep=sweep), inside)
+
+
+@workspace.formula("onecard::scale_linear_ppo")
+def _scale_bytes(device: torch.device, a: SimpleNamespace) -> int:
+    """A CPU forms a product in the wider dtype before it is rounded."""
+    if device.type != "cpu":
+        return 0
+    pairs = ((a.hidden, a.hidden_dtype), (a.weight, a.weight_dtype), (a.bias, a.bias_dtype))
+    sizes = [x.numel() * dtype.itemsize for x, dtype in pairs]
+    wide = [x.numel() * x.dtype.itemsize * (x.dtype != dtype) for x, dtype in pairs]
+    return max(sum(sizes[: place + 1]) + wide[place] for place in range(len(sizes))) - sum(sizes)

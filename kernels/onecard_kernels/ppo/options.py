@@ -1,20 +1,25 @@
-"""What the three policy losses share behind their signatures: the options, and what they take per token."""
+"""What the three policy losses share: options, per-token inputs, and the sums that make the loss and its metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 from .. import checks
-from ..kl.reference import ESTIMATORS
-from ..logprob.passes import Rows, result_dtype
+from ..kl.token_kl import ESTIMATORS
+from ..logprob.rows import Rows
+from ..records import result_dtype
+
+# Sums over tokens: the loss, the metrics, and the number of valid tokens.
+SUMS = ("loss", "policy/approxkl", "policy/clipfrac", "val/ratio", "policy/entropy", "policy/kl", "tokens")
+VALUE_SUMS = ("loss", "val/clipfrac", "tokens")
 
 
 class PolicyOptions(NamedTuple):
-    """Numbers and choices of the loss, see `ppo_loss`. In the operators' order, so that they take them unpacked."""
+    """Numbers and choices of the loss, see `ppo_loss`. Operators take them in this order (`OPTIONS_SCHEMA`)."""
 
     clip_low: float
     clip_high: float
@@ -41,8 +46,12 @@ class PolicyOptions(NamedTuple):
         checks.one_of("kl_estimator", self.kl_estimator, ESTIMATORS)
 
 
+_SCHEMA_TYPES = {float: "float", float | None: "float?", str: "str"}
+OPTIONS_SCHEMA = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(PolicyOptions).items())
+
+
 class PolicyTokens(NamedTuple):
-    """The loss's constants per token, all of one shape, see `ppo_loss`. In the operators' order, as above."""
+    """The loss's constants per token, all of one shape, see `ppo_loss`. Operators take them in this order."""
 
     old_logprobs: Tensor | None  # None: the policy's own
     advantages: Tensor
@@ -51,7 +60,7 @@ class PolicyTokens(NamedTuple):
     weights: Tensor | None = None
 
     def check(self, like_name: str, like: Tensor, options: PolicyOptions) -> None:
-        """Against the tensor that says which tokens there are."""
+        """Against `like`, the tensor that has one entry per token."""
         checks.tensor("advantages", self.advantages)
         checks.tensor("mask", self.mask)
         checks.mask(self.mask, like_name, like)
@@ -65,15 +74,15 @@ class PolicyTokens(NamedTuple):
                 checks.no_nan(name, value, self.mask)
 
     def dtype_with(self, *others: Tensor | None) -> torch.dtype:
-        """The result's, of these and of what the loss takes besides."""
+        """The result's dtype, of these and the loss's other inputs."""
         return dtype_of(self.old_logprobs, self.advantages, self.ref_logprobs, self.weights, *others)
 
     def detached(self) -> PolicyTokens:
-        """Constants of the loss, whatever graph they come from."""
+        """The same without gradients: they are constants of the loss."""
         return self._each(lambda x: x.detach(), self.mask.detach())
 
     def picked(self, rows: Rows) -> PolicyTokens:
-        """The valid ones, flat."""
+        """The valid tokens, flat."""
         return self._each(rows.pick, torch.ones(rows.count, dtype=torch.bool, device=self.mask.device))
 
     def part(self, piece: slice) -> PolicyTokens:
@@ -86,19 +95,25 @@ class PolicyTokens(NamedTuple):
 
 
 def dtype_of(*given: Tensor | None) -> torch.dtype:
-    """The result's dtype, of inputs of which some may be absent."""
+    """The result's dtype; absent inputs are None."""
     return result_dtype(*(x.dtype for x in given if x is not None))
 
 
 def policy_options(*given: Any) -> PolicyOptions:
-    """Checked, with plain numbers for those of NumPy."""
+    """Check the options, and make plain numbers of NumPy's."""
     options = PolicyOptions(*map(checks.plain, given))
     options.check()
     return options
 
 
 def divisor_arguments(normalizer: float | Tensor | None) -> tuple[Tensor | None, float | None]:
-    """As the operators take it: a tensor, or a number."""
+    """The normalizer as the operators take it: a tensor, or a number."""
     if isinstance(normalizer, Tensor):
         return normalizer.detach(), None
     return None, None if normalizer is None else float(normalizer)
+
+
+def metrics_of(totals: Tensor, *, entropy: bool, kl: bool) -> dict[str, Tensor]:
+    """The metrics whose inputs were given. `totals`: all sums but the loss's, divided."""
+    absent = {"tokens", *(() if entropy else ("policy/entropy",)), *(() if kl else ("policy/kl",))}
+    return {name: x for name, x in zip(SUMS[1:], totals.unbind(), strict=True) if name not in absent}

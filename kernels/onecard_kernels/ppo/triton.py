@@ -1,13 +1,24 @@
-"""PPO's losses of tokens as Triton kernels: one launch over the tokens, one that adds up, one for the gradient.
+"""PPO's losses of tokens in Triton: one launch over the tokens, one that adds up, one for the gradient.
 
 The first launch leaves sums of its programs, not a total, and the derivative of each token's loss. The sums are added
-in a fixed order, so two runs agree in every bit.
+in a fixed order, so two runs agree in every bit. The launchers take tensors of any shape, and have no autograd.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from ..launch import launch
+from .options import SUMS, VALUE_SUMS, PolicyOptions, PolicyTokens, dtype_of
+
+BLOCK = 1024  # tokens of one program
+PER_THREAD = 4  # tokens, one load of 16 bytes in fp32
+COLUMNS = 1024  # programs whose sums are added at once
 
 
 @triton.jit
@@ -23,14 +34,14 @@ def _exp(x):
 
 @triton.jit
 def _log_ratio(logp, other):
-    """logp - other, 0 where both are -inf; and whether it has a derivative."""
+    """(logp - other, 0 where both are -inf; whether it has a derivative)"""
     both = (logp == float("-inf")) & (other == float("-inf"))
     return tl.where(both, 0.0, logp - other), ~both
 
 
 @triton.jit
-def _hold(x, low, high):
-    """torch.clamp: NaN stays NaN, and the borders count as inside."""
+def _clamp(x, low, high):
+    """torch.clamp, and whether x is inside: NaN stays NaN, and the borders count as inside."""
     return tl.where(x < low, low, tl.where(x > high, high, x)), (x >= low) & (x <= high)
 
 
@@ -61,7 +72,7 @@ def _divergence(logp, ref, ESTIMATOR: tl.constexpr):
     elif ESTIMATOR == "k2":
         kl, slope = 0.5 * d * d, d
     else:
-        d, inside = _hold(d, -20.0, 20.0)
+        d, inside = _clamp(d, -20.0, 20.0)
         if d.dtype == tl.float64:
             kl, slope = _k3(d, 18)
         else:
@@ -86,7 +97,7 @@ def token_terms(
     KL_IN_LOSS: tl.constexpr,
     ESTIMATOR: tl.constexpr,
 ):
-    """What one token, or a block of them, adds to the loss and the metrics; see `ppo_loss` for the formulas.
+    """Loss and metrics of one token or a block of them; see `ppo_loss` for the formulas.
 
     logp, old, adv and ref (logp again where there is none) are fp32 or fp64, all the same; ESTIMATOR is k1, k2 or k3.
     Invalid tokens may hold anything. For exact borders of the clip range the coefficients are fp64 scalars.
@@ -100,10 +111,10 @@ def token_terms(
     a = tl.where(valid, adv, 0.0)
 
     d, free_to_move = _log_ratio(logp, old)
-    d, inside = _hold(d, -20.0, 20.0)
+    d, inside = _clamp(d, -20.0, 20.0)
     ratio = _exp(d)
-    held, in_range = _hold(ratio, tl.full((), 1.0 - clip_low, dtype), tl.full((), 1.0 + clip_high, dtype))
-    free, cut = -a * ratio, -a * held
+    clamped, in_range = _clamp(ratio, tl.full((), 1.0 - clip_low, dtype), tl.full((), 1.0 + clip_high, dtype))
+    free, cut = -a * ratio, -a * clamped
     loss, share = _larger(free, cut)
     slope = free * tl.where(in_range, 1.0, share)  # inside, both sides of the maximum are one
     if HAS_DUAL:
@@ -122,6 +133,22 @@ def token_terms(
             slope += tl.where(valid, coef * kl_slope, 0.0)
     clipped = tl.where(cut > free, 1.0, 0.0).to(dtype)
     return loss, slope, 0.5 * d * d, clipped, tl.where(valid, ratio, 0.0), kl
+
+
+@triton.jit
+def add_entropy_and_weight(
+    loss, slope, entropy, weight, entropy_coef, ENTROPY_IN_LOSS: tl.constexpr, HAS_WEIGHTS: tl.constexpr
+):
+    """(loss, d loss / d logp, d loss / d entropy) with the entropy bonus, times the weight (1 where valid)."""
+    entropy_slope = tl.full(loss.shape, 0.0, loss.dtype)
+    if ENTROPY_IN_LOSS:
+        coef = tl.full((), entropy_coef, loss.dtype)
+        loss -= coef * entropy
+        entropy_slope = -coef * weight
+    if HAS_WEIGHTS:
+        loss *= weight
+        slope *= weight
+    return loss, slope, entropy_slope
 
 
 @triton.jit
@@ -179,18 +206,14 @@ def policy_kernel(
     )
     count = tl.where(valid, 1.0, 0.0).to(dtype)
     entropy = tl.zeros_like(loss)
-    entropy_slope = tl.zeros_like(loss)
     if HAS_ENTROPY:
         entropy = tl.where(valid, _load(entropy_ptr, t, inside, dtype), 0.0)
-    if ENTROPY_IN_LOSS:
-        coef = tl.full((), entropy_coef, dtype)
-        loss -= coef * entropy
-        entropy_slope = -coef * count
+    weight = count
     if HAS_WEIGHTS:
         weight = tl.where(valid, _load(weights_ptr, t, inside, dtype), 0.0)
-        loss *= weight
-        slope *= weight
-        entropy_slope *= weight
+    loss, slope, entropy_slope = add_entropy_and_weight(
+        loss, slope, entropy, weight, entropy_coef, ENTROPY_IN_LOSS, HAS_WEIGHTS
+    )
     if SLOPE:
         tl.store(slope_ptr + t, slope, mask=inside)
     if ENTROPY_SLOPE:
@@ -232,8 +255,8 @@ def value_kernel(
     if HAS_CLIP:
         old = tl.where(valid, _load(old_ptr, t, inside, dtype), 0.0)
         reach = tl.full((), clip, dtype)
-        held, in_range = _hold(v, old - reach, old + reach)
-        cut = (held - target) * (held - target)
+        clamped, in_range = _clamp(v, old - reach, old + reach)
+        cut = (clamped - target) * (clamped - target)
         clipped = tl.where(cut > loss, 1.0, 0.0).to(dtype)
         loss, share = _larger(loss, cut)
         slope *= tl.where(in_range, 1.0, share)
@@ -251,7 +274,7 @@ def value_kernel(
 
 @triton.jit
 def _divide(x, y):
-    """Correctly rounded, for both dtypes: 3 / 3 is 1, which the hardware's fast fp32 division does not promise."""
+    """x / y, correctly rounded in both dtypes: the hardware's fast fp32 division does not guarantee 3 / 3 = 1."""
     if x.dtype == tl.float64:
         result = x / y
     else:
@@ -273,7 +296,7 @@ def finish_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The sums of all programs, divided by a number, by a tensor's, or by the last sum, but at least 1."""
+    """Divide the sums of all programs by a number, by a tensor's value, or by the last sum (at least 1)."""
     dtype: tl.constexpr = sums_ptr.dtype.element_ty
     row = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
@@ -319,3 +342,191 @@ def scale_kernel(
     if SECOND:
         x = _load(second_ptr, t, inside, dtype) * factor
         tl.store(second_out_ptr + t, x.to(second_out_ptr.dtype.element_ty), mask=inside)
+
+
+class Terms(NamedTuple):
+    """`[sums, programs]` after the launch over the tokens, and derivatives of the summed loss, empty if not needed."""
+
+    sums: Tensor
+    slope: Tensor
+    entropy_slope: Tensor
+
+
+class Finished(NamedTuple):
+    """0-d loss, all sums (the loss and the count too) over the divisor, and the 0-d divisor."""
+
+    loss: Tensor
+    totals: Tensor
+    divisor: Tensor
+
+
+def _blocks(n: int) -> tuple[int, int]:
+    """(number of programs, tokens of each). There is at least one program, so that there always is a sum."""
+    block = min(BLOCK, max(32, triton.next_power_of_2(n)))
+    return max(1, triton.cdiv(n, block)), block
+
+
+def _warps(block: int) -> int:
+    return max(1, block // (32 * PER_THREAD))
+
+
+def as_loadable(mask: Tensor) -> Tensor:
+    """View bools as bytes, without a copy."""
+    mask = mask.contiguous()
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+
+
+def policy_numbers(options: PolicyOptions) -> tuple[float, ...]:
+    """The options' numbers, in the order in which every policy kernel takes them."""
+    dual_clip = 0.0 if options.dual_clip is None else options.dual_clip
+    return options.clip_low, options.clip_high, dual_clip, options.entropy_coef, options.kl_coef
+
+
+def policy_choices(tokens: PolicyTokens, options: PolicyOptions) -> dict[str, Any]:
+    """The compile-time arguments that every policy kernel has."""
+    return {
+        "HAS_DUAL": options.dual_clip is not None,
+        "HAS_REF": tokens.ref_logprobs is not None,
+        "KL_IN_LOSS": options.kl_in_loss,
+        "ESTIMATOR": options.kl_estimator,
+        "HAS_WEIGHTS": tokens.weights is not None,
+    }
+
+
+def policy_tokens(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    tokens: PolicyTokens,
+    options: PolicyOptions,
+    *,
+    needs_slope: bool = True,
+    needs_entropy_slope: bool = True,
+) -> Terms:
+    dtype = tokens.dtype_with(logprobs, entropy)
+    logp = logprobs.contiguous()
+    n = logp.numel()
+    programs, block = _blocks(n)
+    entropy_in_loss = entropy is not None and options.entropy_in_loss
+    needs_entropy_slope = needs_entropy_slope and entropy_in_loss
+    terms = Terms(
+        logp.new_empty((len(SUMS), programs), dtype=dtype),
+        logp.new_empty(logp.shape if needs_slope else (0,), dtype=dtype),
+        logp.new_empty(logp.shape if needs_entropy_slope else (0,), dtype=dtype),
+    )
+    launch(
+        policy_kernel,
+        (programs,),
+        logp,
+        logp if tokens.old_logprobs is None else tokens.old_logprobs.contiguous(),
+        tokens.advantages.contiguous(),
+        as_loadable(tokens.mask),
+        *(logp if x is None else x.contiguous() for x in (entropy, tokens.ref_logprobs, tokens.weights)),
+        *terms,
+        n,
+        *policy_numbers(options),
+        num_warps=_warps(block),
+        HAS_ENTROPY=entropy is not None,
+        ENTROPY_IN_LOSS=entropy_in_loss,
+        SLOPE=needs_slope,
+        ENTROPY_SLOPE=needs_entropy_slope,
+        BLOCK=block,
+        **policy_choices(tokens, options),
+    )
+    return terms
+
+
+def value_tokens(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip: float | None,
+    weights: Tensor | None,
+    needs_slope: bool = True,
+) -> Terms:
+    dtype = dtype_of(values, old_values, returns, weights)
+    v = values.contiguous()
+    n = v.numel()
+    programs, block = _blocks(n)
+    sums = v.new_empty((len(VALUE_SUMS), programs), dtype=dtype)
+    slope = v.new_empty(v.shape if needs_slope else (0,), dtype=dtype)
+    launch(
+        value_kernel,
+        (programs,),
+        v,
+        v if old_values is None else old_values.contiguous(),
+        returns.contiguous(),
+        as_loadable(mask),
+        v if weights is None else weights.contiguous(),
+        sums,
+        slope,
+        n,
+        0.0 if clip is None else clip,
+        num_warps=_warps(block),
+        HAS_CLIP=clip is not None,
+        HAS_WEIGHTS=weights is not None,
+        SLOPE=needs_slope,
+        BLOCK=block,
+    )
+    return Terms(sums, slope, v.new_empty((0,), dtype=dtype))
+
+
+def finish(sums: Tensor, normalizer: float | Tensor | None) -> Finished:
+    """Add up the programs' sums `[sums, programs]` and divide them; the last one is the number of valid tokens."""
+    rows, programs = sums.shape
+    columns = min(COLUMNS, triton.next_power_of_2(programs))
+    result = Finished(sums.new_empty(()), sums.new_empty((rows,)), sums.new_empty(()))
+    launch(
+        finish_kernel,
+        (1,),
+        sums,
+        normalizer.to(sums.device) if isinstance(normalizer, Tensor) else sums,
+        *result,
+        programs,
+        0.0 if normalizer is None or isinstance(normalizer, Tensor) else float(normalizer),
+        num_warps=8 if columns > 256 else 4,
+        NORMALIZER="tensor" if isinstance(normalizer, Tensor) else "count" if normalizer is None else "number",
+        SUMS=rows,
+        ROWS=triton.next_power_of_2(rows),
+        COLUMNS=columns,
+    )
+    return result
+
+
+def scale(
+    grad: Tensor, divisor: Tensor, slope: Tensor, entropy_slope: Tensor, dtype: torch.dtype, entropy_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Both derivatives times grad / divisor, in the dtypes of logprobs and entropy."""
+    outs = slope.new_empty(slope.shape, dtype=dtype), entropy_slope.new_empty(entropy_slope.shape, dtype=entropy_dtype)
+    n = max(slope.numel(), entropy_slope.numel())
+    if n == 0:
+        return outs
+    programs, block = _blocks(n)
+    launch(
+        scale_kernel,
+        (programs,),
+        grad,
+        divisor,
+        slope,
+        entropy_slope,
+        *outs,
+        n,
+        num_warps=_warps(block),
+        FIRST=slope.numel() > 0,
+        SECOND=entropy_slope.numel() > 0,
+        BLOCK=block,
+    )
+    return outs
+
+
+def policy_sums(
+    logprobs: Tensor, entropy: Tensor | None, tokens: PolicyTokens, options: PolicyOptions
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sums over the valid tokens, in the order of SUMS, and the derivatives of the first by logprobs and by entropy.
+
+    The last is None if the entropy is not in the loss. No autograd.
+    """
+    terms = policy_tokens(logprobs, entropy, tokens, options)
+    in_loss = entropy is not None and options.entropy_in_loss
+    return finish(terms.sums, 1.0).totals, terms.slope, terms.entropy_slope if in_loss else None

@@ -1,4 +1,4 @@
-"""PPO's policy loss from logits in Triton: log-probability, entropy and the loss's terms in one read of each row.
+"""PPO's policy loss from logits in Triton: each row is read once for log-probability, entropy and loss.
 
 Forward: one launch over the rows, one that adds up in a fixed order. Backward: one launch, from what the forward kept
 of each row: its softmax's statistics and the derivatives of its loss by log-probability and entropy. Rows whose
@@ -13,11 +13,10 @@ from torch import Tensor
 
 from ..launch import launch
 from ..logprob import triton_rows as rows
-from ..logprob.passes import result_dtype
 from ..logprob.triton_row_parts import Cut, checked_target, row_address, row_statistics, store_statistics
-from .launches import POLICY_SUMS, finish, policy_choices, policy_numbers
-from .options import PolicyOptions, PolicyTokens
-from .triton import token_terms
+from ..records import result_dtype
+from .options import SUMS, PolicyOptions, PolicyTokens
+from .triton import add_entropy_and_weight, finish, policy_choices, policy_numbers, token_terms
 
 CUT = Cut()
 
@@ -96,12 +95,13 @@ def _forward_kernel(
         weight = tl.full((), 1.0, of_tokens)
         if HAS_WEIGHTS:
             weight = tl.load(weight_ptr + row).to(of_tokens)
+        loss, slope, entropy_slope = add_entropy_and_weight(
+            loss, slope, entropy, weight, entropy_coef, ENTROPY_IN_LOSS, HAS_WEIGHTS
+        )
         if ENTROPY_IN_LOSS:
-            coef = tl.full((), entropy_coef, of_tokens)
-            loss -= coef * entropy
-            tl.store(entropy_slope_ptr + row, -coef * weight)
-        tl.store(slope_ptr + row, slope * weight)
-        tl.store(sums, loss * weight)
+            tl.store(entropy_slope_ptr + row, entropy_slope)
+        tl.store(slope_ptr + row, slope)
+        tl.store(sums, loss)
         tl.store(sums + rows, approxkl)
         tl.store(sums + 2 * rows, clipped)
         tl.store(sums + 3 * rows, ratio)
@@ -132,9 +132,9 @@ def forward(
     slope = logits.new_empty(count, dtype=dtype)
     entropy_slope = logits.new_empty(count if options.entropy_in_loss else 0, dtype=dtype)
     if count == 0:
-        done = finish(logits.new_zeros(POLICY_SUMS, 1, dtype=dtype), normalizer)
+        done = finish(logits.new_zeros(len(SUMS), 1, dtype=dtype), normalizer)
         return *done, stats, slope, entropy_slope
-    sums = logits.new_empty(POLICY_SUMS, count, dtype=dtype)
+    sums = logits.new_empty(len(SUMS), count, dtype=dtype)
     logits, strides = rows.with_strides(logits)
     block = rows.block_for(columns, logits.element_size(), strides.outer_stride, strides.inner_stride, cut=CUT)
     per_token = (targets, tokens.mask, tokens.advantages if tokens.old_logprobs is None else tokens.old_logprobs)

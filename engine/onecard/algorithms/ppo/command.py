@@ -21,7 +21,7 @@ from onecard.data import Prompt, prompt_examples
 from onecard.data.templates import template_date
 from onecard.models.build import SCORER_SETTINGS, load_ppo_roles, reward_adapter
 from onecard.models.load import find_source, load_tokenizer
-from onecard.models.memory_options import in_head_chunks, memory_option_notes
+from onecard.models.memory_options import head_chunks, memory_option_notes
 from onecard.models.micro_batching import forward_budget
 from onecard.models.roles import Roles
 from onecard.models.trunk import rotation_limit, trunk_of
@@ -31,7 +31,7 @@ from onecard.training import dry_run
 from onecard.training.identity import ppo_identity
 from onecard.training.run_folder import Run, locked, open_run, with_folder
 from onecard.training.startup import check_decoding, check_model
-from onecard.training.trainer import train
+from onecard.training.trainer import Trainer
 from onecard.utils.errors import OnecardError
 from onecard.utils.progress import say
 
@@ -91,19 +91,24 @@ def check_rotations(roles: Roles, prompts: Sequence[Prompt], config: PPOConfig) 
         )
 
 
-@in_head_chunks
 def run(config: PPOConfig) -> Path:
     """`onecard ppo`. Returns the folder of the trained policy."""
     config.validate()
     check_value_init(config)
     config = with_passes(with_folder(config, "ppo"))
     run = open_run(config)
-    with template_date(run.date):
-        return run_opened(config, run)
+    with head_chunks(config.head_chunk_tokens), template_date(run.date):
+        job = prepare(config, run)
+        if config.dry_run:
+            dry_run.show(config, job.roles, job.sampler.tokenizer, job.prompts[0])
+            return run.folder
+        with locked(run):
+            Trainer(config, job, job.roles, run).train(ppo_identity(config, job.prompts, job.heldout))
+            return export_and_report(job.roles, job.sampler.tokenizer, run)
 
 
-def run_opened(config: PPOConfig, run: Run) -> Path:
-    """`run` in the folder that was opened for it."""
+def prepare(config: PPOConfig, run: Run) -> PPO:
+    """The job of a run, with everything loaded and checked."""
     budget = forward_budget(config)
     scorer, constraint = load_scorer(config, budget), load_constraint(config, budget)
     for setting in SCORER_SETTINGS.values():
@@ -143,14 +148,8 @@ def run_opened(config: PPOConfig, run: Run) -> Path:
     )
     for note in memory_option_notes(roles, config):
         say(note)
-    if config.dry_run:
-        dry_run.show(config, roles, tokenizer, training[0])
-        return run.folder
-    begins = config.normalize_reward and run.checkpoint is None
+    begins = config.normalize_reward and run.checkpoint is None and not config.dry_run
     scale = measure_scale(roles, sampler, scorer, training, config) if begins else None
-    job = PPO(
+    return PPO(
         config, roles, sampler, scorer, training, heldout, steps, constraint=constraint, scale=scale, budget=budget
     )
-    with locked(run):
-        train(config, job, roles, run, ppo_identity(config, training, heldout))
-        return export_and_report(roles, tokenizer, run)

@@ -1,4 +1,4 @@
-"""The DPO family: one loss or several of the table, on sequence log-probabilities."""
+"""dpo_loss: the DPO family, one loss or several, on sequence log-probabilities."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..kl.reference import log_ratio
-from ..logprob.passes import result_dtype
-from ..records import Loss, divisor_of
-from .divergences import DIVERGENCES
+from ..kl.token_kl import log_ratio
+from ..records import Loss, divisor_of, result_dtype
 from .inputs import check_lengths, check_responses, check_weights, reward_metrics
-from .losses import ANY_DIVERGENCE, LOSSES, WHOLE_BATCH, Pairs
+from .losses import ANY_DIVERGENCE, DIVERGENCES, LOSSES, WHOLE_BATCH, Pairs
 
 T = TypeVar("T")
 
@@ -160,7 +158,7 @@ def check_options(
     weights: Tensor | None,
     normalizer: float | Tensor | None,
 ) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """The loss types and their factors, if they go together with the rest."""
+    """(loss types, their factors), after checking that the options fit together."""
     types = (loss_type,) if isinstance(loss_type, str) else _listed("loss_type", loss_type, "a name or several")
     factors = (1.0,) * len(types)
     if loss_weights is not None:
@@ -186,7 +184,7 @@ def check_options(
 def _check_together(
     loss_type: str, label_smoothing: float, f_divergence_type: str, weights: Tensor | None, normalizer: object
 ) -> None:
-    """What this one loss does not go together with."""
+    """Raise where an option does not go together with this loss."""
     if loss_type == "exo_pair" and label_smoothing == 0.0:
         raise ValueError(
             f"label_smoothing is {label_smoothing!r}, expected above 0 with loss_type 'exo_pair' (or 1e-3)"

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+import onecard_kernels as k
 from onecard_kernels import launch, linear_logprobs, linear_ppo_loss
-from onecard_kernels.logprob import plans, reference
-from onecard_kernels.logprob.plans import CHUNKED, LOW_MEMORY, TILED, Plan, choose, columns_of, override
+from onecard_kernels.logprob import tuning
+from onecard_kernels.logprob.tuning import CHUNKED, LOW_MEMORY, TILED, TileSizes, choose, columns_of, override
 from tests.closeness import LOGPROB_BARS, assert_within
+from tests.kernels import oracle
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NAMES = ("ONECARD_LINEAR", "ONECARD_ROWS", "ONECARD_COLUMNS")
@@ -22,14 +24,14 @@ def nothing_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def now(vocabulary: int = 1000, device: torch.device = CPU, **kw: Any) -> Plan:
+def now(vocabulary: int = 1000, device: torch.device = CPU, **kw: Any) -> TileSizes:
     return choose(vocabulary, torch.float32, device, **kw)
 
 
 def test_an_override_ends_with_its_block() -> None:
     before = now()
     with override(implementation="chunked", rows=3):
-        assert now() == Plan(CHUNKED, 3)
+        assert now() == TileSizes(CHUNKED, 3)
     assert now() == before
 
 
@@ -37,9 +39,9 @@ def test_the_inner_override_stands_alone() -> None:
     """It replaces the outer one, field by field nothing is handed down; then the outer one is back."""
     with override(implementation="chunked", rows=3):
         with override(columns=7):
-            table = plans.TABLE["cpu"]
-            assert now() == Plan(LOW_MEMORY, table.tile_rows, 7)
-        assert now() == Plan(CHUNKED, 3)
+            table = tuning.TABLE["cpu"]
+            assert now() == TileSizes(LOW_MEMORY, table.tile_rows, 7)
+        assert now() == TileSizes(CHUNKED, 3)
 
 
 def test_an_exception_ends_the_override() -> None:
@@ -71,19 +73,19 @@ def test_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONECARD_LINEAR", "low_memory")
     monkeypatch.setenv("ONECARD_ROWS", "12")
     monkeypatch.setenv("ONECARD_COLUMNS", "34")
-    assert now() == Plan(LOW_MEMORY, 12, 34)
-    assert now(device=CUDA) == Plan(LOW_MEMORY, 12, 34)
+    assert now() == TileSizes(LOW_MEMORY, 12, 34)
+    assert now(device=CUDA) == TileSizes(LOW_MEMORY, 12, 34)
     monkeypatch.setenv("ONECARD_LINEAR", "chunked")
-    assert now() == Plan(CHUNKED, 12)  # columns are of low_memory alone
+    assert now() == TileSizes(CHUNKED, 12)  # columns are of low_memory alone
     for name in NAMES:
         monkeypatch.setenv(name, "")
-    assert now() == Plan(LOW_MEMORY, plans.TABLE["cpu"].tile_rows, plans.TABLE["cpu"].tile_columns)
+    assert now() == TileSizes(LOW_MEMORY, tuning.TABLE["cpu"].tile_rows, tuning.TABLE["cpu"].tile_columns)
 
 
 def test_an_override_is_above_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONECARD_LINEAR", "low_memory")
     with override(implementation="chunked", rows=2):
-        assert now() == Plan(CHUNKED, 2)
+        assert now() == TileSizes(CHUNKED, 2)
 
 
 @pytest.mark.parametrize(
@@ -101,13 +103,13 @@ def test_a_bad_environment_is_refused(name: str, value: str, words: str, monkeyp
 
 
 def test_defaults_of_each_device() -> None:
-    cpu, cuda = plans.TABLE["cpu"], plans.TABLE["cuda"]
-    assert now() == Plan(cpu.default, cpu.tile_rows, cpu.tile_columns)
+    cpu, cuda = tuning.TABLE["cpu"], tuning.TABLE["cuda"]
+    assert now() == TileSizes(cpu.default, cpu.tile_rows, cpu.tile_columns)
     assert cpu.default == LOW_MEMORY
     assert now(device=CUDA).implementation == cuda.default == CHUNKED
     assert now(device=torch.device("xpu")) == now(device=CUDA)  # an unknown card is a card
     with override(implementation="low_memory"):
-        assert now(device=CUDA) == Plan(LOW_MEMORY, cuda.tile_rows, cuda.tile_columns)
+        assert now(device=CUDA) == TileSizes(LOW_MEMORY, cuda.tile_rows, cuda.tile_columns)
 
 
 @pytest.mark.parametrize(
@@ -121,32 +123,32 @@ def test_defaults_of_each_device() -> None:
     ],
 )
 def test_a_chunk_is_as_large_as_its_memory_allows(vocabulary: int, dtype: torch.dtype, rows: int) -> None:
-    assert choose(vocabulary, dtype, CUDA) == Plan(CHUNKED, rows)
+    assert choose(vocabulary, dtype, CUDA) == TileSizes(CHUNKED, rows)
 
 
 def test_only_is_above_everything_but_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONECARD_LINEAR", "low_memory")
     assert now(only=CHUNKED).implementation == CHUNKED
     with override(implementation="low_memory", rows=3, columns=4):
-        assert now(only=CHUNKED) == Plan(CHUNKED, 3)
-        assert now() == Plan(LOW_MEMORY, 3, 4)
+        assert now(only=CHUNKED) == TileSizes(CHUNKED, 3)
+        assert now() == TileSizes(LOW_MEMORY, 3, 4)
 
 
 @pytest.mark.parametrize(
     ("plan", "vocabulary", "tokens", "columns"),
     [
-        (Plan(CHUNKED, 8), 100, 5, 100),
-        (Plan(LOW_MEMORY, 8, 10), 100, 8, 10),
-        (Plan(LOW_MEMORY, 8, 10), 100, 80, 10),
-        (Plan(LOW_MEMORY, 8, 64), 1000, 4, 128),  # half the rows, twice the columns
-        (Plan(LOW_MEMORY, 8, 64), 1000, 3, 128),  # 170 in whole 64s
-        (Plan(LOW_MEMORY, 8, 10), 100, 4, 10),  # what was asked for, where there is no whole 64
-        (Plan(LOW_MEMORY, 8, 10), 25, 1, 25),  # no more than there are
-        (Plan(LOW_MEMORY, 8, 10), 100, 0, 64),
-        (Plan(LOW_MEMORY, 8, 1000), 100, 80, 100),
+        (TileSizes(CHUNKED, 8), 100, 5, 100),
+        (TileSizes(LOW_MEMORY, 8, 10), 100, 8, 10),
+        (TileSizes(LOW_MEMORY, 8, 10), 100, 80, 10),
+        (TileSizes(LOW_MEMORY, 8, 64), 1000, 4, 128),  # half the rows, twice the columns
+        (TileSizes(LOW_MEMORY, 8, 64), 1000, 3, 128),  # 170 in whole 64s
+        (TileSizes(LOW_MEMORY, 8, 10), 100, 4, 10),  # what was asked for, where there is no whole 64
+        (TileSizes(LOW_MEMORY, 8, 10), 25, 1, 25),  # no more than there are
+        (TileSizes(LOW_MEMORY, 8, 10), 100, 0, 64),
+        (TileSizes(LOW_MEMORY, 8, 1000), 100, 80, 100),
     ],
 )
-def test_columns_of_a_tile(plan: Plan, vocabulary: int, tokens: int, columns: int) -> None:
+def test_columns_of_a_tile(plan: TileSizes, vocabulary: int, tokens: int, columns: int) -> None:
     assert columns_of(plan, vocabulary, tokens) == columns
 
 
@@ -161,13 +163,13 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     from onecard_kernels.logprob import linear
 
     calls: list[bool] = []
-    original = linear._tiles_run
+    original = linear._tiled_kernel_runs
 
-    def spy(given: Any) -> bool:
-        calls.append(original(given))
+    def spy(*given: Any) -> bool:
+        calls.append(original(*given))
         return False  # how it was decided is the question; go the other way
 
-    monkeypatch.setattr(linear, "_tiles_run", spy)
+    monkeypatch.setattr(linear, "_tiled_kernel_runs", spy)
     return calls
 
 
@@ -177,7 +179,7 @@ def run(backend: str, dtype: torch.dtype = torch.float32, grad: bool = False, tr
     targets = torch.randint(V, (N,))
     with override(implementation="tiled", rows=2):
         out = linear_logprobs(hidden, weight, targets, backend=backend)
-    truth = reference.linear_logprobs(hidden.double(), weight.double(), targets)
+    truth = oracle.linear_logprobs(hidden.double(), weight.double(), targets)
     assert_within(out.logprobs, truth.logprobs, LOGPROB_BARS[torch.float32, 4])
     if grad or train:
         truth.logprobs.sum().backward()
@@ -218,7 +220,7 @@ def test_tiled_where_triton_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tiled_end_to_end() -> None:
     hidden, weight, targets = torch.randn(N, D), torch.randn(V, D), torch.randint(V, (N,))
     mask = torch.tensor([1, 1, 0, 1, 0])
-    truth = reference.linear_logprobs(
+    truth = oracle.linear_logprobs(
         hidden.double(), weight.double(), targets, mask=mask, return_entropy=True, return_log_sum_sq_probs=True
     )
     with override(implementation=TILED):
@@ -235,7 +237,7 @@ def test_tiled_with_a_trained_head_on_triton(train: bool) -> None:
     run("triton", train=train, grad=not train)
 
 
-@pytest.mark.parametrize("implementation", plans.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", tuning.IMPLEMENTATIONS)
 @pytest.mark.parametrize("train", [False, True])
 def test_a_loss_s_plan_is_its_own_where_the_asked_one_cannot_be(implementation: str, train: bool) -> None:
     hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=train)
@@ -246,3 +248,44 @@ def test_a_loss_s_plan_is_its_own_where_the_asked_one_cannot_be(implementation: 
         got = torch.autograd.grad(linear_ppo_loss(hidden, weight, *tokens).loss, leaves)
     for mine, expected in zip(got, plain, strict=True):
         assert_within(mine, expected, 16 * torch.finfo(torch.float32).eps * float(expected.abs().max()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# chunk_tokens: the rows of one call
+
+
+def test_chunk_tokens_go_before_the_override_and_the_table() -> None:
+    assert now(chunk_tokens=5).rows == 5
+    with override(implementation="low_memory", rows=3, columns=4):
+        assert now(chunk_tokens=5) == TileSizes(LOW_MEMORY, 5, 4)
+        assert now(chunk_tokens=5, only=CHUNKED) == TileSizes(CHUNKED, 5)
+
+
+def calls(hidden: torch.Tensor, weight: torch.Tensor) -> dict[str, Any]:
+    targets, ones = torch.arange(N), torch.ones(N)
+    ids = torch.tensor([0, 0, 1, 1, -1])
+    return {
+        "linear_logprobs": lambda **kw: k.linear_logprobs(hidden, weight, targets, **kw).logprobs.sum(),
+        "linear_ppo_loss": lambda **kw: k.linear_ppo_loss(hidden, weight, targets, None, ones, ones, **kw).loss,
+        "linear_dpo_loss": lambda **kw: k.linear_dpo_loss(hidden, weight, targets, ids, torch.zeros(2), **kw).loss,
+        "linear_kl": lambda **kw: k.linear_kl(hidden, hidden.detach() * 0.9, weight.detach(), **kw).sum(),
+    }
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", ["linear_logprobs", "linear_ppo_loss", "linear_dpo_loss", "linear_kl"])
+def test_chunk_tokens_do_what_the_override_does(name: str, train: bool) -> None:
+    """Bit for bit, in the backward of a trained head too."""
+    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=train)
+    call = calls(hidden, weight)[name]
+    got = torch.autograd.grad(call(chunk_tokens=2), hidden)[0]
+    with override(rows=2):
+        expected = torch.autograd.grad(call(), hidden)[0]
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, True, "many"])
+def test_bad_chunk_tokens_are_refused(wrong: Any) -> None:
+    for call in calls(torch.randn(N, D), torch.randn(V, D)).values():
+        with pytest.raises(ValueError, match=r"^chunk_tokens is .*expected a whole number of 1 or more, or None"):
+            call(chunk_tokens=wrong)

@@ -1,4 +1,4 @@
-"""Derivatives that there are none of, and that say so: gradients of gradients, and forward mode."""
+"""Guards against derivatives that an operator does not have: double backward and forward mode."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from torch.autograd import forward_ad
 MESSAGE = "this gradient was formed in the forward and has no derivative: create_graph=True cannot go through it"
 
 
-def once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Of a backward: its results refuse to be differentiated, where autograd would take them for constants.
+def no_double_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Raise on double backward: the gradient is computed in the forward and is not differentiable.
 
-    torch's `once_differentiable` looks at the incoming gradients alone, and these are constants in the usual case.
+    torch's `once_differentiable` looks only at the incoming gradients, which are usually constants: it would let the
+    second backward treat the result as a constant.
     """
 
     @wraps(backward)
-    def refusing(ctx: Any, *grads: Any) -> Any:
+    def guarded(ctx: Any, *grads: Any) -> Any:
         out = backward(ctx, *grads)
         if not torch.is_grad_enabled():  # no create_graph
             return out
         return tuple(map(_refuse, out)) if isinstance(out, tuple) else _refuse(out)
 
-    return refusing
+    return guarded
 
 
 def no_forward_ad(function: str, *operators: Any) -> None:
-    """Of the `torch.library.custom_op`s of a function: tangents among their inputs are an error.
+    """Raise where an input of one of `function`'s `torch.library.custom_op`s has a tangent.
 
-    torch would drop them, and a derivative would be 0 without a word, also where the operator is in a compiled graph.
+    torch would drop the tangent and return a derivative of 0, also where the operator is in a compiled graph.
     """
     for operator in operators:
         library, name, overload = operator._lib, operator._name, operator._opoverload

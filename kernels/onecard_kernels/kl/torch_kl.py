@@ -1,4 +1,4 @@
-"""The row pass of linear_kl in torch."""
+"""KL of rows of logits in torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..logprob.passes import blocks
+from ..logprob.rows import blocks
 from ..records import Head
 
 NEAR = -1.0  # of log p - log q; below it q - p cancels nothing, and exp(-d) could overflow

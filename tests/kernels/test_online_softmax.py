@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from onecard_kernels import launch, linear_kl, linear_logprobs
-from onecard_kernels.logprob.online import Wanted, exp_tile, new_state, statistics
+from onecard_kernels.logprob.online_softmax import TileOutputs, exp_tile, new_state, statistics
 from onecard_kernels.records import Head
 from tests.closeness import assert_within
 
@@ -22,7 +22,7 @@ def test_results_of_16_bits_are_those_of_fp32_rounded(
     dtype: torch.dtype, level: float, softcap: float | None, moment: bool
 ) -> None:
     z = torch.randn(N, V) * 4 + level
-    wanted, head = Wanted(moment=moment, square=True, direction=True), Head(softcap=softcap)
+    wanted, head = TileOutputs(moment=moment, square=True, direction=True), Head(softcap=softcap)
     shares, found = [], []
     for kept in (torch.float32, dtype):
         logits = z.clone()

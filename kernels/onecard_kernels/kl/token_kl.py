@@ -1,4 +1,4 @@
-"""Estimators of KL(pi || ref) from one sampled token."""
+"""token_kl: estimators of KL(pi || ref) from one sampled token, and their derivatives."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..logprob.passes import result_dtype
+from ..records import result_dtype
 
-LOG_RATIO_LIMIT = 20.0  # e^20 is 5e8 nats: past it k3 says nothing but "far away", and at 89 it would overflow fp32
+LOG_RATIO_LIMIT = 20.0  # e^20 is 5e8 nats: k3 carries no information beyond it, and would overflow fp32 at 89
 
 
 def token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k3") -> Tensor:
@@ -67,3 +67,18 @@ def _k3(d: Tensor) -> Tensor:
 
 
 ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {"k1": _k1, "k2": _k2, "k3": _k3}
+
+
+def _k1_slope(d: Tensor) -> Tensor:
+    return torch.ones_like(d)
+
+
+def _k2_slope(d: Tensor) -> Tensor:
+    return d
+
+
+def _k3_slope(d: Tensor) -> Tensor:
+    return torch.where(d.abs() <= LOG_RATIO_LIMIT, -torch.expm1(-d), 0.0)
+
+
+SLOPES: dict[str, Callable[[Tensor], Tensor]] = {"k1": _k1_slope, "k2": _k2_slope, "k3": _k3_slope}

@@ -1,13 +1,14 @@
-"""The three products with (a part of) the head, accumulated in fp32 (fp64 for fp64) whatever the inputs are.
+"""The three matrix products with (a part of) the head, accumulated in fp32 (fp64 for fp64) whatever the inputs are.
 
 Equal dtypes go to the BLAS as they are. bf16 or fp16 on CUDA uses a GEMM with an fp32 output. Everything else (low
-precision on CPU, which has no such GEMM, and mixed dtypes) is upcast, the head a few thousand rows at a time in a
+precision on CPU, which has no such GEMM, and mixed dtypes) is upcast: the head a few thousand rows at a time, into the
 `scratch` that is given, never as a whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -16,14 +17,18 @@ SCRATCH_ROWS = 4096  # of the head, upcast at a time: 16 MiB at D = 1024
 
 
 def autocast_is_on(like: Tensor) -> bool:
-    """For tensors of this one's device. `meta` has none, and torch raises where it is asked."""
+    """For tensors of this one's device. `meta` has no autocast, and torch raises where it is asked."""
     return not like.is_meta and torch.is_autocast_enabled(like.device.type)
 
 
-def under_autocast(*factors: Tensor) -> tuple[Tensor, ...]:
-    """Hidden states and heads as autocast hands them to a linear layer: in its dtype, unless one of them is fp64.
+def without_autocast(like: Tensor) -> AbstractContextManager[object]:
+    return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
 
-    A cast that autograd sees, so that backward, which runs outside of autocast, finds the same operands.
+
+def under_autocast(*factors: Tensor) -> tuple[Tensor, ...]:
+    """Cast hidden states and heads as autocast does for a linear layer; unchanged if one of them is fp64.
+
+    Autograd sees the cast. So backward, which runs outside of autocast, finds the same operands.
     """
     if not autocast_is_on(factors[0]) or any(x.dtype == torch.float64 for x in factors):
         return factors
@@ -34,7 +39,7 @@ def under_autocast(*factors: Tensor) -> tuple[Tensor, ...]:
 def operand_dtype(
     hidden: torch.dtype, weight: torch.dtype, accumulated: torch.dtype, device: torch.device
 ) -> torch.dtype:
-    """What both factors are given in: 16 bits where the device multiplies them into fp32, else `accumulated`."""
+    """The dtype of both factors: 16 bits where the device multiplies them into fp32, else `accumulated`."""
     low = hidden in (torch.bfloat16, torch.float16)
     return hidden if device.type == "cuda" and hidden == weight and low else accumulated
 

@@ -1,4 +1,4 @@
-"""GAE on tensors, without a step of Python for each position."""
+"""gae in torch: a parallel scan, without a Python step for each position."""
 
 from __future__ import annotations
 
@@ -7,28 +7,27 @@ import math
 import torch
 from torch import Tensor
 
-from ..logprob.passes import result_dtype
-from ..once import no_forward_ad
-from ..records import Advantages
+from ..double_backward import no_forward_ad
+from ..records import Advantages, result_dtype
 
 
 @torch.no_grad()
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float, last_values: Tensor | None
 ) -> Advantages:
-    scan = operator if torch.compiler.is_compiling() else _scan  # else the operator would cost as much as the scan
+    scan = operator if torch.compiler.is_compiling() else _scan  # eager, the operator costs as much as the scan
     return Advantages(*scan(rewards, values, mask, last_values, gamma, lam))
 
 
 def _scan(
     rewards: Tensor, values: Tensor, mask: Tensor, last_values: Tensor | None, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """What a position hands back to the valid one before it is C = gamma V + gamma lam A, all in one number:
+    """GAE as a linear recurrence. A position passes C = gamma V + gamma lam A back to the valid one before it:
 
     A_t = r_t - V_t + C_next(t);  C_t = gamma lam r_t + (gamma - gamma lam) V_t + gamma lam C_next(t)
 
-    Masked positions hand on what they are handed, so that next(t) is t + 1 for all. An operator, for a compiler would
-    make a program of its own for every length.
+    Masked positions pass on what they receive, so that next(t) is t + 1 for all. Under torch.compile this is an
+    operator, because the compiler would make another program for every length.
     """
     length, decay = rewards.shape[1], gamma * lam
     valid = mask.bool()
@@ -46,7 +45,7 @@ def _scan(
         handed[:, length] = gamma * last_values.to(dtype)
     handed = _suffix_sums(decays, handed, window)
 
-    # What a mask hides may be NaN: it is left out last, not multiplied away.
+    # Masked values may be NaN: they are replaced at the end, not multiplied by 0.
     advantages = torch.sub(rewards, values).add_(handed[:, 1:])
     returns = torch.add(advantages, values)
     return torch.where(valid, advantages, zero, out=advantages), torch.where(valid, returns, zero, out=returns)
@@ -73,8 +72,7 @@ def _suffix_sums(decays: Tensor, x: Tensor, window: int) -> Tensor:
     """C_t = x_t + decays_t C_(t+1) along rows whose last window - 1 positions are padding, which the result lacks.
 
     First by doubling, up to the sum over t ... t + window - 1, then backwards a window at a time. Doubling all the way
-    does more work, and multiplies decays until they are denormal numbers, which are slow; products of one window are
-    as far as it goes here.
+    does more work, and multiplies decays until they are denormal numbers, which are slow.
     """
     spare, spare_decays = torch.empty_like(x), torch.empty_like(x)
     step, n = 1, x.shape[1]

@@ -1,0 +1,280 @@
+"""PPO's losses: the policy's from log-probabilities, logits or hidden states, and the value function's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import checks, dispatch
+from ..logprob.matmul import under_autocast
+from ..records import Loss, divisor_of
+from .linear import linear_ppo
+from .options import PolicyTokens, metrics_of, policy_options
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    backend: str = "auto",
+) -> Loss:
+    """Clipped policy loss of tokens, from their log-probabilities under the policy that learns and the one that acted.
+
+    d = logp - old_logp;  ratio = e^d;  pg = max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high))
+    with dual_clip c, where A < 0:  pg = min(pg, -c A)
+    loss = sum_tokens mask * weight * (pg - entropy_coef * entropy + kl_coef * token_kl(logp, ref_logp)) / normalizer
+
+    "Proximal Policy Optimization Algorithms", https://arxiv.org/abs/1707.06347. clip_low unlike clip_high: "DAPO",
+    https://arxiv.org/abs/2503.14476. dual_clip: "Mastering Complex Control in MOBA Games with Deep Reinforcement
+    Learning", https://arxiv.org/abs/1912.09729.
+
+    Args:
+        logprobs: `[...]`, the policy's, `[B, T]` or packed `[tokens]`, in nats.
+        old_logprobs: `[...]`, those of the policy that sampled the tokens. None: the log-probabilities themselves,
+            detached (the policy itself has just sampled them).
+        advantages: `[...]`, one per token.
+        mask: `[...]`, bool or 0/1. Masked tokens count nowhere and have zero gradient, whatever any input holds there
+            (NaN too).
+        clip_low: 0 to 1; the ratio is clipped below at 1 - clip_low.
+        clip_high: 0 or more; the ratio is clipped above at 1 + clip_high.
+        dual_clip: above 1; bounds the loss of a token with a negative advantage and a large ratio. None: no bound.
+        entropy: `[...]`, the policy's, in nats; with its gradient if entropy_coef is to have an effect.
+        entropy_coef: nats of loss per nat of entropy; not 0 needs entropy.
+        ref_logprobs: `[...]`, the reference policy's.
+        kl_coef: nats of loss per nat of divergence; not 0 needs ref_logprobs.
+        kl_estimator: "k1", "k2" or "k3", see `token_kl`.
+        weights: `[...]`, a factor for each token's loss (not for the metrics).
+        normalizer: divides the sums of loss and metrics, the mask's sum by default. Given the whole batch's number of
+            tokens, micro-batches add up to the batch in loss, gradient and metrics.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        Loss, fp32 (fp64 if any of the per-token inputs is). d is clamped to +-20 with zero gradient outside, so that
+        log-ratios of +-200 are finite; `-inf - -inf` counts as d = 0. No valid token: 0 with zero gradient. The
+        gradient goes to logprobs and entropy; the other inputs are constants.
+        Metrics: policy/approxkl (half of d^2), policy/clipfrac (share of tokens where the clip range cuts the gradient;
+        what dual_clip cuts is not counted), val/ratio; policy/entropy and policy/kl if their inputs are given.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    options = policy_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
+    tokens = PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights)
+    normalizer = checks.normalizer(normalizer)
+    if options.entropy_in_loss and entropy is None:
+        raise ValueError(f"entropy is None, expected a tensor like logprobs because entropy_coef is {entropy_coef!r}")
+    checks.floating("logprobs", logprobs)
+    tokens.check("logprobs", logprobs, options)
+    checks.no_nan("logprobs", logprobs, mask)
+    if entropy is not None:
+        checks.alike("entropy", entropy, "logprobs", logprobs)
+        checks.no_nan("entropy", entropy, mask)
+    checks.constants("ppo_loss", **tokens._asdict(), normalizer=normalizer)
+    if dispatch.resolve("ppo_loss", backend, logprobs.device) == "triton":
+        checks.reverse_mode("ppo_loss", logprobs=logprobs, entropy=entropy)
+    run = dispatch.implementation("ppo_loss", backend, logprobs.device)
+    result: Loss = run(logprobs, entropy, tokens, options, normalizer)
+    return result
+
+
+def logits_ppo_loss(
+    logits: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    temperature: float = 1.0,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    backend: str = "auto",
+) -> Loss:
+    """Clipped policy loss from logits: `ppo_loss` of `selective_log_softmax`.
+
+    logp_t = z_t[y_t] - log sum_v exp(z_t[v]),  z = logits / temperature;  entropy_t = -sum_v p_t[v] log p_t[v]
+
+    "Proximal Policy Optimization Algorithms", https://arxiv.org/abs/1707.06347.
+
+    Args:
+        logits: `[..., V]`, any floating dtype.
+        targets: `[...]`, integer ids; `targets[t]` is the token that `logits[t]` predicts. Anything (-100) where mask
+            is 0.
+        old_logprobs, advantages, mask: `[...]`, see `ppo_loss`.
+        temperature: divides the logits.
+        clip_low ... normalizer: see `ppo_loss`. The entropy has a gradient only if entropy_coef is not 0.
+        backend: "auto", "triton" or "torch", of the log-probabilities.
+
+    Returns:
+        Loss, fp32 (fp64 if any floating point input is), with `ppo_loss`'s metrics, policy/entropy always among them.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    options = policy_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
+    tokens = PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights)
+    checks.reverse_mode("logits_ppo_loss", logits=logits, **tokens._asdict(), normalizer=normalizer)
+    normalizer, temperature = checks.normalizer(normalizer), checks.plain(temperature)
+    checks.integer("targets", targets)
+    tokens.check("targets", targets, options)
+    checks.logits(logits, targets, temperature, mask)
+    run = dispatch.implementation("logits_ppo_loss", backend, logits.device)
+    result: Loss = run(logits, targets, tokens, options, temperature, normalizer)
+    return result
+
+
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    forbidden: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    backend: str = "auto",
+    chunk_tokens: int | None = None,
+) -> Loss:
+    """Clipped policy loss from hidden states, without the `[tokens, V]` logits: `ppo_loss` of `linear_logprobs`.
+
+    z = head(hidden);  logp_t = z_t[y_t] - log sum_v exp(z_t[v]);  entropy_t = -sum_v p_t[v] log p_t[v]
+
+    "Proximal Policy Optimization Algorithms", https://arxiv.org/abs/1707.06347.
+
+    Args:
+        hidden: `[..., D]`, `[B, T, D]` or packed `[tokens, D]`.
+        weight: `[V, D]`. Autocast acts on both as in `linear_logprobs`.
+        targets: `[...]`, integer ids; `targets[t]` is the token that `hidden[t]` predicts. Anything (-100) where mask
+            is 0.
+        old_logprobs, advantages, mask: `[...]`, see `ppo_loss`.
+        bias, temperature, logit_scale, softcap, forbidden: the head, see `linear_logprobs`.
+        clip_low ... normalizer: see `ppo_loss`. The entropy has a gradient only if entropy_coef is not 0; that costs
+            one more GEMM in low memory, none in chunks (`logprob.tuning`).
+        backend: "auto", "triton" or "torch".
+        chunk_tokens: see `linear_logprobs`.
+
+    Returns:
+        Loss, fp32 (fp64 if any floating point input is), with `ppo_loss`'s metrics, policy/entropy always among them.
+        Gradients are formed in the forward: two GEMMs with a frozen head, three with a trained one, and one for tokens
+        whose advantage or weight is 0 (in chunks also for clipped ones).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    options = policy_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
+    tokens = PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights)
+    head = checks.plain_head(bias, temperature, logit_scale, softcap, forbidden)
+    differentiable = {"hidden": hidden, "weight": weight, "bias": bias}
+    checks.reverse_mode("linear_ppo_loss", **differentiable, **tokens._asdict(), normalizer=normalizer)
+    normalizer = checks.normalizer(normalizer)
+    checks.integer("targets", targets)
+    tokens.check("targets", targets, options)
+    checks.linear(hidden, weight, targets, head, mask)
+    chunk_tokens = checks.chunk_tokens(chunk_tokens)
+    dispatch.resolve("linear_logprobs", backend, hidden.device)
+    hidden, weight = under_autocast(hidden, weight)
+    learns = torch.is_grad_enabled()
+    total, sums, *_ = linear_ppo(
+        *(hidden, weight, targets, *tokens.detached()),
+        *(head.bias, head.forbidden, head.temperature, head.logit_scale, head.softcap),
+        *options,
+        [learns and x is not None and x.requires_grad for x in (hidden, weight, bias)],
+        *(backend, chunk_tokens),
+    )
+    divisor = divisor_of(normalizer, sums[-1].detach().clamp(min=1.0), total.dtype)
+    metrics = metrics_of(sums.detach() / divisor, entropy=True, kl=ref_logprobs is not None)
+    return Loss(total / divisor, metrics)
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip: float | None = 0.2,
+    weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    backend: str = "auto",
+) -> Loss:
+    """Clipped squared error of the value function.
+
+    v_clipped = old_v + clip(v - old_v, -clip, clip)
+    loss = sum_tokens mask * weight * max((v - R)^2, (v_clipped - R)^2) / 2 / normalizer
+
+    "Proximal Policy Optimization Algorithms", https://arxiv.org/abs/1707.06347; the clipping is that of its authors'
+    implementation, see "What Matters In On-Policy Reinforcement Learning?", https://arxiv.org/abs/2006.05990.
+
+    Args:
+        values: `[...]`, `[B, T]` or packed `[tokens]`, in the unit of the rewards.
+        old_values: `[...]`, those at sampling time; None only without clip.
+        returns: `[...]`, what the values are fitted to.
+        mask: `[...]`, bool or 0/1. Masked tokens count nowhere and have zero gradient, whatever any input holds there
+            (NaN too).
+        clip: above 0, how far values may move from old_values, in the same unit. None: no clipping.
+        weights: `[...]`, a factor for each token's loss (not for the metric).
+        normalizer: divides the sums of loss and metric, the mask's sum by default. Given the whole batch's number of
+            tokens, micro-batches add up to the batch in loss, gradient and metric.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        Loss, fp32 (fp64 if any of the per-token inputs is). No valid token: 0 with zero gradient. The gradient goes to
+        values; the other inputs are constants. With clip the metric val/clipfrac, the share of tokens where the
+        clipped error is the larger one and cuts the gradient.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    clip, normalizer = checks.plain(clip), checks.normalizer(normalizer)
+    if clip is not None:
+        checks.positive("clip", clip)
+    checks.floating("values", values)
+    checks.tensor("mask", mask)
+    checks.mask(mask, "values", values)
+    checks.tensor("returns", returns)
+    if clip is not None and old_values is None:
+        raise ValueError(f"old_values is None, expected a tensor like values because clip is {clip!r}")
+    optional = {"old_values": old_values, "weights": weights}
+    given = {"returns": returns, **{name: value for name, value in optional.items() if value is not None}}
+    for name, value in given.items():
+        checks.alike(name, value, "values", values)
+    for name, value in {"values": values, **given}.items():
+        checks.no_nan(name, value, mask)
+    checks.constants("value_loss", **given, normalizer=normalizer)
+    if dispatch.resolve("value_loss", backend, values.device) == "triton":
+        checks.reverse_mode("value_loss", values=values)
+    result: Loss = dispatch.implementation("value_loss", backend, values.device)(
+        values, old_values, returns, mask, clip=clip, weights=weights, normalizer=normalizer
+    )
+    return result

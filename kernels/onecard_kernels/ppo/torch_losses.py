@@ -1,0 +1,127 @@
+"""PPO's losses in torch, in fp32 or fp64. Arguments are checked by the callers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kl.token_kl import ESTIMATORS, LOG_RATIO_LIMIT, SLOPES, log_ratio
+from ..records import Loss, divisor_of
+from .options import PolicyOptions, PolicyTokens, dtype_of, metrics_of
+
+
+def policy_sums(
+    logprobs: Tensor, entropy: Tensor | None, tokens: PolicyTokens, options: PolicyOptions, *, slopes: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The clipped policy loss, summed over tokens: `ppo_loss` before the division.
+
+    Masked tokens may hold NaN, and NaN * 0 is NaN in the value and in the gradient: they are replaced before any
+    arithmetic, not multiplied away after it. A term that is off is left out: times 0, an infinite KL would be NaN.
+
+    Returns:
+        The sums in the order of SUMS, differentiable by autograd; with `slopes` also dloss/dlogp and dloss/dentropy
+        per token, written out, for callers that form gradients in their forward.
+    """
+    dtype, valid = tokens.dtype_with(logprobs, entropy), tokens.mask.bool()
+
+    def keep(x: Tensor) -> Tensor:
+        return torch.where(valid, x.to(dtype), 0.0)
+
+    def constant(x: Tensor) -> Tensor:
+        return keep(x.detach())
+
+    logp, a = keep(logprobs), constant(tokens.advantages)
+    raw = log_ratio(logp, logp.detach() if tokens.old_logprobs is None else constant(tokens.old_logprobs))
+    d = raw.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    ratio = d.exp()
+    free, clipped = -a * ratio, -a * ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high)
+    surrogate = losses = torch.maximum(free, clipped)
+    if options.dual_clip is not None:
+        losses = torch.where(a < 0, torch.minimum(losses, -options.dual_clip * a), losses)
+    kl = far = None
+    if tokens.ref_logprobs is not None:
+        far = log_ratio(logp if options.kl_in_loss else logp.detach(), constant(tokens.ref_logprobs))
+        kl = ESTIMATORS[options.kl_estimator](far)
+        if options.kl_in_loss:
+            losses = losses + options.kl_coef * kl
+    if entropy is not None and options.entropy_in_loss:
+        losses = losses - options.entropy_coef * keep(entropy)
+    weights = None if tokens.weights is None else constant(tokens.weights)
+    zero = logp.new_zeros(())
+    sums = (
+        (losses if weights is None else losses * weights).sum(),
+        keep(0.5 * d.detach().square()).sum(),
+        keep(clipped > free).sum(),
+        keep(ratio.detach()).sum(),
+        zero if entropy is None else constant(entropy).sum(),
+        zero if kl is None else constant(kl).sum(),
+        valid.sum().to(dtype),
+    )
+    slope = on_entropy = None
+    if slopes:
+        slope = torch.where((clipped <= free) & (raw.abs() <= LOG_RATIO_LIMIT), free, 0.0)
+        if options.dual_clip is not None:
+            slope = torch.where((a < 0) & (surrogate > -options.dual_clip * a), 0.0, slope)
+        if far is not None and options.kl_in_loss:
+            slope = slope + options.kl_coef * SLOPES[options.kl_estimator](far)
+        slope = slope.masked_fill(logp.isinf(), 0.0)  # an impossible token is a constant
+        factor = torch.where(valid, 1.0, 0.0).to(dtype) if weights is None else weights
+        slope = slope * factor
+        if entropy is not None and options.entropy_in_loss:
+            on_entropy = -options.entropy_coef * factor
+    return torch.stack(sums), slope, on_entropy
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    tokens: PolicyTokens,
+    options: PolicyOptions,
+    normalizer: float | Tensor | None,
+) -> Loss:
+    sums, _, _ = policy_sums(logprobs, entropy, tokens, options, slopes=False)
+    totals = sums / divisor_of(normalizer, sums[-1].detach().clamp(min=1.0), sums.dtype)
+    kl = tokens.ref_logprobs is not None
+    return Loss(totals[0], metrics_of(totals[1:].detach(), entropy=entropy is not None, kl=kl))
+
+
+def logits_ppo_loss(
+    logits: Tensor,
+    targets: Tensor,
+    tokens: PolicyTokens,
+    options: PolicyOptions,
+    temperature: float,
+    normalizer: float | Tensor | None,
+) -> Loss:
+    logprobs, entropy, _ = torch.ops.onecard.selective_forward(logits, targets, tokens.mask, temperature, True, "torch")
+    return ppo_loss(logprobs, entropy if options.entropy_in_loss else entropy.detach(), tokens, options, normalizer)
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip: float | None,
+    weights: Tensor | None,
+    normalizer: float | Tensor | None,
+) -> Loss:
+    dtype, valid = dtype_of(values, old_values, returns, weights), mask.bool()
+    divisor = divisor_of(normalizer, valid.sum().clamp(min=1), dtype)
+
+    def keep(x: Tensor) -> Tensor:
+        return torch.where(valid, x.to(dtype), 0.0)
+
+    v, target = keep(values), keep(returns.detach())
+    losses, metrics = (v - target).square(), {}
+    if clip is not None and old_values is not None:
+        old = keep(old_values.detach())
+        # old + clamp(v - old, -clip, clip) differs from v by rounding inside the range, and would count as clipped.
+        clipped = (v.clamp(old - clip, old + clip) - target).square()
+        metrics["val/clipfrac"] = keep((clipped > losses).detach()).sum() / divisor
+        losses = torch.maximum(losses, clipped)
+    losses = 0.5 * losses
+    if weights is not None:
+        losses = losses * keep(weights.detach())
+    return Loss(keep(losses).sum() / divisor, metrics)
