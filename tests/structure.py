@@ -1,16 +1,22 @@
 """The shape of the code in numbers: `python -m tests.structure [--before REVISION]` prints the table.
 
-Modules at the top of the engine, circles of imports, imports that point to a higher layer, calls and files on the way
+Entries at the top of the engine, circles of imports, imports that point to a higher layer, calls and files on the way
 from a command to the line that clips and from `linear_logprobs` to the matrix product, and lines of code.
 """
 
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import CodeType, FrameType
+
+import click
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINE = ROOT / "engine" / "onecard"
@@ -44,7 +50,7 @@ def imports(known: Mapping[str, Path]) -> Imports:
 
 
 def circles(graph: Imports) -> list[list[str]]:
-    """Groups of modules that import each other (strongly connected components of two or more)."""
+    """Groups of modules that import each other."""
 
     def reached(start: str) -> set[str]:
         seen, waiting = set[str](), [start]
@@ -70,16 +76,12 @@ def upward(graph: Imports) -> list[tuple[str, str]]:
 
 
 def top_level() -> list[str]:
-    """Modules and packages at the top of the engine, but for `__init__.py`, `__main__.py` and `py.typed`."""
+    """Modules and packages at the top of the engine, except `__init__.py`, `__main__.py` and `py.typed`."""
     found = (path for path in ENGINE.iterdir() if not path.name.startswith("__") and path.name != "py.typed")
-    return sorted(path.stem for path in found)
+    return sorted(path.stem for path in found if path.suffix == ".py" or any(path.rglob("*.py")))
 
 
 # --- the way from a call to a line
-
-
-class Reached(Exception):
-    """The line was reached."""
 
 
 def way(run: Callable[[], object], reached: Callable[[FrameType], bool]) -> list[CodeType]:
@@ -88,13 +90,13 @@ def way(run: Callable[[], object], reached: Callable[[FrameType], bool]) -> list
     roots = (str(ROOT / "engine"), str(ROOT / "kernels"))
 
     def trace(frame: FrameType, event: str, argument: object) -> None:
-        if event == "call" and not stack and reached(frame):
-            here: FrameType | None = frame
-            while here is not None:
-                if here.f_code.co_filename.startswith(roots) and here.f_code.co_name[0] != "<":
-                    stack.insert(0, here.f_code)
-                here = here.f_back
-            sys.setprofile(None)
+        if event != "call" or stack or not reached(frame):
+            return
+        here: FrameType | None = frame
+        while here is not None:
+            if here.f_code.co_filename.startswith(roots):
+                stack.insert(0, here.f_code)
+            here = here.f_back
 
     sys.setprofile(trace)
     try:
@@ -102,3 +104,103 @@ def way(run: Callable[[], object], reached: Callable[[FrameType], bool]) -> list
     finally:
         sys.setprofile(None)
     return stack
+
+
+def calls_and_files(codes: Sequence[CodeType]) -> tuple[int, int]:
+    """How many calls the way takes, the first one included, and how many files they are in."""
+    return len(codes), len({code.co_filename for code in codes})
+
+
+def way_to_the_clip(backend: str) -> list[CodeType]:
+    """From `onecard ppo`, run on a tiny model, to the function with the line that clips."""
+    from onecard.commands import cli
+    from tests.tiny import write_tiny_model
+
+    def reached(frame: FrameType) -> bool:
+        name = "policy_sums" if backend == "torch" else "policy_kernel"
+        return frame.f_code.co_name == name
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_tiny_model(folder / "model")
+        (folder / "prompts.jsonl").write_text('{"prompt": "the cat"}\n' * 8)
+        words = ["ppo", "--model", str(folder / "model"), "--dataset", str(folder / "prompts.jsonl")]
+        words += ["--reward_funcs", "length:4", "--response_length", "4", "--max_steps", "1", "--test_size", "0"]
+        words += ["--batch_size", "8", "--output_dir", str(folder / "run")]
+
+        def run() -> None:
+            with suppress(SystemExit):
+                cli.main(words)
+
+        return way(run, reached)
+
+
+def way_to_the_product(backend: str) -> list[CodeType]:
+    """From `linear_logprobs` to the function with the matrix product of hidden states and head."""
+    import torch
+
+    from onecard_kernels import linear_logprobs
+
+    hidden, weight, targets = torch.randn(4, 8), torch.randn(16, 8), torch.arange(4)
+    return way(
+        lambda: linear_logprobs(hidden, weight, targets, backend=backend), lambda frame: frame.f_code.co_name == PRODUCT
+    )
+
+
+PRODUCT = "project"  # of onecard_kernels.logprob.matmul
+
+
+def lines_of(area: str, revision: str = "") -> int:
+    """Lines of Python below a folder, now or at a revision."""
+    pattern = f"{area}/*.py"
+    if not revision:
+        names = subprocess.run(
+            ["git", "ls-files", pattern], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        return sum(len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in names.split())
+    words = ["git", "grep", "-c", "", revision, "--", pattern]
+    counted = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return sum(int(line.rpartition(":")[2]) for line in counted.splitlines())
+
+
+def measured(revision: str) -> list[tuple[str, str, str]]:
+    """Rows of the table: what, before, now."""
+    graph = imports(modules())
+    rows = [
+        ("entries at the top of engine/onecard", "", str(len(top_level()))),
+        ("circles of imports", "", str(len(circles(graph)))),
+        ("imports into a higher layer", "", str(len(upward(graph)))),
+    ]
+    for backend in ("torch", "triton"):
+        os.environ["ONECARD_BACKEND"] = backend
+        for what, path in {
+            "`onecard ppo` to the line that clips": way_to_the_clip(backend),
+            "`linear_logprobs` to the product": way_to_the_product(backend),
+        }.items():
+            rows.append((f"{what}, {backend}: calls, files", "", "{}, {}".format(*calls_and_files(path))))
+    for area in AREAS:
+        rows.append((f"lines of {area}", f"{lines_of(area, revision):,}" if revision else "", f"{lines_of(area):,}"))
+    return rows
+
+
+@click.command()
+@click.option("--before", "revision", default="", help="A revision whose lines of code are shown beside today's.")
+@click.option("--ways", is_flag=True, help="Print the functions on each way instead of the table.")
+def main(revision: str, ways: bool) -> None:
+    """Print the table."""
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    if ways:
+        for backend in ("torch", "triton"):
+            os.environ["ONECARD_BACKEND"] = backend
+            for codes in (way_to_the_clip(backend), way_to_the_product(backend)):
+                click.echo(f"\n{backend}")
+                for code in codes:
+                    click.echo(f"  {code.co_name}  {Path(code.co_filename).relative_to(ROOT)}:{code.co_firstlineno}")
+        return
+    click.echo("| what | before | now |\n|---|---|---|")
+    for row in measured(revision):
+        click.echo(f"| {' | '.join(row)} |")
+
+
+if __name__ == "__main__":
+    main()
