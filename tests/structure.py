@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import CodeType, FrameType
+from unittest import mock
 
 import click
 
@@ -70,7 +71,9 @@ def upward(graph: Imports) -> list[tuple[str, str]]:
 
     def layer(name: str) -> int:
         parts = name.split(".")
-        return LAYERS.index(parts[1]) if len(parts) > 1 and parts[1] in LAYERS else len(LAYERS)
+        if len(parts) == 1:  # the package itself, which has the version
+            return -1
+        return LAYERS.index(parts[1]) if parts[1] in LAYERS else len(LAYERS)
 
     return sorted((name, other) for name, named in graph.items() for other in named if layer(other) > layer(name))
 
@@ -94,7 +97,8 @@ def way(run: Callable[[], object], reached: Callable[[FrameType], bool]) -> list
             return
         here: FrameType | None = frame
         while here is not None:
-            if here.f_code.co_filename.startswith(roots):
+            # a guard that torch's dispatcher calls on the way to an operator is part of the dispatch
+            if here.f_code.co_filename.startswith(roots) and here.f_code.co_name != "guarded":
                 stack.insert(0, here.f_code)
             here = here.f_back
 
@@ -107,13 +111,14 @@ def way(run: Callable[[], object], reached: Callable[[FrameType], bool]) -> list
 
 
 def calls_and_files(codes: Sequence[CodeType]) -> tuple[int, int]:
-    """How many calls the way takes, the first one included, and how many files they are in."""
-    return len(codes), len({code.co_filename for code in codes})
+    """How many calls lead from the first function to the last, and how many files the functions are in."""
+    return len(codes) - 1, len({code.co_filename for code in codes})
 
 
 def way_to_the_clip(backend: str) -> list[CodeType]:
     """From `onecard ppo`, run on a tiny model, to the function with the line that clips."""
     from onecard.commands import cli
+    from onecard_kernels import dispatch
     from tests.tiny import write_tiny_model
 
     def reached(frame: FrameType) -> bool:
@@ -129,7 +134,7 @@ def way_to_the_clip(backend: str) -> list[CodeType]:
         words += ["--batch_size", "8", "--output_dir", str(folder / "run")]
 
         def run() -> None:
-            with suppress(SystemExit):
+            with suppress(SystemExit), mock.patch.dict(dispatch.PREFERENCE, cpu=(backend,)):
                 cli.main(words)
 
         return way(run, reached)
@@ -172,7 +177,6 @@ def measured(revision: str) -> list[tuple[str, str, str]]:
         ("imports into a higher layer", "", str(len(upward(graph)))),
     ]
     for backend in ("torch", "triton"):
-        os.environ["ONECARD_BACKEND"] = backend
         for what, path in {
             "`onecard ppo` to the line that clips": way_to_the_clip(backend),
             "`linear_logprobs` to the product": way_to_the_product(backend),
@@ -191,7 +195,6 @@ def main(revision: str, ways: bool) -> None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if ways:
         for backend in ("torch", "triton"):
-            os.environ["ONECARD_BACKEND"] = backend
             for codes in (way_to_the_clip(backend), way_to_the_product(backend)):
                 click.echo(f"\n{backend}")
                 for code in codes:
