@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from importlib import import_module
-from typing import Any
 
 import torch
 
@@ -28,6 +26,7 @@ from benchmarks.oracle import GRADIENT, NATS, Expected, Inputs, directions, exac
 from benchmarks.records import OURS
 from benchmarks.shapes import LINEAR, LINEAR_DTYPES, Shape
 from benchmarks.suite import linear
+from onecard_kernels.logprob import tuning
 
 NAME = "linear_logprobs"
 FORWARD, FROZEN, TRAINED = "forward", "frozen", "trained"
@@ -82,17 +81,14 @@ def call(linear_logprobs: Callable[..., object]) -> Function:
 def variant(label: str, implementation: str, **only: tuple[str, ...]) -> Candidate:
     """The same with another implementation than the device's default."""
 
-    def plans() -> Any:
-        return import_module("onecard_kernels.logprob.plans")
-
     def load(device: torch.device) -> Function:
-        choice = plans().TABLE.get(device.type)
+        choice = tuning.TABLE.get(device.type)
         if choice is not None and choice.default == implementation:
             raise Unavailable(f"the default on this device: see {OURS}")
         return call(attribute("onecard_kernels", NAME))
 
     return Candidate(
-        f"{OURS}, {label}", load, role="ours", around=lambda: plans().override(implementation=implementation), **only
+        f"{OURS}, {label}", load, role="ours", around=lambda: tuning.override(implementation=implementation), **only
     )
 
 

@@ -13,7 +13,7 @@ from benchmarks import cli, harness, kernels, measure, records, render, targets
 from benchmarks.harness import EAGER, Candidate, Products, Timing, Unavailable, Work, eager_logprobs, takes
 from benchmarks.records import LIMIT, OURS, Case, Row
 from benchmarks.shapes import Shape, Shapes, linear, logits
-from benchmarks.suite import BENCHMARKS, gae, linear_dpo, linear_kl, linear_logprobs, linear_ppo, logits_ppo, selective
+from benchmarks.suite import BENCHMARKS, gae, linear_dpo, linear_kl, linear_ppo, logits_ppo, selective
 from benchmarks.suite import tokens as token_losses
 from benchmarks.suite.linear_logprobs import BENCHMARK, FORWARD, FROZEN, TENSORS, TRAINED
 
@@ -288,7 +288,9 @@ def test_other_files_are_named_and_pages_without_marks_stay(tmp_path: Path) -> N
             render.updated(bad, {"a": "new"})
 
 
-def test_unavailable_peers_have_their_reason() -> None:
+def test_unavailable_peers_have_their_reason_and_our_variants_run() -> None:
     with pytest.raises(Unavailable, match="ModuleNotFoundError"):
         harness.attribute("no_such_package", "x")
-    assert linear_logprobs.BENCHMARK is BENCHMARK
+    rows = tiny_rows(FROZEN, *(c for c in BENCHMARK.candidates if c.role == "ours" or c.name == EAGER))
+    assert rows["onecard, chunked"].seconds
+    assert rows["onecard, low memory"].reason == "the default on this device: see onecard"
