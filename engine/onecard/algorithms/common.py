@@ -1,4 +1,4 @@
-"""The walk that every training command takes, and the record of what differs between them."""
+"""The steps that SFT, reward and DPO runs share (`run_recipe`), and what differs between them (`Recipe`)."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ B = TypeVar("B", bound="DataclassInstance")  # a record of several
 
 @dataclass(frozen=True)
 class Sharing(Generic[E, B]):
-    """Examples to a record in which a prompt is laid once for all its answers, and the rows that an example takes."""
+    """Collate examples so that a prompt is run once for all its responses. `size`: tokens that an example takes then."""
 
     collate: Callable[[Sequence[E]], B]
     size: Callable[[E], int] = len
 
 
 def padded_rows(lengths: Sequence[int]) -> int:
-    """Rows of the model that texts take if they are padded to the longest. Empty texts take none."""
+    """Tokens of texts padded to the longest. Empty texts take none."""
     return sum(length > 0 for length in lengths) * max(lengths)
 
 
@@ -59,7 +59,7 @@ def check_start(
     heldout: Sequence[object],
     samples: HeldoutSamples | None,
 ) -> None:
-    """What the run takes for granted of the model, on texts as long as the longest example's."""
+    """Startup checks of the model, on texts as long as the run's longest."""
     lengths = [*all_lengths(training), *all_lengths(heldout)]
     longest, together = max(map(max, lengths)), max(map(sum, lengths))
     items = max(config.per_device_train_batch_size, config.per_device_eval_batch_size)
@@ -70,9 +70,9 @@ def check_start(
 
 @dataclass(frozen=True)
 class Recipe(Generic[E, B]):
-    """What one training command is made of.
+    """What differs between SFT, reward and DPO runs.
 
-    rows -> `tokenize(rows, tokenizer, max_length)` -> examples -> `collate` -> record -> `loss(roles, record, n)`,
+    rows -> `tokenize(rows, tokenizer, max_length)` -> examples -> `collate` -> batch -> `loss(roles, batch, n)`,
     where n, the normaliser, is `count` of the whole step's examples. `trained` is the role whose weights change.
     """
 
@@ -84,16 +84,18 @@ class Recipe(Generic[E, B]):
     loss: Callable[[Roles, B, int], Loss]
     reference: bool = False  # a frozen reference beside the trained role
     scalar: bool = False  # a scalar head on the trained role
-    # the row of the held-out examples, where it is more than sums over micro-batches
+    # metrics of the held-out examples, where they are not sums over micro-batches
     heldout: Callable[[Roles, Sequence[E], TokenBudget, Bar], dict[str, float]] | None = None
-    adjust: Callable[[Roles, Sequence[E]], None] | None = None  # the trained weights, before they are exported
-    check: Callable[[Sequence[E]], None] | None = None  # what settings say against the training examples
-    prepare: Callable[[Roles, Sequence[E], Sequence[E]], tuple[Sequence[E], Sequence[E]]] | None = None  # before step 0
+    adjust: Callable[[Roles, Sequence[E]], None] | None = None  # changes the trained weights before they are exported
+    check: Callable[[Sequence[E]], None] | None = None  # raises if the settings do not fit the training examples
+    prepare: Callable[[Roles, Sequence[E], Sequence[E]], tuple[Sequence[E], Sequence[E]]] | None = (
+        None  # runs before step 0
+    )
     sharing: Sharing[E, B] | None = None  # for models that pack
     uncut: str = ""  # `Objective.uncut`
 
     def objective(self, roles: Roles) -> Objective[E, B]:
-        """What a step makes smaller; prompts are shared where the model takes a record with shared ones as it is."""
+        """What a step minimises. Prompts are shared if the model runs packed batches."""
         plain = Sharing(
             self.collate, (lambda example: padded_rows(lengths_of(example))) if roles.layout == "padded" else len
         )
@@ -123,7 +125,7 @@ def pair_tokenizer(config: TrainConfig) -> Callable[[Iterable[Row], Any, int], T
 
 
 def longest_sequence(config: TrainConfig | EvaluateConfig) -> int:
-    """`max_length`, or the model's own limit where that is less."""
+    """`max_length`, or the model's context length if that is less."""
     limit = context_length(config)
     if limit is None or config.max_length <= limit:
         return config.max_length
@@ -134,7 +136,7 @@ def longest_sequence(config: TrainConfig | EvaluateConfig) -> int:
 def load_examples(
     config: TrainConfig, tokenize: Callable[[Iterable[Row]], Tokenized[P]]
 ) -> tuple[Sequence[P], Sequence[P]]:
-    """Training and held-out examples; what was cut, skipped or odd is said in numbers."""
+    """Training and held-out examples. Prints how many were cut, skipped or unusual."""
     if not config.dataset:
         raise OnecardError("--dataset is missing: give a .jsonl, .json, .csv or .parquet file, or a hub dataset name.")
     parts = [tokenize(open_rows(config.dataset, split=config.dataset_train_split))]
@@ -151,7 +153,7 @@ def load_examples(
 
 
 def export_and_report(roles: Roles, tokenizer: Any, run: Run) -> Path:
-    """Export the (first) trained role, write the report, and say where things are."""
+    """Export the (first) trained role, write the report, and print where they are."""
     role = roles.trained[0]
     exported = run.folder / role
     run_folder.write_folder(run.folder, role, lambda folder: roles.export(role, folder, tokenizer))
@@ -161,7 +163,7 @@ def export_and_report(roles: Roles, tokenizer: Any, run: Run) -> Path:
 
 
 def describe_adapter(roles: Roles, role: str, source: Path | None) -> str:
-    """What a trained role is. An adapter that is not new has its own rank and layers, not lora_r's."""
+    """A trained role in words. An adapter that training continues has its own rank, not lora_r."""
     if source is not None:
         return f"an adapter of rank {roles.rank(role)}, as it is in {source}"
     without = f", without {' and '.join(roles.left_out)}" if roles.left_out else ""

@@ -1,4 +1,4 @@
-"""The job of every command that learns from fixed examples: one optimizer step for each batch of them."""
+"""The job of SFT, reward and DPO: one optimizer step for each batch of fixed examples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from onecard_kernels import Loss
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """How many steps there are, and which examples each one sees."""
+    """The number of steps, and the examples of each."""
 
     num_examples: int
     examples_per_step: int
@@ -45,7 +45,7 @@ class StepSchedule:
 
 
 def make_schedule(config: TrainConfig, num_examples: int) -> StepSchedule:
-    """Turn epochs or `max_steps` into optimizer steps."""
+    """The schedule for `num_train_epochs`, or for `max_steps` if that is given."""
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     per_epoch = math.ceil(num_examples / per_step)
     total = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
@@ -67,7 +67,7 @@ class Supervised(Generic[E, B]):
         training: Sequence[E],
         heldout: Sequence[E],
         samples: HeldoutSamples | None = None,
-        # where it is more than sums over micro-batches
+        # metrics of held-out examples, where they are not sums over micro-batches
         heldout_row: Callable[[TokenBudget, Bar], dict[str, float]] | None = None,
     ) -> None:
         self.name, self.objective, self.training, self.heldout, self.samples = (

@@ -1,9 +1,8 @@
-"""The training loop. It knows no algorithm: it is handed a job, whose steps ask it for gradients and updates.
+"""The training loop. It knows no algorithm: a job defines the steps, and calls `gradients` and `apply` in each.
 
-    step -> job: examples -> gradients: micro-batches -> record -> losses, backward -> clip -> apply -> schedule -> row
+    step -> examples -> micro-batches -> losses, backward -> clip -> optimizer step -> schedule -> row of metrics
 
-A job's order of work is a function of the seed and the step, so a checkpoint needs little more than the step to know
-where it stands.
+The order of the examples is a function of the seed and the step, so a checkpoint stores the step and no data order.
 """
 
 from __future__ import annotations
@@ -45,22 +44,22 @@ B = TypeVar("B", bound="DataclassInstance")  # a record of several
 
 @dataclass(frozen=True)
 class Objective(Generic[E, B]):
-    """What one optimizer step makes smaller.
+    """What one optimizer step minimises.
 
-    `count` is what its summed losses are divided by (pairs, or response tokens), over all micro-batches of the step:
-    the one normaliser. `losses` gets a record and that number. It may give the loss in parts, one role's after
-    another's: each part's backward runs before the next part's forward, so one role's activations are held at a time.
+    `count` is the normaliser: the number of pairs, or of response tokens, in all micro-batches of the step. `losses`
+    gets a batch and the normaliser. It may yield several losses, one for each role: the backward of one runs before
+    the forward of the next, so the activations of one role are held at a time.
     """
 
     collate: Callable[[Sequence[E]], B]
     count: Callable[[Sequence[E]], int]
     losses: Callable[[B, int], Iterable[Loss]]
-    size: Callable[[E], int] = len  # rows of the model that an example takes
-    uncut: str = ""  # what takes a step's examples as one micro-batch or not at all, such as a loss that sorts them
+    size: Callable[[E], int] = len  # tokens that an example takes in a forward pass
+    uncut: str = ""  # the loss that needs the whole batch as one micro-batch (it sorts the batch), if there is one
 
 
 class Weights(Protocol):
-    """What the trainer needs of the model."""
+    """The methods of the model that the trainer uses."""
 
     layout: str
 
@@ -73,7 +72,7 @@ class Weights(Protocol):
 
 
 class Job(Protocol):
-    """What an algorithm hands to the trainer: what the steps are, and what is done in one."""
+    """A training algorithm: its steps, and what is done in one."""
 
     name: str
     total_steps: int
@@ -88,19 +87,19 @@ class Job(Protocol):
         ...
 
     def evaluate(self, trainer: Trainer, bar: Bar) -> dict[str, float]:
-        """The row of the held-out examples; empty if there are none."""
+        """Metrics of the held-out examples; empty if there are none."""
         ...
 
     def counts(self, step: int) -> dict[str, int]:
-        """What to log of how far the run has come after `step`, beside steps and tokens."""
+        """Progress to log after `step`, beside steps and tokens (PPO: episodes)."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beyond weights, optimizer and random states; goes through JSON."""
+        """State for the checkpoint beyond weights, optimizer and random states; JSON values."""
         ...
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""
         ...
 
 
@@ -147,7 +146,7 @@ class Trainer:
         return self.budget.size
 
     def restore(self) -> None:
-        """Go back to the run's checkpoint."""
+        """Restore the run's checkpoint."""
         assert self.run.checkpoint is not None
         self.weights.restore(self.run.checkpoint.folder)
         training, state = checkpoint.read_checkpoint(self.run.checkpoint)
@@ -179,7 +178,7 @@ class Trainer:
         )
 
     def diverged(self, what: str) -> OnecardError:
-        """The error of a run whose numbers are none any more."""
+        """The error for a loss or weights that are NaN or infinite."""
         return OnecardError(
             f"{self.job.name}: {what} after step {self.step}; a lower learning_rate or max_grad_norm usually helps. "
             "The last checkpoint is from before that."
@@ -224,16 +223,16 @@ class Trainer:
         return row
 
     def apply(self) -> None:
-        """The optimizer step that the gradients are for."""
+        """Make the optimizer step and clear the gradients."""
         self.optimizer.step()
         self.discard()
 
     def discard(self) -> None:
-        """Forget the gradients."""
+        """Clear the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def log_step(self, epoch: float, row: dict[str, float]) -> None:
-        """Add a step to the window, and write the window's means when it is time."""
+        """Add a step to the window; write the window's means every `logging_steps`."""
         self.window.add(row)
         if self.step % self.config.logging_steps == 0 or self.step == self.job.total_steps:
             self.log(
@@ -256,7 +255,7 @@ class Trainer:
             self.log({f"eval_{name}": value for name, value in row.items()})
 
     def is_due(self, every: int) -> bool:
-        """Whether something that happens every so many steps, and after the last, happens now."""
+        """Whether an action that runs every `every` steps, and after the last step, runs now."""
         return self.step == self.job.total_steps or (every > 0 and self.step % every == 0)
 
     def train(self, identity: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""One iteration of PPO: sample, judge, shape, learn."""
+"""One iteration of PPO: sample responses, score them, compute advantages, make the optimizer steps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from onecard.training.trainer import Objective, Trainer
 from onecard.utils.progress import Bar
 from onecard.utils.rng import seeded_rng
 
-# Over the updates of an iteration the means of these are logged, under TRL's names.
+# Logged as means over the updates of an iteration, under TRL's names.
 UPDATE_METRICS = {
     "loss": "loss",
     "loss/policy": "loss/policy_avg",
@@ -48,7 +48,7 @@ UPDATE_METRICS = {
 
 
 def minibatches(experiences: Sequence[Experience], config: PPOConfig, step: int) -> Iterator[list[Experience]]:
-    """Every experience num_ppo_epochs times, in minibatches of an order of its own for each epoch."""
+    """Minibatches of num_ppo_epochs passes over the experiences; each pass has its own order."""
     size = config.minibatch_size
     for epoch in range(config.num_ppo_epochs):
         order = list(range(len(experiences)))
@@ -63,9 +63,9 @@ def learn(
     batches: Iterator[list[Experience]],
     limit: float,
 ) -> dict[str, float]:
-    """One optimizer step for each minibatch, until one has moved further than `limit` (0: no limit).
+    """One optimizer step for each minibatch, until policy/approxkl exceeds `limit` (0: no limit).
 
-    That minibatch's gradient is thrown away: the old log-probs are too far off for it to be trusted.
+    The gradient of that minibatch is discarded: the policy is too far from the one that sampled.
     """
     rows: list[dict[str, float]] = []
     updates = 0
@@ -88,7 +88,7 @@ def learn(
 
 @dataclass(frozen=True)
 class Controls:
-    """The numbers that live across iterations, and go into checkpoints."""
+    """Values that carry over between iterations and go into checkpoints."""
 
     kl_coef: float
     multiplier: float  # lambda of constraint_mode lagrangian
@@ -96,7 +96,7 @@ class Controls:
 
 
 def next_controls(controls: Controls, row: dict[str, float], episodes: int, config: PPOConfig) -> Controls:
-    """Those of the next iteration, from this one's row."""
+    """The values for the next iteration, from this iteration's metrics."""
     kl_coef = next_kl_coef(controls.kl_coef, row["objective/kl"], episodes, config)
     if "constraint/lambda" not in row:
         return replace(controls, kl_coef=kl_coef)
@@ -106,7 +106,7 @@ def next_controls(controls: Controls, row: dict[str, float], episodes: int, conf
 
 
 class PPO:
-    """A `Job`: each step is one iteration of rollout, judgement and learning."""
+    """A `Job`: each step is one iteration of sampling, scoring and learning."""
 
     name = "ppo"
 
@@ -188,7 +188,7 @@ class PPO:
         }
 
     def evaluate(self, trainer: Trainer, bar: Bar) -> dict[str, float]:
-        """Answers to the held-out prompts, which are kept in `samples.jsonl` too."""
+        """Metrics of responses to the held-out prompts; writes them to `samples.jsonl`."""
         if not self.heldout:
             return {}
         found = evaluate_policy(self.heldout, self.roles, self.sampler, self.scorer, self.config, self.budget, bar)
@@ -210,12 +210,12 @@ class PPO:
             budget.size = replace(budget.size, tokens=state["tokens"][name])
 
     def budgets(self) -> dict[str, TokenBudget]:
-        """What may have become smaller in the course of the run."""
+        """Token budgets that may have been halved during the run."""
         return {"passes": self.budget, "rollout": self.sampler.budget}
 
 
 def advancing(batches: Iterator[list[Experience]], bar: Bar) -> Iterator[list[Experience]]:
-    """The same minibatches; the bar moves on when the next one is asked for."""
+    """The same minibatches; the progress bar advances after each."""
     for batch in batches:
         yield batch
         bar.advance()
