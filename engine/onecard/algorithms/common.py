@@ -41,7 +41,7 @@ B = TypeVar("B", bound="DataclassInstance")  # a record of several
 
 @dataclass(frozen=True)
 class Sharing(Generic[E, B]):
-    """Collate examples so that a prompt is run once for all its responses. `size`: tokens that an example takes then."""
+    """Collate examples so that a prompt is run once for all its responses; `size` is the tokens of an example then."""
 
     collate: Callable[[Sequence[E]], B]
     size: Callable[[E], int] = len

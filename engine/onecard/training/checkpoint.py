@@ -54,7 +54,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Put back what `random_states` gave."""
+    """Restore the states that `random_states` returned."""
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
@@ -141,7 +141,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def unreadable(path: Path, error: OSError) -> OnecardError:
-    """A disk that does not answer says nothing about what is on it."""
+    """The error for a file that cannot be read. Unreadable does not mean damaged."""
     return OnecardError(f"output_dir: {path} cannot be read ({reason(error)}); nothing was changed.")
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and a polite kill: the step that runs is finished, a checkpoint is written, and the user told how to go on."""
+"""Ctrl-C and SIGTERM: the current step is finished, a checkpoint is written, and the command to resume is printed."""
 
 from __future__ import annotations
 

@@ -1,19 +1,19 @@
-"""What a run takes for granted of a model, tried on a few texts before the first step.
+"""Startup checks: the model's results in the run's layouts, dtype and modes are compared with the plain model's.
 
-The plain model runs one text a pass, in evaluation mode, with the attention that transformers chose for it.
+The plain model runs one text per forward pass, in evaluation mode, with the attention that transformers chose for it.
 
-| what is compared | where it differs |
+| what is compared | if it differs |
 |---|---|
 | log-probs from hidden states, with the model's own logits | refused |
-| log-probs of each layout, with the plain model's | the next layout is taken; the last one is the plain model's |
-| the gradient of one text by another one's embeddings, with 0 | the same |
-| the gradient of a text's beginning by the embeddings of its end, with 0 | refused: not causal |
+| log-probs of each layout, with the plain model's | the next layout is tried; the last one is the plain model's |
+| the gradient of one text with respect to another text's embeddings, with 0 | the next layout is tried |
+| the gradient of a text's start with respect to the embeddings of its end, with 0 | refused: not causal |
 | log-probs in training mode, twice, with those in evaluation mode | the model is trained in evaluation mode |
-| the gradient of each adapter, with None | refused: it would never learn |
-| log-probs of sampled tokens, as drawn, with the plain model's | the next way of sampling; the last one has no cache |
+| the gradient of each adapter, with None | refused: the adapter would never learn |
+| log-probs of sampled tokens, with the plain model's | the next way of sampling is tried; the last one has no cache |
 
-One text is as long as the run's longest: windows, top-k attention and long-context rotations show on long texts alone.
-16-bit passes of one model differ by their own rounding; how much is measured on the plain model itself.
+One text is as long as the run's longest, because sliding windows, top-k attention and long-context RoPE change long texts
+only. In 16 bit the tolerance is the plain model's own rounding, which is measured.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ REPEATED, REPEATED_16_BIT = 1e-5, 1e-3  # nat: the mean over a text between two 
 
 
 def input_gradients(roles: Roles, batch: TokenBatch, layout: str, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """For each set of flat rows, the gradient of their hidden states by every row's embedding [n, D].
+    """For each set of tokens, the gradient of their hidden states with respect to every token's embedding [n, D].
 
-    It is exactly 0, in every dtype, where attention masks or separate rows keep texts apart; a state that goes on from
-    one text to the next (Mamba, linear attention, convolutions) gives something else.
+    It is exactly 0, in every dtype, between texts that attention masks or separate rows separate. A state that carries
+    over from one text to the next (Mamba, linear attention, convolutions) makes it nonzero.
     """
     trunk = trunk_of(roles.causal_model())
     laid = LAYOUTS[layout](batch)
@@ -95,7 +95,7 @@ def input_gradients(roles: Roles, batch: TokenBatch, layout: str, rows: Sequence
 
 
 def mixes_sequences(roles: Roles, layout: str, texts: Sequence[TokenSequence]) -> bool:
-    """Whether one of two texts, in one pass, changes the other's hidden states."""
+    """Whether one of two texts in a batch changes the hidden states of the other."""
     batch = to_device(pack(texts), roles.device)
     first, second = range(batch.lengths[0]), range(batch.lengths[0], batch.num_tokens)
     by_first, by_second = input_gradients(roles, batch, layout, [first, second])
@@ -103,7 +103,7 @@ def mixes_sequences(roles: Roles, layout: str, texts: Sequence[TokenSequence]) -
 
 
 def check_causal(roles: Roles, example: TokenSequence) -> None:
-    """Refuse a model in which a token's hidden state depends on what follows it."""
+    """Refuse a model in which a hidden state depends on later tokens."""
     model = roles.causal_model()
     batch, half = to_device(pack([example]), roles.device), len(example) // 2
     with evaluating(model), plain_attention(model):
@@ -116,7 +116,7 @@ def check_causal(roles: Roles, example: TokenSequence) -> None:
 
 
 def layout_candidates(roles: Roles) -> Iterator[tuple[bool, str]]:
-    """`(own attention, layout)` from the fastest to the plain model itself."""
+    """Yield `(own attention, layout)` from the fastest to the plain model itself."""
     model, wanted = roles.causal_model(), roles.layout
     own = has_own_attention(model)
     if chooses_keys(trunk_of(model).config):
@@ -134,14 +134,14 @@ def layout_candidates(roles: Roles) -> Iterator[tuple[bool, str]]:
 
 @dataclass(frozen=True)
 class ProbeSet:
-    """Texts of one pass, and the plain model's log-probs of them."""
+    """Texts of one batch, and the plain model's log-probs of them."""
 
     texts: list[TokenSequence]
     plain: PlainLogprobs
 
 
 def layout_fault(roles: Roles, layout: str, trials: Sequence[ProbeSet], row: int) -> str:
-    """What is wrong with a layout; empty where nothing is."""
+    """What is wrong with a layout, in words; empty if it is exact."""
     name, first = f"{layout} batches", trials[0].texts
     try:
         if mixes_sequences(roles, layout, [first[0], first[2]]):
@@ -165,7 +165,7 @@ def layout_fault(roles: Roles, layout: str, trials: Sequence[ProbeSet], row: int
 
 
 def choose_layout(roles: Roles, longest: int, row: int) -> None:
-    """Lay batches in the fastest way that gives what the plain model gives; say so where it is not the one asked for.
+    """Choose the fastest layout that equals the plain model, and print a line if it is not the one asked for.
 
     `row`: tokens of the longest row that the run makes of several texts; 0: of any.
     """
@@ -187,8 +187,9 @@ def choose_layout(roles: Roles, longest: int, row: int) -> None:
 
 
 def check_training_mode(roles: Roles, longest: int, row: int) -> None:
-    """Train a model in evaluation mode that draws noise in training mode (router jitter, skipped layers): old and new
-    log-probs of one policy would differ.
+    """Train a model in evaluation mode if it draws noise in training mode (router jitter, skipped layers).
+
+    With noise, old and new log-probs of one policy would differ.
     """
     batch = to_device(pack(probe(roles, longest, row)), roles.device)
     with evaluating(roles.causal_model()):
@@ -216,10 +217,7 @@ def check_training_mode(roles: Roles, longest: int, row: int) -> None:
 
 
 def check_learning(roles: Roles, longest: int) -> None:
-    """Refuse adapters that would never learn: on layers that no text goes through, or without a gradient.
-
-    All experts need not be chosen.
-    """
+    """Refuse adapters that would never learn: their layers get no text, or no gradient. Experts may be idle."""
     check_factors(roles)
     batch = to_device(pack(probe(roles, min(SHORT, longest))[:1]), roles.device)
     try:
@@ -255,7 +253,7 @@ def check_factors(roles: Roles) -> None:
 
 
 def with_shorter_texts(check: Callable[[int], None], longest: int) -> None:
-    """A check on texts of `longest` tokens; where they take too much memory, on texts half as long."""
+    """Run a check on texts of `longest` tokens; if memory runs out, on texts half as long."""
     while unless_out_of_memory(partial(check, longest)) is None:
         longest //= 2
         if longest < LEAST:
@@ -266,7 +264,7 @@ def with_shorter_texts(check: Callable[[int], None], longest: int) -> None:
 
 @torch.no_grad()
 def check_model(roles: Roles, longest: int, row: int = 0, *, trains: bool = True) -> None:
-    """Refuse a model that would be computed wrongly, and lay batches in the fastest way that is right.
+    """Refuse a model that would be computed wrongly, and choose the fastest exact layout.
 
     `longest`: tokens of the run's longest text; `row`: of the longest row that it makes of several texts (0: of any);
     `trains`: passes run in training mode.
@@ -290,15 +288,16 @@ def check_model(roles: Roles, longest: int, row: int = 0, *, trains: bool = True
 def sampled_logprobs(
     roles: Roles, prompts: Sequence[tuple[int, ...]], new: int
 ) -> tuple[list[Tensor], list[TokenSequence]]:
-    """Log-probs of `new` tokens behind each prompt as they were drawn, two prompts at a time, and the whole texts."""
+    """Log-probs of `new` tokens after each prompt as they were sampled, two prompts at a time, and the whole texts."""
     responses = sample_responses(roles, prompts, Sampling(new), stop_tokens=(), batch_size=2, seed=0).responses
     texts = [scored(p + response.tokens, len(p)) for p, response in zip(prompts, responses, strict=True)]
     return [response.logprobs for response in responses], texts
 
 
 def choose_decoding(roles: Roles, longest: int) -> None:
-    """Sample in the fastest way in which tokens are drawn with the plain model's log-probs; say so where it is not the
-    one that the model's structure allows.
+    """Choose the fastest way of sampling whose log-probs equal the plain model's.
+
+    Prints a line if it is not the fastest one that the model's structure allows.
     """
     new = min(NEW, longest // 2)
     lengths = (longest - new, min(SHORT, longest - new), min(SHARED, longest - new))
