@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from onecard.algorithms.ppo.constraint import next_multiplier, verdict_on
+from onecard.algorithms.ppo.constraint import apply_constraint, next_multiplier
 from onecard.algorithms.ppo.experience import (
     ModelOutputs,
     compute_model_outputs,
@@ -119,17 +119,17 @@ COSTS = torch.tensor([0.5, 1.5])
 
 def test_skip_leaves_out_what_costs_more_than_the_threshold_and_what_costs_as_much_stays():
     scores = torch.tensor([2.0, -1.0])
-    found = verdict_on(scores, COSTS, 3.0, PPOConfig(constraint_mode="skip", constraint_threshold=0.5))
+    found = apply_constraint(scores, COSTS, 3.0, PPOConfig(constraint_mode="skip", constraint_threshold=0.5))
     assert found.kept.tolist() == [True, False]
     assert torch.equal(found.scores, scores)
-    none = verdict_on(scores, None, 3.0, PPOConfig(constraint_mode="lagrangian"))
+    none = apply_constraint(scores, None, 3.0, PPOConfig(constraint_mode="lagrangian"))
     assert none.kept.all()
     assert torch.equal(none.scores, scores)
 
 
 def test_lagrangian_takes_lambda_times_the_cost_and_leaves_nothing_out():
     config = PPOConfig(constraint_mode="lagrangian", constraint_threshold=0.5)
-    found = verdict_on(torch.tensor([2.0, -1.0]), COSTS, 3.0, config)
+    found = apply_constraint(torch.tensor([2.0, -1.0]), COSTS, 3.0, config)
     assert found.kept.all()
     assert found.scores.tolist() == [0.5, -5.5]
 
@@ -157,10 +157,10 @@ def test_lambda_moves_in_lagrangian_alone_and_beside_the_kl_coefficient():
 
 
 def test_cost_metrics():
-    judged = ScoredAnswers(Scores(torch.zeros(2), {"a": torch.tensor([1.0, 2.0])}), COSTS)
-    row = score_metrics(judged, PPOConfig(constraint_threshold=0.5))
+    scored = ScoredAnswers(Scores(torch.zeros(2), {"a": torch.tensor([1.0, 2.0])}), COSTS)
+    row = score_metrics(scored, PPOConfig(constraint_threshold=0.5))
     assert row == {"rewards/a/mean": 1.5, "constraint/cost": 1.0, "constraint/violation_rate": 0.5}
-    assert score_metrics(ScoredAnswers(judged.scores), PPOConfig()) == {"rewards/a/mean": 1.5}
+    assert score_metrics(ScoredAnswers(scored.scores), PPOConfig()) == {"rewards/a/mean": 1.5}
 
 
 def test_an_answer_that_is_left_out_gives_no_experience_and_is_in_no_mean():

@@ -12,8 +12,8 @@ The plain model runs one text per forward pass, in evaluation mode, with the att
 | the gradient of each adapter, with None | refused: the adapter would never learn |
 | log-probs of sampled tokens, with the plain model's | the next way of sampling is tried; the last one has no cache |
 
-One text is as long as the run's longest, because sliding windows, top-k attention and long-context RoPE change long texts
-only. In 16 bit the tolerance is the plain model's own rounding, which is measured.
+One text is as long as the run's longest: sliding windows, top-k attention and long-context RoPE change long texts only.
+In 16 bit the tolerance is the plain model's own rounding, which is measured.
 """
 
 from __future__ import annotations

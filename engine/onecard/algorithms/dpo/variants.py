@@ -30,42 +30,42 @@ class Variant:
     """One kind of loss. `keywords` are the kernel's, each with the setting that it comes from.
 
     `loss(roles, record, keywords, normalizer)`; `reference(roles, record)` are the record's `ref_logps`, None where
-    there is no reference. `scorer` is the kernel on made-up log-probs, whose complaints are those of the settings.
+    there is no reference. `check` is the kernel on made-up log-probs, whose complaints are those of the settings.
     """
 
     loss: Callable[[Roles, Any, Keywords, int], Loss]
-    scorer: Callable[..., Loss]
+    check: Callable[..., Loss]
     keywords: Mapping[str, str]
     reference: Callable[[Roles, Any], Tensor] | None = None
     labelled: bool = False
 
 
-def judge_pairs(**keywords: Any) -> Loss:
+def check_pairs(**keywords: Any) -> Loss:
     return dpo_loss(*torch.zeros(4, 1), **keywords)
 
 
-def judge_free(kernel: Callable[..., Loss], **keywords: Any) -> Loss:
+def check_free(kernel: Callable[..., Loss], **keywords: Any) -> Loss:
     one = torch.ones(1)
     return kernel(-one, -one, chosen_lengths=one, rejected_lengths=one, **keywords)
 
 
-def judge_labelled(**keywords: Any) -> Loss:
+def check_labelled(**keywords: Any) -> Loss:
     zero = torch.zeros(1)
     return kto_loss(zero, zero, zero.bool(), zero[0], **keywords)
 
 
 def reference_free(kernel: Callable[..., Loss], keywords: Mapping[str, str]) -> Variant:
     """A loss of pairs without a reference."""
-    return Variant(partial(reference_free_loss, kernel), partial(judge_free, kernel), keywords)
+    return Variant(partial(reference_free_loss, kernel), partial(check_free, kernel), keywords)
 
 
-PAIRED = Variant(preference_loss, judge_pairs, SUMMED, reference=pair_reference)
+PAIRED = Variant(preference_loss, check_pairs, SUMMED, reference=pair_reference)
 VARIANTS: dict[str, Variant] = {
     "simpo": reference_free(simpo_loss, ALONE["simpo"]),
     "orpo": reference_free(orpo_loss, ALONE["orpo"]),
     "cpo": reference_free(cpo_loss, ALONE["cpo"]),
     **{
-        name: Variant(labelled_loss, judge_labelled, ALONE[name], reference=labelled_reference, labelled=True)
+        name: Variant(labelled_loss, check_labelled, ALONE[name], reference=labelled_reference, labelled=True)
         for name in LABELLED
     },
 }
@@ -84,7 +84,7 @@ def loss_keywords(config: DPOConfig) -> Keywords:
     if "loss_weights" in keywords:
         keywords["loss_weights"] = config.loss_weights or None
     try:  # the loss itself is the judge of its settings: before anything is loaded, on one answer or pair
-        variant.scorer(**keywords)
+        variant.check(**keywords)
     except (TypeError, ValueError) as error:
         raise OnecardError(named_by_settings(str(error), variant)) from error
     return keywords

@@ -21,30 +21,30 @@ from onecard.config import PPOConfig
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ConstrainedScores:
     """What costs do to B answers: the terminal `scores`, fp32 [B], and which are learned from, `kept` bool [B]."""
 
     scores: Tensor
     kept: Tensor
 
 
-def skip(scores: Tensor, costs: Tensor, multiplier: float, threshold: float) -> Verdict:
+def skip(scores: Tensor, costs: Tensor, multiplier: float, threshold: float) -> ConstrainedScores:
     """Answers above the threshold are left out."""
-    return Verdict(scores, costs <= threshold)
+    return ConstrainedScores(scores, costs <= threshold)
 
 
-def lagrangian(scores: Tensor, costs: Tensor, multiplier: float, threshold: float) -> Verdict:
+def lagrangian(scores: Tensor, costs: Tensor, multiplier: float, threshold: float) -> ConstrainedScores:
     """All answers stay, and pay."""
-    return Verdict(scores - multiplier * costs, torch.ones_like(costs, dtype=torch.bool))
+    return ConstrainedScores(scores - multiplier * costs, torch.ones_like(costs, dtype=torch.bool))
 
 
-MODES: dict[str, Callable[[Tensor, Tensor, float, float], Verdict]] = {"skip": skip, "lagrangian": lagrangian}
+MODES: dict[str, Callable[[Tensor, Tensor, float, float], ConstrainedScores]] = {"skip": skip, "lagrangian": lagrangian}
 
 
-def verdict_on(scores: Tensor, costs: Tensor | None, multiplier: float, config: PPOConfig) -> Verdict:
+def apply_constraint(scores: Tensor, costs: Tensor | None, multiplier: float, config: PPOConfig) -> ConstrainedScores:
     """What the run's mode makes of terminal scores and costs; without a constraint, nothing."""
     if costs is None:
-        return Verdict(scores, torch.ones_like(scores, dtype=torch.bool))
+        return ConstrainedScores(scores, torch.ones_like(scores, dtype=torch.bool))
     return MODES[config.constraint_mode](scores, costs, multiplier, config.constraint_threshold)
 
 

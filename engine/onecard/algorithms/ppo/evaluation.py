@@ -18,12 +18,12 @@ from onecard.rewards.scorer import response_text
 from onecard.utils.progress import Bar
 from onecard.utils.rng import seeded_rng
 
-MOST_PROMPTS = 128  # an answer costs as much as a training step's; the mean of 128 is known to a tenth of a deviation
+EVALUATED_PROMPTS = 128  # their mean has a standard error of a tenth of the standard deviation
 SHOWN_SAMPLES = 8
 
 
 @dataclass(frozen=True)
-class Found:
+class HeldoutResult:
     """Means over the answers, and the first few answers themselves."""
 
     metrics: dict[str, float]
@@ -34,23 +34,23 @@ def evaluate_policy(
     heldout: Sequence[Prompt],
     roles: Roles,
     sampler: Sampler,
-    scorer: Callable[[Sequence[Prompt], Sequence[Episode]], ScoredAnswers],
+    score: Callable[[Sequence[Prompt], Sequence[Episode]], ScoredAnswers],
     config: PPOConfig,
     budget: TokenBudget,
     bar: Bar,
-) -> Found:
+) -> HeldoutResult:
     """One answer to each of (at most 128) prompts, always with the same seed. Training's own draws stay as they are."""
-    prompts = heldout[:MOST_PROMPTS]
+    prompts = heldout[:EVALUATED_PROMPTS]
     with bar.part("evaluate", len(prompts)) as part, seeded_rng(roles.device, config.seed, "evaluate"):
         episodes = sampler.sample(roles, prompts, range(len(prompts)), part).episodes
-        judged = scorer(prompts, episodes)
+        scored = score(prompts, episodes)
     logprobs, ref_logprobs = (logprobs_of(roles, role, episodes, config, budget) for role in ("policy", "reference"))
-    scores = judged.scores.sums
+    scores = scored.scores.sums
     metrics = answer_metrics(episodes, logprobs, ref_logprobs, scores)
-    metrics |= score_metrics(judged, config)
+    metrics |= score_metrics(scored, config)
     shown = zip(prompts[:SHOWN_SAMPLES], episodes, scores.tolist(), strict=False)
     samples = [
-        {"prompt": prompt.text, "completion": response_text(sampler.tokenizer, episode), "score": score}
-        for prompt, episode, score in shown
+        {"prompt": prompt.text, "completion": response_text(sampler.tokenizer, episode), "score": value}
+        for prompt, episode, value in shown
     ]
-    return Found(metrics, samples)
+    return HeldoutResult(metrics, samples)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from onecard.algorithms.ppo.constraint import next_multiplier, verdict_on
+from onecard.algorithms.ppo.constraint import apply_constraint, next_multiplier
 from onecard.algorithms.ppo.evaluation import evaluate_policy
 from onecard.algorithms.ppo.experience import (
     compute_model_outputs,
@@ -140,7 +140,7 @@ class PPO:
             indices = stream_indices(len(self.prompts), step * size, size, seed=self.config.seed)
             yield (step + 1) * size / len(self.prompts), indices
 
-    def scorer(self, prompts: Sequence[Prompt], episodes: Sequence[Episode]) -> ScoredAnswers:
+    def score(self, prompts: Sequence[Prompt], episodes: Sequence[Episode]) -> ScoredAnswers:
         """Scores on the run's scale, and costs where there is a constraint."""
         scorers = [self.rewards, *([self.constraint] if self.constraint else [])]
         scores, *costs = [each.scores(self.roles, self.sampler.tokenizer, prompts, episodes) for each in scorers]
@@ -160,15 +160,15 @@ class PPO:
             sampled = self.sampler.sample(roles, prompts, places, part)
         episodes = sampled.episodes
         with seeded_rng(roles.device, config.seed, trainer.step, "judge"):
-            judged = self.scorer(prompts, episodes)
-        verdict = verdict_on(judged.scores.total, judged.costs, controls.multiplier, config)
+            scored = self.score(prompts, episodes)
+        constrained = apply_constraint(scored.scores.total, scored.costs, controls.multiplier, config)
         passes = compute_model_outputs(roles, episodes, config, self.budget)
         shaped = shape_rewards(
-            passes, verdict.scores, controls.kl_coef, config, dense=judged.scores.dense, kept=verdict.kept
+            passes, constrained.scores, controls.kl_coef, config, dense=scored.scores.dense, kept=constrained.kept
         )
-        paid = float((judged.scores.total - verdict.scores).mean())
-        row |= objective_metrics(episodes, passes, shaped, judged.scores.sums, controls.kl_coef, paid)
-        row |= score_metrics(judged, config)
+        paid = float((scored.scores.total - constrained.scores).mean())
+        row |= objective_metrics(episodes, passes, shaped, scored.scores.sums, controls.kl_coef, paid)
+        row |= score_metrics(scored, config)
         experiences = make_experiences(episodes, passes, shaped)
         updates = -(-len(experiences) // config.minibatch_size) * config.num_ppo_epochs
         with bar.part("learn", updates) as part, phase_memory(row, "memory/learn_gib"):
@@ -191,7 +191,7 @@ class PPO:
         """Metrics of responses to the held-out prompts; writes them to `samples.jsonl`."""
         if not self.heldout:
             return {}
-        found = evaluate_policy(self.heldout, self.roles, self.sampler, self.scorer, self.config, self.budget, bar)
+        found = evaluate_policy(self.heldout, self.roles, self.sampler, self.score, self.config, self.budget, bar)
         for sample in found.samples:
             run_folder.log(trainer.run.folder, {"step": trainer.step, **sample}, run_folder.SAMPLES)
         return found.metrics

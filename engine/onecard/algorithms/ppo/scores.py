@@ -25,7 +25,7 @@ from onecard.utils.errors import OnecardError
 from onecard.utils.progress import say
 from onecard.utils.rng import seeded_rng
 
-MOST_PROMPTS = 64
+SCALE_PROMPTS = 64
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,17 @@ class ScoredAnswers:
     costs: Tensor | None = None
 
 
-def score_metrics(judged: ScoredAnswers, config: PPOConfig) -> dict[str, float]:
+def score_metrics(scored: ScoredAnswers, config: PPOConfig) -> dict[str, float]:
     """Each reward's part as it came, and the costs, in training and in evaluation."""
-    parts = {f"rewards/{name}/mean": float(part.mean()) for name, part in judged.scores.parts.items()}
-    return parts if judged.costs is None else {**parts, **cost_metrics(judged.costs, config)}
+    parts = {f"rewards/{name}/mean": float(part.mean()) for name, part in scored.scores.parts.items()}
+    return parts if scored.costs is None else {**parts, **cost_metrics(scored.costs, config)}
 
 
 def measure_scale(
     roles: Roles, sampler: Sampler, scorer: Scorer, training: Sequence[Prompt], config: PPOConfig
 ) -> Scale:
     """The scale of one answer each to the first (at most 64) prompts that training will take."""
-    places = stream_indices(len(training), 0, min(MOST_PROMPTS, len(training)), seed=config.seed)
+    places = stream_indices(len(training), 0, min(SCALE_PROMPTS, len(training)), seed=config.seed)
     prompts = [training[place] for place in places]
     with seeded_rng(roles.device, config.seed, "normalize_reward"):
         episodes = sampler.sample(roles, prompts, places, None).episodes

@@ -31,7 +31,7 @@ from onecard.rewards.scorer import Scorer
 from onecard.utils.errors import OnecardError
 from onecard.utils.rng import seeded_rng
 
-MOST_PROMPTS = 8
+CHECKED_PROMPTS = 8
 # (mean, largest) difference in nats. 16-bit passes of one model differ by their own rounding, most for unlikely tokens.
 LIMITS = {torch.float32: (1e-4, 1e-3)}
 LIMITS_16_BIT = (0.05, 1.0)
@@ -60,7 +60,7 @@ def check_start(
 ) -> None:
     """Raise where a reward fails, or log-probs differ that should be equal. Leaves all random states as they were."""
     before = roles.training
-    parts = [prompts[:MOST_PROMPTS] for prompts in (training, heldout) if prompts]
+    parts = [prompts[:CHECKED_PROMPTS] for prompts in (training, heldout) if prompts]
     episodes: list[Episode] = []
     with seeded_rng(roles.device, config.seed, "start"):
         for chosen in parts:
