@@ -29,11 +29,11 @@ CARD_SETTING = re.compile(r"^(?:configs|dataset_info)\s*:", re.MULTILINE)
 
 def data_files(folder: Path, suffixes: Sequence[str]) -> list[PurePosixPath]:
     """Files with these suffixes at any depth, sorted by path. Hidden files and metadata files are left out."""
-    found = (file.relative_to(folder) for file in folder.rglob("*") if file.name.lower().endswith(tuple(suffixes)))
+    files = (file.relative_to(folder) for file in folder.rglob("*") if file.name.lower().endswith(tuple(suffixes)))
     return sorted(
         (
             PurePosixPath(file.as_posix())
-            for file in found
+            for file in files
             if (folder / file).is_file()
             and file.name not in NO_DATA
             and not any(part.startswith(".") for part in file.parts)

@@ -58,8 +58,8 @@ def stop_ids(text: str, tokenizer: Any) -> set[int]:
 def is_text(token: int, text: str, tokenizer: Any) -> bool:
     """Whether a token decodes to `text` after other text, with or without a space before it."""
     letter = bare("a", tokenizer)
-    behind = spelled([*letter, token], tokenizer).removeprefix(spelled(letter, tokenizer))
-    return behind in (text, f" {text}")
+    decoded = spelled([*letter, token], tokenizer).removeprefix(spelled(letter, tokenizer))
+    return decoded in (text, f" {text}")
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
