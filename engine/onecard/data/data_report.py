@@ -122,6 +122,6 @@ def count_note(count: int, total: int, what: str) -> tuple[str, ...]:
 
 
 def bad_notes(bad: Sequence[BadRow], total: int) -> tuple[str, ...]:
-    more = ["..."] if len(bad) > NAMED_BAD_ROWS else []
-    named = "; ".join([*map(str, bad[:NAMED_BAD_ROWS]), *more])
+    ellipsis = ["..."] if len(bad) > NAMED_BAD_ROWS else []
+    named = "; ".join([*map(str, bad[:NAMED_BAD_ROWS]), *ellipsis])
     return count_note(len(bad), total, f"rows are bad and were skipped: {named}")

@@ -99,8 +99,8 @@ def sft_examples(
 
         return PendingExample([text], build)
 
-    more = {"completion_only_loss": completion_only_loss, "assistant_only_loss": assistant_only_loss}
-    job = Tokenization(TokenSequence, rows, tokenizer, limit, skip_bad_rows, more)
+    settings = {"completion_only_loss": completion_only_loss, "assistant_only_loss": assistant_only_loss}
+    job = Tokenization(TokenSequence, rows, tokenizer, limit, skip_bad_rows, settings)
     return job.examples(prepare)
 
 

@@ -201,21 +201,22 @@ def open_folder(source: str, path: Path, split: str) -> Rows:
     """Rows of a folder: one that `save_to_disk` wrote, or one of data files. Other folders are loaded by `datasets`."""
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return dataset_rows(source, load_saved(path, split))
-    files = data_files(path, (*READERS, *(kind + more for kind in READERS for more in COMPRESSED), *ARCHIVES))
+    compressed = (suffix + compression for suffix in READERS for compression in COMPRESSED)
+    files = data_files(path, (*READERS, *compressed, *ARCHIVES))
     if has_settings(path) or not any(suffixes(Path(file))[0] in READERS for file in files):
         return dataset_rows(source, load_hub(str(path), split))
 
-    def opened(chosen: Sequence[PurePosixPath]) -> Rows:
+    def open_chosen(chosen: Sequence[PurePosixPath]) -> Rows:
         return open_files({str(Path(source) / file): path / file for file in chosen})
 
     splits = files_by_split(files)
     if split in splits:
-        return opened(splits[split])
+        return open_chosen(splits[split])
     if SPLIT_NAME.fullmatch(split) and split != "all":
         if splits:
             raise OnecardError(f"{source}: no split '{split}'; there are {', '.join(splits)}.{nearest(split, splits)}")
-        return opened(files)
-    parts = {name: list(opened(chosen)) for name, chosen in (splits or {"train": files}).items()}
+        return open_chosen(files)
+    parts = {name: list(open_chosen(chosen)) for name, chosen in (splits or {"train": files}).items()}
     return in_memory(part_of(source, split, parts))
 
 

@@ -45,7 +45,7 @@ MOST_DIGITS = 1000  # before or after the decimal point
 def fluency(inputs: RewardInput) -> list[float]:
     """1/k sum_t log ref(y_t | x, y_<t) over an answer's k tokens, including its end token; temperature 1."""
     logprobs = per_token(inputs.roles, "reference", inputs.episodes, inputs.roles.logprobs, inputs.batch_size)
-    return [float(each.double().mean()) for each in logprobs]
+    return [float(values.double().mean()) for values in logprobs]
 
 
 def words(text: str) -> list[str]:
@@ -64,8 +64,8 @@ def relevance(inputs: RewardInput) -> list[float]:
     """|W(prompt) & W(answer)| / |W(prompt)|, where W is a text's set of words without stop words; 0 if W is empty."""
     shares = []
     for prompt, answer in zip(inputs.prompts, inputs.answers.completions, strict=True):
-        wanted = set(words(user_text(prompt))) - STOP_WORDS
-        shares.append(len(wanted & set(words(answer))) / max(len(wanted), 1))
+        content_words = set(words(user_text(prompt))) - STOP_WORDS
+        shares.append(len(content_words & set(words(answer))) / max(len(content_words), 1))
     return shares
 
 
@@ -83,11 +83,11 @@ def diversity(inputs: RewardInput) -> list[float]:
     texts = [words(answer) for answer in inputs.answers.completions]
     shares = torch.zeros(len(texts), dtype=torch.float64)
     for n in NGRAMS:
-        grams = [ngrams(text, n) for text in texts]
-        answers_with = Counter(gram for answer in grams for gram in set(answer))  # n-gram -> answers that have it
-        for index, answer in enumerate(grams):
-            own = sum(answers_with[gram] == 1 for gram in set(answer))
-            shares[index] += own / max(len(answer), 1) / len(NGRAMS)
+        grams_by_answer = [ngrams(text, n) for text in texts]
+        answers_with = Counter(gram for grams in grams_by_answer for gram in set(grams))
+        for index, grams in enumerate(grams_by_answer):
+            unique = sum(answers_with[gram] == 1 for gram in set(grams))
+            shares[index] += unique / max(len(grams), 1) / len(NGRAMS)
     return shares.tolist()
 
 
@@ -97,12 +97,12 @@ def length(argument: str | None) -> ModelReward:
         return lambda inputs: [float(len(ids)) for ids in inputs.answers.completion_ids]
     if not argument.isdecimal() or int(argument) == 0:
         raise ValueError("expected a number of tokens, as in length:50")
-    wanted = int(argument)
+    target = int(argument)
 
-    def near(inputs: RewardInput) -> list[float]:
-        return [max(0.0, 1.0 - abs(len(ids) - wanted) / wanted) for ids in inputs.answers.completion_ids]
+    def closeness(inputs: RewardInput) -> list[float]:
+        return [max(0.0, 1.0 - abs(len(ids) - target) / target) for ids in inputs.answers.completion_ids]
 
-    return near
+    return closeness
 
 
 def regex(argument: str | None) -> ModelReward:
@@ -127,8 +127,8 @@ def exact_answer(inputs: RewardInput) -> list[float]:
     answers = inputs.answers
     columns = [name for name in ANSWER_COLUMNS if name in answers.columns]
     if not columns:
-        there = ", ".join(answers.columns) or "none beside prompt"
-        raise OnecardError(f"exact_answer: no column 'answer' or 'solution' in the dataset; there are {there}.")
+        present = ", ".join(answers.columns) or "none beside prompt"
+        raise OnecardError(f"exact_answer: no column 'answer' or 'solution' in the dataset; there are {present}.")
     return [
         float(says(answer, expected_of({name: answers.columns[name][index] for name in columns}, prompt)))
         for index, (prompt, answer) in enumerate(zip(answers.prompts, answers.completions, strict=True))

@@ -42,7 +42,7 @@ class Scores:
         """The answers' whole scores, fp32 [B]: the score in metrics."""
         if self.dense is None:
             return self.total
-        return (self.total.double() + torch.stack([each.double().sum() for each in self.dense])).float()
+        return (self.total.double() + torch.stack([rewards.double().sum() for rewards in self.dense])).float()
 
 
 def is_dense(part: Part) -> TypeGuard[Sequence[Sequence[float]]]:
@@ -70,13 +70,13 @@ def combine(parts: Mapping[str, Part], weights: Mapping[str, float]) -> Scores:
     total = weighted_sum({name: weights[name] for name in whole}, whole, answers).float()
     dense = None
     if tokens:
-        of_answers = [{name: values[index] for name, values in tokens.items()} for index in range(answers)]
-        lengths = [len(next(iter(each.values()))) for each in of_answers]
+        by_answer = [{name: values[index] for name, values in tokens.items()} for index in range(answers)]
+        lengths = [len(next(iter(columns.values()))) for columns in by_answer]
         dense = [
-            weighted_sum({name: weights[name] for name in tokens}, each, length).float()
-            for each, length in zip(of_answers, lengths, strict=True)
+            weighted_sum({name: weights[name] for name in tokens}, columns, length).float()
+            for columns, length in zip(by_answer, lengths, strict=True)
         ]
-    sums = {name: torch.stack([each.sum() for each in tokens[name]]) for name in tokens}
+    sums = {name: torch.stack([values.sum() for values in tokens[name]]) for name in tokens}
     scores = Scores(total, {name: (sums | whole)[name].float() for name in parts}, dense)
     columns = {**scores.parts, "the weighted sum": scores.sums}
     for limit, expected in ((torch.finfo(torch.float32).max, "a finite number"), (LARGEST, f"at most {LARGEST:g}")):

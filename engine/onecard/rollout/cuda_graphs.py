@@ -41,8 +41,8 @@ def recorder_for(device: torch.device) -> Recorder | None:
     """The recorder for a device; None if passes are not recorded."""
     if _recorders:
         return _recorders[-1]
-    wanted = device.type == "cuda" and os.environ.get("ONECARD_ROLLOUT_GRAPHS") == "1"
-    return cuda_graph if wanted else None
+    enabled = device.type == "cuda" and os.environ.get("ONECARD_ROLLOUT_GRAPHS") == "1"
+    return cuda_graph if enabled else None
 
 
 def cuda_graph(run: Pass, inputs: Inputs) -> Pass:

@@ -22,8 +22,8 @@ def end_tokens(roles: Roles, tokenizer: Any, stop: Sequence[str] = ()) -> frozen
     These are the tokenizer's EOS, the EOS ids of the model's generation config (chat models have several), the token
     with which the chat template closes answers, and the `stop` texts that are a single token.
     """
-    own = getattr(getattr(roles.causal_model(), "generation_config", None), "eos_token_id", None)
-    ends = {*answer_ends(tokenizer).ids, *([own] if isinstance(own, int) else own or [])}
+    eos_ids = getattr(getattr(roles.causal_model(), "generation_config", None), "eos_token_id", None)
+    ends = {*answer_ends(tokenizer).ids, *([eos_ids] if isinstance(eos_ids, int) else eos_ids or [])}
     return frozenset(ends.union(*(stop_ids(text, tokenizer) for text in stop)))
 
 
