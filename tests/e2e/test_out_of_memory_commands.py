@@ -55,8 +55,8 @@ def room_for(limits: Limits, *, rows: float = 1e9, in_step: int | None = None) -
         return found
 
     def small_logits(self: DecodeBatch) -> Tensor:
-        if short() and len(self.owners) > rows:
-            failed.append(len(self.owners))
+        if short() and len(self.row_prompts) > rows:
+            failed.append(len(self.row_prompts))
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return logits(self)
 

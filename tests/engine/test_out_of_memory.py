@@ -322,8 +322,8 @@ def short_of_rows(monkeypatch, rows: int, after: int = 5) -> list[int]:
     whole, failed = DecodeBatch.logits, []
 
     def logits(self: DecodeBatch) -> Tensor:
-        if len(self.owners) > rows and int(self.ages.max()) > after:
-            failed.append(len(self.owners))
+        if len(self.row_prompts) > rows and int(self.generated.max()) > after:
+            failed.append(len(self.row_prompts))
             raise no_memory()
         return whole(self)
 

@@ -78,10 +78,10 @@ def test_a_short_prompt_does_not_see_whose_place_it_takes(player: Player):
 
 def test_no_row_leaves_while_a_prompt_waits(monkeypatch, player: Player):
     """Where prompts come in by halves, free rows are kept for them."""
-    monkeypatch.setattr(cache_slots, "OPENING_SHARE", 0.5)
+    monkeypatch.setattr(cache_slots, "REFILL_SHARE", 0.5)
     with spied(player.model) as shapes:
         player.sample(Sampling(40), player.prompts * 4, stop_tokens=common_ends(player), batch_size=8, seed=2)
-    incoming = [place for place, (_, columns) in enumerate(shapes) if columns > 1]
+    incoming = [index for index, (_, columns) in enumerate(shapes) if columns > 1]
     assert len(incoming) > 3
     assert {rows for rows, columns in shapes[: incoming[-1]] if columns == 1} == {8}
     assert min(rows for rows, _ in shapes[incoming[-1] :]) < 8  # then they leave
@@ -99,8 +99,8 @@ class Kept:
         self.shapes.append((rows, columns))
 
         def replay(new: dict[str, torch.Tensor]) -> torch.Tensor:
-            for name, held in inputs.items():
-                held.copy_(new[name])
+            for name, batch in inputs.items():
+                batch.copy_(new[name])
             out.copy_(run(inputs))
             return out.clone()
 
@@ -130,13 +130,13 @@ def test_recorded_passes_give_the_same_answers(monkeypatch, player: Player):
 def test_where_all_rows_end_at_once_the_next_begin_with_new_memory(monkeypatch, player: Player):
     """No pass over many prompts beside a whole cache; and nothing is replayed into memory that is gone."""
     recorder, taken = Kept(), []
-    admit = CacheSlots.admit
+    prefill = CacheSlots.prefill
 
     def watched(self: CacheSlots, prompts: Any, *given: Any) -> Any:
         taken.append((len(prompts), self.cache is None))
-        return admit(self, prompts, *given)
+        return prefill(self, prompts, *given)
 
-    monkeypatch.setattr(CacheSlots, "admit", watched)
+    monkeypatch.setattr(CacheSlots, "prefill", watched)
     with recorded_by(recorder):
         found = player.sample(Sampling(9), player.prompts * 2, stop_tokens=(), batch_size=4, seed=3).responses
     assert taken == [(4, True)] * 3
@@ -147,15 +147,15 @@ def test_where_all_rows_end_at_once_the_next_begin_with_new_memory(monkeypatch, 
 
 def test_few_come_in_beside_a_whole_cache(monkeypatch, player: Player):
     """However many rows are free: a pass over all of them would be the largest of the rollout."""
-    monkeypatch.setattr(cache_slots, "OPENING_SHARE", 0.25)
+    monkeypatch.setattr(cache_slots, "REFILL_SHARE", 0.25)
     sizes = []
-    admit = CacheSlots.admit
+    prefill = CacheSlots.prefill
 
     def watched(self: CacheSlots, prompts: Any, *given: Any) -> Any:
         sizes.append((len(prompts), self.cache is None))
-        return admit(self, prompts, *given)
+        return prefill(self, prompts, *given)
 
-    monkeypatch.setattr(CacheSlots, "admit", watched)
+    monkeypatch.setattr(CacheSlots, "prefill", watched)
     player.sample(Sampling(40), player.prompts * 6, stop_tokens=common_ends(player), batch_size=8, seed=4)
     assert sizes[0] == (8, True)
     assert {count for count, fresh in sizes if not fresh} == {2}
@@ -163,12 +163,12 @@ def test_few_come_in_beside_a_whole_cache(monkeypatch, player: Player):
 
 def test_a_row_that_has_ended_may_draw_nothing_finite(monkeypatch, player: Player):
     """It goes on unseen until it leaves, and what it draws is fed to the model."""
-    monkeypatch.setattr(sampler, "LEAVING_SHARE", 2.0)
+    monkeypatch.setattr(sampler, "COMPACTION_SHARE", 2.0)
     whole = DecodeBatch.logits
 
     def broken(self: DecodeBatch) -> torch.Tensor:
         found = whole(self)
-        ended = [row for row, place in enumerate(self.owners) if place is None]
+        ended = [row for row, index in enumerate(self.row_prompts) if index is None]
         found[ended] = torch.nan
         return found
 
@@ -184,15 +184,15 @@ def test_a_row_that_has_ended_may_draw_nothing_finite(monkeypatch, player: Playe
 
 def test_what_an_ended_row_left_behind_is_wiped(player: Player):
     """A newcomer's masked columns have no weight, but no weight times nan is nan."""
-    held = CacheSlots(player.model, 2, 60, torch.device("cpu"))
+    batch = CacheSlots(player.model, 2, 60, torch.device("cpu"))
     with torch.no_grad():
-        held.admit([(5, 6, 7), (5, 6, 7)], [0, 1], [0, 1])
-        for layer in held.cache.layers:
+        batch.prefill([(5, 6, 7), (5, 6, 7)], [0, 1], [0, 1])
+        for layer in batch.cache.layers:
             layer.values[1, :, 1:] = torch.nan
-        held.owners[1] = None
-        held.admit([(8,)], [2], [1])
-        held.extend(torch.tensor([4, 4]))
-        assert held.logits().isfinite().all()
+        batch.row_prompts[1] = None
+        batch.prefill([(8,)], [2], [1])
+        batch.append(torch.tensor([4, 4]))
+        assert batch.logits().isfinite().all()
 
 
 def test_a_pass_that_cannot_be_recorded_is_run(capsys, player: Player):
@@ -240,20 +240,20 @@ def test_passes_are_recorded_on_a_gpu_where_one_asks_for_it(monkeypatch):
 
 def test_memory_grows_with_the_longest_row_and_no_further_than_its_end(player: Player):
     length = GROWTH * 2 + 5
-    held = CacheSlots(player.model, 2, length - 1, torch.device("cpu"))
+    batch = CacheSlots(player.model, 2, length - 1, torch.device("cpu"))
     taken = []
-    for place, _ in zip(range(length - 1), run(held, player, length), strict=False):
-        taken.append((place, held.cache.layers[0].keys.shape[2]))
+    for index, _ in zip(range(length - 1), run(batch, player, length), strict=False):
+        taken.append((index, batch.cache.layers[0].keys.shape[2]))
     capacities = sorted({columns for _, columns in taken})
     assert capacities == [GROWTH, 2 * GROWTH, length - 1]
 
 
-def run(held: CacheSlots, player: Player, length: int) -> Any:
+def run(batch: CacheSlots, player: Player, length: int) -> Any:
     """Token after token of one row; the other one has no prompt."""
-    logits = held.admit([player.prompts[0]], [0], [0])
+    logits = batch.prefill([player.prompts[0]], [0], [0])
     for _ in range(length - 1 - len(player.prompts[0])):  # a column each
-        held.extend(torch.tensor([5]) if len(logits) == 1 else torch.tensor([5, 6]), [0] if len(logits) == 1 else None)
-        logits = held.logits()
+        batch.append(torch.tensor([5]) if len(logits) == 1 else torch.tensor([5, 6]), [0] if len(logits) == 1 else None)
+        logits = batch.logits()
         assert logits.isfinite().all()
         yield logits
 
@@ -265,11 +265,11 @@ def test_what_was_never_written_is_zero():
     )
     layer.layout.grow(7)
     new = torch.full((2, 4, 7, 8), torch.nan)
-    grown = layer.roomy(None, new)
+    grown = layer.with_capacity(None, new)
     assert grown.shape == (3, 4, GROWTH, 8)
     assert not grown.any()
     layer.layout.grow(200)
-    again = layer.roomy(grown + 1, new)
+    again = layer.with_capacity(grown + 1, new)
     assert again.shape == (3, 4, 2 * GROWTH, 8)
     assert (again[:, :, :GROWTH] == 1).all()
     assert not again[:, :, GROWTH:].any()
@@ -281,10 +281,10 @@ def test_the_cache_is_gone_when_sampling_is_over(monkeypatch, player: Player):
     make = sampler.make_decode_batch
 
     def watched(*given: Any) -> Any:
-        held = make(*given)
-        assert isinstance(held, CacheSlots)
-        kept.append(weakref.ref(held))
-        return held
+        batch = make(*given)
+        assert isinstance(batch, CacheSlots)
+        kept.append(weakref.ref(batch))
+        return batch
 
     monkeypatch.setattr(sampler, "make_decode_batch", watched)
     gc.disable()

@@ -42,7 +42,7 @@ def test_finished_rows_leave_and_a_batch_ends_with_its_last_row(player, monkeypa
     assert len(rows) == longest  # no pass after the last token
     needed = sum(len(response.tokens) for response in found)
     assert needed <= sum(rows) < 1.25 * needed
-    monkeypatch.setattr(sampler, "LEAVING_SHARE", 2.0)  # nobody leaves
+    monkeypatch.setattr(sampler, "COMPACTION_SHARE", 2.0)  # nobody leaves
     all_rows, same = passes()
     assert all_rows == [12] * longest
     assert [response.tokens for response in same] == [response.tokens for response in found]

@@ -1,6 +1,6 @@
-"""The values of a row's columns, checked: text, chat messages, numbers, labels.
+"""Read and check the values of a row's columns: text, chat messages, numbers, labels.
 
-Text is a string or a tuple of chat messages.
+A `Text` is a string or a tuple of chat messages. Functions here raise BadRowError for a value that cannot be used.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from onecard.utils.errors import nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 IMAGE_COLUMNS = ("image", "images")  # TRL's names
-TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # what a chat template is given beside the messages
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # arguments of a chat template besides the messages
 # Settings of `apply_chat_template` itself, which a row's variables must not change.
 TEMPLATE_SETTINGS = (
     "conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message",
@@ -24,13 +24,13 @@ TEMPLATE_SETTINGS = (
     "return_assistant_tokens_mask", "tokenizer_kwargs",
 )  # fmt: skip
 
-# A message keeps whatever else it has beside role and content (name, tool calls): the chat template may read it.
+# A message keeps its other keys besides role and content (name, tool calls): the chat template may read them.
 Messages: TypeAlias = tuple[dict[str, Any], ...]
 Text: TypeAlias = str | Messages
 
 
 class BadRowError(Exception):
-    """Why one row cannot be used. Becomes an `OnecardError` or a `BadRow`, which add the place."""
+    """The reason that a row cannot be used. Becomes an `OnecardError` or a `BadRow`, which add the row's location."""
 
 
 def is_chat(text: Text) -> TypeGuard[Messages]:
@@ -38,19 +38,19 @@ def is_chat(text: Text) -> TypeGuard[Messages]:
 
 
 def has(values: Mapping[str, Any], name: str) -> bool:
-    """Whether a row has a column. Null is no column: Parquet and CSV write it where other rows have a value."""
+    """Whether a row has a value in a column. Null counts as missing: it stands for a missing key in Parquet and CSV."""
     return values.get(name) is not None
 
 
 def check_no_images(values: Mapping[str, Any]) -> None:
-    """Stop at a row that is text and images: its text alone would be another example."""
+    """Raise BadRowError for a row with images: its text alone would be a different example."""
     name = next((name for name in IMAGE_COLUMNS if has(values, name) and values[name] != []), None)
     if name is not None:
         raise BadRowError(f"{name}: expected rows of text alone")
 
 
 def column(values: Mapping[str, Any], name: str) -> Any:
-    """What a column holds, which must be there and not be null."""
+    """A column's value. Raises BadRowError if the column is missing or null."""
     if name not in values:
         raise BadRowError(f"no column '{name}'; {there_are(values)}{nearest(name, unused(values))}")
     if values[name] is None:
@@ -64,7 +64,7 @@ def text_or_messages(values: Mapping[str, Any], name: str) -> Text:
 
 
 def as_text(value: object, name: str) -> Text:
-    """Text or messages; `name` is what the error calls them."""
+    """Check a text or messages. `name` is its name in errors."""
     if isinstance(value, str):
         return unicode(value, name)
     if not isinstance(value, list):
@@ -74,87 +74,88 @@ def as_text(value: object, name: str) -> Text:
     return tuple(message(item, f"{name}[{index}]") for index, item in enumerate(value))
 
 
-def message(value: object, place: str) -> dict[str, Any]:
-    """One chat message; null entries, which Parquet adds to make all messages alike, are left out.
+def message(value: object, where: str) -> dict[str, Any]:
+    """Check one chat message. Null entries are left out: Parquet adds them so that all messages have the same keys.
 
     An assistant's message with tool calls may have no content.
     """
     if not isinstance(value, dict):
-        raise BadRowError(f"{place}: expected an object with role and content, got {kind(value)}")
+        raise BadRowError(f"{where}: expected an object with role and content, got {kind(value)}")
     kept = {key: item for key, item in value.items() if item is not None}
     if kept.get("function_call"):
-        raise BadRowError(f"{place}: function_call is of an older protocol; expected a list in tool_calls")
+        raise BadRowError(f"{where}: function_call is of an older protocol; expected a list in tool_calls")
     if kept.get("tool_calls"):
-        kept["tool_calls"] = tool_calls(kept["tool_calls"], f"{place}: tool_calls")
+        kept["tool_calls"] = tool_calls(kept["tool_calls"], f"{where}: tool_calls")
     calls = kept.get("role") == "assistant" and bool(kept.get("tool_calls"))
     for key in ("role",) if calls and "content" not in kept else ("role", "content"):
         if key not in kept:
             state = (
                 f"{key} is null" if key in value else f"no '{key}'; there are {', '.join(map(str, value)) or 'none'}"
             )
-            raise BadRowError(f"{place}: {state}")
+            raise BadRowError(f"{where}: {state}")
         if not isinstance(kept[key], str):
-            raise BadRowError(f"{place}: {key}: expected text, got {kind(kept[key])}")
+            raise BadRowError(f"{where}: {key}: expected text, got {kind(kept[key])}")
     if kept["role"] not in ROLES:
         role = kept["role"]
         raise BadRowError(
-            f"{place}: unknown role '{role[:40]}'; expected one of {', '.join(ROLES)}.{nearest(role, ROLES)}"
+            f"{where}: unknown role '{role[:40]}'; expected one of {', '.join(ROLES)}.{nearest(role, ROLES)}"
         )
-    unicode(kept.get("content", ""), place)
+    unicode(kept.get("content", ""), where)
     return kept
 
 
-def tool_calls(value: Any, place: str) -> list[dict[str, Any]]:
-    """An assistant's calls, which may be JSON as text. Arguments that are JSON as text, as OpenAI's are, become
-    objects: chat templates are written for these, and servers parse them as well.
+def tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """Check an assistant's tool calls, a list or a JSON string.
+
+    Arguments that are a JSON string, as OpenAI's are, become objects: chat templates expect objects.
     """
     if isinstance(value, str):
-        value = from_json(value, place)
+        value = from_json(value, where)
     if not isinstance(value, list):
-        raise BadRowError(f"{place}: expected a list of calls, got {kind(value)}")
-    found = []
+        raise BadRowError(f"{where}: expected a list of calls, got {kind(value)}")
+    calls = []
     for index, call in enumerate(value):
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRowError(f"{place}[{index}]: expected an object with the name of a function, got {kind(call)}")
+            raise BadRowError(f"{where}[{index}]: expected an object with the name of a function, got {kind(call)}")
         function = {key: item for key, item in function.items() if item is not None}
         if isinstance(function.get("arguments"), str):
-            arguments = from_json(function["arguments"] or "{}", f"{place}[{index}]: arguments")
+            arguments = from_json(function["arguments"] or "{}", f"{where}[{index}]: arguments")
             if not isinstance(arguments, dict):
-                raise BadRowError(f"{place}[{index}]: arguments: expected an object, got {kind(arguments)}")
+                raise BadRowError(f"{where}[{index}]: arguments: expected an object, got {kind(arguments)}")
             function["arguments"] = arguments
-        found.append({**call, "function": function} if "function" in call else function)
-    return found
+        calls.append({**call, "function": function} if "function" in call else function)
+    return calls
 
 
-def from_json(text: str, place: str) -> Any:
-    """JSON that a column holds as text."""
+def from_json(text: str, where: str) -> Any:
+    """Parse JSON that a column has as a string."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadRowError(f"{place}: not JSON: {reason(error)}") from error
+        raise BadRowError(f"{where}: not JSON: {reason(error)}") from error
 
 
 def template_arguments(values: Mapping[str, Any], text: Text) -> dict[str, Any]:
-    """What a row's chat template is given beside its messages: `tools`, and the variables in `chat_template_kwargs`.
+    """Arguments of the chat template besides the messages: `tools`, and the variables in `chat_template_kwargs`.
 
-    Both may be JSON as text. Plain text has no template, and these columns then mean nothing.
+    Both columns may be JSON strings. They are ignored for plain text, which has no template.
     """
     if not is_chat(text):
         return {}
     tools = parsed(values, "tools", list, "a list of tools")
-    for place, tool in enumerate(tools or ()):
+    for index, tool in enumerate(tools or ()):
         if not isinstance(tool, dict):
-            raise BadRowError(f"tools[{place}]: expected an object (a JSON schema), got {kind(tool)}")
+            raise BadRowError(f"tools[{index}]: expected an object (a JSON schema), got {kind(tool)}")
     variables = parsed(values, "chat_template_kwargs", dict, "an object") or {}
-    taken = next((name for name in variables if name in TEMPLATE_SETTINGS), None)
-    if taken is not None:
-        raise BadRowError(f"chat_template_kwargs: '{taken}' is no variable of a chat template")
+    reserved = next((name for name in variables if name in TEMPLATE_SETTINGS), None)
+    if reserved is not None:
+        raise BadRowError(f"chat_template_kwargs: '{reserved}' is no variable of a chat template")
     return ({"tools": tools} if tools else {}) | {name: item for name, item in variables.items() if item is not None}
 
 
 def parsed(values: Mapping[str, Any], name: str, expected: type, what: str) -> Any:
-    """A column's list or object, which may be JSON as text; None where there is no column."""
+    """A column's list or object, or the value of its JSON string; None if the column is missing."""
     value = values.get(name)
     if isinstance(value, str):
         value = from_json(value, name) if value.strip() else None
@@ -163,12 +164,12 @@ def parsed(values: Mapping[str, Any], name: str, expected: type, what: str) -> A
     return value
 
 
-def unicode(text: str, place: str) -> str:
-    """JSON can hold half of a surrogate pair, which no tokenizer takes."""
+def unicode(text: str, where: str) -> str:
+    """Check that a text can be encoded: JSON can contain half of a surrogate pair, which tokenizers reject."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadRowError(f"{place}: not valid Unicode at character {error.start + 1}") from error
+        raise BadRowError(f"{where}: not valid Unicode at character {error.start + 1}") from error
     return text
 
 
@@ -178,44 +179,45 @@ def number(values: Mapping[str, Any], name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
         raise BadRowError(f"{name}: expected a number, got {kind(value)}")
     try:
-        found = float(value)
+        result = float(value)
     except OverflowError:
-        found = math.inf
-    if not math.isfinite(found):
-        raise BadRowError(f"{name}: expected a finite number, got {found}")
-    return found
+        result = math.inf
+    if not math.isfinite(result):
+        raise BadRowError(f"{name}: expected a finite number, got {result}")
+    return result
 
 
 def truth(values: Mapping[str, Any], name: str) -> bool:
-    """A column's true or false, which may be written 1 or 0."""
+    """A column's boolean; 1 and 0 are accepted."""
     value = column(values, name)
     if value not in (0, 1):  # True and False are 1 and 0
-        shown = f"{value:g}" if isinstance(value, (int, float)) else kind(value)
-        raise BadRowError(f"{name}: expected true or false (or 1 or 0), got {shown}")
+        text = f"{value:g}" if isinstance(value, (int, float)) else kind(value)
+        raise BadRowError(f"{name}: expected true or false (or 1 or 0), got {text}")
     return bool(value)
 
 
 def must_match(name: str, text: Text, other: str, expected: Text) -> None:
+    """Raise BadRowError unless both texts are strings, or both are messages."""
     if is_chat(text) != is_chat(expected):
         words = {True: "messages", False: "text"}
         raise BadRowError(f"{name} is {words[is_chat(text)]} but {other} is {words[is_chat(expected)]}")
 
 
 def must_ask(name: str, text: Text) -> None:
-    """A prompt leaves the next word to the assistant."""
+    """Raise BadRowError if a prompt ends with an assistant's message."""
     if is_chat(text) and text[-1]["role"] == "assistant":
         raise BadRowError(f"{name}: its last message is the assistant's, which leaves nothing to answer")
 
 
 def must_answer(name: str, text: Text) -> None:
-    """An answer opens and ends with the assistant; in between there may be tools."""
+    """Raise BadRowError unless an answer's first and last messages are the assistant's; tools may come in between."""
     if is_chat(text) and not text[0]["role"] == text[-1]["role"] == "assistant":
         roles = ", ".join(item["role"] for item in text)
         raise BadRowError(f"{name}: expected to open and end with the assistant's message, got {roles}")
 
 
 def there_are(values: Mapping[str, Any]) -> str:
-    """The columns that a row has, as an error names them."""
+    """The columns that a row has, for error messages."""
     present = [str(name) for name in values if has(values, name)]
     if not present:
         return f"every column is null ({', '.join(map(str, values))})." if values else "the row is empty."
@@ -223,7 +225,7 @@ def there_are(values: Mapping[str, Any]) -> str:
 
 
 def unused(values: Mapping[str, Any]) -> list[str]:
-    """Column names that might be a misspelling: not those that mean something by themselves."""
+    """Columns of a row that are not KNOWN, so that one may be a misspelling of a missing column."""
     return [str(name) for name in values if name not in KNOWN and has(values, name)]
 
 

@@ -1,7 +1,7 @@
-"""CSV: from text to cells, and from the cells of a column to values.
+"""Parse CSV text into cells, and convert the cells of a column to values.
 
-A cell is text. A column is numbers only where all its numbers, written back, give the same text: `5` and `0.5` are
-numbers; `05`, `1.50`, `True`, `NA`, `12:30` and `12345678901234567890123` stay what they are. An empty cell is null.
+A column is converted to numbers only if each number, written back, gives the text of its cell: `5` and `0.5` are
+numbers; `05`, `1.50`, `True`, `NA`, `12:30` and `12345678901234567890123` stay text. An empty cell is null.
 """
 
 from __future__ import annotations
@@ -16,44 +16,47 @@ from onecard.utils.errors import OnecardError
 
 Cell: TypeAlias = str | None
 
-# Text whatever it looks like: the answer to a sum is `4`, which a tokenizer needs as text.
+# Always text: the answer to a sum may be `4`, which a tokenizer needs as text.
 TEXT_COLUMNS = ("text", "prompt", "completion", "chosen", "rejected", "answer", "solution")
-NUMBER_COLUMNS = ("score", "margin")  # read as numbers even where they are written `1.50`
+NUMBER_COLUMNS = ("score", "margin")  # numbers even if written `1.50`
 TRUTH_COLUMNS = ("label",)
 TRUTHS: Mapping[str, Any] = {"true": True, "false": False, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
 
 
-def read_table(place: str, text: str, delimiter: str) -> Iterator[tuple[int, dict[str, Cell]]]:
-    """The rows below the header, with the numbers that a spreadsheet shows; blank lines are counted and passed over."""
+def read_table(path: str, text: str, delimiter: str) -> Iterator[tuple[int, dict[str, Cell]]]:
+    """(row number, cells by column name) of each row below the header. Blank lines are skipped, but counted.
+
+    Row numbers are those of a spreadsheet: the header is row 1. Raises OnecardError if the CSV is malformed.
+    """
     header: list[str] | None = None
-    for number, cells, line in records(place, text, delimiter):
+    for number, cells, line in records(path, text, delimiter):
         if header is None:
             header = [cell or "" for cell in cells]
-            twice = next((name for name in header if header.count(name) > 1), None)
-            if twice is not None:
-                raise OnecardError(f"{place}: the header names column '{twice}' twice.")
+            duplicate = next((name for name in header if header.count(name) > 1), None)
+            if duplicate is not None:
+                raise OnecardError(f"{path}: the header names column '{duplicate}' twice.")
         elif len(cells) != len(header):
-            raise broken(place, number, f"Expected {len(header)} columns, got {len(cells)}: {line[:200]}")
+            raise parse_error(path, number, f"Expected {len(header)} columns, got {len(cells)}: {line[:200]}")
         else:
             yield number, dict(zip(header, cells, strict=True))
 
 
-def records(place: str, text: str, delimiter: str) -> Iterator[tuple[int, list[Cell], str]]:
-    """Each line that is not blank: its number, its cells and its text. An empty cell is None, but "" where quoted."""
+def records(path: str, text: str, delimiter: str) -> Iterator[tuple[int, list[Cell], str]]:
+    """(number, cells, text) of each line that is not blank. An empty cell is None; a quoted empty cell is ""."""
     quoted = r'"([^"]*(?:""[^"]*)*)"'
     cell = re.compile(rf'(?:{quoted}|([^"{delimiter}\r\n][^{delimiter}\r\n]*)?)({delimiter}|\r\n|\r|\n|\Z)')
     position, start, number = 0, 0, 1
     cells: list[Cell] = []
     while True:
-        found = cell.match(text, position)
-        if found is None:
+        match = cell.match(text, position)
+        if match is None:
             closed = re.compile(quoted).match(text, position)
-            raise broken(place, number, f"{'Text behind a closing quote' if closed else 'A quote is not closed'}")
-        within, plain, end = found.groups()
-        cells.append(plain if within is None else within.replace('""', '"'))
-        position = found.end()
+            raise parse_error(path, number, f"{'Text behind a closing quote' if closed else 'A quote is not closed'}")
+        inner, plain, end = match.groups()
+        cells.append(plain if inner is None else inner.replace('""', '"'))
+        position = match.end()
         if end != delimiter:
-            line = text[start : found.start(3)]
+            line = text[start : match.start(3)]
             if line:
                 yield number, cells, line
             if not end:
@@ -61,12 +64,12 @@ def records(place: str, text: str, delimiter: str) -> Iterator[tuple[int, list[C
             cells, start, number = [], position, number + 1
 
 
-def broken(place: str, number: int, what: str) -> OnecardError:
-    return OnecardError(f"{place}: CSV parse error: Row #{number}: {what}.")
+def parse_error(path: str, number: int, what: str) -> OnecardError:
+    return OnecardError(f"{path}: CSV parse error: Row #{number}: {what}.")
 
 
 def with_values(tables: Sequence[Mapping[str, Cell]]) -> list[dict[str, Any]]:
-    """The rows of one or more CSV files with the values of their cells; what a column is, all its cells decide."""
+    """The rows of one or more CSV files, with values for cells. A column's type depends on all of its cells."""
     columns: dict[str, list[Cell]] = {}
     for row in tables:
         for name, cell in row.items():
@@ -76,9 +79,9 @@ def with_values(tables: Sequence[Mapping[str, Cell]]) -> list[dict[str, Any]]:
 
 
 def cell_reader(name: str, cells: Sequence[Cell]) -> Callable[[Cell], Any]:
-    """From a cell of this column to its value."""
+    """The function that converts a cell of this column to its value."""
     if name == "prompt":
-        return lambda cell: cell or ""  # what is answered without a question has an empty prompt, not none
+        return lambda cell: cell or ""  # an empty prompt is text, not null
     if name in TEXT_COLUMNS:
         return lambda cell: cell
     if all(exact_number(cell) is not None for cell in cells if cell):
@@ -91,7 +94,7 @@ def cell_reader(name: str, cells: Sequence[Cell]) -> Callable[[Cell], Any]:
 
 
 def exact_number(cell: str) -> int | float | None:
-    """The 64-bit number whose text is the cell, if there is one."""
+    """The 64-bit int or float whose text is exactly the cell; None if there is none."""
     with suppress(ValueError):
         whole = int(cell)
         return whole if str(whole) == cell and -(2**63) <= whole < 2**63 else None
@@ -102,7 +105,7 @@ def exact_number(cell: str) -> int | float | None:
 
 
 def any_number(cell: str) -> float | str:
-    """The number that a cell is, in whatever form; its text if it is none."""
+    """The cell as a float, in any notation; its text if it is not a number."""
     try:
         return cell if "_" in cell else float(cell)
     except ValueError:

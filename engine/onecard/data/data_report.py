@@ -1,4 +1,4 @@
-"""The data report: which rows are bad, what was cut, empty or left out."""
+"""The data report: bad rows, and counts of what was cut, empty or left out."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ T = TypeVar("T")
 
 EMPTY = "responses are empty: only their end is learned"
 LEFT_OUT = "answers are left out: the chat template writes them differently once the conversation goes on"
-NAMED_BAD_ROWS = 3  # as many as fit a line that is still read
+NAMED_BAD_ROWS = 3  # bad rows named in a note
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that could not be used, and why."""
+    """A row that cannot be used, and the reason."""
 
     source: str
     number: int
@@ -33,10 +33,9 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Tokenized(Generic[T_co]):
-    """Examples in the order of their rows; `notes` say in numbers what was cut, empty, identical or skipped.
+    """Examples in the order of their rows. `notes`: counts of what was cut, empty, identical or skipped, as text.
 
-    `groups` has each example's prompt, digested, as it was before anything was cut: what has the same is held out
-    together.
+    `groups`: a digest of each example's prompt before truncation. Examples with the same digest are held out together.
     """
 
     examples: Sequence[T_co]
@@ -47,9 +46,9 @@ class Tokenized(Generic[T_co]):
 
 @dataclass(frozen=True)
 class Made(Generic[T_co]):
-    """An example with its group and what truncation did to its answers.
+    """An example with its group, and what truncation did to its answers.
 
-    `is_odd`: whether it has what is counted of its kind, such as the same tokens on both sides of a pair.
+    `is_odd`: whether the note of its kind counts it, such as a pair with the same tokens on both sides.
     """
 
     example: T_co
@@ -60,12 +59,12 @@ class Made(Generic[T_co]):
 
 
 def made(example: T, group: bytes, answers: Sequence[Fitted], *, is_odd: bool = False) -> Made[T]:
-    """An example of which `answers` are the parts."""
+    """`Made` of an example with these answers."""
     return Made(example, group, tuple(answers), answers[0].prompt_cut, is_odd)
 
 
 class DataReport:
-    """Counts over rows and examples, which are added one by one, and the notes that are printed of them."""
+    """Counts over rows and examples, which are added one by one, and the notes printed from them."""
 
     def __init__(self, tokenizer: Any) -> None:
         template = str(tokenizer.chat_template or "")
@@ -96,7 +95,7 @@ class DataReport:
             self.left_out += answer.left_out
 
     def notes(self, max_length: int, odd: str = "") -> tuple[str, ...]:
-        """A line for each count that is not 0; `odd` is the line of examples that are `is_odd`."""
+        """A line for each count that is not 0. `odd`: the text for examples that are `is_odd`."""
         unwritten = "which the chat template does not write"
         return (
             *count_note(self.prompts_cut, self.examples, "prompts were cut at their beginning"),
@@ -111,18 +110,18 @@ class DataReport:
 
 
 def has_thought(row: Row) -> bool:
-    """Whether a message of a row has its thought beside its content."""
+    """Whether a message of the row has a thought in a key of its own (`REASONING`)."""
     texts = (row.values.get(name) for name in MESSAGE_COLUMNS)
     messages = (message for text in texts if isinstance(text, list) for message in text if isinstance(message, dict))
     return any(map(thought_of, messages))
 
 
 def count_note(count: int, total: int, what: str) -> tuple[str, ...]:
-    """`3 of 100 ...`, or nothing where there are none."""
+    """`3 of 100 ...`; empty if `count` is 0."""
     return (f"{count} of {total} {what}",) if count else ()
 
 
 def bad_notes(bad: Sequence[BadRow], total: int) -> tuple[str, ...]:
-    more = ["..."] if len(bad) > NAMED_BAD_ROWS else []
-    named = "; ".join([*map(str, bad[:NAMED_BAD_ROWS]), *more])
+    ellipsis = ["..."] if len(bad) > NAMED_BAD_ROWS else []
+    named = "; ".join([*map(str, bad[:NAMED_BAD_ROWS]), *ellipsis])
     return count_note(len(bad), total, f"rows are bad and were skipped: {named}")

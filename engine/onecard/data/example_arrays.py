@@ -1,9 +1,9 @@
 """Tokenized examples as flat arrays, in memory or in memory-mapped files.
 
-Two pairs of which the first has texts of 3 and 2 tokens, and the second of 4 and 4:
+Two pairs; the first has texts of 3 and 2 tokens, the second of 4 and 4:
 
-    firsts   0           2               4       of each example its first text
-    stops    0     3     5       9      13       of each text its first token
+    firsts   0           2               4       index of each example's first text
+    stops    0     3     5       9      13       index of each text's first token
     tokens   a b c d e   f g h i j k l m
 """
 
@@ -56,7 +56,7 @@ class Arrays:
 
 
 class Examples(Sequence[T_co], Generic[T_co]):
-    """Records of one kind, each built when it is indexed. `indices`: which examples of the arrays, in which order."""
+    """Records of type `kind`, built when indexed. `indices`: the examples of the arrays, in their order here."""
 
     def __init__(self, kind: type[T_co], arrays: Arrays, indices: Sequence[int] | None = None) -> None:
         self.kind, self.arrays = kind, arrays
@@ -66,51 +66,51 @@ class Examples(Sequence[T_co], Generic[T_co]):
         return len(self.indices)
 
     @overload
-    def __getitem__(self, place: int) -> T_co: ...
+    def __getitem__(self, position: int) -> T_co: ...
     @overload
-    def __getitem__(self, place: slice) -> Examples[T_co]: ...
-    def __getitem__(self, place: int | slice) -> T_co | Examples[T_co]:
-        if isinstance(place, slice):
-            return self.take(range(*place.indices(len(self))))
+    def __getitem__(self, position: slice) -> Examples[T_co]: ...
+    def __getitem__(self, position: int | slice) -> T_co | Examples[T_co]:
+        if isinstance(position, slice):
+            return self.take(range(*position.indices(len(self))))
         sequences = tuple(
             TokenSequence(tuple(tokens.tolist()), tuple(mask.tolist()))
-            for tokens, mask in self.sequences(self.indices[place])
+            for tokens, mask in self.sequences(self.indices[position])
         )
-        return cast(T_co, RECORDS[self.kind](sequences, self.numbers(self.indices[place])))
+        return cast(T_co, RECORDS[self.kind](sequences, self.numbers(self.indices[position])))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
 
-    def take(self, places: Sequence[int]) -> Examples[T_co]:
-        """Some of the examples, in the order of `places`."""
-        return Examples(self.kind, self.arrays, [self.indices[place] for place in places])
+    def take(self, positions: Sequence[int]) -> Examples[T_co]:
+        """The examples at `positions`, in that order."""
+        return Examples(self.kind, self.arrays, [self.indices[position] for position in positions])
 
     def sequences(self, index: int) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
-        """The tokens and the response mask of each text of an example."""
+        """(tokens int32 [k], response mask bool [k]) of each text of an example."""
         first, stop = self.arrays.firsts[index : index + 2]
         for text in range(first, stop):
-            here = slice(*self.arrays.stops[text : text + 2])
-            yield self.arrays.tokens[here], self.arrays.response_mask[here]
+            span = slice(*self.arrays.stops[text : text + 2])
+            yield self.arrays.tokens[span], self.arrays.response_mask[span]
 
     def numbers(self, index: int) -> list[float]:
         """The example's margin, score or label, if its kind has one."""
         return [float(number) for number in self.arrays.numbers[index : index + 1]]
 
     def lengths(self) -> Iterator[list[int]]:
-        """Tokens of each of an example's texts."""
+        """The token counts of each example's texts."""
         texts, firsts = np.diff(self.arrays.stops).tolist(), self.arrays.firsts.tolist()
         for index in self.indices:
             yield texts[firsts[index] : firsts[index + 1]]
 
     def distinct_tokens(self) -> list[int]:
         """The token ids that occur in the arrays."""
-        there = np.zeros(int(self.arrays.tokens.max(initial=0)) + 1, dtype=bool)
-        there[self.arrays.tokens] = True
-        return [int(token) for token in np.flatnonzero(there)] if len(self.arrays.tokens) else []
+        occurs = np.zeros(int(self.arrays.tokens.max(initial=0)) + 1, dtype=bool)
+        occurs[self.arrays.tokens] = True
+        return [int(token) for token in np.flatnonzero(occurs)] if len(self.arrays.tokens) else []
 
 
 class ExampleWriter(Generic[T]):
-    """Appends examples to files of a folder, or to memory if there is no folder."""
+    """Appends examples to the files of a folder, or to memory if `folder` is None."""
 
     def __init__(self, kind: type[T], folder: Path | None = None) -> None:
         self.kind, self.folder = kind, folder
@@ -149,7 +149,7 @@ def open_examples(kind: type[T], folder: Path) -> Examples[T]:
 
     def mapped(name: str) -> Any:
         path = folder / name
-        if not path.stat().st_size:  # nothing to map
+        if not path.stat().st_size:  # an empty file cannot be mapped
             return np.empty(0, DTYPES[name])
         return np.memmap(path, DTYPES[name], mode="r").view(np.ndarray)
 
@@ -157,7 +157,7 @@ def open_examples(kind: type[T], folder: Path) -> Examples[T]:
 
 
 def as_examples(examples: Iterable[T], kind: type[T]) -> Examples[T]:
-    """Examples of records that are there already."""
+    """Records as `Examples` in memory."""
     writer = ExampleWriter(kind)
     for example in examples:
         writer.add(example)
@@ -165,17 +165,17 @@ def as_examples(examples: Iterable[T], kind: type[T]) -> Examples[T]:
 
 
 def lengths_of(example: object) -> list[int]:
-    """Tokens of each of an example's texts."""
+    """The token counts of an example's texts."""
     return [len(sequence) for sequence in CONTENTS[type(example)](example)[0]]
 
 
 def all_lengths(examples: Sequence[object]) -> Iterator[list[int]]:
-    """`lengths_of` each."""
+    """`lengths_of` each example."""
     return examples.lengths() if isinstance(examples, Examples) else map(lengths_of, examples)
 
 
 def all_numbers(examples: Sequence[object]) -> Iterator[Sequence[float]]:
-    """Each example's number, if its kind has one."""
+    """Each example's number (margin, score or label), if its kind has one."""
     if isinstance(examples, Examples):
         return map(examples.numbers, examples.indices)
     return (CONTENTS[type(example)](example)[1] for example in examples)
@@ -189,7 +189,7 @@ def all_tokens(examples: Sequence[object]) -> Iterator[Sequence[int]]:
 
 
 def contents(examples: Iterable[object]) -> Iterator[tuple[list[tuple[Any, Any]], Sequence[float]]]:
-    """The (tokens, response mask) of each of an example's texts, and its number."""
+    """For each example, the (tokens, response mask) of its texts, and its number."""
     if isinstance(examples, Examples):
         for index in examples.indices:
             yield list(examples.sequences(index)), examples.numbers(index)

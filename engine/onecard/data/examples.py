@@ -1,4 +1,4 @@
-"""Rows in, examples of each kind out, with a plain account of what happened to them."""
+"""Tokenize rows into the examples of each kind of training, with a data report."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ SIDE_BY_SIDE = "rows have the prompt of the row after them, so their answers are
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to answer. `text` is as given, or as the chat template wrote it; `tokens` are what generation is fed.
+    """A prompt to answer. `text`: as given, or as rendered by the chat template. `tokens`: the ids for generation.
 
-    `columns` are the row's other columns, which rewards may look at (an expected answer, say). `messages` are what
-    the prompt was given as, where it was no text, and `arguments` what the chat template was given beside them: a
-    classifier may have a chat template of its own.
+    `columns`: the row's other columns, for rewards (an expected answer, for example). `messages`: the prompt's
+    messages, if it was a chat; `arguments`: arguments of the chat template besides them. A classifier with its own chat
+    template renders the messages again.
     """
 
     text: str
@@ -90,17 +90,17 @@ def sft_examples(
     def prepare(row: Row) -> PendingExample[Made[TokenSequence]]:
         example = sft_row(row)
         learn_all = isinstance(example, CompletionRow) and not completion_only_loss
-        arguments = template_arguments(row.values, asked(example)[1])
+        arguments = template_arguments(row.values, group_texts(example)[1])
         text = sft_transcript(example, tokenizer, arguments, assistant_only_loss=assistant_only_loss)
 
         def build(texts: list[Masked]) -> Made[TokenSequence]:
             answers = fitted(texts, tokenizer, limit, learn_all=learn_all)
-            return made(answers[0].sequence, group_of(*asked(example)), answers)
+            return made(answers[0].sequence, group_of(*group_texts(example)), answers)
 
         return PendingExample([text], build)
 
-    more = {"completion_only_loss": completion_only_loss, "assistant_only_loss": assistant_only_loss}
-    job = Tokenization(TokenSequence, rows, tokenizer, limit, skip_bad_rows, more)
+    settings = {"completion_only_loss": completion_only_loss, "assistant_only_loss": assistant_only_loss}
+    job = Tokenization(TokenSequence, rows, tokenizer, limit, skip_bad_rows, settings)
     return job.examples(prepare)
 
 
@@ -112,7 +112,7 @@ def preference_examples(
     truncation_mode: Truncation = "keep_start",
     skip_bad_rows: bool,
 ) -> Tokenized[PreferencePair]:
-    """`prompt`, `chosen`, `rejected` rows (and `margin`) as pairs, each answer cut to `max_length` with its prompt."""
+    """`prompt`, `chosen`, `rejected` rows (and `margin`) as pairs. `max_length` counts a prompt and one answer."""
     limit = Limit(max_length, truncation_mode)
 
     def prepare(row: Row) -> PendingExample[Made[PreferencePair]]:
@@ -141,7 +141,7 @@ def scored_examples(
     skip_bad_rows: bool,
     bounds: tuple[float, float] | None = None,
 ) -> Tokenized[ScoredSequence]:
-    """`prompt`, `completion`, `score` rows; a score outside `bounds` makes a bad row."""
+    """`prompt`, `completion`, `score` rows. A row with a score outside `bounds` is bad."""
     limit = Limit(max_length, truncation_mode)
 
     def prepare(row: Row) -> PendingExample[Made[ScoredSequence]]:
@@ -166,7 +166,7 @@ def ranking_examples(
     truncation_mode: Truncation = "keep_start",
     skip_bad_rows: bool,
 ) -> Tokenized[Ranking]:
-    """`prompt`, `completions` rows: two answers or more, the best first."""
+    """`prompt`, `completions` rows: two or more answers, best first."""
     limit = Limit(max_length, truncation_mode)
 
     def prepare(row: Row) -> PendingExample[Made[Ranking]]:
@@ -193,10 +193,11 @@ def labelled_examples(
     skip_bad_rows: bool,
     mismatched: bool = True,
 ) -> Tokenized[LabelledSequence]:
-    """`prompt`, `completion`, `label` rows. With `mismatched`, an example has a row's prompt with the next row's
-    completion too.
+    """`prompt`, `completion`, `label` rows.
 
-    After the last comes the first. What `max_length` takes from a mismatched answer is nobody's data, and not counted.
+    With `mismatched`, an example also has its row's prompt with the next row's completion; after the last row comes the
+    first. The truncation of mismatched answers is not counted in the report. Raises OnecardError if `mismatched` and
+    only one row can be used.
     """
     limit = Limit(max_length, truncation_mode)
     lenient = replace(limit, truncation_mode="keep_start") if truncation_mode == "error" else limit
@@ -213,8 +214,8 @@ def labelled_examples(
             must_match("the next row's completion", other.completion, "prompt", example.prompt)
 
         def build(texts: list[Masked]) -> Made[LabelledSequence]:
-            swapped = fitted(texts, tokenizer, lenient)[0].sequence if texts else TokenSequence((), ())
-            labelled = LabelledSequence(answer.sequence, example.desirable, swapped)
+            mismatch = fitted(texts, tokenizer, lenient)[0].sequence if texts else TokenSequence((), ())
+            labelled = LabelledSequence(answer.sequence, example.desirable, mismatch)
             side_by_side = mismatched and example.prompt == other.prompt
             return made(labelled, group_of(example.prompt, example.completion), [answer], is_odd=side_by_side)
 
@@ -238,10 +239,11 @@ def labelled_examples(
     def make(rows: Iterable[Row], report: DataReport) -> Iterator[Made[LabelledSequence]]:
         return job.build(with_mismatched(job.build(pending_examples(rows, report, own), report)), report)
 
-    found = job.examples_from(make)
-    desirable, count = sum(number for (number,) in all_numbers(found.examples)), len(found.examples)
+    tokenized = job.examples_from(make)
+    examples = tokenized.examples
+    desirable, count = sum(number for (number,) in all_numbers(examples)), len(examples)
     uniform = count_note(count if desirable in (0, count) else 0, count, f"labels are {str(desirable > 0).lower()}")
-    return replace(found, notes=(*uniform, *found.notes))
+    return replace(tokenized, notes=(*uniform, *tokenized.notes))
 
 
 def prompt_examples(
@@ -252,10 +254,10 @@ def prompt_examples(
     truncation_mode: Truncation = "keep_start",
     skip_bad_rows: bool = False,
 ) -> Tokenized[Prompt]:
-    """`prompt` rows as what generation is fed. A prompt of more than `max_length` tokens is a bad row, but with
-    keep_end its tokens are cut at their beginning (`text` stays whole).
+    """`prompt` rows as prompts for generation.
 
-    A column that only some rows have is None in the others.
+    A prompt of more than `max_length` tokens is a bad row; with keep_end, its first tokens are cut instead (`text` is
+    not). A column that only some rows have is None in the others.
     """
     names: dict[str, None] = {}
 
@@ -285,43 +287,43 @@ def prompt_examples(
     report = DataReport(tokenizer)
     with with_progress(rows) as reading:
         pending = pending_examples(named(reading), report, prepare)
-        found = list(build_examples(pending, tokenizer, report, skip=skip_bad_rows))
-    for item in found:
+        items = list(build_examples(pending, tokenizer, report, skip=skip_bad_rows))
+    for item in items:
         report.add(item)
     prompts = [
-        replace(item.example, columns={name: item.example.columns.get(name) for name in names}) for item in found
+        replace(item.example, columns={name: item.example.columns.get(name) for name in names}) for item in items
     ]
-    return Tokenized(prompts, [item.group for item in found], report.notes(max_length or 0), tuple(report.bad))
+    return Tokenized(prompts, [item.group for item in items], report.notes(max_length or 0), tuple(report.bad))
 
 
 def answers_of(row: Row, prompt: Text, answers: Sequence[Text], tokenizer: Tokenizer) -> list[Transcript]:
-    """A row's answers to one prompt, each with what the row says to the chat template."""
+    """The transcripts of a row's answers to one prompt, with the row's arguments of the chat template."""
     arguments = template_arguments(row.values, answers[0]) if answers else {}
     return [answer_transcript(prompt, answer, tokenizer, arguments) for answer in answers]
 
 
 def with_next(items: Iterable[T]) -> Iterator[tuple[T, T]]:
-    """Each item with the one after it, the last one with the first."""
-    waiting = iter(items)
-    for first in waiting:
+    """Each item with the next one; the last item with the first."""
+    iterator = iter(items)
+    for first in iterator:
         last = first
-        for item in waiting:
+        for item in iterator:
             yield last, item
             last = item
         yield last, first
 
 
 def group_of(*texts: Text) -> bytes:
-    """A digest of the first of the texts that holds anything: the prompt, or what stands for it where it is empty."""
+    """A digest of the first text that is not empty: the prompt, or the text that replaces an empty prompt."""
     text = json.dumps(next((text for text in texts if text), ""), sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=GROUP_BYTES).digest()
 
 
-def asked(row: SFTRow) -> tuple[Text, Text]:
-    """The prompt of an SFT row, and the text that stands for it where there is none."""
+def group_texts(row: SFTRow) -> tuple[Text, Text]:
+    """The texts of `group_of` for an SFT row: its prompt, and the text that replaces it if it is empty."""
     if isinstance(row, CompletionRow):
         return row.prompt, row.completion
     if isinstance(row, MessagesRow):
-        turns = (place for place, message in enumerate(row.messages) if message["role"] == "assistant")
+        turns = (index for index, message in enumerate(row.messages) if message["role"] == "assistant")
         return row.messages[: next(turns, 0)], row.messages
     return "", row.text

@@ -1,7 +1,7 @@
-"""From a file, a folder or a hub name to rows, each knowing the place it came from.
+"""Open a file, a folder or a hub dataset as rows. Each row has its source and number.
 
-What can be wrong with a file as a whole is an `OnecardError` at once, since no row can be skipped to mend it; what can
-be wrong with one row is for `examples.py`.
+An error in a file as a whole raises an `OnecardError` at once, because skipping rows would not help. Errors in single
+rows are handled in `examples.py`.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ from onecard.data.splits import data_files, files_by_split, has_settings
 from onecard.utils.errors import OnecardError, nearest
 from onecard.utils.files import blocks, digest
 
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar", ".xz", ".lz4")  # an error beside data files in a folder
+# Suffixes that raise an error in a folder with data files.
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar", ".xz", ".lz4")
 NESTED_COLUMNS = (*MESSAGE_COLUMNS, *TEMPLATE_COLUMNS)
-LARGE_BYTES, LARGE_ROWS = 1 << 24, 20_000  # from which on rows are not held in memory and their tokens are cached
+LARGE_BYTES, LARGE_ROWS = 1 << 24, 20_000  # from this size on, rows are not kept in memory and their tokens are cached
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One record. `number` is what a person would count, from 1.
+    """One record, and where it is from. `number` counts from 1.
 
-    That is the line of a JSONL file, the row of a CSV file as a spreadsheet shows it (the header is row 1), and the
-    position in everything else.
+    It is the line of a JSONL file, the row of a CSV file as a spreadsheet shows it (the header is row 1), and else the
+    position.
     """
 
     source: str
@@ -56,9 +57,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows(Iterable[Row]):
-    """Rows that each iteration reads anew. `total`: their number, if known.
+    """Rows that are read again in each iteration. `total`: their number, if known.
 
-    `identity` changes when the rows do. It is empty for small data, and where nothing identifies the rows.
+    `identity` is a string that changes when the rows do. It is empty for small data, and if nothing identifies the
+    rows.
     """
 
     read: Callable[[], Iterator[Row]]
@@ -70,14 +72,15 @@ class Rows(Iterable[Row]):
 
 
 def load_rows(source: str, *, split: str) -> list[Row]:
-    """`open_rows`, all in memory."""
+    """The rows of `open_rows` as a list."""
     return list(open_rows(source, split=split))
 
 
 def open_rows(source: str, *, split: str) -> Rows:
-    """Rows of a file (`readers.READERS` has the kinds), a folder of files, a saved dataset, or a hub dataset.
+    """Open a file (`readers.READERS` has the types), a folder of files, a saved dataset, or a hub dataset.
 
-    `split` picks one of a dataset's splits; a file has none and takes no notice, nor does a folder without any.
+    `split` selects a split of a dataset. It is ignored for a file, and for a folder without splits. Raises OnecardError
+    if the source cannot be read; the iterator raises it if there are no rows.
     """
     if not source:
         raise OnecardError("dataset: empty; expected a file, a folder or a Hugging Face dataset name.")
@@ -92,11 +95,11 @@ def open_rows(source: str, *, split: str) -> Rows:
         rows = dataset_rows(source, load_hub(source, split))
 
     def read() -> Iterator[Row]:
-        found = False
+        is_empty = True
         for row in rows:
-            found = True
+            is_empty = False
             yield row
-        if not found:
+        if is_empty:
             raise OnecardError(f"{source}: no rows.")
 
     return replace(rows, read=read)
@@ -114,12 +117,12 @@ def dataset_rows(source: str, dataset: Any) -> Rows:
 
 
 def in_memory(rows: Sequence[Row]) -> Rows:
-    """Rows that are in memory."""
+    """`Rows` of a list in memory."""
     return Rows(lambda: iter(rows), len(rows))
 
 
 def checked(rows: Iterable[Row], check: Callable[[Row], None]) -> Rows:
-    """The same rows; `check` is called on each and may raise."""
+    """The same rows. `check` is called with each when it is read, and may raise."""
 
     def read() -> Iterator[Row]:
         for row in rows:
@@ -132,19 +135,19 @@ def checked(rows: Iterable[Row], check: Callable[[Row], None]) -> Rows:
 
 
 def prompt_rows(prompts: Sequence[str]) -> list[Row]:
-    """Rows of the prompts that were given on the command line."""
+    """Rows of prompts from the command line (`--prompt`)."""
     return [Row("--prompt", number, {"prompt": prompt}) for number, prompt in enumerate(prompts, start=1)]
 
 
 def looks_like_file(source: str) -> bool:
-    """A hub name is `name` or `owner/name`; only the owner's form may hold a dot."""
+    """Whether `source` is a path. A hub name is `name` or `owner/name`; only `owner/name` may have a dot."""
     if Path(source).suffix.lower() in (*READERS, *COMPRESSED) or source.startswith((".", "/", "~")):
         return True
     return source.count("/") > 1 or "\\" in source or ("/" not in source and Path(source).suffix[1:].isalpha())
 
 
 def made_rows(source: str, numbered: Numbered, *, tabular: bool = False) -> Iterator[Row]:
-    """Rows of records, which are objects. `tabular`: null may stand for a key that other rows have."""
+    """Rows of numbered records. `tabular`: a null may stand for a missing key. Raises OnecardError for non-objects."""
     for number, values in numbered:
         if not isinstance(values, dict):
             raise OnecardError(f"{source}:{number}: expected an object, got {kind(values)}.")
@@ -152,8 +155,9 @@ def made_rows(source: str, numbered: Numbered, *, tabular: bool = False) -> Iter
 
 
 def without_added_nulls(values: dict[str, Any]) -> dict[str, Any]:
-    """A row of which messages and tools have no null keys, at any depth: Arrow gives all objects of a column the keys
-    of all.
+    """A row without null keys in its messages and tools, at any depth.
+
+    Arrow gives all objects of a column the same keys, and fills in nulls.
     """
     return {name: without_nulls(value) if name in NESTED_COLUMNS else value for name, value in values.items()}
 
@@ -167,7 +171,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def open_files(files: Mapping[str, Path]) -> Rows:
-    """Rows of files, one file after the other, under the names that are given for them."""
+    """Rows of files (name -> path), one file after the other. The names are the rows' sources."""
     kinds = {name: READERS.get(suffixes(path)[0]) for name, path in files.items()}
     tables = {name for name, reader in kinds.items() if reader in (read_csv, read_tsv)}
 
@@ -176,9 +180,9 @@ def open_files(files: Mapping[str, Path]) -> Rows:
             yield from made_rows(name, read_file(path), tabular=kinds[name] is read_parquet)
 
     def read_with_tables() -> Iterator[Row]:
-        rows = list(read())  # what a cell is depends on all cells of its column
-        of_tables = iter(with_values([row.values for row in rows if row.source in tables]))
-        return (replace(row, values=next(of_tables)) if row.source in tables else row for row in rows)
+        rows = list(read())  # a column's type depends on all of its cells
+        table_values = iter(with_values([row.values for row in rows if row.source in tables]))
+        return (replace(row, values=next(table_values)) if row.source in tables else row for row in rows)
 
     reader = read_with_tables if tables else read
     if sum(path.stat().st_size for path in files.values() if path.is_file()) < LARGE_BYTES:
@@ -187,36 +191,37 @@ def open_files(files: Mapping[str, Path]) -> Rows:
 
 
 def count_rows(files: Mapping[str, Path]) -> int | None:
-    """The number of lines of JSON lines files, which is about the number of rows; None for other kinds."""
+    """The number of lines of JSONL files, which is about the number of rows; None for other types."""
     if not all(READERS.get(path.suffix.lower()) is read_jsonl for path in files.values()):
         return None
     return sum(block.count(b"\n") for path in files.values() for block in blocks(path))
 
 
 def open_folder(source: str, path: Path, split: str) -> Rows:
-    """A folder that `save_to_disk` wrote, or one of data files; what neither has is left to `datasets`."""
+    """Rows of a folder: one that `save_to_disk` wrote, or one of data files. Other folders are loaded by `datasets`."""
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return dataset_rows(source, load_saved(path, split))
-    files = data_files(path, (*READERS, *(kind + more for kind in READERS for more in COMPRESSED), *ARCHIVES))
+    compressed = (suffix + compression for suffix in READERS for compression in COMPRESSED)
+    files = data_files(path, (*READERS, *compressed, *ARCHIVES))
     if has_settings(path) or not any(suffixes(Path(file))[0] in READERS for file in files):
         return dataset_rows(source, load_hub(str(path), split))
 
-    def opened(chosen: Sequence[PurePosixPath]) -> Rows:
+    def open_chosen(chosen: Sequence[PurePosixPath]) -> Rows:
         return open_files({str(Path(source) / file): path / file for file in chosen})
 
     splits = files_by_split(files)
     if split in splits:
-        return opened(splits[split])
+        return open_chosen(splits[split])
     if SPLIT_NAME.fullmatch(split) and split != "all":
         if splits:
             raise OnecardError(f"{source}: no split '{split}'; there are {', '.join(splits)}.{nearest(split, splits)}")
-        return opened(files)
-    parts = {name: list(opened(chosen)) for name, chosen in (splits or {"train": files}).items()}
+        return open_chosen(files)
+    parts = {name: list(open_chosen(chosen)) for name, chosen in (splits or {"train": files}).items()}
     return in_memory(part_of(source, split, parts))
 
 
 def part_of(source: str, split: str, rows: Mapping[str, list[Row]]) -> list[Row]:
-    """What `train[:100]+test[50%:]` says, as `datasets` reads it."""
+    """The rows of a split expression such as `train[:100]+test[50%:]`, parsed by `datasets`."""
     import datasets
 
     spec = "+".join(rows) if split == "all" else split
@@ -228,12 +233,12 @@ def part_of(source: str, split: str, rows: Mapping[str, list[Row]]) -> list[Row]
 
 
 def load_saved(path: Path, split: str) -> Any:
-    """A folder that `save_to_disk` wrote."""
+    """Load a split of a folder that `save_to_disk` wrote."""
     import datasets
 
     try:
         dataset = datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever the library's parsers raise
+    except Exception as error:  # the library's parsers may raise anything
         raise OnecardError(f"{path}: cannot be loaded as a saved dataset: {reason(error)}.") from error
     if isinstance(dataset, Mapping):
         if split not in dataset:
@@ -245,12 +250,12 @@ def load_saved(path: Path, split: str) -> Any:
 
 
 def load_hub(source: str, split: str) -> Any:
-    """A dataset by the name that `datasets.load_dataset` knows it under."""
+    """Load a dataset by its name with `datasets.load_dataset`."""
     import datasets
 
     try:
         return datasets.load_dataset(source, split=split)
-    except Exception as error:  # whatever the library, its parsers and the network raise
+    except Exception as error:  # the library, its parsers and the network may raise anything
         raise OnecardError(
             f"{source}: no such file, nor a dataset with split '{split}' that can be loaded: {reason(error)}."
         ) from error

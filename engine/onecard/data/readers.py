@@ -1,4 +1,4 @@
-"""One file to numbered records, by its suffix: JSON lines, JSON, CSV and Parquet, compressed or not.
+"""Read one file as numbered records, by its suffix: JSON lines, JSON, CSV and Parquet, compressed or not.
 
 rows.jsonl.gz -> bytes -> decompressed -> text (UTF-8, or UTF-16 and UTF-32 by their byte order mark) -> records
 """
@@ -29,7 +29,7 @@ SIGNATURES: Mapping[str, re.Pattern[bytes]] = {
     ".xz": re.compile(rb"\xfd7zXZ\x00"),
     ".zip": re.compile(rb"PK\x03\x04"),
 }
-BYTE_ORDER_MARKS = (  # UTF-32's before UTF-16's, which it begins with
+BYTE_ORDER_MARKS = (  # UTF-32 before UTF-16: its mark begins with UTF-16's
     (codecs.BOM_UTF8, "UTF-8"),
     (codecs.BOM_UTF32_LE, "UTF-32-LE"),
     (codecs.BOM_UTF32_BE, "UTF-32-BE"),
@@ -39,7 +39,7 @@ BYTE_ORDER_MARKS = (  # UTF-32's before UTF-16's, which it begins with
 
 
 def suffixes(path: Path) -> tuple[str, str]:
-    """The kind of a file and its compression: (".jsonl", ".gz") of rows.jsonl.gz, (".csv", "") of rows.csv."""
+    """The type of a file and its compression: (".jsonl", ".gz") for rows.jsonl.gz, (".csv", "") for rows.csv."""
     last = path.suffix.lower()
     if last not in COMPRESSED:
         return last, ""
@@ -47,7 +47,10 @@ def suffixes(path: Path) -> tuple[str, str]:
 
 
 def read_file(path: Path) -> Numbered:
-    """Records of one file with their numbers; a CSV file's cells are text, or None where they are empty."""
+    """(number, record) of each record of a file. The cells of a CSV file are text, or None if empty.
+
+    Raises OnecardError if the file does not exist, is empty, or cannot be read as its suffix says.
+    """
     if not path.exists():
         raise OnecardError(f"{path}: no such file.")
     suffix, compression = suffixes(path)
@@ -73,14 +76,14 @@ def read_file(path: Path) -> Numbered:
 
 
 def check_signature(path: Path, content: bytes, suffix: str) -> None:
-    """A compressed file or an archive is named as one."""
-    found = next((kind for kind, signature in SIGNATURES.items() if signature.match(content)), suffix)
-    if found != suffix:
-        raise OnecardError(f"{path}: expected a {suffix} file, but its content is that of a {found} file.")
+    """Raise OnecardError if a file is compressed or an archive, and its suffix does not say so."""
+    detected = next((kind for kind, signature in SIGNATURES.items() if signature.match(content)), suffix)
+    if detected != suffix:
+        raise OnecardError(f"{path}: expected a {suffix} file, but its content is that of a {detected} file.")
 
 
 def decompressed(path: Path, content: bytes, compression: str) -> bytes:
-    """All frames of a compressed file; one that is cut off is an error."""
+    """Decompress all frames of a file. Raises OnecardError if the file is truncated."""
     import pyarrow
 
     try:
@@ -90,8 +93,8 @@ def decompressed(path: Path, content: bytes, compression: str) -> bytes:
 
 
 def text_of(path: Path, content: bytes) -> str:
-    """A file's text without its byte order mark."""
-    mark, encoding = next((each for each in BYTE_ORDER_MARKS if content.startswith(each[0])), (b"", "UTF-8"))
+    """Decode a file, without its byte order mark. Raises OnecardError with the location of an invalid byte."""
+    mark, encoding = next((pair for pair in BYTE_ORDER_MARKS if content.startswith(pair[0])), (b"", "UTF-8"))
     if not mark and b"\0" in content[:4]:
         raise OnecardError(
             f"{path}: UTF-16 or UTF-32 without a byte order mark; expected UTF-8, or one of them with its mark."
@@ -114,7 +117,7 @@ def not_utf8(path: Path, line: int, byte: int, error: UnicodeDecodeError) -> One
 
 
 def is_utf8(path: Path) -> bool:
-    """Whether a file does not begin as UTF-16, UTF-32, a compressed file or an archive does."""
+    """Whether a file's first bytes are not those of UTF-16, UTF-32, a compressed file or an archive."""
     with open(path, "rb") as file:
         head = file.read(16)
     marks = [mark for mark, encoding in BYTE_ORDER_MARKS if encoding != "UTF-8"]
@@ -126,7 +129,7 @@ def is_utf8(path: Path) -> bool:
 
 
 def stream_jsonl(path: Path) -> Numbered:
-    """`read_jsonl` of a UTF-8 file, line by line."""
+    """`read_jsonl` for a UTF-8 file, read line by line."""
     number, is_blank = 0, True
     try:
         with open(path, "rb") as file:
@@ -144,18 +147,18 @@ def stream_jsonl(path: Path) -> Numbered:
 
 
 def read_jsonl(path: Path, content: bytes) -> Numbered:
-    """One object a line; blank lines are counted and passed over."""
-    # Split by hand: `splitlines` would also cut at the separators that JSON allows inside a string.
+    """One object per line. Blank lines are skipped, but counted."""
+    # Not `splitlines`: it also splits at separators that JSON allows inside a string.
     for number, line in enumerate(text_of(path, content).split("\n"), start=1):
         if line.strip():
             yield number, parse(line, f"{path}:{number}")
 
 
 def read_json(path: Path, content: bytes) -> Numbered:
-    """A list of objects, an object that holds one list of them, one row, or one object a line."""
+    """A list of objects, an object with one such list, a single row, or one object per line."""
     text = text_of(path, content)
-    first, _, more = text.strip().partition("\n")
-    if more and is_object(first):
+    first, _, rest = text.strip().partition("\n")
+    if rest and is_object(first):
         yield from read_jsonl(path, content)
         return
     document = parse(text, str(path))
@@ -170,32 +173,35 @@ def read_json(path: Path, content: bytes) -> Numbered:
 
 
 def is_object(line: str) -> bool:
-    """Whether a line is a whole JSON object."""
+    """Whether a line is a complete JSON object."""
     try:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
 
 
-def parse(text: str, place: str) -> Any:
-    """JSON, with the place in the error."""
+def parse(text: str, location: str) -> Any:
+    """Parse JSON. Raises OnecardError with `location` and the line and column."""
     try:
         return json.loads(text, object_pairs_hook=unique_keys, parse_float=exact_float)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise OnecardError(f"{place}: not JSON: {error.msg.removesuffix(' at')} at {where}.") from error
-    except (ValueError, RecursionError) as error:  # a key twice, a number of thousands of digits, endless nesting
-        raise OnecardError(f"{place}: not JSON that can be read: {reason(error)}.") from error
+        raise OnecardError(f"{location}: not JSON: {error.msg.removesuffix(' at')} at {where}.") from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a duplicate key, thousands of digits, too deep nesting
+        raise OnecardError(f"{location}: not JSON that can be read: {reason(error)}.") from error
 
 
 def exact_float(text: str) -> float | Decimal:
-    """A JSON number as a float where that is the number, or else a Decimal: an answer may have more digits."""
-    found = float(text)
-    return found if math.isinf(found) or Decimal(repr(found)) == Decimal(text) else Decimal(text)
+    """A JSON number as a float if that is exact, else as a Decimal: an answer may have more digits than a float."""
+    value = float(text)
+    return value if math.isinf(value) or Decimal(repr(value)) == Decimal(text) else Decimal(text)
 
 
 def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, whose keys differ: of two values under one key, JSON does not say which counts."""
+    """A JSON object. Raises ValueError for a duplicate key: JSON does not define which value counts."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]
@@ -204,17 +210,17 @@ def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_csv(path: Path, content: bytes) -> Numbered:
-    """Comma-separated, with a header, quoted as spreadsheets do it."""
+    """Comma-separated values with a header, quoted as in spreadsheets."""
     return read_table(str(path), text_of(path, content), ",")
 
 
 def read_tsv(path: Path, content: bytes) -> Numbered:
-    """The same with tabs between the cells."""
+    """The same, separated by tabs."""
     return read_table(str(path), text_of(path, content), "\t")
 
 
 def read_parquet(path: Path, content: bytes) -> Numbered:
-    """Parquet."""
+    """The rows of a Parquet file."""
     import pyarrow
     import pyarrow.parquet
 
@@ -223,32 +229,32 @@ def read_parquet(path: Path, content: bytes) -> Numbered:
         names = file.schema_arrow.names
     except (pyarrow.ArrowException, OSError) as error:
         raise OnecardError(f"{path}: not a Parquet file: {reason(error)}.") from error
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise OnecardError(f"{path}: column '{twice}' is there twice.")
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    if duplicate is not None:
+        raise OnecardError(f"{path}: column '{duplicate}' is there twice.")
 
     def records() -> Iterator[Any]:
-        try:  # Arrow's threads may abort a process that ends soon after
+        try:  # use_threads=False: Arrow's threads may abort a process that exits soon after
             for batch in file.iter_batches(batch_size=1000, use_threads=False):
                 yield from widened(pyarrow.Table.from_batches([batch])).to_pylist()
         except OSError as error:
             raise OnecardError(f"{path}: not a Parquet file: {reason(error)}.") from error
-        except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # broken UTF-8, a date of the year 10000
+        except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # invalid UTF-8, a date in the year 10000
             raise OnecardError(f"{path}: a value cannot be read: {reason(error)}.") from error
 
     return enumerate(records(), start=1)
 
 
 def widened(table: Any) -> Any:
-    """Columns of 16 and 32 bit as the numbers of 64 bit that are written alike: 0.1, and not 0.10000000149."""
+    """Convert float16 and float32 columns to the float64 with the same decimal text: 0.1, not 0.10000000149."""
     import numpy as np
     import pyarrow
 
-    for place, field in enumerate(table.schema):
+    for index, field in enumerate(table.schema):
         if field.type in (pyarrow.float16(), pyarrow.float32()):
             kind = np.float16 if field.type == pyarrow.float16() else np.float32
-            values = [None if value is None else float(str(kind(value))) for value in table.column(place).to_pylist()]
-            table = table.set_column(place, field.name, pyarrow.array(values, pyarrow.float64()))
+            values = [None if value is None else float(str(kind(value))) for value in table.column(index).to_pylist()]
+            table = table.set_column(index, field.name, pyarrow.array(values, pyarrow.float64()))
     return table
 
 
@@ -263,7 +269,7 @@ READERS: dict[str, Callable[[Path, bytes], Numbered]] = {
 
 
 def reason(error: BaseException) -> str:
-    """The first line of a library's message, without its full stop; the rest is advice about the library."""
+    """The first line of a library's message, at most 200 characters, without its full stop."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200].rstrip(". ")
 
@@ -272,7 +278,7 @@ KINDS = {"NoneType": "null", "str": "text", "bool": "true or false", "dict": "an
 
 
 def kind(value: object) -> str:
-    """What a value is, in the words of the file and not of Python."""
+    """The type of a value in the terms of JSON, not of Python."""
     if isinstance(value, float) and value != value:
         return "NaN"
     name = type(value).__name__

@@ -1,9 +1,9 @@
-"""Which files of a folder are data, and of which split, by the names that `datasets` knows splits by.
+"""The data files of a folder, and the split of each, by the same names as in `datasets`.
 
-Of three rules the first that fits any file holds for all of them; a file that it does not fit is left out:
+There are three rules. The first that matches any file is used for all files; files that it does not match are left out:
 
 1. `data/NAME-00000-of-00002.*`
-2. a folder's name: `train/a.csv`, `my-train/a.csv`
+2. the folder's name: `train/a.csv`, `my-train/a.csv`
 3. the file's name: `train.csv`, `train_1.csv`, `a-test.csv`
 """
 
@@ -28,12 +28,12 @@ CARD_SETTING = re.compile(r"^(?:configs|dataset_info)\s*:", re.MULTILINE)
 
 
 def data_files(folder: Path, suffixes: Sequence[str]) -> list[PurePosixPath]:
-    """Files with these endings at any depth, in the order of their names; none that are hidden."""
-    found = (file.relative_to(folder) for file in folder.rglob("*") if file.name.lower().endswith(tuple(suffixes)))
+    """Files with these suffixes at any depth, sorted by path. Hidden files and metadata files are left out."""
+    files = (file.relative_to(folder) for file in folder.rglob("*") if file.name.lower().endswith(tuple(suffixes)))
     return sorted(
         (
             PurePosixPath(file.as_posix())
-            for file in found
+            for file in files
             if (folder / file).is_file()
             and file.name not in NO_DATA
             and not any(part.startswith(".") for part in file.parts)
@@ -44,7 +44,7 @@ def data_files(folder: Path, suffixes: Sequence[str]) -> list[PurePosixPath]:
 
 
 def has_settings(folder: Path) -> bool:
-    """Whether the folder says itself how it is to be read, as one from the hub may."""
+    """Whether the folder has its own loading configuration, as a dataset from the hub may have."""
     if (folder / ".huggingface.yaml").exists() or (folder / "dataset_infos.json").exists():
         return True
     card = folder / "README.md"
@@ -53,7 +53,7 @@ def has_settings(folder: Path) -> bool:
 
 
 def files_by_split(files: Sequence[PurePosixPath]) -> dict[str, list[PurePosixPath]]:
-    """The files of each split; empty where no name says one."""
+    """Split -> its files; empty if no rule matches."""
     rules: tuple[Callable[[PurePosixPath], list[str]], ...] = (shard_split, folder_splits, file_splits)
     for rule in rules:
         splits: dict[str, list[PurePosixPath]] = {}
@@ -66,13 +66,13 @@ def files_by_split(files: Sequence[PurePosixPath]) -> dict[str, list[PurePosixPa
 
 
 def shard_split(file: PurePosixPath) -> list[str]:
-    found = SHARD.fullmatch(str(file))
-    return [found[1]] if found else []
+    match = SHARD.fullmatch(str(file))
+    return [match[1]] if match else []
 
 
 def folder_splits(file: PurePosixPath) -> list[str]:
-    return [name for name, known in FOLDER_NAMES.items() if any(known.fullmatch(part) for part in file.parent.parts)]
+    return [name for name, pattern in FOLDER_NAMES.items() if any(map(pattern.fullmatch, file.parent.parts))]
 
 
 def file_splits(file: PurePosixPath) -> list[str]:
-    return [name for name, known in FILE_NAMES.items() if known.fullmatch(file.name)]
+    return [name for name, pattern in FILE_NAMES.items() if pattern.fullmatch(file.name)]

@@ -1,11 +1,11 @@
-"""Chat templates: messages to text, the date that they write, and the token that ends an answer.
+"""Chat templates: render messages, fix the date that they write, and find the token that ends an answer.
 
-A worked example of ChatML, where `<|im_end|>` ends an answer and the line break behind it is no part of it:
+An example of ChatML: `<|im_end|>` ends an answer, and the line break after it is not part of the answer:
 
     <|im_start|>user\\nHello<|im_end|>\\n<|im_start|>assistant\\n    fine<|im_end|>    \\n
     -------------------------- prompt ------------------------    --- answer ---
 
-`template_answers` has what of a rendered conversation is an answer.
+`template_answers` separates answers from prompts in rendered conversations.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from onecard.data.readers import reason
 from onecard.utils.errors import OnecardError
 
 NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
-QUESTION, ANSWER, CALL = "onecardquestion", "onecardanswer", "onecardcall"  # letters, which no template changes
-CALL_ID = "onecallid"  # of nine letters, which Mistral's templates ask for
+QUESTION, ANSWER, CALL = "onecardquestion", "onecardanswer", "onecardcall"  # only letters, which no template changes
+CALL_ID = "onecallid"  # nine letters: Mistral's templates require this length
 
 _date: ContextVar[datetime | None] = ContextVar("template_date", default=None)
 
@@ -35,7 +35,7 @@ _date: ContextVar[datetime | None] = ContextVar("template_date", default=None)
 
 
 def today() -> str:
-    """The date of the clock that chat templates read, as YYYY-MM-DD."""
+    """The current date of the clock that chat templates read, as YYYY-MM-DD."""
     from transformers.utils import chat_template_utils
 
     return str(chat_template_utils.datetime.now().strftime("%Y-%m-%d"))
@@ -43,7 +43,7 @@ def today() -> str:
 
 @contextmanager
 def template_date(date: str) -> Iterator[None]:
-    """Inside, `date` (YYYY-MM-DD) is the current date of every chat template that writes one."""
+    """Context in which chat templates that write the current date write `date` (YYYY-MM-DD)."""
     token = _date.set(datetime.fromisoformat(date))
     try:
         yield
@@ -52,14 +52,14 @@ def template_date(date: str) -> Iterator[None]:
 
 
 def date_of(template: str) -> str:
-    """The date that a chat template writes, as YYYY-MM-DD; empty where it writes none."""
+    """The date that a chat template writes, as YYYY-MM-DD; empty if it writes none."""
     date = _date.get()
     return "" if "strftime_now" not in template else today() if date is None else date.strftime("%Y-%m-%d")
 
 
 @dataclass(frozen=True)
 class FixedClock:
-    """Stands for the `datetime` class of which transformers' `strftime_now` takes `now`."""
+    """Replaces the `datetime` class whose `now` transformers' `strftime_now` calls."""
 
     moment: datetime
 
@@ -69,17 +69,19 @@ class FixedClock:
 
 @contextmanager
 def fixed_clock(moment: datetime) -> Iterator[None]:
-    """Inside, `strftime_now` of chat templates formats `moment`. Templates are given no functions, so the clock that
-    transformers' own function reads is exchanged.
+    """Context in which `strftime_now` of chat templates formats `moment`.
+
+    A template cannot be given another `strftime_now`, so the `datetime` that transformers' own function reads is
+    replaced.
     """
     from transformers.utils import chat_template_utils
 
-    own = chat_template_utils.datetime
+    original = chat_template_utils.datetime
     chat_template_utils.datetime = FixedClock(moment)
     try:
         yield
     finally:
-        chat_template_utils.datetime = own
+        chat_template_utils.datetime = original
 
 
 def rendered(
@@ -89,10 +91,12 @@ def rendered(
     *,
     answer_next: bool = False,
 ) -> str:
-    """What the chat template makes of the messages; its own special tokens are in the text.
+    """Messages rendered by the chat template, with its special tokens as text.
 
-    `arguments`: what the template is given beside them, such as `tools`. Where the template refuses the messages as
-    they are, messages without content get an empty one; then arguments of tool calls become JSON text (DeepSeek-V3).
+    `arguments`: arguments of the template besides the messages, such as `tools`. `answer_next`: add the generation
+    prompt. If the template raises an error, messages without content get an empty one; then the arguments of tool calls
+    also become JSON strings (DeepSeek-V3). Raises OnecardError without a template, and BadRowError if it raises, or
+    leaves out a message or the tool calls.
     """
     if not tokenizer.chat_template:
         raise OnecardError(
@@ -101,25 +105,26 @@ def rendered(
         )
 
     def write(messages: Messages) -> str:
-        filled = tuple({"content": "", **each} for each in messages)
-        ways = (messages, filled, tuple(map(with_text_arguments, filled)))
+        filled = tuple({"content": "", **item} for item in messages)
+        variants = (messages, filled, tuple(map(with_text_arguments, filled)))
         errors = []
-        for place, way in enumerate(ways):
-            if way not in ways[:place]:
+        for index, variant in enumerate(variants):
+            if variant not in variants[:index]:
                 try:
-                    return apply_template(way, tokenizer, arguments, answer_next)
+                    return apply_template(variant, tokenizer, arguments, answer_next)
                 except BadRowError as error:
                     errors.append(error)
         raise errors[0]
 
     text = write(messages)
-    unseen = [place for place, each in enumerate(messages) if each.get("content", "").strip() not in text]
-    check_written(messages, write, unseen if answer_next else [place for place in unseen if place == len(messages) - 1])
+    last = len(messages) - 1
+    missing = [index for index, item in enumerate(messages) if item.get("content", "").strip() not in text]
+    check_written(messages, write, missing if answer_next else [index for index in missing if index == last])
     return unicode(text, "chat template")
 
 
 def with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose tool calls have their arguments as JSON text."""
+    """A message whose tool calls have their arguments as JSON strings."""
 
     def text(call: dict[str, Any]) -> dict[str, Any]:
         if "function" in call:
@@ -136,7 +141,7 @@ def with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
 def apply_template(
     messages: Sequence[dict[str, Any]], tokenizer: Any, arguments: Mapping[str, Any], answer_next: bool
 ) -> str:
-    """`apply_chat_template`, with the current date of `template_date`."""
+    """`apply_chat_template`, with the date of `template_date`. Raises BadRowError if the template raises."""
     date = _date.get()
     dated = date is not None and "strftime_now" in str(tokenizer.chat_template)
     try:
@@ -146,51 +151,53 @@ def apply_template(
                     list(messages), add_generation_prompt=answer_next, tokenize=False, **arguments
                 )
             )
-    except Exception as error:  # a template raises what it likes, such as that roles must alternate
+    except Exception as error:  # a template may raise anything, such as that roles must alternate
         raise BadRowError(f"chat template: {reason(error)}") from error
 
 
-def check_written(messages: Messages, write: Callable[[Messages], str], unseen: Sequence[int]) -> None:
-    """A template that leaves out the text of a message, or tool calls, makes a bad row: an empty answer, or one to
-    another question, would be learned. Both are looked for by names that no other text has; `unseen` are the places of
-    messages whose own text is not in what the template writes.
+def check_written(messages: Messages, write: Callable[[Messages], str], missing: Sequence[int]) -> None:
+    """Raise BadRowError if the template leaves out a message's content, or tool calls.
+
+    Otherwise an empty answer, or an answer to another question, would be learned. Contents and calls are replaced by
+    markers that occur in no other text. `missing`: indices of messages whose content is not in the rendered text.
     """
-    for place in unseen:
-        marked = {**messages[place], "content": ANSWER}
-        if not marked.get("tool_calls") and ANSWER not in write((*messages[:place], marked, *messages[place + 1 :])):
-            raise BadRowError(f"chat template: it does not write the content of messages[{place}]")
+    for index in missing:
+        marked = {**messages[index], "content": ANSWER}
+        if not marked.get("tool_calls") and ANSWER not in write((*messages[:index], marked, *messages[index + 1 :])):
+            raise BadRowError(f"chat template: it does not write the content of messages[{index}]")
     calls = sum(len(message.get("tool_calls", ())) for message in messages)
-    for key, word in (("name", CALL), ("id", CALL_ID)) if calls else ():
-        named = tuple(
-            {**message, "tool_calls": [renamed(call, key, word) for call in message["tool_calls"]]}
+    for key, marker in (("name", CALL), ("id", CALL_ID)) if calls else ():
+        marked_messages = tuple(
+            {**message, "tool_calls": [with_marker(call, key, marker) for call in message["tool_calls"]]}
             if message.get("tool_calls")
             else message
             for message in messages
         )
-        if write(named).count(word) >= calls:
+        if write(marked_messages).count(marker) >= calls:
             return
     if calls:
         raise BadRowError("chat template: it does not write the tool calls of the messages")
 
 
-def renamed(call: dict[str, Any], key: str, word: str) -> dict[str, Any]:
-    """A tool call to a function called `word`, whether it has its name under `function`, as OpenAI's do, or not; or
-    with that id, which is what some templates write (Kimi-K2).
+def with_marker(call: dict[str, Any], key: str, marker: str) -> dict[str, Any]:
+    """A tool call with `marker` as its function's `name`, or as its `id`, which some templates write instead (Kimi-K2).
+
+    The name may be under `function`, as in OpenAI's format, or not.
     """
     if key == "name" and "function" in call:
-        return {**call, "function": {**call["function"], key: word}}
-    return {**call, key: word}
+        return {**call, "function": {**call["function"], key: marker}}
+    return {**call, key: marker}
 
 
-# --- what ends an answer ---
+# --- end tokens ---
 
 
 @dataclass(frozen=True)
 class Ends:
-    """The ids that end an answer. `texts`: how they and all special tokens are written.
+    """The token ids that end an answer. `texts`: text -> id of these and of all special tokens.
 
-    `turn` is the one that the chat template closes an answer with; None without a template, and where it writes none.
-    `chat`: those that a template with `turn` may close answers with, such as another one behind tool calls.
+    `turn`: the token with which the chat template closes an answer; None without a template, or if it writes none.
+    `chat`: all tokens with which the template may close an answer, such as another one after tool calls.
     """
 
     ids: frozenset[int]
@@ -200,8 +207,10 @@ class Ends:
 
 
 def answer_ends(tokenizer: Any) -> Ends:
-    """What ends an answer: the tokenizer's EOS, the EOS ids of the model's generation config (which `load_tokenizer`
-    notes on the tokenizer), and the token that the chat template closes an answer with.
+    """The tokens that end an answer.
+
+    These are the tokenizer's EOS, the EOS ids of the model's generation config (`load_tokenizer` stores them on the
+    tokenizer as `generation_eos`), and the token with which the chat template closes an answer.
     """
     template = getattr(tokenizer, "chat_template", None)
     listed = frozenset({tokenizer.eos_token_id, *getattr(tokenizer, "generation_eos", ())} - {None})
@@ -209,7 +218,7 @@ def answer_ends(tokenizer: Any) -> Ends:
 
 
 def closing_token(tokenizer: Any, *, chat: bool) -> int:
-    """The token that answers in training data end with: of chat messages the template's, else EOS."""
+    """The last token of training answers: the chat template's for messages, else EOS. Raises OnecardError if none."""
     turn = answer_ends(tokenizer).turn if chat else None
     end = tokenizer.eos_token_id if turn is None else turn
     if end is None:
@@ -219,21 +228,21 @@ def closing_token(tokenizer: Any, *, chat: bool) -> int:
 
 @lru_cache(maxsize=8)
 def find_ends(tokenizer: Any, template: str, listed: frozenset[int]) -> Ends:
-    """`answer_ends` of a tokenizer with a template, which is an argument for the sake of the cache."""
-    special = {str(token): place for place, token in tokenizer.added_tokens_decoder.items() if token.special}
-    texts = special | {text: place for place in listed if (text := tokenizer.decode([place]))}
+    """`answer_ends` of a tokenizer with a template. `template` and `listed` are arguments for the cache."""
+    special = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    texts = special | {text: token_id for token_id in listed if (text := tokenizer.decode([token_id]))}
     turn = closing_turn(tokenizer, listed, texts)
     if turn is None:
         return Ends(listed, texts=texts)
-    chat = {turn} | {place for text, place in texts.items() if place in listed and text in template}
+    chat = {turn} | {token_id for text, token_id in texts.items() if token_id in listed and text in template}
     return Ends(listed | {turn}, turn, frozenset(chat), texts)
 
 
 def closing_turn(tokenizer: Any, listed: frozenset[int], texts: Mapping[str, int]) -> int | None:
-    """The first token behind an answer that is one of `listed`, or else the first special one.
+    """The first token after an answer that is one of `listed`, or else the first special token; None if there is none.
 
-    Some templates write more behind the last answer than behind others (Phi-3: EOS): then what is written behind both
-    counts.
+    Some templates write more after the last answer than after others (Phi-3: EOS). Then only tokens written after both
+    count.
     """
     question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
     for opening in ((question,), ({**question, "role": "system"}, question)):
@@ -242,50 +251,50 @@ def closing_turn(tokenizer: Any, listed: frozenset[int], texts: Mapping[str, int
         if last is None:
             continue
         tokens = leading_tokens(last, texts)
-        found = [token for end, token in tokens if middle.startswith(last[:end])] or [token for _, token in tokens]
-        return next((token for token in found if token in listed), found[0] if found else None)
+        ends = [token for end, token in tokens if middle.startswith(last[:end])] or [token for _, token in tokens]
+        return next((token for token in ends if token in listed), ends[0] if ends else None)
     return None
 
 
 def text_behind(content: str, messages: Messages, tokenizer: Any) -> str | None:
-    """What the template writes behind a message's content; None where it refuses the messages or leaves it out."""
+    """The text that the template writes after a message's content; None if it raises or leaves the content out."""
     try:
-        _, found, behind = rendered(messages, tokenizer).rpartition(content)
+        _, marker, rest = rendered(messages, tokenizer).rpartition(content)
     except BadRowError:
         return None
-    return behind if found else None
+    return rest if marker else None
 
 
 def leading_tokens(text: str, texts: Mapping[str, int]) -> list[tuple[int, int]]:
-    """(where it ends, its id) of each special token that the text begins with; white space may stand between them."""
-    found, place = list[tuple[int, int]](), 0
-    while place < len(text):
-        match = max((each for each in texts if text.startswith(each, place)), key=len, default="")
+    """(end offset, id) of each special token at the start of the text. White space may come between them."""
+    tokens, offset = list[tuple[int, int]](), 0
+    while offset < len(text):
+        match = max((token for token in texts if text.startswith(token, offset)), key=len, default="")
         if match:
-            found.append((place + len(match), texts[match]))
-        elif not text[place].isspace():
+            tokens.append((offset + len(match), texts[match]))
+        elif not text[offset].isspace():
             break
-        place += max(len(match), 1)
-    return found
+        offset += max(len(match), 1)
+    return tokens
 
 
 def trailing_tokens(text: str, texts: Mapping[str, int]) -> list[tuple[int, int]]:
-    """The same of those that the text ends with, in their order in the text."""
-    found, place, all_texts = list[tuple[int, int]](), len(text), tuple(texts)
-    while place:
+    """(end offset, id) of each special token at the end of the text, in text order."""
+    tokens, offset, all_texts = list[tuple[int, int]](), len(text), tuple(texts)
+    while offset:
         match = ""
-        if text.endswith(all_texts, 0, place):
-            match = max((each for each in texts if text.endswith(each, 0, place)), key=len)
-            found.append((place, texts[match]))
-        elif not text[place - 1].isspace():
+        if text.endswith(all_texts, 0, offset):
+            match = max((token for token in texts if text.endswith(token, 0, offset)), key=len)
+            tokens.append((offset, texts[match]))
+        elif not text[offset - 1].isspace():
             break
-        place -= max(len(match), 1)
-    return found[::-1]
+        offset -= max(len(match), 1)
+    return tokens[::-1]
 
 
 def through_end(text: str, tokenizer: Any) -> tuple[str, int | None]:
-    """A rendered text up to the token that ends its last turn, and that token; all of it and None if there is none."""
+    """A rendered text up to the token that ends its last turn, and that token; the whole text and None without one."""
     ends = answer_ends(tokenizer)
     tail = trailing_tokens(text, ends.texts)
-    place, end = next(((place, token) for place, token in tail if token in ends.ids), (len(text), None))
-    return text[:place], end
+    offset, end = next(((offset, token) for offset, token in tail if token in ends.ids), (len(text), None))
+    return text[:offset], end

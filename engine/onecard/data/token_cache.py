@@ -1,4 +1,4 @@
-"""The token cache: tokenized examples of large data on disk, which the next run over the same rows reads.
+"""The token cache: tokenized examples of large datasets on disk, for later runs over the same rows.
 
 $ONECARD_CACHE/tokens/KEY/    tokens, response_mask, ... (`example_arrays`), groups, account.json
 """
@@ -31,13 +31,13 @@ ACCOUNT, GROUPS = "account.json", "groups"
 
 @dataclass(frozen=True)
 class TokenizedExamples(Tokenized[T]):
-    """`Tokenized` whose examples are arrays."""
+    """`Tokenized` with examples in arrays."""
 
     examples: Examples[T]
 
 
 def cache_key(rows: Iterable[Row], tokenizer: Tokenizer, kind: type, settings: Mapping[str, Any]) -> str:
-    """A digest of all that the examples depend on; empty where rows are few or have no identity: nothing is cached."""
+    """SHA-256 of everything the examples depend on; empty if nothing is cached (`rows` are few or have no identity)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(rows, Rows) or not rows.identity or backend is None:
         return ""
@@ -63,23 +63,23 @@ def cache_key(rows: Iterable[Row], tokenizer: Tokenizer, kind: type, settings: M
 
 @lru_cache(maxsize=1)
 def code_digest() -> str:
-    """SHA-256 of the source files of this package: another version may tokenize differently."""
+    """SHA-256 of this package's source files: another version may tokenize differently."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def cached(key: str, kind: type[T], write: Callable[[Path | None], TokenizedExamples[T]]) -> TokenizedExamples[T]:
-    """Read the examples from the cache, or have `write` write them into a new folder of it.
+    """Read the examples from the cache, or call `write` with a new folder of the cache.
 
-    `write(None)` holds them in memory: without a key, and where the disk is full or cannot be written.
+    `write(None)` is called if `key` is empty, or if the folder cannot be written: it keeps the examples in memory.
     """
     if not key:
         return write(None)
     folder = cache_folder() / "tokens" / key
-    found = read_cache(folder, kind)
-    if found is not None:
-        say(f"data: {len(found.examples):,} tokenized examples are read from {folder}.")
-        return found
+    tokenized = read_cache(folder, kind)
+    if tokenized is not None:
+        say(f"data: {len(tokenized.examples):,} tokenized examples are read from {folder}.")
+        return tokenized
     new = temporary(folder, "tmp")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -89,8 +89,8 @@ def cached(key: str, kind: type[T], write: Callable[[Path | None], TokenizedExam
         made = write(new)
         (new / GROUPS).write_bytes(b"".join(made.groups))
         files = {name: digest(new / name) for name in (*DTYPES, GROUPS)}
-        account = {"files": files, "notes": made.notes, "bad_rows": [asdict(bad) for bad in made.bad_rows]}
-        (new / ACCOUNT).write_text(json.dumps(account), encoding="utf-8")
+        metadata = {"files": files, "notes": made.notes, "bad_rows": [asdict(bad) for bad in made.bad_rows]}
+        (new / ACCOUNT).write_text(json.dumps(metadata), encoding="utf-8")
         remove(folder)
         os.replace(new, folder)
     except OSError as error:
@@ -109,16 +109,16 @@ def read_cache(folder: Path, kind: type[T]) -> TokenizedExamples[T] | None:
     if not folder.exists():
         return None
     try:
-        account = json.loads((folder / ACCOUNT).read_text(encoding="utf-8"))
-        wrong = next((name for name, found in account["files"].items() if digest(folder / name) != found), None)
+        metadata = json.loads((folder / ACCOUNT).read_text(encoding="utf-8"))
+        wrong = next((name for name, sha in metadata["files"].items() if digest(folder / name) != sha), None)
         if wrong is not None:
             raise ValueError(f"{wrong} is not what was written")
         groups = (folder / GROUPS).read_bytes()
         return TokenizedExamples(
             open_examples(kind, folder),
-            [groups[place : place + GROUP_BYTES] for place in range(0, len(groups), GROUP_BYTES)],
-            tuple(account["notes"]),
-            tuple(BadRow(**bad) for bad in account["bad_rows"]),
+            [groups[start : start + GROUP_BYTES] for start in range(0, len(groups), GROUP_BYTES)],
+            tuple(metadata["notes"]),
+            tuple(BadRow(**bad) for bad in metadata["bad_rows"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         say(f"data: {folder} is damaged ({error}); the rows are tokenized again.")

@@ -1,6 +1,6 @@
-"""Rows to tokenized examples in batches, for the tokenizer is faster on many texts than on one.
+"""Tokenize rows in batches: the tokenizer is faster on many texts at once.
 
-rows -> pending examples (texts) -> token ids of a batch of them -> examples, a data report
+rows -> pending examples (texts) -> token ids of a batch of them -> examples, and a data report
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ T = TypeVar("T")
 M = TypeVar("M")
 T_co = TypeVar("T_co", covariant=True)
 
-BATCH_ROWS = 512  # rows whose texts go to the tokenizer together
-PROGRESS_ROWS = 5_000  # rows, from which on there is a progress bar
+BATCH_ROWS = 512  # rows tokenized in one call
+PROGRESS_ROWS = 5_000  # rows from which there is a progress bar
 
 
 @dataclass(frozen=True)
 class PendingExample(Generic[T_co]):
-    """A row before tokenization: its texts, and the function that builds the example from their tokens."""
+    """A row before tokenization: its texts, and the function that builds the example from their token ids."""
 
     transcripts: Sequence[Transcript]
     build: Callable[[list[Masked]], T_co]
 
 
-Pending: TypeAlias = Iterable[tuple[Row, PendingExample[T] | Exception]]  # the exception says why a row is unusable
+Pending: TypeAlias = Iterable[tuple[Row, PendingExample[T] | Exception]]  # an exception for a row that cannot be used
 
 
 def pending_examples(
     rows: Iterable[Row], report: DataReport, prepare: Callable[[Row], PendingExample[T]]
 ) -> Pending[T]:
-    """Apply `prepare` to each row. Its error is raised later, in the order of the rows."""
+    """Apply `prepare` to each row. Errors are yielded; `build_examples` raises them in the order of the rows."""
     for row in rows:
         report.add_row(row)
         try:
@@ -55,10 +55,13 @@ def pending_examples(
 
 
 def build_examples(pending: Pending[T], tokenizer: Tokenizer, report: DataReport, *, skip: bool) -> Iterator[T]:
-    """Tokenize pending examples in batches and build them. The first bad row is an error unless `skip`."""
-    waiting = iter(pending)
-    while batch := list(islice(waiting, BATCH_ROWS)):
-        transcripts = [each for _, item in batch if isinstance(item, PendingExample) for each in item.transcripts]
+    """Tokenize pending examples in batches and build them.
+
+    Raises OnecardError at the first bad row unless `skip`, and if no row can be used.
+    """
+    remaining = iter(pending)
+    while batch := list(islice(remaining, BATCH_ROWS)):
+        transcripts = [text for _, item in batch if isinstance(item, PendingExample) for text in item.transcripts]
         texts = iter(tokenize_transcripts(transcripts, tokenizer))
         for row, item in batch:
             try:
@@ -78,7 +81,7 @@ def build_examples(pending: Pending[T], tokenizer: Tokenizer, report: DataReport
 
 @dataclass(frozen=True)
 class Tokenization(Generic[T]):
-    """What tokenized examples of one kind depend on. `odd`: the data report's line on examples that are `is_odd`."""
+    """Everything that the tokenized examples of one kind depend on. `odd`: the note on examples that are `is_odd`."""
 
     kind: type[T]
     rows: Iterable[Row]
@@ -89,7 +92,7 @@ class Tokenization(Generic[T]):
     odd: str = ""
 
     def examples(self, prepare: Callable[[Row], PendingExample[Made[T]]]) -> TokenizedExamples[T]:
-        """An example of each row."""
+        """One example for each row."""
         return self.examples_from(lambda rows, report: self.build(pending_examples(rows, report, prepare), report))
 
     def build(self, pending: Pending[M], report: DataReport) -> Iterator[M]:
@@ -97,7 +100,7 @@ class Tokenization(Generic[T]):
         return build_examples(pending, self.tokenizer, report, skip=self.skip_bad_rows)
 
     def examples_from(self, make: Callable[[Iterable[Row], DataReport], Iterator[Made[T]]]) -> TokenizedExamples[T]:
-        """The examples that `make` yields, from the cache if an earlier run has written them there."""
+        """The examples that `make` yields, or those that an earlier run wrote into the token cache."""
 
         def write(folder: Path | None) -> TokenizedExamples[T]:
             report, groups, writer = DataReport(self.tokenizer), list[bytes](), ExampleWriter(self.kind, folder)
@@ -115,7 +118,7 @@ class Tokenization(Generic[T]):
 
 @contextmanager
 def fewer_collections() -> Iterator[None]:
-    """Context in which Python collects cycles less often: rows have none, and looking took a fifth of the time."""
+    """Context with fewer garbage collections: rows have no cycles, and collections took a fifth of the time."""
     before = gc.get_threshold()
     gc.set_threshold(100_000, *before[1:])
     try:

@@ -1,17 +1,18 @@
-"""From rows to typed examples: which columns there are, and that their values are what their names promise.
+"""Rows to typed examples: find the columns of each kind of training, and check their values.
 
-Text is a string or a tuple of chat messages, in TRL's columns:
+The columns are TRL's. A text is a string or a tuple of chat messages:
 
 | training | columns |
 |---|---|
-| SFT | `messages`, or `prompt` + `completion`, or `text` (the first that a row has; null is no column) |
-| reward, DPO: pairs | `chosen`, `rejected`, `prompt`; `margin` if known |
+| SFT | `messages`, or `prompt` + `completion`, or `text` (the first that a row has; a null column counts as missing) |
+| reward, DPO: pairs | `chosen`, `rejected`, `prompt`; optional `margin` |
 | reward: scores | `prompt`, `completion`, `score` |
-| reward: rankings | `prompt`, `completions`: two answers or more, the best first |
-| KTO: labelled answers | `prompt`, `completion`, `label`: whether it is a desirable one |
+| reward: rankings | `prompt`, `completions`: two or more answers, best first |
+| KTO: labelled answers | `prompt`, `completion`, `label`: whether the answer is desirable |
 | prompts | `prompt` |
 
-Chat pairs need no `prompt`: it is the messages that chosen and rejected share at their start (TRL's implicit prompt).
+Chat pairs need no `prompt`: the messages that chosen and rejected have in common at their start are the prompt (TRL's
+implicit prompt).
 """
 
 from __future__ import annotations
@@ -44,21 +45,21 @@ from onecard.utils.errors import nearest
 
 @dataclass(frozen=True)
 class TextRow:
-    """Plain text to learn from end to end."""
+    """Plain text; all of it is learned."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class MessagesRow:
-    """A conversation to learn from."""
+    """A conversation to learn."""
 
     messages: Messages
 
 
 @dataclass(frozen=True)
 class CompletionRow:
-    """A prompt and the completion to learn: both text, or both messages."""
+    """A prompt and the completion to learn: both strings, or both messages."""
 
     prompt: Text
     completion: Text
@@ -69,7 +70,7 @@ SFTRow: TypeAlias = TextRow | MessagesRow | CompletionRow
 
 @dataclass(frozen=True)
 class PreferenceRow:
-    """Two answers to one prompt: all text, or all messages."""
+    """Two answers to one prompt: all strings, or all messages."""
 
     prompt: Text
     chosen: Text
@@ -79,7 +80,7 @@ class PreferenceRow:
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """One answer and the score that somebody gave it."""
+    """One answer and its given score."""
 
     prompt: Text
     completion: Text
@@ -88,7 +89,7 @@ class ScoredRow:
 
 @dataclass(frozen=True)
 class RankingRow:
-    """Two answers or more to one prompt, the best first: all text, or all messages."""
+    """Two or more answers to one prompt, best first: all strings, or all messages."""
 
     prompt: Text
     completions: tuple[Text, ...]
@@ -96,7 +97,7 @@ class RankingRow:
 
 @dataclass(frozen=True)
 class LabelledRow:
-    """One answer, and whether it is a desirable one."""
+    """One answer, and whether it is desirable."""
 
     prompt: Text
     completion: Text
@@ -111,28 +112,28 @@ class PromptRow:
 
 
 def sft_row(row: Row) -> SFTRow:
-    """The first kind of SFT example that the row has the columns of."""
+    """The first kind of SFT example whose columns the row has. Raises BadRowError if there is none."""
     values = row.values
-    whole = [make for columns, make in SFT_KINDS.items() if all(has(values, name) for name in columns)]
-    begun = [make for columns, make in SFT_KINDS.items() if any(has(values, name) for name in columns)]
-    for make in whole + begun:  # of a kind that is only begun, `make` says which column is missing
+    complete = [make for columns, make in SFT_KINDS.items() if all(has(values, name) for name in columns)]
+    partial = [make for columns, make in SFT_KINDS.items() if any(has(values, name) for name in columns)]
+    for make in complete + partial:  # for a partial kind, `make` raises an error that names the missing column
         return make(values)
     null = [name for columns in SFT_KINDS for name in columns if name in values]
     if null:
-        beside = f"; {there_are(values)}" if any(has(values, str(name)) for name in values) else ""
-        raise BadRowError(f"{', '.join(null)} {'is' if len(null) == 1 else 'are'} null{beside}")
+        others = f"; {there_are(values)}" if any(has(values, str(name)) for name in values) else ""
+        raise BadRowError(f"{', '.join(null)} {'is' if len(null) == 1 else 'are'} null{others}")
     near = next(filter(None, (nearest(name, unused(values)) for name in ("messages", "text"))), "")
     raise BadRowError(f"no column 'messages', 'prompt' + 'completion', or 'text'; {there_are(values)}{near}")
 
 
 def preference_row(row: Row) -> PreferenceRow:
-    """A pair with its prompt, which chat answers may carry at their start."""
+    """A pair with its prompt, which chat answers may include at their start."""
     values = row.values
     chosen, rejected = text_or_messages(values, "chosen"), text_or_messages(values, "rejected")
     must_match("rejected", rejected, "chosen", chosen)
     given = text_or_messages(values, "prompt") if has(values, "prompt") or not is_chat(chosen) else None
     if is_chat(chosen) and is_chat(rejected) and not isinstance(given, tuple):
-        # A text prompt beside whole conversations only repeats their first message, as in UltraFeedback.
+        # A text prompt in a row of whole conversations repeats their first message, as in UltraFeedback.
         prompt: Text = shared_start(chosen, rejected)
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     else:
@@ -146,7 +147,7 @@ def preference_row(row: Row) -> PreferenceRow:
 
 
 def scored_row(row: Row, bounds: tuple[float, float] | None = None) -> ScoredRow:
-    """An answer with its score, which lies within `bounds` where they are given."""
+    """An answer with its score. Raises BadRowError if the score is outside `bounds`."""
     answer = completion_kind(row.values)
     score = number(row.values, "score")
     if bounds is not None and not bounds[0] <= score <= bounds[1]:
@@ -155,7 +156,7 @@ def scored_row(row: Row, bounds: tuple[float, float] | None = None) -> ScoredRow
 
 
 def ranking_row(row: Row) -> RankingRow:
-    """Answers in their order, the best first."""
+    """Answers in their order, best first."""
     values = row.values
     given = column(values, "completions")
     if not isinstance(given, list):
@@ -164,7 +165,7 @@ def ranking_row(row: Row) -> RankingRow:
         raise BadRowError(f"completions: expected 2 answers or more, got {len(given)}")
     prompt = text_or_messages(values, "prompt")
     must_ask("prompt", prompt)
-    answers = {f"completions[{place}]": as_text(item, f"completions[{place}]") for place, item in enumerate(given)}
+    answers = {f"completions[{index}]": as_text(item, f"completions[{index}]") for index, item in enumerate(given)}
     for name, answer in answers.items():
         must_match(name, answer, "prompt", prompt)
         must_answer(name, answer)
@@ -178,7 +179,7 @@ def labelled_row(row: Row) -> LabelledRow:
 
 
 def shared_start(chosen: Messages, rejected: Messages) -> Messages:
-    """The messages that open both, leaving each at least one to answer with."""
+    """The messages that both begin with; each keeps at least one message as its answer."""
     limit = min(len(chosen), len(rejected)) - 1
     count = next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
     if count == 0:
@@ -189,7 +190,7 @@ def shared_start(chosen: Messages, rejected: Messages) -> Messages:
 
 
 def prompt_row(row: Row) -> PromptRow:
-    """The prompt of a row; its other columns are left to the rewards."""
+    """The prompt of a row. The other columns are for rewards."""
     prompt = text_or_messages(row.values, "prompt")
     must_ask("prompt", prompt)
     return PromptRow(prompt)

@@ -1,1 +1,1 @@
-"""Responses -> scores."""
+"""Rewards: scores of sampled responses, from reward models, functions and built-in rewards."""

@@ -1,4 +1,4 @@
-"""Scores from a reward adapter and its scalar head."""
+"""Rewards from a LoRA adapter and its scalar head."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from onecard.rollout import end_tokens, tokens_before_end
 def score(
     roles: Roles, tokenizer: Any, prompts: Sequence[str], responses: Sequence[str], *, max_length: int, batch_size: int
 ) -> list[float]:
-    """One reward for each prompt with its response, tokenized as the training pairs were."""
+    """One reward for each prompt and response, tokenized as the reward model's training pairs are."""
     rows = [
-        Row("responses", place, {"prompt": prompt, "completion": response})
-        for place, (prompt, response) in enumerate(zip(prompts, responses, strict=True), start=1)
+        Row("responses", number, {"prompt": prompt, "completion": response})
+        for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True), start=1)
     ]
     examples = sft_examples(
         rows,
@@ -38,9 +38,9 @@ def score(
 def score_sequences(
     roles: Roles, sequences: Sequence[TokenSequence], *, batch_size: int | TokenBudget, role: str = "reward"
 ) -> list[float]:
-    """One reward for each sequence, read at its last token: the tokens as they were sampled, never tokenized again.
+    """One reward for each sequence, in their order: the scalar head's output at the last token.
 
-    The scores come back in the order of `sequences`. `role` is whose adapter and head are asked.
+    The tokens are those that were sampled; nothing is tokenized again. `role` names the adapter and head.
     """
     with roles.active(role):
         return sequence_passes(roles, sequences, batch_size, lambda batch: roles.scores(batch).tolist())
@@ -48,7 +48,7 @@ def score_sequences(
 
 @dataclass(frozen=True)
 class AdapterReward:
-    """The reward of a role of the run's own base: `reward`, or `constraint`."""
+    """The reward of an adapter on the run's own base model. `role` is `reward` or `constraint`."""
 
     role: str
 
@@ -60,10 +60,10 @@ class AdapterReward:
 
 
 def closed_answer(prompt: Prompt, episode: Episode, tokenizer: Any, ends: Collection[int]) -> TokenSequence:
-    """The answer as the reward model knows answers: closed with the token that its training answers end with, of which
-    its score was read. A stop string is taken off before it.
+    """Prompt and answer, ending with the closing token of the reward model's training answers.
 
-    An answer that was cut, or that another token ended, would be scored at a place that was never trained.
+    The reward model is trained to score at that token. An answer that was cut, or that another token ended, would be
+    scored at a token it was not trained on. A stop string is removed before the closing token is appended.
     """
     chat = prompt.messages is not None
     closing = closing_token(tokenizer, chat=chat)

@@ -1,4 +1,4 @@
-"""What a reward looks at: the texts, the tokens, whatever else the dataset's rows hold, and the models."""
+"""Inputs of rewards: texts, tokens, the other columns of the dataset's rows, and the models."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Answers:
     Two answers to the row `{"prompt": "2 + 2 =", "solution": "4"}`:
 
         prompts          ("2 + 2 =", "2 + 2 =")
-        completions      (" 4", " five")             text behind the prompt, without special tokens and stop strings
-        completion_ids   ((604, 2), (1936,))         as sampled, with the tokens that ended it
+        completions      (" 4", " five")             text after the prompt, without special tokens and stop strings
+        completion_ids   ((604, 2), (1936,))         as sampled, with the token that ended each
         columns          {"solution": ("4", "4")}
     """
 
@@ -37,17 +37,20 @@ class Answers:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def only(self, place: int) -> Answers:
-        """One of the answers, as a batch of its own."""
+    def only(self, index: int) -> Answers:
+        """Answer `index` as a batch of one."""
         return Answers(
-            self.prompts[place : place + 1],
-            self.completions[place : place + 1],
-            self.completion_ids[place : place + 1],
-            {name: values[place : place + 1] for name, values in self.columns.items()},
+            self.prompts[index : index + 1],
+            self.completions[index : index + 1],
+            self.completion_ids[index : index + 1],
+            {name: values[index : index + 1] for name, values in self.columns.items()},
         )
 
     def keywords(self) -> dict[str, list[Any]]:
-        """TRL's keyword arguments of a reward function, as lists that it may change; a column cannot replace a text."""
+        """Keyword arguments of a reward function, as in TRL: lists that the function may change.
+
+        `prompts`, `completions` and `completion_ids` take precedence over columns of the same name.
+        """
         return {name: list(values) for name, values in self.columns.items()} | {
             "prompts": list(self.prompts),
             "completions": list(self.completions),
@@ -57,14 +60,14 @@ class Answers:
 
 @dataclass(frozen=True)
 class RewardInput:
-    """All that is known of B answers. Reward functions see `answers`; what is built in may ask the models too."""
+    """Everything known about B answers. Reward functions get `answers`; built-in rewards may also run the models."""
 
     roles: Roles
     tokenizer: Any
     prompts: Sequence[Prompt]
     episodes: Sequence[Episode]
     answers: Answers
-    batch_size: int | TokenBudget  # of the passes that models are asked in
+    batch_size: int | TokenBudget  # of the models' forward passes
 
 
 ModelReward: TypeAlias = Callable[[RewardInput], list[float]]  # a built-in reward: one number for each answer

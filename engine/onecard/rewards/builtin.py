@@ -1,13 +1,13 @@
-"""Rewards with a name of their own in `reward_funcs`.
+"""Built-in rewards, by their names in `reward_funcs`.
 
-| name | of one answer |
+| name | value of one answer |
 |---|---|
-| `fluency` | mean log-likelihood of its tokens under the reference, in nats |
-| `relevance` | share of the prompt's content words that it has too |
-| `diversity` | its words and pairs of words that no other answer of the batch has, as a share of all it has |
-| `length`, `length:N` | its tokens; or how near they come to N, 0 to 1 |
-| `regex:PATTERN` | 1 where the pattern is found in it, else 0 |
-| `exact_answer` | 1 where it gives the row's `answer` (or `solution`), else 0 |
+| `fluency` | mean log-likelihood of its tokens under the reference model, in nats |
+| `relevance` | share of the prompt's content words that occur in it |
+| `diversity` | share of its words and word pairs that occur in no other answer of the batch |
+| `length`, `length:N` | number of tokens; with N, closeness of that number to N, from 0 to 1 |
+| `regex:PATTERN` | 1 if the pattern is found in it, else 0 |
+| `exact_answer` | 1 if it gives the row's `answer` (or `solution`), else 0 |
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from onecard.utils.errors import OnecardError
 
 NGRAMS = (1, 2)
 ANSWER_COLUMNS = ("answer", "solution")
-# Words that say nothing of what a prompt is about.
+# Words that are not content words.
 STOP_WORDS = frozenset(re.findall(r"\w+", """
     a about after all also am an and any are as at be because been before being but by can could did do does
     doing for from had has have he her him his how i if in into is it its me more most my no not of on one or
     other our out over please s she should so some such t than that the their them then there these they this
     those to too up us very was we were what when where which who whom whose why will with would you your
 """))  # fmt: skip
-# No minus in 3-4.
+# `3-4` has no minus sign: a sign may not follow a word character.
 NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\w))?")
-LEADING_ZERO = re.compile(r"[-+]?0[\d,]")  # 02134 is a code, and 2134 another one
+LEADING_ZERO = re.compile(r"[-+]?0[\d,]")  # such a text is compared as text: 02134 is a code, and not 2134
 AROUND = " \"'`$*"
 MINUS = str.maketrans("\u2212", "-")
-MOST_DIGITS = 1000  # before or behind the point of a number
+MOST_DIGITS = 1000  # before or after the decimal point
 
 
 def fluency(inputs: RewardInput) -> list[float]:
-    """1/k sum_t log ref(y_t | x, y_<t) over an answer's k tokens, the one that ended it included; temperature 1."""
+    """1/k sum_t log ref(y_t | x, y_<t) over an answer's k tokens, including its end token; temperature 1."""
     logprobs = per_token(inputs.roles, "reference", inputs.episodes, inputs.roles.logprobs, inputs.batch_size)
-    return [float(each.double().mean()) for each in logprobs]
+    return [float(values.double().mean()) for values in logprobs]
 
 
 def words(text: str) -> list[str]:
@@ -53,8 +53,8 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+", text.casefold())
 
 
-def spec(prompt: Prompt) -> str:
-    """What the user says; not what a chat template writes around it."""
+def user_text(prompt: Prompt) -> str:
+    """The text of the user's messages, without what the chat template adds; a text prompt as it is."""
     if prompt.messages is None:
         return prompt.text
     return " ".join(message["content"] for message in prompt.messages if message["role"] == "user")
@@ -64,8 +64,8 @@ def relevance(inputs: RewardInput) -> list[float]:
     """|W(prompt) & W(answer)| / |W(prompt)|, where W is a text's set of words without stop words; 0 if W is empty."""
     shares = []
     for prompt, answer in zip(inputs.prompts, inputs.answers.completions, strict=True):
-        wanted = set(words(spec(prompt))) - STOP_WORDS
-        shares.append(len(wanted & set(words(answer))) / max(len(wanted), 1))
+        content_words = set(words(user_text(prompt))) - STOP_WORDS
+        shares.append(len(content_words & set(words(answer))) / max(len(content_words), 1))
     return shares
 
 
@@ -76,37 +76,37 @@ def ngrams(text: Sequence[str], n: int) -> list[tuple[str, ...]]:
 def diversity(inputs: RewardInput) -> list[float]:
     """Mean over n = 1, 2 of (distinct n-grams that no other answer of the batch has) / (n-grams of the answer).
 
-    The distinct-n of "A Diversity-Promoting Objective Function for Neural Conversation Models"
-    (https://arxiv.org/abs/1510.03055, section 5.2), distinct over all n-grams of all answers, told apart by answer.
-    An n of which an answer has none counts 0.
+    Based on distinct-n of "A Diversity-Promoting Objective Function for Neural Conversation Models"
+    (https://arxiv.org/abs/1510.03055, section 5.2). Distinct-n counts distinct n-grams over all answers; here each
+    answer gets the share that is its own. If an answer has no n-gram for an n, that n counts 0.
     """
     texts = [words(answer) for answer in inputs.answers.completions]
     shares = torch.zeros(len(texts), dtype=torch.float64)
     for n in NGRAMS:
-        grams = [ngrams(text, n) for text in texts]
-        having = Counter(gram for of_one in grams for gram in set(of_one))  # how many answers have it
-        for place, of_one in enumerate(grams):
-            own = sum(having[gram] == 1 for gram in set(of_one))
-            shares[place] += own / max(len(of_one), 1) / len(NGRAMS)
+        grams_by_answer = [ngrams(text, n) for text in texts]
+        answers_with = Counter(gram for grams in grams_by_answer for gram in set(grams))
+        for index, grams in enumerate(grams_by_answer):
+            unique = sum(answers_with[gram] == 1 for gram in set(grams))
+            shares[index] += unique / max(len(grams), 1) / len(NGRAMS)
     return shares.tolist()
 
 
 def length(argument: str | None) -> ModelReward:
-    """k, the tokens of an answer with the one that ended it; `length:N`: max(0, 1 - |k - N| / N)."""
+    """k, the number of an answer's tokens including its end token; `length:N`: max(0, 1 - |k - N| / N)."""
     if argument is None:
         return lambda inputs: [float(len(ids)) for ids in inputs.answers.completion_ids]
     if not argument.isdecimal() or int(argument) == 0:
         raise ValueError("expected a number of tokens, as in length:50")
-    wanted = int(argument)
+    target = int(argument)
 
-    def near(inputs: RewardInput) -> list[float]:
-        return [max(0.0, 1.0 - abs(len(ids) - wanted) / wanted) for ids in inputs.answers.completion_ids]
+    def closeness(inputs: RewardInput) -> list[float]:
+        return [max(0.0, 1.0 - abs(len(ids) - target) / target) for ids in inputs.answers.completion_ids]
 
-    return near
+    return closeness
 
 
 def regex(argument: str | None) -> ModelReward:
-    """1 where the pattern is found anywhere in the answer (`^` and `$` are its ends), else 0."""
+    """1 if the pattern is found anywhere in the answer (`^` and `$` match its start and end), else 0."""
     if not argument:
         raise ValueError("expected a pattern, as in regex:[0-9]+")
     try:
@@ -117,35 +117,36 @@ def regex(argument: str | None) -> ModelReward:
 
 
 def exact_answer(inputs: RewardInput) -> list[float]:
-    """1 where an answer, or its last line, says what the row's `answer` (or else `solution`) does, else 0.
+    """1 if an answer, or its last line, equals the row's `answer` (or else `solution`), else 0.
 
-    Said alike: but for case, white space, quotes, stars or dollars around it, and stops after it; of a text with
-    `####`, as in GSM8K, what follows counts. Where a number is expected, the last number of the answer is looked at
-    too: 1,234.50 is 1234.5, but 02134 is not 2134.
+    Both are normalized first: case, white space, quotes, `*`, `$` and backticks around the text, and full stops and
+    exclamation marks after it do not count; of a text with `####`, as in GSM8K, only what follows counts. If a number
+    is expected, the last number of the answer is compared too: 1,234.50 equals 1234.5, but 02134 is not 2134.
+    Raises OnecardError if the dataset has neither column, or a row's value is not text or an exact number.
     """
     answers = inputs.answers
     columns = [name for name in ANSWER_COLUMNS if name in answers.columns]
     if not columns:
-        there = ", ".join(answers.columns) or "none beside prompt"
-        raise OnecardError(f"exact_answer: no column 'answer' or 'solution' in the dataset; there are {there}.")
+        present = ", ".join(answers.columns) or "none beside prompt"
+        raise OnecardError(f"exact_answer: no column 'answer' or 'solution' in the dataset; there are {present}.")
     return [
-        float(says(answer, expected_of({name: answers.columns[name][place] for name in columns}, prompt)))
-        for place, (prompt, answer) in enumerate(zip(answers.prompts, answers.completions, strict=True))
+        float(says(answer, expected_of({name: answers.columns[name][index] for name in columns}, prompt)))
+        for index, (prompt, answer) in enumerate(zip(answers.prompts, answers.completions, strict=True))
     ]
 
 
 def expected_of(columns: Mapping[str, Any], prompt: str) -> str:
-    """A row's expected answer, from the first of its columns that holds one."""
+    """A row's expected answer, normalized, from the first of ANSWER_COLUMNS that is not null."""
     given = {name: columns[name] for name in ANSWER_COLUMNS if name in columns}
     column = next((name for name, value in given.items() if value is not None), next(iter(given), ANSWER_COLUMNS[0]))
     return expected_text(given.get(column), column, prompt)
 
 
 def expected_text(expected: Any, column: str, prompt: str) -> str:
-    """A row's expected answer in its normal form."""
+    """A row's expected answer, normalized. `column` and `prompt` are for the error message."""
     what = "null" if expected is None else type(expected).__name__
     if isinstance(expected, str):
-        return normal(expected)
+        return normalized(expected)
     if isinstance(expected, Decimal) and abs(expected.adjusted()) > MOST_DIGITS:
         what = f"{expected}, which has too many digits"
     elif isinstance(expected, float) and not abs(expected) < 2**53:  # NaN too
@@ -156,52 +157,52 @@ def expected_text(expected: Any, column: str, prompt: str) -> str:
 
 
 def says(answer: str, expected: str) -> bool:
-    """Whether the whole answer, its last line, or its last number (where one is expected) is the expected one."""
+    """Whether the answer, its last line, or its last number (if a number is expected) equals `expected`."""
     answer = answer.translate(MINUS)
     lines = [line for line in answer.splitlines() if line.strip()]
-    if normal(answer) == expected or (lines and normal(lines[-1]) == expected):
+    if normalized(answer) == expected or (lines and normalized(lines[-1]) == expected):
         return True
     numbers = NUMBER.findall(answer)
     if not numbers or not NUMBER.fullmatch(expected):
         return False
     if LEADING_ZERO.match(expected):
         return bool(numbers[-1] == expected)
-    return number(numbers[-1]) == number(expected)
+    return as_decimal(numbers[-1]) == as_decimal(expected)
 
 
-def normal(text: str) -> str:
+def normalized(text: str) -> str:
     text = text.translate(MINUS)
     return " ".join(text.rpartition("####")[2].casefold().split()).strip(AROUND).rstrip(AROUND + ".!")
 
 
-def number(text: str) -> Decimal:
+def as_decimal(text: str) -> Decimal:
     return Decimal(text.replace(",", ""))
 
 
-def plain(measure: ModelReward) -> Callable[[str | None], ModelReward]:
-    """A reward that takes no argument."""
+def no_argument(reward: ModelReward) -> Callable[[str | None], ModelReward]:
+    """The factory of a reward that takes no argument."""
 
     def make(argument: str | None) -> ModelReward:
         if argument is not None:
             raise ValueError("it takes nothing after its name")
-        return measure
+        return reward
 
     return make
 
 
-# What follows the name after a colon (None without one) -> the reward; a ValueError says what is wrong with it.
+# The text after the colon (None without a colon) -> the reward; raises ValueError if the text is wrong.
 BUILTINS: Mapping[str, Callable[[str | None], ModelReward]] = {
-    "fluency": plain(fluency),
-    "relevance": plain(relevance),
-    "diversity": plain(diversity),
+    "fluency": no_argument(fluency),
+    "relevance": no_argument(relevance),
+    "diversity": no_argument(diversity),
     "length": length,
     "regex": regex,
-    "exact_answer": plain(exact_answer),
+    "exact_answer": no_argument(exact_answer),
 }
 
 
 def builtin_name(entry: str) -> str | None:
-    """`length` of `length:20`; None for what is not built in."""
+    """The built-in reward's name in an entry: `length` for `length:20`; None if the entry is not built in."""
     name = entry.partition(":")[0]
     return name if name in BUILTINS else None
 

@@ -1,4 +1,4 @@
-"""Scores from a sequence classifier of its own kind: the answers are texts to it, tokenized anew."""
+"""Rewards from a sequence classifier with its own tokenizer: prompt and answer are tokenized again as text."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from onecard.utils.progress import say
 
 
 class ClassifierReward:
-    """The classifier's value of prompt and answer, one text; chat prompts by its own chat template if it has one."""
+    """The classifier's value of prompt and answer as one text; chats use its own chat template if it has one."""
 
     def __init__(self, classifier: Classifier, setting: str) -> None:
         self.classifier, self.setting = classifier, setting
-        # What the tokenizer puts before any text. A chat template may have written it already.
-        self.front = "".join(classifier.tokenizer.convert_ids_to_tokens(opening(classifier.tokenizer)))
-        self.said = False  # that texts are cut
+        # The special tokens that the tokenizer puts before any text. A chat template may have written them already.
+        self.prefix = "".join(classifier.tokenizer.convert_ids_to_tokens(opening(classifier.tokenizer)))
+        self.warned = False  # about texts that are cut
 
     def __call__(self, inputs: RewardInput) -> list[float]:
         answers = inputs.answers.completions
@@ -32,8 +32,8 @@ class ClassifierReward:
         ]
         limit = self.classifier.limit
         cut = sum(text["cut"] for text in texts)
-        if cut and not self.said:
-            self.said = True
+        if cut and not self.warned:
+            self.warned = True
             say(
                 f"{self.setting}: {cut} of {len(texts)} texts are longer than the {limit} tokens that the classifier "
                 "reads, and lose their beginning; so will others."
@@ -41,18 +41,18 @@ class ClassifierReward:
         return self.classifier.values([text["inputs"] for text in texts], inputs.batch_size)
 
     def tokenized(self, prompt: Prompt, answer: str, policy_tokenizer: Any = None) -> dict[str, Any]:
-        """What the classifier's tokenizer makes of one text, and whether it was `cut` at the left.
+        """`inputs`: the classifier's model inputs of one text; `cut`: whether its beginning was cut.
 
-        `policy_tokenizer`: its chat template wrote the prompt that the answer was sampled behind.
+        `policy_tokenizer` is the one whose chat template rendered the prompt. Raises OnecardError if there is no token.
         """
         tokenizer, limit = self.classifier.tokenizer, self.classifier.limit
         templated = prompt.messages is not None and bool(tokenizer.chat_template)
         text = (
             self.conversation(prompt, answer, policy_tokenizer)
             if templated
-            else (prompt.text + answer).removeprefix(self.front)
+            else (prompt.text + answer).removeprefix(self.prefix)
         )
-        # verbose: the warning about the model's longest input is ours to give
+        # verbose=False: the tokenizer would warn about long texts, which are cut below
         inputs = tokenizer(text, add_special_tokens=not templated, verbose=False)
         cut = limit is not None and len(inputs["input_ids"]) > limit
         if cut:
@@ -62,10 +62,10 @@ class ClassifierReward:
         return {"inputs": inputs, "cut": cut}
 
     def conversation(self, prompt: Prompt, answer: str, policy_tokenizer: Any = None) -> str:
-        """The chat as the classifier's own template writes it."""
+        """The chat, rendered by the classifier's own template."""
         content = as_content(answer, prompt.messages or (), policy_tokenizer, prompt.arguments)
-        said = {"role": "assistant", "content": content}
+        reply = {"role": "assistant", "content": content}
         try:
-            return rendered((*(prompt.messages or ()), said), self.classifier.tokenizer, prompt.arguments)
+            return rendered((*(prompt.messages or ()), reply), self.classifier.tokenizer, prompt.arguments)
         except BadRowError as error:
             raise OnecardError(f"{self.setting}: {error}; prompt {prompt.text[:80]!r}") from error

@@ -1,4 +1,4 @@
-"""`reward_funcs` as it is written: names and addresses, each maybe with a weight, several of them maybe on one line.
+"""Parse `reward_funcs`: names and addresses with optional weights; ` + ` separates several terms of one entry.
 
 0.5*fluency + 0.3*relevance + 2*judge.py:polite
 """
@@ -19,14 +19,14 @@ TO_THE_END = "regex:"
 
 @dataclass(frozen=True)
 class Term:
-    """`entry` is a name or an address; `weight` is None where none is written."""
+    """One term. `entry` is a name or an address; `weight` is None if none is written."""
 
     entry: str
     weight: float | None = None
 
 
 def parse_terms(entries: Sequence[str], setting: str) -> list[Term]:
-    """Every term of every entry, in order."""
+    """All terms of all entries, in order. Raises OnecardError if a weight is not finite."""
     terms = [term for entry in entries for term in split_terms(entry)]
     for term in terms:
         if term.weight is not None and not math.isfinite(term.weight):
@@ -35,13 +35,13 @@ def parse_terms(entries: Sequence[str], setting: str) -> list[Term]:
 
 
 def split_terms(entry: str) -> Iterator[Term]:
-    """The terms of one entry. A pattern may hold anything, a plus too, so it goes on to the end."""
-    rest, more = entry, PLUS
-    while more:
-        found = WEIGHT.match(rest)
-        weight, name = (float(found[1]), rest[found.end() :]) if found else (None, rest)
+    """The terms of one entry. A regex pattern extends to the end of the entry, because it may contain a plus."""
+    rest, plus = entry, PLUS
+    while plus:
+        match = WEIGHT.match(rest)
+        weight, name = (float(match[1]), rest[match.end() :]) if match else (None, rest)
         if name.lstrip().startswith(TO_THE_END):
             yield Term(name.lstrip(), weight)
             return
-        name, more, rest = name.partition(PLUS)
+        name, plus, rest = name.partition(PLUS)
         yield Term(name.strip(), weight)

@@ -1,4 +1,4 @@
-"""From an address on the command line to a Python function."""
+"""Import reward functions by their address on the command line."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from onecard.rewards.builtin import BUILTINS, builtin_name
 from onecard.rewards.guard import described, guarded
 from onecard.utils.errors import OnecardError, nearest
 
-REWARD_MODEL = "reward_model"  # the name of the reward model's part; no function gets it as a short name
+REWARD_MODEL = "reward_model"  # name of the reward model's part; never the short name of a function
 
 FILE = ".py"
 
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """A function and the address it was found under, which is what messages call it."""
+    """A function and its address, which is its name in messages."""
 
     name: str
     call: Callable[..., Any]
@@ -34,52 +34,53 @@ class RewardFunction:
 def load_function(address: str) -> RewardFunction:
     """The function at `package.module:function` or `path/to/file.py:function`; `module:Class.method` is one too.
 
-    The current directory, and the folder of a file, come last on the import path: what lies there can be imported, and
-    takes the place of no installed package.
+    The current directory and the file's folder are appended to the import path, so that modules there can be imported
+    and do not shadow installed packages. Raises OnecardError if there is no such function, the import fails, or it is
+    an async function.
     """
-    place, _, attribute = address.rpartition(":")
-    is_file = place.endswith(FILE)
-    if not dotted(attribute) or not (is_file or dotted(place)):
+    module, _, attribute = address.rpartition(":")
+    is_file = module.endswith(FILE)
+    if not dotted(attribute) or not (is_file or dotted(module)):
         raise OnecardError(
             f"reward_funcs: '{address}' is no address of a function; expected module:function, file.py:function, "
             f"or one of {', '.join(BUILTINS)}.{nearest(address.partition(':')[0], BUILTINS)}"
         )
-    found: Any = import_place(place)
-    where = place if is_file else f"{place} ({getattr(found, '__file__', None) or 'built in'})"
+    value: Any = import_place(module)
+    where = module if is_file else f"{module} ({getattr(value, '__file__', None) or 'built in'})"
     for name in attribute.split("."):
         try:
-            inner = getattr(found, name)
+            inner = getattr(value, name)
         except AttributeError as error:
-            known = [known for known in dir(found) if not known.startswith("_")]
+            known = [known for known in dir(value) if not known.startswith("_")]
             raise OnecardError(f"reward_funcs: '{address}': {where} has no '{name}'.{nearest(name, known)}") from error
-        except Exception as error:  # a package that imports its parts when they are asked for
+        except Exception as error:  # a package that imports its attributes lazily
             raise OnecardError(f"reward_funcs: importing {address} raised {described(error)}") from error
-        found, where = inner, name
-    if not callable(found):
-        raise OnecardError(f"reward_funcs: '{address}' is no function, but {type(found).__name__}.")
-    if inspect.iscoroutinefunction(found) or inspect.iscoroutinefunction(type(found).__call__):
+        value, where = inner, name
+    if not callable(value):
+        raise OnecardError(f"reward_funcs: '{address}' is no function, but {type(value).__name__}.")
+    if inspect.iscoroutinefunction(value) or inspect.iscoroutinefunction(type(value).__call__):
         raise OnecardError(f"reward_funcs: '{address}' is an async function; expected a plain one.")
-    return RewardFunction(address, found)
+    return RewardFunction(address, value)
 
 
 def dotted(name: str) -> bool:
     return all(part.isidentifier() for part in name.split("."))
 
 
-def import_place(place: str) -> ModuleType:
-    """A file or a module by its dotted name."""
-    return import_file(place) if place.endswith(FILE) else import_named(place)
+def import_place(module: str) -> ModuleType:
+    """Import a file by its path, or a module by its dotted name."""
+    return import_file(module) if module.endswith(FILE) else import_named(module)
 
 
 def import_named(name: str) -> ModuleType:
-    """A module by its dotted name, from the current directory too."""
+    """Import a module by its dotted name, from the current directory too."""
     make_importable(os.getcwd())
     try:
         with guarded(0):
             return importlib.import_module(name)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # whatever a module does when it is imported, and a script that exits
+    except BaseException as error:  # a module may raise anything when it is imported, and a script may exit
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and f"{name}.".startswith(f"{missing}."):
             raise OnecardError(
@@ -89,21 +90,21 @@ def import_named(name: str) -> ModuleType:
         raise OnecardError(f"reward_funcs: importing {name} raised {described(error)}") from error
 
 
-def import_file(place: str) -> ModuleType:
-    """A file as a module of its own, under a name that nothing else has; the same file again is the same module."""
-    path = Path(place).expanduser().resolve()
+def import_file(file: str) -> ModuleType:
+    """Import a file as a module with a unique name. The same file with the same content is the same module."""
+    path = Path(file).expanduser().resolve()
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise OnecardError(f"reward_funcs: {place} cannot be read: {error.strerror}.") from error
-    # The name has the content in it, so that a file which was edited meanwhile, as in a notebook, is loaded anew.
+        raise OnecardError(f"reward_funcs: {file} cannot be read: {error.strerror}.") from error
+    # The name depends on the content, so that a file that was edited since (as in a notebook) is loaded again.
     name = f"onecard_reward_{hashlib.sha256(os.fsencode(path) + content).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     make_importable(str(path.parent))
     module = ModuleType(name)
     module.__file__ = str(path)
-    sys.modules[name] = module  # dataclasses and pickle look a function's module up there
+    sys.modules[name] = module  # dataclasses and pickle look up a function's module here
     try:
         with guarded(0):
             exec(compile(content, path, "exec", dont_inherit=True), module.__dict__)  # without our `from __future__`
@@ -112,20 +113,22 @@ def import_file(place: str) -> ModuleType:
         raise
     except BaseException as error:  # as in import_named
         del sys.modules[name]
-        raise OnecardError(f"reward_funcs: importing {place} raised {described(error)}") from error
+        raise OnecardError(f"reward_funcs: importing {file} raised {described(error)}") from error
     return module
 
 
 def make_importable(folder: str) -> None:
-    """Put `folder` last on the import path."""
+    """Append `folder` to the import path."""
     if folder not in sys.path:
         sys.path.append(folder)
-    importlib.invalidate_caches()  # files may have been written since Python last looked
+    importlib.invalidate_caches()  # files may have been written since the last import
 
 
 def part_names(entries: Sequence[str], *, setting: str = "reward_funcs", model: str = REWARD_MODEL) -> tuple[str, ...]:
-    """What each entry's part of the reward is called: what follows the colon, and of what is built in what is before
-    it; or all of it if two share that.
+    """The name of each entry's part of the reward.
+
+    It is the text after the colon; for a built-in reward, the text before it. If two parts share that name, it is the
+    whole entry. Raises OnecardError if an entry is given twice.
     """
     twice = next((entry for entry, count in Counter(entries).items() if count > 1), None)
     if twice is not None:

@@ -1,4 +1,4 @@
-"""Run other people's code, and restore what it changes of the process.
+"""Run user code, and restore the process state that it may change.
 
 Restored: the random states of Python, NumPy and torch; gradient mode, default dtype and device, number of threads;
 working directory, recursion limit, standard streams, signal handlers and `os._exit`.
@@ -25,9 +25,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 
 @contextmanager
 def guarded(seed: int) -> Iterator[None]:
-    """Context for other people's code: random states start from `seed`; all that is listed above is restored at exit.
+    """Context for user code: random states start from `seed`; everything listed above is restored at exit.
 
-    `os._exit` raises SystemExit in this process, which it would end without a message. It works in forked workers.
+    In this process `os._exit` raises SystemExit, because it would end the run without a message. In forked workers it
+    works as usual.
     """
     process, real_exit = os.getpid(), os._exit
 
@@ -71,7 +72,7 @@ def guarded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def warn_when_slow(what: str, seconds: float) -> Iterator[None]:
-    """Context that prints one line when `what` still runs after so many seconds; 0: never."""
+    """Context that prints one line if `what` still runs after `seconds` seconds; 0: never."""
     if not seconds:
         yield
         return
@@ -87,10 +88,10 @@ def warn_when_slow(what: str, seconds: float) -> Iterator[None]:
 
 
 def described(error: BaseException) -> str:
-    """`ValueError: its message`, short enough for a line; its type alone where the message cannot be had."""
+    """`ValueError: its message`, at most 200 characters of the message; the type alone if there is none."""
     try:
         text = str(error).strip()
-    except Exception:  # whatever a `__str__` does
+    except Exception:  # `__str__` may raise anything
         text = ""
     return f"{type(error).__name__}: {shortened(text, 200)}" if text else type(error).__name__
 
@@ -100,8 +101,8 @@ def shortened(text: str, length: int) -> str:
 
 
 def written(value: Any, length: int) -> str:
-    """A value as Python writes it, in a few words; some cannot be written (an integer of thousands of digits)."""
+    """`repr` of a value on one line, at most `length` characters. Some have none (integers of thousands of digits)."""
     try:
         return shortened(" ".join(repr(value).split()), length)
-    except Exception:  # whatever a `__repr__` does
+    except Exception:  # `__repr__` may raise anything
         return "something"

@@ -1,4 +1,4 @@
-"""Several rewards added up: total = sum over parts of weight * part."""
+"""The weighted sum of several rewards: total = sum over parts of weight * part."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 
 from onecard.utils.errors import OnecardError
 
-LARGEST = 1e18  # scores are fp32, where the square of a larger one is no number
-# One number for each answer, or (a dense reward) one for each token of each answer.
+LARGEST = 1e18  # scores are fp32, in which the square of a larger value overflows
+# One number for each answer; of a dense reward, one for each token of each answer.
 Part: TypeAlias = Sequence[float] | Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What B answers are worth, each thing once: an answer's score is its `total` and all of its `dense`.
+    """Scores of B answers. An answer's whole score is its `total` plus the sum of its `dense`; nothing is in both.
 
-    `total` fp32 [B]: the weighted sum of what belongs to whole answers, and so to their last tokens. `dense`: the
-    weighted sum of what belongs to single tokens, fp32 [k] for each answer of k tokens; None if no reward is dense.
-    `parts`: each reward fp32 [B] as it came, without its weight; of a dense one the sum over the answer's tokens.
+    `total` fp32 [B]: the weighted sum of the rewards of whole answers, which PPO puts on the last tokens. `dense`: the
+    weighted sum of the per-token rewards, fp32 [k] for an answer of k tokens; None if no reward is dense. `parts`: each
+    reward fp32 [B] without its weight; of a dense reward, the sum over the answer's tokens.
 
-    Two answers, of two tokens and one, judged by a reward model with weight 1 and per token with weight 0.1:
+    Two answers, of two tokens and of one, with a reward model of weight 1 and a dense reward of weight 0.1:
 
         parts    {"reward_model": [0.5, -1.0], "dense": [3.0, 20.0]}
         total    [0.5, -1.0]
@@ -39,10 +39,10 @@ class Scores:
 
     @property
     def sums(self) -> Tensor:
-        """The answers' whole scores, fp32 [B]: what metrics call the score."""
+        """The answers' whole scores, fp32 [B]: the score in metrics."""
         if self.dense is None:
             return self.total
-        return (self.total.double() + torch.stack([each.double().sum() for each in self.dense])).float()
+        return (self.total.double() + torch.stack([rewards.double().sum() for rewards in self.dense])).float()
 
 
 def is_dense(part: Part) -> TypeGuard[Sequence[Sequence[float]]]:
@@ -55,51 +55,54 @@ def is_whole(part: Part) -> TypeGuard[Sequence[float]]:
 
 
 def combine(parts: Mapping[str, Part], weights: Mapping[str, float]) -> Scores:
-    """Add the parts up, in double precision so that their order does not matter."""
+    """Sum the weighted parts, in float64 so that their order does not matter.
+
+    Raises OnecardError if a part or the sum is not finite in fp32, or beyond LARGEST.
+    """
     if not parts or parts.keys() != weights.keys():
         raise ValueError(f"parts {list(parts)} and weights {list(weights)} must have the same names, at least one.")
     counts = {name: len(values) for name, values in parts.items()}
     if len(set(counts.values())) > 1:
         raise ValueError(f"parts must have one score for each answer, got {counts}.")
     answers = next(iter(counts.values()))
-    tokens = {name: [doubles(each) for each in part] for name, part in parts.items() if is_dense(part)}
-    whole = {name: doubles(part) for name, part in parts.items() if is_whole(part)}
+    tokens = {name: [to_float64(values) for values in part] for name, part in parts.items() if is_dense(part)}
+    whole = {name: to_float64(part) for name, part in parts.items() if is_whole(part)}
     total = weighted_sum({name: weights[name] for name in whole}, whole, answers).float()
     dense = None
     if tokens:
-        of_answers = [{name: each[place] for name, each in tokens.items()} for place in range(answers)]
-        lengths = [len(next(iter(each.values()))) for each in of_answers]
+        by_answer = [{name: values[index] for name, values in tokens.items()} for index in range(answers)]
+        lengths = [len(next(iter(columns.values()))) for columns in by_answer]
         dense = [
-            weighted_sum({name: weights[name] for name in tokens}, each, length).float()
-            for each, length in zip(of_answers, lengths, strict=True)
+            weighted_sum({name: weights[name] for name in tokens}, columns, length).float()
+            for columns, length in zip(by_answer, lengths, strict=True)
         ]
-    sums = {name: torch.stack([each.sum() for each in tokens[name]]) for name in tokens}
+    sums = {name: torch.stack([values.sum() for values in tokens[name]]) for name in tokens}
     scores = Scores(total, {name: (sums | whole)[name].float() for name in parts}, dense)
     columns = {**scores.parts, "the weighted sum": scores.sums}
-    for most, expected in ((torch.finfo(torch.float32).max, "a finite number"), (LARGEST, f"at most {LARGEST:g}")):
+    for limit, expected in ((torch.finfo(torch.float32).max, "a finite number"), (LARGEST, f"at most {LARGEST:g}")):
         for name, column in columns.items():
-            wrong = ~(column.abs() <= most)  # NaN too
+            wrong = ~(column.abs() <= limit)  # NaN too
             if wrong.any():
-                place = int(wrong.nonzero()[0])
+                index = int(wrong.nonzero()[0])
                 raise OnecardError(
-                    f"reward: {name} is {column[place].item()} for response {place + 1} of {len(column)}; "
+                    f"reward: {name} is {column[index].item()} for response {index + 1} of {len(column)}; "
                     f"expected {expected}."
                 )
     return scores
 
 
-def doubles(values: Sequence[float]) -> Tensor:
+def to_float64(values: Sequence[float]) -> Tensor:
     return torch.tensor(list(values), dtype=torch.float64)
 
 
 def weighted_sum(weights: Mapping[str, float], columns: Mapping[str, Tensor], size: int) -> Tensor:
-    """fp64 [size]; zeros where there are no columns."""
+    """sum over names of weight * column, fp64 [size]; zeros if there are no columns."""
     weighted = [weight * columns[name] for name, weight in weights.items()]
     return torch.stack([*weighted, torch.zeros(size, dtype=torch.float64)]).sum(0)
 
 
 def reward_weights(names: Sequence[str], given: Sequence[float]) -> dict[str, float]:
-    """A weight for each reward by its name; 1 each where none are given."""
+    """Name -> weight of each reward; 1 each if none are given. Raises OnecardError if the counts differ."""
     if given and len(given) != len(names):
         raise OnecardError(
             f"reward_weights: {len(given)} given ({', '.join(f'{weight:g}' for weight in given)}), expected "
@@ -112,7 +115,7 @@ def reward_weights(names: Sequence[str], given: Sequence[float]) -> dict[str, fl
 
 
 def apply_missing_eos_penalty(scores: Tensor, finished: Sequence[bool], penalty: float) -> Tensor:
-    """`scores` [B], less `penalty` where the response did not end by itself (TRL's `missing_eos_penalty`)."""
+    """`scores` [B], minus `penalty` for each response that is not `finished` (TRL's `missing_eos_penalty`)."""
     if scores.shape != (len(finished),):
         raise ValueError(f"scores: expected shape ({len(finished)},) as finished has, got {tuple(scores.shape)}.")
     ended = torch.tensor(list(finished), dtype=torch.bool, device=scores.device)

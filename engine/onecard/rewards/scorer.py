@@ -1,4 +1,4 @@
-"""Everything that judges a run's answers, as one function of prompts and episodes."""
+"""The scorer: all rewards of a run as one function of prompts and episodes."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from onecard.utils.errors import OnecardError
 
 @dataclass(frozen=True)
 class Scorer:
-    """The rewards of a run, each with its weight: functions, and `model_rewards`, which may ask models."""
+    """The rewards of a run and their weights: reward functions, and `model_rewards`, which may run models."""
 
     functions: Mapping[str, RewardFunction]
     weights: Mapping[str, float]
     missing_eos_penalty: float
     batch_size: int | TokenBudget
     model_rewards: Mapping[str, ModelReward] = field(default_factory=dict)
-    timeout: float = 0.0  # seconds after which a function that still runs is named
+    timeout: float = 0.0  # seconds after which a warning names a function that still runs; 0: never
 
     def check_columns(self, prompts: Sequence[Prompt]) -> None:
-        """Stop at the first row whose columns a built-in reward cannot use: it would end the run in the middle."""
+        """Raise OnecardError at the first row whose columns a built-in reward cannot use, before the run starts."""
         known = {name for prompt in prompts for name in prompt.columns}
         if exact_answer in self.model_rewards.values() and known.intersection(ANSWER_COLUMNS):
             for prompt in prompts:
                 expected_of(prompt.columns, prompt.text)
 
     def scores(self, roles: Roles, tokenizer: Any, prompts: Sequence[Prompt], episodes: Sequence[Episode]) -> Scores:
-        """What each episode, which answers the prompt at its place, is worth; an unfinished one pays its penalty."""
+        """The scores of the episodes; `episodes[i]` answers `prompts[i]`. Unfinished episodes get the penalty."""
         answers = make_answers(tokenizer, prompts, episodes)
         inputs = RewardInput(roles, tokenizer, prompts, episodes, answers, self.batch_size)
         parts = {
@@ -59,9 +59,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """What a judge is to be made of. `what` (`reward` or `constraint`) begins the names of the settings that say so,
-    and is the role of its adapter.
-    """
+    """Settings of a scorer. `what` is `reward` or `constraint`: the prefix of its settings, and its adapter's role."""
 
     what: str
     model_path: str
@@ -81,14 +79,15 @@ class RewardSpec:
 
     @property
     def part(self) -> str:
-        """What the model's part is called."""
+        """The name of the model's part."""
         return f"{self.what}_model"
 
 
 def load_scorer(config: PPOConfig | EvaluateConfig, budget: TokenBudget | None = None) -> Scorer:
-    """The rewards that the settings name; functions are imported now, so that a wrong name stops at once.
+    """The scorer of the reward settings. Functions are imported now, so that a wrong name raises at once.
 
-    `budget` is what the run's passes without gradients are cut by, if the models are to be asked under it too.
+    `budget`: the token budget of the models' passes; None: `per_device_eval_batch_size` sequences each. Raises
+    OnecardError if the settings name no reward.
     """
     spec = RewardSpec(
         "reward",
@@ -108,7 +107,7 @@ def load_scorer(config: PPOConfig | EvaluateConfig, budget: TokenBudget | None =
 
 
 def load_constraint(config: PPOConfig, budget: TokenBudget | None = None) -> Scorer | None:
-    """What gives answers their costs, which are all added up; None where no setting names anything."""
+    """The scorer of the constraint settings: an answer's cost is the sum of its parts. None if no part is set."""
     spec = RewardSpec(
         "constraint",
         config.constraint_model_path,
@@ -120,17 +119,22 @@ def load_constraint(config: PPOConfig, budget: TokenBudget | None = None) -> Sco
 
 
 def make_scorer(spec: RewardSpec, config: ModelConfig, batch_size: int | TokenBudget) -> Scorer | None:
-    """A judge with everything loaded but the adapter, which plays a role of the run's own; None if it has no parts."""
+    """The scorer of `spec`; None if it has no parts.
+
+    Everything is loaded but an adapter, which is loaded with the run's other roles.
+    """
     terms = parse_terms(spec.functions, spec.functions_setting)
     names = part_names([term.entry for term in terms], setting=spec.functions_setting, model=spec.part)
     named = {spec.part: Term(spec.part)} if spec.model_path else {}
     if spec.part in names and not named:
         raise OnecardError(f"{spec.functions_setting}: '{spec.part}', but there is no {spec.path_setting}.")
     named |= dict(zip(names, terms, strict=True))
-    weights = weigh(spec, named)
+    weights = part_weights(spec, named)
     entries = {name: term.entry for name, term in named.items() if name != spec.part}
     functions = {
-        name: load_from(entry, spec.functions_setting) for name, entry in entries.items() if builtin_name(entry) is None
+        name: load_with_setting(entry, spec.functions_setting)
+        for name, entry in entries.items()
+        if builtin_name(entry) is None
     }
     model_rewards = {
         name: load_builtin(entry, spec.functions_setting) for name, entry in entries.items() if name not in functions
@@ -144,8 +148,8 @@ def make_scorer(spec: RewardSpec, config: ModelConfig, batch_size: int | TokenBu
     )
 
 
-def weigh(spec: RewardSpec, named: Mapping[str, Term]) -> dict[str, float]:
-    """Each part's weight: as written with it, or from the setting for all of them, or 1."""
+def part_weights(spec: RewardSpec, named: Mapping[str, Term]) -> dict[str, float]:
+    """Each part's weight: the one written with it, or the one in the weights setting, or 1."""
     written = next((term for term in named.values() if term.weight is not None), None)
     if spec.weights and written is not None:
         raise OnecardError(
@@ -157,8 +161,8 @@ def weigh(spec: RewardSpec, named: Mapping[str, Term]) -> dict[str, float]:
     return {name: 1.0 if term.weight is None else term.weight for name, term in named.items()}
 
 
-def load_from(address: str, setting: str) -> RewardFunction:
-    """`load_function`, with the setting named that the address stands in."""
+def load_with_setting(address: str, setting: str) -> RewardFunction:
+    """`load_function`, with `setting` as the setting in error messages."""
     try:
         return load_function(address)
     except OnecardError as error:
@@ -166,7 +170,7 @@ def load_from(address: str, setting: str) -> RewardFunction:
 
 
 def load_model(spec: RewardSpec, config: ModelConfig) -> ModelReward | None:
-    """The model's part: a classifier, or an adapter's role, whose weights are loaded with the run's other roles."""
+    """The model's part: a classifier, or an adapter that is loaded with the run's other roles; None without a path."""
     path, setting = spec.model_path, spec.path_setting
     if path and is_classifier(path, setting, trust_remote_code=config.trust_remote_code):
         return ClassifierReward(load_classifier(path, setting, spec.label, f"{spec.what}_label", config), setting)
@@ -177,14 +181,14 @@ def load_model(spec: RewardSpec, config: ModelConfig) -> ModelReward | None:
 
 
 def response_text(tokenizer: Any, episode: Episode) -> str:
-    """The answer as text behind its prompt, without what ended it."""
+    """The answer's text after its prompt, without the token or stop string that ended it."""
     return text_before_end(
         tokenizer, episode.prompt_tokens, episode.response, finished=episode.finished, stop=episode.stop
     )
 
 
 def make_answers(tokenizer: Any, prompts: Sequence[Prompt], episodes: Sequence[Episode]) -> Answers:
-    """What reward functions look at. A column that only some rows have is None for the others."""
+    """The inputs of reward functions. A column that only some rows have is None for the others."""
     names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
     return Answers(
         prompts=tuple(prompt.text for prompt in prompts),

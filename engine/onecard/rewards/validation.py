@@ -1,4 +1,4 @@
-"""Calling a reward function, and believing nothing that it returns."""
+"""Call a reward function and validate what it returns."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ from onecard.rewards.mixture import LARGEST, Part
 from onecard.utils.errors import OnecardError, nearest
 
 FLOAT32 = torch.finfo(torch.float32).max
-SHOWN = 80  # characters of a prompt or a response that fit a line which is still read
+SHOWN = 80  # characters of a prompt or a response in a message
 
 
 def call_function(function: RewardFunction, answers: Answers, timeout: float = 0.0) -> Part:
-    """One score for each answer, or one for each token of each answer.
+    """Call a reward function: one score for each answer, or one for each token of each answer.
 
-    The protocol is that of TRL's GRPO: keywords `prompts`, `completions`, `completion_ids`, and the dataset's other
-    columns, all of them lists; a function without `**kwargs` gets those that it names. What it returns must be one
-    finite number for each answer; or (a dense reward) for each answer a list of them, one for each of its
+    The protocol is that of TRL's GRPO. The keyword arguments are `prompts`, `completions`, `completion_ids`, and the
+    dataset's other columns, all lists; a function without `**kwargs` gets those that it names. It must return one
+    finite number for each answer. A dense reward returns a list for each answer, with one number for each of its
     `completion_ids`. (TRL lets a function return None for "does not apply"; here that is an error.)
 
-    The function gets copies, and random states that depend on the answers alone. What it changes of the process is
-    restored (`guard`). `timeout`: seconds after which a warning names it; it is not stopped.
+    The function gets copies of the lists, and random states that depend on the answers alone. The process state that it
+    changes is restored (`guard`). `timeout`: seconds after which a warning names the function; it is not stopped.
+    Raises OnecardError if the function raises, or returns anything else.
     """
     try:
         with warn_when_slow(f"reward function {function.name}", timeout):
-            return judge_once(function, answers)
+            return call_once(function, answers)
     except (OnecardError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # whatever a function does
+    except BaseException as error:  # the function may raise anything
         what = f"reward function {function.name} raised {described(error)}{line(error)}"
-        raise OnecardError(f"{what}; {culprit(function, answers, error)}") from error
+        raise OnecardError(f"{what}; {failing_answer(function, answers, error)}") from error
 
 
-def judge_once(function: RewardFunction, answers: Answers) -> Part:
-    """Call the function once and check what it returns. The guard covers the reading of returned objects too."""
+def call_once(function: RewardFunction, answers: Answers) -> Part:
+    """Call the function once and check what it returns. Returned objects are converted inside the guard too."""
     keywords = copy.deepcopy(accepted(function, answers.keywords()))
     texts = json.dumps([answers.prompts, answers.completion_ids]).encode()
     with guarded(int.from_bytes(hashlib.sha256(texts).digest()[:8], "little")):
@@ -59,10 +60,10 @@ def judge_once(function: RewardFunction, answers: Answers) -> Part:
 
 
 def accepted(function: RewardFunction, keywords: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """The keywords that the function takes."""
+    """The keyword arguments that the function takes. Raises OnecardError if a required one is missing."""
     try:
         parameters = inspect.signature(function.call).parameters.values()
-    except (TypeError, ValueError):  # some callables written in C have none
+    except (TypeError, ValueError):  # some callables written in C have no signature
         return keywords
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     for name, parameter in named.items():
@@ -76,13 +77,13 @@ def accepted(function: RewardFunction, keywords: dict[str, list[Any]]) -> dict[s
     return {name: values for name, values in keywords.items() if name in named}
 
 
-def culprit(function: RewardFunction, answers: Answers, error: BaseException) -> str:
-    """The first answer that raises the same kind of error alone; if none does, how many were judged together."""
+def failing_answer(function: RewardFunction, answers: Answers, error: BaseException) -> str:
+    """Describe the first answer that raises the same type of error alone; if none does, the size of the batch."""
     if len(answers) > 1:
-        for place in range(len(answers)):
-            alone = answers.only(place)
+        for index in range(len(answers)):
+            alone = answers.only(index)
             try:
-                judge_once(function, alone)
+                call_once(function, alone)
             except KeyboardInterrupt:
                 raise
             except BaseException as again:
@@ -93,9 +94,9 @@ def culprit(function: RewardFunction, answers: Answers, error: BaseException) ->
 
 
 def line(error: BaseException) -> str:
-    """Where in the function's own file it was, since the one-line message leaves no traceback."""
+    """` (file.py:12)`: the first frame of the traceback outside this file. The one-line message has no traceback."""
     frame = error.__traceback__
-    while frame and frame.tb_frame.f_code.co_filename == __file__:  # the first frames are ours
+    while frame and frame.tb_frame.f_code.co_filename == __file__:  # skip this module's frames
         frame = frame.tb_next
     return f" ({Path(frame.tb_frame.f_code.co_filename).name}:{frame.tb_lineno})" if frame else ""
 
@@ -107,37 +108,37 @@ def as_list(returned: Any) -> Sequence[Any] | None:
 
 
 def checked_part(function: RewardFunction, answers: Answers, values: Sequence[Any]) -> Part:
-    """A number for each answer, or a list of as many as it has tokens; an error that names the answer otherwise."""
+    """Check for one number for each answer, or one for each token of each. Raises OnecardError naming the answer."""
     rows = [as_list(value) for value in values]
     numbers = {
-        place: checked(function, answers, place, value)
-        for place, (value, row) in enumerate(zip(values, rows, strict=True))
+        index: checked(function, answers, index, value)
+        for index, (value, row) in enumerate(zip(values, rows, strict=True))
         if row is None
     }
     if len(numbers) == len(rows):
         return list(numbers.values())
     dense = []
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         if row is None:
             continue
-        tokens = len(answers.completion_ids[place])
+        tokens = len(answers.completion_ids[index])
         if numbers:
             wrong = "and one number for another; expected either for all of them"
         elif len(row) != tokens:
             wrong = f"of {len(row)}; expected {tokens}, one number for each of its completion_ids"
         else:
-            dense.append([checked(function, answers, place, value, f" for token {i}") for i, value in enumerate(row)])
+            dense.append([checked(function, answers, index, value, f" for token {i}") for i, value in enumerate(row)])
             continue
-        what = described_value(values[place])
+        what = described_value(values[index])
         raise OnecardError(
-            f"reward function {function.name} returned {what} for one response, {wrong}; {shown(answers, place)}"
+            f"reward function {function.name} returned {what} for one response, {wrong}; {shown(answers, index)}"
         )
     return dense
 
 
-def checked(function: RewardFunction, answers: Answers, place: int, value: Any, where: str = "") -> float:
-    """One returned value as a float, or an error that names its answer."""
-    if getattr(value, "ndim", None) == 0:  # a numpy number, a tensor of one number
+def checked(function: RewardFunction, answers: Answers, index: int, value: Any, where: str = "") -> float:
+    """One returned value as a float. Raises OnecardError, naming the answer, if it is not a finite number."""
+    if getattr(value, "ndim", None) == 0:  # a numpy scalar, or a tensor of one number
         value = value.item()
     if isinstance(value, bool | int | float):
         if abs(value) <= LARGEST:  # false for NaN
@@ -146,15 +147,15 @@ def checked(function: RewardFunction, answers: Answers, place: int, value: Any, 
         wrong = f"{written(value, SHOWN)}{where}, {beyond}"
     else:
         wrong = f"{described_value(value)}{where}, which is no number"
-    raise OnecardError(f"reward function {function.name} returned {wrong}; {shown(answers, place)}")
+    raise OnecardError(f"reward function {function.name} returned {wrong}; {shown(answers, index)}")
 
 
 def described_value(value: Any) -> str:
-    """`None`, or the value and what it is."""
+    """`None`, or the value with its type."""
     return "None" if value is None else f"{written(value, SHOWN)} ({type(value).__name__})"
 
 
-def shown(answers: Answers, place: int) -> str:
-    """`prompt '...', response '...'`, on one line whatever is in them."""
-    prompt, response = shortened(answers.prompts[place], SHOWN), shortened(answers.completions[place], SHOWN)
+def shown(answers: Answers, index: int) -> str:
+    """`prompt '...', response '...'`, on one line."""
+    prompt, response = shortened(answers.prompts[index], SHOWN), shortened(answers.completions[index], SHOWN)
     return f"prompt {prompt!r}, response {response!r}"

@@ -1,17 +1,17 @@
-"""Prompts -> responses, sampled from the model itself: each token with the log-probability it was drawn with.
+"""Rollout: responses sampled from the model for prompts, each token with its log-probability.
 
-    prompts, longest first -> rows of a cache -> a pass for each token -> where a row ends, the next prompt comes in
+    prompts, longest first -> rows of a decode batch -> one pass per token -> a row that ends takes the next prompt
 
-    held.py       the rows that the model runs on, for models of any kind: batches, padded on the left
-    slots.py      the same where a row can be told its own length: a row that ended takes the next prompt
-    replay.py     such a row's pass, recorded once on a GPU and replayed
-    drawing.py    logits -> a token and its log-probability
-    ends.py       what ends a response, and its text without that
-    sampler.py    the loop
+    decode_batch.py    the rows of one forward pass: left-padded batches, and rows without a cache
+    cache_slots.py     continuous batching: each row of the cache has its own length
+    cuda_graphs.py     its decoding step, captured once on a GPU and replayed
+    token_sampling.py  logits -> a token and its log-probability
+    stop_tokens.py     stop tokens and stop strings, and the response's text without them
+    sampler.py         the decoding loop
 
-The model's own `generation_config` (top-k, top-p, repetition penalty) is not used, but for the ids that end a response:
-what is sampled is the policy, at the temperature that was asked for. Masks, never ids, say what is padding: a pad token
-may be the EOS, the EOS may be the BOS, and all of them may stand inside a prompt. There is no beam search.
+Of the model's own `generation_config`, only the EOS ids are used. Its top-k, top-p and repetition penalty are not: the
+policy is sampled as it is, at the temperature that is set. Padding is found by masks, never by token ids: a pad token
+may be the EOS, the EOS may be the BOS, and all of them may occur inside a prompt. There is no beam search.
 """
 
 from onecard.rollout.decode_batch import DecodeBatch, PaddedBatch, UncachedBatch

@@ -1,11 +1,11 @@
-"""Rows that each know their own length: where one ends, the next prompt takes its place, and nobody waits.
+"""Continuous batching: each row of the cache has its own length, and a row that ends takes the next prompt.
 
     columns      0 1 2 3 4 5
     row 0        7 8 9 4 . .     length 4: the next token's keys and values go to column 4
     row 1        5 6 2 2 3 .     length 5
-    row 2        1 x x x . .     length 1: a prompt that came in where a longer one had been; x is never looked at
+    row 2        1 x x x . .     length 1: x is left over from a longer sequence, and is masked
 
-Rows never move, so a step has the same shapes from the first to the last but for the columns that are read.
+Rows never move. All steps have the same shapes, except for the number of columns that attention reads.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ from onecard.models.trunk import rotation_limit, trunk_of
 from onecard.rollout.cuda_graphs import Replayed, recorder_for
 from onecard.rollout.decode_batch import DecodeBatch, padded
 
-# Prompts come in when so large a share of the rows is free. To come in costs a pass of its own, however few they are,
-# and a free row costs its share of every step.
-OPENING_SHARE = 1 / 8
-GROWTH = 128  # columns by which the cache grows, up to the longest that a row can be
+# Prompts are prefilled when at least this share of the rows is free. A prefill is a forward pass of its own, however
+# few prompts it has; a free row costs its share of every decoding step.
+REFILL_SHARE = 1 / 8
+GROWTH = 128  # columns by which the cache grows, up to the longest possible row
 
 
 def takes_slots(model: Any) -> bool:
-    """Whether a model's rows can be told their places one by one: masks of our own making go straight to attention, all
-    layers keep all keys, and positions are given and mean the same whatever stands beside them."""
+    """Whether a model can decode rows of different lengths in one cache.
+
+    Attention must take onecard's own masks, all layers must keep all keys, and `position_ids` must be an argument whose
+    meaning does not depend on the other rows (which it does where rotations change with the longest position).
+    """
     config = trunk_of(model).config
     return (
         has_own_attention(model)
@@ -45,91 +48,95 @@ def takes_slots(model: Any) -> bool:
 
 
 class SlotLayout:
-    """Where a pass's keys and values go, which all layers share."""
+    """Where a forward pass writes its keys and values. All layers share one layout."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit  # columns
-        self.capacity = 0
-        self.read = 0  # columns that a step looks at
-        self.lengths: Tensor | None = None  # of each row, where a step writes
-        self.rows: Tensor | None = None  # where prompts come in
-        self.source: Tensor | None = None  # [prompts, width]: the columns without the padding before them
+    def __init__(self, max_columns: int) -> None:
+        self.max_columns = max_columns
+        self.capacity = 0  # columns allocated
+        self.read = 0  # columns that a decoding step attends to
+        self.lengths: Tensor | None = None  # int64 [rows]: the column that a decoding step writes
+        self.prefill_rows: Tensor | None = None  # int64 [prompts]: the rows that a prefill writes; None while decoding
+        self.source: Tensor | None = None  # int64 [prompts, width]: columns of the left-padded prompts, padding skipped
 
     def grow(self, columns: int) -> None:
-        """Room for so many."""
+        """Raise `capacity` to at least this many columns, in multiples of GROWTH, at most `max_columns`."""
         if columns > self.capacity:
-            self.capacity = min(self.limit, -(-columns // GROWTH) * GROWTH)
+            self.capacity = min(self.max_columns, -(-columns // GROWTH) * GROWTH)
 
 
 class SlotLayer(DynamicLayer):
-    """Keys and values [rows, heads, capacity, d], of which each pass writes a row's own next columns."""
+    """One layer's keys and values [rows, heads, capacity, d]. Each pass writes the next columns of each row."""
 
-    _layer_type = None  # else transformers would take it for its own kind of layer from here on
+    _layer_type = None  # keeps transformers from registering this class as its own layer type
 
-    def __init__(self, layout: SlotLayout, rows: int) -> None:
+    def __init__(self, layout: SlotLayout, row_count: int) -> None:
         super().__init__()
         self.keys: Any = None
         self.values: Any = None
-        self.layout, self.count = layout, rows
+        self.layout, self.row_count = layout, row_count
 
     def get_seq_length(self) -> int:
-        return 0 if self.layout.rows is not None else self.layout.read - 1
+        return 0 if self.layout.prefill_rows is not None else self.layout.read - 1
 
-    def roomy(self, batch: Tensor | None, like: Tensor) -> Tensor:
-        """The memory with room for what is to come, zeros where nothing was written: masked is not the same as nan."""
+    def with_capacity(self, stored: Tensor | None, like: Tensor) -> Tensor:
+        """`stored` extended to the layout's capacity. New columns are 0: a masked NaN would still give NaN."""
         capacity = self.layout.capacity
-        if batch is not None and batch.shape[2] >= capacity:
-            return batch
-        grown = like.new_zeros(self.count, like.shape[1], capacity, like.shape[3])
-        if batch is not None:
-            grown[:, :, : batch.shape[2]] = batch
-        return grown
+        if stored is not None and stored.shape[2] >= capacity:
+            return stored
+        extended = like.new_zeros(self.row_count, like.shape[1], capacity, like.shape[3])
+        if stored is not None:
+            extended[:, :, : stored.shape[2]] = stored
+        return extended
 
     def grow(self) -> None:
-        """To the layout's capacity; keys first, so that never both are there twice."""
+        """Extend to the layout's capacity: keys, then values, so that only one of them is held twice at a time."""
         if self.keys is not None:
-            self.keys = self.roomy(self.keys, self.keys)
-            self.values = self.roomy(self.values, self.values)
+            self.keys = self.with_capacity(self.keys, self.keys)
+            self.values = self.with_capacity(self.values, self.values)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *given: Any, **more: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         layout = self.layout
         if self.keys is None:
-            self.keys, self.values = self.roomy(None, key_states), self.roomy(None, value_states)
+            self.keys, self.values = self.with_capacity(None, key_states), self.with_capacity(None, value_states)
             self.is_initialized = True
         both = ((self.keys, key_states), (self.values, value_states))
-        if layout.rows is not None:
+        if layout.prefill_rows is not None:
             assert layout.source is not None
-            for batch, new in both:
+            for stored, new in both:
                 source = layout.source[:, None, :, None].expand_as(new)
-                batch[layout.rows, :, : new.shape[2]] = new.gather(2, source)
-                batch[layout.rows, :, new.shape[2] :] = 0  # whoever was there may have ended in nan
+                stored[layout.prefill_rows, :, : new.shape[2]] = new.gather(2, source)
+                stored[layout.prefill_rows, :, new.shape[2] :] = 0  # the previous sequence may have left NaN here
             return key_states, value_states
         assert layout.lengths is not None
-        rows = torch.arange(self.count, device=key_states.device)
-        for batch, new in both:
-            batch[rows, :, layout.lengths] = new[:, :, 0]
+        rows = torch.arange(self.row_count, device=key_states.device)
+        for stored, new in both:
+            stored[rows, :, layout.lengths] = new[:, :, 0]
         return self.keys[:, :, : layout.read], self.values[:, :, : layout.read]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.count = len(beam_idx)
+        self.row_count = len(beam_idx)
         self.keys = self.keys.index_select(0, beam_idx)
         self.values = self.values.index_select(0, beam_idx)
 
 
 class CacheSlots(DecodeBatch):
-    """Rows of at most `limit` columns each; a prompt comes in wherever one has ended."""
+    """A decode batch with continuous batching: rows of at most `max_columns` columns each.
 
-    refills = True
+    `lengths` int64 [rows] is the number of cached tokens of each row; `host_lengths` is the same on the host.
+    """
 
-    def __init__(self, model: Any, size: int, limit: int, device: torch.device) -> None:
+    continuous = True
+
+    def __init__(self, model: Any, size: int, max_columns: int, device: torch.device) -> None:
         super().__init__(model, size, device)
-        self.layout = SlotLayout(limit)
+        self.layout = SlotLayout(max_columns)
         recorder = recorder_for(device)
         self.replayed = None if recorder is None else Replayed(recorder)
-        self.least_leaving = 0.0 if recorder is None else 0.5  # a pass over fewer rows is recorded anew
-        self.places, self.ages, self.lengths, self.tokens = torch.zeros(4, size, dtype=torch.int64, device=device)
-        self.owners = [None] * size
-        self.columns = [0] * size  # `lengths` on the host
+        self.min_free_share = 0.0 if recorder is None else 0.5  # fewer rows need a new recording
+        state = torch.zeros(4, size, dtype=torch.int64, device=device)
+        self.prompt_indices, self.generated, self.lengths, self.tokens = state
+        self.row_prompts = [None] * size
+        self.host_lengths = [0] * size
 
     def new_cache(self) -> Any:
         cache = super().new_cache()
@@ -139,82 +146,85 @@ class CacheSlots(DecodeBatch):
         return cache
 
     @property
-    def opening(self) -> int:
-        """Rows that are free when prompts come in, and how many come in at once: beside a whole cache there is no
-        room for a pass over many prompts."""
-        return max(1, math.ceil(OPENING_SHARE * self.size))
+    def refill_size(self) -> int:
+        """Rows that must be free before a prefill, and the most prompts of one.
 
-    def room(self, waiting: int) -> list[int]:
-        free = [row for row, place in enumerate(self.owners) if place is None]
-        if len(free) == self.size:  # the first ones, or all have ended at once: then nothing is worth keeping
+        A prefill of more prompts would need too much memory beside a full cache.
+        """
+        return max(1, math.ceil(REFILL_SHARE * self.size))
+
+    def free_rows(self, waiting: int) -> list[int]:
+        free = [row for row, index in enumerate(self.row_prompts) if index is None]
+        if len(free) == self.size:  # the first prefill, or all rows have ended: nothing in the cache is needed
             self.cache, self.layout.capacity = None, 0
             if self.replayed is not None:
                 self.replayed.forget()
             return free[:waiting]
-        return free[: min(waiting, self.opening)] if len(free) >= self.opening else []
+        return free[: min(waiting, self.refill_size)] if len(free) >= self.refill_size else []
 
     def grow(self, columns: int) -> None:
-        """Room for so many, here and not inside a pass: what is recorded must find all memory in its place."""
+        """Extend the cache to this many columns. Not inside a pass: a recorded pass needs fixed addresses."""
         self.layout.grow(columns)
         for layer in self.cache.layers:
             layer.grow()
 
-    def admit(self, prompts: Sequence[Sequence[int]], places: Sequence[int], rows: Sequence[int]) -> Tensor:
-        layout, index = self.layout, torch.tensor(rows, device=self.device)
+    def prefill(self, prompts: Sequence[Sequence[int]], indices: Sequence[int], rows: Sequence[int]) -> Tensor:
+        layout, at = self.layout, torch.tensor(rows, device=self.device)
         self.cache = self.new_cache() if self.cache is None else self.cache
         tokens, mask, positions = padded(prompts, self.device)
         lengths, width = mask.sum(1), mask.shape[1]
         self.grow(width)
-        layout.rows = index
-        before = (width - lengths).unsqueeze(1)
-        layout.source = (torch.arange(width, device=self.device) + before).clamp(max=width - 1)
-        logits = self.run(input_ids=tokens, attention_mask=mask, position_ids=positions)
-        layout.rows = layout.source = None
-        self.places[index] = torch.tensor(places, device=self.device)
-        self.ages[index], self.lengths[index] = 0, lengths
-        for row, place, prompt in zip(rows, places, prompts, strict=True):
-            self.owners[row], self.columns[row] = place, len(prompt)
+        layout.prefill_rows = at
+        padding = (width - lengths).unsqueeze(1)
+        layout.source = (torch.arange(width, device=self.device) + padding).clamp(max=width - 1)
+        logits = self.forward(input_ids=tokens, attention_mask=mask, position_ids=positions)
+        layout.prefill_rows = layout.source = None
+        self.prompt_indices[at] = torch.tensor(indices, device=self.device)
+        self.generated[at], self.lengths[at] = 0, lengths
+        for row, index, prompt in zip(rows, indices, prompts, strict=True):
+            self.row_prompts[row], self.host_lengths[row] = index, len(prompt)
         return logits
 
     def inputs(self) -> dict[str, Tensor]:
         layout = self.layout
-        going_on = [columns for columns, place in zip(self.columns, self.owners, strict=True) if place is not None]
-        self.grow(max(going_on) + 1)
-        layout.read = max(going_on) + 1 if self.replayed is None else layout.capacity
-        # a row that has ended goes on at its last column, until a prompt comes in
+        rows = zip(self.host_lengths, self.row_prompts, strict=True)
+        longest = max(length for length, index in rows if index is not None)
+        self.grow(longest + 1)
+        layout.read = longest + 1 if self.replayed is None else layout.capacity
+        # a free row keeps writing to its last column until it is prefilled
         lengths = self.lengths.clamp(max=layout.read - 1)
-        seen = torch.arange(layout.read, device=self.device) <= lengths.unsqueeze(1)
+        visible = torch.arange(layout.read, device=self.device) <= lengths.unsqueeze(1)
         return {
             "input_ids": self.tokens.unsqueeze(1),
-            "attention_mask": seen[:, None, None],
+            "attention_mask": visible[:, None, None],
             "position_ids": lengths.unsqueeze(1),
         }
 
     def step(self, inputs: dict[str, Tensor]) -> Tensor:
         if self.replayed is None:
-            found = self.write(inputs)
+            logits = self.forward_step(inputs)
         else:
-            found = self.replayed(self.write, inputs, (len(self.owners), self.layout.capacity))
+            logits = self.replayed(self.forward_step, inputs, (len(self.row_prompts), self.layout.capacity))
         self.lengths = self.lengths + 1
-        self.columns = [columns + 1 for columns in self.columns]
-        return found
+        self.host_lengths = [length + 1 for length in self.host_lengths]
+        return logits
 
-    def write(self, inputs: dict[str, Tensor]) -> Tensor:
-        """One pass; keys and values go where the positions say."""
+    def forward_step(self, inputs: dict[str, Tensor]) -> Tensor:
+        """One decoding step. Keys and values go to the columns that `position_ids` name."""
         self.layout.lengths = inputs["position_ids"].squeeze(1)
-        return self.run(**inputs)
+        return self.forward(**inputs)
 
-    def extend(self, tokens: Tensor, rows: Sequence[int] | None = None) -> None:
+    def append(self, tokens: Tensor, rows: Sequence[int] | None = None) -> None:
         if rows is None:
-            self.tokens, self.ages = tokens, self.ages + 1
+            self.tokens, self.generated = tokens, self.generated + 1
             return
         index = torch.tensor(rows, device=self.device)
         self.tokens[index] = tokens
-        self.ages[index] += 1
+        self.generated[index] += 1
 
-    def keep(self, rows: Sequence[int]) -> None:
-        super().keep(rows)
+    def select_rows(self, rows: Sequence[int]) -> None:
+        super().select_rows(rows)
         index = torch.tensor(rows, device=self.device)
         self.lengths, self.tokens = self.lengths[index], self.tokens[index]
-        self.columns = [self.columns[row] for row in rows]
+        self.host_lengths = [self.host_lengths[row] for row in rows]
         self.size = len(rows)

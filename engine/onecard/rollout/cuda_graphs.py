@@ -1,10 +1,10 @@
-"""A pass of fixed shapes, recorded once and replayed: the GPU is told once what to do, not layer by layer each time.
+"""CUDA graphs for decoding: a forward pass of fixed shapes is captured once and replayed.
 
-A step of sampling is a thousand small kernels, and Python takes longer to start them than a large GPU to run them.
-Rows that keep their places (`slots.py`) give every step the same shapes and addresses until the cache grows or rows
-leave; then it is recorded anew.
+A decoding step is about a thousand small kernels, and Python takes longer to launch them than a large GPU to run them.
+In `cache_slots.py` every step has the same shapes and addresses until the cache grows or rows are removed; then the
+pass is captured again.
 
-Off unless ONECARD_ROLLOUT_GRAPHS=1: it has not been measured on a GPU yet. Where recording fails, passes run as before.
+Off unless ONECARD_ROLLOUT_GRAPHS=1: it has not been measured on a GPU yet. If the capture fails, passes run without it.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from onecard.utils.progress import say
 
 Inputs = dict[str, Tensor]
 Pass = Callable[[Inputs], Tensor]
-Recorder = Callable[[Pass, Inputs], Pass]  # -> the same pass, for other numbers in inputs of the same shapes
-WARMUPS = 2  # passes before recording: libraries make their workspaces in the first
+Recorder = Callable[[Pass, Inputs], Pass]  # -> the same pass, for new values of inputs of the same shapes
+WARMUPS = 2  # passes before the capture: libraries allocate their workspaces in the first
 
 _recorders: list[Recorder | None] = []
 
 
 @contextmanager
 def recorded_by(recorder: Recorder | None) -> Iterator[None]:
-    """Inside, sampling's passes are recorded by it; None: they are not."""
+    """Context in which decoding passes are recorded by `recorder`; None: they are not recorded."""
     _recorders.append(recorder)
     try:
         yield
@@ -38,17 +38,17 @@ def recorded_by(recorder: Recorder | None) -> Iterator[None]:
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
-    """What records passes on a device, if anything."""
+    """The recorder for a device; None if passes are not recorded."""
     if _recorders:
         return _recorders[-1]
-    wanted = device.type == "cuda" and os.environ.get("ONECARD_ROLLOUT_GRAPHS") == "1"
-    return cuda_graph if wanted else None
+    enabled = device.type == "cuda" and os.environ.get("ONECARD_ROLLOUT_GRAPHS") == "1"
+    return cuda_graph if enabled else None
 
 
 def cuda_graph(run: Pass, inputs: Inputs) -> Pass:
-    """A pass as a CUDA graph. It runs a few times here, and writes what it would write.
+    """Capture a pass as a CUDA graph. The pass runs WARMUPS times first, with its side effects.
 
-    `inputs` stay where they are: a replay copies new numbers into them.
+    `inputs` become the graph's static buffers: a replay copies new values into them.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -61,8 +61,8 @@ def cuda_graph(run: Pass, inputs: Inputs) -> Pass:
         out = run(inputs)
 
     def replay(new: Inputs) -> Tensor:
-        for name, batch in inputs.items():
-            batch.copy_(new[name])
+        for name, buffer in inputs.items():
+            buffer.copy_(new[name])
         graph.replay()
         return out.clone()
 
@@ -70,7 +70,7 @@ def cuda_graph(run: Pass, inputs: Inputs) -> Pass:
 
 
 class Replayed:
-    """Passes, recorded anew whenever `shape` changes."""
+    """Replays a recorded pass, and records it again whenever `shape` changes."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder: Recorder | None = recorder
@@ -79,12 +79,12 @@ class Replayed:
 
     def __call__(self, run: Pass, inputs: Inputs, shape: tuple[int, ...]) -> Tensor:
         if shape != self.shape:
-            self.shape, self.replay = shape, None  # a recording keeps the memory of its pass
+            self.shape, self.replay = shape, None  # free the old recording first: it holds the memory of its pass
             self.replay = self.record(run, inputs)
         return run(inputs) if self.replay is None else self.replay(inputs)
 
     def forget(self) -> None:
-        """The memory that was recorded is no longer there."""
+        """Drop the recording: its memory has been freed."""
         self.shape = self.replay = None
 
     def record(self, run: Pass, inputs: Inputs) -> Pass | None:

@@ -1,4 +1,4 @@
-"""The rows that the model runs on: batches, padded on the left, and rows that are run whole, where no cache helps."""
+"""Decode batches: the rows that one forward pass decodes together. Left-padded batches, and rows without a cache."""
 
 from __future__ import annotations
 
@@ -11,70 +11,76 @@ import torch
 from torch import Tensor
 
 
-def unwatched(cache: Any) -> None:
-    """Nobody watches."""
+def ignore_cache(cache: Any) -> None:
+    """Default of `DecodeBatch.on_new_cache`: does nothing."""
 
 
 class DecodeBatch(ABC):
-    """At most `size` rows, sampled together. `places[i]` says which prompt row i belongs to, `ages[i]` how many tokens
-    it has drawn: int64 [rows], on the device; `owners[i]` is the prompt on the host, None where its response has ended.
+    """At most `size` rows that are decoded together.
 
-    Its kinds differ in what they tell the model of a row's place, and so in when a prompt may come in.
+    | attribute | shape | of row i |
+    |---|---|---|
+    | `prompt_indices` | int64 [rows], on the device | the index of its prompt |
+    | `generated` | int64 [rows], on the device | the number of tokens sampled so far |
+    | `row_prompts` | list [rows], on the host | the index of its prompt; None if the row is free |
+
+    A row is free before its first prompt and when its response has ended.
+    The subclasses differ in the positions and masks they pass to the model, and so in when a prompt can be prefilled.
     """
 
-    refills: bool  # a prompt may come in while others go on
-    least_leaving = 0.0  # of the rows, the share below which it does not pay that some leave
+    continuous: bool  # continuous batching: a prompt can be prefilled while other rows are still decoding
+    min_free_share = 0.0  # free rows are not removed before they are this share of all rows
 
     def __init__(self, model: Any, size: int, device: torch.device) -> None:
         self.model, self.size, self.device = model, size, device
-        self.places = self.ages = torch.zeros(0, dtype=torch.int64, device=device)
-        self.owners: list[int | None] = []
+        self.prompt_indices = self.generated = torch.zeros(0, dtype=torch.int64, device=device)
+        self.row_prompts: list[int | None] = []
         self.cache: Any = None
-        self.watch: Callable[[Any], None] = unwatched
-        known = inspect.signature(model.forward).parameters
-        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-        self.takes_positions = "position_ids" in known  # not so where attention itself knows distances (ALiBi)
+        self.on_new_cache: Callable[[Any], None] = ignore_cache
+        parameters = inspect.signature(model.forward).parameters
+        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self.takes_positions = "position_ids" in parameters  # false where attention computes distances itself (ALiBi)
         self.cache_argument = cache_argument(model)
 
     def new_cache(self) -> Any:
-        """A cache of nothing; whoever plans its memory watches what comes into it."""
+        """An empty cache. `on_new_cache` is called with it; the memory planner uses this to track allocations."""
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.model.config)
-        self.watch(cache)
+        self.on_new_cache(cache)
         return cache
 
     @abstractmethod
-    def room(self, waiting: int) -> list[int]:
-        """The rows in which so many prompts, or as many of them as there is room for, may come in by now."""
+    def free_rows(self, waiting: int) -> list[int]:
+        """The rows to prefill now, at most `waiting`; empty while no prompt can be prefilled."""
 
     @abstractmethod
-    def admit(self, prompts: Sequence[Sequence[int]], places: Sequence[int], rows: Sequence[int]) -> Tensor:
-        """Prompts come into these rows: fp32 logits [prompts, V] of their first tokens."""
+    def prefill(self, prompts: Sequence[Sequence[int]], indices: Sequence[int], rows: Sequence[int]) -> Tensor:
+        """Put prompts into these rows and run the model on them: fp32 logits [prompts, V] of the first new tokens."""
 
     @abstractmethod
-    def extend(self, tokens: Tensor, rows: Sequence[int] | None = None) -> None:
-        """These rows (None: all) go on with one token each."""
+    def append(self, tokens: Tensor, rows: Sequence[int] | None = None) -> None:
+        """Append one token to each of these rows (None: all)."""
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Only these rows stay."""
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Keep only these rows."""
         index = torch.tensor(rows, device=self.device)
-        self.places, self.ages = self.places[index], self.ages[index]
-        self.owners = [self.owners[row] for row in rows]
-        self.cache.reorder_cache(index)  # unlike `batch_select_indices`, every kind of layer has it
+        self.prompt_indices, self.generated = self.prompt_indices[index], self.generated[index]
+        self.row_prompts = [self.row_prompts[row] for row in rows]
+        self.cache.reorder_cache(index)  # unlike `batch_select_indices`, every kind of cache layer has it
 
     @abstractmethod
     def inputs(self) -> dict[str, Tensor]:
-        """What the model is told of the newest tokens: ids, mask and positions."""
+        """The model's inputs for the newest tokens: ids, mask and positions."""
 
     def logits(self) -> Tensor:
-        """One pass over the newest tokens of all rows: fp32 [rows, V], of the token to come."""
+        """One decoding step over the newest tokens of all rows: fp32 logits [rows, V] of the next tokens."""
         return self.step(self.inputs())
 
     def step(self, inputs: dict[str, Tensor]) -> Tensor:
-        return self.run(**inputs)
+        return self.forward(**inputs)
 
-    def run(self, *, position_ids: Tensor, **inputs: Tensor) -> Tensor:
+    def forward(self, *, position_ids: Tensor, **inputs: Tensor) -> Tensor:
         positions = {"position_ids": position_ids} if self.takes_positions else {}
         cache = {str(self.cache_argument): self.cache}
         output = self.model(use_cache=True, return_dict=True, **cache, **inputs, **positions, **self.last_only)
@@ -83,108 +89,113 @@ class DecodeBatch(ABC):
 
 
 def cache_argument(model: Any) -> str | None:
-    """The argument of a model that takes transformers' cache; None where it has another kind of memory, or none."""
-    known = inspect.signature(model.forward).parameters
-    return next((name for name in ("past_key_values", "cache_params") if name in known), None)
+    """The name of the model's argument for a transformers cache; None if it has no cache, or one of another type."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("past_key_values", "cache_params") if name in parameters), None)
 
 
 def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, mask and positions of prompts that end together. `7 8 9` and `5` (token 0 pads, and is masked):
+    """Left-padded tokens, mask and positions: int64 [prompts, width]. For `7 8 9` and `5` (token 0 pads, masked):
 
     tokens  7 8 9      mask  1 1 1      positions  0 1 2
             0 0 5            0 0 1                 0 0 0
     """
     width = max(len(prompt) for prompt in prompts)
     padding = [width - len(prompt) for prompt in prompts]
-    tokens = [[0] * more + list(prompt) for more, prompt in zip(padding, prompts, strict=True)]
-    mask = torch.tensor([[0] * more + [1] * (width - more) for more in padding], device=device)
+    tokens = [[0] * count + list(prompt) for count, prompt in zip(padding, prompts, strict=True)]
+    mask = torch.tensor([[0] * count + [1] * (width - count) for count in padding], device=device)
     return torch.tensor(tokens, device=device), mask, (mask.cumsum(1) - 1).clamp(min=0)
 
 
 class PaddedBatch(DecodeBatch):
-    """A batch of prompts, padded on the left; the next ones come in when all of them have ended. For any model: what a
-    mask and positions can say is all that it has to understand.
+    """A left-padded batch of prompts. The next prompts are prefilled when all of its responses have ended.
 
-    `7 8 9` and `5`, after each has drawn one token:
+    It works with any model that has a cache: the model only has to respect a mask and positions.
+
+    `7 8 9` and `5`, after one sampled token each:
 
         mask       1 1 1 1      tokens  4      positions  3
                    0 0 1 1              6                 1
 
-    Columns that are padding for all rows that stay are kept.
+    Columns that are padding in all remaining rows are not removed.
     """
 
-    refills = False
+    continuous = False
     tokens: Tensor
     mask: Tensor
     positions: Tensor
 
-    def room(self, waiting: int) -> list[int]:
-        return list(range(min(self.size, waiting))) if set(self.owners) <= {None} else []
+    def free_rows(self, waiting: int) -> list[int]:
+        return list(range(min(self.size, waiting))) if set(self.row_prompts) <= {None} else []
 
-    def admit(self, prompts: Sequence[Sequence[int]], places: Sequence[int], rows: Sequence[int]) -> Tensor:
-        self.cache = None  # the last batch's is free before the next one's grows
+    def prefill(self, prompts: Sequence[Sequence[int]], indices: Sequence[int], rows: Sequence[int]) -> Tensor:
+        self.cache = None  # free the previous batch's cache before the new one is allocated
         self.cache = self.new_cache()
-        self.owners, self.places = list(places), torch.tensor(places, device=self.device)
-        self.ages = torch.zeros_like(self.places)
+        self.row_prompts, self.prompt_indices = list(indices), torch.tensor(indices, device=self.device)
+        self.generated = torch.zeros_like(self.prompt_indices)
         self.tokens, self.mask, self.positions = padded(prompts, self.device)
         return self.logits()
 
     def inputs(self) -> dict[str, Tensor]:
         return {"input_ids": self.tokens, "attention_mask": self.mask, "position_ids": self.positions}
 
-    def extend(self, tokens: Tensor, rows: Sequence[int] | None = None) -> None:
-        self.tokens, self.ages = tokens.unsqueeze(1), self.ages + 1
+    def append(self, tokens: Tensor, rows: Sequence[int] | None = None) -> None:
+        self.tokens, self.generated = tokens.unsqueeze(1), self.generated + 1
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
         self.positions = self.positions[:, -1:] + 1
 
-    def keep(self, rows: Sequence[int]) -> None:
-        super().keep(rows)
+    def select_rows(self, rows: Sequence[int]) -> None:
+        super().select_rows(rows)
         index = torch.tensor(rows, device=self.device)
         self.tokens, self.mask, self.positions = self.tokens[index], self.mask[index], self.positions[index]
 
 
 class UncachedBatch(DecodeBatch):
-    """Rows that are run whole for each token, one after another: exact for every model, and slow for long rows."""
+    """Rows without a cache: for each token, the model runs on each whole row by itself.
 
-    refills = True
+    Exact for every model. Slow for long rows.
+    """
+
+    continuous = True
 
     def __init__(self, model: Any, size: int, device: torch.device) -> None:
         super().__init__(model, size, device)
-        self.places, self.ages = torch.zeros(2, size, dtype=torch.int64, device=device)
-        self.owners = [None] * size
-        self.texts: list[list[int]] = [[] for _ in range(size)]
+        self.prompt_indices, self.generated = torch.zeros(2, size, dtype=torch.int64, device=device)
+        self.row_prompts = [None] * size
+        self.row_tokens: list[list[int]] = [[] for _ in range(size)]
 
-    def room(self, waiting: int) -> list[int]:
-        return [row for row, place in enumerate(self.owners) if place is None][:waiting]
+    def free_rows(self, waiting: int) -> list[int]:
+        return [row for row, index in enumerate(self.row_prompts) if index is None][:waiting]
 
-    def admit(self, prompts: Sequence[Sequence[int]], places: Sequence[int], rows: Sequence[int]) -> Tensor:
+    def prefill(self, prompts: Sequence[Sequence[int]], indices: Sequence[int], rows: Sequence[int]) -> Tensor:
+        at = torch.tensor(rows, device=self.device)
+        self.prompt_indices[at], self.generated[at] = torch.tensor(indices, device=self.device), 0
+        for row, index, prompt in zip(rows, indices, prompts, strict=True):
+            self.row_prompts[row], self.row_tokens[row] = index, list(prompt)
+        return torch.cat([self.forward_row(row) for row in rows])
+
+    def append(self, tokens: Tensor, rows: Sequence[int] | None = None) -> None:
+        appended = list(range(len(self.row_tokens))) if rows is None else list(rows)
+        for row, token in zip(appended, tokens.tolist(), strict=True):
+            self.row_tokens[row].append(token)
+        self.generated[torch.tensor(appended, device=self.device)] += 1
+
+    def select_rows(self, rows: Sequence[int]) -> None:
         index = torch.tensor(rows, device=self.device)
-        self.places[index], self.ages[index] = torch.tensor(places, device=self.device), 0
-        for row, place, prompt in zip(rows, places, prompts, strict=True):
-            self.owners[row], self.texts[row] = place, list(prompt)
-        return torch.cat([self.run_text(row) for row in rows])
-
-    def extend(self, tokens: Tensor, rows: Sequence[int] | None = None) -> None:
-        index = list(range(len(self.texts))) if rows is None else list(rows)
-        for row, token in zip(index, tokens.tolist(), strict=True):
-            self.texts[row].append(token)
-        self.ages[torch.tensor(index, device=self.device)] += 1
-
-    def keep(self, rows: Sequence[int]) -> None:
-        index = torch.tensor(rows, device=self.device)
-        self.places, self.ages = self.places[index], self.ages[index]
-        self.owners, self.texts = [self.owners[row] for row in rows], [self.texts[row] for row in rows]
+        self.prompt_indices, self.generated = self.prompt_indices[index], self.generated[index]
+        self.row_prompts = [self.row_prompts[row] for row in rows]
+        self.row_tokens = [self.row_tokens[row] for row in rows]
 
     def inputs(self) -> dict[str, Tensor]:
         raise NotImplementedError("rows that are run whole have no newest tokens")
 
     def logits(self) -> Tensor:
-        """One pass for each row; rows that have ended are not run."""
-        found = {row: self.run_text(row) for row, place in enumerate(self.owners) if place is not None}
-        nothing = torch.zeros_like(next(iter(found.values())))
-        return torch.cat([found.get(row, nothing) for row in range(len(self.owners))])
+        """One forward pass for each row that is not free; the logits of free rows are 0."""
+        results = {row: self.forward_row(row) for row, index in enumerate(self.row_prompts) if index is not None}
+        zeros = torch.zeros_like(next(iter(results.values())))
+        return torch.cat([results.get(row, zeros) for row in range(len(self.row_prompts))])
 
-    def run_text(self, row: int) -> Tensor:
-        ids = torch.tensor([self.texts[row]], device=self.device)
+    def forward_row(self, row: int) -> Tensor:
+        ids = torch.tensor([self.row_tokens[row]], device=self.device)
         logits: Tensor = self.model(input_ids=ids, use_cache=False, return_dict=True, **self.last_only).logits
         return logits[:, -1].float()

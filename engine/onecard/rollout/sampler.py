@@ -1,4 +1,4 @@
-"""The loop: each pass gives every row its next token; a row that ends makes room."""
+"""Decoding loop with continuous batching: a finished response frees its row for the next prompt."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ from onecard.utils.errors import OnecardError
 from onecard.utils.progress import Bar, progress
 from onecard.utils.rng import rng_restored_on_error
 
-# Finished rows leave when they are this share of those held and nobody waits. To leave costs one copy of the cache of
-# the rows that stay, and saves this share of all steps to come, so it pays in a few. Measured on two small models, 1/16
-# to 1/4 are alike; at every single end, or from a half on, it is slower.
-LEAVING_SHARE = 1 / 8
+# When no prompt waits, free rows are removed from the decode batch once they are this share of its rows. Removal copies
+# the cache of the other rows once, and saves this share of every later step, so a few steps pay for it. On two small
+# models 1/16 to 1/4 take the same time; removal at every single end, or from 1/2 on, is slower.
+COMPACTION_SHARE = 1 / 8
 
 
 @dataclass(frozen=True)
 class Response:
-    """What was drawn behind one prompt: k tokens, and `logprobs` fp32 [k] (CPU), of each in what it was drawn from.
+    """The response to one prompt: k tokens, and their log-probabilities `logprobs` fp32 [k] (CPU).
 
-    That is `log_softmax(logits / temperature)` in fp32, after top-k and top-p where they are asked for, and with
-    undivided logits at temperature 0. `finished`: the last token is one that ends a response, and it is among `tokens`;
-    else the response was cut at `max_new_tokens`. `stop`: the stop string that the last token completed, if it did.
+    A log-probability is of the distribution that the token was sampled from: `log_softmax(logits / temperature)` in
+    fp32, after top-k and top-p if they are set; at temperature 0 the logits are not divided. `finished`: the last token
+    ends the response, and is included in `tokens`; if false, the response was cut at `max_new_tokens`. `stop`: the stop
+    string that the last token completed, or empty.
     """
 
     tokens: tuple[int, ...]
@@ -47,20 +48,20 @@ class Response:
 
     @property
     def body(self) -> tuple[int, ...]:
-        """The tokens without the one that ended it."""
+        """The tokens without the one that ended the response."""
         return self.tokens[:-1] if self.finished else self.tokens
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Responses in the order of their prompts, and the seconds they took."""
+    """Responses in the order of their prompts, and the wall time in seconds."""
 
     responses: tuple[Response, ...]
     seconds: float
 
     @property
     def tokens_per_second(self) -> float:
-        """Response tokens, ending ones included; prompt tokens do not count."""
+        """Response tokens per second, with the tokens that end responses and without prompt tokens."""
         return sum(len(response.tokens) for response in self.responses) / self.seconds
 
 
@@ -73,13 +74,13 @@ SAMPLING = RetryMessages(
 
 
 def sampling_budget(batch_size: int, cache_bytes: int = 0) -> TokenBudget:
-    """At most so many prompts sampled together, with a cache of at most so many bytes (0: of any)."""
+    """At most `batch_size` prompts sampled together, with a cache of at most `cache_bytes` bytes (0: no limit)."""
     return TokenBudget(MicroBatchSize(batch_size, cache_bytes, sort_by_length=True, max_items=batch_size), SAMPLING)
 
 
 def decoding_modes(model: Any) -> list[str]:
-    """How rows can be sampled together, as far as a model's structure says, the fastest first."""
-    from onecard.rollout.cache_slots import takes_slots  # it comes with transformers
+    """The decoding modes that a model's structure allows, the fastest first; see `make_decode_batch`."""
+    from onecard.rollout.cache_slots import takes_slots  # imports transformers
 
     slots = ["slots"] if takes_slots(model) else []
     cached = cache_argument(model) is not None and not chooses_keys(trunk_of(model).config)
@@ -87,10 +88,14 @@ def decoding_modes(model: Any) -> list[str]:
 
 
 def make_decode_batch(roles: Roles, rows: int, columns: int) -> DecodeBatch:
-    """Rows for the current role, of at most `columns` tokens that a next one looks at.
+    """A decode batch for the current role: `rows` rows of at most `columns` cached tokens each.
 
-    slots: a row that ends takes the next prompt; padded: batches; single: batches of one; uncached: rows run whole, for
-    models without a cache, and where rotations change with the length of a text.
+    | mode | decoding |
+    |---|---|
+    | `slots` | continuous batching: a row that ends takes the next prompt |
+    | `padded` | left-padded batches |
+    | `single` | padded batches of one row |
+    | `uncached` | no cache: for models without one, and where rotations change with the length of a text |
     """
     from onecard.rollout.cache_slots import CacheSlots
 
@@ -107,7 +112,7 @@ def make_decode_batch(roles: Roles, rows: int, columns: int) -> DecodeBatch:
 
 
 class SampledTokens:
-    """What has been drawn of each prompt: tokens on the host, log-probabilities [prompts, most] on the device."""
+    """Tokens sampled for each prompt, on the host; log-probabilities fp32 [prompts, max_new_tokens], on the device."""
 
     def __init__(
         self,
@@ -119,20 +124,22 @@ class SampledTokens:
     ) -> None:
         self.prompts = prompts
         self.tokens: list[list[int]] = [[] for _ in prompts]
-        self.stopped = [""] * len(prompts)
+        self.matched_stops = [""] * len(prompts)
         self.logprobs = torch.zeros(len(prompts), sampling.max_new_tokens, device=device)
-        self.most, self.stop_tokens, self.stop_strings = sampling.max_new_tokens, stop_tokens, stop_strings
+        self.max_new_tokens = sampling.max_new_tokens
+        self.stop_tokens, self.stop_strings = stop_tokens, stop_strings
 
-    def add(self, place: int, token: int) -> bool:
-        """One more token; whether it is the response's last."""
-        self.tokens[place].append(token)
+    def add(self, index: int, token: int) -> bool:
+        """Append a token to prompt `index`'s response. Returns whether the response has ended."""
+        tokens = self.tokens[index]
+        tokens.append(token)
         if self.stop_strings is not None:
-            self.stopped[place] = self.stop_strings.found(self.prompts[place], self.tokens[place])
-        return token in self.stop_tokens or bool(self.stopped[place]) or len(self.tokens[place]) == self.most
+            self.matched_stops[index] = self.stop_strings.found(self.prompts[index], tokens)
+        return token in self.stop_tokens or bool(self.matched_stops[index]) or len(tokens) == self.max_new_tokens
 
-    def response(self, place: int) -> Response:
-        tokens, stop = tuple(self.tokens[place]), self.stopped[place]
-        logprobs = self.logprobs[place, : len(tokens)].to("cpu", copy=True)
+    def response(self, index: int) -> Response:
+        tokens, stop = tuple(self.tokens[index]), self.matched_stops[index]
+        logprobs = self.logprobs[index, : len(tokens)].to("cpu", copy=True)
         return Response(tokens, logprobs, tokens[-1] in self.stop_tokens or bool(stop), stop)
 
 
@@ -146,26 +153,27 @@ def sample_rows(
     uniforms: Tensor | None = None,
     on_token: Callable[[int], object] | None = None,
 ) -> Iterator[tuple[int, Response]]:
-    """Yield (index of the prompt, its response) as responses end; prompts are admitted in their order.
+    """Yield (index of the prompt, its response) as responses end. Prompts are prefilled in their order.
 
-    `uniforms` [prompts, max_new_tokens] choose the tokens, if given (see `sample_token`). `on_token` is called with
-    each token.
+    `uniforms` fp32 [prompts, max_new_tokens], if given, choose the tokens (see `sample_token`). `on_token` is called
+    with each token. Raises OnecardError if the model's logits are not finite.
     """
-    filters = logits_warpers(sampling)
-    drawn = SampledTokens(prompts, sampling, stop_tokens, stop_strings, batch.device)
+    warpers = logits_warpers(sampling)
+    sampled = SampledTokens(prompts, sampling, stop_tokens, stop_strings, batch.device)
     waiting = deque(range(len(prompts)))
 
     def sample_next(logits: Tensor, rows: Sequence[int] | None = None) -> Iterator[tuple[int, Response]]:
-        """One token for each of these rows (None: all)."""
+        """Sample one token for each of these rows (None: all); yield the responses that it ends."""
         index = slice(None) if rows is None else torch.tensor(rows, device=batch.device)
-        places, ages = batch.places[index], batch.ages[index].clamp(max=sampling.max_new_tokens - 1)
-        chosen_by = None if uniforms is None else uniforms[places, ages]
-        # rows that have ended go on too, until they leave: what they draw is written behind a response that was taken
-        tokens, drawn.logprobs[places, ages] = sample_token(logits, sampling, filters, chosen_by)
-        batch.extend(tokens.clamp(min=0), rows)
-        for row, token in zip(range(len(batch.owners)) if rows is None else rows, tokens.tolist(), strict=True):
-            place = batch.owners[row]
-            if place is None:
+        prompt_indices = batch.prompt_indices[index]
+        positions = batch.generated[index].clamp(max=sampling.max_new_tokens - 1)
+        row_uniforms = None if uniforms is None else uniforms[prompt_indices, positions]
+        # Free rows are sampled too. Their log-probabilities are written after the end of a response already yielded.
+        tokens, sampled.logprobs[prompt_indices, positions] = sample_token(logits, sampling, warpers, row_uniforms)
+        batch.append(tokens.clamp(min=0), rows)
+        for row, token in zip(range(len(batch.row_prompts)) if rows is None else rows, tokens.tolist(), strict=True):
+            prompt_index = batch.row_prompts[row]
+            if prompt_index is None:
                 continue
             if token == NOT_FINITE:
                 raise OnecardError(
@@ -174,21 +182,21 @@ def sample_rows(
                 )
             if on_token is not None:
                 on_token(token)
-            if drawn.add(place, token):
-                batch.owners[row] = None
-                yield place, drawn.response(place)
+            if sampled.add(prompt_index, token):
+                batch.row_prompts[row] = None
+                yield prompt_index, sampled.response(prompt_index)
 
     while True:
-        while waiting and (rows := batch.room(len(waiting))):
-            places = [waiting.popleft() for _ in rows]
-            yield from sample_next(batch.admit([prompts[place] for place in places], places, rows), rows)
-        staying = [row for row, place in enumerate(batch.owners) if place is not None]
-        if not staying:
+        while waiting and (rows := batch.free_rows(len(waiting))):
+            indices = [waiting.popleft() for _ in rows]
+            yield from sample_next(batch.prefill([prompts[index] for index in indices], indices, rows), rows)
+        active = [row for row, index in enumerate(batch.row_prompts) if index is not None]
+        if not active:
             return
-        leaving = len(batch.owners) - len(staying)
-        enough = max(LEAVING_SHARE, batch.least_leaving) * len(batch.owners)
-        if leaving >= max(1, enough) and not (waiting and batch.refills):
-            batch.keep(staying)
+        free = len(batch.row_prompts) - len(active)
+        threshold = max(COMPACTION_SHARE, batch.min_free_share) * len(batch.row_prompts)
+        if free >= max(1, threshold) and not (waiting and batch.continuous):
+            batch.select_rows(active)
         yield from sample_next(batch.logits())
 
 
@@ -204,63 +212,68 @@ def sample_responses(
     seed: int | None = None,
     on_token: Callable[[int], object] | None = None,
 ) -> Rollout:
-    """One response of the current role to each prompt, in the prompts' order. `bar` moves with each response. An id of
-    `stop_tokens` ends a response, and so does a text of `stop_strings`.
+    """Sample one response of the current role to each prompt, in the order of the prompts.
 
-    Draws come from torch's global generator; with `seed`, each prompt has draws of its own, made of the seed and its
-    place. `on_token` is told each token as it is drawn. Whether prompt and response fit into the model's context is for
-    callers to check. Where memory runs out, all prompts are drawn again from the first on, fewer at a time; what had
-    ended is not kept, for the answers that end early are the short ones.
+    A token of `stop_tokens` or a text of `stop_strings` ends a response. `bar` advances with each response, and
+    `on_token` is called with each token. Random numbers come from torch's global generator; with `seed`, each prompt
+    has its own, made from the seed and the prompt's index.
+
+    Raises OnecardError for an empty prompt. Callers check that prompt and response fit into the model's context. If
+    memory runs out, all prompts are sampled again from the first one, fewer at a time. Responses that had ended are not
+    kept: they are the short ones, and keeping them would bias the sample.
     """
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise OnecardError(f"prompt {index} has no tokens, so there is nothing to go on from.")
     model = roles.causal_model()
-    began = time.perf_counter()
+    started = time.perf_counter()
     lengths = [len(prompt) + sampling.max_new_tokens for prompt in prompts]
-    # the longest first: a batch is of like lengths, and what comes in later has room where another has been
-    order = [place for alone in like_lengths(lengths, 1) for place in alone]
-    counts: dict[int, int] = {}  # tokens of each response that the bar has been told of
+    # Longest first: a batch has similar lengths, and a later prompt fits into the row of an earlier one.
+    order = [index for group in like_lengths(lengths, 1) for index in group]
+    counts: dict[int, int] = {}  # tokens of each response that the progress bar has counted
 
-    def read(rows: int) -> dict[int, Response]:
+    def sample(rows: int) -> dict[int, Response]:
         uniforms = None
         if seed is not None:
-            uniforms = torch.stack([uniforms_of(seed, place, sampling.max_new_tokens) for place in order])
+            uniforms = torch.stack([uniforms_of(seed, index, sampling.max_new_tokens) for index in order])
             uniforms = uniforms.to(roles.device)
-        batch = make_decode_batch(roles, rows, max(lengths) - 1)  # the last token has no keys
-        found: dict[int, Response] = {}
-        ordered = [prompts[place] for place in order]
+        batch = make_decode_batch(roles, rows, max(lengths) - 1)  # the last token is never fed to the model
+        responses: dict[int, Response] = {}
+        ordered = [prompts[index] for index in order]
         with rng_restored_on_error(roles.device):
             sampled = sample_rows(
                 batch, ordered, sampling, stop_tokens, stop_strings=stop_strings, uniforms=uniforms, on_token=on_token
             )
-            for index, response in sampled:
-                place = order[index]
-                found[place] = response
-                told = place in counts
-                counts[place] = len(response.tokens)
-                if bar is not None and not told:
-                    bar.advance({"time/tokens_per_second": sum(counts.values()) / (time.perf_counter() - began)})
-        return found
+            for position, response in sampled:
+                index = order[position]
+                responses[index] = response
+                counted = index in counts  # by an attempt that ran out of memory
+                counts[index] = len(response.tokens)
+                if bar is not None and not counted:
+                    bar.advance({"time/tokens_per_second": sum(counts.values()) / (time.perf_counter() - started)})
+        return responses
 
     budget = batch_size if isinstance(batch_size, TokenBudget) else sampling_budget(batch_size)
-    sizes = [max(1, cache_bytes(model, length)) for length in lengths]  # a model may keep no keys
+    sizes = [max(1, cache_bytes(model, length)) for length in lengths]  # 0 for a model without keys
     with evaluating(model):
-        found = run_with_retry(sizes, budget, read) if prompts else {}
-    return Rollout(tuple(found[place] for place in range(len(prompts))), time.perf_counter() - began)
+        responses = run_with_retry(sizes, budget, sample) if prompts else {}
+    return Rollout(tuple(responses[index] for index in range(len(prompts))), time.perf_counter() - started)
 
 
-def make_episode(prompt: Prompt, place: int, response: Response) -> Episode:
-    """Prompt and response as one sequence; the mask, not any token id, says which is which."""
+def make_episode(prompt: Prompt, prompt_index: int, response: Response) -> Episode:
+    """Prompt and response as one sequence. The mask, not a token id, marks the response tokens."""
     mask = (False,) * len(prompt.tokens) + (True,) * len(response.tokens)
     sequence = TokenSequence(prompt.tokens + response.tokens, mask)
-    return Episode(sequence, response.logprobs, response.finished, place, response.stop)
+    return Episode(sequence, response.logprobs, response.finished, prompt_index, response.stop)
 
 
 def generate(
     roles: Roles, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling, *, batch_size: int
 ) -> list[str]:
-    """One response text to each prompt, in the prompts' order: prompt and response together read as the tokens do."""
+    """One response text for each prompt, in the order of the prompts.
+
+    Prompt plus response text is the decoded text of their tokens together.
+    """
     with progress("generate", len(prompts)) as bar:
         rollout = sample_responses(
             roles,

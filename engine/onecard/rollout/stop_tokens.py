@@ -1,4 +1,4 @@
-"""What ends a response: end tokens and stop strings."""
+"""Stop tokens and stop strings: what ends a response, and the response's text without it."""
 
 from __future__ import annotations
 
@@ -12,62 +12,67 @@ from onecard.data.tokens import HALF, bare, behind, continuation_text, spelled
 from onecard.models.roles import Roles
 from onecard.utils.errors import OnecardError
 
-BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")  # what SentencePiece calls the token of a byte
-CONTEXT_TOKENS = 8  # decoded before the tokens that are looked at: a decoder may change the first tokens of a text
+BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's name of a byte token
+CONTEXT_TOKENS = 8  # decoded before the window that is searched: a decoder may change the first tokens of a text
 
 
 def end_tokens(roles: Roles, tokenizer: Any, stop: Sequence[str] = ()) -> frozenset[int]:
-    """Every id that ends a response: the tokenizer's EOS, those of the model's generation config (chat models), the one
-    that the chat template closes answers with, and those of the `stop` texts that are a token.
+    """Every token id that ends a response.
+
+    These are the tokenizer's EOS, the EOS ids of the model's generation config (chat models have several), the token
+    with which the chat template closes answers, and the `stop` texts that are a single token.
     """
-    own = getattr(getattr(roles.causal_model(), "generation_config", None), "eos_token_id", None)
-    ends = {*answer_ends(tokenizer).ids, *([own] if isinstance(own, int) else own or [])}
+    eos_ids = getattr(getattr(roles.causal_model(), "generation_config", None), "eos_token_id", None)
+    ends = {*answer_ends(tokenizer).ids, *([eos_ids] if isinstance(eos_ids, int) else eos_ids or [])}
     return frozenset(ends.union(*(stop_ids(text, tokenizer) for text in stop)))
 
 
 def stop_ids(text: str, tokenizer: Any) -> set[int]:
-    """The ids of tokens that are a stop text by themselves; none where it takes several tokens.
+    """The ids of single tokens that are exactly the stop text; empty if the text takes several tokens.
 
-    With SentencePiece there may be two (`▁.` and `.`), and the second is the one that follows a word. A text that the
-    tokenizer cannot write is an error, unless it is the name of a token (`▁the`; `<0x0A>` is one anyway).
+    With SentencePiece there may be two (`▁.` and `.`); the second is the one that follows a word. A text that is the
+    name of a token (`▁the`, `<0x0A>`) is that token. Raises OnecardError if the text is empty, has a special token
+    beside other text, or cannot be encoded.
     """
     if not text:
         raise OnecardError("stop_token: '' is 0 tokens, expected a text.")
     try:
-        unicode(text, "stop_token")  # bytes of a command line that are no UTF-8
+        unicode(text, "stop_token")  # command line arguments may be invalid UTF-8
     except BadRowError as error:
         raise OnecardError(f"{error}.") from None
-    letter, alone, both = (bare(each, tokenizer) for each in ("a", text, f"a{text}"))
+    letter, alone, both = (bare(piece, tokenizer) for piece in ("a", text, f"a{text}"))
     special = special_ids(tokenizer) - {tokenizer.unk_token_id}
     if special.intersection(both) and len(both) > len(letter) + 1:
         raise OnecardError(f"stop_token: {text!r} has a special token beside other text, expected one or the other.")
-    # Unknown characters become the unknown token, or nothing at all.
+    # Characters that are not in the vocabulary become the unknown token, or are dropped.
     written = spelled(both, tokenizer) == f"a{text}" or spelled(alone, tokenizer) == text
     named = tokenizer.get_vocab().get(text)
     if named is not None and (not written or BYTE_NAME.fullmatch(text)):
         return {named}
     if not written:
         raise OnecardError(f"stop_token: {text!r} is not in the tokenizer's vocabulary.")
-    single = {each[0] for each in (alone, both[len(letter) :]) if len(each) == 1} | ({named} - {None})
+    single = {ids[0] for ids in (alone, both[len(letter) :]) if len(ids) == 1} | ({named} - {None})
     return {token for token in single if is_text(token, text, tokenizer)}
 
 
 def is_text(token: int, text: str, tokenizer: Any) -> bool:
-    """Whether a token is written as `text` behind other text, or as a word of its own with a space before it."""
+    """Whether a token decodes to `text` after other text, with or without a space before it."""
     letter = bare("a", tokenizer)
-    behind = spelled([*letter, token], tokenizer).removeprefix(spelled(letter, tokenizer))
-    return behind in (text, f" {text}")
+    decoded = spelled([*letter, token], tokenizer).removeprefix(spelled(letter, tokenizer))
+    return decoded in (text, f" {text}")
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Tokens that have no text in an answer."""
+    """Special tokens: they are left out of a response's text."""
     added = (token for token, text in tokenizer.added_tokens_decoder.items() if text.special)
     return frozenset((*tokenizer.all_special_ids, *added))
 
 
 class StopStrings:
-    """The `stop` texts, which are looked for in answers as text: a token may hold one, or a part of it. Special tokens,
-    which have no text, and names of the vocabulary are looked for as tokens.
+    """Search responses for the `stop` texts.
+
+    Stop strings are searched in the decoded text, because a token may contain one, or a part of it. Special tokens,
+    which have no text, and names of vocabulary entries are matched as tokens.
     """
 
     def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
@@ -80,12 +85,12 @@ class StopStrings:
             if token in special or not is_text(token, text, tokenizer)
         }
         self.strings = [text for text in texts if text not in self.tokens.values()]
-        # Each token of a string has a byte of it, or more.
+        # Each token of a string has at least one of its bytes.
         self.window = CONTEXT_TOKENS + max((len(text.encode()) for text in self.strings), default=0)
         self.may_end: dict[int, bool] = {}
 
     def found(self, prompt: Sequence[int], response: Sequence[int]) -> str:
-        """The stop string that a response has since its last token; empty if it has none.
+        """The stop string that the response's last token completed; empty if there is none.
 
         Of several, the one that begins first.
         """
@@ -97,22 +102,22 @@ class StopStrings:
         return self.first(continuation_text(prompt, response, self.tokenizer))
 
     def can_end(self, token: int) -> bool:
-        """Whether a token may hold the last character of a string, or a part of it."""
+        """Whether a token may contain the last character of a stop string, or some bytes of it."""
         if token not in self.may_end:
             text = continuation_text(bare("a", self.tokenizer), [token], self.tokenizer)
             self.may_end[token] = HALF in text or any(string[-1] in text for string in self.strings)
         return self.may_end[token]
 
     def first(self, text: str) -> str:
-        """The string that begins first in a text; empty if there is none."""
+        """The stop string that begins first in a text; empty if there is none."""
         return min((string for string in self.strings if string in text), key=text.index, default="")
 
     def last_text(self, prompt: Sequence[int], response: Sequence[int]) -> str:
-        """The text of the response's last tokens, as many as may hold a string."""
+        """The text of the response's last `window` tokens, which are enough to contain any stop string."""
         start = len(response) - self.window
         if start <= 0:
             return continuation_text(prompt, response, self.tokenizer)
-        for first in range(start, max(start - 4, 0), -1):  # not from the middle of a character
+        for first in range(start, max(start - 4, 0), -1):  # do not start inside a character
             text = spelled(response[first:], self.tokenizer, skip_special_tokens=True)
             if not text.startswith(HALF):
                 return text
@@ -122,7 +127,10 @@ class StopStrings:
 def text_before_end(
     tokenizer: Any, prompt: Sequence[int], response: Sequence[int], *, finished: bool, stop: str = ""
 ) -> str:
-    """The answer as text behind its prompt, without what ended it: a last token, or from the stop string on."""
+    """The response's text after its prompt, without its end.
+
+    The end is the last token if `finished`, or all text from the stop string `stop` on.
+    """
     if stop:
         text = continuation_text(prompt, response, tokenizer)
         if stop in text:
@@ -133,8 +141,9 @@ def text_before_end(
 def tokens_before_end(
     tokenizer: Any, prompt: Sequence[int], response: Sequence[int], *, finished: bool, stop: str = ""
 ) -> list[int]:
-    """The tokens of `text_before_end`, as they were sampled. Of a token that is partly in it, that part is tokenized
-    anew.
+    """The tokens of `text_before_end`, as they were sampled.
+
+    If the text ends inside a token, the part of that token before the end is tokenized again.
     """
     if not stop:
         return list(response[:-1] if finished else response)

@@ -1,4 +1,4 @@
-"""Logits -> a token of each row, and the log-probability that it was drawn with."""
+"""Sample a token for each row of logits, with its log-probability."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from onecard.utils.rng import seed_of
 
-BLOCK = 256  # words; near the root of large vocabularies, so both of the searches are short
+BLOCK = 256  # vocabulary entries; near the square root of a large vocabulary, so both searches are short
 NOT_FINITE = -1  # the token of a row whose logits are not finite
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. `temperature` 0 takes the likeliest one; `top_k` 0 and `top_p` 1 leave all of them in."""
+    """Sampling settings. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep all tokens."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -26,7 +26,7 @@ class Sampling:
 
 
 def logits_warpers(sampling: Sampling) -> list[Any]:
-    """transformers' top-k and top-p, in its order."""
+    """transformers' top-k and top-p warpers, in its order; none at temperature 0."""
     from transformers import TopKLogitsWarper, TopPLogitsWarper
 
     if sampling.temperature == 0:
@@ -37,56 +37,59 @@ def logits_warpers(sampling: Sampling) -> list[Any]:
 
 
 def sample_token(
-    logits: Tensor, sampling: Sampling, filters: Sequence[Any], uniforms: Tensor | None = None
+    logits: Tensor, sampling: Sampling, warpers: Sequence[Any], uniforms: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One token for each row of logits [b, V], and its log-probability: int64 [b], fp32 [b].
+    """Sample one token for each row of logits [b, V]: tokens int64 [b], and their log-probabilities fp32 [b].
 
-    The token is the first up to which the probabilities add up to more than the row's chance, a number from 0 to below
-    1: `uniforms` [b], or torch's global generator's. A row whose logits are not finite gets the token NOT_FINITE: one
-    bad logit makes the whole row nan, and to look here would make the host wait for a GPU.
+    The token is the first whose cumulative probability is more than the row's uniform in [0, 1): `uniforms` [b], or
+    drawn from torch's global generator. A row whose logits are not finite gets the token NOT_FINITE. It raises no error
+    here, because a check would make the host wait for the GPU.
     """
     if sampling.temperature not in (0, 1):
         logits = logits / sampling.temperature
-    for only_top in filters:
-        logits = only_top(None, logits)
+    for warper in warpers:
+        logits = warper(None, logits)
     if sampling.temperature == 0:
         logprobs = logits.log_softmax(-1)
         tokens = logits.argmax(-1, keepdim=True)
-        found = logprobs.gather(1, tokens)
+        chosen = logprobs.gather(1, tokens)
     else:
         if uniforms is None:
             uniforms = torch.rand(len(logits), device=logits.device)
         probs = logits.softmax(-1)
         tokens = first_beyond(probs, uniforms)
-        found = probs.gather(1, tokens).log()
-    tokens = tokens.masked_fill(found.isnan(), NOT_FINITE)
-    return tokens.squeeze(1), found.squeeze(1)
+        chosen = probs.gather(1, tokens).log()
+    tokens = tokens.masked_fill(chosen.isnan(), NOT_FINITE)  # one NaN or +inf logit makes the whole row NaN
+    return tokens.squeeze(1), chosen.squeeze(1)
 
 
 def first_beyond(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Of each row, the first place up to which `probs` [b, V] add up to more than the row's share of their sum: [b, 1].
+    """For each row, the first token whose cumulative `probs` [b, V] exceed `uniforms` [b] of their sum: int64 [b, 1].
 
-    One reading of the probabilities: sums of blocks of words, then the words of one block. `torch.multinomial` draws a
-    number for every word, most of the time of a rollout on a CPU. In float64, in which a chance times the sum stays
-    below the sum; a word of probability 0 is never found.
+    The probabilities are read once: the sums of blocks are searched, then the entries of one block. `torch.multinomial`
+    draws a random number for every vocabulary entry, which takes most of a rollout's time on a CPU. Sums are float64,
+    in which uniform * sum stays below the sum. A token of probability 0 is never returned.
     """
-    words = probs.shape[1]
-    full = words // BLOCK
+    vocab = probs.shape[1]
+    full = vocab // BLOCK
     blocks = probs[:, : full * BLOCK].unflatten(1, (full, BLOCK)).sum(-1, dtype=torch.float64)
     rest = probs[:, full * BLOCK :].sum(-1, keepdim=True, dtype=torch.float64)
     sums = torch.cat([blocks, rest], dim=1).cumsum(-1)
-    wanted = uniforms.double().unsqueeze(1) * sums[:, -1:]
-    block = torch.searchsorted(sums, wanted, right=True).clamp(max=full)
+    target = uniforms.double().unsqueeze(1) * sums[:, -1:]
+    block = torch.searchsorted(sums, target, right=True).clamp(max=full)
     before = sums.gather(1, (block - 1).clamp(min=0)).where(block > 0, 0.0)
-    places = block * BLOCK + torch.arange(BLOCK, device=probs.device)
-    inside = probs.gather(1, places.clamp(max=words - 1)).double().masked_fill(places >= words, 0.0).cumsum(-1)
-    # The block's words may add up to a little less than its sum did
-    wanted = torch.minimum(wanted - before, inside[:, -1:] * (1 - 2.0**-52))
-    place = torch.searchsorted(inside, wanted, right=True)
-    return (block * BLOCK + place).clamp(max=words - 1)
+    indices = block * BLOCK + torch.arange(BLOCK, device=probs.device)
+    inside = probs.gather(1, indices.clamp(max=vocab - 1)).double().masked_fill(indices >= vocab, 0.0).cumsum(-1)
+    # The cumulative sum within a block may end slightly below the block's sum.
+    target = torch.minimum(target - before, inside[:, -1:] * (1 - 2.0**-52))
+    offset = torch.searchsorted(inside, target, right=True)
+    return (block * BLOCK + offset).clamp(max=vocab - 1)
 
 
 def uniforms_of(seed: int, prompt: int, length: int) -> Tensor:
-    """The numbers that choose the tokens of one prompt's response, fp32 [length], whatever else is sampled with it."""
+    """The uniforms of one prompt's response, fp32 [length], in [0, 1).
+
+    They depend on `seed` and the prompt's index alone, not on the prompts sampled with it.
+    """
     generator = torch.Generator().manual_seed(seed_of(seed, prompt))
     return torch.rand(length, generator=generator)

@@ -23,19 +23,19 @@ def sample_longest(
     `waiting`: prompts that come in where others have ended.
     """
     if isinstance(batch, UncachedBatch):  # a row is run whole for each token, and the last time it is longest
-        sample_token(batch.admit([(0,) * (total - 1)], [0], [0]), sampling, [])
+        sample_token(batch.prefill([(0,) * (total - 1)], [0], [0]), sampling, [])
         return
-    batch.watch = partial(follow, making)
+    batch.on_new_cache = partial(follow, making)
     rows = list(range(batch.size))
-    tokens, _ = sample_token(batch.admit([(0,) * prompt] * batch.size, rows, rows), sampling, [])
-    batch.extend(tokens)
-    for stretch in (stretch_slots if batch.refills else stretch_padded)(batch, total - 1):
+    tokens, _ = sample_token(batch.prefill([(0,) * prompt] * batch.size, rows, rows), sampling, [])
+    batch.append(tokens)
+    for stretch in (stretch_slots if batch.continuous else stretch_padded)(batch, total - 1):
         stretch(making)
         sample_token(batch.logits(), sampling, [])
-    if waiting and batch.refills:  # beside a cache that is as large as it gets
-        batch.owners[1:] = [None] * (batch.size - 1)
-        if rows := batch.room(waiting):
-            sample_token(batch.admit([(0,) * prompt] * len(rows), rows, rows), sampling, [])
+    if waiting and batch.continuous:  # beside a cache that is as large as it gets
+        batch.row_prompts[1:] = [None] * (batch.size - 1)
+        if rows := batch.free_rows(waiting):
+            sample_token(batch.prefill([(0,) * prompt] * len(rows), rows, rows), sampling, [])
     del batch.cache.update  # it knows itself by it, and would not be let go of
 
 
@@ -70,7 +70,7 @@ def stretch_padded(batch: Any, columns: int) -> list[Callable[[Making], None]]:
             hold(layer, columns - 1 if window is None else min(columns - 1, window - 1), making)
             if hasattr(layer, "cumulative_length"):
                 layer.cumulative_length = columns - 1
-        batch.mask = batch.mask.new_ones(len(batch.places), columns)
+        batch.mask = batch.mask.new_ones(len(batch.prompt_indices), columns)
         batch.positions = batch.positions[:, -1:] + 1
 
     return [last]
@@ -84,11 +84,11 @@ def stretch_slots(batch: Any, columns: int) -> list[Callable[[Making], None]]:
         batch.layout.capacity = (columns - 1) // GROWTH * GROWTH
         for layer in batch.cache.layers:
             hold(layer, batch.layout.capacity, making)
-        batch.columns = [batch.layout.capacity] * batch.size
+        batch.host_lengths = [batch.layout.capacity] * batch.size
         with making():
             batch.grow(batch.layout.capacity + 1)
 
     def last(making: Making) -> None:
-        batch.columns = [columns - 1] * batch.size
+        batch.host_lengths = [columns - 1] * batch.size
 
     return [last] if batch.layout.capacity == columns else [grows, last]

@@ -1,7 +1,7 @@
-"""The records that flow through training, and the one place that pairs a hidden state with the token it predicts.
+"""Batches for training, and the only place that pairs a hidden state with the token it predicts.
 
-Everything is flat: sequences lie end to end with no padding, and `cu_seqlens` says where each begins. Padding is a
-layout that `models/layout.py` makes at the model's door for those who ask for it; no record holds a pad token.
+Batches are packed: sequences are concatenated without padding, and `cu_seqlens` has the offset of each. Batches hold no
+pad tokens. `models/layout.py` adds padding before the forward pass, for models that need it.
 
 A worked example, two sequences `[7 8 | 9 2]` and `[7 | 5 2]` (prompt | response):
 
@@ -10,22 +10,22 @@ A worked example, two sequences `[7 8 | 9 2]` and `[7 | 5 2]` (prompt | response
     cu_seqlens     0           4        7
     response_mask  .  .  x  x  .  x  x
 
-`targets` of it: row t is a place whose hidden state predicts `targets`, so it is one before the token.
+Its `targets`: the hidden state of each of `rows` predicts the token in `targets`, which is the token at the next row.
 
     rows           1  2  4  5
     targets        9  2  5  2
     sequence_ids   0  0  1  1
 
-Two answers to one prompt may share its rows. `[7 8 | 9 2]` and `[7 8 | 5 2]`, packed so, are six rows, not eight: the
-second sequence is its answer alone, and attends to the prompt's rows before its own.
+Two answers to one prompt can share the prompt's rows. `[7 8 | 9 2]` and `[7 8 | 5 2]` then take six rows instead of
+eight: the second sequence is only its answer, and attends to the prompt's rows before its own.
 
     tokens         7  8  9  2  5  2
     positions      0  1  2  3  2  3        shared.spans      (0, 0) (0, 2)
     cu_seqlens     0           4     6     shared.key_rows   0 1 2 3   0 1 4 5
     rows           1  2  1  4              targets           9 2 5 2
 
-In PPO the same two answers are episodes, sampled by the policy; their per-token records have one entry for each of the
-r = 4 rows above, in that order: what `ExperienceBatch.old_logprobs`, `old_values`, `advantages` and `returns` hold.
+In PPO the same two answers are episodes, sampled by the policy. `ExperienceBatch.old_logprobs`, `old_values`,
+`advantages` and `returns` have one entry for each of the r = 4 rows above, in that order.
 """
 
 from onecard.data.batches.answers import (

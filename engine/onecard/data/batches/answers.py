@@ -1,4 +1,4 @@
-"""What is learned from answers that somebody else wrote: pairs, scores, rankings, labels."""
+"""Training data from given answers: preference pairs, scored answers, rankings, labelled answers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from onecard.data.batches.tokens import TokenBatch, TokenSequence, pack
 
-# Tokens of a prompt: below, the rows saved are hardly more than what gathering each sequence's keys costs
-# (`python -m benchmarks.sharing --shape 8/48` and less).
+# Tokens of a shared prompt. Shorter prompts are not shared: the rows saved hardly outweigh the cost of gathering each
+# sequence's keys (`python -m benchmarks.sharing --shape 8/48` and less).
 LEAST_SHARED = 8
 
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Two answers to one prompt; `margin` is by how much the chosen one is better, in reward units, where known.
+    """Two answers to one prompt. `margin`: by how much the chosen one is better, in reward units; 0 if unknown.
 
-    `ref_logps`: both answers' summed log-probs under the reference (nats), where they were computed beforehand.
+    `ref_logps`: both answers' summed log-probs under the reference model (nats), if precomputed.
     """
 
     chosen: TokenSequence
@@ -30,7 +30,7 @@ class PreferencePair:
 
     @property
     def sequences(self) -> tuple[TokenSequence, ...]:
-        """The chosen one, and the rejected one."""
+        """The chosen answer, then the rejected one."""
         return self.chosen, self.rejected
 
     def __len__(self) -> int:
@@ -39,7 +39,7 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class ScoredSequence:
-    """One answer and the score that somebody gave it."""
+    """One answer and its given score."""
 
     sequence: TokenSequence
     score: float
@@ -50,7 +50,7 @@ class ScoredSequence:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Two or more answers to one prompt, the best first."""
+    """Two or more answers to one prompt, best first."""
 
     sequences: tuple[TokenSequence, ...]
 
@@ -60,11 +60,11 @@ class Ranking:
 
 @dataclass(frozen=True)
 class LabelledSequence:
-    """One answer, and whether it is a desirable one.
+    """One answer, and whether it is desirable.
 
-    `mismatched` is the same prompt with the answer to another one: KTO measures its distance to the reference on it.
-    It is empty where the loss does not ask for it.
-    `ref_logps`: summed log-probs (nats) of `sequence` and `mismatched` under the reference, where already computed.
+    `mismatched` is the same prompt with the answer to another prompt: KTO estimates its KL to the reference model on
+    it. It is empty if the loss does not need it.
+    `ref_logps`: summed log-probs (nats) of `sequence` and `mismatched` under the reference model, if precomputed.
     """
 
     sequence: TokenSequence
@@ -78,10 +78,10 @@ class LabelledSequence:
 
 @dataclass(frozen=True)
 class PreferenceBatch:
-    """B pairs as 2B sequences: the chosen ones first (0..B-1), the rejected ones after (B..2B-1). `margins` fp32 [B].
+    """B pairs as 2B sequences: the chosen ones first (0..B-1), then the rejected ones (B..2B-1). `margins` fp32 [B].
 
-    Pairs (a+, a-) and (b+, b-) lie as `a+ b+ a- b-`, so sequence i and sequence B + i answer the same prompt.
-    `ref_logps` fp32 [2B], of the sequences in their order; None where the reference is asked in each step.
+    Pairs (a+, a-) and (b+, b-) are packed as `a+ b+ a- b-`: sequences i and B + i answer the same prompt.
+    `ref_logps` fp32 [2B], in the order of the sequences; None if the reference log-probs are computed in each step.
     """
 
     sequences: TokenBatch
@@ -95,7 +95,7 @@ class PreferenceBatch:
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """B answers end to end, with their scores, fp32 [B]."""
+    """B packed answers, and their scores fp32 [B]."""
 
     sequences: TokenBatch
     scores: Tensor
@@ -103,7 +103,7 @@ class ScoredBatch:
 
 @dataclass(frozen=True)
 class RankingBatch:
-    """All answers of R rankings end to end, ranking by ranking, the best first; `counts` is how many each has."""
+    """All answers of R packed rankings, ranking by ranking, best first. `counts`: the number of answers of each."""
 
     sequences: TokenBatch
     counts: tuple[int, ...]
@@ -111,7 +111,7 @@ class RankingBatch:
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """B labelled answers, then their B mismatched ones, end to end. `desirable` bool [B]; `ref_logps` fp32 [2B]."""
+    """B packed labelled answers, then their B mismatched ones. `desirable` bool [B]; `ref_logps` fp32 [2B]."""
 
     sequences: TokenBatch
     desirable: Tensor
@@ -119,62 +119,62 @@ class LabelledBatch:
 
 
 def pack_pairs(pairs: Sequence[PreferencePair], *, share_prompts: bool = False) -> PreferenceBatch:
-    """Lay pairs end to end, chosen first, rejected after (CPU tensors); the prompt once for both, if asked."""
+    """Pack pairs, chosen first, then rejected (CPU tensors). `share_prompts`: pack the prompt once for both answers."""
     sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     firsts = [*range(len(pairs)), *range(len(pairs))]
     return PreferenceBatch(
-        sequences=pack(sequences, shares(sequences, firsts) if share_prompts else None),
+        sequences=pack(sequences, shared_heads(sequences, firsts) if share_prompts else None),
         margins=torch.tensor([pair.margin for pair in pairs], dtype=torch.float32),
         ref_logps=known_logps([pair.ref_logps for pair in pairs]),
     )
 
 
-def shares(sequences: Sequence[TokenSequence], firsts: Sequence[int]) -> dict[int, tuple[int, int]]:
-    """What `pack` calls `continued`, where sequence i goes on from the prompt of `firsts[i]`, if that is not itself."""
+def shared_heads(sequences: Sequence[TokenSequence], firsts: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """The argument `continued` of `pack`, if sequence i shares the prompt of sequence `firsts[i]` (i: of none)."""
     heads = ((i, j, shared_tokens(sequences[j], sequences[i])) for i, j in enumerate(firsts) if i != j)
     return {i: (j, head) for i, j, head in heads if head}
 
 
 def shared_tokens(first: TokenSequence, second: TokenSequence) -> int:
-    """How many tokens of their prompt two answers share; 0 for fewer than `LEAST_SHARED`.
+    """The number of prompt tokens that two answers share; 0 for fewer than `LEAST_SHARED`.
 
-    An answer's own tokens are never shared, nor is the last token: each sequence has at least one row.
+    Response tokens are never shared, nor is the last token: each sequence keeps at least one row.
     """
-    most = min(len(first), len(second)) - 1
-    places = zip(first.tokens, second.tokens, first.response_mask, second.response_mask, strict=False)
-    differ = (place for place, (one, other, *learned) in enumerate(places) if one != other or any(learned))
-    head = min(next(differ, most), most)
+    limit = min(len(first), len(second)) - 1
+    columns = zip(first.tokens, second.tokens, first.response_mask, second.response_mask, strict=False)
+    differ = (index for index, (one, other, *learned) in enumerate(columns) if one != other or any(learned))
+    head = min(next(differ, limit), limit)
     return head if head >= LEAST_SHARED else 0
 
 
 def rows_sharing(example: PreferencePair | Ranking) -> int:
-    """Rows of the model that an example takes where its answers share their prompt."""
+    """The number of packed rows of an example whose answers share their prompt."""
     first, *others = example.sequences
     return len(first) + sum(len(other) - shared_tokens(first, other) for other in others)
 
 
 def known_logps(pairs: Sequence[tuple[float, float] | None]) -> Tensor | None:
-    """The first of each, then the second of each, fp32; None where one is not known."""
+    """The first of each pair, then the second of each, fp32 [2B]; None if any pair is unknown."""
     known = [pair for pair in pairs if pair is not None]
     return torch.tensor(known, dtype=torch.float32).T.flatten() if len(known) == len(pairs) else None
 
 
 def pack_scored(examples: Sequence[ScoredSequence]) -> ScoredBatch:
-    """Lay scored answers end to end (CPU tensors)."""
+    """Pack scored answers (CPU tensors)."""
     scores = torch.tensor([example.score for example in examples], dtype=torch.float32)
     return ScoredBatch(pack([example.sequence for example in examples]), scores)
 
 
 def pack_rankings(rankings: Sequence[Ranking], *, share_prompts: bool = False) -> RankingBatch:
-    """Lay rankings end to end (CPU tensors); the prompt once for all answers of a ranking, if asked."""
+    """Pack rankings (CPU tensors). `share_prompts`: pack the prompt once for all answers of a ranking."""
     sequences = [sequence for ranking in rankings for sequence in ranking.sequences]
     counts = tuple(len(ranking.sequences) for ranking in rankings)
     firsts = [start for start, count in zip(accumulate((0, *counts)), counts, strict=False) for _ in range(count)]
-    return RankingBatch(pack(sequences, shares(sequences, firsts) if share_prompts else None), counts)
+    return RankingBatch(pack(sequences, shared_heads(sequences, firsts) if share_prompts else None), counts)
 
 
 def pack_labelled(examples: Sequence[LabelledSequence]) -> LabelledBatch:
-    """Lay labelled answers end to end, their mismatched ones after (CPU tensors)."""
+    """Pack labelled answers, then their mismatched ones (CPU tensors)."""
     return LabelledBatch(
         sequences=pack([example.sequence for example in examples] + [example.mismatched for example in examples]),
         desirable=torch.tensor([example.desirable for example in examples]),

@@ -1,4 +1,4 @@
-"""What PPO learns from: answers that the policy sampled, and what belongs to each of their tokens."""
+"""PPO's training data: answers sampled by the policy, with log-probs, values, advantages and returns per token."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from onecard.data.batches.tokens import TokenBatch, TokenSequence, pack
 
 @dataclass(frozen=True)
 class Episode:
-    """One answer that the policy sampled. `sampling_logprobs` fp32 [k]: of each response token, as it was drawn (CPU).
+    """One prompt with an answer sampled by the policy.
 
-    The response includes the token that ended it. `finished` is False where it was cut at `response_length` instead.
-    `prompt` is the prompt's index in the dataset. `stop`: the stop string that ended it, if one did.
+    `sampling_logprobs` fp32 [k] (CPU): the log-prob of each response token at sampling. The response includes the token
+    that ended it. `finished` is False if it was cut at `response_length` instead. `prompt` is the prompt's index in the
+    dataset. `stop`: the stop string that ended the response, or empty.
     """
 
     sequence: TokenSequence
@@ -35,16 +36,16 @@ class Episode:
 
     @property
     def prompt_tokens(self) -> tuple[int, ...]:
-        """The tokens before them."""
+        """The tokens before the response."""
         return self.sequence.tokens[: len(self.sequence) - len(self.sampling_logprobs)]
 
 
 @dataclass(frozen=True)
 class Experience:
-    """What PPO learns from one episode; fp32 [k] each on the CPU, one entry per response token.
+    """PPO's training data of one episode: fp32 [k] each on the CPU, one entry per response token.
 
-    `old_values[t]` and `returns[t]` belong to the state before response token t, where it is chosen; the values are
-    None where there is no critic.
+    `old_values[t]` and `returns[t]` belong to the state before response token t, in which it is sampled. `old_values`
+    is None without a critic.
     """
 
     episode: Episode
@@ -63,7 +64,7 @@ class Experience:
 
 @dataclass(frozen=True)
 class ExperienceBatch:
-    """Experiences end to end. The per-token tensors are fp32 [r], in the order of `sequences.targets`."""
+    """Packed experiences. The per-token tensors are fp32 [r], in the order of `sequences.targets`."""
 
     sequences: TokenBatch
     old_logprobs: Tensor
@@ -73,7 +74,7 @@ class ExperienceBatch:
 
 
 def pack_experience(experiences: Sequence[Experience]) -> ExperienceBatch:
-    """Lay experiences end to end (CPU tensors)."""
+    """Pack experiences (CPU tensors)."""
     values = [experience.old_values for experience in experiences if experience.old_values is not None]
     return ExperienceBatch(
         sequences=pack([experience.episode.sequence for experience in experiences]),

@@ -1,4 +1,4 @@
-"""Flat sequences: how they lie, and the one place that pairs a hidden state with the token it predicts."""
+"""Packed sequences, and the only place that pairs a hidden state with the token it predicts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T", bound="DataclassInstance")
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One tokenized text. `response_mask[t]` is True where token t is to be learned or scored."""
+    """One tokenized text. `response_mask[t]` is True if token t is learned or scored."""
 
     tokens: tuple[int, ...]
     response_mask: tuple[bool, ...]
@@ -29,7 +29,10 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class ResponseTargets:
-    """Which flat row predicts which token. `rows`, `targets`, `sequence_ids`: int64 [r], in the order of the tokens."""
+    """The packed row that predicts each response token: int64 [r] each, in the order of the tokens.
+
+    The hidden state of `rows[i]` predicts the token `targets[i]`, which belongs to sequence `sequence_ids[i]`.
+    """
 
     rows: Tensor
     targets: Tensor
@@ -38,10 +41,10 @@ class ResponseTargets:
 
 @dataclass(frozen=True)
 class SharedPrompts:
-    """What a sequence attends to, where some go on from another one's prompt.
+    """The rows that each sequence attends to, in a batch where sequences share another one's prompt.
 
-    `spans`: of each sequence the flat rows `[start, stop)` that stand before its own; (0, 0) where there are none.
-    `key_rows` int64 [k], `cu_seqlens` int32 [S + 1]: those rows and its own, sequence by sequence.
+    `spans`: for each sequence, the packed rows `[start, stop)` of its shared prompt; (0, 0) if it has none.
+    `key_rows` int64 [k], `cu_seqlens` int32 [S + 1]: those rows and the sequence's own, sequence by sequence.
     """
 
     spans: tuple[tuple[int, int], ...]
@@ -51,16 +54,16 @@ class SharedPrompts:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Sequences end to end. `tokens`, `positions` int64 [n]; `cu_seqlens` int32 [S + 1]; `response_mask` bool [n].
+    """S packed sequences. `tokens`, `positions` int64 [n]; `cu_seqlens` int32 [S + 1]; `response_mask` bool [n].
 
-    `targets` are made with the record, on the CPU, so that no step waits for the device to count its rows.
+    `targets` are made with the batch, on the CPU, so that no step waits for the device to count its rows.
     """
 
     tokens: Tensor
     positions: Tensor
     cu_seqlens: Tensor
     response_mask: Tensor
-    lengths: tuple[int, ...]  # of each sequence: plain integers, for the same reason
+    lengths: tuple[int, ...]  # of each sequence: Python integers, for the same reason
     num_targets: tuple[int, ...]  # of each sequence
     targets: ResponseTargets
     shared: SharedPrompts | None = None
@@ -71,15 +74,15 @@ class TokenBatch:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest text, with the prompt that it shares."""
+        """Tokens of the longest sequence, including a shared prompt."""
         spans = self.shared.spans if self.shared else ((0, 0),) * len(self.lengths)
         return max(own + stop - start for own, (start, stop) in zip(self.lengths, spans, strict=True))
 
 
 def pack(sequences: Sequence[TokenSequence], continued: Mapping[int, tuple[int, int]] | None = None) -> TokenBatch:
-    """Lay sequences end to end (CPU tensors).
+    """Pack sequences (CPU tensors).
 
-    `continued[i] = (j, p)`: the first p tokens of sequence i are those of sequence j before it, and are not laid again.
+    `continued[i] = (j, p)`: the first p tokens of sequence i are those of sequence j < i, and are not packed again.
     """
     continued = continued or {}
     heads = [continued.get(index, (0, 0))[1] for index in range(len(sequences))]
@@ -113,76 +116,79 @@ def response_targets(
 ) -> ResponseTargets:
     """Pair each response token with the row before it. The only shift by one in onecard.
 
-    A response token that opens its sequence has nothing before it and is not predicted. The first own token of a
-    sequence that goes on from a prompt is predicted by that prompt's last row.
+    A response token at position 0 is not predicted. The first token of a sequence with a shared prompt is predicted by
+    the last row of that prompt.
     """
-    places = (mask & (positions > 0)).nonzero().squeeze(1)
-    sequence_of = torch.bucketize(places, torch.tensor(starts[1:-1], dtype=places.dtype), right=True)
-    opens = places == torch.tensor(starts[:-1])[sequence_of]
-    before = torch.tensor([stop for _, stop in spans])[sequence_of]
-    return ResponseTargets(torch.where(opens, before, places) - 1, tokens[places], sequence_of)
+    indices = (mask & (positions > 0)).nonzero().squeeze(1)
+    sequence_ids = torch.bucketize(indices, torch.tensor(starts[1:-1], dtype=indices.dtype), right=True)
+    is_first = indices == torch.tensor(starts[:-1])[sequence_ids]
+    prompt_stops = torch.tensor([stop for _, stop in spans])[sequence_ids]
+    return ResponseTargets(torch.where(is_first, prompt_stops, indices) - 1, tokens[indices], sequence_ids)
 
 
 def shared_prompts(starts: Sequence[int], spans: tuple[tuple[int, int], ...]) -> SharedPrompts:
-    """The rows that each sequence attends to: those of its span, then its own."""
+    """The rows that each sequence attends to: its shared prompt's, then its own."""
     keys = [[*range(*span), *range(*own)] for span, own in zip(spans, pairwise(starts), strict=True)]
     return SharedPrompts(
         spans=spans,
-        key_rows=torch.tensor([row for each in keys for row in each], dtype=torch.int64),
+        key_rows=torch.tensor([row for rows in keys for row in rows], dtype=torch.int64),
         cu_seqlens=torch.tensor([0, *accumulate(map(len, keys))], dtype=torch.int32),
     )
 
 
 def part(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
-    """Sequences `start` to `stop - 1` as a record of their own."""
+    """Sequences `start` to `stop - 1` as a batch. Raises ValueError if the batch has shared prompts."""
     first = sum(batch.lengths[:start])
-    cut = slice(first, sum(batch.lengths[:stop]))
+    rows = slice(first, sum(batch.lengths[:stop]))
     if batch.shared is not None:
         raise ValueError("a part of sequences that share prompts is no record of its own")
-    of = batch.targets
+    targets = batch.targets
     predicted = slice(sum(batch.num_targets[:start]), sum(batch.num_targets[:stop]))
     return TokenBatch(
-        tokens=batch.tokens[cut],
-        positions=batch.positions[cut],
+        tokens=batch.tokens[rows],
+        positions=batch.positions[rows],
         cu_seqlens=batch.cu_seqlens[start : stop + 1] - first,
-        response_mask=batch.response_mask[cut],
+        response_mask=batch.response_mask[rows],
         lengths=batch.lengths[start:stop],
         num_targets=batch.num_targets[start:stop],
-        targets=ResponseTargets(of.rows[predicted] - first, of.targets[predicted], of.sequence_ids[predicted] - start),
+        targets=ResponseTargets(
+            targets.rows[predicted] - first, targets.targets[predicted], targets.sequence_ids[predicted] - start
+        ),
     )
 
 
 def unpack(batch: TokenBatch) -> list[TokenSequence]:
-    """The sequences of a record in which none goes on from another one's prompt."""
+    """The sequences of a batch. Raises ValueError if the batch has shared prompts."""
     if batch.shared is not None:
         raise ValueError("sequences that share prompts are not whole")
-    tokens, mask = (each.split(list(batch.lengths)) for each in (batch.tokens, batch.response_mask))
+    tokens, mask = (tensor.split(list(batch.lengths)) for tensor in (batch.tokens, batch.response_mask))
     return [TokenSequence(tuple(t.tolist()), tuple(m.tolist())) for t, m in zip(tokens, mask, strict=True)]
 
 
 def predicted_tokens(sequence: TokenSequence) -> int:
-    """How many rows `response_targets` gives this sequence: what a step's normaliser counts."""
+    """The number of this sequence's rows in `ResponseTargets`; the loss normalizer of a step counts these."""
     return sum(sequence.response_mask[1:])
 
 
 def last_rows(batch: TokenBatch) -> Tensor:
-    """The flat row of each sequence's last token, int64 [S]: where a scalar head reads its score."""
+    """The packed row of each sequence's last token, int64 [S]: the scalar head's input."""
     return batch.cu_seqlens[1:].to(torch.int64) - 1
 
 
 def like_lengths(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Places of at most `size` items each, of like lengths: little is padded. The longest first: if memory lacks, then
-    at once.
+    """Batches of at most `size` indices of items with similar lengths, so that padding is small.
+
+    The longest come first: if memory runs out, it does so at the start.
 
     >>> list(like_lengths([3, 9, 4], 2))
     [[1, 2], [0]]
     """
-    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     yield from (order[start : start + size] for start in range(0, len(order), size))
 
 
 def to_device(record: T, device: torch.device) -> T:
-    """The same record with every tensor on `device`."""
+    """The dataclass with every tensor on `device`, also in nested dataclasses."""
     moved: dict[str, object] = {}
     for item in fields(record):
         value = getattr(record, item.name)
