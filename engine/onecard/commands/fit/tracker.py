@@ -100,7 +100,7 @@ def described(given: Any) -> Any:
 
 
 @dataclass
-class DecodeBatch:
+class LiveStorage:
     size: int
     kind: str
 
@@ -114,7 +114,7 @@ class Tracker(TorchDispatchMode):
         self.step = GRANULARITY[target.type]
         self.current = 0
         self.by_kind: dict[str, int] = {}
-        self.held: dict[int, DecodeBatch] = {}
+        self.held: dict[int, LiveStorage] = {}
         self.new_kind = WORK
         self.phases: list[Phase] = []
         self.shapes = KnownShapes()
@@ -144,7 +144,7 @@ class Tracker(TorchDispatchMode):
         key = id(storage)
         if key in self.held:
             return
-        self.held[key] = DecodeBatch(self.rounded(storage.nbytes()), kind)
+        self.held[key] = LiveStorage(self.rounded(storage.nbytes()), kind)
         self.add(kind, self.held[key].size)
         weakref.finalize(storage, self.forget, key).atexit = False
 
