@@ -20,7 +20,7 @@ Truncation = Literal["keep_start", "keep_end", "error"]
 
 
 def option(default: Any, help: str, least: float | None = None) -> Any:
-    """A field with its help text and the least value it takes; a list default is copied for each instance."""
+    """A dataclass field with its help text and its minimum. A list as default is copied for each instance."""
     metadata = {"help": help, "least": least}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -28,10 +28,10 @@ def option(default: Any, help: str, least: float | None = None) -> Any:
 
 
 def raise_first(complaints: Mapping[str, bool]) -> None:
-    """Raise the first complaint that holds."""
-    for complaint, holds in complaints.items():
-        if holds:
-            raise OnecardError(complaint)
+    """Raise `OnecardError` with the first message whose value is True."""
+    for message, applies in complaints.items():
+        if applies:
+            raise OnecardError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +155,7 @@ class TrainConfig(ModelConfig):
         })  # fmt: skip
 
     def input_paths(self) -> dict[str, str]:
-        """Setting -> the folder or file that the run reads, where one is given."""
+        """The settings that name an input folder or file -> its path; empty settings are left out."""
         return {name: value for name in self.INPUTS if (value := getattr(self, name))}
 
 
