@@ -96,7 +96,7 @@ def read_settings(folder: Path, setting: str) -> Any:
 
 
 def read_weights(folder: Path, setting: str) -> dict[str, Tensor]:
-    """An adapter's tensors on the CPU."""
+    """The tensors in an adapter folder, by name, on the CPU. A damaged file raises `OnecardError`."""
     path = folder / ADAPTER_WEIGHTS
     try:
         if path.is_file():

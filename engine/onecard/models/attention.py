@@ -372,12 +372,12 @@ def use_plain_attention(model: Any) -> None:
 @contextmanager
 def plain_attention(model: Any) -> Iterator[None]:
     """Inside, the model has the attention implementation that transformers chose."""
-    own = has_own_attention(model)
+    restore = has_own_attention(model)
     use_plain_attention(model)
     try:
         yield
     finally:
-        if own:
+        if restore:
             trunk_of(model).set_attn_implementation(NAME)
 
 

@@ -44,7 +44,7 @@ def packed(batch: TokenBatch) -> Layout:
     return Layout((inputs,), torch.arange(batch.num_tokens, device=batch.tokens.device))
 
 
-def apart(batch: TokenBatch) -> tuple[TokenBatch, Tensor]:
+def repeat_shared_prompts(batch: TokenBatch) -> tuple[TokenBatch, Tensor]:
     """The batch with each shared prompt repeated before its sequences, and the new index of each row [n]."""
     shared = batch.shared
     if shared is None:
@@ -66,7 +66,7 @@ def apart(batch: TokenBatch) -> tuple[TokenBatch, Tensor]:
 
 def restarted(batch: TokenBatch) -> Layout:
     """All sequences in one row. transformers masks one sequence from another where positions restart at 0."""
-    batch, indices = apart(batch)
+    batch, indices = repeat_shared_prompts(batch)
     inputs = {
         "input_ids": batch.tokens.unsqueeze(0),
         "position_ids": batch.positions.unsqueeze(0),
@@ -77,7 +77,7 @@ def restarted(batch: TokenBatch) -> Layout:
 
 def padded(batch: TokenBatch) -> Layout:
     """One row per sequence, right-padded with token 0. No token of a sequence attends to the padding."""
-    batch, batch_rows = apart(batch)
+    batch, batch_rows = repeat_shared_prompts(batch)
     rows, columns = len(batch.lengths), max(batch.lengths)
     lengths = batch.cu_seqlens.diff().to(torch.int64)
     sequence_of = torch.repeat_interleave(
@@ -99,7 +99,7 @@ def padded(batch: TokenBatch) -> Layout:
 
 def single(batch: TokenBatch) -> Layout:
     """One forward pass per sequence, which is correct for every kind of model."""
-    batch, indices = apart(batch)
+    batch, indices = repeat_shared_prompts(batch)
     sequences = batch.tokens.split(batch.lengths)
     passes = tuple({"input_ids": tokens.unsqueeze(0), "use_cache": False} for tokens in sequences)
     return Layout(passes, indices)

@@ -259,8 +259,8 @@ def keep_differentiable(model: Any) -> Any:
 def model_class(settings: Any) -> Any:
     """The transformers auto class for a config: image-text-to-text if its checkpoint is such a model, else causal LM.
 
-    A text-only class loads some image-text models too, but adapters and merged models would then have other names than
-    the checkpoint and would not load onto it.
+    A text-only class loads some image-text-to-text models too, but the adapters and merged models that it writes would
+    not load as the model of the checkpoint.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -353,7 +353,7 @@ def keep_full_precision(model: Any, base: str, settings: Any, remote: Mapping[st
 
 
 def load_base(config: ModelConfig, *, train_all: bool = False) -> Any:
-    """The base model on its device, frozen unless `train_all`."""
+    """The base model on its device, with dropout 0, frozen unless `train_all`. Errors raise `OnecardError`."""
     from transformers import AutoConfig
 
     base = find_source(config.model).base

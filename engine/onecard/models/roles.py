@@ -210,7 +210,7 @@ class Roles(nn.Module):
         return self.scalar_head(self.current).scores(self.scalars(batch, last_rows(batch)))
 
     def scalar_head(self, role: str) -> ScalarHead:
-        """The scalar head of a role that has one."""
+        """The scalar head of a role. A role without one raises KeyError."""
         return cast(ScalarHead, self.heads[role])
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:

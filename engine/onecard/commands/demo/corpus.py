@@ -242,7 +242,7 @@ FLAWS: dict[str, Answer] = {
 
 
 def _requests(family: Family, combination: Combination, pool: Sequence[Combination]) -> list[Request]:
-    """One request per prompt template. Its mistakes are the combinations of `pool` that differ in topic or detail only."""
+    """One request per prompt template. `mistakes`: the combinations in `pool` that differ in topic or detail only."""
     topic, detail = combination
     mistakes = tuple(other for other in pool if (other[0] == topic) != (other[1] == detail))
     return [

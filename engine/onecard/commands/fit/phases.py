@@ -64,14 +64,17 @@ class Lengths:
 
 
 def pair(lengths: Lengths) -> PreferencePair:
+    """A pair of two responses to one prompt."""
     return PreferencePair(lengths.sequence(1), lengths.sequence(2))
 
 
 def labelled(lengths: Lengths, *, mismatched: bool) -> LabelledSequence:
+    """A desirable response, with a mismatched response for kto's KL if `mismatched`."""
     return LabelledSequence(lengths.sequence(1), True, lengths.sequence(2) if mismatched else TokenSequence((), ()))
 
 
 def experience(lengths: Lengths, *, values: bool) -> Experience:
+    """An episode of PPO with all its per-token numbers 0, with values if `values`."""
     numbers = torch.zeros(lengths.response)
     episode = Episode(lengths.sequence(1), numbers, True, 0)
     return Experience(episode, numbers, numbers if values else None, numbers, numbers)
