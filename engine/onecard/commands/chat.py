@@ -205,7 +205,7 @@ def talk(chat: Chat) -> None:
                 say(f"{word}: there is no such command, only {' and '.join(known)}.{nearest(word, known)}")
             else:
                 chat.answer(line)
-        except KeyboardInterrupt:  # between tokens
+        except KeyboardInterrupt:  # Ctrl-C outside of sampling
             write("\n")
         except OnecardError as error:  # an error of this line; the conversation continues
             say(str(error))
@@ -233,7 +233,7 @@ def run(config: ChatConfig) -> None:
     check_decoding(roles, min(CHECKED_TOKENS, config.max_new_tokens + (room or CHECKED_TOKENS)))
     chat = Chat(config, roles, tokenizer, room)
     if sys.stdin.isatty():
-        with suppress(ImportError):  # Windows has none
+        with suppress(ImportError):  # Windows has no readline
             importlib.import_module("readline")  # gives `input` a history of lines
     if not tokenizer.chat_template:
         say("The tokenizer has no chat template: the model goes on with the text, lines and answers alike.")

@@ -33,9 +33,9 @@ CARDS: dict[str, int] = {
 
 # Memory that tensors cannot use: the driver and ECC reserve some, the CUDA context with its kernels takes some, and
 # PyTorch's caching allocator loses some to fragmentation. These are assumptions; every answer shows them separately.
-RESERVED_SHARE = 0.04  # of the card: a 12 GB one reports about 11.6 GiB
+RESERVED_SHARE = 0.04  # share of the card's memory: a 12 GB card reports about 11.6 GiB
 CONTEXT_GIB = 0.5
-FRAGMENTATION = 0.05  # of the peak
+FRAGMENTATION = 0.05  # share of the peak
 
 
 @dataclass(frozen=True)
