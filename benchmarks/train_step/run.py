@@ -36,7 +36,7 @@ from benchmarks.train_step.phases import (
 )
 from benchmarks.train_step.synthetic import random_pairs, write_folder
 from onecard.commands.fit.phases import Lengths
-from onecard.commands.fit.plan import Plan, make_plan
+from onecard.commands.fit.plan import MemoryPlan, plan_memory
 from onecard.config import TrainConfig
 from onecard.utils.errors import OnecardError
 
@@ -131,17 +131,17 @@ def config_of(case: StepCase, dtype: torch.dtype) -> TrainConfig:
     return dpo.config_of(Task(case, nowhere, dtype))
 
 
-def plan_of(case: StepCase, dtype: torch.dtype, device: torch.device) -> Plan:
+def plan_of(case: StepCase, dtype: torch.dtype, device: torch.device) -> MemoryPlan:
     """The plan of a case at its full lengths. Cases that differ in nothing that a plan depends on share one."""
     return cached_plan(replace(case, name="", cap_gib=0.0, in_turns=True, mixed=False), dtype, device.type)
 
 
 @lru_cache
-def cached_plan(case: StepCase, dtype: torch.dtype, device: str) -> Plan:
+def cached_plan(case: StepCase, dtype: torch.dtype, device: str) -> MemoryPlan:
     from transformers import AutoConfig
 
     model = AutoConfig.for_model(**case.model.settings)
-    return make_plan(model, config_of(case, dtype), Lengths(case.prompt, case.response), torch.device(device))
+    return plan_memory(model, config_of(case, dtype), Lengths(case.prompt, case.response), torch.device(device))
 
 
 def too_large(case: StepCase, dtype: torch.dtype) -> str | None:
@@ -155,7 +155,7 @@ def too_large(case: StepCase, dtype: torch.dtype) -> str | None:
     return f"the plan has {need}, expected at most the cap of {case.cap_gib:g} GiB"
 
 
-def compared(plan: Plan, held: int | None = None, peaks: Peaks | None = None) -> list[Memory]:
+def compared(plan: MemoryPlan, held: int | None = None, peaks: Peaks | None = None) -> list[Memory]:
     """A record for each phase that is watched, and for the whole. `held`: bytes between steps, measured."""
     phases = {PHASE_OF[phase.name]: phase for phase in plan.phases if phase.name in PHASE_OF}
     if peaks is not None:

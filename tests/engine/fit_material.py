@@ -13,7 +13,7 @@ from benchmarks.measure import peak_bytes
 from onecard.algorithms.ppo.experience import logprobs_of, values_of
 from onecard.commands.fit.model import read_config
 from onecard.commands.fit.phases import Lengths, work_of
-from onecard.commands.fit.plan import Plan, make_plan
+from onecard.commands.fit.plan import MemoryPlan, plan_memory
 from onecard.config import DPOConfig, PPOConfig, RewardConfig, TrainConfig
 from onecard.data.batches import Episode
 from onecard.models.build import load_ppo_roles, load_roles
@@ -32,8 +32,8 @@ LENGTHS = Lengths(96, 64)
 SHORTER = replace(LENGTHS, prompt=LENGTHS.prompt - 1)  # the plan takes prompts to be of different lengths
 
 
-def planned(config: TrainConfig, device: torch.device = CPU) -> Plan:
-    return make_plan(read_config(Path(config.model) / "config.json"), config, LENGTHS, device)
+def planned(config: TrainConfig, device: torch.device = CPU) -> MemoryPlan:
+    return plan_memory(read_config(Path(config.model) / "config.json"), config, LENGTHS, device)
 
 
 def compared(config: TrainConfig, folder: Path, device: torch.device = CPU) -> tuple[dict[str, int], dict[str, int]]:

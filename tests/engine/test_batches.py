@@ -18,7 +18,7 @@ from onecard.data.batches import (
     to_device,
     unpack,
 )
-from onecard.models.layout import apart
+from onecard.models.layout import repeat_shared_prompts
 
 
 def sequence(prompt: list[int], response: list[int]) -> TokenSequence:
@@ -99,7 +99,7 @@ def test_a_shared_prompt_is_the_worked_example_of_the_module():
 def test_laid_apart_again_it_is_the_record_of_whole_sequences():
     sequences = [sequence([1], [3]), sequence([7, 8], [9, 2]), sequence([7, 8], [5, 2]), sequence([7], [4])]
     shared, whole = pack(sequences, {2: (1, 2), 3: (1, 1)}), pack(sequences)
-    again, places = apart(shared)
+    again, places = repeat_shared_prompts(shared)
     for name in ("tokens", "positions", "cu_seqlens"):
         assert torch.equal(getattr(again, name), getattr(whole, name))
     assert again.lengths == whole.lengths

@@ -7,7 +7,7 @@ import torch
 
 from onecard.commands.fit.model import find_model, shapes
 from onecard.commands.fit.phases import Lengths
-from onecard.commands.fit.plan import Plan, make_plan
+from onecard.commands.fit.plan import MemoryPlan, plan_memory
 from onecard.commands.fit.weights import plan_base
 from onecard.config import DPOConfig, PPOConfig
 
@@ -37,8 +37,8 @@ PARAMETERS = {
 }
 
 
-def planned(model: str, config) -> Plan:
-    return make_plan(find_model(model).config, config, Lengths(512, 512), torch.device("cuda"))
+def planned(model: str, config) -> MemoryPlan:
+    return plan_memory(find_model(model).config, config, Lengths(512, 512), torch.device("cuda"))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_an_8b_base_in_nf4_takes_what_arithmetic_says():
     model = find_model("Llama-3.1-8B").config
     linear = 32 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336)
     by_hand = linear * (1 / 2 + 1 / 64 + 4 / 64 / 256) + 2 * 128256 * 4096 * 2
-    plan = make_plan(model, DPO, Lengths(8, 8), torch.device("cuda"))
+    plan = plan_memory(model, DPO, Lengths(8, 8), torch.device("cuda"))
     assert plan.parameters == pytest.approx(by_hand, rel=2e-3)  # norms, codes and the allocator's steps beside it
     assert plan.phases[-1].parts["adapters and heads"] == 41_943_040 * 4
 

@@ -11,7 +11,7 @@ import torch
 from benchmarks.measure import peak_bytes
 from onecard.commands.fit.model import read_config
 from onecard.commands.fit.phases import Lengths
-from onecard.commands.fit.plan import make_plan
+from onecard.commands.fit.plan import plan_memory
 from onecard.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from onecard.models.build import load_ppo_roles
 from onecard.rollout import Sampling, sample_responses, sampling_budget
@@ -122,7 +122,7 @@ def test_a_rollouts_cache_at_its_final_length(folders):
     """Short prompts and long answers: most is held when the last token is drawn."""
     config = PPOConfig(model=str(folders / "llama"), response_length=240, **STEP, num_mini_batches=1)
     model = read_config(folders / "llama" / "config.json")
-    plan = make_plan(model, config, Lengths(4, 240), CPU)
+    plan = plan_memory(model, config, Lengths(4, 240), CPU)
     phase = next(phase for phase in plan.phases if phase.name == "rollout")
     roles = load_ppo_roles(config)
     prompts = [(5,) * 4] * (config.episodes_per_step - 1) + [(5,) * 3]
@@ -140,7 +140,7 @@ def test_a_rollout_in_which_prompts_come_in_beside_the_whole_cache(folders, leng
     """More episodes than rows. Answers end one after the other, so that the cache is full when the last ones come."""
     rows, more = 4, {"local_rollout_forward_batch_size": 4, "per_device_train_batch_size": 16}
     config = PPOConfig(model=str(folders / "llama"), response_length=lengths.response, num_mini_batches=1, **more)
-    plan = make_plan(read_config(folders / "llama" / "config.json"), config, lengths, CPU)
+    plan = plan_memory(read_config(folders / "llama" / "config.json"), config, lengths, CPU)
     phase = next(phase for phase in plan.phases if phase.name == "rollout")
     roles = load_ppo_roles(config)
     prompts = [(5,) * lengths.prompt] * (config.episodes_per_step - 1) + [(5,) * (lengths.prompt - 1)]

@@ -13,7 +13,14 @@ from transformers import LlamaConfig
 from onecard.commands.fit.cards import CARDS, GIB, Card, find_card, smallest
 from onecard.commands.fit.model import read_config
 from onecard.commands.fit.phases import Lengths, rows_of
-from onecard.commands.fit.plan import Plan, make_plan, plan_once, planning, runs_token_by_token, target_attention
+from onecard.commands.fit.plan import (
+    MemoryPlan,
+    plan_memory,
+    plan_once,
+    planning,
+    runs_token_by_token,
+    target_attention,
+)
 from onecard.commands.fit.search import largest_tokens, make_fit
 from onecard.commands.fit.tracker import PAGED, WORK, Phase, Tracker
 from onecard.commands.fit.weights import META, nf4_weight
@@ -144,7 +151,7 @@ def peaks(**settings) -> dict[str, int]:
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
     )  # fmt: skip
-    plan = make_plan(model, DPOConfig(model="x", **settings), Lengths(48, 16), CUDA)
+    plan = plan_memory(model, DPOConfig(model="x", **settings), Lengths(48, 16), CUDA)
     return {"weights": plan.parameters, **{phase.name: phase.peak for phase in plan.phases}}
 
 
@@ -212,11 +219,11 @@ def test_a_12_gb_card_gives_a_run_about_11_gib():
     assert max(CARDS.values()) == 80
 
 
-def a_plan(peak: float) -> Plan:
-    return Plan(0, 0, (Phase("train", 0, int(peak)),), 0, 0.0)
+def a_plan(peak: float) -> MemoryPlan:
+    return MemoryPlan(0, 0, (Phase("train", 0, int(peak)),), 0, 0.0)
 
 
-def straight(config) -> Plan:
+def straight(config) -> MemoryPlan:
     """1 GiB, and 1 MiB for each token; half of that checkpointed, and a GiB less with a small optimizer."""
     tokens = config.micro_batch_tokens or 8 * 1024
     per_token = 2**20 / (2 if config.gradient_checkpointing else 1)
@@ -244,7 +251,7 @@ def test_the_largest_budget_fits_and_one_example_more_does_not():
 
 
 def test_the_largest_budget_where_another_phase_is_highest_at_first():
-    def bent(config) -> Plan:
+    def bent(config) -> MemoryPlan:
         return a_plan(max(4 * GIB, straight(config).peak))
 
     card, config = Card("card", 8 * GIB), DPOConfig(optim="adamw_8bit")
@@ -256,7 +263,7 @@ def test_the_largest_budget_where_another_phase_is_highest_at_first():
 def test_the_largest_budget_where_the_line_has_a_bend():
     """A step of eight examples grows no further, and would not fit; passes without gradients go on, slowly."""
 
-    def saturated(config) -> Plan:
+    def saturated(config) -> MemoryPlan:
         count = config.micro_batch_tokens / 1024
         return a_plan(GIB * max(6 + 0.6 * min(count, 8), 6 + 0.15 * count))
 
@@ -279,7 +286,7 @@ def test_nothing_is_left_of_a_tracker():
         (x * 2).sum().backward()
     del x
     gc.collect()
-    assert (tracker.current, tracker.held) == (0, {})
+    assert (tracker.current, tracker.storages) == (0, {})
 
 
 @pytest.mark.parametrize(("family", "by_token"), [("rwkv", True), ("jamba", True), ("llama", False), ("mamba2", False)])
@@ -292,7 +299,7 @@ def test_a_plan_that_goes_on_from_short_texts_is_the_plan_of_long_ones(capsys):
     """A recurrence holds so much a token; 5 % is the bar of plans against measured runs."""
     model = config_of(FAMILIES["jamba"])
     config = PPOConfig(response_length=40, head_chunk_tokens=8, lora_target_modules=["in_proj"], micro_batch_tokens=160)
-    on_from_short = make_plan(model, config, Lengths(40, 40), CUDA)
+    on_from_short = plan_memory(model, config, Lengths(40, 40), CUDA)
     assert "token by token" in capsys.readouterr().err
     whole = plan_once(model, config, Lengths(40, 40), CUDA)
     assert [phase.name for phase in on_from_short.phases] == [phase.name for phase in whole.phases]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from onecard.config import DPOConfig, PPOConfig, SFTConfig
 from onecard.data.batches import TokenSequence, pack
 from onecard.models.build import load_ppo_roles, load_roles
-from onecard.models.offload import DecodeBatch, Offloader, PlainCopier
+from onecard.models.offload import OffloadedStorage, Offloader, PlainCopier
 
 BASES = {"fp32": {}, "bf16": {"dtype": "bfloat16", "adapter_dtype": "bfloat16"}, "nf4": {"load_in_4bit": True}}
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def gradients(roles) -> dict[str, Tensor]:
 
 def held_now() -> int:
     """Of all that is alive or waits for the garbage collector: memory must not."""
-    return sum(type(each) is DecodeBatch for each in gc.get_objects())
+    return sum(type(each) is OffloadedStorage for each in gc.get_objects())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])

@@ -1,7 +1,7 @@
-"""`onecard chat`: a conversation with a model or an adapter. Answers come as they are sampled.
+"""`onecard chat`: a conversation with a model or an adapter. Answers are streamed token by token.
 
-With a chat template the model is told the whole conversation; without one it goes on with the text so far. What no
-longer fits into its context is forgotten from the oldest turn on. The cache of a turn is not kept for the next.
+With a chat template, the prompt is the whole conversation; without one, the model continues the text so far. If the
+conversation exceeds the context, the oldest turns are dropped. The KV cache is not kept between turns.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from onecard.training.startup import check_decoding
 from onecard.utils.errors import OnecardError, nearest, visible
 from onecard.utils.progress import say
 
-CHECKED_TOKENS = 512  # of the text that the startup check samples behind; how long a conversation gets is not known
+CHECKED_TOKENS = 512  # longest text of the startup check of decoding; the length of a conversation is not known
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What was said, and the answer."""
+    """A line of the user and the model's answer."""
 
     line: str
     answer: str = ""
@@ -46,14 +46,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """The turns that are still known."""
+    """The turns that have not been dropped. `template`: the tokenizer has a chat template."""
 
     system: str
     turns: tuple[Turn, ...] = ()
     template: bool = True
 
     def prompt(self) -> Text:
-        """All of it, up to where the answer to the last line begins."""
+        """The prompt: messages with a chat template, else text, up to the answer to the last line."""
         if not self.template:
             return "\n".join(turn.line + turn.answer for turn in self.turns)
         messages = [{"role": "system", "content": self.system}] if self.system else []
@@ -63,9 +63,11 @@ class Conversation:
         return tuple(messages[:-1])
 
     def said(self, line: str) -> Conversation:
+        """The conversation with a new line of the user."""
         return replace(self, turns=(*self.turns, Turn(line)))
 
     def answered(self, answer: str) -> Conversation:
+        """The conversation with the answer to the last line."""
         return replace(self, turns=(*self.turns[:-1], replace(self.turns[-1], answer=answer)))
 
     def without_oldest(self) -> Conversation:
@@ -74,7 +76,7 @@ class Conversation:
 
 @dataclass
 class AnswerStream:
-    """Writes an answer while its tokens come, and nothing of a character before all of it is there."""
+    """Writes an answer while its tokens are sampled. A character of several tokens is written when it is complete."""
 
     tokenizer: Any
     prompt: list[int]
@@ -87,24 +89,25 @@ class AnswerStream:
         return continuation_text(self.prompt, self.tokens, self.tokenizer)
 
     def on_token(self, token: int) -> None:
-        """One more token."""
+        """Append a token and write the text that it completes."""
         self.tokens.append(token)
-        self.tell(self.text().rstrip(HALF))
+        self.write_new(self.text().rstrip(HALF))
 
-    def tell(self, text: str) -> None:
+    def write_new(self, text: str) -> None:
+        """Write the part of `text` that has not been written."""
         if len(text) > self.written:
             self.write(text[self.written :])
             self.written = len(text)
 
     def end(self) -> str:
-        """The whole answer; what could not be decoded is written as it is."""
+        """Write the rest, including incomplete characters, and return the whole answer."""
         text = self.text()
-        self.tell(text)
+        self.write_new(text)
         return text
 
 
 class Chat:
-    """The model, how it is sampled, and the conversation so far."""
+    """The model, its sampling settings, and the conversation. `room`: longest prompt in tokens, or None."""
 
     def __init__(self, config: ChatConfig, roles: Roles, tokenizer: Any, room: int | None) -> None:
         self.roles, self.tokenizer, self.room = roles, tokenizer, room
@@ -113,12 +116,15 @@ class Chat:
         self.begin = self.conversation = Conversation(config.system, template=bool(tokenizer.chat_template))
 
     def reset(self) -> None:
-        """Forget everything that was said."""
+        """Start a new conversation."""
         self.conversation = self.begin
         say("The conversation begins anew.")
 
     def fitting(self, conversation: Conversation) -> tuple[Conversation, list[int]]:
-        """The conversation without its oldest turns, as many as do not fit, and its tokens."""
+        """The conversation, without its oldest turns if it is too long, and its tokens.
+
+        A single line that is too long raises `OnecardError`.
+        """
         dropped, tokens = 0, self.tokens_of(conversation)
         while self.room is not None and len(tokens) > self.room:
             if len(conversation.turns) == 1:
@@ -130,16 +136,17 @@ class Chat:
         return conversation, tokens
 
     def tokens_of(self, conversation: Conversation) -> list[int]:
+        """The tokens of the conversation's prompt."""
         try:
             return prompt_tokens(conversation.prompt(), self.tokenizer)
-        except BadRowError as error:  # a chat template that refuses, as one without a system message does
+        except BadRowError as error:  # a chat template may raise, e.g. if it has no system message
             raise OnecardError(str(error)) from error
 
     def answer(self, line: str) -> None:
-        """Say a line, and write the answer as it comes. Ctrl-C ends the answer; what was written of it is kept."""
+        """Add a line and stream the answer. Ctrl-C ends the answer; the part that was written is kept."""
         conversation, prompt = self.fitting(self.conversation.said(line))
         check_tokens(self.roles.causal_model(), self.tokenizer, [prompt])
-        voice = AnswerStream(self.tokenizer, prompt, write)
+        stream = AnswerStream(self.tokenizer, prompt, write)
         with suppress(KeyboardInterrupt):
             sample_responses(
                 self.roles,
@@ -147,9 +154,9 @@ class Chat:
                 self.sampling,
                 stop_tokens=self.ends,
                 batch_size=1,
-                on_token=lambda token: None if token in self.ends else voice.on_token(token),
+                on_token=lambda token: None if token in self.ends else stream.on_token(token),
             )
-        text, messages = voice.end(), conversation.prompt()
+        text, messages = stream.end(), conversation.prompt()
         self.conversation = conversation.answered(
             text if isinstance(messages, str) else as_content(text, messages, self.tokenizer)
         )
@@ -158,7 +165,7 @@ class Chat:
 
 COMMANDS: dict[str, Callable[[Chat], None]] = {"/reset": Chat.reset}
 QUIT = "/quit"
-UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that are no text, by Python's surrogateescape
+UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, by Python's surrogateescape
 
 
 def write(text: str) -> None:
@@ -166,7 +173,7 @@ def write(text: str) -> None:
 
 
 def read_line() -> str | None:
-    """The next line, None at the end of them. In a terminal with a prompt, and with the lines before at hand."""
+    """The next line of standard input, or None at its end. In a terminal, with a prompt and the history of lines."""
     try:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:
@@ -180,7 +187,7 @@ def read_line() -> str | None:
 
 
 def talk(chat: Chat) -> None:
-    """Line after line, until there is no more."""
+    """Answer line after line until the input ends or the user quits."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
     while (line := read_line()) is not None and line.strip() != QUIT:
@@ -198,14 +205,14 @@ def talk(chat: Chat) -> None:
                 say(f"{word}: there is no such command, only {' and '.join(known)}.{nearest(word, known)}")
             else:
                 chat.answer(line)
-        except KeyboardInterrupt:  # between tokens
+        except KeyboardInterrupt:  # Ctrl-C outside of sampling
             write("\n")
-        except OnecardError as error:  # of this line, and the next one may do
+        except OnecardError as error:  # an error of this line; the conversation continues
             say(str(error))
 
 
 def with_room(config: ChatConfig) -> ChatConfig:
-    """The same settings with answers of at most half the model's context: the conversation needs the rest."""
+    """The settings with `max_new_tokens` limited to half of the model's context; the prompt needs the rest."""
     limit = context_length(config)
     if limit is None or config.max_new_tokens <= limit // 2:
         return config
@@ -226,8 +233,8 @@ def run(config: ChatConfig) -> None:
     check_decoding(roles, min(CHECKED_TOKENS, config.max_new_tokens + (room or CHECKED_TOKENS)))
     chat = Chat(config, roles, tokenizer, room)
     if sys.stdin.isatty():
-        with suppress(ImportError):  # Windows has none
-            importlib.import_module("readline")  # from now on `input` knows the lines before
+        with suppress(ImportError):  # Windows has no readline
+            importlib.import_module("readline")  # gives `input` a history of lines
     if not tokenizer.chat_template:
         say("The tokenizer has no chat template: the model goes on with the text, lines and answers alike.")
     say("/reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer.")

@@ -1,9 +1,10 @@
-"""`onecard evaluate`: how good a policy's answers are, and whether they are better than another's.
+"""`onecard evaluate`: measures a policy's responses, and compares them with a baseline's.
 
-    prompts -> answers of the policy (and of the baseline, each prompt with the same draws) -> scores, KL, variety
-    -> a table, and `evaluation.json`, `evaluation.md`, `samples.jsonl`
+    prompts -> responses of the policy (and of the baseline, with the same random numbers per prompt)
+    -> scores, KL, distinct n-grams -> a table, and `evaluation.json`, `evaluation.md`, `samples.jsonl`
 
-All who share a base are adapters on it, held once. A baseline on a base of its own answers first and is let go.
+Roles on the same base are adapters on it, and the base is loaded once. A baseline on another base is run first, then
+freed.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ from onecard.training.startup import check_decoding, check_model
 from onecard.utils.errors import OnecardError
 from onecard.utils.progress import Bar, progress, say
 
-# The settings that name the roles beside the policy.
+# Role -> the setting that names it
 SETTINGS = {"reference": "ref_adapter", "baseline": "baseline", "reward": "reward_model_path"}
 
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """What is asked, and the answers that the rows themselves give, if any."""
+    """The prompts, and the responses in the dataset's rows, if any."""
 
     prompts: Sequence[Prompt]
     answers: Sequence[TokenSequence]
@@ -51,14 +52,14 @@ class EvaluationData:
 
 @dataclass(frozen=True)
 class PolicyResult:
-    """A policy's answers, and what was measured of them while its weights were there."""
+    """A policy's responses and their measures, taken while its weights were loaded."""
 
     episodes: list[Episode]
     measures: dict[str, Estimate]
 
 
 def longest_prompt(config: EvaluateConfig, limit: int) -> int:
-    """Tokens that are left for a prompt beside the response, and an EOS for the reward model where it was cut."""
+    """Longest prompt in tokens: `limit` minus the response and an EOS, appended to cut responses for scoring."""
     room = limit - config.response_length - 1
     if room < 1:
         raise OnecardError(f"response_length: {config.response_length} leaves no room for a prompt in {limit} tokens.")
@@ -66,7 +67,7 @@ def longest_prompt(config: EvaluateConfig, limit: int) -> int:
 
 
 def load_material(config: EvaluateConfig, tokenizer: Any) -> EvaluationData:
-    """The first `max_prompts` rows, as prompts and as the answers in `completion` or `chosen`."""
+    """The prompts of the first `max_prompts` rows, and their responses in `completion` or `chosen`."""
     if not config.dataset:
         raise OnecardError("--dataset is missing: give a .jsonl, .json, .csv or .parquet file, or a hub dataset name.")
     rows = load_rows(config.dataset, split=config.dataset_split)
@@ -82,37 +83,37 @@ def load_material(config: EvaluateConfig, tokenizer: Any) -> EvaluationData:
 def given_answers(
     rows: Sequence[Row], tokenizer: Any, max_length: int
 ) -> tuple[Sequence[TokenSequence], tuple[str, ...]]:
-    """The rows' `completion`, or else `chosen`, each behind its prompt, tokenized as in training."""
+    """The rows' `completion`, or else `chosen`, after its prompt, tokenized as in training; and notes on the rows."""
     for name in ("completion", "chosen"):
-        having = [row for row in rows if has(row.values, name)]
-        if not having:
+        answered = [row for row in rows if has(row.values, name)]
+        if not answered:
             continue
-        if name == "chosen" and all(has(row.values, "rejected") for row in having):
-            pairs = preference_examples(having, tokenizer, max_length=max_length, skip_bad_rows=False)
+        if name == "chosen" and all(has(row.values, "rejected") for row in answered):
+            pairs = preference_examples(answered, tokenizer, max_length=max_length, skip_bad_rows=False)
             return [pair.chosen for pair in pairs.examples], pairs.notes
         plain = [
             replace(row, values={
                 "prompt": row.values["prompt"], "completion": row.values[name],
                 **{column: row.values.get(column) for column in TEMPLATE_COLUMNS},
             })
-            for row in having
+            for row in answered
         ]  # fmt: skip
-        found = sft_examples(
+        tokenized = sft_examples(
             plain, tokenizer, max_length=max_length, completion_only_loss=True, assistant_only_loss=True,
             skip_bad_rows=False,
         )  # fmt: skip
-        return found.examples, found.notes
+        return tokenized.examples, tokenized.notes
     return [], ()
 
 
 def perplexity(roles: Roles, role: str, answers: Sequence[TokenSequence], batch_size: int, bar: Bar) -> float:
-    """exp of the mean negative log-likelihood of the answers' tokens, their ends included."""
+    """exp of the mean negative log-likelihood of the responses' tokens, with their end tokens."""
     with roles.active(role), bar.part(f"{role}: perplexity", len(answers)) as part:
 
         def read(batch: TokenBatch) -> list[torch.Tensor]:
-            found = roles.logprobs(batch, batch.targets).double().cpu().split(list(batch.num_targets))
-            part.advance(by=len(found))
-            return [each.clone() for each in found]
+            by_sequence = roles.logprobs(batch, batch.targets).double().cpu().split(list(batch.num_targets))
+            part.advance(by=len(by_sequence))
+            return [values.clone() for values in by_sequence]
 
         logprobs = torch.cat(sequence_passes(roles, answers, batch_size, read))
     return float((-logprobs.mean()).exp())
@@ -121,7 +122,10 @@ def perplexity(roles: Roles, role: str, answers: Sequence[TokenSequence], batch_
 def measure_answers(
     roles: Roles, role: str, material: EvaluationData, config: EvaluateConfig, bar: Bar, *, kl: bool
 ) -> PolicyResult:
-    """One answer to each prompt, and what can be said without a reward. Prompt i draws by the seed and i alone."""
+    """Sample one response for each prompt, and compute the measures that need no reward.
+
+    The random numbers of prompt i depend on the seed and i only. `kl`: measure the KL to the reference.
+    """
     prompts, tokenizer = material.prompts, material.tokenizer
     with roles.active(role), bar.part(f"{role}: answers", len(prompts)) as part:
         rollout = sample_responses(
@@ -134,8 +138,8 @@ def measure_answers(
             seed=config.seed,
         )
     episodes = [
-        make_episode(prompt, place, response)
-        for place, (prompt, response) in enumerate(zip(prompts, rollout.responses, strict=True))
+        make_episode(prompt, index, response)
+        for index, (prompt, response) in enumerate(zip(prompts, rollout.responses, strict=True))
     ]
     bar.advance()
     measures = {"objective/kl": estimate(kl_of(roles, role, episodes, config))} if kl else {}
@@ -147,28 +151,28 @@ def measure_answers(
         "distinct-2": Estimate(distinct(bodies, 2)),
     }
     if material.answers:
-        found = perplexity(roles, role, material.answers, config.per_device_eval_batch_size, bar)
-        measures["perplexity"] = Estimate(found)
+        value = perplexity(roles, role, material.answers, config.per_device_eval_batch_size, bar)
+        measures["perplexity"] = Estimate(value)
     bar.advance()
     return PolicyResult(episodes, measures)
 
 
 def kl_of(roles: Roles, role: str, episodes: Sequence[Episode], config: EvaluateConfig) -> list[float]:
-    """Of each answer the sum over its tokens of logp - ref_logp, at the temperature it was drawn with (0: at 1)."""
+    """For each response the sum of logp - ref_logp over its tokens, in nats, at the sampling temperature (0: at 1)."""
 
     def read(batch: TokenBatch, targets: ResponseTargets) -> torch.Tensor:
         return roles.logprobs(batch, targets, config.temperature or 1.0)
 
-    own, reference = (
-        per_token(roles, who, episodes, read, config.per_device_eval_batch_size) for who in (role, "reference")
+    logprobs, ref_logprobs = (
+        per_token(roles, name, episodes, read, config.per_device_eval_batch_size) for name in (role, "reference")
     )
-    return [float((p.double() - q.double()).sum()) for p, q in zip(own, reference, strict=True)]
+    return [float((p.double() - q.double()).sum()) for p, q in zip(logprobs, ref_logprobs, strict=True)]
 
 
 def with_scores(
     scorer: Scorer | None, roles: Roles, material: EvaluationData, side: PolicyResult
 ) -> tuple[PolicyResult, dict[str, list[float]]]:
-    """The side with its mean rewards, and each answer's own: the parts as they came, and the weighted sum."""
+    """The result with mean rewards added, and the scores of each response: the weighted sum, and each reward."""
     if scorer is None:
         return side, {}
     scores = scorer.scores(roles, material.tokenizer, material.prompts, side.episodes)
@@ -178,7 +182,7 @@ def with_scores(
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Everything that the settings ask to be measured."""
+    """Measure the policy and, if there is one, the baseline."""
     policy = find_source(config.model)
     baseline = find_model_source(config.baseline, "baseline") if config.baseline else None
     reference = find_model_source(config.ref_adapter, "ref_adapter") if config.ref_adapter else None
@@ -194,43 +198,43 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if scorer is not None:
         scorer.check_columns(material.prompts)
     adapters = {"policy": policy.adapter, "reference": reference.adapter if reference else None}
-    apart = baseline is not None and not same_base(baseline, policy)
-    if baseline is not None and not apart:
+    other_base = baseline is not None and not same_base(baseline, policy)
+    if baseline is not None and not other_base:
         adapters["baseline"] = baseline.adapter
     if reward is not None:
         adapters["reward"] = reward
     with progress("evaluate", 2 * (1 + bool(baseline))) as bar:
         other = None
-        if baseline is not None and apart:
+        if baseline is not None and other_base:
             check_same_tokens(config, tokenizer)
-            alone = load_players(
+            baseline_roles = load_players(
                 replace(config, model=config.baseline), {"baseline": baseline.adapter}, {"baseline": "baseline"}
             )
-            check_start(config, alone, material)
-            other = measure_answers(alone, "baseline", material, config, bar, kl=False)
-            del alone
+            check_start(config, baseline_roles, material)
+            other = measure_answers(baseline_roles, "baseline", material, config, bar, kl=False)
+            del baseline_roles
         roles = load_players(config, adapters, SETTINGS)
         if reward is not None:
             roles.heads["reward"] = read_scalar_head(roles, reward).requires_grad_(False)
         check_start(config, roles, material)
         side = measure_answers(roles, "policy", material, config, bar, kl=True)
-        if baseline is not None and not apart:
+        if baseline is not None and not other_base:
             other = measure_answers(roles, "baseline", material, config, bar, kl=True)
         side, scores = with_scores(scorer, roles, material, side)
         measures, samples = {"policy": side.measures}, samples_of(material, side, scores, "")
-        won = None
+        wins = None
         if other is not None:
             other, other_scores = with_scores(scorer, roles, material, other)
             measures["baseline"] = other.measures
-            theirs = samples_of(material, other, other_scores, "baseline_")
-            samples = [mine | its for mine, its in zip(samples, theirs, strict=True)]
+            baseline_samples = samples_of(material, other, other_scores, "baseline_")
+            samples = [row | baseline_row for row, baseline_row in zip(samples, baseline_samples, strict=True)]
             if scorer is not None:
-                won = win_rate(scores["objective/scores"], other_scores["objective/scores"])
-    return Evaluation(config, len(material.prompts), measures, won, samples)
+                wins = win_rate(scores["objective/scores"], other_scores["objective/scores"])
+    return Evaluation(config, len(material.prompts), measures, wins, samples)
 
 
 def check_start(config: EvaluateConfig, roles: Roles, material: EvaluationData) -> None:
-    """What is taken for granted of the model, on texts as long as the longest."""
+    """Run the startup checks of the model on sequences as long as the longest of the evaluation."""
     texts = [*(prompt.tokens for prompt in material.prompts), *(answer.tokens for answer in material.answers)]
     check_tokens(roles.causal_model(), material.tokenizer, texts)
     longest = max(len(prompt.tokens) for prompt in material.prompts) + config.response_length
@@ -240,7 +244,7 @@ def check_start(config: EvaluateConfig, roles: Roles, material: EvaluationData) 
 
 
 def check_same_tokens(config: EvaluateConfig, tokenizer: Any) -> None:
-    """Answers are compared, and judged, as tokens: both sides must mean the same by them."""
+    """Raise unless the baseline has the policy's vocabulary: responses are compared and scored as token ids."""
     if load_tokenizer(replace(config, model=config.baseline)).get_vocab() != tokenizer.get_vocab():
         raise OnecardError(
             f"baseline: {config.baseline} is on another base than {config.model}, with other tokens; expected a model "
@@ -251,23 +255,23 @@ def check_same_tokens(config: EvaluateConfig, tokenizer: Any) -> None:
 def samples_of(
     material: EvaluationData, side: PolicyResult, scores: dict[str, list[float]], prefix: str
 ) -> list[dict[str, Any]]:
-    """A row for each prompt; the baseline's columns have `prefix` before their names."""
+    """A row for each prompt. `prefix`: prepended to all column names except `prompt`."""
     rows = []
-    for place, (prompt, episode) in enumerate(zip(material.prompts, side.episodes, strict=True)):
-        own = {"completion": response_text(material.tokenizer, episode), "finished": episode.finished}
-        own |= {name.replace("objective/scores", "score"): values[place] for name, values in scores.items()}
-        rows.append({"prompt": prompt.text} | {f"{prefix}{name}": value for name, value in own.items()})
+    for index, (prompt, episode) in enumerate(zip(material.prompts, side.episodes, strict=True)):
+        row = {"completion": response_text(material.tokenizer, episode), "finished": episode.finished}
+        row |= {name.replace("objective/scores", "score"): values[index] for name, values in scores.items()}
+        rows.append({"prompt": prompt.text} | {f"{prefix}{name}": value for name, value in row.items()})
     return rows
 
 
 def run(config: EvaluateConfig) -> Path | None:
-    """`onecard evaluate`. Returns the folder that it wrote, if it was given one."""
+    """`onecard evaluate`. Returns the output folder, or None without `output_dir`."""
     folder = output_folder(config.output_dir, written_before(Path(config.output_dir))) if config.output_dir else None
     with template_date(today()):
-        found = evaluate(config)
+        evaluation = evaluate(config)
     if folder is not None:
-        write(found, folder)
-    show(found)
+        write(evaluation, folder)
+    show(evaluation)
     if folder is not None:
         say(f"evaluation: {folder}")
     return folder

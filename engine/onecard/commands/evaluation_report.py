@@ -1,4 +1,4 @@
-"""What `onecard evaluate` found: as a table in the terminal, and as files."""
+"""The results of `onecard evaluate`, as a table in the terminal and as files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ NUMBERS = "evaluation.json"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measures of the policy, and of the baseline if there is one, by name; and a row for each prompt."""
+    """The results of an evaluation.
+
+    `measures`: "policy" or "baseline" -> name -> estimate; `win_rate`: over the baseline, or None; `samples`: a row for
+    each prompt.
+    """
 
     config: EvaluateConfig
     prompts: int
@@ -30,52 +34,52 @@ class Evaluation:
     samples: list[dict[str, Any]]
 
 
-def cells(found: Evaluation) -> list[list[str]]:
-    """The table: a header, then a line for each measure that the policy has."""
-    sides = list(found.measures)
+def cells(evaluation: Evaluation) -> list[list[str]]:
+    """The cells of the table: a header, then a line for each measure of the policy."""
+    sides = list(evaluation.measures)
     lines = [["", *sides]]
-    for name in found.measures["policy"]:
-        lines.append([name, *(str(found.measures[side].get(name, "")) for side in sides)])
+    for name in evaluation.measures["policy"]:
+        lines.append([name, *(str(evaluation.measures[side].get(name, "")) for side in sides)])
     return lines
 
 
-def words(found: Evaluation) -> str:
-    """The line below the table."""
-    counted = f"{found.prompts} prompts, mean ± standard error."
-    return f"{counted} Win rate over the baseline: {found.win_rate}." if found.win_rate else counted
+def words(evaluation: Evaluation) -> str:
+    """The line below the table: the number of prompts and the win rate."""
+    prompts = f"{evaluation.prompts} prompts, mean ± standard error."
+    return f"{prompts} Win rate over the baseline: {evaluation.win_rate}." if evaluation.win_rate else prompts
 
 
-def show(found: Evaluation) -> None:
-    """The table on standard output."""
-    head, *lines = cells(found)
+def show(evaluation: Evaluation) -> None:
+    """Print the table on standard output."""
+    head, *lines = cells(evaluation)
     table = Table(*head)
     for line in lines:
         table.add_row(*map(visible, line))
     out = Console(highlight=False, markup=False)
     out.print(table)
-    out.print(visible(words(found)), soft_wrap=True)
+    out.print(visible(words(evaluation)), soft_wrap=True)
 
 
-def markdown(found: Evaluation) -> str:
-    """The same table, with what was compared."""
-    head, *lines = ["| " + " | ".join(line) + " |" for line in cells(found)]
-    baseline = f", compared with `{found.config.baseline}`" if found.config.baseline else ""
-    title = f"# `{found.config.model}` on `{found.config.dataset}`{baseline}"
-    rule = "|" + " --- |" * len(cells(found)[0])
-    return "\n".join([title, "", head, rule, *lines, "", words(found), ""])
+def markdown(evaluation: Evaluation) -> str:
+    """The table as Markdown, with a title that names the models and the dataset."""
+    head, *lines = ["| " + " | ".join(line) + " |" for line in cells(evaluation)]
+    baseline = f", compared with `{evaluation.config.baseline}`" if evaluation.config.baseline else ""
+    title = f"# `{evaluation.config.model}` on `{evaluation.config.dataset}`{baseline}"
+    rule = "|" + " --- |" * len(cells(evaluation)[0])
+    return "\n".join([title, "", head, rule, *lines, "", words(evaluation), ""])
 
 
-def write(found: Evaluation, folder: Path) -> None:
-    """All numbers and settings, the table, and the answers: whole or not at all."""
+def write(evaluation: Evaluation, folder: Path) -> None:
+    """Write `evaluation.json`, `evaluation.md` and `samples.jsonl` into `folder`, atomically."""
     numbers = {
-        "settings": asdict(found.config),
-        "prompts": found.prompts,
-        **{side: {name: asdict(value) for name, value in row.items()} for side, row in found.measures.items()},
-        "win_rate": asdict(found.win_rate) if found.win_rate else None,
+        "settings": asdict(evaluation.config),
+        "prompts": evaluation.prompts,
+        **{side: {name: asdict(value) for name, value in row.items()} for side, row in evaluation.measures.items()},
+        "win_rate": asdict(evaluation.win_rate) if evaluation.win_rate else None,
     }
     texts = {
-        "evaluation.md": markdown(found),
-        "samples.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.samples),
+        "evaluation.md": markdown(evaluation),
+        "samples.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.samples),
     }
     files = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     texts[NUMBERS] = json.dumps({**numbers, "files": files}, indent=2) + "\n"
@@ -88,7 +92,7 @@ def write(found: Evaluation, folder: Path) -> None:
 
 
 def written_before(folder: Path) -> tuple[str, ...]:
-    """The files of an earlier evaluation in a folder, as they were written: what a new one may replace."""
+    """The unchanged files of an earlier evaluation in a folder, which a new evaluation may replace."""
     try:
         files = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))["files"]
         plain = [name for name in (NUMBERS, *files) if not (folder / name).is_symlink()]

@@ -1,4 +1,4 @@
-"""`onecard generate`: prompts from the command line or a file, responses to standard output or a file."""
+"""`onecard generate`: samples responses to prompts from the command line or a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from onecard.utils.progress import say
 
 
 def longest_prompt(config: SamplingConfig) -> int | None:
-    """Tokens that are left for a prompt beside the response; None where the model does not say."""
+    """Longest prompt in tokens: the context minus `max_new_tokens`; None if the config has no context length."""
     limit = context_length(config)
     if limit is not None and config.max_new_tokens >= limit:
         raise OnecardError(
@@ -32,7 +32,7 @@ def longest_prompt(config: SamplingConfig) -> int | None:
 
 
 def run(config: GenerateConfig) -> None:
-    """Responses to standard output, or JSONL rows to `output`."""
+    """`onecard generate`: print the responses, or write them as JSONL rows to `output`."""
     config.validate()
     output = output_file(config) if config.output else None
     tokenizer = load_tokenizer(config)

@@ -1,6 +1,6 @@
-"""`onecard merge`: an adapter and its base as one plain Hugging Face model.
+"""`onecard merge`: merges an adapter into its base and writes a plain Hugging Face model.
 
-The base is read anew in its own precision, never the 4-bit copy that training held.
+The base is loaded in 16 or 32 bit, not as the 4-bit copy of training.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from onecard.utils.errors import OnecardError
 from onecard.utils.files import replace_folder
 from onecard.utils.progress import say
 
-PROBE = 32  # tokens of the text that the merged model is compared on
-MOST_OFF, MOST_OFF_16_BIT = 1e-3, 0.1  # nat on average, in float32 and where the sum of base and adapter is rounded
+PROBE = 32  # tokens of the sequence on which the merged model is compared with the adapted one
+# Largest mean difference of log-probs in nats: in float32, and in 16 bit, which rounds the sum of base and adapter
+MOST_OFF, MOST_OFF_16_BIT = 1e-3, 0.1
 
 
 def mergeable(config: MergeConfig) -> Source:
-    """The adapter and its base, or a line that says why there is nothing to merge."""
+    """The adapter and its base. Raises `OnecardError` if `model` cannot be merged."""
     source = find_source(config.model)
     if source.adapter is None:
         raise OnecardError(f"model: {config.model} is a whole model and no adapter, so there is nothing to merge.")
@@ -43,9 +44,9 @@ def mergeable(config: MergeConfig) -> Source:
 
 
 def untie(model: Any) -> None:
-    """Give the head weights of its own where it shares the embeddings' and an adapter is on one of the two.
+    """Copy the head's weights if they are tied to the embedding and an adapter is on one of the two.
 
-    What is added to one must not reach the other.
+    Otherwise merging the adapter into one would change the other.
     """
     layers = model.get_output_embeddings(), model.get_input_embeddings()
     head, embeddings = (getattr(layer, "base_layer", layer) for layer in layers)
@@ -54,11 +55,11 @@ def untie(model: Any) -> None:
 
 
 def check_apart(model: Any, adapter: Path) -> None:
-    """Refuse an adapter on a layer that shares its weights with another: what it adds would reach that one too."""
-    holders: dict[int, list[str]] = {}
+    """Raise for an adapter on a layer that shares its weights with another: merging would change both."""
+    names_by_id: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        holders.setdefault(id(parameter), []).append(name)
-    for names in holders.values():
+        names_by_id.setdefault(id(parameter), []).append(name)
+    for names in names_by_id.values():
         if len(names) > 1 and any(".base_layer." in name for name in names):
             first, second = (name.replace(".base_layer", "") for name in names[:2])
             raise OnecardError(
@@ -68,7 +69,7 @@ def check_apart(model: Any, adapter: Path) -> None:
 
 
 def merged(config: MergeConfig, source: Source) -> Any:
-    """The base with the adapter's weights added to its own."""
+    """The base with the adapter merged into its weights. Raises if the log-probs differ from the adapted model's."""
     base = load_base(config)
     if getattr(base, "quantization_method", None) is not None:
         raise OnecardError(
@@ -81,28 +82,28 @@ def merged(config: MergeConfig, source: Source) -> Any:
     try:
         untie(model.get_base_model())
         check_apart(model.get_base_model(), source.adapter)
-        with warnings.catch_warnings():  # PEFT sees that they are two now, and says so in the config and aloud
+        with warnings.catch_warnings():  # PEFT unties them in the config and warns about it
             warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
             model = model.merge_and_unload(safe_merge=True)
     except OnecardError:
         raise
-    except Exception as error:  # PEFT raises ValueError, KeyError or RuntimeError as its parsers do
+    except Exception as error:  # PEFT raises ValueError, KeyError or RuntimeError
         raise OnecardError(f"model: adapter {source.adapter}: {reason(error)}") from error
-    off = float((logprobs(model) - before).abs().mean())
-    if not off <= (MOST_OFF if model.dtype == torch.float32 else MOST_OFF_16_BIT):
+    difference = float((logprobs(model) - before).abs().mean())
+    if not difference <= (MOST_OFF if model.dtype == torch.float32 else MOST_OFF_16_BIT):
         raise OnecardError(
-            f"model: adapter {source.adapter}: log-probs of the merged model are off by {off:.2g} nat on average. An "
-            "adapter is on a layer whose weights the model uses without calling it (Mamba's dt_proj), or that it calls "
-            "in a way of its own."
+            f"model: adapter {source.adapter}: log-probs of the merged model are off by {difference:.2g} nat on "
+            "average. An adapter is on a layer whose weights the model uses without calling it (Mamba's dt_proj), or "
+            "that it calls in a way of its own."
         )
     return model
 
 
 @torch.no_grad()
 def logprobs(model: Any) -> torch.Tensor:
-    """Of all tokens behind a few, fp32 [PROBE, V]."""
-    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    tokens = (torch.arange(PROBE, device=model.device) * 7919 + 13)[None] % known_tokens(whole)
+    """Log-probs of all tokens at each position of a fixed sequence, fp32 [PROBE, V]."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    tokens = (torch.arange(PROBE, device=model.device) * 7919 + 13)[None] % known_tokens(base)
     with errors_of(model):
         return model.eval()(input_ids=tokens, use_cache=False).logits[0].float().log_softmax(-1)
 

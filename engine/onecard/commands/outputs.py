@@ -1,4 +1,4 @@
-"""Files and folders that a command writes in one go: what may be there before."""
+"""Checks of the output file or folder of a command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from onecard.utils.errors import OnecardError
 
 
 def output_file(config: GenerateConfig) -> Path:
-    """The file that `output` names: a new one, or with --overwrite a plain file that the command does not read."""
+    """The path of `output`: a new file or, with --overwrite, a regular file other than the dataset.
+
+    Other paths raise `OnecardError`.
+    """
     path = Path(config.output).expanduser().absolute()
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise OnecardError(f"output: {config.output} cannot be written: {path.parent} is no folder that can be.")
@@ -28,7 +31,10 @@ def output_file(config: GenerateConfig) -> Path:
 
 
 def output_folder(output_dir: str, replaced: Collection[str] = ()) -> Path:
-    """The folder of that name, for `files.replace_folder`. It may hold nothing but files that it is to replace."""
+    """The path of an output folder, for `files.replace_folder`: a new folder, or one with no files except `replaced`.
+
+    Other paths raise `OnecardError`.
+    """
     if not output_dir:
         raise OnecardError("--output_dir is missing: give a new folder.")
     folder = Path(output_dir).expanduser().absolute()

@@ -1,4 +1,4 @@
-"""What can be said of a set of answers: means and how sure they are, a win rate, variety."""
+"""Statistics of a set of responses: means with standard errors, a win rate, and distinct n-grams."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-Z95 = 1.959964  # of a normal distribution, 95 % lies within so many standard deviations
+Z95 = 1.959964  # 95 % of a normal distribution lies within this many standard deviations
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts and its standard error, where there is one."""
+    """A mean over prompts and its standard error, or None."""
 
     mean: float
     stderr: float | None = None
@@ -22,7 +22,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class WinRate:
-    """The share of prompts that the policy's answer wins, a tie counting half, and its 95 % interval."""
+    """The share of prompts where the policy's response wins (a tie counts half), and its 95 % interval."""
 
     mean: float
     low: float
@@ -37,7 +37,7 @@ class WinRate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and standard error `s / sqrt(n)`, where s has n - 1 in its denominator; one value has no error.
+    """Mean and standard error `s / sqrt(n)`; s has n - 1 in its denominator. One value has no standard error.
 
     >>> estimate([1.0, 3.0])
     Estimate(mean=2.0, stderr=1.0)
@@ -50,12 +50,12 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def win_rate(policy: Sequence[float], baseline: Sequence[float]) -> WinRate:
-    """Scores of two answers to each prompt -> the share p that the policy wins, and Wilson's interval of it:
+    """The share p of prompts where the policy's score is higher than the baseline's, and its Wilson interval:
 
         (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),   z = 1.96
 
-    Wilson, 1927, https://doi.org/10.1080/01621459.1927.10502953. A tie counts half, which varies less than a win or a
-    loss, so with ties the interval is, if anything, too wide.
+    Wilson, 1927, https://doi.org/10.1080/01621459.1927.10502953. A tie counts half. Ties have less variance than wins
+    and losses, so with ties the interval may be wider than necessary.
     """
     pairs = list(zip(policy, baseline, strict=True))
     wins, ties = sum(a > b for a, b in pairs), sum(a == b for a, b in pairs)
@@ -67,12 +67,12 @@ def win_rate(policy: Sequence[float], baseline: Sequence[float]) -> WinRate:
 
 
 def distinct(answers: Iterable[Sequence[int]], n: int) -> float:
-    """Distinct runs of n tokens over all of them, in all answers together; 0 where there are none.
+    """Number of distinct n-grams divided by the number of n-grams, over all responses; 0 without n-grams.
 
     Li et al., 2016, https://arxiv.org/abs/1510.03055.
 
     >>> distinct([[7, 8, 7], [7, 8]], 2)
     0.6666666666666666
     """
-    runs = [tuple(answer[start : start + n]) for answer in answers for start in range(len(answer) - n + 1)]
-    return len(set(runs)) / len(runs) if runs else 0.0
+    ngrams = [tuple(answer[start : start + n]) for answer in answers for start in range(len(answer) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0

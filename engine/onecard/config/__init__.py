@@ -1,4 +1,4 @@
-"""Every setting, documented where it is declared; one file per command, with its `validate()`."""
+"""The settings of all commands, each documented at its declaration. One file per command, with its `validate()`."""
 
 from onecard.config.base import (
     AdapterDtype,

@@ -20,7 +20,7 @@ Truncation = Literal["keep_start", "keep_end", "error"]
 
 
 def option(default: Any, help: str, least: float | None = None) -> Any:
-    """A field with its help text and the least value it takes; a list default is copied for each instance."""
+    """A dataclass field with its help text and its minimum. A list as default is copied for each instance."""
     metadata = {"help": help, "least": least}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -28,15 +28,15 @@ def option(default: Any, help: str, least: float | None = None) -> Any:
 
 
 def raise_first(complaints: Mapping[str, bool]) -> None:
-    """Raise the first complaint that holds."""
-    for complaint, holds in complaints.items():
-        if holds:
-            raise OnecardError(complaint)
+    """Raise `OnecardError` with the first message whose value is True."""
+    for message, applies in complaints.items():
+        if applies:
+            raise OnecardError(message)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which weights, and how they are held in memory."""
+    """The model to load, the dtype or quantization of its weights, and its attention implementation."""
 
     model: str = option("", "Hugging Face model: a hub name, a folder, or an adapter folder that onecard wrote.")
     dtype: Dtype = option(
@@ -57,7 +57,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(ModelConfig):
-    """What all training commands share. A step is an optimizer step; in PPO, an iteration."""
+    """Settings of all training commands. A step is an optimizer step; in PPO, an iteration."""
 
     INPUTS: ClassVar[tuple[str, ...]] = ("model", "dataset", "eval_dataset")
 
@@ -155,13 +155,13 @@ class TrainConfig(ModelConfig):
         })  # fmt: skip
 
     def input_paths(self) -> dict[str, str]:
-        """Setting -> the folder or file that the run reads, where one is given."""
+        """The settings that name an input folder or file -> its path; empty settings are left out."""
         return {name: value for name in self.INPUTS if (value := getattr(self, name))}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyTrainConfig(TrainConfig):
-    """What is shared by supervised commands that train a policy: its samples at each evaluation."""
+    """Settings of the supervised commands that train a policy: its samples at each evaluation."""
 
     eval_samples: int = option(
         4, "Held-out prompts that are answered at each evaluation, for samples.jsonl and the report; 0: none.", least=0
@@ -171,14 +171,14 @@ class PolicyTrainConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """The reference model, in commands that may have one."""
+    """The reference model of the commands that have one."""
 
     ref_adapter: str = option("", "Adapter folder that is the reference. Empty: the policy as it starts.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringConfig:
-    """What scores responses, in training and in evaluation."""
+    """The rewards that score responses, in training and in evaluation."""
 
     reward_model_path: str = option(
         "", "Reward adapter that `onecard reward` trained on the same base, or any Hugging Face sequence classifier."
@@ -200,7 +200,7 @@ class ScoringConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig(ModelConfig):
-    """How responses are sampled by `generate` and `chat`."""
+    """Sampling settings of `generate` and `chat`."""
 
     max_new_tokens: int = option(128, "Longest response in tokens.", least=1)
     temperature: float = option(1.0, "Divides the logits; 0: the likeliest token each time.", least=0)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from onecard.config.base import PolicyTrainConfig, ReferenceConfig, TrainConfig, option, raise_first
 from onecard.utils.errors import OnecardError, nearest
 
-# Losses that cannot be summed with others -> the kernel's keywords, each with the setting that it comes from
+# Losses that cannot be summed with others -> keyword of the kernel -> the setting with its value
 ALONE: dict[str, dict[str, str]] = {
     "simpo": {"beta": "beta", "label_smoothing": "label_smoothing", "gamma": "simpo_gamma"},
     "orpo": {"beta": "beta"},
@@ -16,9 +16,9 @@ ALONE: dict[str, dict[str, str]] = {
     "kto": {name: name for name in ("beta", "desirable_weight", "undesirable_weight")},
     "apo_zero_unpaired": {name: name for name in ("beta", "desirable_weight", "undesirable_weight")},
 }
-LABELLED = ("kto", "apo_zero_unpaired")  # of labelled answers; all others are of pairs
+LABELLED = ("kto", "apo_zero_unpaired")  # losses on labelled responses; all others are losses on pairs
 REFERENCE = ("ref_adapter", "precompute_ref_log_probs")
-# The same of the losses of pairs that can be summed
+# Keyword of the kernel -> setting, for the losses on pairs that can be summed
 SUMMED = {
     name: name
     for name in (
@@ -72,19 +72,19 @@ class DPOConfig(ReferenceConfig, PolicyTrainConfig):
 
 
 def settings_of(loss_type: str) -> set[str]:
-    """The optional settings that a loss takes."""
-    taken = {*ALONE.get(loss_type, SUMMED).values()} - {"loss_type"}
+    """The optional settings that a loss uses."""
+    used = {*ALONE.get(loss_type, SUMMED).values()} - {"loss_type"}
     if loss_type not in ALONE:
-        taken |= {"use_weighting"}
-    return taken | {*REFERENCE} if loss_type in LABELLED or loss_type not in ALONE else taken
+        used |= {"use_weighting"}
+    return used | {*REFERENCE} if loss_type in LABELLED or loss_type not in ALONE else used
 
 
-# Settings that some losses take and others do not
+# Settings that only some losses use
 OPTIONAL = set.union(*map(settings_of, (*ALONE, "sigmoid")))
 
 
 def check_names(names: list[str]) -> None:
-    """Refuse unknown losses, and sums with a loss that cannot be summed."""
+    """Raise for unknown losses, and for sums with a loss that cannot be summed."""
     from onecard_kernels.dpo.losses import LOSSES
 
     known = (*LOSSES, *ALONE)
@@ -100,7 +100,7 @@ def check_names(names: list[str]) -> None:
 
 
 def check_whole_batch(config: DPOConfig) -> None:
-    """Refuse to split a batch for a loss that sorts the whole of it."""
+    """Raise if the batch would be split although the loss sorts the whole batch."""
     from onecard_kernels.dpo import WHOLE_BATCH
 
     sorting = sorted(WHOLE_BATCH.intersection(config.loss_type))

@@ -1,4 +1,4 @@
-"""Settings of `onecard ppo`, and the sizes that follow from them."""
+"""Settings of `onecard ppo`, the sizes derived from them (minibatch, batch, steps), and their validation."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class PPOConfig(ReferenceConfig, ScoringConfig, TrainConfig):
         return self.batch_size or self.minibatch_size * self.num_mini_batches
 
     def total_steps(self, num_prompts: int) -> int:
-        """Iterations in all."""
+        """Number of iterations. Raises `OnecardError` if it is 0."""
         if self.max_steps > 0:
             return self.max_steps
         episodes = self.total_episodes or self.num_train_epochs * num_prompts * self.num_generations
@@ -126,7 +126,7 @@ class PPOConfig(ReferenceConfig, ScoringConfig, TrainConfig):
 
     @property
     def is_single_pass(self) -> bool:
-        """Whether the advantage estimator passes over an iteration's responses once and does not clip."""
+        """Whether the advantage estimator makes one pass over the responses of an iteration and does not clip."""
         return self.advantage_estimator in ("reinforce", "a2c")
 
     @property
@@ -144,7 +144,7 @@ class PPOConfig(ReferenceConfig, ScoringConfig, TrainConfig):
 
 
 def batch_sizes(config: PPOConfig) -> dict[str, bool]:
-    """Sizes that do not divide."""
+    """Message -> whether it applies, for batch sizes that do not divide each other."""
     batch, minibatch, per_prompt = config.episodes_per_step, config.minibatch_size, config.num_generations
     made_of = f"per_device_train_batch_size * gradient_accumulation_steps = {minibatch}"
     return {
@@ -156,7 +156,7 @@ def batch_sizes(config: PPOConfig) -> dict[str, bool]:
 
 
 def ranges(config: PPOConfig) -> dict[str, bool]:
-    """Values out of range."""
+    """Message -> whether it applies, for values out of range."""
     batch, adapts = config.episodes_per_step, config.adap_kl_ctrl
     return {
         f"temperature: {config.temperature:g}, expected above 0: PPO learns from answers that are drawn.": (
@@ -177,7 +177,7 @@ def ranges(config: PPOConfig) -> dict[str, bool]:
 
 
 def estimator_needs(config: PPOConfig) -> dict[str, bool]:
-    """Settings that contradict the advantage estimator."""
+    """Message -> whether it applies, for settings that the advantage estimator does not support."""
     groups, single, critic = config.has_groups, config.is_single_pass, config.has_critic
     given = f"with advantage_estimator {config.advantage_estimator}"
     return {
@@ -199,10 +199,10 @@ def estimator_needs(config: PPOConfig) -> dict[str, bool]:
 
 
 def unused_settings(config: PPOConfig) -> dict[str, bool]:
-    """Settings that were given and have no effect. (`rewards.scorer` checks constraint_label.)"""
-    name, critic, unset = config.advantage_estimator, config.has_critic, PPOConfig()
+    """Message -> whether it applies, for settings without effect. (`rewards.scorer` checks constraint_label.)"""
+    name, critic, defaults = config.advantage_estimator, config.has_critic, PPOConfig()
     clips, given = not config.is_single_pass, f"with advantage_estimator {name}"
-    table = (  # whether they are used, where they are not, which settings
+    table = (  # (whether the settings are used, end of the message, settings)
         (
             config.has_constraint,
             "where there is neither a constraint_model_path nor constraint_funcs",
@@ -222,7 +222,7 @@ def unused_settings(config: PPOConfig) -> dict[str, bool]:
     )
     return {
         f"{setting}: {getattr(config, setting)} is not used {where}; leave it out.": (
-            not used and getattr(config, setting) != getattr(unset, setting)
+            not used and getattr(config, setting) != getattr(defaults, setting)
         )
         for used, where, settings in table
         for setting in settings

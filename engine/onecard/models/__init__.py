@@ -1,1 +1,1 @@
-"""The base, its adapters and heads as roles, and the door through which records reach them."""
+"""Models: loading, LoRA adapters, scalar heads, roles on one base, layouts, attention, and micro-batching."""

@@ -1,8 +1,8 @@
-"""LoRA adapters: how a folder is read onto a model and written, with every tensor accounted for.
+"""Reads LoRA adapter folders onto a model and writes them, with a check of every tensor.
 
-PEFT leaves out what it cannot place: a tensor that is misnamed stays unread, its layer as it was initialized, and the
-adapter does less than it learned, or nothing. Here the file and the model must name the same tensors of the same
-shapes, or the folder is refused in one line.
+PEFT ignores tensors that it cannot assign: a misnamed tensor is not read, its layer keeps its initial weights, and the
+adapter has less effect than it was trained to have, or none. Here file and model must have the same tensor names and
+shapes; otherwise reading raises `OnecardError`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from onecard.utils.errors import OnecardError, reason
 
 ADAPTER_SETTINGS, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
-# Settings of PEFT that do not change what an adapter computes once its tensors are read
-NO_MATTER = {
+# PEFT settings that do not change what an adapter computes once its tensors are read
+IGNORED = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "loftq_config",
     "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "runtime_config", "task_type",
 }  # fmt: skip
-# Settings that are followed: the types of their values in JSON, and those of the parts of a list or an object
-FOLLOWED: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
+# Supported settings -> the types of their JSON values, and the types of the elements of a list or an object
+SUPPORTED: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
     "r": ((int,), ()),
     "lora_alpha": ((int, float), ()),
     **dict.fromkeys(("fan_in_fan_out", "lora_bias", "use_dora", "use_rslora"), ((bool,), ())),
@@ -40,14 +40,14 @@ FOLLOWED: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
     **dict.fromkeys(("modules_to_save", "target_parameters"), ((list, NoneType), (str,))),
     "layers_to_transform": ((int, list, NoneType), (int,)),
 }
-# How new weights are drawn; all others (pissa, olora, corda, loftq, lora_ga) take something out of the base's weights
+# `init_lora_weights` that leave the base as it is; all others (pissa, olora, corda, loftq, lora_ga) change its weights
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def read_settings(folder: Path, setting: str) -> Any:
-    """The PEFT config of an adapter folder, without dropout, or an error if the adapter is none that can be read.
+    """The PEFT config of an adapter folder, with dropout 0. Unsupported adapters raise `OnecardError`.
 
-    Dropout would make old and new log-probs of one policy differ.
+    With dropout, old and new log-probs of one policy would differ. `setting`: name of the setting in error messages.
     """
     from peft import LoraConfig
 
@@ -71,17 +71,17 @@ def read_settings(folder: Path, setting: str) -> Any:
             f"{where} was begun by {values['init_lora_weights']}, which changes the base's weights; convert it to "
             "plain LoRA with PEFT's path_initial_model_for_weight_conversion."
         )
-    for name in FOLLOWED.keys() & values.keys():
-        value, (types, of_parts) = values[name], FOLLOWED[name]
-        parts = value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
-        if type(value) not in types or not {type(part) for part in parts} <= {*of_parts}:
+    for name in SUPPORTED.keys() & values.keys():
+        value, (types, element_types) = values[name], SUPPORTED[name]
+        elements = value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
+        if type(value) not in types or not {type(element) for element in elements} <= {*element_types}:
             raise OnecardError(f"{where} has {name}: {json.dumps(value)}, which PEFT would not have written.")
     defaults = {
-        each.name: each.default if each.default_factory is MISSING else each.default_factory()
-        for each in fields(LoraConfig)
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(LoraConfig)
     }
     for name, value in values.items():
-        if name in NO_MATTER or name in FOLLOWED or name in ("bias", "init_lora_weights"):
+        if name in IGNORED or name in SUPPORTED or name in ("bias", "init_lora_weights"):
             continue
         if name == "revision" and value in (None, "", "main"):
             continue
@@ -89,42 +89,42 @@ def read_settings(folder: Path, setting: str) -> Any:
             raise OnecardError(f"{where} has {name}: {json.dumps(value)}, which is not supported yet.")
     try:
         settings = LoraConfig(**{name: value for name, value in values.items() if name in defaults})
-    except Exception as error:  # PEFT raises as its checks do
+    except Exception as error:  # PEFT's checks raise different exceptions
         raise OnecardError(f"{where}: {reason(error)}") from error
     settings.lora_dropout = 0.0
     return settings
 
 
 def read_weights(folder: Path, setting: str) -> dict[str, Tensor]:
-    """An adapter's tensors on the CPU."""
+    """The tensors in an adapter folder, by name, on the CPU. A damaged file raises `OnecardError`."""
     path = folder / ADAPTER_WEIGHTS
     try:
         if path.is_file():
             return load_file(str(path))
         return torch.load(folder / PICKLED_WEIGHTS, map_location="cpu", weights_only=True)
-    except Exception as error:  # a torn file: whatever the parsers raise
+    except Exception as error:  # the parsers raise different exceptions on a damaged file
         raise OnecardError(f"{setting}: adapter {folder}: its weights cannot be read: {reason(error)}") from error
 
 
 @contextmanager
 def literal_names() -> Iterator[None]:
-    """Inside, PEFT takes the names in a config as they are.
+    """Inside, PEFT uses the module names in a config as they are.
 
-    For some mixtures of experts it would rewrite them on every model: gate_proj, up_proj and down_proj, of a shared
-    expert or a dense layer too, become the stacked parameters of all experts.
+    For some mixture-of-experts models PEFT rewrites them: gate_proj, up_proj and down_proj, also those of a shared
+    expert or a dense layer, become the stacked parameters of all experts.
     """
     from peft.utils import transformers_weight_conversion as conversion
 
-    own = conversion.convert_peft_config_for_transformers
-    conversion.convert_peft_config_for_transformers = lambda *given, **more: None
+    original = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *args, **kwargs: None
     try:
         yield
     finally:
-        conversion.convert_peft_config_for_transformers = own
+        conversion.convert_peft_config_for_transformers = original
 
 
 def add_adapter(model: Any, settings: Any, name: str) -> Any:
-    """`model` with one more adapter, whose weights are new. The first one wraps the model."""
+    """`model` with one more adapter with initial weights. The first adapter wraps the model in a `PeftModel`."""
     from peft import PeftModelForCausalLM
 
     with literal_names():
@@ -135,33 +135,34 @@ def add_adapter(model: Any, settings: Any, name: str) -> Any:
 
 
 def adapter_tensors(model: Any, name: str) -> dict[str, Tensor]:
-    """The tensors of one adapter by the names that PEFT gives them in a file. They share the parameters' memory.
+    """The tensors of one adapter, by their names in PEFT's files. They share the parameters' memory.
 
-    PEFT's own function leaves out each layer in whose path the name of another adapter stands.
+    PEFT's function for this (`get_peft_model_state_dict`) omits layers whose path contains another adapter's name.
     """
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import ModulesToSaveWrapper
 
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
-            found |= {f"{path}.{key}": each for key, each in module.modules_to_save[name].state_dict().items()}
+            tensors |= {f"{path}.{key}": tensor for key, tensor in module.modules_to_save[name].state_dict().items()}
         elif isinstance(module, LoraLayer):
             for part in module.adapter_layer_names:
-                held = getattr(module, part)
-                if name not in held:
+                by_adapter = getattr(module, part)  # adapter name -> parameter or module
+                if name not in by_adapter:
                     continue
-                if isinstance(held[name], nn.Parameter):
-                    found[f"{path}.{part}"] = held[name].detach()
+                if isinstance(by_adapter[name], nn.Parameter):
+                    tensors[f"{path}.{part}"] = by_adapter[name].detach()
                 elif part == "lora_magnitude_vector":
-                    found[f"{path}.{part}"] = held[name].weight.detach()
+                    tensors[f"{path}.{part}"] = by_adapter[name].weight.detach()
                 else:
-                    found |= {f"{path}.{part}.{key}": each for key, each in held[name].state_dict().items()}
-    return found
+                    state = by_adapter[name].state_dict()
+                    tensors |= {f"{path}.{part}.{key}": tensor for key, tensor in state.items()}
+    return tensors
 
 
 def base_tensors(model: Any) -> dict[str, Tensor]:
-    """The base's parameters by the names that they have in a file, whatever adapters are around them."""
+    """The base's parameters by their names in a file, without the names of adapter wrappers."""
     return {
         name.replace(".base_layer.", ".").replace(".original_module.", "."): parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -169,118 +170,125 @@ def base_tensors(model: Any) -> dict[str, Tensor]:
     }
 
 
-def without_base(found: Mapping[str, Tensor], own: Mapping[str, Tensor], model: Any, where: str) -> dict[str, Tensor]:
-    """A file's tensors without copies of the base's, which PEFT writes where embeddings are adapted or were resized."""
+def without_base(
+    stored: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: Any, where: str
+) -> dict[str, Tensor]:
+    """A file's tensors without copies of base weights.
+
+    PEFT writes such copies where embeddings are adapted or were resized. A copy whose shape or values differ from the
+    base raises `OnecardError`.
+    """
     base = base_tensors(model)
-    kept: dict[str, Tensor] = {}
-    for key, tensor in found.items():
+    adapter: dict[str, Tensor] = {}
+    for key, tensor in stored.items():
         plain = key.replace(".base_layer.", ".")
-        held = base.get(plain)
-        if key in own or held is None:
-            kept[key] = tensor
-        elif held.shape != tensor.shape:
-            raise OnecardError(resized(where, plain, tensor, held))
-        elif not same_values(held.detach().cpu(), tensor):
+        base_tensor = base.get(plain)
+        if key in expected or base_tensor is None:
+            adapter[key] = tensor
+        elif base_tensor.shape != tensor.shape:
+            raise OnecardError(resized(where, plain, tensor, base_tensor))
+        elif not same_values(base_tensor.detach().cpu(), tensor):
             raise OnecardError(f"{where} holds other weights for {plain} than its base; expected an adapter alone.")
-    return kept
+    return adapter
 
 
 def same_values(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are equal in the narrower of their types."""
+    """Whether two tensors are equal in the narrower of their dtypes."""
     narrow = min(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
     return torch.equal(first.to(narrow), second.to(narrow))
 
 
-def resized(where: str, key: str, found: Tensor, held: Tensor) -> str:
-    """The error of an adapter whose base had another vocabulary."""
+def resized(where: str, key: str, stored: Tensor, expected: Tensor) -> str:
+    """The error message for an adapter whose base had a vocabulary of another size."""
     name = key.removeprefix("base_model.model.").removesuffix(".weight")
     return (
-        f"{where} was trained on a base whose {name} is {list(found.shape)}, but it is {list(held.shape)} in the base; "
-        "where tokens were added, resize the base (resize_token_embeddings), save it, and name that one as the base."
+        f"{where} was trained on a base whose {name} is {list(stored.shape)}, but it is {list(expected.shape)} in the "
+        "base; where tokens were added, resize the base (resize_token_embeddings), save it, and name that one as the "
+        "base."
     )
 
 
-def as_peft_reads(model: Any, name: str, found: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """A file's tensors under the names that PEFT takes them for: those of modules, for those of checkpoints.
+def as_peft_reads(model: Any, name: str, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A file's tensors, renamed as PEFT renames them: checkpoint names become module names.
 
-    Names alone change: what makes new tensors (of one for each expert a stacked one) is not taken.
+    A conversion that creates new tensors (one stacked tensor from those of single experts) is not applied.
     """
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
     try:
-        made = convert_peft_adapter_state_dict_for_transformers(
-            model, model.peft_config[name], dict(found), adapter_name=name
+        converted = convert_peft_adapter_state_dict_for_transformers(
+            model, model.peft_config[name], dict(stored), adapter_name=name
         )
-    except Exception:  # of names that are no adapter's; they are refused by the caller
-        return found
-    same = {id(tensor) for tensor in made.values()} == {id(tensor) for tensor in found.values()}
-    return made if same and len(made) == len(found) else found
+    except Exception:  # names that are not those of an adapter; `check_tensors` reports them
+        return stored
+    same = {id(tensor) for tensor in converted.values()} == {id(tensor) for tensor in stored.values()}
+    return converted if same and len(converted) == len(stored) else stored
 
 
-def file_names(model: Any, name: str, own: Mapping[str, Tensor]) -> dict[str, str]:
-    """The name of each of an adapter's tensors in a file, so that PEFT reads it as what it is.
+def file_names(model: Any, name: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """An adapter's tensor names -> their names in a file, such that PEFT reads each tensor into its module.
 
-    PEFT renames what it reads as transformers renames a checkpoint's weights, and takes some modules' own names for a
-    checkpoint's. These are written as a checkpoint names them.
+    PEFT renames the tensors of a file as transformers renames those of a checkpoint, and mistakes some module names for
+    checkpoint names. The tensors of these modules are written under their checkpoint names.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, apply_renamings
 
-    read = {id(tensor): key for key, tensor in as_peft_reads(model, name, own).items()}
-    names = {key: key for key in own}
-    lost = [key for key, tensor in own.items() if read.get(id(tensor)) != key]
-    if lost:
+    read = {id(tensor): key for key, tensor in as_peft_reads(model, name, tensors).items()}
+    names = {key: key for key in tensors}
+    misread = [key for key, tensor in tensors.items() if read.get(id(tensor)) != key]
+    if misread:
         rules = get_model_conversion_mapping(model.get_base_model(), add_legacy=False)
-        back = [each.reverse_transform() for each in rules if isinstance(each, WeightRenaming)]
-        names |= {key: apply_renamings(key, back) for key in lost}
+        reversed_rules = [rule.reverse_transform() for rule in rules if isinstance(rule, WeightRenaming)]
+        names |= {key: apply_renamings(key, reversed_rules) for key in misread}
     return names
 
 
-def check_tensors(own: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
-    """Stop unless a file has the tensors that a model's adapter consists of, and no others."""
-    missing, unknown = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+def check_tensors(expected: Mapping[str, Tensor], stored: Mapping[str, Tensor], where: str) -> None:
+    """Raise unless a file has exactly the tensors of the model's adapter, with the same shapes."""
+    missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing or unknown:
         parts = [f"has no {listed(missing)}"] if missing else []
         parts += [f"has {listed(unknown)}, which the model has no place for"] if unknown else []
         raise OnecardError(f"{where} does not fit the model: it {', and it '.join(parts)}.")
-    for key, tensor in own.items():
-        if tensor.shape != found[key].shape:
+    for key, tensor in expected.items():
+        if tensor.shape != stored[key].shape:
             if ".lora_" in key and "embedding" not in key:
-                shapes = f"{list(found[key].shape)} instead of {list(tensor.shape)}"
+                shapes = f"{list(stored[key].shape)} instead of {list(tensor.shape)}"
                 raise OnecardError(f"{where} does not fit the model: its {key} is {shapes}.")
-            raise OnecardError(resized(where, key, found[key], tensor))
+            raise OnecardError(resized(where, key, stored[key], tensor))
 
 
 @torch.no_grad()
-def fill_adapter(model: Any, name: str, found: Mapping[str, Tensor], where: str) -> None:
-    """Copy a file's tensors into an adapter of a model, all of them or none."""
-    own = adapter_tensors(model, name)
-    if not own.keys() <= found.keys():
-        found = as_peft_reads(model, name, found)
-    found = without_base(found, own, model, where)
-    check_tensors(own, found, where)
-    check_finite(found, where)
-    for key, tensor in own.items():
-        tensor.copy_(found[key])
+def fill_adapter(model: Any, name: str, stored: Mapping[str, Tensor], where: str) -> None:
+    """Copy a file's tensors into an adapter of a model. If any tensor is wrong, nothing is copied."""
+    expected = adapter_tensors(model, name)
+    if not expected.keys() <= stored.keys():
+        stored = as_peft_reads(model, name, stored)
+    stored = without_base(stored, expected, model, where)
+    check_tensors(expected, stored, where)
+    check_finite(stored, where)
+    for key, tensor in expected.items():
+        tensor.copy_(stored[key])
 
 
 def read_adapter(model: Any, folder: Path, name: str, setting: str = "model") -> Any:
-    """`model` with the adapter in `folder`, called `name`; wrapped if it is the first. `setting` names the folder."""
+    """`model` with the adapter in `folder` added under `name`. `setting`: name of the setting in error messages."""
     where = f"{setting}: adapter {folder}"
-    settings, found = read_settings(folder, setting), read_weights(folder, setting)
+    settings, stored = read_settings(folder, setting), read_weights(folder, setting)
     as_modules(settings, model)
     try:
         model = add_adapter(model, settings, name)
-    except Exception as error:  # PEFT raises ValueError, KeyError or RuntimeError as its checks do
+    except Exception as error:  # PEFT's checks raise ValueError, KeyError or RuntimeError
         raise OnecardError(f"{where}: {reason(error)}") from error
-    fill_adapter(model, name, found, where)
+    fill_adapter(model, name, stored, where)
     check_head(model, name, where)
     check_rescaled(model, name, where)
     return model
 
 
 def check_rescaled(model: Any, name: str, where: str) -> None:
-    """Refuse an adapter that is another function in evaluation mode than it was in training."""
+    """Raise for an adapter on weights that the model rescales in evaluation mode: its output would change."""
     from onecard.models.targets import is_rescaled
 
     for path, module in model.named_modules():
@@ -289,7 +297,7 @@ def check_rescaled(model: Any, name: str, where: str) -> None:
 
 
 def check_head(model: Any, name: str, where: str) -> None:
-    """Refuse a variant of LoRA on the head, whose output no single weight stands for."""
+    """Raise for a LoRA variant (such as DoRA) on the head: its output is not that of a single weight matrix."""
     head = model.get_base_model().get_output_embeddings()
     variant = getattr(head, "lora_variant", {}).get(name)
     if variant is not None:
@@ -297,7 +305,7 @@ def check_head(model: Any, name: str, where: str) -> None:
 
 
 def as_modules(settings: Any, model: Any) -> None:
-    """Turn the weights of linear layers among `target_parameters`, as `portable` writes them, into modules."""
+    """Move the weights of linear layers from `target_parameters`, where `portable` writes them, to `target_modules`."""
     from onecard.models.targets import is_linear
 
     weights = {
@@ -305,46 +313,46 @@ def as_modules(settings: Any, model: Any) -> None:
         for path, module in model.named_modules()
         if hasattr(module, "weight")
     }
-    kept = []
+    parameters = []
     for target in settings.target_parameters or []:
-        reached = [linear for path, linear in weights.items() if path == target or path.endswith(f".{target}")]
-        if reached and all(reached) and isinstance(settings.target_modules, set):
+        matches = [linear for path, linear in weights.items() if path == target or path.endswith(f".{target}")]
+        if matches and all(matches) and isinstance(settings.target_modules, set):
             settings.target_modules.add(target.removesuffix(".weight"))
         else:
-            kept.append(target)
-    settings.target_parameters = kept or None
+            parameters.append(target)
+    settings.target_parameters = parameters or None
 
 
 def portable(settings: Any, model: Any) -> Any:
-    """The config as PEFT alone reads it with the same result.
+    """The config to write, such that PEFT without `literal_names` adapts the same layers.
 
-    Names that PEFT would take for experts (`literal_names`) are written as `target_parameters`, which it leaves alone.
+    Module names that PEFT would rewrite to experts are written as `target_parameters`, which PEFT does not rewrite.
     """
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    made = copy.deepcopy(settings)
-    made.inference_mode = True
-    if isinstance(settings.target_modules, str):  # a pattern
-        return made
-    taken = set()
+    written = copy.deepcopy(settings)
+    written.inference_mode = True
+    if isinstance(settings.target_modules, str):  # a regular expression
+        return written
+    rewritten = set()
     for target in settings.target_modules:
-        alone = copy.deepcopy(settings)
-        alone.target_modules, alone.target_parameters = {target}, None
+        single = copy.deepcopy(settings)
+        single.target_modules, single.target_parameters = {target}, None
         try:
-            convert_peft_config_for_transformers(alone, model=model.get_base_model(), conversions=None)
-        except ValueError:  # a part of what are the experts' to PEFT
-            taken.add(target)
+            convert_peft_config_for_transformers(single, model=model.get_base_model(), conversions=None)
+        except ValueError:  # PEFT takes the target for one part of an expert's weights
+            rewritten.add(target)
         else:
-            taken |= {target} - alone.target_modules
-    made.target_modules = set(settings.target_modules) - taken
-    made.target_parameters = [*(settings.target_parameters or []), *sorted(f"{target}.weight" for target in taken)]
-    made.target_parameters = made.target_parameters or None
-    return made
+            rewritten |= {target} - single.target_modules
+    written.target_modules = set(settings.target_modules) - rewritten
+    parameters = [*(settings.target_parameters or []), *sorted(f"{target}.weight" for target in rewritten)]
+    written.target_parameters = parameters or None
+    return written
 
 
 def write_adapter(model: Any, name: str, folder: Path) -> None:
-    """Write an adapter so that PEFT loads it."""
-    own = adapter_tensors(model, name)
-    weights = {written: own[key].contiguous() for key, written in file_names(model, name, own).items()}
+    """Write an adapter folder that PEFT loads: weights and config."""
+    tensors = adapter_tensors(model, name)
+    weights = {written: tensors[key].contiguous() for key, written in file_names(model, name, tensors).items()}
     save_file(weights, str(folder / ADAPTER_WEIGHTS))
     portable(model.peft_config[name], model).save_pretrained(str(folder))

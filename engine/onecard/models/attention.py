@@ -1,17 +1,17 @@
-"""Attention over packed sequences, as an implementation that transformers calls by name.
+"""Attention over packed sequences, registered in transformers as an attention implementation.
 
-The layout hands the trunk a `Segments` record, which transformers passes through to each layer; each sequence then
-attends to its own rows (and to a prompt that it shares), with no mask over all pairs of tokens.
+The layout passes a `Segments` record to the trunk, and transformers passes it on to each layer. Each sequence then
+attends to its own rows and to those of a prompt that it shares. There is no mask over all pairs of tokens.
 
 | where | what runs |
 |---|---|
-| GPU of compute capability 8.0 or newer, 16 bit | flash-attn's varlen kernel if it is installed, else PyTorch's own |
+| GPU of compute capability 8.0 or newer, 16 bit | varlen kernel of flash-attn if installed, else PyTorch's |
 | elsewhere: CPU, float32, older GPUs | PyTorch's `scaled_dot_product_attention`, one sequence at a time |
 | heads wider than 256, or no multiple of 8 | the same |
-| models that cap attention's logits (Gemma 2), without flash-attn | the formula, one sequence at a time |
+| models with a softcap on attention logits (Gemma 2), without flash-attn | eager attention, one sequence at a time |
 
-Without `Segments` (padded batches, sampling with a cache, models whose windows are in their masks alone) it is
-transformers' own SDPA.
+Without `Segments` (padded batches, sampling with a cache, models that apply sliding windows by their masks only) it
+calls transformers' SDPA.
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ from onecard.models.trunk import trunk_of
 from onecard.utils.errors import OnecardError
 
 NAME = "onecard"
-# What models pass to their attention that changes nothing in it
+# Keyword arguments that models pass to their attention and that do not change its result
 UNUSED = ("position_ids", "use_cache", "output_attentions", "output_router_logits", "output_hidden_states")
-MOST_FLASH_DIMENSIONS, FLASH_STEP = 256, 8  # of one head: at most so many, and a multiple of this
+MOST_FLASH_DIMENSIONS, FLASH_STEP = 256, 8  # largest width of a head, and its divisor
 
 
-# Of a packed row: transformers takes a mask of four dimensions as it is, and `attend` knows this one by its shape
+# Shape of the mask of a packed row: transformers passes 4-D masks on unchanged, and `attend` recognizes this shape
 PACKED_MASK = (1, 1, 1, 1)
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Which rows attend to which: queries of sequence i lie at `cu_queries[i]`, its keys at `cu_keys[i]` of `key_rows`.
+    """Which rows attend to which. Queries of sequence i begin at `cu_queries[i]`, its keys at `key_rows[cu_keys[i]]`.
 
-    `lengths`, `key_lengths` are the same as plain integers; `key_rows` None: the keys are the rows themselves.
+    `lengths`, `key_lengths`: numbers of queries and keys of each sequence, as integers; `cu_queries`, `cu_keys`
+    [S + 1]: their cumulative sums; `key_rows` [m]: row of each key; None if the keys are the rows in their order.
     """
 
     lengths: tuple[int, ...]
@@ -58,18 +59,18 @@ class Segments:
 
 
 def segments_of(batch: TokenBatch) -> Segments:
-    """The attention pattern of a record of sequences."""
+    """The attention pattern of a token batch."""
     if batch.shared is None:
         return Segments(batch.lengths, batch.lengths, batch.cu_seqlens, batch.cu_seqlens)
     spans = batch.shared.spans
-    more = [stop - start for start, stop in spans]
-    keys = tuple(own + shared for own, shared in zip(batch.lengths, more, strict=True))
+    prompts = [stop - start for start, stop in spans]
+    keys = tuple(length + prompt for length, prompt in zip(batch.lengths, prompts, strict=True))
     return Segments(batch.lengths, keys, batch.cu_seqlens, batch.shared.cu_seqlens, batch.shared.key_rows)
 
 
 @dataclass(frozen=True)
 class Score:
-    """How a query and a key make a logit, and how far back a query looks (None: to the beginning)."""
+    """Scale and softcap of attention logits, and the sliding window in tokens (None: all keys before the query)."""
 
     scale: float
     softcap: float | None = None
@@ -90,12 +91,12 @@ def planned_for(device: torch.device) -> Iterator[None]:
 
 
 def target_of(tensor: Tensor) -> torch.device:
-    """Where a tensor is, or is planned to be."""
+    """A tensor's device; for a tensor on meta, the device that is planned for."""
     return _planned[-1] if tensor.is_meta and _planned else tensor.device
 
 
 def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether flash attention's kernels run there. A planned GPU is taken for one that has them."""
+    """Whether flash attention's kernels run on `device` in `dtype`. A planned GPU counts as one with these kernels."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     return bool(_planned) or torch.cuda.get_device_capability(device) >= (8, 0)
@@ -115,8 +116,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [b, H, n, d], key [b, G, m, d], value [b, G, m, e] -> [b, n, H, e].
 
-    With `segments`, b is 1 and `attention_mask` is not looked at. Of `others` a `sliding_window` is known; what else
-    says something of the attention (top-k indices, sinks, biases) raises.
+    With `segments`, b is 1 and `attention_mask` is ignored. Of `others`, `sliding_window` is supported; other arguments
+    that change the attention (top-k indices, sinks, biases) raise `OnecardError`.
     """
     known = {*UNUSED, "sliding_window", "is_causal"}
     unknown = [name for name, value in others.items() if value is not None and name not in known]
@@ -142,13 +143,16 @@ def attend(
     if segments is None:
         return batched(module, query, key, value, attention_mask, score, dropout=dropout, **others), None
     if segments.key_rows is not None:
-        key, value = (each.index_select(2, segments.key_rows) for each in (key, value))
+        key, value = (tensor.index_select(2, segments.key_rows) for tensor in (key, value))
     run = kernel_for(query, value, score)
     return run(query, key, value, segments, score).to(query.dtype).contiguous(), None
 
 
 def windows_of(config: Any) -> list[str]:
-    """Settings by which a model looks less far back than it could. Where it does not pass them on, only masks know."""
+    """The window settings of a config that are smaller than its context.
+
+    A model that does not pass its window to the attention function applies it by its masks only.
+    """
     longest = getattr(config, "max_position_embeddings", None) or math.inf
     names = ("sliding_window", "attention_chunk_size")
     return [name for name in names if (getattr(config, name, None) or math.inf) < longest]
@@ -158,7 +162,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Segments, Score], Tensor]
 
 
 def kernel_for(query: Tensor, value: Tensor, score: Score) -> Kernel:
-    """The fastest of the kernels that can do it."""
+    """The fastest kernel that supports these tensors and this score."""
     device = target_of(query)
     width = query.shape[-1]
     fits = width <= MOST_FLASH_DIMENSIONS and width % FLASH_STEP == 0 and value.shape[-1] <= width
@@ -171,18 +175,19 @@ def kernel_for(query: Tensor, value: Tensor, score: Score) -> Kernel:
 
 
 def flat(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tuple[Any, ...]:
-    """What both varlen kernels begin with: [n, H, d] each, where sequences begin, and the longest of them.
+    """The leading arguments of both varlen kernels: q, k, v [n, H, d], cumulative lengths, and longest lengths.
 
-    Multi-head latent attention has values narrower than its queries, which the kernels do not take: zeros fill them up.
+    Multi-head latent attention has values narrower than its queries, which the kernels do not support: the values are
+    padded with zeros.
     """
     value = functional.pad(value, (0, query.shape[-1] - value.shape[-1]))
-    heads_last = [each.squeeze(0).transpose(0, 1) for each in (query, key, value)]
+    tokens_first = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
     longest = max(segments.lengths), max(segments.key_lengths)
-    return *heads_last, segments.cu_queries, segments.cu_keys, *longest
+    return *tokens_first, segments.cu_queries, segments.cu_keys, *longest
 
 
 def by_flash_attn(query: Tensor, key: Tensor, value: Tensor, segments: Segments, score: Score) -> Tensor:
-    """The flash-attn package."""
+    """The varlen kernel of the flash-attn package."""
     flash_attn_varlen_func: Callable[..., Any] = importlib.import_module("flash_attn").flash_attn_varlen_func
     window = (-1, -1) if score.window is None else (score.window - 1, 0)
     out: Tensor = flash_attn_varlen_func(
@@ -196,10 +201,10 @@ def by_flash_attn(query: Tensor, key: Tensor, value: Tensor, segments: Segments,
 
 
 def by_torch_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, score: Score) -> Tensor:
-    """PyTorch's own flash attention over sequences of different lengths."""
+    """PyTorch's varlen flash attention."""
     from torch.nn.attention.varlen import varlen_attn
 
-    known = inspect.signature(varlen_attn).parameters  # older versions share heads without being asked
+    known = inspect.signature(varlen_attn).parameters  # older versions support grouped heads without the argument
     grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in known else {}
     back = -1 if score.window is None else score.window - 1
     attention: Callable[..., Any] = varlen_attn
@@ -213,27 +218,30 @@ def by_torch_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segment
 
 
 def sees(queries: int, keys: int, score: Score, device: torch.device) -> Tensor:
-    """Which keys each query attends to, bool [queries, keys]: the last query stands at the last key."""
-    ahead = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    return ahead if score.window is None else ahead.triu(keys - queries - score.window + 1)
+    """Causal mask with the window, bool [queries, keys]; True: attended to. The last query is at the last key."""
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return causal if score.window is None else causal.triu(keys - queries - score.window + 1)
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, score: Score) -> Tensor:
-    """One sequence, [1, H, n, d]. A mask is only made where "each key up to its own place" does not say it."""
+    """SDPA on one sequence, [1, H, n, d]. A mask is only created where `is_causal` does not describe it."""
     queries, keys = query.shape[2], key.shape[2]
     if key.shape[1] != query.shape[1]:
-        key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for each in (key, value))
-    plain = queries == keys and (score.window is None or score.window >= keys)
-    mask = None if plain else sees(queries, keys, score, query.device)
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
+    causal = queries == keys and (score.window is None or score.window >= keys)
+    mask = None if causal else sees(queries, keys, score, query.device)
     return functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=plain, scale=score.scale
+        query, key, value, attn_mask=mask, is_causal=causal, scale=score.scale
     )
 
 
 def formula(query: Tensor, key: Tensor, value: Tensor, score: Score, visible: Tensor) -> Tensor:
-    """softmax(cap(q k)) v in fp32, with `softcap * tanh(q k / softcap)` where there is one; [b, H, n, d]."""
+    """Eager attention, softmax(cap(scale q k)) v with the softmax in fp32; [b, H, n, d].
+
+    cap(x) = softcap * tanh(x / softcap), or x without a softcap. `visible`: mask, True where a query sees a key.
+    """
     groups = query.shape[1] // key.shape[1]
-    key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+    key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     logits = (query @ key.transpose(2, 3)).float() * score.scale
     if score.softcap is not None:
         logits = score.softcap * torch.tanh(logits / score.softcap)
@@ -244,7 +252,7 @@ def formula(query: Tensor, key: Tensor, value: Tensor, score: Score, visible: Te
 def one_by_one(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, run: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """`run` of each sequence by itself; [1, n, H, d]."""
+    """`run` on each sequence separately; [1, n, H, d]."""
     pieces: Sequence[tuple[Tensor, ...]] = list(
         zip(
             query.split(segments.lengths, dim=2),
@@ -257,12 +265,12 @@ def one_by_one(
 
 
 def by_sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, score: Score) -> Tensor:
-    """PyTorch's attention, sequence by sequence."""
+    """`scaled_dot_product_attention`, one sequence at a time."""
     return one_by_one(query, key, value, segments, lambda q, k, v: sdpa(q, k, v, score))
 
 
 def by_formula(query: Tensor, key: Tensor, value: Tensor, segments: Segments, score: Score) -> Tensor:
-    """The formula, sequence by sequence."""
+    """Eager attention (`formula`), one sequence at a time."""
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return formula(q, k, v, score, sees(q.shape[2], k.shape[2], score, q.device))
@@ -271,10 +279,10 @@ def by_formula(query: Tensor, key: Tensor, value: Tensor, segments: Segments, sc
 
 
 def newest(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, score: Score) -> Tensor:
-    """One query of each row over all its keys, [b, H, 1, d] -> [b, 1, H, d].
+    """A decoding step: one query per row over all its keys, [b, H, 1, d] -> [b, 1, H, d].
 
-    Heads that share keys are queries of them, and nothing is repeated: else every step would write and read a copy of
-    the whole cache for each of these heads. Older releases of transformers do.
+    Query heads that share a key-value head are passed as several queries of that head, so keys and values are not
+    repeated. Older releases of transformers repeat them, and so copy the whole cache for each query head in each step.
     """
     rows, heads, _, width = query.shape
     shared = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
@@ -285,12 +293,12 @@ def newest(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, score
 def batched(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, score: Score, **others: Any
 ) -> Tensor:
-    """Padded rows, or one step of sampling: transformers' SDPA; the formula where it is capped."""
+    """Attention over padded rows, or in a decoding step: transformers' SDPA, or `formula` with a softcap."""
     if score.softcap is not None:
-        seen = sees(query.shape[2], key.shape[2], score, query.device) if mask is None else mask
-        return formula(query, key, value, score, seen).transpose(1, 2)
-    one_for_all = mask is None or mask.shape[1] == 1
-    if query.shape[2] == 1 and key.shape[1] != query.shape[1] and one_for_all and not others.get("dropout"):
+        visible = sees(query.shape[2], key.shape[2], score, query.device) if mask is None else mask
+        return formula(query, key, value, score, visible).transpose(1, 2)
+    same_for_heads = mask is None or mask.shape[1] == 1
+    if query.shape[2] == 1 and key.shape[1] != query.shape[1] and same_for_heads and not others.get("dropout"):
         return newest(query, key, value, mask, score)
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -299,16 +307,20 @@ def batched(
 
 
 def use_own_attention(model: Any) -> bool:
-    """Give a model this attention, if it takes one by name and passes on what belongs to it. Says whether it did."""
+    """Set this attention on a model that supports attention by name and passes on keyword arguments.
+
+    Returns whether it was set.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     trunk = trunk_of(model)
-    passes_on = any(each.kind is each.VAR_KEYWORD for each in inspect.signature(trunk.forward).parameters.values())
+    parameters = inspect.signature(trunk.forward).parameters.values()
+    has_kwargs = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     capped = getattr(trunk.config, "attn_logit_softcapping", None) is not None
-    known = capped or getattr(trunk, "_supports_sdpa", False)  # others have something of their own in their attention
-    takes_a_name = getattr(trunk, "_supports_attention_backend", False)
-    if not (passes_on and known and takes_a_name and has_plain_attention(trunk.config)):
+    known = capped or getattr(trunk, "_supports_sdpa", False)  # other models compute attention in their own way
+    has_backend = getattr(trunk, "_supports_attention_backend", False)
+    if not (has_kwargs and known and has_backend and has_plain_attention(trunk.config)):
         return False
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -317,64 +329,65 @@ def use_own_attention(model: Any) -> bool:
     return True
 
 
-# transformers' caches of layers that attend to all keys before a query, or to a window of them, or keep nothing
+# transformers' cache classes of layers with causal attention, sliding-window attention, or no cache
 PLAIN_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 
 
 def cached_layers(config: Any) -> set[str]:
-    """The kinds of layers of a model, by the names of the caches they keep."""
+    """The kinds of layers of a model, as class names of their caches."""
     from transformers import DynamicCache
 
     return {type(layer).__name__ for layer in DynamicCache(config=config).layers}
 
 
 def has_plain_attention(config: Any) -> bool:
-    """Whether all layers are attention to all keys before a query, or to a window of them.
+    """Whether all layers have causal or sliding-window attention.
 
-    Others keep a state that goes on from token to token (Mamba, linear attention, short convolutions), or choose their
-    keys (sparse attention).
+    Other layers have a recurrent state (Mamba, linear attention, short convolutions) or select keys (sparse attention).
     """
     return cached_layers(config) <= PLAIN_LAYERS
 
 
 def chooses_keys(config: Any) -> bool:
-    """Whether a layer attends to keys that it chooses: which of several that score alike depends on what is beside
-    them, so such a model is exact one text a pass alone.
+    """Whether a layer selects the keys that it attends to (sparse attention).
+
+    Which of several keys with equal scores is selected depends on the rest of the batch, so such a model is only exact
+    with one sequence per forward pass.
     """
     states = {name for name in cached_layers(config) if name.startswith("LinearAttention")}
     return not cached_layers(config) <= PLAIN_LAYERS | states
 
 
 def has_own_attention(model: Any) -> bool:
-    """Whether `use_own_attention` has been there."""
+    """Whether the model has the attention that `use_own_attention` sets."""
     return getattr(trunk_of(model).config, "_attn_implementation", "") == NAME
 
 
 def use_plain_attention(model: Any) -> None:
-    """Give a model back the attention that transformers chose for it."""
+    """Set the attention implementation that transformers chose for the model."""
     if has_own_attention(model):
         trunk_of(model).set_attn_implementation(model.plain_attention)
 
 
 @contextmanager
 def plain_attention(model: Any) -> Iterator[None]:
-    """Inside, the model attends as transformers would have it."""
-    own = has_own_attention(model)
+    """Inside, the model has the attention implementation that transformers chose."""
+    restore = has_own_attention(model)
     use_plain_attention(model)
     try:
         yield
     finally:
-        if own:
+        if restore:
             trunk_of(model).set_attn_implementation(NAME)
 
 
 def takes_segments(model: Any) -> bool:
-    """Whether packed sequences attend by `Segments`: this attention is told of all that the model's masks would say."""
+    """Whether the model runs packed sequences with `Segments`, because no part of its pattern is in its masks only."""
     return has_own_attention(model) and (not windows_of(trunk_of(model).config) or passes_windows_on(model))
 
 
 def structural_layout(model: Any, layout: str) -> str:
-    """The fastest of the layouts that a model's structure allows, if `layout` is packed; else `layout`."""
+    """The fastest layout that a model's structure allows, if `layout` is "packed"; else `layout`."""
     if layout != "packed" or takes_segments(model):
         return layout
     trunk = trunk_of(model)
@@ -385,9 +398,9 @@ def structural_layout(model: Any, layout: str) -> str:
 
 
 def passes_windows_on(model: Any) -> bool:
-    """Whether every kind of attention layer hands on a `sliding_window`; `attend` stops at one that does not."""
+    """Whether every attention class of the model passes `sliding_window` on; otherwise `attend` raises."""
     kinds = {type(module) for module in trunk_of(model).modules() if type(module).__name__.endswith("Attention")}
     try:
         return bool(kinds) and all("sliding_window=" in inspect.getsource(kind.forward) for kind in kinds)
-    except OSError:  # a class without a source
+    except OSError:  # a class without source code
         return False

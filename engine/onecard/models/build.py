@@ -1,4 +1,4 @@
-"""Putting roles together: base, adapters, heads, as a command's settings ask for them."""
+"""Builds the roles of a command: loads the base, adapters and heads that its settings name."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ def scalar_head(hidden_size: int, device: torch.device) -> ScalarHead:
 
 
 def lora_config(config: TrainConfig, model: Any, targets: Targets, *, scalar: bool = False) -> Any:
-    """PEFT's record of our LoRA settings. Dropout stays 0: it would make old and new log-probs differ.
+    """The PEFT config of a new adapter. Dropout is 0, because with dropout old and new log-probs would differ.
 
-    A role with a scalar head does not run the language model's, where an adapter would be weights that never learn.
+    `scalar`: the role has a scalar head. It does not run the language model head, so that head gets no adapter, which
+    would not be trained.
     """
     from peft import LoraConfig
 
@@ -64,10 +65,10 @@ def lora_config(config: TrainConfig, model: Any, targets: Targets, *, scalar: bo
 def add_adapters(
     base: Any, config: TrainConfig, trained: str, targets: Targets | None, *, reference: bool, scalar: bool = False
 ) -> tuple[Any, dict[str, str | None]]:
-    """`base` with the adapter of the trained role: a new one on `targets`, or read from the folder `config.model`.
+    """`base` with its adapters, and the adapter of each role.
 
-    The reference is the adapter that `ref_adapter` names; else a frozen second copy of the one that training starts
-    from; else the base.
+    The trained role gets a new adapter on `targets`, or the one in the folder `config.model`. The reference is the
+    adapter that `ref_adapter` names; else a frozen copy of the adapter that training starts from; else the base.
     """
     source = find_source(config.model).adapter
     frozen = (reference_adapter(config) or source) if reference else None
@@ -91,7 +92,7 @@ def add_adapters(
 
 
 def reference_adapter(config: TrainConfig) -> Path | None:
-    """The folder that `ref_adapter` names, if it names one, after a look at whether it fits the base."""
+    """The adapter folder that `ref_adapter` names; None if it is empty. An adapter on another base raises."""
     if not isinstance(config, ReferenceConfig) or not config.ref_adapter:
         return None
     name = config.ref_adapter
@@ -117,15 +118,16 @@ def reference_adapter(config: TrainConfig) -> Path | None:
 
 
 def check_no_adapter(config: TrainConfig, *, adapter: bool) -> None:
-    """Refuse to train all weights of an adapter. `adapter`: `config.model` is one."""
+    """Raise if all weights are to be trained but `config.model` is an adapter (`adapter`)."""
     if adapter and not config.use_peft:
         name = find_source(config.model).adapter
         raise OnecardError(f"use_peft: all weights cannot be trained on the adapter {name}; leave --no_use_peft out.")
 
 
 def check_precision(roles: Roles) -> None:
-    """Refuse to train weights in float16 that an adapter brings (`modules_to_save`)."""
-    name = next((name for name, each in roles.trained_parameters().items() if each.dtype == torch.float16), None)
+    """Raise if trained weights are float16, as an adapter's `modules_to_save` may be."""
+    parameters = roles.trained_parameters()
+    name = next((name for name, parameter in parameters.items() if parameter.dtype == torch.float16), None)
     if name is not None:
         raise OnecardError(
             f"dtype: {name.removeprefix('model.')} would be trained in float16, where small gradients vanish; use "
@@ -134,7 +136,9 @@ def check_precision(roles: Roles) -> None:
 
 
 def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, scalar: bool = False) -> Roles:
-    """The weights of a training run: the trained role, a reference if asked for, a scalar head if asked for."""
+    """The roles of sft, reward or dpo. `trained`: the trained role; `reference`, `scalar`: with a reference, with a
+    scalar head.
+    """
     source = find_source(config.model)
     if not scalar:
         check_speaks(source)
@@ -142,9 +146,9 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
     base = load_base(config, train_all=not config.use_peft)
     adapters: dict[str, str | None] = {trained: None}
     frozen = copy.deepcopy(base).requires_grad_(False) if reference and not config.use_peft else None
-    # Of an adapter that goes on, the names must be right all the same: somebody means something by them.
+    # The names are checked even if training continues an adapter, which has its own target modules.
     targets = find_targets(base, config.lora_target_modules) if config.use_peft else None
-    torch.manual_seed(config.seed)  # new weights depend on the seed alone, not on what loading drew
+    torch.manual_seed(config.seed)  # new weights depend on the seed only, not on random numbers drawn while loading
     model = base
     if config.use_peft:
         model, adapters = add_adapters(base, config, trained, targets, reference=reference, scalar=scalar)
@@ -157,10 +161,10 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
         roles.adapters["reference"] = None
     if scalar:
         folder = source.adapter or Path(source.base)
-        goes_on = (folder / HEAD_WEIGHTS).is_file()  # training goes on with a reward model
-        head = read_scalar_head(roles, folder) if goes_on else scalar_head(*head_shape(roles))
+        continued = (folder / HEAD_WEIGHTS).is_file()  # training continues a reward model
+        head = read_scalar_head(roles, folder) if continued else scalar_head(*head_shape(roles))
         activation: Activation = config.score_activation if isinstance(config, RewardConfig) else "none"
-        if goes_on and head.activation != activation:
+        if continued and head.activation != activation:
             raise OnecardError(
                 f"score_activation: {activation}, but the reward model {folder} that training goes on with was trained "
                 f"with {head.activation}."
@@ -171,8 +175,8 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
 
 
 def head_shape(roles: Roles) -> tuple[int, torch.device]:
-    """What `scalar_head` needs to know of a model."""
-    return roles.head().weight.shape[1], roles.device  # not hidden_size: some models project what their head reads
+    """The arguments of `scalar_head` for a model: input width and device."""
+    return roles.head().weight.shape[1], roles.device  # not hidden_size: some models project hidden states first
 
 
 def read_scalar_head(roles: Roles, folder: Path) -> ScalarHead:
@@ -180,37 +184,37 @@ def read_scalar_head(roles: Roles, folder: Path) -> ScalarHead:
     head = scalar_head(*head_shape(roles))
     try:
         head.read(folder / HEAD_WEIGHTS)
-    except Exception as error:  # as in add_adapters
+    except Exception as error:  # a damaged file: the parsers raise different exceptions
         raise OnecardError(f"{folder / HEAD_WEIGHTS}: {reason(error)}") from error
     return head
 
 
 def load_ppo_roles(config: PPOConfig) -> Roles:
-    """Policy, reference, and where there are such, value, reward and constraint: adapters on one base.
+    """The roles of PPO on one base: policy, reference and, if configured, value, reward and constraint.
 
-    Policy and value are trained. A critic of its own starts as the reward model, adapter and head, which knows what
-    whole answers score; or with a new adapter and a head of zeros, so that the first advantages are plain returns. A
-    critic on the policy's trunk is a head of zeros: the reward's head would read other hidden states than it knows.
+    Policy and value are trained. A critic with its own adapter starts as a copy of the reward model (adapter and head),
+    or with a new adapter and a zero head, so that the first advantages are the returns. A critic on the policy's trunk
+    starts with a zero head: the reward head was trained on other hidden states.
     """
     check_speaks(find_source(config.model))
     scorers = {role: reward_adapter(config, setting) for role, setting in SCORER_SETTINGS.items()}
     frozen = {role: folder for role, folder in scorers.items() if folder is not None}
-    own_critic = config.has_critic and config.critic == "adapter"
-    copied = frozen.get("reward") if own_critic and config.value_init == "reward" else None
+    separate_critic = config.has_critic and config.critic == "adapter"
+    critic_init = frozen.get("reward") if separate_critic and config.value_init == "reward" else None
     base = load_base(config)
-    new_critic = own_critic and copied is None
-    new = new_critic or find_source(config.model).adapter is None
-    targets = find_targets(base, config.lora_target_modules) if new else None
+    new_critic = separate_critic and critic_init is None
+    needs_targets = new_critic or find_source(config.model).adapter is None
+    targets = find_targets(base, config.lora_target_modules) if needs_targets else None
     torch.manual_seed(config.seed)
     model, adapters = add_adapters(base, config, "policy", targets, reference=True)
     if new_critic:
         assert targets is not None
         add_adapter(model, lora_config(config, base, targets, scalar=True), "value")
-    for role, folder in {**({"value": copied} if copied else {}), **frozen}.items():
+    for role, folder in {**({"value": critic_init} if critic_init else {}), **frozen}.items():
         read_adapter(model, folder, role, SCORER_SETTINGS.get(role, SCORER_SETTINGS["reward"]))
     adapters |= {role: role for role in frozen}
     if config.has_critic:
-        adapters["value"] = "value" if own_critic else "policy"
+        adapters["value"] = "value" if separate_critic else "policy"
     trained = ("policy", "value") if config.has_critic else ("policy",)
     roles = Roles(model, trained, adapters, "packed" if config.padding_free else "padded")
     roles.left_out = targets.left_out if targets else ()
@@ -218,8 +222,8 @@ def load_ppo_roles(config: PPOConfig) -> Roles:
     apply_memory_options(roles, config)
     for role, folder in frozen.items():
         roles.heads[role] = read_scalar_head(roles, folder).requires_grad_(False)
-    if copied is not None:
-        roles.heads["value"] = read_scalar_head(roles, copied).as_critic()
+    if critic_init is not None:
+        roles.heads["value"] = read_scalar_head(roles, critic_init).as_critic()
     elif config.has_critic:
         head = scalar_head(*head_shape(roles))
         nn.init.zeros_(head.weight)
@@ -227,14 +231,14 @@ def load_ppo_roles(config: PPOConfig) -> Roles:
     return roles
 
 
-# The frozen roles that judge answers, and the setting that names the adapter of each.
+# Frozen roles that score responses -> the setting that names the adapter
 SCORER_SETTINGS = {"reward": "reward_model_path", "constraint": "constraint_model_path"}
 
 
 def reward_adapter(config: PPOConfig | EvaluateConfig, setting: str = "reward_model_path") -> Path | None:
-    """The folder of the reward adapter that a setting names, after a look at whether it can be one for this base.
+    """The folder of the reward adapter that a setting names; None if it is empty or names a sequence classifier.
 
-    None where it names nothing, or a sequence classifier.
+    A folder that is not a reward adapter, or one on another base, raises `OnecardError`.
     """
     name: str = getattr(config, setting)
     if not name or is_classifier(name, setting, trust_remote_code=config.trust_remote_code):
@@ -258,12 +262,15 @@ def reward_adapter(config: PPOConfig | EvaluateConfig, setting: str = "reward_mo
 
 
 def same_base(first: Source, second: Source) -> bool:
-    """Whether two sources can be held on one base."""
+    """Whether two sources have the same base."""
     return os.path.realpath(first.base) == os.path.realpath(second.base)
 
 
 def load_player(config: ModelConfig, *, role: str, head: bool = False) -> Roles:
-    """A frozen role for generating or scoring: the model or adapter that `config.model` names, nothing trained."""
+    """A frozen role for generating or scoring, from the model or adapter that `config.model` names.
+
+    `head`: with the scalar head in its folder.
+    """
     source = find_source(config.model)
     if role == "policy":
         check_speaks(source)
@@ -277,7 +284,7 @@ def load_player(config: ModelConfig, *, role: str, head: bool = False) -> Roles:
 
 
 def check_speaks(source: Source, setting: str = "model") -> None:
-    """Refuse a reward model where texts are to be written: it would load, and write what nobody trained it to."""
+    """Raise for a reward model where a policy is expected: it would load, but it was not trained to generate text."""
     for folder in filter(None, (source.adapter, Path(source.base))):
         if (folder / HEAD_WEIGHTS).is_file():
             raise OnecardError(f"{setting}: {folder} is a reward model, which scores texts and writes none.")
@@ -286,22 +293,22 @@ def check_speaks(source: Source, setting: str = "model") -> None:
 def load_players(
     config: ModelConfig, adapters: Mapping[str, Path | None], settings: Mapping[str, str] | None = None
 ) -> Roles:
-    """Frozen roles on the base of `config.model`. `adapters` has each one's folder; None is the base itself.
+    """Frozen roles on the base of `config.model`. `adapters`: role -> its adapter folder, or None for the base.
 
-    An adapter that several roles play is held once. `settings`: what names a role's folder in errors, where not
-    `model`; for the first role, the base as well.
+    An adapter that several roles share is loaded once. `settings`: role -> name of its setting in error messages,
+    `model` by default; that of the first role is used for the base too.
     """
-    named = dict(settings or {})
+    setting_of = dict(settings or {})
     try:
         model = load_base(config)
     except OnecardError as error:
-        setting = named.get(next(iter(adapters)), "model")
+        setting = setting_of.get(next(iter(adapters)), "model")
         raise OnecardError(f"{setting}: {str(error).removeprefix('model: ')}") from error
     names: dict[Path, str] = {}
     for role, folder in adapters.items():
         if folder is None or folder.resolve() in names:
             continue
-        model = read_adapter(model, folder, role, named.get(role, "model"))
+        model = read_adapter(model, folder, role, setting_of.get(role, "model"))
         names[folder.resolve()] = role
-    played = {role: names[folder.resolve()] if folder else None for role, folder in adapters.items()}
-    return Roles(model, (next(iter(adapters)),), played, "packed").eval().requires_grad_(False)
+    adapter_of = {role: names[folder.resolve()] if folder else None for role, folder in adapters.items()}
+    return Roles(model, (next(iter(adapters)),), adapter_of, "packed").eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Any Hugging Face sequence classifier as a frozen judge of texts, with its own tokenizer."""
+"""A frozen Hugging Face sequence classifier that scores texts, with its own tokenizer."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from onecard.models.micro_batching import TokenBudget, as_budget, map_micro_batc
 from onecard.utils.errors import OnecardError, is_out_of_memory, nearest
 
 ARCHITECTURE = "ForSequenceClassification"
-LABELS_OF_THEIR_OWN = ("multi_label_classification", "regression")  # problem types without a softmax over the labels
+INDEPENDENT_LABELS = ("multi_label_classification", "regression")  # problem types without a softmax over the labels
 
 
 def find_model_source(path: str, setting: str) -> Source:
-    """`find_source` of a setting other than `model`."""
+    """`find_source` for a setting other than `model`, which error messages then name."""
     try:
         return find_source(path)
     except OnecardError as error:
@@ -28,7 +28,7 @@ def find_model_source(path: str, setting: str) -> Source:
 
 
 def is_classifier(path: str, setting: str, *, trust_remote_code: bool = False) -> bool:
-    """Whether `path` names a sequence classifier, by the architecture in its config; an adapter folder is none."""
+    """Whether `path` is a sequence classifier, by the architecture in its config; False for an adapter folder."""
     from transformers import AutoConfig
 
     source = find_model_source(path, setting)
@@ -36,17 +36,17 @@ def is_classifier(path: str, setting: str, *, trust_remote_code: bool = False) -
         return False
     try:
         config = AutoConfig.from_pretrained(source.base, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the loaders raise whatever their parsers raise
+    except Exception as error:  # transformers' loaders may raise any exception
         raise OnecardError(f"{setting}: cannot load '{source.base}': {reason(error)}") from error
     return any(name.endswith(ARCHITECTURE) for name in config.architectures or [])
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A classifier and the label that is asked for. `limit`: the longest text it reads, in tokens, if there is one.
+    """A classifier and the index of the label that is the score.
 
-    `pad` is what its config has as pad_token_id. A decoder reads at the last token that is not that one, so texts can
-    be padded with nothing else.
+    `limit`: longest input in tokens, or None. `pad`: pad_token_id of its config. A decoder reads its score at the last
+    token that is not the pad token, so batches must be padded with this token.
     """
 
     model: Any
@@ -56,13 +56,13 @@ class Classifier:
     pad: int | None
 
     def values(self, texts: Sequence[Mapping[str, list[int]]], batch_size: int | TokenBudget) -> list[float]:
-        """The label's value of each tokenized text, in their order; batches of like lengths, padded on the right."""
+        """The label's value for each tokenized text, in order. Batches have similar lengths and are right-padded."""
 
-        def read(places: list[int]) -> list[float]:
-            chosen = [texts[place] for place in places]
+        def read(indices: list[int]) -> list[float]:
+            chosen = [texts[index] for index in indices]
             check_known(chosen, self.rows, self.tokenizer)
             pad = spare_id(chosen) if self.pad is None or self.pad >= self.rows else self.pad
-            self.model.config.get_text_config().pad_token_id = pad  # without one, a decoder refuses batches
+            self.model.config.get_text_config().pad_token_id = pad  # a decoder raises on batches without it
             values: list[float] = self.value(self.model(**self.batch(chosen, pad)).logits.float()).tolist()
             return values
 
@@ -70,13 +70,13 @@ class Classifier:
 
     @property
     def rows(self) -> int:
-        """How many tokens it has embeddings for."""
+        """Number of rows of the embedding."""
         rows: int = self.model.get_input_embeddings().weight.shape[0]
         return rows
 
     def batch(self, texts: Sequence[Mapping[str, list[int]]], pad: int) -> dict[str, Any]:
-        """Keyword arguments of the model: what the tokenizer made, as far as the model takes it."""
-        taken = inspect.signature(self.model.forward).parameters
+        """Keyword arguments of the model: the tokenizer's outputs that its forward accepts, right-padded."""
+        accepted = inspect.signature(self.model.forward).parameters
         width = max(len(text["input_ids"]) for text in texts)
         fills = {"input_ids": pad, "attention_mask": 0, "token_type_ids": self.tokenizer.pad_token_type_id}
         inputs: dict[str, Any] = {
@@ -84,87 +84,92 @@ class Classifier:
                 [text[name] + [fill] * (width - len(text[name])) for text in texts], device=self.model.device
             )
             for name, fill in fills.items()
-            if name in texts[0] and name in taken
+            if name in texts[0] and name in accepted
         }
-        return inputs | ({"use_cache": False} if "use_cache" in taken else {})
+        return inputs | ({"use_cache": False} if "use_cache" in accepted else {})
 
     def value(self, logits: Tensor) -> Tensor:
-        """Logits [b, L] -> [b]: the label's log-odds; log p / (1 - p) under a softmax over several labels, which is its
-        logit less the log-sum-exp of the others. One label's, or one with a sigmoid of its own, is its logit.
+        """Logits [b, L] -> the label's log-odds [b].
+
+        With a softmax over several labels, log(p / (1 - p)) is the label's logit minus the log-sum-exp of the others.
+        With a single label, or a sigmoid or regression output for each label, it is the logit.
         """
-        own = logits[:, self.label]
-        if logits.shape[1] == 1 or self.model.config.problem_type in LABELS_OF_THEIR_OWN:
-            return own
+        label = logits[:, self.label]
+        if logits.shape[1] == 1 or self.model.config.problem_type in INDEPENDENT_LABELS:
+            return label
         others = torch.arange(logits.shape[1], device=logits.device) != self.label
-        return own - logits[:, others].logsumexp(1)
+        return label - logits[:, others].logsumexp(1)
 
 
 def load_classifier(path: str, setting: str, label: str, label_setting: str, config: ModelConfig) -> Classifier:
-    """The classifier that `setting` names, on the run's device, frozen."""
+    """The classifier that `setting` names, frozen, on the run's device. Errors raise `OnecardError`."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     base, remote = find_model_source(path, setting).base, {"trust_remote_code": config.trust_remote_code}
     try:
         names = AutoConfig.from_pretrained(base, **remote).id2label
-        place = label_place(label, label_setting, names)  # before any weights are loaded
+        index = label_place(label, label_setting, names)  # before any weights are loaded
         tokenizer = AutoTokenizer.from_pretrained(base, truncation_side="left", **remote)
         model, info = AutoModelForSequenceClassification.from_pretrained(
             base,
             dtype=pick_dtype(config, train_all=False),
             device_map={"": pick_device()},
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # `check_weights` names them
+            ignore_mismatched_sizes=True,  # `check_weights` reports them
             **remote,
         )
     except OnecardError:
         raise
-    except Exception as error:  # the loaders raise whatever their parsers raise
+    except Exception as error:  # transformers' loaders may raise any exception
         if is_out_of_memory(error):
             raise
         raise OnecardError(f"{setting}: cannot load '{base}': {reason(error)}") from error
-    # RoBERTa's files often have a pooler, which its classifiers do not use.
-    left = {key for key in info["unexpected_keys"] if ".pooler." not in key}
-    check_weights(model, {**info, "unexpected_keys": left}, f"{setting}: '{base}'")
+    # RoBERTa checkpoints often have a pooler, which its classifiers do not use.
+    unexpected = {key for key in info["unexpected_keys"] if ".pooler." not in key}
+    check_weights(model, {**info, "unexpected_keys": unexpected}, f"{setting}: '{base}'")
     pad = model.config.get_text_config().pad_token_id
-    return Classifier(model.eval().requires_grad_(False), tokenizer, place, longest_text(model, tokenizer), pad)
+    return Classifier(model.eval().requires_grad_(False), tokenizer, index, longest_text(model, tokenizer), pad)
 
 
 def label_place(label: str, setting: str, names: Mapping[int, str]) -> int:
-    """The number of a label that is given by its name or number; of a single one, 0."""
-    known = {str(place): place for place in names} | {name: place for place, name in names.items()}
+    """The index of a label that is given by name or number; 0 if the classifier has a single label."""
+    known = {str(index): index for index in names} | {name: index for index, name in names.items()}
     if not label and len(names) == 1:
         return 0
     if label in known:
         return known[label]
-    listed = ", ".join(f"{place} ({name})" for place, name in sorted(names.items()))
+    listed = ", ".join(f"{index} ({name})" for index, name in sorted(names.items()))
     what = f"'{label}' is no label of the classifier" if label else "missing, and the classifier has several labels"
     raise OnecardError(f"{setting}: {what}; expected one of {listed}.{nearest(label, known)}")
 
 
 def longest_text(model: Any, tokenizer: Any) -> int | None:
-    """What the tokenizer says, or the model's positions; RoBERTa's begin behind its padding's."""
+    """Longest input in tokens: the tokenizer's limit or the model's positions, whichever is smaller; None: no limit.
+
+    RoBERTa's positions begin after that of its padding, so it has fewer than its config says.
+    """
     tables = [
         module
         for name, module in model.named_modules()
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
     ]
-    before = next((table.padding_idx + 1 for table in tables if table.padding_idx is not None), 0)
+    offset = next((table.padding_idx + 1 for table in tables if table.padding_idx is not None), 0)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
-    limits = [limit for limit in (positions - before, tokenizer.model_max_length) if 0 < limit < 1 << 31]
+    limits = [limit for limit in (positions - offset, tokenizer.model_max_length) if 0 < limit < 1 << 31]
     return min(limits, default=None)
 
 
 def check_known(texts: Sequence[Mapping[str, list[int]]], rows: int, tokenizer: Any) -> None:
-    """Stop at a token that the classifier has no embedding for."""
-    beyond = next((token for text in texts for token in text["input_ids"] if token >= rows), None)
-    if beyond is not None:
+    """Raise for a token that the classifier has no embedding for."""
+    unknown = next((token for text in texts for token in text["input_ids"] if token >= rows), None)
+    if unknown is not None:
         raise OnecardError(
-            f"{tokenizer.name_or_path}: token {tokenizer.convert_ids_to_tokens(beyond)!r} has id {beyond}, but the "
+            f"{tokenizer.name_or_path}: token {tokenizer.convert_ids_to_tokens(unknown)!r} has id {unknown}, but the "
             f"classifier has embeddings for {rows} tokens."
         )
 
 
 def spare_id(texts: Sequence[Mapping[str, list[int]]]) -> int:
-    """The first id that no text has."""
+    """The smallest id that occurs in no text."""
     used = {token for text in texts for token in text["input_ids"]}
     return next(token for token in range(len(used) + 1) if token not in used)

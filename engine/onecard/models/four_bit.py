@@ -1,7 +1,8 @@
-"""NF4 weights: linear layers by transformers and bitsandbytes, and stacked experts, which both leave in 16 bit.
+"""NF4 weights. transformers and bitsandbytes quantize linear layers; this module quantizes stacked experts too.
 
-The experts of a mixture are one parameter [E, out, in]. It is packed as it is read, never held in 16 bit as a whole;
-a pass unpacks the experts of one layer at a time, and its backward unpacks them again.
+The experts of a mixture-of-experts layer are one parameter [E, out, in]. It is quantized while it is loaded, so the
+model is never in memory in 16 bit as a whole. A forward pass dequantizes the experts of one layer at a time, and the
+backward pass dequantizes them again.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from onecard.models.targets import is_linear, is_mamba_mixer, is_stack
 from onecard.utils.errors import OnecardError
 
-MOST_UNPACKED = 0.1  # of the weights of linear maps may stay in 16 bit
-MOST_NUMBERS = 1 << 31  # that bitsandbytes' kernels count in one tensor
+MOST_UNPACKED = 0.1  # largest share of linear weights that may stay in 16 bit
+MOST_NUMBERS = 1 << 31  # bitsandbytes' kernels take tensors with fewer elements than this
 
 
 def nf4_settings(dtype: torch.dtype) -> Any:
@@ -34,7 +35,7 @@ def nf4_settings(dtype: torch.dtype) -> Any:
 
 
 def stack_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters [E, out, in] of a module that holds stacked experts."""
+    """The parameters [E, out, in] of a module of stacked experts; empty for other modules."""
     return {
         name: parameter
         for name, parameter in module.named_parameters(recurse=False)
@@ -43,19 +44,20 @@ def stack_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def shape_of(parameter: Tensor) -> torch.Size:
-    """A weight's shape, whether it is packed or not."""
+    """The shape of a weight before quantization."""
     state = getattr(parameter, "quant_state", None)
     return parameter.shape if state is None else state.shape
 
 
 def is_packed(parameter: Tensor) -> bool:
+    """Whether a parameter is quantized to 4 bit."""
     return getattr(parameter, "quant_state", None) is not None
 
 
 def read_directly(model: nn.Module) -> list[str]:
-    """The linear layers whose weights a model reads itself instead of calling them, so they cannot be packed.
+    """Linear layers whose weights the model reads directly instead of calling the layer. They cannot be quantized.
 
-    Gemma 3n clamps those of AltUp in training mode; Mamba multiplies with dt_proj's.
+    Gemma 3n clamps the weights of AltUp's layers in training mode; Mamba's kernels multiply with those of dt_proj.
     """
     mixers = [path for path, module in model.named_modules() if is_mamba_mixer(module)]
     clamped = [path for path, _ in model.named_modules() if path.endswith(("prediction_coefs", "correction_coefs"))]
@@ -63,9 +65,12 @@ def read_directly(model: nn.Module) -> list[str]:
 
 
 @contextmanager
-def packing_experts(wanted: bool = True) -> Iterator[list[str]]:
-    """Inside, transformers packs stacked experts too when it loads a model in 4 bit. Yields what is wrong with any."""
-    if not wanted:
+def packing_experts(enabled: bool = True) -> Iterator[list[str]]:
+    """Inside, transformers also quantizes stacked experts when it loads a model in 4 bit.
+
+    Yields a list of error messages, which loading fills. `enabled`: False changes nothing.
+    """
+    if not enabled:
         yield []
         return
     from bitsandbytes.nn import Params4bit
@@ -76,11 +81,11 @@ def packing_experts(wanted: bool = True) -> Iterator[list[str]]:
     faults: list[str] = []
 
     class Pack(Bnb4bitQuantize):
-        def convert(self, input_dict: Any, full_layer_name: Any = None, model: Any = None, **more: Any) -> Any:
+        def convert(self, input_dict: Any, full_layer_name: Any = None, model: Any = None, **kwargs: Any) -> Any:
             [(name, value)] = input_dict.items()
-            path, _, own = name.rpartition(".")
-            if own not in stack_parameters(model.get_submodule(path)):
-                return super().convert(input_dict, full_layer_name=full_layer_name, model=model, **more)
+            path, _, parameter = name.rpartition(".")
+            if parameter not in stack_parameters(model.get_submodule(path)):
+                return super().convert(input_dict, full_layer_name=full_layer_name, model=model, **kwargs)
             weight = value[0] if isinstance(value, list) else value
             expected = model.get_parameter(name).shape
             if weight.shape != expected:
@@ -91,9 +96,9 @@ def packing_experts(wanted: bool = True) -> Iterator[list[str]]:
             return {name: packed.to(weight.device)}
 
     class Quantizer(Bnb4BitHfQuantizer):
-        def param_needs_quantization(self, model: Any, param_name: str, **more: Any) -> bool:
-            path, _, own = param_name.rpartition(".")
-            return super().param_needs_quantization(model, param_name, **more) or own in stack_parameters(
+        def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+            path, _, parameter = param_name.rpartition(".")
+            return super().param_needs_quantization(model, param_name, **kwargs) or parameter in stack_parameters(
                 model.get_submodule(path)
             )
 
@@ -101,9 +106,9 @@ def packing_experts(wanted: bool = True) -> Iterator[list[str]]:
             return Pack(self)
 
         @staticmethod
-        def get_modules_to_not_convert(model: Any, *given: Any, **more: Any) -> list[str]:
-            found: list[str] = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, *given, **more)
-            return [*found, *read_directly(model)]
+        def get_modules_to_not_convert(model: Any, *args: Any, **kwargs: Any) -> list[str]:
+            modules: list[str] = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, *args, **kwargs)
+            return [*modules, *read_directly(model)]
 
     key = "bitsandbytes_4bit"
     before = AUTO_QUANTIZER_MAPPING[key]
@@ -116,10 +121,12 @@ def packing_experts(wanted: bool = True) -> Iterator[list[str]]:
 
 @contextmanager
 def unpacked(module: nn.Module) -> Iterator[None]:
-    """Inside, a module's packed experts are tensors in their compute dtype."""
+    """Inside, a module's quantized experts are dequantized tensors in their compute dtype."""
     from bitsandbytes.functional import dequantize_4bit
 
-    packed: dict[str, Any] = {name: each for name, each in stack_parameters(module).items() if is_packed(each)}
+    packed: dict[str, Any] = {
+        name: parameter for name, parameter in stack_parameters(module).items() if is_packed(parameter)
+    }
     for name, parameter in packed.items():
         del module._parameters[name]
         module.__dict__[name] = dequantize_4bit(parameter.data, parameter.quant_state)
@@ -132,18 +139,18 @@ def unpacked(module: nn.Module) -> Iterator[None]:
 
 
 def unpack_in_passes(model: nn.Module) -> None:
-    """Let each module with packed experts unpack them for its pass, and again for its backward."""
+    """Wrap the forward of each module with quantized experts: they are dequantized in the forward and the backward."""
 
     def forward_of(module: nn.Module) -> Any:
-        def run(*given: Any, **more: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             with unpacked(module):
-                return type(module).forward(module, *given, **more)
+                return type(module).forward(module, *args, **kwargs)
 
-        def forward(*given: Any, **more: Any) -> Any:
-            tensors = [each for each in (*given, *more.values()) if isinstance(each, Tensor)]
-            if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
-                return checkpoint(run, *given, use_reentrant=False, preserve_rng_state=False, **more)
-            return run(*given, **more)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            tensors = [argument for argument in (*args, *kwargs.values()) if isinstance(argument, Tensor)]
+            if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+                return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            return run(*args, **kwargs)
 
         return forward
 
@@ -153,31 +160,31 @@ def unpack_in_passes(model: nn.Module) -> None:
 
 
 def linear_weights(model: Any) -> dict[str, nn.Parameter]:
-    """The weights of a model's linear maps, but for its head: of linear layers, and of stacked experts."""
-    head, found = model.get_output_embeddings(), {}
+    """The weights of a model's linear layers, except its head, and of its stacked experts, by name."""
+    head, weights = model.get_output_embeddings(), {}
     for path, module in model.named_modules():
         if is_linear(module) and module is not head:
-            found[f"{path}.weight"] = module.weight
-        found |= {f"{path}.{name}": each for name, each in stack_parameters(module).items()}
-    return found
+            weights[f"{path}.weight"] = module.weight
+        weights |= {f"{path}.{name}": parameter for name, parameter in stack_parameters(module).items()}
+    return weights
 
 
 def check_packed(model: Any) -> None:
-    """Refuse a model most of which 4 bit would leave as it is, and packed weights of another shape than their layer."""
+    """Raise if more than `MOST_UNPACKED` of the linear weights stay in 16 bit, or a shape differs from its layer's."""
     weights = linear_weights(model)
-    rest = {name: each for name, each in weights.items() if not is_packed(each)}
-    total = sum(shape_of(each).numel() for each in weights.values())
-    left = sum(each.numel() for each in rest.values())
-    if left > MOST_UNPACKED * total:
-        name = max(rest, key=lambda each: rest[each].numel())
+    unquantized = {name: weight for name, weight in weights.items() if not is_packed(weight)}
+    total = sum(shape_of(weight).numel() for weight in weights.values())
+    in_16_bit = sum(weight.numel() for weight in unquantized.values())
+    if in_16_bit > MOST_UNPACKED * total:
+        name = max(unquantized, key=lambda key: unquantized[key].numel())
         kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
-        size = sum(each.numel() * each.element_size() for each in rest.values()) / (1 << 30)
+        size = sum(weight.numel() * weight.element_size() for weight in unquantized.values()) / (1 << 30)
         raise OnecardError(
-            f"load_in_4bit: {left / total:.0%} of the weights of {type(model).__name__} would stay in 16 bit, "
+            f"load_in_4bit: {in_16_bit / total:.0%} of the weights of {type(model).__name__} would stay in 16 bit, "
             f"{size:.3g} GiB ({name} of a {kind}, and others): transformers and bitsandbytes do not pack them."
         )
     for path, module in model.named_modules():
         if is_linear(module) and is_packed(module.weight):
-            found, expected = shape_of(module.weight), (module.out_features, module.in_features)
-            if tuple(found) != expected:
-                raise OnecardError(f"model: {path}.weight is {list(found)} in the file, expected {list(expected)}.")
+            stored, expected = shape_of(module.weight), (module.out_features, module.in_features)
+            if tuple(stored) != expected:
+                raise OnecardError(f"model: {path}.weight is {list(stored)} in the file, expected {list(expected)}.")

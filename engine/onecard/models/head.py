@@ -1,4 +1,4 @@
-"""The language model head as the kernels take it, read from the model (`onecard_kernels.read_head`)."""
+"""Reads a model's language model head into the form that the kernels take (`onecard_kernels.read_head`)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from onecard_kernels import LanguageHead, LogitTransform
 
 __all__ = ["LanguageHead", "check_head", "read_head"]
 
-# Found once for each model, by running it on a few tokens. The weights are read for each forward: adapters change.
+# model -> its logit transform, found once by running the model on a few tokens. The weights are read for each forward,
+# because adapters change them.
 _transforms: WeakKeyDictionary[nn.Module, LogitTransform] = WeakKeyDictionary()
 
 
 def read_head(model: Any) -> LanguageHead:
-    """The head of a Hugging Face causal language model, adapters on it included."""
+    """The head of a Hugging Face causal language model, with the adapters on it."""
     with errors_of(model):
         try:
             if model not in _transforms:
@@ -35,14 +36,14 @@ def read_head(model: Any) -> LanguageHead:
 
 
 def named_transform(config: Any) -> LogitTransform:
-    """For plans on meta, where no model runs: whether there is a softcap, which costs memory."""
+    """The logit transform for memory plans on meta: only the softcap, by the config, because it needs memory."""
     names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     text = config.get_text_config()
     return LogitTransform(softcap=next((float(cap) for name in names if (cap := getattr(text, name, None))), None))
 
 
 def check_head(model: nn.Module, trunk: nn.Module, head: LanguageHead) -> None:
-    """Stop if `head` on the trunk's hidden states does not give the model's own logits on a few tokens."""
+    """Raise if `head` on the trunk's hidden states differs from the model's logits on a few tokens."""
     try:
         onecard_kernels.check_head(model, head, trunk=trunk)
     except ValueError as error:

@@ -1,8 +1,8 @@
-"""A flat `TokenBatch` as the keyword arguments of the model's passes: packed, padded, or one sequence a pass.
+"""Converts a flat `TokenBatch` to the inputs of the model's forward passes: packed, padded, or one sequence per pass.
 
-All layouts come from the same record and give the same hidden states for the same flat rows. `use_cache=False` is
-part of the layout, not a matter of memory: with a cache transformers builds no block mask for packed sequences, and the
-second sequence silently attends to the first.
+All layouts give the same hidden states for the same flat rows. `use_cache=False` is necessary for correctness: with a
+cache, transformers creates no block mask for packed sequences, and the second sequence would attend to the first
+without an error.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from onecard.models.attention import PACKED_MASK, segments_of
 
 @dataclass(frozen=True)
 class Layout:
-    """`passes`: keyword arguments of the trunk for each pass; `places` [n]: where flat row i lies in their flattened
-    outputs, one after another.
+    """`passes`: keyword arguments of the trunk for each pass; `places` [n]: index of flat row i in the concatenated,
+    flattened outputs of the passes.
     """
 
     passes: tuple[dict[str, Any], ...]
@@ -30,9 +30,9 @@ class Layout:
 
 
 def packed(batch: TokenBatch) -> Layout:
-    """All sequences in one row, each with its own attention (`models/attention.py`): no pair of tokens is masked.
+    """All sequences in one row; attention is per sequence (`models/attention.py`), without a mask over pairs of tokens.
 
-    A mask of four dimensions is one that transformers takes as it is; no layer looks at it.
+    The attention mask is a 4-D placeholder, which transformers passes on unchanged and no layer reads.
     """
     inputs = {
         "input_ids": batch.tokens.unsqueeze(0),
@@ -44,16 +44,16 @@ def packed(batch: TokenBatch) -> Layout:
     return Layout((inputs,), torch.arange(batch.num_tokens, device=batch.tokens.device))
 
 
-def apart(batch: TokenBatch) -> tuple[TokenBatch, Tensor]:
-    """The record with shared prompts laid again before each sequence, and where each of its rows lies then."""
+def repeat_shared_prompts(batch: TokenBatch) -> tuple[TokenBatch, Tensor]:
+    """The batch with each shared prompt repeated before its sequences, and the new index of each row [n]."""
     shared = batch.shared
     if shared is None:
         return batch, torch.arange(batch.num_tokens, device=batch.tokens.device)
     prompts = [stop - start for start, stop in shared.spans]
-    lengths = tuple(own + prompt for own, prompt in zip(batch.lengths, prompts, strict=True))
+    lengths = tuple(length + prompt for length, prompt in zip(batch.lengths, prompts, strict=True))
     ends = accumulate(lengths)
-    places = [row for own, end in zip(batch.lengths, ends, strict=True) for row in range(end - own, end)]
-    whole = replace(
+    indices = [row for length, end in zip(batch.lengths, ends, strict=True) for row in range(end - length, end)]
+    repeated = replace(
         batch,
         tokens=batch.tokens[shared.key_rows],
         positions=batch.positions[shared.key_rows],
@@ -61,47 +61,48 @@ def apart(batch: TokenBatch) -> tuple[TokenBatch, Tensor]:
         lengths=lengths,
         shared=None,
     )
-    return whole, torch.tensor(places, device=batch.tokens.device)
+    return repeated, torch.tensor(indices, device=batch.tokens.device)
 
 
 def restarted(batch: TokenBatch) -> Layout:
-    """All sequences in one row. Positions that start again tell transformers to mask one sequence from another."""
-    batch, places = apart(batch)
+    """All sequences in one row. transformers masks one sequence from another where positions restart at 0."""
+    batch, indices = repeat_shared_prompts(batch)
     inputs = {
         "input_ids": batch.tokens.unsqueeze(0),
         "position_ids": batch.positions.unsqueeze(0),
         "use_cache": False,
     }
-    return Layout((inputs,), places)
+    return Layout((inputs,), indices)
 
 
 def padded(batch: TokenBatch) -> Layout:
-    """One row for each sequence, padded on the right. Token 0 fills the padding: no real token attends to it."""
-    batch, own = apart(batch)
+    """One row per sequence, right-padded with token 0. No token of a sequence attends to the padding."""
+    batch, batch_rows = repeat_shared_prompts(batch)
     rows, columns = len(batch.lengths), max(batch.lengths)
     lengths = batch.cu_seqlens.diff().to(torch.int64)
     sequence_of = torch.repeat_interleave(
         torch.arange(rows, device=lengths.device), lengths, output_size=batch.num_tokens
     )
-    places = sequence_of * columns + batch.positions
+    indices = sequence_of * columns + batch.positions
     tokens = torch.zeros(rows * columns, dtype=torch.int64, device=batch.tokens.device)
     mask = torch.zeros_like(tokens)
-    tokens[places] = batch.tokens
-    mask[places] = 1
+    tokens[indices] = batch.tokens
+    mask[indices] = 1
     inputs = {
         "input_ids": tokens.view(rows, columns),
         "attention_mask": mask.view(rows, columns),
         "position_ids": torch.arange(columns, device=batch.tokens.device).expand(rows, -1),
         "use_cache": False,
     }
-    return Layout((inputs,), places[own])
+    return Layout((inputs,), indices[batch_rows])
 
 
 def single(batch: TokenBatch) -> Layout:
-    """A pass for each sequence: what the model computes of it by itself, whatever kind of model it is."""
-    batch, places = apart(batch)
-    passes = tuple({"input_ids": each.unsqueeze(0), "use_cache": False} for each in batch.tokens.split(batch.lengths))
-    return Layout(passes, places)
+    """One forward pass per sequence, which is correct for every kind of model."""
+    batch, indices = repeat_shared_prompts(batch)
+    sequences = batch.tokens.split(batch.lengths)
+    passes = tuple({"input_ids": tokens.unsqueeze(0), "use_cache": False} for tokens in sequences)
+    return Layout(passes, indices)
 
 
 LAYOUTS: dict[str, Callable[[TokenBatch], Layout]] = {

@@ -1,4 +1,4 @@
-"""From a name or folder to a tokenizer and a base model, with one clear line where that cannot be done."""
+"""Loads the tokenizer and the base model that a name or folder stands for. Failures raise a one-line `OnecardError`."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from onecard.models.four_bit import check_packed, nf4_settings, packing_experts,
 from onecard.models.trunk import context_of
 from onecard.utils.errors import OnecardError, is_out_of_memory, reason
 
-# bitsandbytes warns on CPU that an optional faster kernel is not installed; the one it falls back to is exact.
+# bitsandbytes warns on CPU that an optional faster kernel is not installed; its fallback gives the same result.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class LoadReport(logging.Filter):
-    """Hide transformers' table of weights that do not fit: what it warns of is an error here.
+    """Hides transformers' table of weights that do not match the model; they are errors here.
 
-    `unconverted`: its weights that could not be made of the file's, such as stacked experts of which one is missing.
-    transformers names them nowhere else.
+    `unconverted`: weights in that table that could not be converted from the file's, such as stacked experts of which
+    one is missing. transformers does not report them elsewhere.
     """
 
     unconverted: tuple[str, ...] = ()
@@ -45,7 +45,7 @@ class LoadReport(logging.Filter):
 
 load_report = LoadReport()
 logging.getLogger("transformers.modeling_utils").addFilter(load_report)
-# What else a config may say a model is, and what such a model does
+# Endings of architecture names that are not causal language models -> what such a model does, for the error message
 OTHER_MODELS = {
     "ForSequenceClassification": "which classifies texts",
     "ForTokenClassification": "which classifies tokens",
@@ -54,20 +54,20 @@ OTHER_MODELS = {
     "ForMaskedLM": "which fills gaps in texts",
     "ForNextSentencePrediction": "which compares texts",
 }
-LISTED = 3  # weights in a message
+LISTED = 3  # number of weights named in an error message
 FULL_PRECISION = "full_precision"  # attribute of a 16-bit parameter: the float32 tensor that it was rounded from
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where weights come from: a base, and the adapter folder that was named if one was."""
+    """The origin of weights. `base`: hub name or model folder; `adapter`: the adapter folder on it, or None."""
 
     base: str
     adapter: Path | None = None
 
 
 def find_source(model: str) -> Source:
-    """Tell a hub name, a model folder, an adapter folder and a run folder apart."""
+    """The source that `model` names: a hub name, a model folder, an adapter folder or a run folder."""
     if not model:
         raise OnecardError("--model is missing: give a Hugging Face name or a folder.")
     path = weights_folder(Path(model))
@@ -82,7 +82,7 @@ def find_source(model: str) -> Source:
             unfinished = (path / "config.yaml").is_file()
             hint = f", nor {' or '.join(TRAINED)}, which a run writes at its end" if unfinished else ""
             raise OnecardError(f"model: folder {model} has neither config.json nor adapter_config.json{hint}.")
-        # An absolute path, so that an adapter made from here finds its base from any other folder too.
+        # An absolute path, so that an adapter trained on it finds its base from every working directory.
         return Source(base=os.path.abspath(path))
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise OnecardError(f"model: no folder {model}; expected a model folder or a Hugging Face name.")
@@ -90,7 +90,7 @@ def find_source(model: str) -> Source:
 
 
 def base_of_adapter(path: Path) -> str:
-    """The base that an adapter folder names. It is no adapter: what that one learned would be left out."""
+    """The base model that an adapter folder names. A base that is an adapter itself raises: it would be ignored."""
     try:
         base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):
@@ -109,60 +109,63 @@ def base_of_adapter(path: Path) -> str:
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The tokenizer of the adapter folder if it holds one, else of the base. Its `generation_eos` are the ids that the
-    model's generation config ends responses with.
+    """The tokenizer in the adapter folder if there is one, else that of the base.
+
+    Its attribute `generation_eos` has the EOS ids of the model's generation config.
     """
     from transformers import AutoTokenizer
 
     source = find_source(config.model)
-    own = source.adapter is not None and (source.adapter / "tokenizer_config.json").is_file()
-    name = str(source.adapter) if own else source.base
+    in_adapter = source.adapter is not None and (source.adapter / "tokenizer_config.json").is_file()
+    name = str(source.adapter) if in_adapter else source.base
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # the loaders below raise whatever their parsers raise
+    except Exception as error:  # transformers' loaders may raise any exception
         raise OnecardError(f"model: cannot load the tokenizer of '{name}': {reason(error)}") from error
     if tokenizer.eos_token_id is None:
         raise OnecardError(f"model: the tokenizer of '{name}' has no EOS token, so no response could end.")
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # masks, never ids, decide what is padding
+        tokenizer.pad_token = tokenizer.eos_token  # padding is identified by masks, not by ids
     tokenizer.generation_eos = generation_eos(source.base, trust_remote_code=config.trust_remote_code)
     return tokenizer
 
 
 def generation_eos(base: str, *, trust_remote_code: bool) -> frozenset[int]:
-    """The EOS ids of the base's generation config, or of its config if it has none, as in transformers' `generate`."""
+    """The EOS ids of the base's generation config, or else of its config, as in transformers' `generate`."""
     from transformers import AutoConfig, GenerationConfig
 
     try:
-        found = GenerationConfig.from_pretrained(base)
+        config = GenerationConfig.from_pretrained(base)
     except Exception:  # no such file
         try:
-            found = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).get_text_config()
+            config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).get_text_config()
         except Exception as error:
             raise OnecardError(f"model: cannot load '{base}': {reason(error)}") from error
-    ids = getattr(found, "eos_token_id", None)
+    ids = getattr(config, "eos_token_id", None)
     return frozenset([ids] if isinstance(ids, int) else ids or [])
 
 
 def context_length(config: ModelConfig) -> int | None:
-    """How many positions the base was made for, where its config says so."""
+    """The base's context length in tokens; None if its config does not give it."""
     from transformers import AutoConfig
 
     name = find_source(config.model).base
     try:
-        found = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        settings = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except Exception as error:
         raise OnecardError(f"model: cannot load '{name}': {reason(error)}") from error
-    return context_of(found.get_text_config())
+    return context_of(settings.get_text_config())
 
 
 def pick_device() -> torch.device:
-    """The GPU where there is one."""
+    """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pick_dtype(config: ModelConfig, *, train_all: bool) -> torch.dtype:
-    """`auto`: 16 bit for a frozen base on a GPU; float32 on CPU, and where small updates must not be rounded away."""
+    """The dtype of the weights. `auto`: 16 bit for a frozen base on a GPU; float32 on CPU and for trained weights,
+    where 16 bit would round small updates to zero.
+    """
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     if train_all or not torch.cuda.is_available():
@@ -171,7 +174,9 @@ def pick_dtype(config: ModelConfig, *, train_all: bool) -> torch.dtype:
 
 
 def pick_attention(config: ModelConfig, dtype: torch.dtype) -> str | None:
-    """`auto`: flash-attn where it can run; else None, what transformers takes: PyTorch's own, if the model can."""
+    """The attention implementation. `auto`: flash-attn where it runs; else None, transformers' default (SDPA if the
+    model supports it).
+    """
     if config.attn_implementation != "auto":
         return config.attn_implementation
     new_enough = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
@@ -179,20 +184,23 @@ def pick_attention(config: ModelConfig, dtype: torch.dtype) -> str | None:
     return "flash_attention_2" if can_flash else None
 
 
-# Noise by its name that a model reads in evaluation mode too: PhiMoE routes by it. The startup check finds the noise.
+# (model type, setting) that matters in evaluation mode too, so it is not set to 0: PhiMoE's routing depends on its
+# jitter value. The startup check detects the noise.
 READ_IN_EVALUATION = {("phimoe", "router_jitter_noise")}
 
 
 def is_dropout(name: object, value: object) -> bool:
-    """Whether an entry of a model's config makes training mode another function: dropout, skipped layers, router
-    jitter, and RWKV's `rescale_every`, which in evaluation mode divides weights in place and knows no adapters.
+    """Whether a config entry makes training mode compute another function than evaluation mode.
+
+    These are dropout, skipped layers, router jitter, and RWKV's `rescale_every`, which divides weights in place in
+    evaluation mode, but not those of adapters.
     """
     noise = isinstance(value, float) and any(word in str(name) for word in ("drop", "jitter"))
     return noise or name == "rescale_every"
 
 
 def without_dropout(model_config: Any) -> Any:
-    """The same config with every dropout at 0: with dropout, old and new log-probs of one policy would differ."""
+    """Set every dropout in a config to 0, in place: with dropout, old and new log-probs of one policy would differ."""
     from transformers import PretrainedConfig
 
     for name, value in list(vars(model_config).items()):
@@ -204,22 +212,22 @@ def without_dropout(model_config: Any) -> Any:
 
 
 def dropouts(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What `without_dropout` sets to 0 among a config's entries, nested ones included.
+    """The entries of a config that `without_dropout` sets to 0, including nested ones.
 
     >>> dropouts({"hidden_size": 8, "text_config": {"attention_dropout": 0.1}})
     {'text_config': {'attention_dropout': 0.1}}
     """
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            found |= {name: inner} if (inner := dropouts(value)) else {}
+            result |= {name: inner} if (inner := dropouts(value)) else {}
         elif is_dropout(name, value):
-            found[name] = value
-    return found
+            result[name] = value
+    return result
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """Write a plain Hugging Face model; its config has the dropout that it came with, which training turns off."""
+    """Write a Hugging Face model folder. Its config gets back the dropout that training set to 0."""
     model.save_pretrained(str(folder))
     path = folder / "config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
@@ -228,7 +236,7 @@ def save_model(model: Any, folder: Path) -> None:
 
 
 def put_back(settings: dict[str, Any], values: Mapping[str, Any]) -> None:
-    """Set each of `values`, nested ones in their place, where `settings` has such an entry."""
+    """Overwrite the entries of `settings` that `values` has too, including nested ones."""
     for name, value in values.items():
         if isinstance(value, Mapping) and isinstance(settings.get(name), dict):
             put_back(settings[name], value)
@@ -237,10 +245,10 @@ def put_back(settings: dict[str, Any], values: Mapping[str, Any]) -> None:
 
 
 def keep_differentiable(model: Any) -> Any:
-    """Forbid bitsandbytes' inference-only weight layout on CPU, and give the model back.
+    """Disable bitsandbytes' inference-only weight layout on CPU. Returns the model.
 
-    On a CPU with AVX512-BF16, a 4-bit layer that runs once in evaluation mode repacks its weights for good, rounds its
-    inputs to bf16 from then on, and no longer passes any gradient back.
+    On a CPU with AVX512-BF16, a 4-bit layer that runs once in evaluation mode repacks its weights permanently. From
+    then on it rounds its inputs to bf16 and returns no gradient.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -249,8 +257,10 @@ def keep_differentiable(model: Any) -> Any:
 
 
 def model_class(settings: Any) -> Any:
-    """The auto class for a config: of text and images where its checkpoint is one of these, though some of them a
-    text-only class reads too. Read as text-only, its adapter and a merged model would not load as what it is.
+    """The transformers auto class for a config: image-text-to-text if its checkpoint is such a model, else causal LM.
+
+    A text-only class loads some image-text-to-text models too, but the adapters and merged models that it writes would
+    not load as the model of the checkpoint.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -260,17 +270,17 @@ def model_class(settings: Any) -> Any:
 
 
 def check_writes(settings: Any, where: str) -> None:
-    """Refuse a model that its config says is no causal language model, though a part of it could be read as one."""
+    """Raise if a config is not that of a causal language model, even if some of its weights would load into one."""
     for name in settings.architectures or []:
-        for ending, does in OTHER_MODELS.items():
+        for ending, purpose in OTHER_MODELS.items():
             if name.endswith(ending):
-                raise OnecardError(f"{where} is a {name}, {does}; expected a causal language model.")
+                raise OnecardError(f"{where} is a {name}, {purpose}; expected a causal language model.")
     if getattr(settings, "is_encoder_decoder", False):
         raise OnecardError(f"{where} is an encoder with a decoder; expected a causal language model.")
 
 
 def listed(names: Sequence[str]) -> str:
-    """Up to three of many names.
+    """Join up to three names; the others are counted.
 
     >>> listed(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
@@ -280,59 +290,60 @@ def listed(names: Sequence[str]) -> str:
 
 
 def check_weights(model: Any, info: Mapping[str, Any], where: str) -> None:
-    """Stop unless the files hold all weights of the model, of its shapes, and no others. `info`: what loading found.
+    """Raise unless the files have exactly the model's weights, with its shapes. `info`: transformers' loading info.
 
-    transformers draws missing weights at random, anew at each load. Of what is left over, buffers that the model
-    computes itself do no harm.
+    transformers initializes missing weights at random. Unexpected buffers that the model computes itself are ignored.
     """
     buffers = [name for name, _ in model.named_buffers()]
     known = {name for name, _ in model.named_parameters()}
     missing = sorted(info["missing_keys"])
-    left = sorted(
+    unexpected = sorted(
         key
         for key in info["unexpected_keys"]
         if not any(name.endswith(key) for name in buffers) and not is_old_buffer(key, known, info["unexpected_keys"])
     )
     shapes = sorted(info["mismatched_keys"])
     if shapes:
-        name, found, expected = shapes[0]
-        raise OnecardError(f"{where}: its {name} is {list(found)}, expected {list(expected)} by its config.")
-    if missing or left:
+        name, stored, expected = shapes[0]
+        raise OnecardError(f"{where}: its {name} is {list(stored)}, expected {list(expected)} by its config.")
+    if missing or unexpected:
         parts = [f"has no weights for {listed(missing)}"] if missing else []
-        parts += [f"has weights that its config has no place for: {listed(left)}"] if left else []
+        parts += [f"has weights that its config has no place for: {listed(unexpected)}"] if unexpected else []
         raise OnecardError(f"{where} {', and '.join(parts)}.")
 
 
 @torch.no_grad()
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Stop if a weight is NaN or infinite: every number that comes of it would be NaN. In 4 bit its scales are."""
-    scales = {name: each.quant_state for name, each in tensors.items() if hasattr(each, "quant_state")}
-    found = {**tensors, **{name: state.offset if state.nested else state.absmax for name, state in scales.items()}}
-    floating = {name: each for name, each in found.items() if each.is_floating_point() and each.itemsize > 1}
+    """Raise if a weight is NaN or infinite. Of a 4-bit weight, the scales are checked."""
+    states = {name: tensor.quant_state for name, tensor in tensors.items() if hasattr(tensor, "quant_state")}
+    scales = {name: state.offset if state.nested else state.absmax for name, state in states.items()}
+    checked = {**tensors, **scales}
+    floating = {name: values for name, values in checked.items() if values.is_floating_point() and values.itemsize > 1}
     if not floating:
         return
-    ends = torch.stack([end.float() for each in floating.values() for end in torch.aminmax(each)])
-    wrong = [name for name, good in zip(floating, ends.isfinite().view(-1, 2).all(1).tolist(), strict=True) if not good]
+    extremes = torch.stack([extreme.float() for values in floating.values() for extreme in torch.aminmax(values)])
+    finite = extremes.isfinite().view(-1, 2).all(1).tolist()
+    wrong = [name for name, is_finite in zip(floating, finite, strict=True) if not is_finite]
     if wrong:
         raise OnecardError(f"{where} has weights that are NaN or infinite: {listed(wrong)}.")
 
 
-# Buffers that models of earlier versions of transformers wrote: masks, rotations, and OPT's version.
+# Buffers in files of earlier versions of transformers: masks, rotary frequencies, and OPT's version.
 OLD_BUFFERS = ("masked_bias", "causal_mask", "inv_freq", "decoder.version")
 
 
-def is_old_buffer(key: str, known: Collection[str], left: Collection[str]) -> bool:
-    """Whether a weight that is left over is a buffer of an earlier version, which the model now computes itself.
+def is_old_buffer(key: str, known: Collection[str], unexpected: Collection[str]) -> bool:
+    """Whether an unexpected weight is a buffer of an earlier version, which the model now computes itself.
 
-    The `bias` of an attention that has no `weight` beside it is its causal mask.
+    The `bias` of an attention module without a `weight` is its causal mask.
     """
     weight = f"{key.removesuffix('.bias')}.weight"
     is_mask = key.endswith((".attn.bias", ".attn.attention.bias"))
-    return key.endswith(OLD_BUFFERS) or (is_mask and not any(name.endswith(weight) for name in (*known, *left)))
+    return key.endswith(OLD_BUFFERS) or (is_mask and not any(name.endswith(weight) for name in (*known, *unexpected)))
 
 
 def keep_full_precision(model: Any, base: str, settings: Any, remote: Mapping[str, Any]) -> None:
-    """Give each 16-bit parameter the float32 values of its file, for the masters that training works on."""
+    """Attach the float32 values of the file to each 16-bit parameter, for the optimizer's master weights."""
     if getattr(settings, "dtype", None) not in (None, torch.float32):
         return
     full = dict(model_class(settings).from_pretrained(base, dtype="auto", **remote).named_parameters())
@@ -342,7 +353,7 @@ def keep_full_precision(model: Any, base: str, settings: Any, remote: Mapping[st
 
 
 def load_base(config: ModelConfig, *, train_all: bool = False) -> Any:
-    """The base model on its device, frozen unless `train_all`."""
+    """The base model on its device, with dropout 0, frozen unless `train_all`. Errors raise `OnecardError`."""
     from transformers import AutoConfig
 
     base = find_source(config.model).base
@@ -363,19 +374,19 @@ def load_base(config: ModelConfig, *, train_all: bool = False) -> Any:
                 device_map={"": pick_device()},
                 quantization_config=nf4_settings(dtype) if config.load_in_4bit else None,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # `check_weights` names them
+                ignore_mismatched_sizes=True,  # `check_weights` reports them
                 **remote,
             )
     except OnecardError:
         raise
-    except Exception as error:  # the loaders raise whatever their parsers raise
-        if is_out_of_memory(error):  # the command line has more to say about it
+    except Exception as error:  # transformers' loaders may raise any exception
+        if is_out_of_memory(error):  # the command line adds advice
             raise
         if load_report.unconverted:
             names = listed(load_report.unconverted)
             raise OnecardError(f"{where} has not all parts of {names}, or they differ in shape.") from error
         raise OnecardError(f"model: cannot load '{base}': {reason(error)}") from error
-    if getattr(model, "_hf_peft_config_loaded", False):  # transformers puts it on its base without a word
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers adds it to its base silently
         raise OnecardError(f"{where} is an adapter on the hub; download it (`hf download`) and give its folder.")
     check_weights(model, info, where)
     check_finite(dict(model.named_parameters()), where)

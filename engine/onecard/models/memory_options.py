@@ -1,4 +1,4 @@
-"""The settings that trade memory for something else, where they act. docs/memory.md has what each saves and costs."""
+"""Applies the settings that save memory at a cost. docs/memory.md says what each saves and costs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from onecard_kernels.logprob import tuning
 
 
 def apply_memory_options(roles: Roles, config: TrainConfig) -> None:
-    """Hold adapters and activations as the settings say."""
+    """Set the dtype of adapters, gradient checkpointing and activation offloading."""
     if config.use_peft and config.adapter_dtype != "float32":
         roles.cast_adapters(getattr(torch, config.adapter_dtype))
     if config.gradient_checkpointing:
@@ -22,7 +22,7 @@ def apply_memory_options(roles: Roles, config: TrainConfig) -> None:
 
 
 def memory_option_notes(roles: Roles, config: TrainConfig) -> list[str]:
-    """A line for each setting that saves little or nothing here. No errors: the same settings may run elsewhere."""
+    """One message for each setting that saves little or nothing on this device. These are not errors."""
     notes = []
     if config.activation_offloading and roles.device.type == "cpu":
         notes.append("activation_offloading: left out on the CPU, whose memory is the host's.")
@@ -36,5 +36,5 @@ def memory_option_notes(roles: Roles, config: TrainConfig) -> list[str]:
 
 
 def head_chunks(tokens: int) -> AbstractContextManager[None]:
-    """Inside, the linear losses form the logits of `tokens` tokens at a time; 0: of as many as suit the device."""
+    """Inside, the linear losses compute the logits of `tokens` tokens at a time; 0: the default of the device."""
     return tuning.override(rows=tokens) if tokens else nullcontext()

@@ -1,10 +1,9 @@
-"""How items are split into micro-batches, by count or by a budget of tokens, and what is done when memory runs out.
+"""Splits items into micro-batches, by count or by a token budget, and retries smaller ones when memory runs out.
 
-    items, their sizes -> TokenBudget.size -> indices of each micro-batch -> read -> results, in the items' order
+    items and their sizes -> TokenBudget.size -> indices of each micro-batch -> read -> results, in the items' order
 
-The split changes memory and time only: a step's normaliser is the whole step's, so every split gives the same gradient
-to rounding (except for kto's KL and aot's sorts, which are computed per micro-batch). A pass that runs out of memory is
-run again in smaller micro-batches.
+The split affects memory and time only. The loss is normalised over the whole step, so every split gives the same
+gradient up to rounding (except for kto's KL and aot's sorts, which are computed per micro-batch).
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class MicroBatchSize:
-    """At most `sequences` items in a pass; with `tokens`, as many as that budget holds instead, and at least one.
+    """The size of a micro-batch: `sequences` items or, with `tokens` > 0, at most `tokens` tokens (at least one item).
 
-    `padded`: items count as long as the longest of their micro-batch. `sort_by_length`: items are taken longest first
-    by count, too. `max_items`: largest number of items, whatever the token budget allows (0: no limit).
+    `padded`: every item counts as long as the longest of its micro-batch. `sort_by_length`: a split by count takes the
+    longest items first too. `max_items`: largest number of items with a token budget (0: no limit).
     """
 
     sequences: int
@@ -40,7 +39,7 @@ class MicroBatchSize:
     max_items: int = 0
 
     def split(self, sizes: Sequence[int]) -> Iterator[list[int]]:
-        """Which items make up each pass. By count in their order; by tokens the longest first, of like lengths.
+        """The indices of the items of each micro-batch. By count: in order; by tokens: longest first, similar lengths.
 
         >>> list(MicroBatchSize(2).split([3, 9, 4]))
         [[0, 1], [2]]
@@ -49,46 +48,46 @@ class MicroBatchSize:
         """
         order = list(range(len(sizes)))
         if self.sort_by_length or self.tokens:
-            order = [place for alone in like_lengths(sizes, 1) for place in alone]
-        held: list[int] = []
-        total = longest = 0  # of those held
-        for place in order:
-            size = sizes[place]
-            if held and not self.fits(len(held) + 1, total + size, max(longest, size)):
-                yield held
-                held, total, longest = [], 0, 0
-            held.append(place)
+            order = [index for group in like_lengths(sizes, 1) for index in group]
+        indices: list[int] = []
+        total = longest = 0  # sizes of the items in `indices`
+        for index in order:
+            size = sizes[index]
+            if indices and not self.fits(len(indices) + 1, total + size, max(longest, size)):
+                yield indices
+                indices, total, longest = [], 0, 0
+            indices.append(index)
             total, longest = total + size, max(longest, size)
-        if held:
-            yield held
+        if indices:
+            yield indices
 
     def fits(self, items: int, total: int, longest: int) -> bool:
-        """Whether so many items fit into one pass."""
+        """Whether `items` items fit into one micro-batch: `total` tokens, the longest with `longest`."""
         if not self.tokens:
             return items <= self.sequences
         return (items * longest if self.padded else total) <= self.tokens and items <= (self.max_items or items)
 
     def halved(self, sizes: Sequence[int]) -> MicroBatchSize | None:
-        """The cut to try where a pass of this one took too much memory; None where each was a single item.
+        """The size to try after an out-of-memory error; None if every micro-batch has a single item.
 
-        By tokens from there on: half of what the largest pass of several items held.
+        Its token budget is half the tokens of the largest micro-batch with several items.
         """
-        several = [each for each in self.split(sizes) if len(each) > 1]
+        several = [indices for indices in self.split(sizes) if len(indices) > 1]
         if not several:
             return None
-        largest = max(self.tokens_of([sizes[place] for place in each]) for each in several)
+        largest = max(self.tokens_of([sizes[index] for index in indices]) for indices in several)
         return replace(self, tokens=max(largest // 2, 1))
 
     def tokens_of(self, sizes: Sequence[int]) -> int:
-        """What items take of the budget together."""
+        """Tokens of the budget that these items take together."""
         return len(sizes) * max(sizes) if self.padded else sum(sizes)
 
 
 @dataclass(frozen=True)
 class RetryMessages:
-    """What is said where memory runs out: `smaller` of the passes to come, `single` where one item was too much.
+    """Messages for out-of-memory retries: `smaller` if the token budget is halved, `single` if one item does not fit.
 
-    In them `{size}` is the budget from there on, or what the item took.
+    `{size}` in them is the new budget, or the size of the item; `shown` formats it.
     """
 
     smaller: str
@@ -113,13 +112,16 @@ TRAINING_MESSAGES = RetryMessages(
 
 @dataclass
 class TokenBudget:
-    """How passes are cut. The cut gets smaller where memory runs out, and stays so; runs keep it in checkpoints."""
+    """The current micro-batch size. It gets smaller when memory runs out, and stays so; checkpoints store it."""
 
     size: MicroBatchSize
     wording: RetryMessages = FORWARD_MESSAGES
 
     def shrink(self, sizes: Sequence[int], *, padded: bool = False) -> None:
-        """Items of these sizes have run out of memory: say so and cut smaller, or stop where each was alone."""
+        """After items of these sizes ran out of memory, print a message and halve the budget.
+
+        Raises `OnecardError` if every micro-batch had a single item.
+        """
         smaller = replace(self.size, padded=padded).halved(sizes)
         if smaller is None:
             raise OnecardError("out of memory: " + self.wording.single.format(size=self.wording.shown(max(sizes))))
@@ -128,19 +130,19 @@ class TokenBudget:
 
 
 def as_budget(size: int | TokenBudget) -> TokenBudget:
-    """A number of items as a budget of its own, in batches of like lengths."""
+    """A number of items as a budget, in batches of similar lengths; a budget is returned as it is."""
     return size if isinstance(size, TokenBudget) else TokenBudget(MicroBatchSize(size, sort_by_length=True))
 
 
 def forward_budget(config: TrainConfig) -> TokenBudget:
-    """The budget of a training run's passes without gradients."""
+    """The budget of a training run's forward passes without gradients."""
     return TokenBudget(
         MicroBatchSize(config.per_device_eval_batch_size, config.micro_batch_tokens, sort_by_length=True)
     )
 
 
 def unless_out_of_memory(work: Callable[[], R]) -> tuple[R] | None:
-    """The result of `work` in a tuple, or None if it ran out of memory; its tensors are freed then."""
+    """The result of `work` in a tuple; None if it ran out of memory. Its tensors are freed in that case."""
     try:
         return (work(),)
     except RuntimeError as error:
@@ -151,7 +153,7 @@ def unless_out_of_memory(work: Callable[[], R]) -> tuple[R] | None:
 
 
 def free_memory() -> None:
-    """Free what an exception held. Call it after the `except` block: until then the traceback keeps the tensors."""
+    """Free the tensors of an exception's traceback. Call it after the `except` block, which keeps them alive."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -161,45 +163,46 @@ def free_memory() -> None:
 def run_micro_batches(
     sizes: Sequence[int], budget: TokenBudget, read: Callable[[list[int]], R], *, padded: bool = False
 ) -> list[tuple[list[int], R]]:
-    """`(places, read(places))` of each pass over items of these sizes.
+    """`(indices, read(indices))` for each micro-batch of items of these sizes, without gradients.
 
-    Only a pass that has run out of memory is done again. `padded`: an item is as long as the longest of its pass.
+    Only a micro-batch that ran out of memory is run again. `padded`: an item counts as long as the longest of its
+    micro-batch.
     """
-    found: list[tuple[list[int], R]] = []
-    left = list(range(len(sizes)))
-    while left:
-        cut = replace(budget.size, padded=padded)
-        for chosen in cut.split([sizes[place] for place in left]):
-            places = [left[index] for index in chosen]
-            done = unless_out_of_memory(partial(read, places))
-            if done is None:
-                budget.shrink([sizes[place] for place in places], padded=padded)
+    results: list[tuple[list[int], R]] = []
+    remaining = list(range(len(sizes)))
+    while remaining:
+        size = replace(budget.size, padded=padded)
+        for chosen in size.split([sizes[index] for index in remaining]):
+            indices = [remaining[position] for position in chosen]
+            result = unless_out_of_memory(partial(read, indices))
+            if result is None:
+                budget.shrink([sizes[index] for index in indices], padded=padded)
                 break
-            found.append((places, done[0]))
-        read_by_now = {place for places, _ in found for place in places}
-        left = [place for place in left if place not in read_by_now]
-    return found
+            results.append((indices, result[0]))
+        done = {index for indices, _ in results for index in indices}
+        remaining = [index for index in remaining if index not in done]
+    return results
 
 
 def map_micro_batches(
     sizes: Sequence[int], budget: TokenBudget, read: Callable[[list[int]], Sequence[R]], *, padded: bool = False
 ) -> list[R]:
-    """What `read` gives for each item of a pass, in the items' order."""
-    found: dict[int, R] = {}
-    for places, results in run_micro_batches(sizes, budget, read, padded=padded):
-        found.update(zip(places, results, strict=True))
-    return [found[place] for place in range(len(sizes))]
+    """The results of `read`, which returns one for each item of its micro-batch, in the items' order."""
+    by_index: dict[int, R] = {}
+    for indices, results in run_micro_batches(sizes, budget, read, padded=padded):
+        by_index.update(zip(indices, results, strict=True))
+    return [by_index[index] for index in range(len(sizes))]
 
 
 @torch.no_grad()
 def run_with_retry(sizes: Sequence[int], budget: TokenBudget, work: Callable[[int], R]) -> R:
-    """What `work` gives, told how many items of these sizes may be held at once, each as large as the largest.
+    """The result of `work(count)`; `count`: how many items of the largest size fit into the budget.
 
-    Where memory runs out it is done again from its beginning, with fewer.
+    If memory runs out, `work` is run again from its beginning with a smaller `count`.
     """
     while True:
         largest = next(replace(budget.size, padded=True).split(sizes))
-        done = unless_out_of_memory(partial(work, len(largest)))
-        if done is not None:
-            return done[0]
-        budget.shrink([sizes[place] for place in largest], padded=True)
+        result = unless_out_of_memory(partial(work, len(largest)))
+        if result is not None:
+            return result[0]
+        budget.shrink([sizes[index] for index in largest], padded=True)

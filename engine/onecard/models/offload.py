@@ -1,11 +1,11 @@
-"""What the backward needs, held in host memory between the forward and the backward.
+"""Activation offloading: tensors that autograd saves for the backward are kept in host memory until it needs them.
 
-    forward: autograd saves a tensor -> its storage is copied to the host, and may be freed on the device
-    backward: autograd asks for it -> its storage comes back, and the one that was saved before it sets out
+    forward: autograd saves a tensor -> its storage is copied to the host and can be freed on the device
+    backward: autograd unpacks the tensor -> its storage is copied back, and those saved before it are prefetched
 
-Storages are copied, not tensors: the views that several operations save of one storage become one copy. Weights stay
-where they are. On CUDA both ways run on a stream of their own, beside the computing. With checkpointed layers autograd
-saves nothing but the layers' inputs, so those alone travel.
+Storages are copied, not tensors: several saved views of one storage become one copy. Weights are not offloaded. On
+CUDA, copies run on a side stream in parallel with computation. With checkpointed layers autograd saves the layers'
+inputs only, so only these are copied.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-LEAST_BYTES = 1 << 20  # of a storage that is worth a copy; a token's row has thousands of bytes, LoRA's inner ones few
-IN_FLIGHT = 2  # storages that are kept on the device because their copies to the host may not be over
-AHEAD = 2  # storages that set out before the backward asks for them
+LEAST_BYTES = 1 << 20  # smallest storage that is offloaded; hidden states have thousands of bytes per token, LoRA's few
+IN_FLIGHT = 2  # storages that stay allocated on the device because their copies to the host may not be finished
+AHEAD = 2  # storages that are prefetched before the backward needs them
 
 Event = Any  # torch.cuda.Event, which CPU builds of torch have no type for
 
 
 class Copier(Protocol):
-    """Moves flat bytes between a device and the host."""
+    """Copies flat byte tensors between a device and the host."""
 
     def push(self, flat: Tensor) -> Tensor:
-        """Begin a copy to the host. The device's memory is not reused before it is over."""
+        """Start a copy to the host. The device memory is not reused before the copy is finished."""
         ...
 
-    def settle(self, most: int = 0) -> None:
-        """Let go of what has been pushed, but for the last `most`."""
+    def release(self, most: int = 0) -> None:
+        """Free the device memory of pushed tensors, except the last `most`."""
         ...
 
     def pull(self, host: Tensor, nbytes: int) -> tuple[Tensor, Event | None]:
-        """Begin a copy to the device: the bytes, and what is to be waited for before they are read."""
+        """Start a copy to the device. Returns the bytes and the event to wait for before they are read, or None."""
         ...
 
     def wait(self, event: Event) -> None:
-        """Have the device wait, the host not."""
+        """Make the device wait for an event; the host does not wait."""
         ...
 
 
 class CudaCopier:
-    """Pinned host memory, and a stream beside the one that computes.
+    """Copies to and from pinned host memory on a side stream.
 
-    No host thread waits: the computing stream waits for the copy of a storage before it lets go of it, so whatever is
-    put into that memory next is written after the copy has read it.
+    The host never waits. The compute stream waits for the copy of a storage before the storage is freed, so the memory
+    is only overwritten after the copy has read it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -66,14 +66,14 @@ class CudaCopier:
         host = torch.empty(flat.numel(), dtype=torch.uint8, pin_memory=True)
         self.copy(host, flat)
         self.pushed.append((flat, self.stream.record_event()))
-        self.settle(IN_FLIGHT)
+        self.release(IN_FLIGHT)
         return host
 
-    def settle(self, most: int = 0) -> None:
+    def release(self, most: int = 0) -> None:
         while len(self.pushed) > most:
             flat, copied = self.pushed.popleft()
             self.wait(copied)
-            del flat  # after the wait, so that its memory is reused behind it
+            del flat  # after the wait, so that its memory is reused only after the copy
 
     def pull(self, host: Tensor, nbytes: int) -> tuple[Tensor, Event | None]:
         flat = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
@@ -84,14 +84,14 @@ class CudaCopier:
         torch.cuda.current_stream(self.device).wait_event(event)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """On the side stream, behind all that the computing stream was told so far."""
+        """Copy on the side stream, after all work that is queued on the compute stream."""
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=True)
 
 
 class PlainCopier:
-    """Copies at once. For tests: where host and device are one there is nothing to gain."""
+    """Synchronous copies on the CPU, for tests. They save no memory there."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -99,18 +99,18 @@ class PlainCopier:
     def push(self, flat: Tensor) -> Tensor:
         return flat.clone()
 
-    def settle(self, most: int = 0) -> None:
-        """Nothing is in flight."""
+    def release(self, most: int = 0) -> None:
+        """Does nothing: no copy is in flight."""
 
     def pull(self, host: Tensor, nbytes: int) -> tuple[Tensor, Event | None]:
         return host.clone(), None
 
     def wait(self, event: Event) -> None:
-        """Nothing is in flight."""
+        """Does nothing: no copy is in flight."""
 
 
-class PlannedCopier(PlainCopier):
-    """On meta: bytes that are on no device, and come back as new ones."""
+class MetaCopier(PlainCopier):
+    """Copies on meta, for memory plans: host copies take no memory, and `pull` returns a new storage."""
 
     def push(self, flat: Tensor) -> Tensor:
         return torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -119,85 +119,85 @@ class PlannedCopier(PlainCopier):
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device), None
 
 
-COPIERS: dict[str, type[CudaCopier] | type[PlainCopier]] = {"cuda": CudaCopier, "meta": PlannedCopier}
+COPIERS: dict[str, type[CudaCopier] | type[PlainCopier]] = {"cuda": CudaCopier, "meta": MetaCopier}
 
 
-class DecodeBatch:
-    """One storage on the host. It lives as long as an operation's backward has use for it."""
+class OffloadedStorage:
+    """The host copy of one storage. It is freed when no operation's backward refers to it."""
 
-    def __init__(self, flat: Tensor, copier: Copier, before: weakref.ref[DecodeBatch] | None) -> None:
+    def __init__(self, flat: Tensor, copier: Copier, before: weakref.ref[OffloadedStorage] | None) -> None:
         self.nbytes = flat.numel()
         self.copier = copier
-        self.before = before  # the one that was saved before it, and is needed after it
+        self.before = before  # the storage saved before this one, which the backward needs after it
         self.flat: Tensor | None = None
-        self.coming: Event | None = None
+        self.pulled: Event | None = None
         self.host = copier.push(flat)
 
-    def set_out(self) -> None:
-        """Begin the way back, if that has not been done."""
+    def prefetch(self) -> None:
+        """Start the copy back to the device, if it has not been started."""
         if self.flat is None:
-            self.flat, self.coming = self.copier.pull(self.host, self.nbytes)
+            self.flat, self.pulled = self.copier.pull(self.host, self.nbytes)
 
-    def arrive(self) -> Tensor:
+    def fetch(self) -> Tensor:
         """The bytes on the device. They stay there for the other operations that saved this storage."""
-        self.set_out()
-        self.settle()
+        self.prefetch()
+        self.wait()
         assert self.flat is not None
         return self.flat
 
-    def settle(self) -> None:
-        """Wait for the way back, if one is under way."""
-        if self.coming is not None:
-            self.copier.wait(self.coming)
-            self.coming = None
+    def wait(self) -> None:
+        """Wait for the copy back to the device, if one is in flight."""
+        if self.pulled is not None:
+            self.copier.wait(self.pulled)
+            self.pulled = None
 
     def __del__(self) -> None:
-        self.settle()  # memory that a copy is still written to must not be anybody else's
+        self.wait()  # the memory must not be reused while a copy writes to it
 
 
 @dataclass(frozen=True)
-class Ticket:
-    """What autograd keeps in a tensor's place."""
+class OffloadedTensor:
+    """The object that autograd saves in place of an offloaded tensor."""
 
-    held: DecodeBatch
+    storage: OffloadedStorage
     dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
 
     def tensor(self) -> Tensor:
-        """The tensor again; the storages that are likely to be asked for next set out."""
-        flat = self.held.arrive()
-        found = torch.empty(0, dtype=self.dtype, device=flat.device)
-        found.set_(cast(Any, flat.untyped_storage()), self.offset, self.size, self.stride)
-        follower = self.held.before
+        """The tensor on the device. The storages that the backward will probably need next are prefetched."""
+        flat = self.storage.fetch()
+        tensor = torch.empty(0, dtype=self.dtype, device=flat.device)
+        tensor.set_(cast(Any, flat.untyped_storage()), self.offset, self.size, self.stride)
+        before = self.storage.before
         for _ in range(AHEAD):
-            each = follower() if follower is not None else None
-            if each is None:
+            storage = before() if before is not None else None
+            if storage is None:
                 break
-            each.set_out()
-            follower = each.before
-        return found
+            storage.prefetch()
+            before = storage.before
+        return tensor
 
 
-def unpack(saved: Tensor | Ticket) -> Tensor:
-    """What `pack` was given."""
-    return saved.tensor() if isinstance(saved, Ticket) else saved
+def unpack(saved: Tensor | OffloadedTensor) -> Tensor:
+    """The tensor that `pack` was called with."""
+    return saved.tensor() if isinstance(saved, OffloadedTensor) else saved
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A storage that has been copied in this forward, as it was then."""
+class CopiedStorage:
+    """A storage that was copied in this forward, with its version at that time."""
 
-    storage: Any  # a weak reference; as long as it is there, no other storage has the same key
+    source: Any  # a weak reference; while it exists, no other storage has the same key
     version: int
-    held: weakref.ref[DecodeBatch]
+    copy: weakref.ref[OffloadedStorage]
 
 
 class Offloader:
-    """`with offloader.hooks(): forward`: what autograd saves inside goes to the host.
+    """`with offloader.hooks(): forward` offloads the tensors that autograd saves inside.
 
-    Left on the device: weights and buffers of `model`, integers and masks, and storages below `least_bytes`.
+    Not offloaded: weights and buffers of `model`, integers and masks, and storages smaller than `least_bytes`.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, least_bytes: int = LEAST_BYTES) -> None:
@@ -206,7 +206,7 @@ class Offloader:
         self.copier: Copier = COPIERS.get(device.type, PlainCopier)(device)
 
     def stays(self, tensor: Tensor, weights: set[int]) -> bool:
-        """Whether a tensor is left on the device."""
+        """Whether a tensor is not offloaded. `weights`: keys of the storages of parameters and buffers."""
         if type(tensor) is not Tensor or tensor.layout != torch.strided or not tensor.is_floating_point():
             return True  # parameters, quantized weights, sparse tensors, ids and masks
         storage = tensor.untyped_storage()
@@ -214,28 +214,29 @@ class Offloader:
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """Around one forward pass; its backward may come any time later."""
+        """Context of one forward pass. Its backward may run at any later time."""
         tensors = chain(self.model.parameters(), self.model.buffers())
         weights = {tensor.untyped_storage()._cdata for tensor in tensors}
-        seen: dict[int, Seen] = {}
-        last: list[weakref.ref[DecodeBatch]] = []
+        copied: dict[int, CopiedStorage] = {}
+        last: list[weakref.ref[OffloadedStorage]] = []
 
-        def pack(tensor: Tensor) -> Tensor | Ticket:
+        def pack(tensor: Tensor) -> Tensor | OffloadedTensor:
             if self.stays(tensor, weights):
                 return tensor
-            storage = tensor.untyped_storage()
-            known = seen.get(storage._cdata)
-            held = known.held() if known is not None and known.version == tensor._version else None
-            if held is None:
-                flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(cast(Any, storage))
-                held = DecodeBatch(flat, self.copier, last[-1] if last else None)
-                seen[storage._cdata] = Seen(StorageWeakRef(storage), tensor._version, weakref.ref(held))
-                last[:] = [weakref.ref(held)]
-            return Ticket(held, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+            source = tensor.untyped_storage()
+            known = copied.get(source._cdata)
+            storage = known.copy() if known is not None and known.version == tensor._version else None
+            if storage is None:
+                flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(cast(Any, source))
+                storage = OffloadedStorage(flat, self.copier, last[-1] if last else None)
+                copied[source._cdata] = CopiedStorage(StorageWeakRef(source), tensor._version, weakref.ref(storage))
+                last[:] = [weakref.ref(storage)]
+            offset = int(tensor.storage_offset())
+            return OffloadedTensor(storage, tensor.dtype, tensor.size(), tensor.stride(), offset)
 
         try:
             with saved_tensors_hooks(pack, unpack):
                 yield
         finally:
-            seen.clear()
-            self.copier.settle()
+            copied.clear()
+            self.copier.release()

@@ -1,4 +1,4 @@
-"""Forward passes over sequences without gradients, in micro-batches."""
+"""Forward passes without gradients over sequences, in micro-batches."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ R = TypeVar("R")
 def sequence_passes(
     roles: Roles, sequences: Sequence[TokenSequence], size: int | TokenBudget, read: Callable[[TokenBatch], Sequence[R]]
 ) -> list[R]:
-    """What `read` gives for each sequence of a record, in the order of `sequences`."""
+    """The result of `read` for each sequence, in the order of `sequences`. `read` returns one result per sequence."""
 
-    def read_record(places: list[int]) -> Sequence[R]:
-        return read(to_device(pack([sequences[place] for place in places]), roles.device))
+    def read_batch(indices: list[int]) -> Sequence[R]:
+        return read(to_device(pack([sequences[index] for index in indices]), roles.device))
 
     lengths = [len(sequence) for sequence in sequences]
-    return map_micro_batches(lengths, as_budget(size), read_record, padded=roles.layout == "padded")
+    return map_micro_batches(lengths, as_budget(size), read_batch, padded=roles.layout == "padded")
 
 
 def per_token(
@@ -34,14 +34,14 @@ def per_token(
     size: int | TokenBudget,
     beyond: int = 0,
 ) -> list[Tensor]:
-    """`read` of each episode's response tokens under a role, on the CPU, in the episodes' order.
+    """The results of `read` for each episode's response tokens under a role, on the CPU, in the episodes' order.
 
-    `read` gives `beyond` more numbers for each episode, after those of its tokens.
+    `read` returns one number per response token, then `beyond` more numbers, for each episode.
     """
 
     def pieces(batch: TokenBatch) -> list[Tensor]:
         lengths = [count + beyond for count in batch.num_targets]
-        # a view would keep its whole batch alive
+        # clone: a view would keep the tensor of the whole batch alive
         return [piece.clone() for piece in read(batch, batch.targets).cpu().split(lengths)]
 
     with roles.active(role):

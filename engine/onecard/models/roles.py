@@ -1,12 +1,12 @@
-"""One base plays several parts: policy, reference, value, reward. A role is an adapter on the base, or the base alone.
+"""The roles of a run on one base: policy, reference, value, reward. A role is an adapter on the base, or the base.
 
 | role      | weights                                                                       |
 |-----------|-------------------------------------------------------------------------------|
 | policy    | base + LoRA adapter `policy` (or the base itself when all weights are trained)  |
-| reference | adapters off; or a frozen copy of the adapter or the base that training began from |
+| reference | the base (adapters off), or a frozen copy of the adapter or model that training starts from |
 | value     | base + LoRA adapter `value` (or the policy's) + a scalar head: PPO's critic     |
 | reward    | base + LoRA adapter `reward` + a scalar head                                  |
-| constraint | the same with adapter `constraint`: what answers cost                        |
+| constraint | base + LoRA adapter `constraint` + a scalar head: the cost of a response      |
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ HEAD_WEIGHTS = "head.safetensors"
 class Roles(nn.Module):
     """The weights of a run. `adapters[role]` is the name of its adapter, or None for the base with adapters off.
 
-    Exactly one role is active at a time: `current`, the first of `trained`, except inside `with roles.playing(other)`.
-    Switching freezes none of the trained roles, and a backward pass recomputes each layer under the role that ran it.
+    One role is active at a time: `current`. It is the first of `trained`, except inside `with roles.active(other)`.
+    Switching does not freeze trained roles, and a checkpointed layer is recomputed under the role of its forward.
     """
 
     def __init__(self, model: Any, trained: Sequence[str], adapters: dict[str, str | None], layout: str) -> None:
@@ -49,12 +49,12 @@ class Roles(nn.Module):
         self.trained = tuple(trained)
         self.adapters = adapters
         self.layout = structural_layout(model.get_base_model() if self.has_adapters else model, layout)
-        self.decoding = ""  # a name of `rollout.make_decode_batch`; empty: what the model's structure allows
+        self.decoding = ""  # a mode of `rollout.make_decode_batch`; empty: chosen by the model's structure
         self.heads = nn.ModuleDict()
-        self.copies = nn.ModuleDict()  # role -> a whole frozen model; only where all weights are trained
+        self.copies = nn.ModuleDict()  # role -> a frozen copy of the whole model, where all weights are trained
         self.offloader: Offloader | None = None
-        self.trained_in_evaluation_mode = False  # a model that draws noise in training mode which no setting turns off
-        self.left_out: tuple[str, ...] = ()  # layers that new adapters are not on, in words
+        self.trained_in_evaluation_mode = False  # for models with noise in training mode that no setting turns off
+        self.left_out: tuple[str, ...] = ()  # descriptions of the layers that get no new adapter
         self.current = ""
         self.activate(self.trained[0])
 
@@ -63,7 +63,7 @@ class Roles(nn.Module):
         return hasattr(self.model, "peft_config")
 
     def has_own_weights(self, role: str) -> bool:
-        """Whether a role is more than a head on the trunk of the first trained one."""
+        """Whether a role has other weights than the first trained role, besides its scalar head."""
         first = self.trained[0]
         return role == first or self.adapters[role] != self.adapters[first]
 
@@ -72,7 +72,7 @@ class Roles(nn.Module):
         return self.model.peft_config[self.adapters[role]].r
 
     def adapted_layers(self, role: str) -> int:
-        """How many layers a role's adapter is on."""
+        """Number of layers with this role's adapter."""
         name = self.adapters[role]
         return sum(name in getattr(module, "lora_A", ()) or name in getattr(module, "lora_embedding_A", ())
                    for module in self.model.modules())  # fmt: skip
@@ -82,10 +82,10 @@ class Roles(nn.Module):
         return self.model.get_input_embeddings().weight.device
 
     def activate(self, role: str) -> None:
-        """Switch adapters, and leave what is trained trainable.
+        """Switch to a role's adapter; the adapters of all trained roles keep `requires_grad`.
 
-        PEFT's own switch freezes every adapter but the active one, so a loss of a trained role recorded before the
-        switch would silently give no gradient at all.
+        PEFT's `set_adapter` freezes every other adapter, so a backward of a loss that was computed under a trained role
+        before the switch would give no gradient, without an error.
         """
         if role == self.current:
             return
@@ -103,7 +103,7 @@ class Roles(nn.Module):
 
     @contextmanager
     def active(self, role: str) -> Iterator[None]:
-        """`with roles.playing("reference"): ...`, then back to the role before."""
+        """`with roles.active("reference"): ...` switches to a role and back."""
         before = self.current
         self.activate(role)
         try:
@@ -112,8 +112,9 @@ class Roles(nn.Module):
             self.activate(before)
 
     def train(self, mode: bool = True) -> Roles:
-        """PyTorch's; of a model that is trained in evaluation mode, the checkpointed layers alone: they would keep all
-        activations without it.
+        """PyTorch's `train`. With `trained_in_evaluation_mode`, only checkpointed layers get training mode.
+
+        They need it to checkpoint: in evaluation mode they would keep all activations.
         """
         super().train(mode)
         if mode and self.trained_in_evaluation_mode:
@@ -122,9 +123,10 @@ class Roles(nn.Module):
         return self
 
     def checkpoint_activations(self) -> None:
-        """Keep one activation per layer, and recompute the rest in the backward, under the role that it was run in.
+        """Gradient checkpointing: keep one activation per layer and recompute the others in the backward.
 
-        Without the second half, whichever adapter is active when the backward comes would do the recomputing.
+        The recomputation runs under the role of the forward; otherwise it would use the adapter that is active when the
+        backward runs.
         """
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -135,22 +137,22 @@ class Roles(nn.Module):
             base.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
             )
-        except ValueError as error:  # of models without it
+        except ValueError as error:  # models without gradient checkpointing
             raise OnecardError(f"gradient_checkpointing: {reason(error)}") from error
 
     def offload_activations(self, least_bytes: int = LEAST_BYTES) -> None:
-        """Hold what the trunk's backward needs in host memory, storages below `least_bytes` excepted."""
+        """Offload the trunk's saved activations to host memory, except storages smaller than `least_bytes`."""
         self.offloader = Offloader(self, self.device, least_bytes)
 
     def offloading(self) -> AbstractContextManager[None]:
-        """Around the trunk's forward, whatever the role; nothing to do where no backward follows."""
+        """Context of the trunk's forward under every role. It does nothing without offloading or without gradients."""
         return self.offloader.hooks() if self.offloader is not None and torch.is_grad_enabled() else nullcontext()
 
     def cast_adapters(self, dtype: torch.dtype) -> None:
-        """Hold every adapter's weights in `dtype`, those of frozen roles too.
+        """Cast the weights of all adapters to `dtype`, also those of frozen roles.
 
-        PEFT holds them in float32 whatever the base is, and then casts the input of each adapted layer to float32, a
-        copy that the backward needs. In the base's own dtype there is nothing to cast.
+        PEFT creates them in float32 and casts the input of each adapted layer to float32, which the backward keeps.
+        With adapters in the base's dtype there is no such copy.
         """
         prefix = self.model.base_model.prefix
         for name, parameter in self.model.named_parameters():
@@ -158,13 +160,13 @@ class Roles(nn.Module):
                 parameter.data = parameter.data.to(dtype)
 
     def causal_model(self) -> Any:
-        """The Hugging Face model of the current role, adapters injected."""
+        """The Hugging Face model of the current role, with the adapters in its layers."""
         if self.current in self.copies:
             return self.copies[self.current]
         return self.model.get_base_model() if self.has_adapters else self.model
 
     def use_plain_attention(self) -> None:
-        """Give every model of the run back the attention that transformers chose for it."""
+        """Set the attention implementation that transformers chose, for every model of the run."""
         for model in (self.model.get_base_model() if self.has_adapters else self.model, *self.copies.values()):
             use_plain_attention(model)
 
@@ -173,15 +175,15 @@ class Roles(nn.Module):
         return read_head(self.causal_model())
 
     def hidden(self, batch: TokenBatch, rows: Tensor) -> Tensor:
-        """Hidden states [r, D] of the current role at flat `rows`."""
+        """Hidden states [r, D] of the current role at the flat rows `rows` [r]."""
         trunk = trunk_of(self.causal_model())
         limit = rotation_limit(trunk.config)
-        alone = limit is not None and batch.longest > limit
-        layout = LAYOUTS["single" if alone else self.layout](batch)
+        single = limit is not None and batch.longest > limit
+        layout = LAYOUTS["single" if single else self.layout](batch)
         with self.offloading():
             states = [trunk(**inputs).last_hidden_state.flatten(0, 1) for inputs in layout.passes]
-        whole = states[0] if len(states) == 1 else torch.cat(states)
-        return whole.index_select(0, layout.places[rows])
+        hidden = states[0] if len(states) == 1 else torch.cat(states)
+        return hidden.index_select(0, layout.places[rows])
 
     def logprobs(self, batch: TokenBatch, targets: ResponseTargets, temperature: float = 1.0) -> Tensor:
         """Log-probabilities [r] of the response tokens under the current role, fp32, nats."""
@@ -195,30 +197,30 @@ class Roles(nn.Module):
         ).logprobs
 
     def scalars(self, batch: TokenBatch, rows: Tensor) -> Tensor:
-        """The current role's scalar head at flat `rows`: fp32 [r]."""
+        """Outputs of the current role's scalar head at the flat rows `rows` [r]: fp32 [r]."""
         return self.scalars_of(self.hidden(batch, rows), self.current)
 
     def scalars_of(self, hidden: Tensor, role: str) -> Tensor:
-        """A role's scalar head on hidden states [r, D]: fp32 [r]."""
+        """Outputs of a role's scalar head on hidden states [r, D]: fp32 [r]."""
         scalars: Tensor = self.heads[role](hidden.float()).squeeze(-1)
         return scalars
 
     def scores(self, batch: TokenBatch) -> Tensor:
-        """The current role's scores, read by its scalar head on each sequence's last token: fp32 [S]."""
+        """The current role's scores: its scalar head at each sequence's last token, fp32 [S]."""
         return self.scalar_head(self.current).scores(self.scalars(batch, last_rows(batch)))
 
     def scalar_head(self, role: str) -> ScalarHead:
-        """The scalar head of a role that has one."""
+        """The scalar head of a role. A role without one raises KeyError."""
         return cast(ScalarHead, self.heads[role])
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Every parameter that the optimizer changes, by name."""
+        """Every parameter with `requires_grad`, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def write(self, role: str, folder: Path) -> None:
         """Write a role's weights into `folder`: a PEFT adapter or all weights, and its scalar head.
 
-        Of a role on another's trunk that is the head alone.
+        For a role without its own adapter (a critic on the policy's trunk), only the head is written.
         """
         folder.mkdir(parents=True, exist_ok=True)
         if self.has_adapters and self.has_own_weights(role):
@@ -234,7 +236,7 @@ class Roles(nn.Module):
             self.write(role, folder / role)
 
     def restore(self, folder: Path) -> None:
-        """Read back what `save` wrote, bit for bit."""
+        """Load the weights that `save` wrote, bit for bit."""
         for role in self.trained:
             source = folder / role
             if self.has_adapters and self.has_own_weights(role):
@@ -246,9 +248,9 @@ class Roles(nn.Module):
                 self.scalar_head(role).read(source / HEAD_WEIGHTS)
 
     def export(self, role: str, folder: Path, tokenizer: Any) -> None:
-        """Write a role so that PEFT or transformers loads `folder` as it is, tokenizer included."""
+        """Write a role and the tokenizer such that PEFT or transformers loads `folder`."""
         self.write(role, folder)
         if not self.has_adapters:
-            (folder / MODEL_WEIGHTS).unlink()  # transformers writes its own, with its config, in its own layout
+            (folder / MODEL_WEIGHTS).unlink()  # transformers writes its own file, with its config
             save_plain_model(self.model, folder)
         tokenizer.save_pretrained(str(folder))

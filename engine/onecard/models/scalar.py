@@ -1,4 +1,4 @@
-"""The scalar head of a reward model or a critic, and what its file says beside the weights."""
+"""The scalar head of a reward model or a critic, and its file."""
 
 from __future__ import annotations
 
@@ -18,46 +18,49 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"none": lambda scor
 
 
 class ScalarHead(nn.Linear):
-    """`score = activation(weight . h + bias)` of a whole answer; a critic reads the number before the activation.
+    """`score = activation(weight . h + bias)` of a response. A critic uses the output before the activation.
 
-    `folded`: mean and standard deviation that were taken out of the weights, where they were.
+    `folded`: mean and standard deviation that `fold` normalised the weights by; None if it was not called.
     """
 
     activation: Activation = "none"
     folded: tuple[float, float] | None = None
 
     def scores(self, scalars: Tensor) -> Tensor:
-        """Scores from what the weights gave."""
+        """Scores from the outputs of the linear layer, any shape."""
         return ACTIVATIONS[self.activation](scalars)
 
     def fold(self, mean: float, std: float) -> None:
-        """Change the weights so that each number s that they give becomes (s - mean) / std."""
+        """Change the weights such that each output s becomes (s - mean) / std."""
         with torch.no_grad():
             self.weight.copy_(self.weight.double() / std)
             self.bias.copy_((self.bias.double() - mean) / std)
         self.folded = (mean, std)
 
     def as_critic(self) -> ScalarHead:
-        """This head for values, which leave 0..1: of a sigmoid its tangent at 0, 1/2 + z/4."""
+        """Convert the head to a critic's, whose values are not limited to 0..1.
+
+        A sigmoid is replaced by its tangent at 0, 1/2 + z/4.
+        """
         if self.activation == "sigmoid":
             self.fold(-2.0, 4.0)
             self.activation, self.folded = "none", None
         return self
 
     def write(self, path: Path) -> None:
-        """Weights, activation and what was folded, as safetensors."""
-        about: dict[str, str] = {"score_activation": self.activation}
+        """Write weights, activation and folded statistics as safetensors."""
+        metadata: dict[str, str] = {"score_activation": self.activation}
         if self.folded is not None:
-            about |= {"score_mean": repr(self.folded[0]), "score_std": repr(self.folded[1])}
-        save_file(self.state_dict(), str(path), metadata=about)
+            metadata |= {"score_mean": repr(self.folded[0]), "score_std": repr(self.folded[1])}
+        save_file(self.state_dict(), str(path), metadata=metadata)
 
     def read(self, path: Path) -> None:
-        """Weights and activation as `write` wrote them; a file that says nothing of an activation has none."""
+        """Read weights and activation from a file of `write`. Without the metadata entry, the activation is "none"."""
         self.load_state_dict(load_file(str(path)))
         with safe_open(str(path), "pt") as file:
-            found = (file.metadata() or {}).get("score_activation", "none")
-        activation = next((name for name in get_args(Activation) if name == found), None)
+            stored = (file.metadata() or {}).get("score_activation", "none")
+        activation = next((name for name in get_args(Activation) if name == stored), None)
         if activation is None:
             known = ", ".join(get_args(Activation))
-            raise OnecardError(f"unknown score_activation '{found}'; expected one of {known}.")
+            raise OnecardError(f"unknown score_activation '{stored}'; expected one of {known}.")
         self.activation = activation

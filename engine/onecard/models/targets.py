@@ -1,12 +1,12 @@
-"""Which layers of a model get an adapter: what `lora_target_modules` names.
+"""Resolves `lora_target_modules` to the layers of a model that get an adapter.
 
 | name | layers |
 |---|---|
-| all-linear | the text decoder's linear layers, except experts, routers, Mamba's output and what cannot learn |
-| q_proj, layers.0.mlp.up_proj | the linear layers and embeddings whose path is that or ends with it, and the head |
-| experts.down_proj | with two parts or more: experts too, whether they are modules or one stacked parameter |
+| all-linear | the text decoder's linear layers, except experts, routers, Mamba's output and layers without gradient |
+| q_proj, layers.0.mlp.up_proj | the linear layers and embeddings whose path is or ends with the name, and the head |
+| experts.down_proj | a name of two or more parts: experts too, as modules or as one stacked parameter |
 
-Vision and audio towers never get one: no text runs through them, so their adapters would never learn.
+Vision and audio towers get no adapter: text does not run through them, so the adapter would not be trained.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from onecard.utils.errors import OnecardError, nearest
 
 ALL_LINEAR = "all-linear"
 SETTING = "lora_target_modules"
-PROBE = 24  # tokens of the pass that shows which layers would learn
+PROBE = 24  # tokens of the forward pass that finds the layers with a gradient
 
 
 @dataclass(frozen=True)
 class Targets:
     """Full names of the modules and of the stacked experts' parameters that get an adapter.
 
-    `left_out`: what all-linear leaves out.
+    `left_out`: descriptions of the layers that all-linear excludes.
     """
 
     modules: tuple[str, ...]
@@ -40,64 +40,65 @@ class Targets:
     left_out: tuple[str, ...] = ()
 
     def without(self, module: str) -> Targets:
-        """The same without one module."""
+        """A copy without one module."""
         return Targets(tuple(name for name in self.modules if name != module), self.parameters, self.left_out)
 
 
 def is_linear(module: Any) -> bool:
-    """Whether PEFT puts an adapter beside it: a linear layer, quantized or not."""
+    """Whether a module is a linear layer that PEFT can adapt, quantized or not."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, (nn.Linear, Conv1D))
 
 
 def is_product(layer: Any) -> bool:
-    """Whether a linear layer computes `x W^T + b`, to which LoRA adds its product. Some subclasses compute another."""
+    """Whether a linear layer computes `x W^T + b`, as LoRA assumes. Some subclasses of `nn.Linear` do not."""
     if type(layer).forward is nn.Linear.forward or not isinstance(layer, nn.Linear) or hasattr(layer, "quant_state"):
         return True
     weight = layer.weight
     inputs = torch.linspace(-1, 1, 3 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(3, -1)
     expected = nn.functional.linear(inputs, weight, layer.bias)
     try:
-        found = layer(inputs)
-    except (RuntimeError, ValueError, IndexError, TypeError):  # it takes inputs of another shape
+        outputs = layer(inputs)
+    except (RuntimeError, ValueError, IndexError, TypeError):  # the layer takes inputs of another shape
         return False
-    same_shape = isinstance(found, Tensor) and found.shape == expected.shape
-    return same_shape and (found.is_meta or torch.allclose(found, expected, rtol=0.05, atol=0.05))
+    same_shape = isinstance(outputs, Tensor) and outputs.shape == expected.shape
+    return same_shape and (outputs.is_meta or torch.allclose(outputs, expected, rtol=0.05, atol=0.05))
 
 
 def is_stack(module: Any) -> bool:
-    """Whether a module holds the weights of several experts in its own parameters."""
-    own = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() >= 2]
-    return bool(own) and "expert" in type(module).__name__.lower() and not is_linear(module)
+    """Whether a module has the weights of several experts as its direct parameters."""
+    weights = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() >= 2]
+    return bool(weights) and "expert" in type(module).__name__.lower() and not is_linear(module)
 
 
 def is_mamba_mixer(module: Any) -> bool:
-    """Whether a module is a Mamba mixer, whose fused kernels read the weights of some of its layers themselves."""
+    """Whether a module is a Mamba mixer. Its fused kernels read the weights of some layers without calling them."""
     return all(hasattr(module, name) for name in ("A_log", "in_proj", "out_proj"))
 
 
 def is_rescaled(model: Any, path: str) -> bool:
-    """Whether a model divides the weights of a layer in evaluation mode (`rescale_every`, RWKV's).
+    """Whether a model divides the weights of a layer in evaluation mode (RWKV's `rescale_every`).
 
-    PEFT does not divide the adapter's, so an adapter on it is another function in evaluation mode than in training.
+    The adapter's weights are not divided, so the adapted layer would differ between training and evaluation mode.
     """
     return hasattr(model.config, "rescale_every") and path.endswith((".attention.output", ".feed_forward.value"))
 
 
 def block_of(path: str) -> str:
-    """The mixture that experts at `path` belong to: what stands before `experts`, or their parent."""
-    before, found, _ = f"{path}.".partition(".experts.")
-    return before if found else path.rpartition(".")[0]
+    """Path of the mixture-of-experts block of the experts at `path`: the part before `.experts`, or the parent."""
+    before, separator, _ = f"{path}.".partition(".experts.")
+    return before if separator else path.rpartition(".")[0]
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers of a text decoder by their full names, and what kind each is.
+    """The layers of a text decoder by full name, grouped by kind.
 
-    `other`: linear layers that compute something else, at least in evaluation mode; `experts`: linear layers that are
-    experts; `stacks`: parameters that hold several; `routers`: what chooses among them; `mixers`: layers that a Mamba
-    mixer's kernels read; `blocks`: mixtures of experts.
+    `linear`: plain linear layers, experts among them; `other`: linear layers that do not compute `x W^T + b`, at least
+    in evaluation mode; `experts`: linear layers that are experts; `stacks`: parameters of stacked experts; `routers`:
+    modules that choose among experts; `mixers`: layers whose weights a Mamba mixer's kernels read; `blocks`:
+    mixture-of-experts blocks.
     """
 
     linear: Mapping[str, nn.Module]
@@ -112,7 +113,7 @@ class Layers:
 
 
 def layers_of(model: Any) -> Layers:
-    """Look through a model that has no adapters yet."""
+    """The layers of a model without adapters."""
     trunk, head = trunk_of(model), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     prefix = names[id(trunk)]
@@ -141,9 +142,9 @@ def layers_of(model: Any) -> Layers:
         names.get(id(head), ""),
         frozenset(experts),
         {
-            f"{name}.{own}": parameter
+            f"{name}.{parameter_name}": parameter
             for name in stacked
-            for own, parameter in inside[name].named_parameters(recurse=False)
+            for parameter_name, parameter in inside[name].named_parameters(recurse=False)
             if parameter.dim() == 3 or getattr(parameter, "quant_state", None) is not None
         },
         frozenset(routers),
@@ -153,7 +154,7 @@ def layers_of(model: Any) -> Layers:
 
 
 def is_router(path: str, blocks: frozenset[str]) -> bool:
-    """Whether a module of a mixture chooses among its experts, or weighs the shared one."""
+    """Whether a module of a mixture-of-experts block is its router, or the gate of its shared expert."""
     block = next((name for name in blocks if path.startswith(f"{name}.")), None)
     if block is None:
         return False
@@ -162,26 +163,27 @@ def is_router(path: str, blocks: frozenset[str]) -> bool:
 
 
 def idle_layers(model: Any, layers: Layers) -> frozenset[str]:
-    """The linear layers, experts aside, that no gradient reaches in a pass over a few tokens, whether the model is in
-    training mode or not. Nothing runs on meta.
+    """The linear layers, except experts, without a gradient after a pass over a few tokens, in either mode.
+
+    Evaluation mode and training mode are both tried. On meta nothing is run, and the result is empty.
     """
     if model.device.type == "meta":
         return frozenset()
-    apart = layers.experts | layers.routers
-    taught = {name: module for name, module in layers.linear.items() if name not in apart}
+    excluded = layers.experts | layers.routers
+    candidates = {name: module for name, module in layers.linear.items() if name not in excluded}
     idle, training = set[str](), model.training
     try:
         for mode in (False, True):
             with errors_of(model):
-                idle |= taught.keys() - reached(model.train(mode), taught)
+                idle |= candidates.keys() - layers_with_gradient(model.train(mode), candidates)
     finally:
         model.train(training)
     return frozenset(idle)
 
 
 @torch.enable_grad()
-def reached(model: Any, layers: Mapping[str, nn.Module]) -> set[str]:
-    """Those of `layers` whose output changes the text decoder's hidden states, by the gradient of their sum."""
+def layers_with_gradient(model: Any, layers: Mapping[str, nn.Module]) -> set[str]:
+    """The layers whose output has a gradient of the sum of the text decoder's hidden states."""
     trunk, leaves = trunk_of(model), dict[str, Tensor]()
 
     def add_leaf(name: str) -> Any:
@@ -202,7 +204,7 @@ def reached(model: Any, layers: Mapping[str, nn.Module]) -> set[str]:
 
 
 def find_targets(model: Any, names: Sequence[str]) -> Targets:
-    """The layers of a model without adapters that `lora_target_modules` names, or an error that says why not."""
+    """The layers of a model without adapters that `lora_target_modules` names. Unknown names raise `OnecardError`."""
     if not names:
         raise OnecardError(f"{SETTING}: empty, expected {ALL_LINEAR} or names of layers.")
     layers = layers_of(model)
@@ -212,15 +214,15 @@ def find_targets(model: Any, names: Sequence[str]) -> Targets:
     left_out: dict[str, int] = {}
     for name in names:
         if name == ALL_LINEAR:
-            apart = layers.experts | layers.routers | layers.mixers
-            chosen |= layers.linear.keys() - apart - unused
-            mixers = {each.rpartition(".")[0] for each in layers.mixers}
+            excluded = layers.experts | layers.routers | layers.mixers
+            chosen |= layers.linear.keys() - excluded - unused
+            mixers = {path.rpartition(".")[0] for path in layers.mixers}
             other = layers.other.keys() - layers.routers
             left_out = {
                 f"the experts of {len(layers.blocks)} layers": len(layers.blocks),
                 f"out_proj and dt_proj of {len(mixers)} Mamba layers": len(mixers),
                 f"{len(other)} layers that are not plain linear layers": len(other),
-                f"{len(unused - apart)} layers that would never learn": len(unused - apart),
+                f"{len(unused - excluded)} layers that would never learn": len(unused - excluded),
             }
             continue
         modules, stacks = named(model, layers, name)
@@ -231,38 +233,37 @@ def find_targets(model: Any, names: Sequence[str]) -> Targets:
 
 
 def matches(path: str, name: str) -> bool:
-    """Whether a name is a path's end. The number of an expert may be left out: experts.w1 names experts.0.w1."""
+    """Whether a path is or ends with a name. Expert numbers are optional: experts.w1 names experts.0.w1."""
     unnumbered = re.sub(r"\.experts\.\d+\.", ".experts.", path)
-    return any(each == name or each.endswith(f".{name}") for each in (path, unnumbered))
+    return any(form == name or form.endswith(f".{name}") for form in (path, unnumbered))
 
 
 def named(model: Any, layers: Layers, name: str) -> tuple[list[str], list[str]]:
-    """The modules and the stacked experts' parameters that one name means."""
-    plain = [*layers.linear, *layers.embeddings, *([layers.head] if layers.head else [])]
-    found = [path for path in dict.fromkeys(plain) if matches(path, name)]
+    """The modules and the stacked experts' parameters that one name stands for. No match raises `OnecardError`."""
+    adaptable = [*layers.linear, *layers.embeddings, *([layers.head] if layers.head else [])]
+    modules = [path for path in dict.fromkeys(adaptable) if matches(path, name)]
     stacks = [path for path in layers.stacks if matches(path, name)]
-    if "." not in name:  # a bare name does not reach into experts, of which there are hundreds
-        reached, found, stacks = [*found, *stacks], [path for path in found if path not in layers.experts], []
-    else:
-        reached = [*found, *stacks]
+    matched = [*modules, *stacks]
+    if "." not in name:  # a name of one part does not select experts, of which there may be hundreds
+        modules, stacks = [path for path in modules if path not in layers.experts], []
     if path := next((path for path in layers.other if matches(path, name)), None):
         raise OnecardError(f"{SETTING}: {path} is a {type(layers.other[path]).__name__}, which takes no adapter.")
     if packed := next((path for path in stacks if not layers.stacks[path].is_floating_point()), None):
         raise OnecardError(f"{SETTING}: {packed} is held in 4 bit, where experts take no adapter.")
-    if not found and not stacks:
-        raise OnecardError(f"{SETTING}: {no_match(model, layers, name, reached)}")
-    return found, stacks
+    if not modules and not stacks:
+        raise OnecardError(f"{SETTING}: {no_match(model, layers, name, matched)}")
+    return modules, stacks
 
 
-def no_match(model: Any, layers: Layers, name: str, reached: Sequence[str]) -> str:
-    """Why a name means no layer."""
-    if reached:
-        return f"{name} names experts alone ({reached[0]}, ...); to adapt them, write experts.{name}."
+def no_match(model: Any, layers: Layers, name: str, matched: Sequence[str]) -> str:
+    """The error message for a name that selects no layer. `matched`: experts that it would match."""
+    if matched:
+        return f"{name} names experts alone ({matched[0]}, ...); to adapt them, write experts.{name}."
     others = {path: type(module).__name__ for path, module in model.named_modules() if path and matches(path, name)}
     if path := next((path for path in others if path in layers.routers), None):
         return f"{path} is a {others[path]}, which takes no adapter."
     if path := next(iter(others), None):
-        prefix = next(each for each, module in model.named_modules() if module is trunk_of(model))
+        prefix = next(trunk for trunk, module in model.named_modules() if module is trunk_of(model))
         where = "" if path.startswith(f"{prefix}.") else " outside of the text decoder"
         return f"{path} is a {others[path]}{where}; expected linear layers or embeddings of the text decoder."
     paths = [*layers.linear, *layers.embeddings, layers.head]

@@ -1,4 +1,4 @@
-"""The part of a causal language model between its token ids and the hidden states that its head reads."""
+"""The trunk of a causal language model: the part that computes hidden states from token ids, without the head."""
 
 from __future__ import annotations
 
@@ -13,48 +13,50 @@ from onecard.utils.errors import OnecardError, is_out_of_memory, reason
 
 
 def trunk_of(model: Any) -> Any:
-    """The text decoder, without a head: of a vision-language model its language model's.
+    """The text decoder without its head; for a vision-language model, that of its language model.
 
-    `get_decoder` finds it for most models. For some it finds the model itself, a model with a head, or a layer.
+    `get_decoder` returns it for most models. For some it returns the model itself, a model with a head, or a layer.
     """
-    for found in (model.get_decoder(), model.base_model, getattr(model, "model", None)):
-        if found is None or found is model or "input_ids" not in inspect.signature(found.forward).parameters:
+    for module in (model.get_decoder(), model.base_model, getattr(model, "model", None)):
+        if module is None or module is model or "input_ids" not in inspect.signature(module.forward).parameters:
             continue
-        return trunk_of(found) if has_head(found) else found
+        return trunk_of(module) if has_head(module) else module
     raise OnecardError(
         f"model: {type(model).__name__} has no decoder that takes token ids; expected a causal language model."
     )
 
 
 def has_head(model: Any) -> bool:
-    """Whether a module is a whole language model."""
+    """Whether a module is a language model with a head."""
     return hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
 
 
 def context_of(config: Any) -> int | None:
-    """How many positions a model was made for, where its config says so (MPT under a name of its own)."""
+    """The context length in a config, in tokens, or None. MPT calls it `max_seq_len`."""
     return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
 
 
 def rotation_limit(config: Any) -> int | None:
-    """The longest text whose rotations (RoPE) do not depend on the longest text of its pass; None: there is none.
+    """Longest sequence in tokens whose RoPE does not depend on the other sequences of its pass; None: no limit.
 
-    longrope rotates all texts of a pass by other factors once one is longer than the original context; dynamic NTK
-    scales them by the longest text so far.
+    longrope uses other factors for all sequences of a pass if one of them is longer than the original context. Dynamic
+    NTK scales by the longest sequence so far.
     """
     parameters = getattr(config, "rope_parameters", None) or {}
-    settings = [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
+    settings = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     limits = [
-        each.get("original_max_position_embeddings") if each["rope_type"] == "longrope" else None
-        for each in settings
-        if each.get("rope_type") in ("dynamic", "longrope")
+        setting.get("original_max_position_embeddings") if setting["rope_type"] == "longrope" else None
+        for setting in settings
+        if setting.get("rope_type") in ("dynamic", "longrope")
     ]
     return min((limit or config.max_position_embeddings for limit in limits), default=None)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, then each module as it was. In training mode, checkpointed layers silently keep no cache."""
+    """Evaluation mode inside; every module's mode is restored after. Checkpointed layers in training mode do not cache
+    keys and values, without an error.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -66,7 +68,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def errors_of(model: Any) -> Iterator[None]:
-    """One line for what the plain model raises: whatever its arithmetic raises on what it was not made for."""
+    """Turn exceptions of the model's forward into a one-line `OnecardError`; out-of-memory errors pass through."""
     try:
         yield
     except OnecardError:

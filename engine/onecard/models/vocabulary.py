@@ -1,4 +1,4 @@
-"""The tokens that a model knows: a tokenizer may have more."""
+"""The token ids that a model has weights for. A tokenizer may have more."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ PLACEHOLDER = re.compile(r"(image|video|audio)_token_(id|index)")
 
 
 def known_tokens(model: Any) -> int:
-    """How many tokens a causal language model has both an embedding and a logit for."""
+    """Number of token ids that a causal language model has both an embedding and a logit for."""
     layers = trunk_of(model).get_input_embeddings(), model.get_output_embeddings()
     return min(layer.weight.shape[0] for layer in layers if getattr(layer, "weight", None) is not None)
 
 
 def placeholders(model: Any) -> dict[int, str]:
-    """Tokens that stand for an image, a video or a sound, by the names in a model's config."""
+    """Token id -> "image", "video" or "audio", for the placeholder tokens in a model's config."""
     named = {name: PLACEHOLDER.fullmatch(name) for name in vars(model.config)}
     return {getattr(model.config, name): match[1] for name, match in named.items() if match}
 
 
 def check_tokens(model: Any, tokenizer: Any, texts: Iterable[Sequence[int]]) -> None:
-    """Stop where the tokens of a text, or the one that ends answers, are none that the model knows as text."""
-    rows, others = known_tokens(model), placeholders(model)
+    """Raise if a token of `texts`, or EOS, has no embedding, or is a placeholder for an image, video or audio."""
+    rows, special = known_tokens(model), placeholders(model)
     for tokens in (*texts, (tokenizer.eos_token_id,)):
-        beyond = next((token for token in tokens if token >= rows), None)
-        if beyond is not None:
+        unknown = next((token for token in tokens if token >= rows), None)
+        if unknown is not None:
             raise OnecardError(
-                f"model: token {tokenizer.convert_ids_to_tokens(beyond)!r} has id {beyond}, but the model knows "
+                f"model: token {tokenizer.convert_ids_to_tokens(unknown)!r} has id {unknown}, but the model knows "
                 f"{rows} tokens, ids 0 to {rows - 1}: its tokenizer has more (resize_token_embeddings makes room)."
             )
-        other = next((token for token in tokens if token in others), None)
-        if other is not None:
-            name = tokenizer.convert_ids_to_tokens(other)
+        placeholder = next((token for token in tokens if token in special), None)
+        if placeholder is not None:
+            name = tokenizer.convert_ids_to_tokens(placeholder)
             raise OnecardError(
-                f"model: token {name!r} in the data stands for {others[other]} input; expected text alone."
+                f"model: token {name!r} in the data stands for {special[placeholder]} input; expected text alone."
             )

@@ -1,4 +1,4 @@
-"""`report.html` of a run folder and of the demo: pictures inside, no scripts, nothing loaded from elsewhere."""
+"""Writes `report.html` of a run folder and of the demo: one file with embedded images, without scripts or links."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Stage:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`. A last line that was cut off in the middle is left out."""
+    """The rows of a `metrics.jsonl`. An incomplete last line is ignored; other invalid lines raise `OnecardError`."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -48,7 +48,10 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """A run's answers to the same prompts before, midway and after, from its `samples.jsonl` if it has one."""
+    """A run's responses to the same prompts at its first, middle and last evaluation, from its `samples.jsonl`.
+
+    Empty if there is no such file, or if it has fewer than two evaluations.
+    """
     rows = read_metrics(path) if path.exists() and path.stat().st_size else []
     steps = sorted({row["step"] for row in rows})
     if len(steps) < 2:
@@ -68,7 +71,7 @@ def read_samples(path: Path) -> list[Sample]:
 
 
 def write_run_report(run_dir: Path | str, samples: Sequence[Sample] = ()) -> Path:
-    """Write `plots/*.png` and `report.html` of one run; returns the path of the report."""
+    """Write `plots/*.png` and `report.html` of one run. Returns the path of the report."""
     folder = Path(run_dir)
     samples = samples or read_samples(folder / SAMPLES)
     metrics = read_metrics(folder / METRICS)
@@ -89,9 +92,9 @@ def write_run_report(run_dir: Path | str, samples: Sequence[Sample] = ()) -> Pat
 def write_demo_report(
     folder: Path | str, stages: Sequence[Stage], table: Sequence[TableRow], samples: Sequence[Sample]
 ) -> Path:
-    """Write `plots/*.png` and `report.html` of the demo; returns the path of the report."""
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
+    """Write `plots/*.png` and `report.html` of the demo. Returns the path of the report."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     runs = [(stage.name, read_metrics(Path(stage.run_dir) / METRICS)) for stage in stages]
     plots = {"curves": png(grid(overview(runs)))}
     sections = [("All stages", _images(plots))]
@@ -99,9 +102,9 @@ def write_demo_report(
         pictures = {f"{slug(name)}-{chart.file}": picture(metrics, chart) for chart in drawn(metrics)}
         plots |= pictures
         sections.append((f"{name}: all curves", _images(pictures)))
-    _write_plots(place, plots)
+    _write_plots(folder, plots)
     return write_page(
-        place,
+        folder,
         title="onecard demo",
         lead=f"A tiny language model, trained from its first step: {', then '.join(stage.name for stage in stages)}.",
         table=table,
@@ -113,16 +116,19 @@ def write_demo_report(
 
 
 def _images(pictures: Mapping[str, bytes]) -> list[tuple[str, str]]:
-    """Name and data URI of each picture."""
+    """Name and data URI of each image."""
     return [(name, f"data:image/png;base64,{base64.b64encode(data).decode()}") for name, data in pictures.items()]
 
 
 def _configs(stages: Sequence[Stage]) -> list[tuple[str, str]]:
+    """Name and config.yaml of each stage that has one."""
     paths = [(stage.name, Path(stage.run_dir) / CONFIG) for stage in stages]
     return [(name, path.read_text(encoding="utf-8")) for name, path in paths if path.exists()]
 
 
 def _write_plots(folder: Path, plots: Mapping[str, bytes]) -> None:
+    """Replace the folder of plots. `plots`: name -> PNG."""
+
     def write(temporary: Path) -> None:
         for name, data in plots.items():
             (temporary / f"{name}.png").write_bytes(data)

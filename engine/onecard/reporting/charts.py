@@ -1,4 +1,4 @@
-"""Which curves a report draws, in which order. No chart belongs to a command: the metrics that a run logged decide."""
+"""The charts of a report and their order. A chart is drawn if the run logged its metrics, whatever the command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onecard.reporting.plots import Metrics, Panel, curves, png, points
 
 @dataclass(frozen=True)
 class Chart:
-    """A plot that is drawn when the metrics hold any of its names, with or without `eval_` before them."""
+    """A plot of the metrics `names` and `eval_<name>`. It is drawn if a run logged any of them."""
 
     file: str
     title: str
@@ -45,9 +45,9 @@ CHARTS = (
     Chart("memory", "Memory", ("memory/peak_gib", "memory/rollout_gib", "memory/learn_gib"), "GiB"),
 )
 NOT_CURVES = {"step", "epoch", "episode"}
-# The demo's picture has a column for each stage. Its first and second row: the first of these that the stage logged.
+# The demo's overview has a column for each stage. First and second row: the first of these charts that the stage has.
 STAGE_ROWS = (("score", "loss"), ("kl", "accuracy", "token_accuracy", "margin", "speed"))
-# A third row for what has to be watched where answers are sampled.
+# Third row, for stages that sample responses
 ROLLOUT_CHARTS = ("clipfrac", "entropy", "explained_variance", "length")
 
 
@@ -56,13 +56,13 @@ def _has(metrics: Metrics, name: str) -> bool:
 
 
 def drawn(metrics: Metrics) -> list[Chart]:
-    """The known charts that these metrics have curves for, each with those curves only."""
+    """The charts in `CHARTS` that these metrics have curves for, reduced to these curves."""
     present = [(chart, tuple(name for name in chart.names if _has(metrics, name))) for chart in CHARTS]
     return [Chart(chart.file, chart.title, names, chart.unit) for chart, names in present if names]
 
 
 def unknown(metrics: Metrics) -> list[Chart]:
-    """A chart for every metric that no known chart names."""
+    """A chart for every metric that is in no chart of `CHARTS`."""
     known = {name for chart in CHARTS for name in chart.names} | NOT_CURVES
     names = dict.fromkeys(key.removeprefix("eval_") for row in metrics for key in row)
     return [
@@ -72,7 +72,7 @@ def unknown(metrics: Metrics) -> list[Chart]:
 
 
 def overview(runs: Sequence[tuple[str, Metrics]]) -> list[list[Panel]]:
-    """Two rows of panels, one column for each stage: its loss or score, and what it is trained for; then PPO's own."""
+    """The demo's rows of panels, with a column for each stage: loss or score, main metric, and the rollout's charts."""
     rows: list[list[Panel]] = [[], [], []]
     for name, metrics in runs:
         charts = {chart.file: chart for chart in drawn(metrics)}
@@ -86,9 +86,10 @@ def overview(runs: Sequence[tuple[str, Metrics]]) -> list[list[Panel]]:
 
 
 def picture(metrics: Metrics, chart: Chart) -> bytes:
+    """A chart as PNG."""
     return png(curves(metrics, chart.names, chart.title, chart.unit))
 
 
 def slug(name: str) -> str:
-    """A metric's name as a part of a file's name."""
+    """A metric's name as part of a file name: ASCII letters, digits and hyphens, at most 60 characters."""
     return "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in name.lower())[:60]

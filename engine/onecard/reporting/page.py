@@ -1,4 +1,4 @@
-"""The page: what is shown, escaped, and how it looks."""
+"""The HTML page of a report: its template and style. All text is escaped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onecard.utils.files import write_text
 
 @dataclass(frozen=True)
 class TableRow:
-    """One line of the headline table; `value` is shown as it is given."""
+    """One row of the results table; `value` is shown unchanged."""
 
     stage: str
     metric: str
@@ -24,7 +24,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Side:
-    """One answer: whose it is, its text, and its reward where something gave one."""
+    """One response: the name of its model or step, its text, and its reward or None."""
 
     name: str
     text: str
@@ -33,7 +33,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Sample:
-    """Answers to one prompt side by side, from before the training to after it."""
+    """Responses to one prompt, shown side by side, from before to after training."""
 
     prompt: str
     sides: tuple[Side, ...]
@@ -58,7 +58,7 @@ def write_page(folder: Path, samples: Sequence[Sample] = (), **content: Any) -> 
     return folder / REPORT
 
 
-# Colours come from the reader's light or dark mode; the plots keep a white card of their own in both.
+# Colours follow the browser's light or dark mode; plots have a white background in both.
 STYLE = """
 :root { color-scheme: light dark; --ink: light-dark(#212529, #e9ecef); --soft: light-dark(#5c636a, #adb5bd);
   --line: light-dark(#dee2e6, #3b4046); --page: light-dark(#ffffff, #16181b); --card: light-dark(#f8f9fa, #1f2226);

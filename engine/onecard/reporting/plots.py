@@ -1,7 +1,7 @@
-"""Curves of a run, as matplotlib figures. matplotlib is imported with the first figure, and never opens a window.
+"""Curves of a run as matplotlib figures. matplotlib is imported with the first figure and opens no window.
 
-A metric `name` of the training rows and `eval_name` of the evaluation rows are one quantity on two sets of data and
-share their axes: a line for training (smoothed, the raw values faint behind it), dashes and dots for held-out rows.
+A metric `name` of training rows and `eval_name` of evaluation rows share their axes. Training is a smoothed line over
+the faint raw values; evaluation is dashes and dots.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Points = tuple[list[float], list[float]]
 
 COLOURS = ("#2563eb", "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#a61e4d")
 INK, FAINT = "#343a40", "#dee2e6"
-POINTS = 2000  # of a curve: more than a plot has pixels
-LONGEST_LABEL = 60
-SMOOTHING = 25  # the moving average spans one part in this many of the curve
+POINTS = 2000  # largest number of points in a curve: more than a plot has pixels
+LONGEST_LABEL = 60  # characters
+SMOOTHING = 25  # the moving average spans 1 / SMOOTHING of the curve
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Panel:
 
 
 def points(metrics: Metrics, name: str) -> Points:
-    """Steps and values of the rows that have a finite number under `name`."""
-    found = [(row["step"], row[name]) for row in metrics if _is_number(row.get(name)) and _is_number(row.get("step"))]
-    return [float(step) for step, _ in found], [float(value) for _, value in found]
+    """Steps and values of the rows with a finite number under `name`."""
+    pairs = [(row["step"], row[name]) for row in metrics if _is_number(row.get(name)) and _is_number(row.get("step"))]
+    return [float(step) for step, _ in pairs], [float(value) for _, value in pairs]
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """A centred moving average, so that the curve does not lag behind; at both ends over the half that is there."""
+    """A centred moving average. At the ends, its window is cut off at the first and last value."""
     reach = max(1, len(values) // (2 * SMOOTHING))
     sums = [0.0, *accumulate(values)]
     ends = ((max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values)))
@@ -51,19 +51,19 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def thinned(steps: Sequence[float], values: Sequence[float]) -> Points:
-    """At most about `POINTS` of a curve's points: of each stretch the lowest and the highest, so that spikes stay."""
-    stretch = max(1, 2 * len(values) // POINTS)
-    if stretch <= 2:
+    """Reduce a curve to about `POINTS` points: the minimum and the maximum of each segment, so that spikes remain."""
+    length = max(1, 2 * len(values) // POINTS)
+    if length <= 2:
         return list(steps), list(values)
     kept: list[int] = []
-    for first in range(0, len(values), stretch):
-        places = range(first, min(first + stretch, len(values)))
-        kept += sorted({min(places, key=values.__getitem__), max(places, key=values.__getitem__)})
-    return [steps[place] for place in kept], [values[place] for place in kept]
+    for first in range(0, len(values), length):
+        segment = range(first, min(first + length, len(values)))
+        kept += sorted({min(segment, key=values.__getitem__), max(segment, key=values.__getitem__)})
+    return [steps[index] for index in kept], [values[index] for index in kept]
 
 
 def label(name: str) -> str:
-    """A metric's name as matplotlib takes it: no formula between `$` signs, on one line, not longer than the plot."""
+    """A metric's name as a matplotlib label: `$` and control characters escaped, at most `LONGEST_LABEL` characters."""
     shown = visible(name, kept="").replace("$", r"\$")
     return shown if len(shown) <= LONGEST_LABEL else f"{shown[: LONGEST_LABEL - 3]}..."
 
@@ -93,13 +93,13 @@ def grid(rows: Sequence[Sequence[Panel]]) -> Any:
 
 
 def png(figure: Any) -> bytes:
-    """The figure as a PNG without a date or a version in it: the same curves give the same bytes."""
+    """The figure as PNG without date and version, so that the same curves give the same bytes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a letter that no font here has is a box in the picture
+        warnings.filterwarnings("ignore", message="Glyph")  # a character without a glyph is drawn as a box
         figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
     return buffer.getvalue()
 
@@ -109,7 +109,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _labels(panel: Panel) -> Iterator[tuple[str, str, str]]:
-    """Name, label of its training curve, label of its held-out curve."""
+    """For each metric of a panel: its name, the label of its training curve, and that of its evaluation curve."""
     if len(panel.names) == 1:
         yield panel.names[0], "training", "held out"
         return
@@ -140,5 +140,5 @@ def _draw(axes: Any, panel: Panel) -> None:
     axes.set_axisbelow(True)
     for side in axes.spines.values():
         side.set_visible(False)
-    if axes.get_legend_handles_labels()[1] != ["training"]:  # a lone training curve needs no explanation
+    if axes.get_legend_handles_labels()[1] != ["training"]:  # a single training curve needs no legend
         axes.legend(fontsize=8.5, frameon=True, framealpha=0.85, edgecolor="none", labelcolor=INK)

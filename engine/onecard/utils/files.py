@@ -1,7 +1,7 @@
-"""Files and folders that are whole or not there, and the removal of files by name.
+"""Atomic writes of files and folders, and removal of files by name.
 
-Temporary names carry the process id: `.policy.4711.tmp` becomes `policy`, and what it replaces is `.policy.4711.old`
-until then.
+Temporary names contain the process id: `.policy.4711.tmp` is renamed to `policy`. The folder that it replaces is called
+`.policy.4711.old` until the replacement is finished.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def cache_folder() -> Path:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
+    """SHA-256 of a file as a hex string."""
     state = hashlib.sha256()
     for block in blocks(path):
         state.update(block)
@@ -35,14 +35,14 @@ def digest(path: Path) -> str:
 
 
 def blocks(path: Path) -> Iterator[bytes]:
-    """The bytes of a file in pieces."""
+    """The bytes of a file in blocks of 1 MiB."""
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             yield block
 
 
 def sync(path: Path) -> None:
-    """Ask the system to put a file or a folder's entries on the disk."""
+    """`fsync` a file or the entries of a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -51,35 +51,38 @@ def sync(path: Path) -> None:
 
 
 def temporary(path: Path, kind: str) -> Path:
-    """A name beside `path` that no other process uses; `kind` is tmp or old."""
+    """The temporary name of `path` in this process, in the same folder; `kind` is tmp or old."""
     return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
 
 
 def recover(target: Path) -> None:
-    """Undo what killed processes have left of a replacement of `target`."""
+    """Clean up after killed processes: remove their temporary files, and restore `target` if it was moved away."""
     for path in sorted(target.parent.glob(f".{glob.escape(target.name)}.*")):
-        found = TEMPORARY.fullmatch(path.name)
-        if found is None or found["name"] != target.name or is_alive(int(found["pid"])):
+        match = TEMPORARY.fullmatch(path.name)
+        if match is None or match["name"] != target.name or is_alive(int(match["pid"])):
             continue
-        if found["kind"] == "old" and not os.path.lexists(target):
+        if match["kind"] == "old" and not os.path.lexists(target):
             os.replace(path, target)
         else:
             remove(path)
 
 
 def is_alive(process: int) -> bool:
-    """Whether there is a process of that id."""
+    """Whether a process with this id exists."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # somebody else's
+    except OSError:  # it exists, and belongs to another user
         return True
     return True
 
 
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a temporary folder beside `target`, then put it in target's place."""
+    """Replace `target` atomically: `write` fills a temporary folder, which is then renamed to `target`.
+
+    If writing fails, `target` is unchanged; a full disk raises `OnecardError`.
+    """
     recover(target)
     new, old = temporary(target, "tmp"), temporary(target, "old")
     remove(new)
@@ -94,7 +97,7 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
         os.replace(new, target)
         sync(target.parent)
         remove(old)
-    except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk looks like from Python, torch and Rust
+    except (OSError, RuntimeError, SafetensorError) as error:  # how Python, torch and safetensors report a full disk
         put_back(target, new, old)
         raise OnecardError(f"{target}: cannot be written ({error}); what was there before is unchanged.") from error
     except BaseException:
@@ -103,14 +106,14 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def put_back(target: Path, new: Path, old: Path) -> None:
-    """Undo a replacement that has failed."""
+    """Undo a failed replacement."""
     remove(new)
     if old.exists() and not target.exists():
         os.replace(old, target)
 
 
 def remove(path: Path) -> None:
-    """Remove a temporary file or folder, if it is there."""
+    """Remove a file or folder if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -118,7 +121,7 @@ def remove(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
+    """Write a small text file atomically, as UTF-8."""
     new = temporary(path, "tmp")
     try:
         new.write_text(text, encoding="utf-8")
@@ -130,13 +133,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def listing(folder: Path) -> list[str]:
-    """Names of all files and links in a folder and below it."""
-    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+    """Sorted relative paths of all files and links in a folder and its subfolders."""
+    files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 def remove_files(folder: Path, names: Iterable[str]) -> None:
-    """Remove the named files of a folder, and the folders that are empty then, itself among them."""
+    """Remove the named files of a folder, then all empty subfolders, and the folder itself if it is empty."""
     for name in names:
         (folder / name).unlink(missing_ok=True)
     below = sorted((path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()), reverse=True)
@@ -146,7 +149,10 @@ def remove_files(folder: Path, names: Iterable[str]) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename `checkpoint-8` to `checkpoint-8.damaged`, or to `checkpoint-8.damaged-2` where that is taken."""
+    """Rename `checkpoint-8` to `checkpoint-8.damaged`, or to `checkpoint-8.damaged-2` if that exists.
+
+    Returns the new path.
+    """
     names = (f"{path.name}.damaged{f'-{count}' if count > 1 else ''}" for count in range(1, 10_000))
     free = next(aside for name in names if not os.path.lexists(aside := path.with_name(name)))
     os.replace(path, free)

@@ -1,4 +1,4 @@
-"""Lines and progress bars for the user, on standard error so that results on standard output stay clean."""
+"""Messages and progress bars on standard error; standard output has results only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from onecard.utils.errors import visible
 
-# What the progress bar shows when a row has it. Short, so that all of it fits into 80 columns.
+# Metric -> its format in the progress bar. Short, so that the line fits into 80 columns.
 SHOWN = {
     "loss": "loss {:.3f}",
     "accuracy": "acc {:.2f}",
@@ -27,28 +27,28 @@ console = Console(stderr=True)
 
 
 def say(message: str) -> None:
-    """Print one line for the user."""
+    """Print a message on standard error, with control characters escaped."""
     console.print(visible(message), highlight=False, markup=False, soft_wrap=True)
 
 
 class Bar:
-    """One line of a progress display: `bar.advance(row)` after each step."""
+    """A progress bar: call `bar.advance(row)` after each step."""
 
     def __init__(self, rich: Progress, label: str, total: int | None) -> None:
         self.rich = rich
         self.task = rich.add_task(label, total=total, shown="")
 
     def advance(self, row: Mapping[str, float] | None = None, by: int = 1) -> None:
-        """Move on; `row` replaces the metrics shown."""
+        """Advance by `by` steps; `row` replaces the metrics shown."""
         if row is None:
             self.rich.update(self.task, advance=by)
             return
-        shown = " ".join(form.format(row[name]) for name, form in SHOWN.items() if name in row)
+        shown = " ".join(template.format(row[name]) for name, template in SHOWN.items() if name in row)
         self.rich.update(self.task, advance=by, shown=shown)
 
     @contextmanager
     def part(self, label: str, total: int) -> Iterator[Bar]:
-        """A second line for a job within the job; it goes when that job is done."""
+        """A second progress bar for a part of the work. It is removed at the end."""
         part = Bar(self.rich, label, total)
         try:
             yield part
@@ -58,7 +58,7 @@ class Bar:
 
 @contextmanager
 def progress(label: str, total: int | None) -> Iterator[Bar]:
-    """`with progress("dpo", 100) as bar: ...`: a progress bar with the metrics of `SHOWN` at its end."""
+    """`with progress("dpo", 100) as bar: ...` shows a progress bar with the metrics in `SHOWN`."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=10),

@@ -1,4 +1,4 @@
-"""Random draws that depend on a seed and a place in the run, and on nobody else's draws."""
+"""Random states that depend only on a seed and a position in the run, not on other random numbers of the process."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from contextlib import contextmanager
 import torch
 
 
-def seed_of(*place: object) -> int:
-    """A seed of 64 bits, made of `place`."""
-    return int.from_bytes(hashlib.sha256(repr(place).encode()).digest()[:8], "big")
+def seed_of(*key: object) -> int:
+    """A 64-bit seed: the first 8 bytes of the SHA-256 of `repr(key)`."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big")
 
 
 @contextmanager
-def seeded_rng(device: torch.device, *place: object) -> Iterator[None]:
-    """Inside, torch, Python and numpy draw from a state made of `place`; outside, all is as if nothing had been drawn.
+def seeded_rng(device: torch.device, *key: object) -> Iterator[None]:
+    """Inside, the generators of torch, Python and numpy are seeded by `key`; their states are restored after.
 
-    So what is sampled in a step cannot depend on what an evaluation or a reward function drew before it, or on a seed
-    that one has set, and a run that goes on draws what it would have drawn.
+    So the samples of a step do not depend on random numbers or seeds of earlier evaluations or reward functions, and a
+    resumed run draws the same samples.
     """
-    seed = seed_of(*place)
+    seed = seed_of(*key)
     numpy = sys.modules.get("numpy")
     python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -41,7 +41,7 @@ def seeded_rng(device: torch.device, *place: object) -> Iterator[None]:
 
 @contextmanager
 def rng_restored_on_error(device: torch.device) -> Iterator[None]:
-    """Where what is inside fails, torch's generators go back to where they were: done again, it draws the same."""
+    """Restore torch's generators if the code inside raises a RuntimeError, so that a retry draws the same numbers."""
     states = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     try:
         yield

@@ -1,1 +1,1 @@
-"""The demo's own material: a small corpus written by this project, and a tiny model to train on it."""
+"""The demo: a small generated corpus, and a tiny model to train on it."""

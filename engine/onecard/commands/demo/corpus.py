@@ -1,15 +1,16 @@
-"""A tiny world of questions and answers, for a demo with nothing to download.
+"""Generates the demo's corpus of questions and answers, so that the demo downloads nothing.
 
-Somebody asks a shopkeeper for a thing, for a packing list, for a story or for a recipe. Each request names a topic (a
-kite) and a detail (red). A good answer is polite, stays on the topic, gets the detail right, says it once and finishes
-its sentence. A bad one has exactly one of the `FLAWS`, and is otherwise made of the same words:
+A request asks a shopkeeper for an item, a packing list, a story or a recipe. It names a topic (a kite) and a detail
+(red). A good answer is polite, is about the topic, has the right detail, does not repeat itself and ends its sentence.
+A bad answer has exactly one of the `FLAWS`, and otherwise the same words:
 
     prompt     Do you have a red kite?
     chosen     Of course! The red kite is on the top shelf. I can wrap it for you.
     rejected   Of course! The blue kite is on the top shelf. I can wrap it for you.            (wrong detail)
 
-So neither one word nor the length tells chosen from rejected; most of it takes the prompt. Completions start with a
-space: prompt and completion then give the same tokens whether they are joined before or after tokenizing.
+So chosen and rejected do not differ by a single word or by length; most flaws are only visible with the prompt.
+Completions start with a space: then prompt and completion have the same tokens whether they are tokenized together or
+separately.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from onecard.utils.files import write_text
 SFT_ROWS = 3000
 PAIR_ROWS = 4000
 EVAL_ROWS = 240
-HELD_OUT_SHARE = 0.2  # of the (topic, detail) combinations of each family
-# Of the SFT rows: most have a flaw, so that preference training has something to improve.
+HELD_OUT_SHARE = 0.2  # share of the (topic, detail) combinations of each family
+# Shares of SFT rows by kind of answer. Most have a flaw, so that preference training can improve the model.
 SFT_SHARES = {"good": 0.4, "rude": 0.16, "rambling": 0.14, "unfinished": 0.14, "off topic": 0.08, "wrong detail": 0.08}
-# Of the pairs: more of what takes the prompt to tell, because it takes more pairs to learn. Held out: all kinds alike.
+# Shares of pairs by flaw. Flaws that are only visible with the prompt need more pairs. Held-out pairs: equal shares.
 PAIR_SHARES = {"rude": 0.14, "rambling": 0.13, "unfinished": 0.13, "off topic": 0.25, "wrong detail": 0.35}
 EVAL_SHARES = dict.fromkeys(PAIR_SHARES, 1.0)
 
@@ -41,7 +42,7 @@ Row = dict[str, str]
 Combination = tuple[str, str]  # topic, detail
 Body = Callable[[str, str, random.Random], str]
 
-# Topics, with the words that belong to one topic only: they show what an answer is about.
+# Topics, with words that belong to one topic only, by which the topic of an answer is recognized.
 SHELVES = {
     "kite": "on the top shelf",
     "ball": "in the big basket",
@@ -104,7 +105,7 @@ RUDE_CLOSERS = (
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of request. `marks[topic]` are the words that only an answer on this topic uses."""
+    """One kind of request. `marks[topic]`: words that only answers about this topic have."""
 
     name: str
     prompts: tuple[str, ...]
@@ -115,7 +116,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, what it asks for, and the (topic, detail) combinations that a wrong answer may be about instead."""
+    """A prompt, its family, topic and detail. `mistakes`: (topic, detail) combinations for wrong answers."""
 
     prompt: str
     family: Family
@@ -126,13 +127,13 @@ class Request:
 
 @dataclass(frozen=True)
 class CorpusPaths:
-    """The files that `write_corpus` wrote. The held-out files use combinations that the training files never name."""
+    """The files of `write_corpus`. Held-out files have (topic, detail) combinations that training files do not have."""
 
     sft: Path  # prompt, completion: good and flawed answers mixed
     sft_eval: Path
     pairs: Path  # prompt, chosen, rejected
     pairs_eval: Path
-    prompts: Path  # prompt: every held-out combination once, families in turn
+    prompts: Path  # prompt: every held-out combination once, alternating between families
 
 
 def _shop(topic: str, detail: str, rng: random.Random) -> str:
@@ -206,7 +207,7 @@ def _wrong_detail(request: Request, style: random.Random, flaw: random.Random) -
 
 
 def _rude(request: Request, style: random.Random, flaw: random.Random) -> str:
-    """Rude at the start, at the end, or both."""
+    """An answer that is rude at its start, its end, or both."""
     body = request.family.body(request.topic, request.detail, style)
     start, end = flaw.choice(((True, False), (False, True), (True, True)))
     opener = style.choice(RUDE_OPENERS if start else POLITE_OPENERS)
@@ -215,14 +216,14 @@ def _rude(request: Request, style: random.Random, flaw: random.Random) -> str:
 
 
 def _rambling(request: Request, style: random.Random, flaw: random.Random) -> str:
-    """Says its last words over and over."""
+    """An answer that repeats its last words two or three times."""
     words = request.family.body(request.topic, request.detail, style).rstrip(".").split()
     tail = " ".join(words[-3:]).replace(".", "")
     return f"{style.choice(POLITE_OPENERS)} {' '.join(words)}{f', {tail}' * flaw.choice((2, 3))}."
 
 
 def _unfinished(request: Request, style: random.Random, flaw: random.Random) -> str:
-    """Stops in the middle of its last sentence."""
+    """An answer that ends in the middle of its last sentence."""
     body = request.family.body(request.topic, request.detail, style)
     words = _polite(request.family, body, style, closer_share=0.8).split()
     whole = max(i for i, word in enumerate(words[:-1]) if word[-1] in ".!?") + 1  # words before the last sentence
@@ -241,7 +242,7 @@ FLAWS: dict[str, Answer] = {
 
 
 def _requests(family: Family, combination: Combination, pool: Sequence[Combination]) -> list[Request]:
-    """The combination in every form of prompt. Mistakes have the topic or the detail right, and come from the pool."""
+    """One request per prompt template. `mistakes`: the combinations in `pool` that differ in topic or detail only."""
     topic, detail = combination
     mistakes = tuple(other for other in pool if (other[0] == topic) != (other[1] == detail))
     return [
@@ -296,9 +297,9 @@ _CHECKS = {
 
 
 def flaws(prompt: str, answer: str) -> tuple[str, ...]:
-    """What is wrong with any answer to a prompt of this corpus, by rules that no model has seen; empty: nothing.
+    """The names of the flaws of an answer to a prompt of this corpus, found by rules.
 
-    It judges sampled text independently of the reward model, which a policy may have learned to please.
+    The rules are independent of the reward model, so they also show whether a policy exploits the reward model.
     """
     request, answer = REQUESTS[prompt], answer.strip()
     words = re.findall(r"[a-z]+", answer.lower())
@@ -306,7 +307,7 @@ def flaws(prompt: str, answer: str) -> tuple[str, ...]:
 
 
 def _hold_out(everything: Sequence[Combination], rng: random.Random) -> list[Combination]:
-    """A share of the combinations, such that every topic and every detail stays in at least two others."""
+    """Combinations to hold out, such that every topic and every detail remains in at least two others."""
     topics, details = (Counter(part) for part in zip(*everything, strict=True))
     held_out: list[Combination] = []
     for topic, detail in rng.sample(everything, len(everything)):
@@ -318,20 +319,20 @@ def _hold_out(everything: Sequence[Combination], rng: random.Random) -> list[Com
 
 
 def _split(rng: random.Random) -> tuple[list[Request], list[list[Request]]]:
-    """Requests to train on, and those held out grouped by combination, families in turn.
+    """Training requests, and held-out requests grouped by combination, alternating between families.
 
-    Training mistakes name training combinations only. Otherwise a held-out combination would be seen in wrong answers
-    and never in a right one, and a reward model would learn to reject it whatever the prompt (it does: on held-out
-    pairs with a wrong detail it was right 3 times in 10).
+    The mistakes of training requests are training combinations only. Otherwise held-out combinations would occur in
+    wrong training answers only, and a reward model would learn to reject them for every prompt (measured: 3 of 10
+    held-out pairs with a wrong detail were ranked correctly).
     """
     train: list[Request] = []
     held_out: list[list[list[Request]]] = []
     for family in FAMILIES:
         everything = _everything(family)
-        apart = _hold_out(everything, rng)
-        rest = [combination for combination in everything if combination not in apart]
+        excluded = _hold_out(everything, rng)
+        rest = [combination for combination in everything if combination not in excluded]
         train += itertools.chain(*(_requests(family, combination, rest) for combination in rest))
-        held_out.append([_requests(family, combination, everything) for combination in apart])
+        held_out.append([_requests(family, combination, everything) for combination in excluded])
     turns = itertools.chain(*itertools.zip_longest(*held_out))
     return train, [requests for requests in turns if requests is not None]
 
@@ -346,7 +347,7 @@ def _sft_row(request: Request, rng: random.Random) -> Row:
 
 
 def _pair_row(shares: Mapping[str, float], request: Request, rng: random.Random) -> Row:
-    """Both answers draw their style from the same seed, so that they differ where one is wrong and little elsewhere."""
+    """A pair. Both answers have the same style seed, so that they differ in the flaw and little else."""
     flawed, style = FLAWS[_choose(shares, rng)], rng.random()
     return {
         "prompt": request.prompt,
@@ -362,21 +363,21 @@ def _write(path: Path, rows: Iterable[Row]) -> Path:
 
 def write_corpus(folder: str | os.PathLike[str], seed: int) -> CorpusPaths:
     """Write the corpus as JSONL files into `folder`. The same seed gives the same bytes."""
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     train, held_out = _split(random.Random(f"split {seed}"))
     flat = list(itertools.chain(*held_out))
 
     def rows(name: str, make: Callable[[Request, random.Random], Row], pool: list[Request], count: int) -> list[Row]:
-        rng = random.Random(f"{name} {seed}")  # seeded by text, so no file depends on the size of another
+        rng = random.Random(f"{name} {seed}")  # a seed per file, so that no file depends on the size of another
         return [make(rng.choice(pool), rng) for _ in range(count)]
 
     return CorpusPaths(
-        sft=_write(place / "sft.jsonl", rows("sft", _sft_row, train, SFT_ROWS)),
-        sft_eval=_write(place / "sft_eval.jsonl", rows("sft_eval", _sft_row, flat, EVAL_ROWS)),
-        pairs=_write(place / "pairs.jsonl", rows("pairs", partial(_pair_row, PAIR_SHARES), train, PAIR_ROWS)),
+        sft=_write(folder / "sft.jsonl", rows("sft", _sft_row, train, SFT_ROWS)),
+        sft_eval=_write(folder / "sft_eval.jsonl", rows("sft_eval", _sft_row, flat, EVAL_ROWS)),
+        pairs=_write(folder / "pairs.jsonl", rows("pairs", partial(_pair_row, PAIR_SHARES), train, PAIR_ROWS)),
         pairs_eval=_write(
-            place / "pairs_eval.jsonl", rows("pairs_eval", partial(_pair_row, EVAL_SHARES), flat, EVAL_ROWS)
+            folder / "pairs_eval.jsonl", rows("pairs_eval", partial(_pair_row, EVAL_SHARES), flat, EVAL_ROWS)
         ),
-        prompts=_write(place / "prompts.jsonl", [{"prompt": combination[0].prompt} for combination in held_out]),
+        prompts=_write(folder / "prompts.jsonl", [{"prompt": combination[0].prompt} for combination in held_out]),
     )

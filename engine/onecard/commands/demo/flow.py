@@ -1,7 +1,7 @@
 """`onecard demo`: corpus -> tiny model -> SFT -> reward adapter -> DPO, and PPO -> table, samples, report.
 
-Every stage is the same code as its command, run with the settings below; the run folders say which. A stage that is
-done already is taken as it is, so a second demo is quick and an interrupted one goes on.
+Every stage runs the code of its command with the settings below, which its run folder records. Finished stages are not
+run again, so a second demo is fast and an interrupted one continues.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from onecard.utils.files import recover, write_text
 from onecard.utils.progress import console, say
 
 MAX_LENGTH = 128
-LAYOUT = {"padding_free": False}  # on a CPU, attention over a block mask costs more than a little padding
+LAYOUT = {"padding_free": False}  # on a CPU, padding is faster than packed attention
 SHOWN_SAMPLES = 4
-ANSWERS_EACH = 4  # answers sampled to each held-out prompt, for means with less noise
+ANSWERS_EACH = 4  # responses sampled for each held-out prompt, which reduces the noise of the means
 MARKER, MARKER_TEXT = "demo.txt", "This folder belongs to `onecard demo`, which replaces what it wrote here.\n"
 STAGES = ("sft", "reward", "dpo", "ppo")
 POLICIES = ("sft", "dpo", "ppo")
@@ -44,7 +44,7 @@ POLICIES = ("sft", "dpo", "ppo")
 
 @dataclass(frozen=True)
 class Answers:
-    """What one model says to the held-out prompts, with its rewards."""
+    """One model's responses to the held-out prompts, and their rewards."""
 
     texts: list[str]
     rewards: list[float]
@@ -57,7 +57,7 @@ class Answers:
 def settings(
     folder: Path, model: Path, corpus: CorpusPaths, seed: int
 ) -> dict[str, tuple[TrainConfig, Callable[[Any], Path]]]:
-    """Stage -> its settings and the command that runs it. SFT trains all weights, the others adapters on them."""
+    """Stage -> its settings and its command. SFT trains all weights; the other stages train adapters on its result."""
     common: dict[str, Any] = {"max_length": MAX_LENGTH, "seed": seed, "resume": True, "warmup_steps": 0.1, **LAYOUT}
     pairs: dict[str, Any] = {
         "dataset": str(corpus.pairs), "eval_dataset": str(corpus.pairs_eval), "model": str(folder / "sft" / "policy"),
@@ -72,7 +72,7 @@ def settings(
             ),
             sft.run,
         ),
-        # Without the centering all scores drift together, by more than any pair is apart, and some runs never recover.
+        # Without centering, all scores drift together by more than the margins of pairs, and some runs do not recover.
         "reward": (
             RewardConfig(
                 output_dir=str(folder / "reward"), learning_rate=1e-3, num_train_epochs=3, eval_steps=250,
@@ -80,7 +80,8 @@ def settings(
             ),
             reward.run,
         ),
-        # A beta of 2 keeps close to the SFT model: its answers are nearly deterministic, and a looser pull breaks them.
+        # beta 2 keeps the policy close to the SFT model, whose answers are nearly deterministic; a smaller beta breaks
+        # them.
         "dpo": (
             DPOConfig(
                 output_dir=str(folder / "dpo"), learning_rate=3e-4, num_train_epochs=0.5, eval_steps=50, beta=2.0,
@@ -88,7 +89,7 @@ def settings(
             ),
             dpo.run,
         ),
-        # The same start and the same judge as DPO's pairs taught, but the policy learns from its own answers.
+        # PPO also starts from the SFT model. Its reward model was trained on DPO's pairs; it learns from its samples.
         "ppo": (
             PPOConfig(
                 output_dir=str(folder / "ppo"), model=str(folder / "sft" / "policy"), dataset=str(corpus.pairs),
@@ -103,7 +104,7 @@ def settings(
 
 
 def is_done(config: TrainConfig, stage: str) -> bool:
-    """Whether the stage has been run to its end under these settings."""
+    """Whether the stage is finished. A finished stage with other settings raises `OnecardError`."""
     folder = Path(config.output_dir)
     exported = folder / ("reward" if stage == "reward" else "policy")
     if not (exported.is_dir() and (folder / run_folder.CONFIG).is_file()):
@@ -113,7 +114,7 @@ def is_done(config: TrainConfig, stage: str) -> bool:
 
 
 def check_seed(folder: Path, seed: int) -> None:
-    """A demo goes on with the seed it began with: a mixture of two would be neither."""
+    """Raise if a finished stage had another seed: a demo of stages with different seeds is not reproducible."""
     for stage in STAGES:
         written = folder / stage / run_folder.CONFIG
         before = run_folder.read_settings(folder / stage).get("seed", seed) if written.is_file() else seed
@@ -124,7 +125,7 @@ def check_seed(folder: Path, seed: int) -> None:
 
 
 def answer(model: Path, reward_model: Path, prompts: list[str], seed: int) -> Answers:
-    """One sampled response to each prompt, scored by the reward adapter."""
+    """One sampled response for each prompt, with its score by the reward adapter."""
     tokenizer = load_tokenizer(ModelConfig(model=str(model)))
     policy = load_player(ModelConfig(model=str(model)), role="policy")
     torch.manual_seed(seed)
@@ -136,17 +137,17 @@ def answer(model: Path, reward_model: Path, prompts: list[str], seed: int) -> An
 
 
 def last_metric(folder: Path, name: str) -> float:
-    """The newest value of a metric in a run."""
+    """The last logged value of a metric in a run."""
     return [row[name] for row in read_metrics(folder / run_folder.METRICS) if name in row][-1]
 
 
 def flawless(prompts: list[str], answers: Answers) -> float:
-    """Share of answers with nothing wrong, by rules that no model has seen."""
+    """Share of answers without a flaw, by the corpus's rules."""
     return sum(not flaws(prompt, text) for prompt, text in zip(prompts, answers.texts, strict=True)) / len(prompts)
 
 
 def headline(folder: Path, prompts: list[str], answers: dict[str, Answers]) -> list[TableRow]:
-    """What the demo came to, in the order of its stages."""
+    """The rows of the results table, in the order of the stages."""
     first, last = (
         read_metrics(folder / "sft" / run_folder.METRICS)[0]["eval_loss"],
         last_metric(folder / "sft", "eval_loss"),
@@ -179,7 +180,7 @@ def headline(folder: Path, prompts: list[str], answers: dict[str, Answers]) -> l
 
 
 def show(rows: list[TableRow], samples: list[Sample]) -> None:
-    """Table and samples in the terminal."""
+    """Print the results table and the samples."""
     table = Table(title="onecard demo")
     for column in ("stage", "metric", "value", "meaning"):
         table.add_column(column, justify="right" if column == "value" else "left")
@@ -213,7 +214,7 @@ def run(config: DemoConfig) -> Path:
 
 
 def run_stages(folder: Path, config: DemoConfig) -> Path:
-    """The demo in its own folder. With `fresh`, stages replace what they wrote there before."""
+    """Run all stages of the demo in its folder. With `fresh`, stages replace their earlier results."""
     began = time.perf_counter()
     if not config.fresh:
         check_seed(folder, config.seed)
@@ -236,10 +237,10 @@ def run_stages(folder: Path, config: DemoConfig) -> Path:
         Sample(
             prompt,
             tuple(
-                Side(stage.upper(), answers[stage].texts[place], answers[stage].rewards[place]) for stage in POLICIES
+                Side(stage.upper(), answers[stage].texts[index], answers[stage].rewards[index]) for stage in POLICIES
             ),
         )
-        for place, prompt in enumerate(prompts[:SHOWN_SAMPLES])
+        for index, prompt in enumerate(prompts[:SHOWN_SAMPLES])
     ]
     table = headline(folder, prompts, answers)
     report = write_demo_report(folder, [Stage(stage, folder / stage) for stage in STAGES], table, samples)

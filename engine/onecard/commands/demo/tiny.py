@@ -1,4 +1,4 @@
-"""A tiny Llama with random weights and a tokenizer of its own, as an ordinary Hugging Face folder."""
+"""Creates a tiny Llama with random weights and a tokenizer, as a Hugging Face model folder."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
-    "initializer_range": 0.05,  # at 0.02, meant for wide models, so narrow a one takes longer to get going
+    "initializer_range": 0.05,  # with the default of 0.02, for wide models, a narrow one learns slowly at first
 }
 
 
 def _tokenizer(texts: Sequence[str]) -> Any:
-    """Byte-level BPE, so that any text has tokens; on the corpus nearly every word is one token."""
+    """A byte-level BPE tokenizer trained on `texts`: it encodes any text, and most words of `texts` as one token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -53,7 +53,7 @@ def _tokenizer(texts: Sequence[str]) -> Any:
 def make_tiny_model(folder: str | os.PathLike[str], texts: Sequence[str], seed: int) -> Path:
     """Write the model and a tokenizer trained on `texts` into `folder`. The same texts and seed give the same bytes.
 
-    The caller's random state is left as it was.
+    The caller's random state does not change.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -73,10 +73,10 @@ def make_tiny_model(folder: str | os.PathLike[str], texts: Sequence[str], seed: 
     def write(temporary: Path) -> None:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        other = sorted(set(listing(place)) - set(listing(temporary)))
+        other = sorted(set(listing(target)) - set(listing(temporary)))
         if other:
-            raise OnecardError(f"{place / other[0]} is not a file of the tiny model; move it away.")
+            raise OnecardError(f"{target / other[0]} is not a file of the tiny model; move it away.")
 
-    place = Path(folder)
-    replace_folder(place, write)
-    return place
+    target = Path(folder)
+    replace_folder(target, write)
+    return target

@@ -1,4 +1,4 @@
-"""Settings and a card -> the answer of `onecard fit`: a memory plan, and what would fit."""
+"""The answer of `onecard fit` to settings and a card: a memory plan, and settings that fit if those given do not."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 from onecard.algorithms.ppo.command import check_value_init
 from onecard.commands.fit.cards import GIB, Card, find_card, smallest
-from onecard.commands.fit.model import Planned, find_model
+from onecard.commands.fit.model import PlannedModel, find_model
 from onecard.commands.fit.phases import Lengths, is_uncut, rows_of
-from onecard.commands.fit.plan import Plan, make_plan
+from onecard.commands.fit.plan import MemoryPlan, plan_memory
 from onecard.commands.fit.search import Fitting, flags, largest_tokens, make_fit
 from onecard.config import FitConfig, PPOConfig, RewardConfig, TrainConfig
 from onecard.models.build import check_no_adapter, check_speaks
@@ -26,12 +26,16 @@ from onecard.utils.progress import say
 
 @dataclass(frozen=True)
 class Answer:
-    """Whether it fits, and what would. `fitting` and `tokens` are there where a card was given."""
+    """The plan of a run and, where a card is given, whether the card holds it.
+
+    `fitting`: changed settings that fit, where those given do not. `tokens`: largest `micro_batch_tokens` that fits;
+    None without a card, if one example does not fit, and for losses that do not split a batch.
+    """
 
     model: str
     algorithm: str
     lengths: Lengths
-    plan: Plan
+    plan: MemoryPlan
     card: Card | None = None
     fits: bool | None = None
     fitting: Fitting | None = None
@@ -39,7 +43,7 @@ class Answer:
 
 
 def lengths_of(fit: FitConfig, config: TrainConfig, model: Any) -> Lengths:
-    """How long prompts and answers are: as long as the settings allow, where nothing else is said."""
+    """Planned lengths of prompt and response, in tokens. Default: the longest that the settings allow."""
     limit = context_of(model.get_text_config()) or config.max_length
     total = min(config.max_length, limit)
     response = config.response_length if isinstance(config, PPOConfig) else fit.response_length or total // 2
@@ -57,55 +61,55 @@ def lengths_of(fit: FitConfig, config: TrainConfig, model: Any) -> Lengths:
 
 
 def answer(fit: FitConfig, config: TrainConfig) -> Answer:
-    """Plan a run, and where a card is given look for what fits on it."""
+    """Plan a run; where a card is given, search for settings that fit on it."""
     card = find_card(fit.card) if fit.card else None
-    found = find_model(config.model)
+    model = find_model(config.model)
     if not isinstance(config, RewardConfig) and weights_folder(Path(config.model)).is_dir():
         check_speaks(find_source(config.model))
-    check_no_adapter(config, adapter=found.adapter)
+    check_no_adapter(config, adapter=model.adapter)
     config.validate()
     if isinstance(config, PPOConfig):
         check_value_init(config)
-    lengths = lengths_of(fit, config, found.config)
-    plan_of = planner(found, lengths, torch.device(fit.device))
+    lengths = lengths_of(fit, config, model.config)
+    plan_of = planner(model, lengths, torch.device(fit.device))
     plan = plan_of(config)
-    known = Answer(found.name, fit.algorithm, lengths, plan, card)
+    base_answer = Answer(model.name, fit.algorithm, lengths, plan, card)
     if card is None:
-        return known
+        return base_answer
     rows, examples = rows_of(config, lengths)
 
-    def tokens_of(fitting: TrainConfig) -> int | None:
-        return None if is_uncut(fitting) else largest_tokens(fitting, plan_of, card, rows, examples)
+    def tokens_of(settings: TrainConfig) -> int | None:
+        return None if is_uncut(settings) else largest_tokens(settings, plan_of, card, rows, examples)
 
     if card.holds(plan.peak):
-        return replace(known, fits=True, tokens=tokens_of(config))
+        return replace(base_answer, fits=True, tokens=tokens_of(config))
     say(f"fit: {plan.peak / GIB:.2f} GiB is too much for {card.name}; looking for settings that are not.")
     fitting = make_fit(config, plan_of, card, rows)
     if fitting.config is None:
         raise OnecardError(too_little(card, fitting))
-    return replace(known, fits=False, fitting=fitting, tokens=tokens_of(fitting.config))
+    return replace(base_answer, fits=False, fitting=fitting, tokens=tokens_of(fitting.config))
 
 
-def planner(found: Planned, lengths: Lengths, target: torch.device) -> Callable[[TrainConfig], Plan]:
-    """Plans by settings, each made once."""
-    plans: dict[str, Plan] = {}
+def planner(model: PlannedModel, lengths: Lengths, target: torch.device) -> Callable[[TrainConfig], MemoryPlan]:
+    """A function from settings to their plan, with a cache."""
+    plans: dict[str, MemoryPlan] = {}
 
-    def plan_of(config: TrainConfig) -> Plan:
+    def plan_of(config: TrainConfig) -> MemoryPlan:
         key = repr(config)
         if key not in plans:
             try:
-                plans[key] = make_plan(found.config, config, lengths, target, own_reference=found.adapter)
+                plans[key] = plan_memory(model.config, config, lengths, target, own_reference=model.adapter)
             except OnecardError:
                 raise
-            except Exception as error:  # a model's code raises whatever it meets where tensors have no numbers
-                raise OnecardError(f"model: {found.name} cannot be planned: {reason(error)}") from error
+            except Exception as error:  # model code may raise any exception on meta tensors, which have no values
+                raise OnecardError(f"model: {model.name} cannot be planned: {reason(error)}") from error
         return plans[key]
 
     return plan_of
 
 
 def too_little(card: Card, fitting: Fitting) -> str:
-    """The error where no settings help."""
+    """The error message where no settings fit on the card."""
     peak = fitting.plan.peak
     larger = smallest(peak)
     what = flags(fitting.changed) or "these settings"

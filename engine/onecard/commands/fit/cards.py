@@ -1,4 +1,4 @@
-"""Cards by name, and what of a card's memory a run may have."""
+"""GPUs by name, and how much of a card's memory a run can use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from onecard.utils.errors import OnecardError, nearest
 
 GIB = 2**30
 
-# Memory by the makers' names. A GB on a box is a GiB of chips.
+# Memory in GiB by the vendor's product name. A "GB" in a product name is a GiB of memory.
 CARDS: dict[str, int] = {
     "RTX 3060": 12,
     "RTX 4060 Ti": 16,
@@ -31,11 +31,11 @@ CARDS: dict[str, int] = {
     "H100": 80,
 }
 
-# What is not the run's: the driver and ECC keep some, CUDA's context with its kernels takes some more, and PyTorch's
-# allocator cannot use every gap between what it has handed out. Assumptions, stated apart in every answer.
-RESERVED_SHARE = 0.04  # of the card: a 12 GB one reports about 11.6 GiB
+# Memory that tensors cannot use: the driver and ECC reserve some, the CUDA context with its kernels takes some, and
+# PyTorch's caching allocator loses some to fragmentation. These are assumptions; every answer shows them separately.
+RESERVED_SHARE = 0.04  # share of the card's memory: a 12 GB card reports about 11.6 GiB
 CONTEXT_GIB = 0.5
-FRAGMENTATION = 0.05  # of the peak
+FRAGMENTATION = 0.05  # share of the peak
 
 
 @dataclass(frozen=True)
@@ -47,51 +47,55 @@ class Card:
 
     @property
     def usable(self) -> int:
-        """What the driver leaves."""
+        """Bytes left after what the driver reserves."""
         return int(self.memory * (1 - RESERVED_SHARE))
 
     def needed(self, peak: int) -> int:
-        """What a run takes of the card whose tensors take `peak` at most."""
+        """Bytes of the card that a run needs whose tensors take at most `peak` bytes."""
         return peak + context() + fragmentation(peak)
 
     def holds(self, peak: int) -> bool:
+        """Whether a run whose tensors take at most `peak` bytes fits."""
         return self.needed(peak) <= self.usable
 
 
-LEAST_NAME = 1000  # a number without a unit from here on is a card's: 4090
+LEAST_NAME = 1000  # a number without a unit that is at least this is a card's name (4090), not a size
 
 
 def context() -> int:
+    """Bytes of the CUDA context."""
     return int(CONTEXT_GIB * GIB)
 
 
 def fragmentation(peak: int) -> int:
+    """Bytes lost to fragmentation at a peak of `peak` bytes."""
     return int(FRAGMENTATION * peak)
 
 
 def plain(name: str) -> str:
+    """A card's name in lower case, without the vendor, spaces, hyphens and underscores."""
     return re.sub(r"nvidia|geforce|[\s_-]", "", name.lower())
 
 
 def find_card(name: str) -> Card:
-    """`24GB`, `24GiB`, `24` or a card's name."""
+    """The card for `24GB`, `24GiB`, `24` or a name in `CARDS`. Unknown names raise `OnecardError`."""
     size = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(g|gb|gib)?", name.strip().lower())
     if size and (size[2] or float(size[1]) < LEAST_NAME):
         memory = int(float(size[1]) * GIB)
         if memory <= 0:
             raise OnecardError(f"card: {name}, expected a size above 0, such as 24GB, or a card's name.")
         return Card(f"{float(size[1]):g} GiB", memory)
-    known = {plain(each): each for each in CARDS}
-    found = known.get(plain(name)) or known.get(plain(f"rtx{name}"))
-    if found is None:
+    known = {plain(card_name): card_name for card_name in CARDS}
+    match = known.get(plain(name)) or known.get(plain(f"rtx{name}"))
+    if match is None:
         hint = nearest(plain(name), known) and nearest(name, CARDS)
         raise OnecardError(
             f"card: no card is called '{name}'; expected a size such as 24GB, or one of {', '.join(CARDS)}.{hint}"
         )
-    return Card(found, CARDS[found] * GIB)
+    return Card(match, CARDS[match] * GIB)
 
 
 def smallest(peak: int) -> Card | None:
-    """The smallest card by name that holds a run."""
+    """The card in `CARDS` with the least memory that holds a run; None if no card does."""
     fitting = [Card(name, size * GIB) for name, size in CARDS.items() if Card(name, size * GIB).holds(peak)]
     return min(fitting, key=lambda card: card.memory, default=None)

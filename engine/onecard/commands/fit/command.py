@@ -1,4 +1,4 @@
-"""`onecard fit`: plan a run and print the answer, as text or as JSON."""
+"""`onecard fit`: plan the memory of a training run and print the answer, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from onecard.commands.fit.answer import Answer, answer
 from onecard.commands.fit.cards import GIB, context, fragmentation
 from onecard.commands.fit.phases import CACHE, GRADIENTS, STATES
-from onecard.commands.fit.plan import ADAPTERS, WEIGHTS, Plan
+from onecard.commands.fit.plan import ADAPTERS, WEIGHTS, MemoryPlan
 from onecard.commands.fit.search import flags
 from onecard.commands.fit.tracker import WORK
 from onecard.config import FitConfig, TrainConfig
@@ -27,59 +27,61 @@ COLUMNS = {
 }
 
 
-def shown(size: int) -> str:
+def format_gib(size: int) -> str:
+    """Bytes as GiB with two decimals; an empty string for 0."""
     return f"{size / GIB:.2f}" if size else ""
 
 
-def table_of(plan: Plan) -> Table:
-    """A row for each phase: its peak, and what that is made of."""
+def table_of(plan: MemoryPlan) -> Table:
+    """One row for each phase: its peak in GiB, and the part of each kind of memory in it."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("phase, GiB", no_wrap=True)
     for title in ("peak", *COLUMNS.values()):
         table.add_column(title, justify="right")
     for phase in plan.phases:
         style = "bold" if phase is plan.highest else ""
-        parts = (shown(phase.parts.get(kind, 0)) for kind in COLUMNS)
-        table.add_row(phase.name, shown(phase.peak), *parts, style=style)
+        parts = (format_gib(phase.parts.get(kind, 0)) for kind in COLUMNS)
+        table.add_row(phase.name, format_gib(phase.peak), *parts, style=style)
     return table
 
 
-def print_answer(found: Answer) -> None:
-    """Phases, the sum with what is not the run's own, and whether that is too much."""
+def print_answer(result: Answer) -> None:
+    """Print the phases, the peak with CUDA context and fragmentation added, and whether the card holds it."""
     console = Console(highlight=False)
-    lengths, plan, card = found.lengths, found.plan, found.card
+    lengths, plan, card = result.lengths, result.plan, result.card
     console.print(
-        f"{found.model}, {found.algorithm}: {lengths.prompt} + {lengths.response} tokens, "
+        f"{result.model}, {result.algorithm}: {lengths.prompt} + {lengths.response} tokens, "
         f"{plan.trained:,} trained parameters"
     )
     console.print(table_of(plan))
-    extra = f"{shown(context())} context + {shown(fragmentation(plan.peak))} fragmentation"
+    extra = f"{format_gib(context())} context + {format_gib(fragmentation(plan.peak))} fragmentation"
     total = plan.peak + context() + fragmentation(plan.peak)
     console.print(
-        f"{shown(plan.peak)} allocated at most ({plan.highest.name}) + {extra} = {shown(total)} GiB", soft_wrap=True
+        f"{format_gib(plan.peak)} allocated at most ({plan.highest.name}) + {extra} = {format_gib(total)} GiB",
+        soft_wrap=True,
     )
     if plan.paged:
-        console.print(f"not among it: {shown(plan.paged)} of paged optimizer states, which may leave the card")
+        console.print(f"not among it: {format_gib(plan.paged)} of paged optimizer states, which may leave the card")
     if card is None:
         return
-    if found.fits:
-        console.print(f"yes: {card.name} has {shown(card.usable)} GiB to give.", style="bold")
+    if result.fits:
+        console.print(f"yes: {card.name} has {format_gib(card.usable)} GiB to give.", style="bold")
     else:
-        console.print(f"no: {card.name} has {shown(card.usable)} GiB to give.", style="bold")
-    if found.fitting is not None:
-        needed = card.needed(found.fitting.plan.peak)
-        console.print(f"It fits with {flags(found.fitting.changed)}: {shown(needed)} GiB.", soft_wrap=True)
-    if found.tokens is not None:
-        console.print(f"Largest --micro_batch_tokens that fits: {found.tokens}")
+        console.print(f"no: {card.name} has {format_gib(card.usable)} GiB to give.", style="bold")
+    if result.fitting is not None:
+        needed = card.needed(result.fitting.plan.peak)
+        console.print(f"It fits with {flags(result.fitting.changed)}: {format_gib(needed)} GiB.", soft_wrap=True)
+    if result.tokens is not None:
+        console.print(f"Largest --micro_batch_tokens that fits: {result.tokens}")
 
 
-def as_json(found: Answer) -> dict[str, Any]:
+def as_json(result: Answer) -> dict[str, Any]:
     """The answer as plain data; sizes in GiB."""
-    plan, card = found.plan, found.card
+    plan, card = result.plan, result.card
     record: dict[str, Any] = {
-        "model": found.model,
-        "algorithm": found.algorithm,
-        **{f"{name}_length": value for name, value in asdict(found.lengths).items()},
+        "model": result.model,
+        "algorithm": result.algorithm,
+        **{f"{name}_length": value for name, value in asdict(result.lengths).items()},
         **plan_as_json(plan),
         "context_gib": gib(context()),
         "fragmentation_gib": gib(fragmentation(plan.peak)),
@@ -87,14 +89,15 @@ def as_json(found: Answer) -> dict[str, Any]:
     if card is None:
         return record
     record |= {"card": card.name, "card_gib": gib(card.memory), "usable_gib": gib(card.usable)}
-    record |= {"needed_gib": gib(card.needed(plan.peak)), "fits": found.fits, "micro_batch_tokens": found.tokens}
-    if found.fitting is not None:
-        needed = gib(card.needed(found.fitting.plan.peak))
-        record["with"] = {"settings": found.fitting.changed, **plan_as_json(found.fitting.plan), "needed_gib": needed}
+    record |= {"needed_gib": gib(card.needed(plan.peak)), "fits": result.fits, "micro_batch_tokens": result.tokens}
+    if result.fitting is not None:
+        needed = gib(card.needed(result.fitting.plan.peak))
+        record["with"] = {"settings": result.fitting.changed, **plan_as_json(result.fitting.plan), "needed_gib": needed}
     return record
 
 
-def plan_as_json(plan: Plan) -> dict[str, Any]:
+def plan_as_json(plan: MemoryPlan) -> dict[str, Any]:
+    """A plan as plain data; sizes in GiB."""
     return {
         "weights_gib": gib(plan.parameters),
         "trained_parameters": plan.trained,
@@ -110,14 +113,15 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
 
 
 def gib(size: int) -> float:
+    """Bytes as GiB, rounded to four decimals."""
     return round(size / GIB, 4)
 
 
 def run(fit: FitConfig, config: TrainConfig) -> Answer:
     """`onecard fit`."""
-    found = answer(fit, config)
+    result = answer(fit, config)
     if fit.json:
-        print(json.dumps(as_json(found), indent=2))
+        print(json.dumps(as_json(result), indent=2))
     else:
-        print_answer(found)
-    return found
+        print_answer(result)
+    return result

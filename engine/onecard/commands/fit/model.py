@@ -1,4 +1,4 @@
-"""Which model is planned for: a transformers config from a folder, a file, a shipped shape or the local cache."""
+"""Finds the transformers config of the planned model: in a folder, a file, a shipped shape or the local cache."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SHAPES = Path(__file__).parent / "shapes"
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A transformers config, what it is called, and whether training starts from an adapter on it."""
+class PlannedModel:
+    """A model's name and transformers config. `adapter`: training starts from an adapter on it."""
 
     name: str
     config: Any
@@ -24,33 +24,33 @@ class Planned:
 
 
 def shapes() -> dict[str, Path]:
-    """The models whose sizes come with onecard."""
+    """The model configs that ship with onecard, by name."""
     return {path.stem: path for path in sorted(SHAPES.glob("*.json"))}
 
 
-def find_model(name: str) -> Planned:
-    """Sizes of a model by a folder, a `config.json`, a shipped shape's name or a hub name in the local cache.
+def find_model(name: str) -> PlannedModel:
+    """The config of a model given by a folder, a `config.json`, a shipped shape's name or a hub name in the cache.
 
-    Nothing is downloaded, and no weight is read.
+    Nothing is downloaded, and no weights are read. Unknown names raise `OnecardError`.
     """
     if not name:
         raise OnecardError("--model is missing: give a folder, a config.json, a Hugging Face name, or a shipped one: "
                            f"{', '.join(shapes())}.")  # fmt: skip
     path = weights_folder(Path(name))
     if path.suffix == ".json" or path.is_file():
-        return Planned(path.stem, read_config(path))
+        return PlannedModel(path.stem, read_config(path))
     if (path / "adapter_config.json").is_file():
         base = find_model(find_source(name).base)
-        return Planned(base.name, base.config, adapter=True)
+        return PlannedModel(base.name, base.config, adapter=True)
     if path.is_dir():
         settings = read_config(path / "config.json")
         check_writes(settings, f"model: {name}")
-        return Planned(path.name, settings)
+        return PlannedModel(path.name, settings)
     shipped = {key.lower(): file for key, file in shapes().items()}
-    found = shipped.get(name.rpartition("/")[2].lower().removesuffix("-instruct").removesuffix("-it"))
-    if found is not None and not name.startswith((".", "~", "/")):
-        return Planned(found.stem, read_config(found))
-    return Planned(name, cached_config(name))
+    shape = shipped.get(name.rpartition("/")[2].lower().removesuffix("-instruct").removesuffix("-it"))
+    if shape is not None and not name.startswith((".", "~", "/")):
+        return PlannedModel(shape.stem, read_config(shape))
+    return PlannedModel(name, cached_config(name))
 
 
 def read_config(path: Path) -> Any:
@@ -67,17 +67,17 @@ def read_config(path: Path) -> Any:
         raise OnecardError(f"model: {path} has no model_type, expected a transformers config.")
     try:
         return AutoConfig.for_model(**values)
-    except Exception as error:  # config classes raise whatever their checks raise
+    except Exception as error:  # the validation in config classes may raise any exception
         raise OnecardError(f"model: {path} is no config that can be built: {reason(error)}") from error
 
 
 def special_float(values: dict[str, Any]) -> Any:
-    """JSON has no infinity: transformers writes it as `{"__float__": "Infinity"}`."""
+    """Decode infinity, which JSON does not have: transformers writes `{"__float__": "Infinity"}`."""
     return float(values["__float__"]) if values.keys() == {"__float__"} else values
 
 
 def cached_config(name: str) -> Any:
-    """The config of a hub name, if it is in the local cache."""
+    """The config of a hub model in the local cache; `OnecardError` if it is not there."""
     from transformers import AutoConfig
 
     if name.startswith((".", "/", "~")) or name.count("/") > 1:

@@ -1,4 +1,4 @@
-"""A run's phases, each by the functions that the run itself calls, on `meta`."""
+"""Runs each phase of a training command on `meta`, through the functions that the command itself calls."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ from onecard.training.optim import clip_grad_norm, make_optimizer
 from onecard.training.trainer import Objective, accumulate
 
 GRADIENTS, STATES, CACHE = "gradients", "optimizer states", "kv cache"
-PAGED_FROM = 100_000  # entries of a parameter, from which bitsandbytes' paged optimizers page its states
+PAGED_FROM = 100_000  # bitsandbytes' paged optimizers page the states of parameters with at least this many elements
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of a prompt, and of the answer to it."""
+    """Tokens of a prompt and of its response."""
 
     prompt: int
     response: int
@@ -57,21 +57,24 @@ class Lengths:
     def total(self) -> int:
         return self.prompt + self.response
 
-    def sequence(self, place: int) -> TokenSequence:
-        """Prompt and answer; the answers to one prompt differ from their first token on."""
-        tokens = (0,) * self.prompt + (place,) * self.response
+    def sequence(self, token: int) -> TokenSequence:
+        """Prompt and response. `token`: id of all response tokens; two responses of different ids share the prompt."""
+        tokens = (0,) * self.prompt + (token,) * self.response
         return TokenSequence(tokens, (False,) * self.prompt + (True,) * self.response)
 
 
 def pair(lengths: Lengths) -> PreferencePair:
+    """A pair of two responses to one prompt."""
     return PreferencePair(lengths.sequence(1), lengths.sequence(2))
 
 
 def labelled(lengths: Lengths, *, mismatched: bool) -> LabelledSequence:
+    """A desirable response, with a mismatched response for kto's KL if `mismatched`."""
     return LabelledSequence(lengths.sequence(1), True, lengths.sequence(2) if mismatched else TokenSequence((), ()))
 
 
 def experience(lengths: Lengths, *, values: bool) -> Experience:
+    """An episode of PPO with all its per-token numbers 0, with values if `values`."""
     numbers = torch.zeros(lengths.response)
     episode = Episode(lengths.sequence(1), numbers, True, 0)
     return Experience(episode, numbers, numbers if values else None, numbers, numbers)
@@ -79,7 +82,7 @@ def experience(lengths: Lengths, *, values: bool) -> Experience:
 
 @dataclass(frozen=True)
 class Work:
-    """What an algorithm trains on: its objective, an example of the planned lengths, and how many a step has."""
+    """An optimizer step: the objective, one example of the planned lengths, and the number of examples in the step."""
 
     objective: Objective[Any, Any]
     example: Any
@@ -87,7 +90,7 @@ class Work:
 
 
 def recipe_of(config: TrainConfig) -> Recipe[Any, Any]:
-    """That of a command which learns from fixed examples. A reference adapter need not be there yet."""
+    """The recipe of sft, reward or dpo. The folder of a reference adapter does not have to exist."""
     if isinstance(config, SFTConfig):
         return sft_recipe(config)
     if isinstance(config, RewardConfig):
@@ -97,38 +100,38 @@ def recipe_of(config: TrainConfig) -> Recipe[Any, Any]:
 
 
 def example_of(config: TrainConfig, lengths: Lengths) -> Any:
-    """An example of fixed ones: a text, a pair, or a labelled answer."""
+    """A training example of sft, reward or dpo: a sequence, a pair, or a labelled response."""
     if isinstance(config, SFTConfig):
         return lengths.sequence(1)
     if isinstance(config, RewardConfig):
         return pair(lengths)
     assert isinstance(config, DPOConfig)
-    kto = config.loss_type == ["kto"]  # the one loss that looks at mismatched answers
+    kto = config.loss_type == ["kto"]  # the only loss that uses mismatched responses
     example = labelled(lengths, mismatched=kto) if pick_variant(config).labelled else pair(lengths)
     return replace(example, ref_logps=(0.0, 0.0)) if config.precompute_ref_log_probs else example
 
 
 def has_reference(config: TrainConfig) -> bool:
-    """Whether a frozen reference is held beside the trained roles."""
+    """Whether the run has a frozen reference model."""
     return isinstance(config, PPOConfig) or recipe_of(config).reference
 
 
 def is_uncut(config: TrainConfig) -> bool:
-    """Whether a step is one micro-batch or none: a loss that sorts the whole batch."""
+    """Whether a step cannot be split into micro-batches, because the loss sorts the whole batch."""
     return not isinstance(config, PPOConfig) and bool(recipe_of(config).uncut)
 
 
 def work_of(config: TrainConfig, roles: Roles, lengths: Lengths) -> Work:
-    """What an optimizer step of these settings is made of, all sequences as long as planned."""
+    """The optimizer step of these settings, with all sequences of the planned lengths."""
     if isinstance(config, PPOConfig):
-        learned = experience(lengths, values="value" in roles.adapters)
-        return Work(ppo_objective(roles, config), learned, config.minibatch_size)
+        example = experience(lengths, values="value" in roles.adapters)
+        return Work(ppo_objective(roles, config), example, config.minibatch_size)
     count = config.per_device_train_batch_size * config.gradient_accumulation_steps
     return Work(recipe_of(config).objective(roles), example_of(config, lengths), count)
 
 
 def rows_of(config: TrainConfig, lengths: Lengths) -> tuple[int, int]:
-    """Rows of the model that one example takes, and how many examples at most make up a pass."""
+    """`(tokens of one example in the model's input, largest number of examples in one forward pass)`."""
     if isinstance(config, PPOConfig):
         return lengths.total, max(config.minibatch_size, config.episodes_per_step)
     recipe = recipe_of(config)
@@ -138,26 +141,26 @@ def rows_of(config: TrainConfig, lengths: Lengths) -> tuple[int, int]:
 
 
 class Rehearsal:
-    """Runs the phases of one plan, one after the other, and keeps the peak of each."""
+    """Runs the phases of one plan in order and records the peak of each."""
 
     def __init__(self, tracker: Tracker, roles: Roles, config: TrainConfig, lengths: Lengths) -> None:
         self.tracker, self.roles, self.config, self.lengths = tracker, roles, config, lengths
         self.parameters = list(roles.trained_parameters().values())
         self.phases: list[Phase] = []
-        self.paged = 0  # bytes of optimizer states that may leave the card
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        with self.tracker.phase(name) as found:
+        """Record the peak of the code inside as the phase `name`."""
+        with self.tracker.phase(name) as phase:
             yield
-        self.phases.append(found)
+        self.phases.append(phase)
 
     def run(self) -> list[Phase]:
-        """All phases of the command, in their order."""
+        """Run all phases of the command, in their order."""
         if isinstance(self.config, DPOConfig) and self.config.precompute_ref_log_probs:
             self.precompute(self.config)
         optimizer = self.make_optimizer()
-        self.step(optimizer)  # the states are made in the first one, and stay
+        self.step(optimizer)  # the first step allocates the optimizer states
         if isinstance(self.config, PPOConfig):
             self.rollout(self.config)
             self.passes(self.config)
@@ -167,33 +170,33 @@ class Rehearsal:
         return self.phases
 
     def with_gradients(self) -> None:
-        """Every trained parameter has a gradient."""
+        """Allocate a gradient for every trained parameter."""
         with self.tracker.making(GRADIENTS):
             for parameter in self.parameters:
                 parameter.grad = torch.empty_like(parameter)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """The run's, with what of it cannot run without a device put right."""
+        """The optimizer of the run, with the methods that need a device replaced."""
         with self.tracker.making(STATES):
             optimizer = make_optimizer(self.config, self.parameters)
         inner: Any = getattr(optimizer, "inner", optimizer)
         if isinstance(inner, torch.optim.AdamW):
             for group in inner.param_groups:
-                group["foreach"] = self.tracker.target.type == "cuda"  # as it chooses by itself there
+                group["foreach"] = self.tracker.target.type == "cuda"  # AdamW's default on that device
             return optimizer
-        inner.update_step = lambda *given: None  # a kernel that changes states and weights in place
-        inner.prefetch_state = lambda *given: None
+        inner.update_step = lambda *args: None  # an in-place kernel on states and weights, without allocations
+        inner.prefetch_state = lambda *args: None
         inner.get_state_buffer = partial(self.state_buffer, inner)
         return optimizer
 
     def state_buffer(self, optimizer: Any, parameter: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """bitsandbytes' states of a parameter; large ones of a paged one lie in memory that host and card share."""
+        """An optimizer state of bitsandbytes. Large states of a paged optimizer are in unified memory."""
         paged = optimizer.is_paged and parameter.numel() >= PAGED_FROM and self.tracker.target.type == "cuda"
         with self.tracker.making(PAGED if paged else STATES):
             return torch.zeros_like(parameter, dtype=dtype)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the gradients, and step."""
+        """Clip the gradients and run the optimizer's step."""
         if any(parameter.grad is None for parameter in self.parameters):
             self.with_gradients()
         with torch.no_grad():
@@ -201,33 +204,33 @@ class Rehearsal:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for state in optimizer.state.values():
-            kept = [each for each in state.values() if isinstance(each, Tensor)]
-            self.tracker.name(STATES, [each for each in kept if self.tracker.kind(each) == WORK])
+            tensors = [value for value in state.values() if isinstance(value, Tensor)]
+            self.tracker.tag(STATES, [tensor for tensor in tensors if self.tracker.kind(tensor) == WORK])
 
     def rollout(self, config: PPOConfig) -> None:
-        """One pass over the prompts, and the passes at which the cache is largest: it grows, and the last one."""
+        """The prefill, and the decoding steps at which the cache is largest: its last growth, and the last step."""
         model = self.roles.causal_model()
         sizes = [cache_bytes(model, self.lengths.total)] * config.episodes_per_step
         rows = len(next(replace(rollout_budget(config).size, padded=True).split(sizes)))
         sampling = Sampling(config.response_length, config.temperature)
-        waiting, making = len(sizes) - rows, partial(self.tracker.making, CACHE)
+        waiting, cache_memory = len(sizes) - rows, partial(self.tracker.making, CACHE)
         for decoding in decoding_modes(model):
             self.roles.decoding = decoding
             try:
                 with self.phase("rollout"), torch.no_grad(), evaluating(model), self.roles.active("policy"):
-                    held = make_decode_batch(self.roles, rows, self.lengths.total - 1)
-                    sample_longest(held, self.lengths.prompt, self.lengths.total, waiting, sampling, making)
+                    batch = make_decode_batch(self.roles, rows, self.lengths.total - 1)
+                    sample_longest(batch, self.lengths.prompt, self.lengths.total, waiting, sampling, cache_memory)
                 break
-            except (RuntimeError, TypeError, ValueError, AttributeError):  # a cache of another kind than this one's
+            except (RuntimeError, TypeError, ValueError, AttributeError):  # the model's cache does not suit this mode
                 if decoding == "uncached":
                     raise
 
     def passes(self, config: PPOConfig) -> None:
-        """Those without gradients, in PPO: the judges', the policy's and the reference's, the critic's."""
+        """PPO's passes without gradients: reward model, policy, reference and critic."""
         roles = self.roles
-        cut = replace(forward_budget(config).size, padded=roles.layout == "padded")
+        micro_batch_size = replace(forward_budget(config).size, padded=roles.layout == "padded")
         sequences = [self.lengths.sequence(1)] * config.episodes_per_step
-        chosen = next(cut.split([len(sequence) for sequence in sequences]))
+        indices = next(micro_batch_size.split([len(sequence) for sequence in sequences]))
 
         def logprobs(batch: TokenBatch) -> Tensor:
             return roles.logprobs(batch, batch.targets, config.temperature)
@@ -242,38 +245,41 @@ class Rehearsal:
             if role not in roles.adapters:
                 continue
             with self.phase(f"{role} pass"), torch.no_grad(), roles.active(role):
-                read(to_device(pack([sequences[place] for place in chosen]), META))
+                read(to_device(pack([sequences[index] for index in indices]), META))
 
     def precompute(self, config: DPOConfig) -> None:
-        """The reference's pass before training; a reference that is a whole model is let go of after it."""
+        """The reference's forward pass before training. A reference that is a full copy of the model is freed then."""
         roles, variant = self.roles, pick_variant(config)
         assert variant.reference is not None
         example = replace(example_of(config, self.lengths), ref_logps=None)
-        cut = replace(forward_budget(config).size, padded=roles.layout == "padded")
-        chosen = next(cut.split([len(example)] * max(config.per_device_eval_batch_size, 1)))
-        record = recipe_of(config).collate([example] * len(chosen))
+        micro_batch_size = replace(forward_budget(config).size, padded=roles.layout == "padded")
+        indices = next(micro_batch_size.split([len(example)] * max(config.per_device_eval_batch_size, 1)))
+        batch = recipe_of(config).collate([example] * len(indices))
         with self.phase("reference pass"), torch.no_grad():
-            variant.reference(roles, to_device(record, META))
+            variant.reference(roles, to_device(batch, META))
         if "reference" in roles.copies:
-            del roles.copies["reference"], roles.adapters["reference"], record
+            del roles.copies["reference"], roles.adapters["reference"], batch
 
     def train(self) -> None:
-        """The largest micro-batch of a step, with gradients from another one where a step has several."""
+        """Forward and backward of the largest micro-batch of a step.
+
+        Where a step has several micro-batches, the gradients of an earlier one are allocated already.
+        """
         config, work = self.config, work_of(self.config, self.roles, self.lengths)
-        cut = MicroBatchSize(
+        micro_batch_size = MicroBatchSize(
             config.per_device_train_batch_size, config.micro_batch_tokens, padded=self.roles.layout == "padded"
         )
         examples = [work.example] * work.examples
-        passes = list(cut.split([work.objective.size(example) for example in examples]))
+        passes = list(micro_batch_size.split([work.objective.size(example) for example in examples]))
         if work.objective.uncut:
             passes = [list(range(len(examples)))]
         hooks = [
-            parameter.register_post_accumulate_grad_hook(lambda each: self.tracker.name(GRADIENTS, [each.grad]))
+            parameter.register_post_accumulate_grad_hook(lambda trained: self.tracker.tag(GRADIENTS, [trained.grad]))
             for parameter in self.parameters
         ]
         with self.phase("train"):
             if len(passes) > 1:
                 self.with_gradients()
-            accumulate(work.objective, [examples[place] for place in passes[0]], MicroBatchSize(len(passes[0])), META)
+            accumulate(work.objective, [examples[index] for index in passes[0]], MicroBatchSize(len(passes[0])), META)
         for hook in hooks:
             hook.remove()

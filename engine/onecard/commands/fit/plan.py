@@ -1,4 +1,4 @@
-"""The memory plan of a run: what each phase holds at most, on the device that it is planned for."""
+"""The memory plan of a run: the peak of each phase, on the device that the run is planned for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from onecard.commands.fit.phases import Lengths, Rehearsal, has_reference
 from onecard.commands.fit.tracker import PAGED, Phase, Tracker
-from onecard.commands.fit.weights import META, cast_of, load_peak, plan_base, plan_roles
+from onecard.commands.fit.weights import META, load_peak, plan_base, plan_roles, role_setup
 from onecard.commands.fit.workspaces import workspaces
 from onecard.config import PPOConfig, TrainConfig
 from onecard.models.attention import has_own_attention, planned_for
@@ -24,13 +24,18 @@ from onecard.models.memory_options import head_chunks
 from onecard.models.trunk import trunk_of
 from onecard.utils.progress import say
 
-SHORT = (16, 32)  # tokens of the texts that models are planned for which run token by token
+SHORT = (16, 32)  # sequence lengths in tokens that a plan is extrapolated from, for models that loop over tokens
 WEIGHTS, ADAPTERS = "weights", "adapters and heads"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Bytes of a run. `phases` in their order; `paged`: optimizer states that leave the card when it is full."""
+class MemoryPlan:
+    """Memory of a run, in bytes.
+
+    `parameters`: the base's weights; `trained`: number of trained parameters (a count, not bytes); `phases`: in the
+    order in which they run; `paged`: optimizer states that are paged to the host when the card is full; `seconds`:
+    the time that planning took.
+    """
 
     parameters: int
     trained: int
@@ -40,12 +45,12 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """The most that is allocated at once."""
+        """The largest number of bytes that is allocated at once."""
         return max(phase.peak for phase in self.phases)
 
     @property
     def highest(self) -> Phase:
-        """The phase that needs most."""
+        """The phase with the largest peak."""
         return max(self.phases, key=lambda phase: phase.peak)
 
 
@@ -53,19 +58,19 @@ class Plan:
 def target_attention(target: torch.device) -> Iterator[None]:
     """Inside, `scaled_dot_product_attention` is the operator that the target device would run.
 
-    On meta it would be taken apart into products and a softmax over all pairs of tokens. The function itself is
-    replaced: a mode is not there when a backward recomputes a checkpointed layer.
+    On meta, PyTorch decomposes it into matrix products and a softmax over all pairs of tokens. The function itself is
+    patched, because a dispatch mode is not active when a backward recomputes a checkpointed layer.
     """
-    own = functional.scaled_dot_product_attention
+    original = functional.scaled_dot_product_attention
 
-    def run(query: Tensor, *given: Any, **more: Any) -> Tensor:
-        return attention(target, query, *given, **more) if query.is_meta else own(query, *given, **more)
+    def run(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return attention(target, query, *args, **kwargs) if query.is_meta else original(query, *args, **kwargs)
 
     functional.scaled_dot_product_attention = run
     try:
         yield
     finally:
-        functional.scaled_dot_product_attention = own
+        functional.scaled_dot_product_attention = original
 
 
 def attention(
@@ -79,7 +84,10 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What `scaled_dot_product_attention` chooses: flash attention; the memory-efficient one where there is a mask."""
+    """The operator that `scaled_dot_product_attention` selects on `target`.
+
+    CPU: flash attention. GPU: flash attention in 16 bit without a mask, else memory-efficient attention.
+    """
     ops, mask = torch.ops.aten, attn_mask
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask.logical_not(), float("-inf"))
@@ -91,23 +99,23 @@ def attention(
         out = ops._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)
         return out[0]
     if key.shape[1] != query.shape[1]:
-        key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for each in (key, value))
+        key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
     if mask is not None:
         mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    grows = torch.is_grad_enabled() and query.requires_grad
+    compute_log_sumexp = torch.is_grad_enabled() and query.requires_grad
     efficient = ops._scaled_dot_product_efficient_attention
-    return efficient(query, key, value, mask, grows, dropout_p, is_causal, scale=scale)[0]
+    return efficient(query, key, value, mask, compute_log_sumexp, dropout_p, is_causal, scale=scale)[0]
 
 
 @contextmanager
 def planning(target: torch.device, tracker: Tracker) -> Iterator[None]:
-    """Inside, tensors on meta take the ways of the target device, and are counted."""
+    """Inside, tensors on meta take the code paths of the target device, and `tracker` counts their memory."""
     with planned_for(target), target_attention(target), tracker:
         yield
 
 
 class OperatorCount(TorchDispatchMode):
-    """How many operators run inside."""
+    """Counts the operators that run inside it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +127,7 @@ class OperatorCount(TorchDispatchMode):
 
 
 def runs_token_by_token(model: Any, config: TrainConfig, target: torch.device) -> bool:
-    """Whether a model's forward takes more operators for more tokens, as Python loops over a recurrence do."""
+    """Whether a model's forward runs more operators for more tokens, as a Python loop over a recurrence does."""
     base = plan_base(model, config, target)
     if has_own_attention(base):
         return False
@@ -133,7 +141,7 @@ def runs_token_by_token(model: Any, config: TrainConfig, target: torch.device) -
 
 
 def shortened(config: TrainConfig, lengths: Lengths, tokens: int) -> tuple[TrainConfig, Lengths]:
-    """The settings of a run whose texts have so many tokens, with as many texts in each pass as before."""
+    """The settings of a run with sequences of `tokens` tokens and the same number of sequences in each pass."""
     prompt = max(1, lengths.prompt * SHORT[0] // lengths.total) * tokens // SHORT[0]
     short, share = Lengths(prompt, tokens - prompt), tokens / lengths.total
     config = replace(config, micro_batch_tokens=math.ceil(config.micro_batch_tokens * share))
@@ -143,67 +151,71 @@ def shortened(config: TrainConfig, lengths: Lengths, tokens: int) -> tuple[Train
     return config, short
 
 
-def extrapolated(plans: Sequence[Plan], tokens: int) -> Plan:
-    """What plans for texts of `SHORT` tokens come to at `tokens`: every size is a constant and so much a token."""
+def extrapolated(plans: Sequence[MemoryPlan], tokens: int) -> MemoryPlan:
+    """Extrapolate two plans, for sequences of `SHORT` tokens, to `tokens`: every size is linear in the length."""
 
-    def line(one: int, other: int) -> int:
-        return round(one + (other - one) * (tokens - SHORT[0]) / (SHORT[1] - SHORT[0]))
+    def extrapolate(short: int, long: int) -> int:
+        return round(short + (long - short) * (tokens - SHORT[0]) / (SHORT[1] - SHORT[0]))
 
-    one, other = plans
+    short_plan, long_plan = plans
     phases = tuple(
         replace(
-            last,
-            before=line(first.before, last.before),
-            peak=line(first.peak, last.peak),
-            parts={kind: line(first.parts.get(kind, 0), size) for kind, size in last.parts.items()},
+            long,
+            before=extrapolate(short.before, long.before),
+            peak=extrapolate(short.peak, long.peak),
+            parts={kind: extrapolate(short.parts.get(kind, 0), size) for kind, size in long.parts.items()},
         )
-        for first, last in zip(one.phases, other.phases, strict=True)
+        for short, long in zip(short_plan.phases, long_plan.phases, strict=True)
     )
-    return replace(other, phases=phases, seconds=one.seconds + other.seconds)
+    return replace(long_plan, phases=phases, seconds=short_plan.seconds + long_plan.seconds)
 
 
-def make_plan(
+def plan_memory(
     model: Any,
     config: TrainConfig,
     lengths: Lengths,
     target: torch.device,
     *,
     own_reference: bool = False,
-) -> Plan:
-    """The plan of a training command with these settings, for a transformers config of its base.
+) -> MemoryPlan:
+    """The memory plan of a training command. `model`: transformers config of the base.
 
-    A model whose forward is a loop over tokens would take minutes: it is planned for short texts, and the plan goes on
-    from these in a straight line.
+    `own_reference`: the reference is an adapter of its own, because training starts from an adapter. A model whose
+    forward is a loop over tokens would take minutes to plan: it is planned for two short lengths, and the plan is
+    extrapolated linearly.
     """
     if lengths.total > 2 * SHORT[1] and runs_token_by_token(model, config, target):
         say(f"fit: the model runs token by token; planned for {SHORT[0]} and {SHORT[1]} tokens, and on from there.")
         settings = [shortened(config, lengths, tokens) for tokens in SHORT]
-        plans = [plan_once(model, *each, target, own_reference=own_reference) for each in settings]
+        plans = [
+            plan_once(model, short_config, short, target, own_reference=own_reference)
+            for short_config, short in settings
+        ]
         return extrapolated(plans, lengths.total)
     return plan_once(model, config, lengths, target, own_reference=own_reference)
 
 
 def plan_once(
     model: Any, config: TrainConfig, lengths: Lengths, target: torch.device, *, own_reference: bool = False
-) -> Plan:
-    """The plan of texts as long as `lengths` say."""
+) -> MemoryPlan:
+    """The plan for sequences of these lengths, without extrapolation."""
     began = time.perf_counter()
-    if target.type == "cpu":  # there is nowhere to offload to
+    if target.type == "cpu":  # activations are in host memory already
         config = replace(config, activation_offloading=False)
     tracker = Tracker(target, workspaces())
     with planning(target, tracker), head_chunks(config.head_chunk_tokens):
         with tracker.making(WEIGHTS):
             base = plan_base(model, config, target, train_all=not config.use_peft)
-            cast = cast_of(config, reference=has_reference(config), own_reference=own_reference)
-            whole = "reference" in cast.adapters and not config.use_peft
-            copy = plan_base(model, config, target, train_all=True) if whole else None
+            setup = role_setup(config, reference=has_reference(config), own_reference=own_reference)
+            copied = "reference" in setup.adapters and not config.use_peft
+            copy = plan_base(model, config, target, train_all=True) if copied else None
         load = Phase("load", 0, tracker.current + load_peak(base), dict(tracker.by_kind), "quantization")
         parameters = tracker.by_kind[WEIGHTS]
         with tracker.making(ADAPTERS):
-            roles = plan_roles(base, copy, config, cast).train()
-        del copy  # the roles have it, and let it go where its log-probs are known
+            roles = plan_roles(base, copy, config, setup).train()
+        del copy  # `roles` owns the copy and frees it once its log-probs are precomputed
         rehearsal = Rehearsal(tracker, roles, config, lengths)
         phases = rehearsal.run()
         trained = sum(parameter.numel() for parameter in rehearsal.parameters)
         paged = tracker.by_kind.get(PAGED, 0)
-    return Plan(parameters, trained, (load, *phases), paged, time.perf_counter() - began)
+    return MemoryPlan(parameters, trained, (load, *phases), paged, time.perf_counter() - began)

@@ -1,4 +1,4 @@
-"""A rollout on `meta`: the pass over the prompts, and those at which its cache is largest."""
+"""A rollout on `meta`: the prefill, and the decoding steps at which the KV cache is largest."""
 
 from __future__ import annotations
 
@@ -12,62 +12,63 @@ from torch import Tensor
 
 from onecard.rollout import DecodeBatch, Sampling, UncachedBatch, sample_token
 
-Making = Callable[[], AbstractContextManager[None]]  # what is made inside is the cache's
+CacheMemory = Callable[[], AbstractContextManager[None]]  # tensors that are created inside count as KV cache
 
 
 def sample_longest(
-    batch: DecodeBatch, prompt: int, total: int, waiting: int, sampling: Sampling, making: Making
+    batch: DecodeBatch, prompt: int, total: int, waiting: int, sampling: Sampling, cache_memory: CacheMemory
 ) -> None:
-    """Every row from a prompt of so many tokens to the last one that can be drawn, `total` with the prompt.
+    """Run prefill and the largest decoding steps of a batch whose sequences all reach `total` tokens.
 
-    `waiting`: prompts that come in where others have ended.
+    `prompt`: tokens of each prompt; `total`: tokens of prompt and response; `waiting`: number of prompts that take the
+    slots of finished sequences.
     """
-    if isinstance(batch, UncachedBatch):  # a row is run whole for each token, and the last time it is longest
+    if isinstance(batch, UncachedBatch):  # every step runs the whole sequence, so the last step is the largest
         sample_token(batch.prefill([(0,) * (total - 1)], [0], [0]), sampling, [])
         return
-    batch.on_new_cache = partial(follow, making)
+    batch.on_new_cache = partial(tag_cache_updates, cache_memory)
     rows = list(range(batch.size))
     tokens, _ = sample_token(batch.prefill([(0,) * prompt] * batch.size, rows, rows), sampling, [])
     batch.append(tokens)
-    for stretch in (stretch_slots if batch.continuous else stretch_padded)(batch, total - 1):
-        stretch(making)
+    for resize in (slot_cache_sizes if batch.continuous else padded_cache_sizes)(batch, total - 1):
+        resize(cache_memory)
         sample_token(batch.logits(), sampling, [])
-    if waiting and batch.continuous:  # beside a cache that is as large as it gets
+    if waiting and batch.continuous:  # prefill of waiting prompts while the cache has its largest size
         batch.row_prompts[1:] = [None] * (batch.size - 1)
         if rows := batch.free_rows(waiting):
             sample_token(batch.prefill([(0,) * prompt] * len(rows), rows, rows), sampling, [])
-    del batch.cache.update  # it knows itself by it, and would not be let go of
+    del batch.cache.update  # the wrapper makes a reference cycle, which would keep the cache alive
 
 
-def follow(making: Making, cache: Any) -> None:
-    """What comes into the cache is the cache's."""
+def tag_cache_updates(cache_memory: CacheMemory, cache: Any) -> None:
+    """Wrap the cache's `update`, so that tensors which it creates count as KV cache."""
     update = cache.update
 
-    def followed(*given: Any, **more: Any) -> Any:
-        with making():
-            return update(*given, **more)
+    def tagged_update(*args: Any, **kwargs: Any) -> Any:
+        with cache_memory():
+            return update(*args, **kwargs)
 
-    cache.update = followed
+    cache.update = tagged_update
 
 
-def hold(layer: Any, columns: int, making: Making) -> None:
-    """Keys and values of so many tokens, in place of those that are there."""
+def set_cache_length(layer: Any, columns: int, cache_memory: CacheMemory) -> None:
+    """Replace a layer's keys and values by empty ones of `columns` tokens."""
     shape, dtype = list(layer.keys.shape), layer.keys.dtype
     shape[-2] = columns
     layer.keys = layer.values = None
-    with making():
+    with cache_memory():
         layer.keys, layer.values = (torch.empty(shape, dtype=dtype, device="meta") for _ in range(2))
 
 
-def stretch_padded(batch: Any, columns: int) -> list[Callable[[Making], None]]:
-    """The cache, mask and positions as they are when the last token is due."""
+def padded_cache_sizes(batch: Any, columns: int) -> list[Callable[[CacheMemory], None]]:
+    """A function that gives cache, mask and positions their sizes at the last decoding step."""
 
-    def last(making: Making) -> None:
+    def last(cache_memory: CacheMemory) -> None:
         for layer in batch.cache.layers:
             if not isinstance(getattr(layer, "keys", None), Tensor):
                 continue
             window = getattr(layer, "sliding_window", None)
-            hold(layer, columns - 1 if window is None else min(columns - 1, window - 1), making)
+            set_cache_length(layer, columns - 1 if window is None else min(columns - 1, window - 1), cache_memory)
             if hasattr(layer, "cumulative_length"):
                 layer.cumulative_length = columns - 1
         batch.mask = batch.mask.new_ones(len(batch.prompt_indices), columns)
@@ -76,19 +77,19 @@ def stretch_padded(batch: Any, columns: int) -> list[Callable[[Making], None]]:
     return [last]
 
 
-def stretch_slots(batch: Any, columns: int) -> list[Callable[[Making], None]]:
-    """The memory grows for the last time, and then its last column is read."""
+def slot_cache_sizes(batch: Any, columns: int) -> list[Callable[[CacheMemory], None]]:
+    """Functions that give the cache slots their sizes at their last growth and at the last decoding step."""
     from onecard.rollout.cache_slots import GROWTH
 
-    def grows(making: Making) -> None:
+    def last_growth(cache_memory: CacheMemory) -> None:
         batch.layout.capacity = (columns - 1) // GROWTH * GROWTH
         for layer in batch.cache.layers:
-            hold(layer, batch.layout.capacity, making)
+            set_cache_length(layer, batch.layout.capacity, cache_memory)
         batch.host_lengths = [batch.layout.capacity] * batch.size
-        with making():
+        with cache_memory():
             batch.grow(batch.layout.capacity + 1)
 
-    def last(making: Making) -> None:
+    def last(cache_memory: CacheMemory) -> None:
         batch.host_lengths = [columns - 1] * batch.size
 
-    return [last] if batch.layout.capacity == columns else [grows, last]
+    return [last] if batch.layout.capacity == columns else [last_growth, last]

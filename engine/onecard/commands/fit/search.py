@@ -1,4 +1,4 @@
-"""Which settings make a run fit: levers tried in order of what they cost in time, and the largest budget of tokens."""
+"""Searches for settings that make a run fit: memory options, cheapest in time first, and `micro_batch_tokens`."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 
 from onecard.commands.fit.cards import Card
 from onecard.commands.fit.phases import is_uncut
-from onecard.commands.fit.plan import Plan
+from onecard.commands.fit.plan import MemoryPlan
 from onecard.config import PPOConfig, TrainConfig
 
-PlanOf = Callable[[TrainConfig], Plan]
+PlanOf = Callable[[TrainConfig], MemoryPlan]
 
 
 @dataclass(frozen=True)
-class Lever:
-    """A setting that takes less memory: `pulled(config, rows)` gives it, or the same config where it is pulled."""
+class MemoryOption:
+    """A setting that saves memory. `apply(config, rows)` turns it on; a config that has it already is unchanged."""
 
     name: str
-    pulled: Callable[[TrainConfig, int], TrainConfig]
+    apply: Callable[[TrainConfig, int], TrainConfig]
 
 
 def smaller_optimizer(config: TrainConfig, rows: int) -> TrainConfig:
@@ -41,43 +41,43 @@ def smaller_rollout(config: TrainConfig, rows: int) -> TrainConfig:
     return replace(config, local_rollout_forward_batch_size=1) if isinstance(config, PPOConfig) else config
 
 
-LEVERS = (
-    Lever("gradient_checkpointing", lambda config, rows: replace(config, gradient_checkpointing=True)),
-    Lever("optim", smaller_optimizer),
-    Lever("load_in_4bit", smaller_weights),
-    Lever("micro_batch_tokens", smaller_passes),
-    Lever("local_rollout_forward_batch_size", smaller_rollout),
-    Lever("adapter_dtype", smaller_adapters),
-    Lever("activation_offloading", lambda config, rows: replace(config, activation_offloading=True)),
+MEMORY_OPTIONS = (
+    MemoryOption("gradient_checkpointing", lambda config, rows: replace(config, gradient_checkpointing=True)),
+    MemoryOption("optim", smaller_optimizer),
+    MemoryOption("load_in_4bit", smaller_weights),
+    MemoryOption("micro_batch_tokens", smaller_passes),
+    MemoryOption("local_rollout_forward_batch_size", smaller_rollout),
+    MemoryOption("adapter_dtype", smaller_adapters),
+    MemoryOption("activation_offloading", lambda config, rows: replace(config, activation_offloading=True)),
 )
 
 
-PLANS = 3  # in search of the largest budget, beside its two ends
+PLANS = 3  # plans in the search for the largest `micro_batch_tokens`, besides those of the two ends of the range
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """Settings that fit, their plan, and which of them were changed; `config` None where nothing fits."""
+    """Settings that fit, their plan, and the changed ones with their new values. `config`: None if nothing fits."""
 
     config: TrainConfig | None
-    plan: Plan
+    plan: MemoryPlan
     changed: dict[str, object]
 
 
 def make_fit(config: TrainConfig, plan_of: PlanOf, card: Card, rows: int) -> Fitting:
-    """Pull as few levers as make a run fit, from the first on. The run as it is does not fit.
+    """Turn on the fewest memory options, in the order of the table, that make a run fit. `config` does not fit.
 
-    `rows`: tokens of one example, the smallest budget there is.
+    `rows`: tokens of one example, the smallest possible token budget.
     """
-    steps = [config]  # each with one lever more
-    for lever in LEVERS:
-        pulled = lever.pulled(steps[-1], rows)
-        if pulled != steps[-1]:
-            steps.append(pulled)
+    steps = [config]  # each step has one option more than the step before
+    for option in MEMORY_OPTIONS:
+        changed = option.apply(steps[-1], rows)
+        if changed != steps[-1]:
+            steps.append(changed)
     plan = plan_of(steps[-1])
     if not card.holds(plan.peak):
         return Fitting(None, plan, changes(config, steps[-1]))
-    few, enough = 0, len(steps) - 1  # too few levers, and enough
+    few, enough = 0, len(steps) - 1  # indices of a step that does not fit and of one that fits
     while enough - few > 1:
         middle = (few + enough) // 2
         few, enough = (few, middle) if card.holds(plan_of(steps[middle]).peak) else (middle, enough)
@@ -85,21 +85,21 @@ def make_fit(config: TrainConfig, plan_of: PlanOf, card: Card, rows: int) -> Fit
 
 
 def changes(before: TrainConfig, after: TrainConfig) -> dict[str, object]:
-    """Settings of the levers that differ, with their new values."""
-    names = [lever.name for lever in LEVERS if hasattr(after, lever.name)]
+    """The memory options that differ, with their new values."""
+    names = [option.name for option in MEMORY_OPTIONS if hasattr(after, option.name)]
     return {name: getattr(after, name) for name in names if getattr(before, name) != getattr(after, name)}
 
 
 def flags(settings: Mapping[str, object]) -> str:
-    """Settings as they are written on the command line."""
+    """Settings as command line flags."""
     return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in settings.items())
 
 
 def largest_tokens(config: TrainConfig, plan_of: PlanOf, card: Card, rows: int, examples: int) -> int | None:
-    """The most `micro_batch_tokens` that fit, in whole examples of `rows` tokens; None if one is too much.
+    """The largest `micro_batch_tokens` that fits, a multiple of the `rows` tokens of an example; None if one does not.
 
-    What a phase holds is nearly a straight line in the number of tokens: from two points it is known where the limit is
-    crossed, and what is found is planned to be sure. Where the line has a bend, halves are tried.
+    The peak is nearly linear in the number of tokens: a line through two plans gives the limit, and another plan
+    confirms it. Where the peak is not linear, the search bisects.
     """
 
     def peak(count: int) -> int:
@@ -111,16 +111,16 @@ def largest_tokens(config: TrainConfig, plan_of: PlanOf, card: Card, rows: int, 
         return examples * rows
     if not card.holds(low):
         return None
-    bent = False  # such as where a step has no more examples, and passes without gradients go on growing
+    bisect = False  # after a plan above the line: e.g. a step has no more examples, but passes without gradients grow
     for _ in range(PLANS):
-        room = (card.usable - card.needed(0)) / (card.needed(10**9) - card.needed(0)) * 10**9
-        chord = max(1, int((room - low) * (most - fits) / (high - low)))
-        step = min(chord, (most - fits) // 2 if bent else most - fits - 1)
+        largest_peak = (card.usable - card.needed(0)) / (card.needed(10**9) - card.needed(0)) * 10**9
+        linear = max(1, int((largest_peak - low) * (most - fits) / (high - low)))
+        step = min(linear, (most - fits) // 2 if bisect else most - fits - 1)
         if step < 1:
             break
-        height = peak(fits + step)
-        if not card.holds(height):
-            most, high, bent = fits + step, height, True
+        tried = peak(fits + step)
+        if not card.holds(tried):
+            most, high, bisect = fits + step, tried, True
             continue
-        fits, low = fits + step, height
+        fits, low = fits + step, tried
     return fits * rows

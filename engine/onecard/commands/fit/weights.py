@@ -1,6 +1,7 @@
-"""A run's weights on `meta`: the model that a config describes, in NF4 if asked for, adapters and heads as roles.
+"""A run's weights on `meta`: the base that a config describes (in NF4 with `load_in_4bit`), adapters and heads.
 
-No weight is read and no number computed; what is made has the sizes, dtypes and owners of the real thing.
+No weights are read and nothing is computed. The tensors have the shapes and dtypes of those of the run, and belong to
+the same modules.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from onecard.training.startup import SHORT, layout_candidates
 from onecard.utils.errors import OnecardError
 
 META = torch.device("meta")
-BLOCK, NESTED_BLOCK = 64, 256  # of bitsandbytes' NF4, and of its block statistics when these are quantized too
+BLOCK, NESTED_BLOCK = 64, 256  # block sizes of bitsandbytes' NF4, and of the double quantization of its statistics
 
 
 def dtype_for(config: ModelConfig, target: torch.device, *, train_all: bool) -> torch.dtype:
-    """`models.load.pick_dtype` for a device that is not here; a planned GPU has bfloat16."""
+    """`models.load.pick_dtype` for a target device. A planned GPU supports bfloat16."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     return torch.float32 if train_all or target.type == "cpu" else torch.bfloat16
@@ -45,9 +46,9 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def nf4_weight(layer: Any, dtype: torch.dtype, shape: Sequence[int] = ()) -> Any:
-    """What bitsandbytes makes of a layer's weight on a device, with doubly quantized statistics; no numbers in it.
+    """bitsandbytes' NF4 weight of a layer, with double quantization, on meta.
 
-    `shape`: of stacked experts; empty: of a linear layer.
+    `shape`: shape of stacked experts; empty: that of a linear layer.
     """
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Params4bit
@@ -77,17 +78,17 @@ def nf4_weight(layer: Any, dtype: torch.dtype, shape: Sequence[int] = ()) -> Any
 
 
 def quantize(model: Any, dtype: torch.dtype) -> Any:
-    """Pack what `models.load.load_base` packs: linear layers but the head, and stacked experts."""
+    """Quantize what `models.load.load_base` quantizes: linear layers except the head, and stacked experts."""
     from bitsandbytes.nn import Linear4bit
     from transformers.integrations import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    kept = [*get_keys_to_not_convert(model), *read_directly(model)]
-    model = replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=nf4_settings(dtype))
+    unquantized = [*get_keys_to_not_convert(model), *read_directly(model)]
+    model = replace_with_bnb_linear(model, modules_to_not_convert=unquantized, quantization_config=nf4_settings(dtype))
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             layer.weight = nf4_weight(layer, dtype)
-            if layer.bias is not None:  # made in torch's default dtype; the loader casts it
+            if layer.bias is not None:  # created in torch's default dtype; the loader casts it
                 layer.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
         for name, parameter in stack_parameters(layer).items():
             setattr(layer, name, nf4_weight(layer, dtype, parameter.shape))
@@ -98,19 +99,19 @@ def quantize(model: Any, dtype: torch.dtype) -> Any:
 
 
 def load_peak(model: Any) -> int:
-    """What loading holds beside the weights: the largest layer in 16 bit while it is quantized, and its statistics."""
+    """Bytes that loading needs besides the weights: the largest layer in 16 bit and its statistics in fp32."""
     from bitsandbytes.nn import Params4bit
 
-    found = 0
+    largest = 0
     for weight in model.parameters():
         if isinstance(weight, Params4bit):
             size = weight.quant_state.shape.numel()
-            found = max(found, size * weight.quant_state.dtype.itemsize + 3 * 4 * math.ceil(size / BLOCK))
-    return found
+            largest = max(largest, size * weight.quant_state.dtype.itemsize + 3 * 4 * math.ceil(size / BLOCK))
+    return largest
 
 
 def plan_base(settings: Any, config: ModelConfig, target: torch.device, *, train_all: bool = False) -> Any:
-    """`models.load.load_base` on meta, of a transformers config."""
+    """`models.load.load_base` on meta. `settings`: the transformers config of the base."""
     dtype = dtype_for(config, target, train_all=train_all)
     attention = None if config.attn_implementation == "auto" else config.attn_implementation
     try:
@@ -122,16 +123,17 @@ def plan_base(settings: Any, config: ModelConfig, target: torch.device, *, train
             model = quantize(model, dtype)
     except OnecardError:
         raise
-    except Exception as error:  # a model class raises whatever its arithmetic raises on odd sizes
+    except Exception as error:  # a model class may raise any exception on unusual sizes
         raise OnecardError(f"model: nothing can be built of this config: {reason(error)}") from error
     if config.attn_implementation == "auto":
         use_own_attention(model)
     return model.requires_grad_(train_all)
 
 
-def lora(model: Any, config: TrainConfig, names: Mapping[str, bool], goes_on: Collection[str] = ()) -> Any:
-    """`model` with an adapter of each name; True where it belongs to a role with a scalar head. Those in `goes_on` are
-    as the adapter that `config.model` names.
+def lora(model: Any, config: TrainConfig, names: Mapping[str, bool], from_model: Collection[str] = ()) -> Any:
+    """`model` with adapters. `names`: adapter -> whether its role has a scalar head.
+
+    Adapters in `from_model` have the settings of the adapter folder that `config.model` names, where it names one.
     """
     targets = find_targets(model, config.lora_target_modules) if names else Targets(())
     if targets.parameters:
@@ -139,7 +141,7 @@ def lora(model: Any, config: TrainConfig, names: Mapping[str, bool], goes_on: Co
     base, folder = model, weights_folder(Path(config.model))
     with META:
         for name, scalar in names.items():
-            if name in goes_on and (folder / ADAPTER_SETTINGS).is_file():
+            if name in from_model and (folder / ADAPTER_SETTINGS).is_file():
                 settings = read_settings(folder, "model")
                 as_modules(settings, model)
                 model = add_adapter(model, settings, name)
@@ -149,59 +151,62 @@ def lora(model: Any, config: TrainConfig, names: Mapping[str, bool], goes_on: Co
 
 
 @dataclass(frozen=True)
-class Cast:
-    """Who plays in a run: the trained roles, every role's adapter (None: none), and which have a scalar head."""
+class RoleSetup:
+    """The roles of a run: the trained ones, the adapter of each role (None: the base), and those with a scalar head."""
 
     trained: tuple[str, ...]
     adapters: dict[str, str | None]
     scalar: tuple[str, ...] = ()
 
 
-def cast_of(config: TrainConfig, *, reference: bool, own_reference: bool) -> Cast:
-    """The roles of a command. `reference`: there is one; `own_reference`: an adapter, as the policy starts as one."""
+def role_setup(config: TrainConfig, *, reference: bool, own_reference: bool) -> RoleSetup:
+    """The roles of a command.
+
+    `reference`: it has one; `own_reference`: as a second adapter, because training starts from an adapter.
+    """
     own_reference |= isinstance(config, ReferenceConfig) and bool(config.ref_adapter)
-    more = {"reference": "reference" if own_reference else None} if reference else {}
+    ref_adapter = {"reference": "reference" if own_reference else None} if reference else {}
     if isinstance(config, PPOConfig):
-        adapters: dict[str, str | None] = {"policy": "policy", **more}
+        adapters: dict[str, str | None] = {"policy": "policy", **ref_adapter}
         if config.has_critic:
             adapters["value"] = "value" if config.critic == "adapter" else "policy"
         scorers = [role for role, setting in SCORER_SETTINGS.items() if getattr(config, setting)]
         adapters |= {role: role for role in scorers}
         trained = tuple(role for role in ("policy", "value") if role in adapters)
-        return Cast(trained, adapters, tuple(role for role in ("value", *scorers) if role in adapters))
+        return RoleSetup(trained, adapters, tuple(role for role in ("value", *scorers) if role in adapters))
     role = "reward" if isinstance(config, RewardConfig) else "policy"
     if not config.use_peft:
-        return Cast((role,), {role: None, **dict.fromkeys(more)}, (role,) if role == "reward" else ())
-    return Cast((role,), {role: role, **more}, (role,) if role == "reward" else ())
+        return RoleSetup((role,), {role: None, **dict.fromkeys(ref_adapter)}, (role,) if role == "reward" else ())
+    return RoleSetup((role,), {role: role, **ref_adapter}, (role,) if role == "reward" else ())
 
 
 @torch.no_grad()
-def settle_layout(roles: Roles) -> None:
-    """The first layout that the model can be run in, as `startup.choose_layout` tries them where there are numbers."""
+def choose_layout(roles: Roles) -> None:
+    """Set the first layout that the model runs in. `startup.choose_layout` does the same with real weights."""
     context = context_of(trunk_of(roles.causal_model()).config) or SHORT
-    for own, layout in layout_candidates(roles):
-        if not own:
+    for own_attention, layout in layout_candidates(roles):
+        if not own_attention:
             roles.use_plain_attention()
-        length = context // 2 + 1 if layout == "restarted" else SHORT  # some masks end with the context
-        texts = [TokenSequence((0,) * length, (False,) + (True,) * (length - 1))] * 2
+        length = context // 2 + 1 if layout == "restarted" else SHORT  # some models have masks of the context's length
+        sequences = [TokenSequence((0,) * length, (False,) + (True,) * (length - 1))] * 2
         roles.layout = layout
         try:
-            roles.hidden(to_device(pack(texts), META), torch.arange(2, device=META))
+            roles.hidden(to_device(pack(sequences), META), torch.arange(2, device=META))
             return
         except (RuntimeError, TypeError, ValueError, AttributeError, OnecardError):
             continue
 
 
-def plan_roles(base: Any, copy: Any, config: TrainConfig, cast: Cast) -> Roles:
-    """`models.build.load_roles` and `load_ppo_roles` on meta. `copy`: a whole model that is the reference, or None."""
-    names = {name: role in cast.scalar for role, name in reversed(cast.adapters.items()) if name is not None}
-    goes_on = (cast.trained[0], "reference")
-    model = lora(base, config, {name: names[name] for name in reversed(names)}, goes_on)
-    roles = Roles(model, cast.trained, dict(cast.adapters), "packed" if config.padding_free else "padded")
-    settle_layout(roles)
+def plan_roles(base: Any, copy: Any, config: TrainConfig, setup: RoleSetup) -> Roles:
+    """`models.build.load_roles` and `load_ppo_roles` on meta. `copy`: full copy of the model as reference, or None."""
+    names = {name: role in setup.scalar for role, name in reversed(setup.adapters.items()) if name is not None}
+    from_model = (setup.trained[0], "reference")
+    model = lora(base, config, {name: names[name] for name in reversed(names)}, from_model)
+    roles = Roles(model, setup.trained, dict(setup.adapters), "packed" if config.padding_free else "padded")
+    choose_layout(roles)
     apply_memory_options(roles, config)
     if copy is not None:
         roles.copies["reference"] = copy.requires_grad_(False)
-    for role in cast.scalar:
-        roles.heads[role] = scalar_head(*head_shape(roles)).requires_grad_(role in cast.trained)
+    for role in setup.scalar:
+        roles.heads[role] = scalar_head(*head_shape(roles)).requires_grad_(role in setup.trained)
     return roles

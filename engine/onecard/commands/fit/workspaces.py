@@ -1,7 +1,7 @@
-"""What operators of others hold inside while they run, as `onecard_kernels.workspace` says it of our own.
+"""Workspaces of the operators of PyTorch and bitsandbytes; `onecard_kernels.workspace` has those of our kernels.
 
-From the sources of PyTorch's flash attention (FlashAttention 2) and of bitsandbytes; what is left out is a few bytes
-per token.
+The formulas follow the sources of PyTorch's flash attention (FlashAttention 2) and of bitsandbytes. They leave out a
+few bytes per token.
 """
 
 from __future__ import annotations
@@ -15,51 +15,53 @@ from torch import Tensor
 from onecard.commands.fit.tracker import Workspace
 from onecard_kernels import workspace
 
-FLASH_ROWS = 128  # queries of a block; sequences are counted as if each ended a block
-FUSED_ROWS = 4  # of activations, up to which bitsandbytes multiplies by packed weights on every GPU
+FLASH_ROWS = 128  # queries in a block; the length of each sequence is rounded up to whole blocks
+FUSED_ROWS = 4  # up to this many rows of activations, bitsandbytes multiplies by packed weights on every GPU
 
 
 def rounded_width(width: int) -> int:
-    """Of a head, in flash attention's sums."""
+    """The padded head width in flash attention's accumulators."""
     return -(-width // 32) * 32 if width <= 192 else 256
 
 
 def flash_backward(rows: int, key_rows: int, heads: int, key_heads: int, width: int, itemsize: int) -> int:
-    """dq in fp32, the rows' sums of out * d_out, and dk, dv of every query head where heads share keys."""
+    """Bytes of dq in fp32, of each row's sum of out * d_out, and of dk, dv per query head where heads share keys."""
     expanded = 2 * key_rows * heads * width * itemsize if heads != key_heads else 0
     return rows * heads * (rounded_width(width) + 1) * 4 + expanded
 
 
-def varlen_backward(target: torch.device, d_out: Tensor, query: Tensor, key: Tensor, *rest: Any, **more: Any) -> int:
-    cu_queries = next(each for each in rest if isinstance(each, Tensor) and each.dtype == torch.int32)
+def varlen_backward(target: torch.device, d_out: Tensor, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> int:
+    """Backward of varlen attention: query [n, H, d], key [m, G, d]."""
+    cu_queries = next(arg for arg in args if isinstance(arg, Tensor) and arg.dtype == torch.int32)
     rows = query.shape[0] + FLASH_ROWS * (cu_queries.numel() - 1)
     heads, width = query.shape[1:]
     return flash_backward(rows, key.shape[0], heads, key.shape[1], width, query.element_size())
 
 
-def dense_backward(target: torch.device, d_out: Tensor, query: Tensor, key: Tensor, *rest: Any, **more: Any) -> int:
+def dense_backward(target: torch.device, d_out: Tensor, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> int:
+    """Backward of flash attention in `scaled_dot_product_attention`: query [b, H, n, d], key [b, G, m, d]."""
     batch, heads, rows, width = query.shape
     rows = batch * -(-rows // FLASH_ROWS) * FLASH_ROWS
     return flash_backward(rows, batch * key.shape[2], heads, key.shape[1], width, query.element_size())
 
 
 def nf4_statistics(blocks: int) -> int:
-    """The block statistics of NF4 in fp32, before and after their mean is added."""
+    """Bytes of NF4's block statistics in fp32, before and after their mean is added."""
     return 2 * blocks * 4
 
 
 def gemm_4bit(
-    target: torch.device, a: Tensor, b: Tensor, shape: Any, absmax: Tensor, blocksize: int, *rest: Any, **more: Any
+    target: torch.device, a: Tensor, b: Tensor, shape: Any, absmax: Tensor, blocksize: int, *args: Any, **kwargs: Any
 ) -> int:
-    """Few rows are multiplied by the packed weight; for more of them it is unpacked first."""
+    """bitsandbytes' product with a 4-bit weight: fused for up to `FUSED_ROWS` rows on a GPU, else unpacked first."""
     size = math.prod(shape)
     if target.type == "cuda" and a.numel() // a.shape[-1] <= FUSED_ROWS:
         return 0
     return size * a.element_size() + nf4_statistics(-(-size // blocksize))
 
 
-def draws(target: torch.device, probabilities: Tensor, *rest: Any, **more: Any) -> int:
-    """A random number for each probability."""
+def multinomial(target: torch.device, probabilities: Tensor, *args: Any, **kwargs: Any) -> int:
+    """`torch.multinomial`: a random number for each probability."""
     return probabilities.numel() * probabilities.element_size()
 
 
@@ -67,14 +69,14 @@ TABLE: dict[str, Workspace] = {
     "torch_attn::_varlen_attn_backward": varlen_backward,
     "aten::_scaled_dot_product_flash_attention_backward": dense_backward,
     "bitsandbytes::gemm_4bit": gemm_4bit,
-    "aten::multinomial": draws,
+    "aten::multinomial": multinomial,
 }
 
 
 def workspaces() -> dict[str, Workspace]:
-    """All that are known, ours among them."""
+    """Operator -> its workspace, for the operators of PyTorch, bitsandbytes and `onecard_kernels`."""
 
-    def ours(name: str) -> Workspace:
-        return lambda target, *given, **more: workspace.workspace_bytes(name, target, *given, **more)
+    def kernel_workspace(name: str) -> Workspace:
+        return lambda target, *args, **kwargs: workspace.workspace_bytes(name, target, *args, **kwargs)
 
-    return {**{name: ours(name) for name in workspace.TABLE}, **TABLE}
+    return {**{name: kernel_workspace(name) for name in workspace.TABLE}, **TABLE}
