@@ -1,4 +1,4 @@
-"""docs/ppo.md says what the code does: its lines, tests, metrics and example are checked against both.
+"""The pages on PPO say what the code does: quoted lines, tests, metrics and examples are checked.
 
 `python tests/engine/test_ppo_docs.py` writes the line numbers anew, after code has moved.
 """
@@ -22,9 +22,10 @@ from onecard.training.trainer import Objective, Trainer
 from onecard_kernels import Loss
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "ppo.md"
-METRICS_PAGE = ROOT / "docs" / "metrics.md"
-DETAILS = "## Every detail, and the line that does it"
+DOCS = ROOT / "docs"
+PAGE = DOCS / "ppo-internals.md"
+PAGES = sorted(DOCS.glob("ppo*.md"))
+METRICS_PAGE = DOCS / "metrics.md"
 # | detail | [`file.py:12`](../folder/file.py#L12) | `the line` | `tests/file.py::test_name`, ... |
 DETAIL = re.compile(
     r"^\| (?P<what>.+?) \| \[`(?P<file>[\w.]+):(?P<number>\d+)`\]\((?P<path>[\w./]+)#L(?P<anchor>\d+)\)"
@@ -52,30 +53,20 @@ class Detail:
         return [number for number, text in enumerate(texts, start=1) if text.strip() == self.code]
 
 
-def section(title: str) -> tuple[int, list[str]]:
-    """A section's lines, and the place of its first one in the page."""
-    lines = PAGE.read_text(encoding="utf-8").splitlines()
-    start = lines.index(title) + 1
-    end = next((place for place in range(start, len(lines)) if lines[place].startswith("## ")), len(lines))
-    return start, lines[start:end]
-
-
 def details() -> list[Detail]:
     """The rows of the table. A row of another form is an error: nothing would check it."""
-    start, lines = section(DETAILS)
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
     places = [place for place, line in enumerate(lines) if line.startswith("|")][2:]  # after the two lines of its head
     found = []
     for place in places:
         match = DETAIL.match(lines[place])
-        assert match, f"{PAGE.name}:{start + place + 1} has another form than {DETAIL.pattern}"
+        assert match, f"{PAGE.name}:{place + 1} has another form than {DETAIL.pattern}"
         file = (PAGE.parent / match["path"]).resolve()
         assert match["number"] == match["anchor"], f"{match['what']}: {match['number']} is linked as {match['anchor']}"
         assert match["file"] == file.name, f"{match['what']}: {match['file']} is linked as {file.name}"
         tests = tuple((name[0], name[1]) for name in TEST.findall(match["tests"]))
         assert tests, f"{match['what']}: no test is named"
-        found.append(
-            Detail(start + place, lines[place], match["what"], file, int(match["number"]), match["code"], tests)
-        )
+        found.append(Detail(place, lines[place], match["what"], file, int(match["number"]), match["code"], tests))
     return found
 
 
@@ -124,7 +115,7 @@ def test_each_named_test_exists():
 
 
 def test_each_linked_file_and_heading_exists():
-    for page in (PAGE, METRICS_PAGE):
+    for page in (*PAGES, METRICS_PAGE):
         for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
             path, _, anchor = target.partition("#")
             linked = (page.parent / path).resolve() if path else page
@@ -144,7 +135,7 @@ def test_a_moved_line_is_found_again(monkeypatch, tmp_path):
     (tmp_path / "docs").mkdir()
     for folder in ("engine", "kernels"):
         (tmp_path / folder).symlink_to(ROOT / folder)
-    page = tmp_path / "docs" / "ppo.md"
+    page = tmp_path / "docs" / PAGE.name
     page.write_text(rewritten, encoding="utf-8")
     monkeypatch.setattr(sys.modules[__name__], "PAGE", page)
     first = details()[0]
@@ -184,8 +175,9 @@ def defined(lines: Iterable[str]) -> set[str]:
 
 
 def example(name: str) -> str:
-    """One of the page's example files."""
-    blocks = re.findall(rf"```python\n(# {re.escape(name)}\n.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    """One of the pages' example files."""
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    blocks = re.findall(rf"```python\n(# {re.escape(name)}\n.*?)```", text, re.DOTALL)
     assert len(blocks) == 1
     return blocks[0]
 
@@ -196,7 +188,7 @@ def general(names: Iterable[str]) -> set[str]:
 
 
 def test_every_logged_metric_is_defined(onecard, tmp_path, tiny_model, pairs):
-    """With the page's own examples as rewards and costs. Both ways: nothing is defined that no run logs."""
+    """With the pages' own examples as rewards and costs. Both ways: nothing is defined that no run logs."""
     (tmp_path / "costs.py").write_text(example("costs.py"))
     (tmp_path / "rewards.py").write_text(example("rewards.py"))
     functions = re.findall(r"^def (\w+)", example("rewards.py"), re.MULTILINE)
@@ -213,7 +205,7 @@ def test_every_logged_metric_is_defined(onecard, tmp_path, tiny_model, pairs):
     evaluated = general(
         name.removeprefix("eval_") for row in rows if "loss" not in row for name in row if name != "step"
     )
-    _, lines = section("## Every metric")
+    lines = (DOCS / "ppo-metrics.md").read_text(encoding="utf-8").splitlines()
     ours, shared = defined(lines), defined(METRICS_PAGE.read_text(encoding="utf-8").splitlines())
     assert trained - shared <= ours
     assert ours <= trained
