@@ -12,14 +12,14 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 
 import pytest
 import torch
 
 from onecard.config import TrainConfig
 from onecard.training.trainer import Objective, Trainer
-from onecard_kernels import Loss
+from onecard_kernels import Loss, gae, linear_ppo_loss, token_kl, value_loss
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -101,6 +101,39 @@ def test_each_quoted_line_stands_where_the_page_says():
             now = f"stands on line {' and '.join(map(str, lines))}" if lines else "is no line of it"
             wrong.append(f"{detail.file.name}:{detail.number}: `{detail.code}` {now}")
     assert not wrong, "\n".join([*wrong, "moved lines: python tests/engine/test_ppo_docs.py writes their numbers anew"])
+
+
+def function_of(detail: Detail) -> str:
+    """The innermost function that the detail's line is in."""
+    tree = ast.parse(detail.file.read_text(encoding="utf-8"))
+    functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    around = [node for node in functions if node.lineno <= detail.number <= node.end_lineno]
+    return max(around, key=lambda node: node.lineno).name
+
+
+def test_the_named_lines_of_the_losses_are_those_that_run():
+    """The engine's calls of the kernels, on the CPU: each function that the page names in `kernels/` is entered."""
+    entered: set[tuple[str, str]] = set()
+
+    def trace(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            entered.add((frame.f_code.co_filename, frame.f_code.co_name))
+
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(6, 8, requires_grad=True), torch.randn(20, 8), torch.arange(6)
+    numbers, mask = torch.randn(6), torch.ones(6, dtype=torch.bool)
+    sys.setprofile(trace)
+    try:
+        options = {"dual_clip": 3.0, "entropy_coef": 0.01}
+        linear_ppo_loss(hidden, weight, targets, numbers, numbers, mask, **options).loss.backward()
+        value_loss(numbers, numbers, numbers, mask, clip=0.2)
+        gae(numbers.view(2, 3), numbers.view(2, 3), mask.view(2, 3))
+        token_kl(numbers, numbers)
+    finally:
+        sys.setprofile(None)
+    named = {(str(each.file), function_of(each)) for each in details() if (ROOT / "kernels") in each.file.parents}
+    assert len(named) >= 3
+    assert named <= entered
 
 
 def test_each_named_test_exists():
