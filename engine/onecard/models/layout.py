@@ -21,12 +21,13 @@ from onecard.models.attention import PACKED_MASK, segments_of
 
 @dataclass(frozen=True)
 class Layout:
-    """`passes`: keyword arguments of the trunk for each pass; `places` [n]: index of flat row i in the concatenated,
-    flattened outputs of the passes.
+    """How a batch is given to the trunk: `passes` are the keyword arguments of each forward pass.
+
+    `rows` int64 [n]: the row of token i in the outputs of all passes, flattened and concatenated.
     """
 
     passes: tuple[dict[str, Any], ...]
-    places: Tensor
+    rows: Tensor
 
 
 def packed(batch: TokenBatch) -> Layout:

@@ -87,12 +87,12 @@ class MicroBatchSize:
 class RetryMessages:
     """Messages for out-of-memory retries: `smaller` if the token budget is halved, `single` if one item does not fit.
 
-    `{size}` in them is the new budget, or the size of the item; `shown` formats it.
+    `{size}` in them is the new budget, or the size of the item; `format_size` formats it.
     """
 
     smaller: str
     single: str
-    shown: Callable[[int], str] = "{:,} tokens".format
+    format_size: Callable[[int], str] = "{:,} tokens".format
 
 
 MEMORY_ADVICE = (
@@ -115,7 +115,7 @@ class TokenBudget:
     """The current micro-batch size. It gets smaller when memory runs out, and stays so; checkpoints store it."""
 
     size: MicroBatchSize
-    wording: RetryMessages = FORWARD_MESSAGES
+    messages: RetryMessages = FORWARD_MESSAGES
 
     def shrink(self, sizes: Sequence[int], *, padded: bool = False) -> None:
         """After items of these sizes ran out of memory, print a message and halve the budget.
@@ -124,9 +124,11 @@ class TokenBudget:
         """
         smaller = replace(self.size, padded=padded).halved(sizes)
         if smaller is None:
-            raise OnecardError("out of memory: " + self.wording.single.format(size=self.wording.shown(max(sizes))))
+            raise OnecardError(
+                "out of memory: " + self.messages.single.format(size=self.messages.format_size(max(sizes)))
+            )
         self.size = replace(self.size, tokens=smaller.tokens)
-        say("out of memory: " + self.wording.smaller.format(size=self.wording.shown(smaller.tokens)))
+        say("out of memory: " + self.messages.smaller.format(size=self.messages.format_size(smaller.tokens)))
 
 
 def as_budget(size: int | TokenBudget) -> TokenBudget:

@@ -183,7 +183,7 @@ class Roles(nn.Module):
         with self.offloading():
             states = [trunk(**inputs).last_hidden_state.flatten(0, 1) for inputs in layout.passes]
         hidden = states[0] if len(states) == 1 else torch.cat(states)
-        return hidden.index_select(0, layout.places[rows])
+        return hidden.index_select(0, layout.rows[rows])
 
     def logprobs(self, batch: TokenBatch, targets: ResponseTargets, temperature: float = 1.0) -> Tensor:
         """Log-probabilities [r] of the response tokens under the current role, fp32, nats."""

@@ -86,12 +86,12 @@ def input_gradients(roles: Roles, batch: TokenBatch, layout: str, rows: Sequence
     try:
         with torch.enable_grad():
             passes = [trunk(**inputs).last_hidden_state.flatten(0, 1) for inputs in laid.passes]
-            states = torch.cat(passes)[laid.places].float()
+            states = torch.cat(passes)[laid.rows].float()
             sums = [states[list(each)].square().sum() for each in rows]
             found = [torch.autograd.grad(each, leaves[0], retain_graph=True)[0] for each in sums]
     finally:
         hook.remove()
-    return [each.flatten(0, 1)[laid.places] for each in found]
+    return [each.flatten(0, 1)[laid.rows] for each in found]
 
 
 def mixes_sequences(roles: Roles, layout: str, texts: Sequence[TokenSequence]) -> bool:
