@@ -116,7 +116,7 @@ class PPORun:
         with ExitStack() as stack:
             for target, name, changed in (
                 (job, "sampler", Sampler()),
-                (job, "scorer", timer.wrap(REWARD, job.scorer)),
+                (job, "score", timer.wrap(REWARD, job.score)),
                 (trainer, "gradients", timer.wrap(TRAIN, trainer.gradients)),
                 (trainer, "apply", timer.wrap(OPTIMIZER, trainer.apply)),
             ):

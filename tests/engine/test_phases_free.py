@@ -112,7 +112,7 @@ def test_after_each_phase_of_ppo_what_is_left_is_records_on_the_cpu(tiny_model, 
         sampled = job.sampler.sample(roles, prompts, list(range(SEQUENCES)), bar)
         number = 4 * SEQUENCES * RESPONSE  # bytes of one float32 for each response token
         assert alive.storages() <= 2 * number  # the log-probs as they were sampled
-        judged = job.scorer(prompts, sampled.episodes)
+        judged = job.score(prompts, sampled.episodes)
         assert alive.storages() <= 3 * number
         passes = compute_model_outputs(roles, sampled.episodes, config)
         assert len(passes.logprobs) == SEQUENCES
@@ -132,7 +132,7 @@ def test_after_each_phase_of_ppo_what_is_left_is_records_on_the_cpu(tiny_model, 
         assert rows[2][1] <= 4096  # states apart: 8-bit AdamW's codes, the schedule's few numbers
         with torch.no_grad():
             found = job.sampler.sample(roles, prompts[:2], [0, 1], bar)
-            job.scorer(prompts[:2], found.episodes)
+            job.score(prompts[:2], found.episodes)
         del found
         assert alive.storages(states_of(trainer)) == rows[2][1]
 
