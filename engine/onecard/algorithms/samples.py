@@ -26,14 +26,14 @@ SEQUENCES: dict[type, Callable[[Any], TokenSequence]] = {
 
 
 def prompt_of(example: object) -> tuple[int, ...]:
-    """The tokens before the first one that is learned; of a text that is learned whole, its first few."""
+    """The tokens before the first one that is learned; the first few of a text that is learned whole."""
     sequence = SEQUENCES[type(example)](example)
     return sequence.tokens[: sequence.response_mask.index(True)] or sequence.tokens[:BEGINNING]
 
 
 @dataclass(frozen=True)
 class HeldoutSamples:
-    """The policy's answers to a few held-out prompts.
+    """The policy's responses to a few held-out prompts.
 
     They are drawn the same way each time, so they differ by what was learned in between. Training draws as if nothing
     had been drawn here.
@@ -46,7 +46,7 @@ class HeldoutSamples:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt with its answer."""
+        """Tokens of the longest prompt with its response."""
         return max(map(len, self.prompts)) + self.config.eval_sample_length
 
     def __call__(self, bar: Bar) -> list[dict[str, Any]]:
@@ -73,7 +73,7 @@ class HeldoutSamples:
 def heldout_samples(
     config: PolicyTrainConfig, roles: Roles, tokenizer: Any, heldout: Sequence[object]
 ) -> HeldoutSamples | None:
-    """Answers to the first `eval_samples` prompts with room for one; None if that is 0, or nothing is held out."""
+    """Samples for the first `eval_samples` held-out prompts that leave room for a response; None if there are none."""
     different = list(dict.fromkeys(map(prompt_of, heldout)))
     context = context_of(trunk_of(roles.causal_model()).config)
     room = None if context is None else context - config.eval_sample_length

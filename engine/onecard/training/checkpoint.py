@@ -30,7 +30,7 @@ NAME = re.compile(r"checkpoint-(\d+)")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: its folder, the optimizer steps it has seen, and the rows of each log at that time."""
+    """A complete checkpoint: its folder, its optimizer steps, and the rows of each log at that time."""
 
     folder: Path
     step: int
@@ -110,7 +110,7 @@ def remove_old_checkpoints(run_dir: Path, step: int, *, run: str, keep: int) -> 
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove the files that a checkpoint's manifest names, and it last. What else somebody keeps there stays."""
+    """Remove the files that a checkpoint's manifest names, and the manifest last. Other files stay."""
     manifest = read_manifest(folder)
     assert manifest is not None
     remove_files(folder, [*manifest.files, MANIFEST])
@@ -128,7 +128,7 @@ def checkpoint_folders(run_dir: Path) -> list[Path]:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a checkpoint; None where it is missing or damaged. That it cannot be read is an error."""
+    """The manifest of a checkpoint; None if it is missing or damaged. Raises on a read error."""
     try:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = {str(name): (int(size), str(sha)) for name, (size, sha) in found["files"].items()}
@@ -160,7 +160,7 @@ def is_whole(folder: Path, manifest: Manifest) -> bool:
 
 
 def newest_checkpoint(run_dir: Path, run: str) -> tuple[Checkpoint | None, tuple[Path, ...]]:
-    """The newest whole checkpoint of a run, and the damaged ones that are newer. One of another run is an error."""
+    """The newest complete checkpoint of a run, and the damaged ones that are newer. Raises for another run's."""
     damaged: list[Path] = []
     for folder in checkpoint_folders(run_dir):
         manifest = read_manifest(folder)
@@ -191,7 +191,7 @@ def check_rows(run_dir: Path, folder: Path, manifest: Manifest) -> None:
 
 
 def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`training` and `state` as they were given to `write_checkpoint`; random states are put back."""
+    """`training` and `state` as given to `write_checkpoint`; restores the random states."""
     training = torch.load(checkpoint.folder / TRAINING, weights_only=True, map_location="cpu")
     set_random_states(training.pop("random"))
     return training, json.loads((checkpoint.folder / STATE).read_text())

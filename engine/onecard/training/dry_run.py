@@ -56,7 +56,7 @@ def show(config: TrainConfig, roles: Roles, tokenizer: Any, example: object) -> 
 
 
 def count(parameters: Iterator[nn.Parameter] | list[nn.Parameter]) -> int:
-    """How many numbers; bitsandbytes packs two 4-bit ones into a byte, and keeps the shape beside."""
+    """Number of elements. bitsandbytes packs two 4-bit elements into a byte and stores the shape apart."""
     states = [(parameter, getattr(parameter, "quant_state", None)) for parameter in parameters]
     return sum(parameter.numel() if state is None else state.shape.numel() for parameter, state in states)
 
@@ -79,7 +79,7 @@ def parameter_lines(roles: Roles) -> list[str]:
 
 
 def weights_of(roles: Roles, role: str) -> str:
-    """What a role is made of, but for its head."""
+    """A role's weights in words, without its head."""
     if role in roles.copies:
         return "a frozen copy"
     if roles.adapters[role] is None:
@@ -88,7 +88,7 @@ def weights_of(roles: Roles, role: str) -> str:
 
 
 def example_lines(example: object, tokenizer: Any, *, colour: bool) -> Iterator[Text]:
-    """Each sequence of an example under what it is."""
+    """Each sequence of an example, with a title."""
     for what, sequence in SEQUENCES[type(example)](example):
         learned = sum(sequence.response_mask)
         counts = f"{len(sequence)} tokens, {learned} of them the response" if learned else f"{len(sequence)} tokens"

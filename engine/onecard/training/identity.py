@@ -38,7 +38,7 @@ def examples_digest(examples: Iterable[object]) -> str:
 
 
 def sampled_digest(path: Path) -> str:
-    """Of a safetensors file its header, and the beginning, middle and end of each tensor.
+    """Digest of a safetensors file: its header, and the start, middle and end of each tensor.
 
     Whatever changes weights changes whole tensors, and all of a large base takes minutes to read.
     """
@@ -58,7 +58,7 @@ def sampled_digest(path: Path) -> str:
 
 
 def weights_digest(model: str) -> str:
-    """Changes when the weights or the config in a folder do; empty for hub names, which stand for their weights."""
+    """Digest of the weights and the config in a folder; empty for hub names, which stand for their weights."""
     source, state = find_source(model), hashlib.sha256()
     folders = [Path(source.base), *([source.adapter] if source.adapter else [])]
     names = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
@@ -90,7 +90,7 @@ def supervised_identity(
 
 
 def functions_digest(entries: Sequence[str]) -> str:
-    """SHA-256 of what `reward_funcs` names, weights aside: another one when the file of a function was edited.
+    """SHA-256 of what `reward_funcs` names, without weights; it changes when a function's file is edited.
 
     Of a function its module's file counts, not what that imports; of what is built in the entry.
     """
@@ -104,7 +104,7 @@ def functions_digest(entries: Sequence[str]) -> str:
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """Changes with the prompts' tokens and their other columns, which rewards may look at."""
+    """Digest of the prompts' tokens and their other columns, which rewards may use."""
     state = hashlib.sha256()
     for prompt in prompts:
         # Of what JSON cannot hold (an image, say) only the type counts: its `str` may be another in each process.
@@ -114,7 +114,7 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
 
 
 def scorer_digest(config: PPOConfig, setting: str) -> str:
-    """Changes with the weights of what a setting names to judge answers."""
+    """Digest of the weights of the reward model that a setting names."""
     name: str = getattr(config, setting)
     if not name:
         return ""

@@ -35,7 +35,7 @@ SUM = "_sum"
 
 
 def per_kind(row: dict[str, float]) -> dict[str, float]:
-    """Means over the examples of one kind, where a row has their sum and their count; nothing where there were none.
+    """Replace the sums and counts of a kind of examples by means; a kind without examples gets none.
 
     Sums and counts of micro-batches and steps add up, which means over different numbers of examples do not.
 
@@ -66,7 +66,7 @@ PHASES = [0.0]  # the highest peak of those that `phase_memory` has begun to cou
 
 @contextmanager
 def phase_memory(row: dict[str, float], name: str) -> Iterator[None]:
-    """`row[name]`: GiB of a phase. Its own peak on the GPU; on CPU, which counts none, what is resident at its end."""
+    """Context that sets `row[name]` in GiB: the phase's peak on the GPU; resident memory at its end on CPU."""
     if torch.cuda.is_available():
         PHASES[0] = peak_memory_gib()
         torch.cuda.reset_peak_memory_stats()
@@ -77,7 +77,7 @@ def phase_memory(row: dict[str, float], name: str) -> Iterator[None]:
 
 
 def resident_memory_gib() -> float:
-    """What the process holds now, where the system says it (Linux); else its peak."""
+    """Resident memory now (Linux); elsewhere the peak."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -98,7 +98,7 @@ class Window:
             self.steps[name] = self.steps.get(name, 0) + 1
 
     def take(self) -> dict[str, float]:
-        """The means, and begin again."""
+        """Return the means and reset."""
         means = {name: value / self.steps[name] for name, value in self.sums.items()}
         self.sums, self.steps = {}, {}
         return per_kind(means)

@@ -45,13 +45,13 @@ MASTER_BYTES = 32 << 20  # of the float32 gradients that a step holds at a time
 
 
 def master_of(weight: nn.Parameter) -> nn.Parameter:
-    """A float32 copy of a 16-bit weight; of its value before it was rounded, which is then let go."""
+    """A float32 copy of a 16-bit weight, from its value before rounding if that is attached; frees that value."""
     full = vars(weight).pop(FULL_PRECISION, weight.detach())
     return nn.Parameter(full.to(weight.device, torch.float32, copy=True))
 
 
 class MasterOptimizer(torch.optim.Optimizer):
-    """An optimizer of float32 copies (masters) of 16-bit weights, which are its masters rounded.
+    """An optimizer on float32 masters of 16-bit weights. The weights are the masters, rounded.
 
         master <- update(master, float(gradient));  weight <- round(master)
 
@@ -80,7 +80,7 @@ class MasterOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One update. 16-bit gradients become float32, and are gone, some MiB at a time. `closure` is not called."""
+        """One update. 16-bit gradients are cast to float32 and freed, a few MiB at a time. `closure` is not called."""
         batch: list[tuple[nn.Parameter, nn.Parameter]] = []
         held = 0
         for _, weight, master in self.rounded():
@@ -95,25 +95,25 @@ class MasterOptimizer(torch.optim.Optimizer):
         self.update(batch)
 
     def update(self, batch: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
-        """The inner optimizer's step for parameters that have a gradient, which is then gone."""
+        """Step the inner optimizer for parameters with a gradient, and free the gradients."""
         self.inner.step()
         self.inner.zero_grad(set_to_none=True)
         for weight, master in batch:
             weight.copy_(master)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the weights' gradients; the masters have none between steps."""
+        """Clear the weights' gradients; the masters have none between steps."""
         for weight in self.parameters:
             weight.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's, and the masters by their places."""
+        """The inner optimizer's state, and the masters by index."""
         masters = {place: master.detach() for place, _, master in self.rounded()}
         return {"inner": self.inner.state_dict(), "masters": masters}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.inner.load_state_dict(state_dict["inner"])
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
         for place, weight, master in self.rounded():
@@ -149,7 +149,7 @@ def clip_grad_norm(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
 def make_scheduler(
     config: TrainConfig, optimizer: torch.optim.Optimizer, total_steps: int, *, first: int = 0
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """transformers' schedule of that name over `total_steps` steps, beginning at its place `first`."""
+    """transformers' schedule `lr_scheduler_type` over `total_steps` steps, starting at step `first`."""
     from transformers import get_scheduler
 
     share = config.warmup_steps

@@ -26,12 +26,12 @@ ROUNDING_16_BIT = 0.1  # nat: the mean over a text by rounding, above which noth
 
 
 def text(vocabulary: int, length: int, place: int) -> tuple[int, ...]:
-    """Tokens spread over the vocabulary, others for each place."""
+    """Tokens spread over the vocabulary; each `place` gives another text."""
     return tuple((7919 * index + 104729 * place + 13) % vocabulary for index in range(length))
 
 
 def scored(tokens: tuple[int, ...], prompt: int = 1) -> TokenSequence:
-    """A text of which every token behind the first `prompt` is scored."""
+    """A text of which every token after the first `prompt` is scored."""
     return TokenSequence(tokens, (False,) * prompt + (True,) * (len(tokens) - prompt))
 
 
@@ -49,7 +49,7 @@ def probe(roles: Roles, longest: int, row: int = 0) -> list[TokenSequence]:
 
 
 def logprobs(roles: Roles, batch: TokenBatch, layout: str) -> list[Tensor]:
-    """Log-probs of each text under the current role, laid so."""
+    """Log-probs of each text under the current role, in a layout."""
     before = roles.layout
     roles.layout = layout
     try:
@@ -79,7 +79,7 @@ class PlainLogprobs:
     rounding: float | None
 
     def difference(self, found: Sequence[Tensor]) -> str:
-        """How far log-probs are off where that is more than rounding; else empty."""
+        """How far log-probs are off, in words; empty if within rounding."""
         pairs = list(zip(found, self.logprobs, strict=True))
         if self.rounding is None:
             largest = max(float((one - other).abs().nan_to_num(nan=torch.inf).max()) for one, other in pairs)

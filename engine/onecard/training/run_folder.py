@@ -63,7 +63,7 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class Run:
-    """A folder that is ready for a run, the checkpoint to go on from, and what the user should know of it.
+    """A folder that is ready for a run, the checkpoint to resume from, and notes for the user.
 
     `before`: info of the run that the folder holds already; `damaged`: checkpoints that are not used.
     """
@@ -89,7 +89,7 @@ def with_folder(config: C, command: str) -> C:
 
 
 def read_info(folder: Path) -> RunInfo | None:
-    """The run.json of a folder; None if it has none, or one of another program."""
+    """The run.json of a folder; None if it is missing or belongs to another program."""
     try:
         found = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
         return RunInfo(
@@ -119,7 +119,7 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What a run's `config.yaml` says, which is what the run wrote."""
+    """The settings in a run's `config.yaml`. Raises if the file is not as the run wrote it."""
     try:
         settings = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -133,7 +133,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def check_same_settings(config: TrainConfig, folder: Path) -> None:
-    """A run goes on under the settings it began with, or its two halves would be different experiments."""
+    """Raise if a resumed run has other settings than the run in the folder."""
     before = read_settings(folder)
     for name, value in asdict(config).items():
         if name not in FREE and name in before and before[name] != value:
@@ -144,7 +144,7 @@ def check_same_settings(config: TrainConfig, folder: Path) -> None:
 
 
 def check_same_run(info: RunInfo, identity: Mapping[str, str], folder: Path) -> None:
-    """Settings are not all that makes a run: the command and what its files held then count too."""
+    """Raise if a resumed run is another command, or its data or weights have changed."""
     for name, value in identity.items():
         if info.identity.get(name) != value:
             raise OnecardError(f"--resume: the {name} of the run in {folder} was another one ({folder / IDENTITY}).")
@@ -320,7 +320,7 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def keep_rows(path: Path, count: int) -> None:
-    """Drop the rows behind the first `count`."""
+    """Keep the first `count` rows."""
     if path.exists():
         lines = path.read_bytes().splitlines(keepends=True)
         write_text(path, b"".join(lines[:count]).decode("utf-8"))

@@ -44,7 +44,7 @@ os.register_at_fork(before=block_signals, after_in_parent=restore_mask, after_in
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C or SIGTERM only makes the yielded function true; the second one acts as it always does.
+    """Context in which the first Ctrl-C or SIGTERM makes the yielded function return True; the second acts as usual.
 
     Signals belong to the main thread: elsewhere nothing is changed, and the function stays false. A signal that is
     ignored, as Ctrl-C is in what a script runs in the background, stays so.
@@ -76,12 +76,12 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
 
 def interrupted(saved: Path) -> Interrupted:
-    """What to raise once `saved` is written."""
+    """The exception to raise once `saved` is written."""
     return Interrupted(f"stopped; everything up to here is in {saved}. Go on with: {next_command(sys.argv)}")
 
 
 def next_command(arguments: list[str]) -> str:
-    """The command line that was given, as one that goes on."""
+    """The given command line with --resume."""
     name, *words = [Path(arguments[0]).name, *(word for word in arguments[1:] if word not in STARTS_ANEW)]
     onecard = ["python", "-m", "onecard"] if name == "__main__.py" else [name]
     return shlex.join([*onecard, *words, *([] if words[:1] == ["demo"] else ["--resume"])])  # the demo always goes on

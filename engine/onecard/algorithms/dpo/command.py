@@ -27,7 +27,7 @@ MOST = 4 / 3  # how much heavier desirable answers may weigh than undesirable on
 
 
 def balance_notes(examples: Sequence[LabelledSequence], config: DPOConfig) -> tuple[str, ...]:
-    """A line where the weights are not what KTO's paper advises for so many answers of each kind."""
+    """A note if the weights are outside the range that KTO's paper advises for these numbers of responses."""
     desirable = int(sum(label for (label,) in all_numbers(examples)))
     undesirable = len(examples) - desirable
     if not (desirable and undesirable and config.undesirable_weight):
@@ -44,7 +44,7 @@ def balance_notes(examples: Sequence[LabelledSequence], config: DPOConfig) -> tu
 
 
 def labelled_tokenizer(config: DPOConfig) -> Callable[[Iterable[Row], Any, int], Tokenized[LabelledSequence]]:
-    """`Recipe.tokenize` of labelled answers; only kto looks at the mismatched ones."""
+    """`Recipe.tokenize` of labelled responses. Only kto uses mismatched ones."""
 
     def tokenize(rows: Iterable[Row], tokenizer: Any, max_length: int) -> Tokenized[LabelledSequence]:
         found = labelled_examples(
@@ -61,7 +61,7 @@ def labelled_tokenizer(config: DPOConfig) -> Callable[[Iterable[Row], Any, int],
 
 
 def make_recipe(config: DPOConfig) -> Recipe[Any, Any]:
-    """What `loss_type` makes of a DPO run; its settings go together, or this stops."""
+    """The recipe of a DPO run by its `loss_type`. Raises if settings contradict each other."""
     keywords = loss_keywords(config)
     variant = pick_variant(config)
     reference_adapter(config)
@@ -83,7 +83,7 @@ def make_recipe(config: DPOConfig) -> Recipe[Any, Any]:
 
 
 def reference_pass(config: DPOConfig, variant: Variant, collate: Collate) -> Prepare:
-    """`Recipe.prepare` where the reference is asked beforehand; a reference that is a whole model is then let go."""
+    """`Recipe.prepare` that computes the reference's log-probs before training and frees a whole reference model."""
     assert variant.reference is not None
     known = partial(with_reference, config=config, collate=collate, reference=variant.reference)
 

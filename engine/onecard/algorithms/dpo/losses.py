@@ -1,4 +1,4 @@
-"""From a record and the roles to a loss: pairs against a reference, pairs without one, answers with a label."""
+"""Losses of a batch: pairs with a reference, pairs without one, and labelled responses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Keywords = dict[str, Any]  # settings, as keyword arguments of a kernel
 
 
 def sequence_logps(roles: Roles, sequences: TokenBatch) -> Tensor:
-    """Log-probs of whole responses [S], in nats, under the role that plays."""
+    """Log-probs of whole responses [S], in nats, under the current role."""
     targets = sequences.targets
     return sequence_sums(roles.logprobs(sequences, targets), targets.sequence_ids, len(sequences.lengths))
 
@@ -36,7 +36,7 @@ def pair_reference(roles: Roles, batch: PreferenceBatch) -> Tensor:
 
 
 def labelled_parts(batch: LabelledBatch) -> tuple[TokenBatch, TokenBatch]:
-    """The answers, and the mismatched ones."""
+    """The responses, and the mismatched ones."""
     answers = len(batch.desirable)
     return part(batch.sequences, 0, answers), part(batch.sequences, answers, 2 * answers)
 
@@ -67,7 +67,7 @@ def with_logps(loss: Loss, beta: float, reference: tuple[Tensor, Tensor] | None,
 def preference_loss(
     roles: Roles, batch: PreferenceBatch, keywords: Keywords, normalizer: int, *, use_weighting: bool = False
 ) -> Loss:
-    """`dpo_loss` of the policy against the reference on one record of pairs; aot's sorts within the record."""
+    """`dpo_loss` of the policy against the reference on one batch of pairs. aot sorts within the batch."""
     reference = pair_reference(roles, batch) if batch.ref_logps is None else batch.ref_logps
     targets = batch.sequences.targets
     whole = not WHOLE_BATCH.isdisjoint(keywords.get("loss_type", ()))
@@ -117,7 +117,7 @@ def weighted_loss(
 def reference_free_loss(
     kernel: Callable[..., Loss], roles: Roles, batch: PreferenceBatch, keywords: Keywords, normalizer: int
 ) -> Loss:
-    """`simpo_loss`, `orpo_loss` or `cpo_loss` of the policy on one record of pairs."""
+    """`simpo_loss`, `orpo_loss` or `cpo_loss` of the policy on one batch of pairs."""
     targets = batch.sequences.targets
     sequences = 2 * batch.num_pairs
     sums = sequence_sums(roles.logprobs(batch.sequences, targets), targets.sequence_ids, sequences)
@@ -133,7 +133,7 @@ def reference_free_loss(
 
 
 def labelled_loss(roles: Roles, batch: LabelledBatch, keywords: Keywords, normalizer: int) -> Loss:
-    """`kto_loss` of the policy against the reference on one record of labelled answers.
+    """`kto_loss` of the policy against the reference on one batch of labelled responses.
 
     kl = mean of logp - ref_logp over the record's mismatched answers, with no gradient; 0 where they are empty
     (apo_zero_unpaired). As in TRL it is estimated from each micro-batch by itself, so kto, unlike the losses of pairs,

@@ -1,4 +1,4 @@
-"""The reference's log-probs, computed once before training and kept on disk for other runs."""
+"""Log-probs under the reference, computed once before training and cached on disk for other runs."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ DIGEST = "sha256"
 
 
 def cache_key(config: DPOConfig, roles: Roles, examples: Sequence[E]) -> str:
-    """Changes with what the log-probs depend on: a run that is gone on with finds the same.
+    """Digest of everything that the log-probs depend on, so a resumed run finds its own cache file.
 
-    Among it what changes the rounding: batch size, head chunks, layout, device and threads.
+    It includes what changes the rounding: batch size, head chunks, layout, device and number of threads.
     """
     reference = config.ref_adapter or config.model
     dtype = pick_dtype(config, train_all=not config.use_peft)
@@ -65,7 +65,7 @@ def cache_key(config: DPOConfig, roles: Roles, examples: Sequence[E]) -> str:
 
 
 def read_table(path: Path, rows: int) -> Tensor | None:
-    """The log-probs in a cache file, fp32 [rows, 2]; None if there is none, or none that can be used."""
+    """Log-probs of a cache file, fp32 [rows, 2]; None if the file is missing or damaged."""
     if not path.exists():
         return None
     try:
@@ -90,7 +90,7 @@ def digest_of(table: Tensor) -> Tensor:
 
 
 def write_table(path: Path, table: Tensor) -> None:
-    """Write a cache file whole or not at all. A disk that takes none costs the next run its time, not this one."""
+    """Write a cache file atomically. If the disk refuses it, this run goes on without the cache."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def with_reference(
     collate: Callable[[Sequence[E]], Any],
     reference: Callable[[Roles, Any], Tensor],
 ) -> Sequence[E]:
-    """The examples with their `ref_logps`, from disk if another run has left them there."""
+    """The examples with their `ref_logps`, from the cache if an earlier run wrote them."""
     if not examples:
         return examples
     path = cache_folder() / NAME / f"{cache_key(config, roles, examples)}.safetensors"

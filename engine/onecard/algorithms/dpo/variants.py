@@ -27,10 +27,10 @@ from onecard_kernels import Loss, cpo_loss, dpo_loss, kto_loss, orpo_loss, simpo
 
 @dataclass(frozen=True)
 class Variant:
-    """One kind of loss. `keywords` are the kernel's, each with the setting that it comes from.
+    """One kind of loss. `keywords` maps the kernel's keyword arguments to settings.
 
-    `loss(roles, record, keywords, normalizer)`; `reference(roles, record)` are the record's `ref_logps`, None where
-    there is no reference. `check` is the kernel on made-up log-probs, whose complaints are those of the settings.
+    `loss(roles, batch, keywords, normalizer)`. `reference(roles, batch)` computes `ref_logps`; None without a
+    reference. `check` calls the kernel on constant log-probs, so that it raises for settings out of range.
     """
 
     loss: Callable[[Roles, Any, Keywords, int], Loss]
@@ -91,6 +91,6 @@ def loss_keywords(config: DPOConfig) -> Keywords:
 
 
 def named_by_settings(message: str, variant: Variant) -> str:
-    """A kernel's complaint, which begins with its keyword, under the name of the setting."""
+    """A kernel's error message with the keyword at its start replaced by the setting's name."""
     keyword, _, rest = message.partition(" ")
     return f"{variant.keywords.get(keyword, keyword)} {rest}"

@@ -1,4 +1,4 @@
-"""`onecard ppo`: from settings to a trained policy. Nothing is written before all of it is loaded and checked."""
+"""`onecard ppo`: settings -> a trained policy. Nothing is written before everything is loaded and checked."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from onecard.utils.progress import say
 
 
 def described_role(config: PPOConfig, roles: Roles, role: str) -> str:
-    """What a trained role is, a head alone among them."""
+    """A trained role in words, such as an adapter or a head on the policy."""
     if not roles.has_own_weights(role):
         return "a head on the policy"
     adapters = {
@@ -80,7 +80,7 @@ def check_value_init(config: PPOConfig) -> None:
 
 
 def check_rotations(roles: Roles, prompts: Sequence[Prompt], config: PPOConfig) -> None:
-    """Refuse answers in which the model's rotations change: their tokens are drawn before, and scored after."""
+    """Refuse responses that cross the length at which the model's RoPE changes: their log-probs would change."""
     limit = rotation_limit(trunk_of(roles.causal_model()).config)
     crossing = [p for p in prompts if limit and len(p.tokens) <= limit < len(p.tokens) + config.response_length]
     if crossing:

@@ -1,6 +1,6 @@
-"""Constrained PPO: each answer has a cost, which is to stay below a threshold.
+"""Constrained PPO: each response has a cost, which should stay below a threshold.
 
-skip         an answer that costs more gives no gradient, and is in no mean or baseline of those that do
+skip         a response above the threshold gives no gradient, and is in no mean or baseline of the others
 lagrangian   max over the policy, min over lambda >= 0:  E[score] - lambda (E[cost] - threshold)
 
 In lagrangian the terminal score becomes score - lambda * cost, and after each iteration
@@ -22,19 +22,19 @@ from onecard.config import PPOConfig
 
 @dataclass(frozen=True)
 class ConstrainedScores:
-    """What costs do to B answers: the terminal `scores`, fp32 [B], and which are learned from, `kept` bool [B]."""
+    """Terminal `scores` fp32 [B] after the costs, and `kept` bool [B]: which responses are learned from."""
 
     scores: Tensor
     kept: Tensor
 
 
 def skip(scores: Tensor, costs: Tensor, multiplier: float, threshold: float) -> ConstrainedScores:
-    """Answers above the threshold are left out."""
+    """Leave out responses above the threshold."""
     return ConstrainedScores(scores, costs <= threshold)
 
 
 def lagrangian(scores: Tensor, costs: Tensor, multiplier: float, threshold: float) -> ConstrainedScores:
-    """All answers stay, and pay."""
+    """Keep all responses, and subtract lambda times the cost from the score."""
     return ConstrainedScores(scores - multiplier * costs, torch.ones_like(costs, dtype=torch.bool))
 
 
@@ -42,14 +42,14 @@ MODES: dict[str, Callable[[Tensor, Tensor, float, float], ConstrainedScores]] = 
 
 
 def apply_constraint(scores: Tensor, costs: Tensor | None, multiplier: float, config: PPOConfig) -> ConstrainedScores:
-    """What the run's mode makes of terminal scores and costs; without a constraint, nothing."""
+    """Apply `constraint_mode` to terminal scores and costs; without costs the scores stay."""
     if costs is None:
         return ConstrainedScores(scores, torch.ones_like(scores, dtype=torch.bool))
     return MODES[config.constraint_mode](scores, costs, multiplier, config.constraint_threshold)
 
 
 def cost_metrics(costs: Tensor, config: PPOConfig) -> dict[str, float]:
-    """What answers cost, in training and in evaluation."""
+    """Metrics of the costs, in training and in evaluation."""
     return {
         "constraint/cost": float(costs.mean()),
         "constraint/violation_rate": float((costs > config.constraint_threshold).float().mean()),
@@ -57,5 +57,5 @@ def cost_metrics(costs: Tensor, config: PPOConfig) -> dict[str, float]:
 
 
 def next_multiplier(multiplier: float, cost: float, config: PPOConfig) -> float:
-    """Lambda for the next iteration, a step up the slope of the Lagrangian in it."""
+    """Lambda for the next iteration: one step of gradient ascent."""
     return max(0.0, multiplier + config.constraint_lambda_lr * (cost - config.constraint_threshold))

@@ -25,7 +25,7 @@ from onecard_kernels import Advantages, gae, group_advantages, masked_whiten
 
 @dataclass(frozen=True)
 class AdvantageInput:
-    """B answers of up to T tokens. `rewards` fp32 [B, T], KL and score in them; `mask` bool [B, T]: which tokens count.
+    """B responses of up to T tokens. `rewards` fp32 [B, T] include KL and score; `mask` bool [B, T] marks tokens.
 
     An answer that is not learned from has no True in its row of the mask: it is in no mean, no baseline, no group.
     `values` fp32 [B, T] and `last_values` fp32 [B] (of the state after the last token) are the critic's, None without
@@ -46,7 +46,7 @@ class AdvantageInput:
 
 
 def generalized(given: AdvantageInput) -> Advantages:
-    """GAE of each answer; advantages whitened over all tokens that count."""
+    """GAE of each response; advantages whitened over all unmasked tokens."""
     if given.values is None:
         raise ValueError("values is None, expected the critic's")
     found = gae(
@@ -61,12 +61,12 @@ def actor_critic(given: AdvantageInput) -> Advantages:
 
 
 def reinforce(given: AdvantageInput) -> Advantages:
-    """Reward-to-go, whitened: the same under a critic that says 0."""
+    """Reward-to-go, whitened: `actor_critic` with values of 0."""
     return actor_critic(replace(given, values=torch.zeros_like(given.rewards)))
 
 
 def in_groups(given: AdvantageInput, kind: str) -> Advantages:
-    """Each answer's whole reward against the others' to its prompt: one number for all of its tokens.
+    """Advantage of a response's summed reward over the other responses to its prompt; the same for all of its tokens.
 
     An answer whose others are all left out has nothing to be compared with: its advantage is 0.
     """
@@ -81,7 +81,7 @@ def in_groups(given: AdvantageInput, kind: str) -> Advantages:
 
 
 def with_group_peers(kept: Tensor, group_size: int) -> Tensor:
-    """Of the answers that are kept, bool [B], those that have another one in their group to be compared with.
+    """Of the responses that are kept, bool [B], those with another kept one in their group.
 
     >>> with_company(torch.tensor([True, True, True, False]), 2)
     tensor([ True,  True, False, False])

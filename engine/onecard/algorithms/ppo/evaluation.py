@@ -24,7 +24,7 @@ SHOWN_SAMPLES = 8
 
 @dataclass(frozen=True)
 class HeldoutResult:
-    """Means over the answers, and the first few answers themselves."""
+    """Metrics over the responses, and the first few responses."""
 
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
@@ -39,7 +39,7 @@ def evaluate_policy(
     budget: TokenBudget,
     bar: Bar,
 ) -> HeldoutResult:
-    """One answer to each of (at most 128) prompts, always with the same seed. Training's own draws stay as they are."""
+    """Sample and score one response to each of at most 128 prompts, always with the same seed."""
     prompts = heldout[:EVALUATED_PROMPTS]
     with bar.part("evaluate", len(prompts)) as part, seeded_rng(roles.device, config.seed, "evaluate"):
         episodes = sampler.sample(roles, prompts, range(len(prompts)), part).episodes

@@ -1,10 +1,9 @@
-"""From sampled answers to what PPO learns from: passes over the tokens, rewards per token, advantages.
+"""From sampled responses to experience: log-probs and values, rewards per token, advantages.
 
     episodes -> old and reference log-probs, values -> -kl_coef * KL and dense reward per token, score on the last one
     -> (whitened rewards) -> the estimator's advantages -> Experience
 
-Everything here is computed once for an iteration's episodes, without gradients, and belongs to them as they are: no
-later stage changes it.
+Everything here is computed once per iteration, without gradients.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from onecard_kernels import masked_whiten, token_kl
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """What the roles say about each episode: fp32 [k], one entry per response token, on the CPU.
+    """Log-probs and values of each episode: fp32 [k], one entry per response token, on the CPU.
 
     `values` are None without a critic. `last_values` fp32 [B]: of the state after the last token, where the answer was
     cut and its return goes on (0 where it ended); None where it does not.
@@ -42,7 +41,7 @@ class ModelOutputs:
 
 @dataclass(frozen=True)
 class ShapedRewards:
-    """The same as padded tensors [B, T], with the rewards and what follows from them.
+    """Padded tensors [B, T]: KL, rewards, values, advantages and returns.
 
     `mask` bool marks real tokens of answers that are learned from; other answers have none.
     """
@@ -67,13 +66,13 @@ def logprobs_of(
 
 
 def state_values(roles: Roles, batch: TokenBatch) -> Tensor:
-    """The current role's scalars of the states before each response token and after the last, sequence by sequence."""
+    """Scalars of the current role for the states before each response token and after the last one."""
     rows, _ = torch.cat([batch.targets.rows, last_rows(batch)]).sort()
     return roles.scalars(batch, rows)
 
 
 def values_of(roles: Roles, episodes: Sequence[Episode], budget: TokenBudget) -> list[Tensor]:
-    """The critic's k + 1 values of each episode: of the states in which its tokens are chosen, and after the last one.
+    """The critic's k + 1 values of each episode: of the states before each token, and after the last one.
 
     A state's value is read at the row that predicts the next token, so the state after the last one is its own row.
     """
@@ -87,7 +86,7 @@ def values_of(roles: Roles, episodes: Sequence[Episode], budget: TokenBudget) ->
 def compute_model_outputs(
     roles: Roles, episodes: Sequence[Episode], config: PPOConfig, budget: TokenBudget | None = None
 ) -> ModelOutputs:
-    """Passes without gradients: of the policy, the reference, and the critic where there is one.
+    """Forward passes of the policy, the reference, and the critic if there is one.
 
     `budget`: the run's; by default one of its own. A role whose numbers are none any more is named.
     """
@@ -175,7 +174,7 @@ def make_experiences(episodes: Sequence[Episode], passes: ModelOutputs, shaped: 
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 one that knows no more than the mean."""
+    """1 - Var(returns - values) / Var(returns): 1 for a perfect critic, 0 for one that predicts the mean."""
     variance = float(returns.var(unbiased=False))
     return 1.0 - float((returns - values).var(unbiased=False)) / variance if variance > 0 else 0.0
 
@@ -183,7 +182,7 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
 def answer_metrics(
     episodes: Sequence[Episode], logprobs: Sequence[Tensor], ref_logprobs: Sequence[Tensor], scores: Tensor
 ) -> dict[str, float]:
-    """What answers came to, in training and in evaluation."""
+    """Metrics of responses, in training and in evaluation."""
     kl = pad(logprobs) - pad(ref_logprobs)
     finished = sum(episode.finished for episode in episodes)
     return {
@@ -203,7 +202,7 @@ def objective_metrics(
     kl_coef: float,
     penalty: float = 0.0,
 ) -> dict[str, float]:
-    """What an iteration's answers came to, by TRL's names. `penalty`: what a constraint takes from the mean score."""
+    """Metrics of an iteration's responses, by TRL's names. `penalty`: what a constraint takes from the mean score."""
     paid = -kl_coef * shaped.kl.sum(1).mean()
     row = {
         **answer_metrics(episodes, passes.logprobs, passes.ref_logprobs, scores),
@@ -219,7 +218,7 @@ def objective_metrics(
 
 
 def next_kl_coef(kl_coef: float, kl: float, episodes: int, config: PPOConfig) -> float:
-    """The coefficient for the next iteration: the same, or one that leads the KL to its target.
+    """kl_coef for the next iteration: fixed, or adapted to adap_kl_target.
 
         e = clip(kl / target - 1, -0.2, 0.2);  kl_coef *= 1 + e * episodes / horizon
 

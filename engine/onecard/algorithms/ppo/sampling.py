@@ -17,7 +17,7 @@ from onecard.utils.progress import Bar
 
 @dataclass(frozen=True)
 class Sampled:
-    """Episodes in the order of their prompts, and the rollout that they come from, which knows its time."""
+    """Episodes in the order of their prompts, and the rollout with its wall time."""
 
     episodes: list[Episode]
     rollout: Rollout
@@ -25,7 +25,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a run's answers are drawn: from the policy itself, at the run's temperature."""
+    """Samples a run's responses from the policy, at the run's temperature."""
 
     tokenizer: Any
     sampling: Sampling

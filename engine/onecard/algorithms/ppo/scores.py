@@ -1,5 +1,5 @@
-"""What judges said of answers, and its scale: mean 0 and standard deviation 1 on the starting policy's answers, where
-`--normalize_reward` asks for it.
+"""Scores of responses, and their scale: with `--normalize_reward`, mean 0 and standard deviation 1 on the starting
+policy's responses.
 
 A reward's scale is arbitrary, and kl_coef, cliprange_value and the critic all live on it. "Learning to Summarize from
 Human Feedback" (https://arxiv.org/abs/2009.01325) shifts its reward model so that references score 0. TRL's old
@@ -30,7 +30,7 @@ SCALE_PROMPTS = 64
 
 @dataclass(frozen=True)
 class Scale:
-    """`mean` and `std` of the reference answers' scores; the default changes nothing."""
+    """`mean` and `std` of the scores of the starting policy's responses; the default changes nothing."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -43,14 +43,14 @@ class Scale:
 
 @dataclass(frozen=True)
 class ScoredAnswers:
-    """What B answers are worth and cost: `costs` fp32 [B], None without a constraint."""
+    """Scores and costs of B responses; `costs` fp32 [B], None without a constraint."""
 
     scores: Scores
     costs: Tensor | None = None
 
 
 def score_metrics(scored: ScoredAnswers, config: PPOConfig) -> dict[str, float]:
-    """Each reward's part as it came, and the costs, in training and in evaluation."""
+    """Metrics of each reward, unscaled, and of the costs, in training and in evaluation."""
     parts = {f"rewards/{name}/mean": float(part.mean()) for name, part in scored.scores.parts.items()}
     return parts if scored.costs is None else {**parts, **cost_metrics(scored.costs, config)}
 
@@ -58,7 +58,7 @@ def score_metrics(scored: ScoredAnswers, config: PPOConfig) -> dict[str, float]:
 def measure_scale(
     roles: Roles, sampler: Sampler, scorer: Scorer, training: Sequence[Prompt], config: PPOConfig
 ) -> Scale:
-    """The scale of one answer each to the first (at most 64) prompts that training will take."""
+    """The scale, from one response to each of the first (at most 64) prompts of training."""
     places = stream_indices(len(training), 0, min(SCALE_PROMPTS, len(training)), seed=config.seed)
     prompts = [training[place] for place in places]
     with seeded_rng(roles.device, config.seed, "normalize_reward"):

@@ -39,7 +39,7 @@ CHECKING = replace(TRAINING_MESSAGES, smaller="the check goes on in micro-batche
 
 
 def new_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfig) -> Tensor:
-    """The log-probs that the first minibatch's ratio will be made from: in training mode, with gradients."""
+    """Log-probs as the first minibatch computes them: in training mode, with gradients."""
     budget = TokenBudget(MicroBatchSize(config.per_device_train_batch_size, config.micro_batch_tokens), CHECKING)
 
     def read(batch: TokenBatch, targets: ResponseTargets) -> Tensor:
@@ -58,7 +58,7 @@ def check_start(
     config: PPOConfig,
     budget: TokenBudget,
 ) -> None:
-    """Raise where a reward fails, or log-probs differ that should be equal. Leaves all random states as they were."""
+    """Raise if a reward fails, or if log-probs that must be equal differ. Random states are left unchanged."""
     before = roles.training
     parts = [prompts[:CHECKED_PROMPTS] for prompts in (training, heldout) if prompts]
     episodes: list[Episode] = []

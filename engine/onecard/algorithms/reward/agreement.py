@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def agreement(scores: Tensor, given: Tensor) -> dict[str, float]:
-    """Correlations, and the share of pairs of rows in the right order; nothing where one side is all the same."""
+    """Correlations, and the share of pairs of rows in the right order; empty if one side is constant."""
     if scores.unique().numel() < 2 or given.unique().numel() < 2:
         return {}
     return {

@@ -34,7 +34,7 @@ MOST_NORMALIZED = 2048  # rows that the mean and standard deviation of the score
 
 
 def scores_of(roles: Roles, batch: TokenBatch, budget: TokenBudget, bar: Bar) -> Tensor:
-    """Scores fp32 [S] of a record's sequences, on the CPU."""
+    """Scores fp32 [S] of a batch's sequences, on the CPU."""
     with bar.part("scores", len(batch.lengths)) as shown:
 
         def read(some: TokenBatch) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a reward model can be trained from. The columns that rows have choose the kind."""
+"""The kinds of rows that a reward model is trained from: pairs, scores, rankings. Their columns decide the kind."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from onecard_kernels import Loss
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of rows: `columns` make them out; `example` and `record` are what they become.
+    """A kind of rows, recognised by `columns`. `example` and `record` are the types of an example and of a batch.
 
-    `loss(scores, record, config, normalizer)`; `summary(scores, record)` is what of held-out rows is no sum.
-    `shares`: an example is several answers to one prompt, and `collate` takes `share_prompts`.
+    `loss(scores, batch, config, normalizer)`. `summary(scores, batch)`: metrics of held-out rows that are not sums.
+    `shares`: an example has several responses to one prompt, and `collate` takes `share_prompts`.
     """
 
     name: str
@@ -113,35 +113,35 @@ OF_RECORD = {kind.record: kind for kind in KINDS}
 
 
 def collate(examples: Sequence[Any]) -> Any:
-    """The record of examples, which are all of one kind."""
+    """A batch of examples, which are all of one kind."""
     return OF_EXAMPLE[type(examples[0])].collate(examples)
 
 
 def collate_sharing(examples: Sequence[Any]) -> Any:
-    """The same with prompts laid once for all their answers, where the kind has several to one."""
+    """`collate` that runs a prompt once for all its responses, for kinds with several responses to a prompt."""
     kind = OF_EXAMPLE[type(examples[0])]
     return kind.collate(examples, share_prompts=True) if kind.shares else kind.collate(examples)
 
 
 def rows(example: Any) -> int:
-    """Rows of the model that an example takes in `collate_sharing`."""
+    """Tokens that an example takes in `collate_sharing`."""
     return rows_sharing(example) if OF_EXAMPLE[type(example)].shares else len(example)
 
 
 def loss_of(scores: Tensor, batch: Any, config: RewardConfig, normalizer: int) -> Loss:
-    """Loss and metrics of a record's scores."""
+    """Loss and metrics of a batch's scores."""
     loss = OF_RECORD[type(batch)].loss(scores, batch, config, normalizer)
     ends = {"min_reward": scores.detach().min(), "max_reward": scores.detach().max()}
     return Loss(loss.loss, {**loss.metrics, **ends})
 
 
 def reward_loss(roles: Roles, batch: Any, config: RewardConfig, normalizer: int) -> Loss:
-    """Scores of all answers, then the loss."""
+    """The loss of a batch, from the scores of all its responses."""
     return loss_of(roles.scores(batch.sequences), batch, config, normalizer)
 
 
 def kind_of(row: Row) -> Kind | None:
-    """The first kind that a row has all columns of, or else one of them."""
+    """The first kind of which a row has all columns, or else any column."""
     for some in (all, any):
         for kind in KINDS:
             if some(has(row.values, column) for column in kind.columns):
@@ -150,7 +150,7 @@ def kind_of(row: Row) -> Kind | None:
 
 
 def of_one_kind(rows: Iterable[Row]) -> tuple[Kind, Rows]:
-    """The kind of the rows, and the rows, of which one of another kind is an error once it is reached.
+    """The kind of the rows, and the rows. A row of another kind raises when it is read.
 
     A row without any of the columns is left to be a bad row of the kind.
     """
@@ -181,7 +181,7 @@ def tokenize(rows: Iterable[Row], tokenizer: Any, max_length: int, config: Rewar
 
 
 def check_settings(examples: Sequence[Any], config: RewardConfig) -> None:
-    """A setting that is for another kind than the training examples' is an error. Held-out ones may be of any."""
+    """Raise for a setting that the training examples' kind does not use. Held-out rows may be of any kind."""
     kind = OF_EXAMPLE[type(examples[0])]
     complaints = {
         "score_activation: sigmoid is for rows with scores": (
