@@ -22,6 +22,7 @@ import click
 import yaml
 
 from onecard import __version__, config
+from onecard.utils import threads
 from onecard.utils.errors import Interrupted, OnecardError, is_out_of_memory, nearest, visible
 
 MAX_DEPTH = 8  # nesting of lists and mappings in a file of settings
@@ -311,9 +312,7 @@ def fail(message: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `onecard` command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads that wait for one another sleep: spinning, they slow a small model tenfold beside another busy process.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    threads.configure()
     if isinstance(sys.stdout, io.TextIOWrapper):  # what it cannot write is escaped, as standard error does
         sys.stdout.reconfigure(errors="backslashreplace")
     if not sys.stderr.isatty():  # in a log file, the loaders' bars are lines of noise

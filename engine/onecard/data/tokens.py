@@ -31,6 +31,7 @@ from onecard.data.columns import BadRowError, Messages, Text, is_chat
 from onecard.data.template_answers import rendered_answer
 from onecard.data.templates import NO_ARGUMENTS, closing_token, rendered, through_end
 from onecard.data.typed_rows import CompletionRow, MessagesRow, SFTRow
+from onecard.utils.threads import parallel_tokenizers
 
 Tokenizer: TypeAlias = Any  # a transformers tokenizer; its classes are not imported, to keep start-up fast
 
@@ -233,7 +234,7 @@ def bare(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def encode_batch(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """`bare` of each text. A fast tokenizer encodes them on all cores.
+    """`bare` of each text. In a command, a fast tokenizer encodes them on all cores.
 
     `encode_batch_fast` of the tokenizers library takes half the time of `__call__`, which also computes offsets. The
     first text is encoded by both. If they differ (a subclass that changes texts), `__call__` encodes all texts.
@@ -241,7 +242,8 @@ def encode_batch(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if texts and backend is not None:
         first = bare(texts[0], tokenizer)
-        ids = [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with parallel_tokenizers():
+            ids = [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         if ids[0] == first:
             return ids
     return [bare(text, tokenizer) for text in texts]
@@ -261,11 +263,6 @@ def front_length(tokens: Sequence[int], tokenizer: Tokenizer) -> int:
     """The number of leading tokens that are `opening(tokenizer)`; these are not cut."""
     front = opening(tokenizer)
     return len(front) if list(tokens[: len(front)]) == front else 0
-
-
-def opened(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of `tokenizer(text)`, without special tokens added at the end (an EOS would end the text) or added twice."""
-    return with_front(opening(tokenizer), bare(text, tokenizer))
 
 
 def with_front(front: Sequence[int], ids: list[int]) -> list[int]:
