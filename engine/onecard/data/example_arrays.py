@@ -115,9 +115,7 @@ class ExampleWriter(Generic[T]):
     def __init__(self, kind: type[T], folder: Path | None = None) -> None:
         self.kind, self.folder = kind, folder
         self.sinks: dict[str, BinaryIO] = {name: self.open(name) for name in DTYPES}
-        self.texts = self.tokens = 0
-        for name in ("stops", "firsts"):
-            self.sinks[name].write(array("q", [0]).tobytes())
+        self.stops, self.firsts, self.numbers = array("q", [0]), array("q", [0]), array("d")
 
     def open(self, name: str) -> BinaryIO:
         return BytesIO() if self.folder is None else open(self.folder / name, "wb")
@@ -125,16 +123,16 @@ class ExampleWriter(Generic[T]):
     def add(self, example: T) -> None:
         sequences, numbers = CONTENTS[self.kind](example)
         for sequence in sequences:
-            self.tokens += len(sequence)
-            self.sinks["tokens"].write(array("i", sequence.tokens).tobytes())
+            self.sinks["tokens"].write(array("i", sequence.tokens))
             self.sinks["response_mask"].write(bytes(sequence.response_mask))
-            self.sinks["stops"].write(array("q", [self.tokens]).tobytes())
-        self.texts += len(sequences)
-        self.sinks["firsts"].write(array("q", [self.texts]).tobytes())
-        self.sinks["numbers"].write(array("d", numbers).tobytes())
+            self.stops.append(self.stops[-1] + len(sequence))
+        self.firsts.append(self.firsts[-1] + len(sequences))
+        self.numbers.extend(numbers)
 
     def finish(self) -> Examples[T]:
         """The examples that were added."""
+        for name in ("stops", "firsts", "numbers"):
+            self.sinks[name].write(getattr(self, name))
         if self.folder is None:
             buffers = {name: cast(BytesIO, sink).getbuffer() for name, sink in self.sinks.items()}
             parts = {name: np.frombuffer(buffers[name], kind) for name, kind in DTYPES.items()}

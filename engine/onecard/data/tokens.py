@@ -22,11 +22,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import compress
+from itertools import compress, islice
 from typing import Any, TypeAlias
 
 from onecard.config import Truncation
-from onecard.data.batches import TokenSequence, predicted_tokens
+from onecard.data.batches import TokenSequence
 from onecard.data.columns import BadRowError, Messages, Text, is_chat
 from onecard.data.template_answers import rendered_answer
 from onecard.data.templates import NO_ARGUMENTS, closing_token, rendered, through_end
@@ -172,7 +172,9 @@ def masked(
         if transcript.plain and is_answer:
             kept = 0 if tokens else len(front)  # the BOS may be the same id as the EOS
             piece = piece[:kept] + with_eos(piece[kept:], eos, tokenizer)
-        text, tokens, mask = prefix, tokens + piece, mask + [is_answer] * len(piece)
+        text = prefix
+        tokens += piece
+        mask += [is_answer] * len(piece)
     if transcript.is_answer[-1] and not transcript.plain and tokens[-1:] != [transcript.end]:
         tokens, mask = [*tokens, closing_token(tokenizer, chat=False)], [*mask, True]
     return Masked(tokens, mask, transcript.answers, transcript.left_out)
@@ -217,9 +219,9 @@ def truncated(item: Masked, front: int, lost: int, tokenizer: Tokenizer, max_len
         tokens, mask = tokens[:front] + tokens[front + lost :], mask[lost:]
     learned = [True] * len(mask) if learn_all else mask
     sequence = TokenSequence(tuple(tokens[:max_length]), tuple(learned[:max_length]))
-    if not predicted_tokens(sequence):
+    if True not in sequence.response_mask[1:]:
         raise BadRowError("nothing to learn: no token of the response has one before it")
-    empty = is_empty(list(compress(tokens, mask)), tokenizer)
+    empty = is_empty(tokens, mask, tokenizer)
     cut = any(mask[max_length:])
     return Fitted(sequence, cut, prompt_cut=lost > 0, empty=empty, answers=item.answers, left_out=item.left_out)
 
@@ -296,11 +298,11 @@ def behind(before: list[int], response: str, expected: str, tokenizer: Tokenizer
     return bare(response, tokenizer)
 
 
-def is_empty(response: Sequence[int], tokenizer: Tokenizer) -> bool:
-    """Whether a response is only white space and special tokens. The first 8 tokens usually decide."""
-    if any(is_readable(token, tokenizer) for token in response[:8]):
+def is_empty(tokens: Sequence[int], mask: Sequence[bool], tokenizer: Tokenizer) -> bool:
+    """Whether the masked tokens are white space and special tokens only. Usually one of the first tokens decides."""
+    if any(is_readable(token, tokenizer) for token in islice(compress(tokens, mask), 8)):
         return False
-    return not tokenizer.decode(response, skip_special_tokens=True).strip()
+    return not tokenizer.decode(list(compress(tokens, mask)), skip_special_tokens=True).strip()
 
 
 @lru_cache(maxsize=1 << 16)
