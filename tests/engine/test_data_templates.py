@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from datetime import datetime
 from types import SimpleNamespace
@@ -337,6 +338,7 @@ def test_nulls_that_parquet_adds_to_tools_do_not_reach_the_template(tmp_path: An
     call = {"type": "function", "function": {"name": "time", "arguments": {"zone": "A"}}}
     table = [{"messages": [USER, say("assistant", "", tool_calls=[one])], "tools": [tool]}
              for tool, one in ((TOOL, CALL), (other, call))]  # fmt: skip
+    table = copy.deepcopy(table)  # the tools and calls are the module's
     table[0]["tools"][0]["function"]["parameters"] = {"city": "A"}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "rows.parquet")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
