@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 import onecard_kernels as k
+from onecard_kernels import modules
 from tests.kernels import test_bad_input as plain
 from tests.kernels import test_preference_bad_input as preferences
 from tests.kernels.backends import BACKENDS
@@ -151,18 +152,51 @@ KINDS: dict[str, Callable[[float], Any]] = {
 }
 
 
+def values(out: Any) -> list[Tensor]:
+    parts = out if isinstance(out, tuple) else (out,)
+    parts = [*parts[:-1], *parts[-1].values()] if isinstance(out, k.Loss) else parts
+    return [x for x in parts if isinstance(x, Tensor)]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("function", NUMBERS, ids=lambda f: f.__name__)
 def test_numbers_of_numpy_and_torch_are_numbers(function: Callable[..., Any], kind: str) -> None:
-    def values(out: Any) -> list[Tensor]:
-        parts = out if isinstance(out, tuple) else (out,)
-        parts = [*parts[:-1], *parts[-1].values()] if isinstance(out, k.Loss) else parts
-        return [x for x in parts if isinstance(x, Tensor)]
-
     expected = function(**{**GOOD[function], **NUMBERS[function]})
     for name, x in NUMBERS[function].items():
         got = function(**{**GOOD[function], **NUMBERS[function], name: KINDS[kind](x)})
         assert all(map(torch.equal, values(got), values(expected))), name
+
+
+MODULES = {module.__doc__.split("`")[1]: module for module in (getattr(modules, name) for name in modules.__all__)}
+CHOICES: dict[str, dict[str, Any]] = {
+    "token_kl": {"estimator": "k1"},
+    "group_advantages": {"kind": "rloo"},
+    "ppo_loss": {"kl_estimator": "k2", "kl_coef": 0.2},
+    "dpo_loss": {"loss_type": "hinge"},
+    "cpo_loss": {"loss_type": "ipo"},
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_are_the_same_functions(name: str) -> None:
+    """Options at construction or the function's own defaults, tensors at the call, and no parameters."""
+    function = getattr(k, name)
+    good = {n: x + 0.1 * torch.rand_like(x) if noisy(n, x) else x for n, x in GOOD[function].items()}
+    if "kl_coef" in NUMBERS.get(function, {}) | CHOICES.get(name, {}):
+        good["ref_logprobs"] = good["old_logprobs"] - 0.3
+    if "entropy_coef" in NUMBERS.get(function, {}) and "logprobs" in good:
+        good["entropy"] = torch.rand(len(good["mask"]))
+    for asked in ({}, NUMBERS.get(function, {}) | CHOICES.get(name, {})):
+        given = good | asked
+        options = {n: given.pop(n) for n in MODULES[name].__signature__.parameters if n in given}
+        module, expected = MODULES[name](**options), values(function(**given, **options))
+        assert all(map(torch.equal, values(module(**given)), expected))
+        assert all(f"{n}={x!r}" in repr(module) for n, x in options.items())
+        assert list(module.parameters()) == []
+
+
+def noisy(name: str, x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and name != "mask"
 
 
 def test_a_number_that_would_lose_its_gradient_is_refused() -> None:

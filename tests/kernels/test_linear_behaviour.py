@@ -67,68 +67,12 @@ def test_masks(pattern: str, train: bool) -> None:
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_flat_and_batched_shapes_agree(train: bool) -> None:
-    hidden, weight, targets = inputs(train)
-    batched = linear_logprobs(hidden, weight, targets).logprobs
-    flat = linear_logprobs(hidden.reshape(-1, D), weight, targets.reshape(-1)).logprobs
-    one = linear_logprobs(hidden[0, 0], weight, targets[0, 0]).logprobs
-    assert batched.shape == (B, T)
-    assert one.shape == ()
-    assert_within(flat.view(B, T), batched, 0.0)
-    assert_within(one, batched[0, 0], BAR)
-
-
-@pytest.mark.parametrize("train", [False, True])
-def test_zero_tokens(train: bool) -> None:
-    hidden = torch.randn(0, 4, D, requires_grad=True)
-    weight = torch.randn(V, D, requires_grad=train)
-    out = linear_logprobs(hidden, weight, torch.zeros(0, 4, dtype=torch.long)).logprobs
-    assert out.shape == (0, 4)
-    out.sum().backward()
-    assert hidden.grad is not None
-    assert hidden.grad.shape == hidden.shape
-    if train:
-        assert torch.equal(weight.grad, torch.zeros(V, D))
-
-
-def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same values in other memory."""
-    return {
-        "transposed": x.transpose(0, -1).contiguous().transpose(0, -1),
-        "sliced": torch.cat([x, x], dim=-2).narrow(-2, 0, x.shape[-2]),
-        "strided": torch.stack([x, x], dim=-1)[..., 0],
-    }
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("layout", ["transposed", "sliced", "strided"])
-def test_memory_layouts(layout: str, masked: bool) -> None:
-    hidden, weight, targets = inputs()
-    mask = MASKS["checkered"] if masked else None
-    grad = torch.randn(B, T)
-    expected = linear_logprobs(hidden, weight, targets, mask=mask).logprobs
-    expected_grad = torch.autograd.grad((expected * grad).sum(), hidden)[0]
-    other = layouts(hidden.detach())[layout].requires_grad_()
-    got = linear_logprobs(other, layouts(weight)[layout], layouts(targets)["transposed"], mask=mask).logprobs
-    assert_within(got, expected, BAR)
-    assert_within(torch.autograd.grad((got * grad).sum(), other)[0], expected_grad, 1e-5)
-
-
-@pytest.mark.parametrize("train", [False, True])
-def test_second_backward_is_equal_and_outputs_may_be_used_twice(train: bool) -> None:
+def test_second_backward_is_equal(train: bool) -> None:
     hidden, weight, targets = inputs(train)
     leaves = (hidden, weight) if train else (hidden,)
-    out = linear_logprobs(hidden, weight, targets).logprobs
-    loss = (out * torch.randn(B, T)).sum() + out.square().sum()
+    loss = linear_logprobs(hidden, weight, targets).logprobs.square().sum()
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
-    second = torch.autograd.grad(loss, leaves)
-    truth = oracle.linear_logprobs(hidden, weight, targets).logprobs
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
-    once = torch.autograd.grad(truth.square().sum(), leaves)
-    again = linear_logprobs(hidden, weight, targets).logprobs
-    for a, b in zip(torch.autograd.grad((again * again).sum(), leaves), once, strict=True):
-        assert_within(a, b, 1e-3 * float(b.detach().abs().max()))
+    assert all(map(torch.equal, first, torch.autograd.grad(loss, leaves)))
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -138,20 +82,6 @@ def test_changing_an_output_in_place_leaves_the_gradient_alone(train: bool) -> N
     assert torch.equal(
         torch.autograd.grad(linear_logprobs(hidden, weight, targets).logprobs.mul_(2).sum(), hidden)[0], plain
     )
-
-
-def test_tied_embedding_gets_both_gradients() -> None:
-    """One parameter as embedding and as head: its gradient is the sum of both uses."""
-    table = torch.randn(V, D, dtype=torch.float64)
-    tokens, targets = torch.randint(V, (B, T)), torch.randint(V, (B, T))
-
-    def grad(fn: Any, dtype: torch.dtype) -> torch.Tensor:
-        tied = table.to(dtype, copy=True).requires_grad_()
-        fn(torch.tanh(tied[tokens]), tied, targets).logprobs.sum().backward()
-        assert tied.grad is not None
-        return tied.grad
-
-    assert_within(grad(linear_logprobs, torch.float32), grad(oracle.linear_logprobs, torch.float64), 1e-5)
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -180,32 +110,6 @@ def test_autocast_casts_hidden_states_and_head(train: bool, dtype: torch.dtype) 
     with torch.autocast("cpu", dtype=dtype):
         wide = linear_logprobs(hidden.double(), weight, targets).logprobs
     assert torch.equal(wide, linear_logprobs(hidden.double(), weight, targets).logprobs)  # as autocast leaves fp64
-
-
-@pytest.mark.parametrize("train", [False, True])
-def test_tile_size_does_not_matter(train: bool) -> None:
-    hidden, weight, targets = inputs(train)
-    results = []
-    leaves = (hidden, weight) if train else (hidden,)
-    for rows, columns in ((1, None), (2, None), (7, None), (1000, None), (3, 1), (1000, 17), (4, 64), (5, 1000)):
-        with tuning.override(implementation="low_memory" if columns else "chunked", rows=rows, columns=columns):
-            out = linear_logprobs(hidden, weight, targets, entropy_requires_grad=True)
-            results.append((out.logprobs, *torch.autograd.grad((out.logprobs + out.entropy).sum(), leaves)))
-    for other in results[1:]:
-        for a, b in zip(other, results[0], strict=True):
-            assert_within(a, b, 16 * torch.finfo(torch.float32).eps * float(b.detach().abs().max()))
-
-
-@pytest.mark.parametrize("train", [False, True])
-def test_two_runs_are_equal(train: bool) -> None:
-    hidden, weight, targets = inputs(train)
-
-    def run() -> tuple[torch.Tensor, ...]:
-        out = linear_logprobs(hidden, weight, targets, mask=MASKS["checkered"], entropy_requires_grad=True)
-        leaves = (hidden, weight) if train else (hidden,)
-        return (*out[:2], *torch.autograd.grad((out.logprobs + out.entropy).sum(), leaves))
-
-    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
 @pytest.mark.parametrize("train", [False, True])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from onecard_kernels import dpo_loss, linear_dpo_loss, modules, sequence_sums
+from onecard_kernels import dpo_loss, linear_dpo_loss, sequence_sums
 from onecard_kernels.dpo.losses import LOSSES
 from tests.kernels import oracle
 
@@ -117,21 +117,3 @@ def test_sequence_sums() -> None:
     big = torch.randn(10_000)
     spread = torch.randint(-1, 7, (10_000,))
     assert torch.equal(sequence_sums(big, spread, 7), sequence_sums(big, spread, 7))
-
-
-def test_modules_are_the_same_functions() -> None:
-    batch = padded()
-    hidden, weight, targets, ids = (batch[k] for k in ("hidden", "weight", "targets", "sequence_ids"))
-    face = modules.LinearDPOLoss(beta=0.3, loss_type="ipo", temperature=0.7)
-    plain = linear_dpo_loss(**batch, beta=0.3, loss_type="ipo", temperature=0.7)
-    assert torch.equal(face(**batch).loss, plain.loss)
-    assert "beta=0.3" in repr(face)
-    assert list(face.parameters()) == []
-    logps = modules.LinearLogProbs(softcap=4.0)(hidden, weight, targets, mask=ids >= 0).logprobs
-    torch.testing.assert_close(
-        logps, modules.SelectiveLogSoftmax()(4 * torch.tanh(hidden @ weight.T / 4), targets, mask=ids >= 0).logprobs
-    )
-    assert torch.equal(modules.TokenKL(estimator="k1")(logps, logps), torch.zeros_like(logps))
-    ref = batch["ref_logps"]
-    args = (ref[:B] + 1, ref[B:] - 1, ref[:B], ref[B:])
-    assert torch.equal(modules.DPOLoss(loss_type="hinge")(*args).loss, dpo_loss(*args, loss_type="hinge").loss)

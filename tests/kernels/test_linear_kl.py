@@ -294,49 +294,11 @@ def test_no_tensor_of_tokens_by_vocabulary(dtype: torch.dtype) -> None:
     assert len(watch.products) == 2 * n // 4
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(0, 4), (0,), (3, 0)])
-def test_zero_tokens(shape: tuple[int, ...], backend: str) -> None:
-    hidden = torch.randn(*shape, D, requires_grad=True)
-    kl = linear_kl(hidden, torch.randn(*shape, D), torch.randn(V, D), backend=backend)
-    assert kl.shape == shape
-    kl.sum().backward()
-    assert hidden.grad.shape == hidden.shape
-
-
-def test_layouts_and_chunks_change_nothing_but_rounding() -> None:
-    hidden, ref, weight, grad = torch.randn(B, T, D), torch.randn(B, T, D), torch.randn(V, D), torch.randn(B, T)
-    plain, plain_grad = with_gradient(linear_kl, hidden, ref, weight, grad=grad)
-    eps = torch.finfo(torch.float32).eps
-    for rows in (1, 2, 5, 1000):
-        with tuning.override(rows=rows):
-            other, other_grad = with_gradient(linear_kl, hidden, ref, weight, grad=grad)
-        assert_within(other, plain, 32 * eps * float(plain.max()))
-        assert_within(other_grad, plain_grad, 32 * eps * float(plain_grad.abs().max()))
-    leaf = hidden.transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
-    sliced = torch.cat([ref, ref], 1)[:, :T]
-    strided = torch.stack([weight, weight], -1)[..., 0]
-    kl = linear_kl(leaf, sliced, strided)
-    assert_within(kl, plain, 32 * eps * float(plain.max()))
-    mine = torch.autograd.grad((kl * grad).sum(), leaf)[0]
-    assert_within(mine, plain_grad, 32 * eps * float(plain_grad.abs().max()))
-    one = linear_kl(hidden[0, 0], ref[0, 0], weight)
-    assert one.shape == ()
-    assert_within(one, plain[0, 0], 32 * eps * float(plain.max()))
-
-
-def test_second_backward_and_second_run_are_equal() -> None:
+def test_a_result_changed_in_place_leaves_the_gradient_alone() -> None:
     hidden, ref, weight = torch.randn(T, D, requires_grad=True), torch.randn(T, D), torch.randn(V, D)
-    kl = linear_kl(hidden, ref, weight)
-    first = torch.autograd.grad(kl.square().sum(), hidden, retain_graph=True)[0]
-    assert torch.equal(torch.autograd.grad(kl.square().sum(), hidden)[0], first)
-    again = linear_kl(hidden, ref, weight)
-    assert torch.equal(again, kl)
-    assert torch.equal(torch.autograd.grad(again.mul_(2).sum(), hidden)[0] / 2, with_ones(hidden, ref, weight))
-
-
-def with_ones(hidden: Tensor, ref: Tensor, weight: Tensor) -> Tensor:
-    return torch.autograd.grad(linear_kl(hidden, ref, weight).sum(), hidden)[0]
+    plain, changed = linear_kl(hidden, ref, weight), linear_kl(hidden, ref, weight).mul_(2)
+    gradients = [torch.autograd.grad(x.sum(), hidden)[0] for x in (plain, changed)]
+    assert torch.equal(gradients[1] / 2, gradients[0])
 
 
 @pytest.mark.parametrize("own_head", [False, True])
@@ -353,20 +315,3 @@ def test_autocast_casts_hidden_states_and_heads(own_head: bool) -> None:
     assert all(torch.equal(a, b.float()) for a, b in zip(got, cast, strict=True))
     assert all(map(torch.equal, off, plain))
     assert not torch.equal(got[0], plain[0])
-
-
-@pytest.mark.parametrize(
-    ("wrong", "kind", "words"),
-    [
-        ({"ref_hidden": torch.randn(T + 1, D)}, ValueError, r"ref_hidden has shape \(6, 8\), expected \(5, 8\)"),
-        ({"ref_hidden": torch.randn(T, D + 1)}, ValueError, r"weight has shape .*expected \[V, 9\] for ref_hidden"),
-        ({"ref_weight": torch.randn(V + 1, D)}, ValueError, r"ref_weight has shape \(132, 8\), expected 131 rows"),
-        ({"ref_bias": torch.randn(V + 1)}, ValueError, r"ref_bias has shape \(132,\), expected \(131,\)"),
-        ({"ref_bias": torch.full((V,), NAN)}, ValueError, "ref_bias holds inf or NaN, expected finite"),
-        ({"ref_weight": torch.zeros(V, D, device="meta")}, ValueError, "ref_weight is on meta, expected cpu"),
-    ],
-)
-def test_a_bad_reference_is_refused(wrong: dict[str, Any], kind: type[Exception], words: str) -> None:
-    good = {"hidden": torch.randn(T, D), "ref_hidden": torch.randn(T, D), "weight": torch.randn(V, D)}
-    with pytest.raises(kind, match=words):
-        linear_kl(**{**good, **wrong})

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from onecard_kernels import dispatch, launch, linear_ppo_loss, logits_ppo_loss, modules
+from onecard_kernels import dispatch, launch, linear_ppo_loss, logits_ppo_loss
 from tests.closeness import assert_like_eager, assert_within
 from tests.kernels import oracle
 
@@ -154,25 +154,6 @@ def test_linear_and_logits_report_the_same() -> None:
     torch.testing.assert_close(linear.loss, direct.loss)
 
 
-def test_micro_batches_add_up() -> None:
-    data = batch({})
-    hidden = data.pop("hidden").requires_grad_()
-    weight = data.pop("weight")
-    kw = {"entropy_coef": 0.1, "kl_coef": 0.2}
-    whole = linear_ppo_loss(hidden, weight, **data, **kw)
-    n = data["mask"].sum()
-    parts = [
-        linear_ppo_loss(hidden[i], weight, **{name: x[i] for name, x in data.items()}, **kw, normalizer=n)
-        for i in range(B)  # one of them without any valid token
-    ]
-    torch.testing.assert_close(sum(p.loss for p in parts), whole.loss)
-    for name, value in whole.metrics.items():
-        torch.testing.assert_close(sum(p.metrics[name] for p in parts), value)
-    torch.testing.assert_close(
-        torch.autograd.grad(sum(p.loss for p in parts), hidden), torch.autograd.grad(whole.loss, hidden)
-    )
-
-
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.3])
 @pytest.mark.parametrize("kind", ["linear", "logits"])
 def test_the_entropy_s_gradient_is_paid_for_only_where_it_counts(
@@ -237,29 +218,3 @@ def test_torch_means_torch_throughout(kind: str, monkeypatch: pytest.MonkeyPatch
     if launch.why_not(torch.device("cpu")) is None:  # the other one is there to be preferred
         with pytest.raises(ModuleNotFoundError, match="nowhere"):
             run("auto")
-
-
-def test_modules_are_the_same_functions() -> None:
-    data = batch({})
-    hidden, weight = data.pop("hidden"), data.pop("weight")
-    options: dict[str, Any] = {**CLIP, "entropy_coef": 0.1, "kl_coef": 0.2, "kl_estimator": "k2", "temperature": 0.9}
-    logits = hidden @ weight.T
-    head = {"logit_scale": 0.5, "softcap": 2.0}
-    given = {"bias": torch.randn(V), "forbidden": torch.arange(V) == 0}
-    pairs = [
-        (
-            modules.LinearPPOLoss(**options, **head)(hidden, weight, **data, **given, normalizer=20),
-            linear_ppo_loss(hidden, weight, **data, **given, **head, **options, normalizer=20),
-        ),
-        (
-            modules.LogitsPPOLoss(**options)(logits, **data, normalizer=20),
-            logits_ppo_loss(logits, **data, **options, normalizer=20),
-        ),
-        (modules.LinearPPOLoss()(hidden, weight, **data), linear_ppo_loss(hidden, weight, **data)),
-        (modules.LogitsPPOLoss()(logits, **data), logits_ppo_loss(logits, **data)),
-    ]
-    for face, function in pairs:
-        assert torch.equal(face.loss, function.loss)
-        assert face.metrics == function.metrics
-    assert "softcap=2.0" in repr(modules.LinearPPOLoss(**head))
-    assert list(modules.LinearPPOLoss().parameters()) == []

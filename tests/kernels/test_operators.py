@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +12,6 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 
-import onecard_kernels
 from onecard_kernels import dispatch
 from onecard_kernels.kl import linear as kl_linear
 from onecard_kernels.logprob import linear, selective, tuning
@@ -242,11 +238,3 @@ def test_no_operator_drops_a_tangent(case: tuple[CustomOpDef, Callable[[str], Ca
                 dual = forward_ad.make_dual(x, torch.ones_like(x))
                 with pytest.raises(NotImplementedError, match="does not support forward-mode AD"):
                     operator(*arguments[:place], dual, *arguments[place + 1 :])
-
-
-def test_no_name_is_registered_twice() -> None:
-    """The second registration replaces the first one without a word, and the first one's callers call the second."""
-    source = "".join(file.read_text() for file in Path(onecard_kernels.__file__).parent.rglob("*.py"))
-    counts = Counter(re.findall(r'custom_op\(\s*"(onecard::\w+)"', source))
-    assert len(counts) >= 10
-    assert {name: count for name, count in counts.items() if count > 1} == {}

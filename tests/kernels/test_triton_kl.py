@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from onecard_kernels import token_kl
 from onecard_kernels.records import Head
 from tests.closeness import assert_like_eager, assert_within, error
 
@@ -104,11 +103,6 @@ def test_every_part_of_the_head(kind: str) -> None:
     compare(torch.randn(4, 300) * 4, torch.randn(4, 300) * 4, head, ref_bias)
 
 
-def test_all_negative_logits() -> None:
-    """A padding column with logit 0 would win every softmax here."""
-    compare(-torch.rand(3, 131) * 20 - 50, -torch.rand(3, 131) * 20 - 50, Head())
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_between_equals(kind: str) -> None:
     head, _ = head_of(kind, 300)
@@ -137,22 +131,6 @@ def test_near_the_reference_nothing_cancels(kind: str) -> None:
     assert eager_off > 0.05
     # The direction is linear in d: behind tanh it has the rounding of the logits, as eager has it.
     assert error(out, true_grad) < (0.5 if kind == "plain" else 2.0) * error(eager_grad, true_grad)
-
-
-def test_never_negative() -> None:
-    z = torch.randn(12, 65) * 4
-    r = z + torch.logspace(-8, 1, 12).unsqueeze(1) * torch.randn(12, 65)
-    assert bool((kl_pass_(z, r, Head()) >= 0).all())
-
-
-def test_it_is_the_expectation_of_k3() -> None:
-    """Over the policy's exact distribution, not over samples."""
-    head, ref_bias = head_of("bias", 131)
-    z, r = torch.randn(4, 131), torch.randn(4, 131)
-    logp = torch.log_softmax(head.transform(z.double()), -1)
-    logq = torch.log_softmax(Head(ref_bias).transform(r.double()), -1)
-    expected = (logp.exp() * token_kl(logp, logq, estimator="k3")).sum(-1)
-    assert_within(kl_pass_(z, r, head, ref_bias=ref_bias), expected, 1e-6)
 
 
 @pytest.mark.parametrize(

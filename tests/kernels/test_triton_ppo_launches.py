@@ -15,7 +15,6 @@ from tests.kernels.triton_ppo_material import (
     masks,
     run,
     run_policy,
-    run_value,
     tokens,
     values,
 )
@@ -24,7 +23,6 @@ triton = pytest.importorskip("triton")
 import triton.language as tl
 
 from onecard_kernels.ppo import triton as launches
-from onecard_kernels.ppo import triton_ops as ops
 from onecard_kernels.ppo.triton import token_terms
 
 OF_TOKENS = ("old_logprobs", "advantages", "entropy", "ref_logprobs", "weights")
@@ -46,28 +44,6 @@ def test_several_programs_and_turns_of_the_sum(monkeypatch: pytest.MonkeyPatch) 
         options = {k: v for k, v in OPTIONS["all"].items() if k != "normalizer"}
         compare(ppo_loss, ("logprobs", "entropy"), tokens((3, 109), dtype), mask=mask, **options)
         compare(value_loss, ("values",), values((3, 109), dtype), mask=mask)
-
-
-def scattered(x: torch.Tensor, i: int) -> torch.Tensor:
-    """The same numbers under other strides: transposed, every second one, or a row apart."""
-    if i % 3 == 0:
-        return x.t().contiguous().t()
-    wide = torch.full((x.shape[0], 2 * x.shape[1]), NAN, dtype=x.dtype, device=x.device)
-    view = wide[:, ::2] if i % 3 == 1 else wide[:, 1 : x.shape[1] + 1]
-    return view.copy_(x)
-
-
-def test_inputs_of_any_strides() -> None:
-    mask = masks((4, 7))["holes"]
-    for run_, batch in ((run_policy, tokens((4, 7), torch.float32)), (run_value, values((4, 7), torch.float32))):
-        plain = run_(batch, mask=mask, backend="triton")
-        strided = {name: scattered(x, i) for i, (name, x) in enumerate(batch.items())}
-        got = run_(strided, mask=scattered(mask.float(), 1).bool().t().contiguous().t(), backend="triton")
-        assert all(torch.equal(got[name], plain[name]) for name in plain if plain[name] is not None)
-        rows = {name: x[:1].expand(4, 7) for name, x in batch.items()}
-        repeated = {name: x.contiguous() for name, x in rows.items()}
-        got, plain = (run_(b, mask=mask, backend="triton") for b in (rows, repeated))
-        assert torch.equal(got["loss"], plain["loss"])
 
 
 def test_backward_again_and_through_other_operations() -> None:
@@ -174,18 +150,6 @@ def test_real_sizes_are_recorded_without_a_card() -> None:
     assert recorded[0].constexprs["BLOCK"] == 1024
 
 
-def test_terms_are_sums_of_the_reference() -> None:
-    batch, mask = tokens((3, 7), torch.float64), masks((3, 7))["holes"]
-    options = {k: v for k, v in OPTIONS["all"].items() if k != "normalizer"} | {"clip_high": 0.2, "kl_estimator": "k3"}
-    truth = run_policy(batch, mask=mask, normalizer=1.0, backend="torch", **options)
-    sums, slope, entropy_slope = launches.policy_sums(**records(**batch, mask=mask, **options))
-    expected = torch.stack([*list(truth.values())[:6], mask.sum().double()])
-    torch.testing.assert_close(sums, expected, rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(slope, truth["dlogprobs"], rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(entropy_slope, truth["dentropy"], rtol=1e-13, atol=1e-13)
-    assert launches.policy_sums(**records(**batch, mask=mask, **{**options, "entropy_coef": 0.0}))[2] is None
-
-
 @triton.jit
 def one_row_a_program(
     logp_ptr, old_ptr, adv_ptr, ref_ptr, mask_ptr, out_ptr, low: tl.float64, high: tl.float64, dual: tl.float64
@@ -228,21 +192,3 @@ def test_token_terms_take_one_token_too() -> None:
     torch.testing.assert_close(out.sum(1)[[0, 2, 3, 4, 5]], torch.stack([truth[name] for name in names]))
     torch.testing.assert_close(out[1], truth["dlogprobs"])
     assert torch.equal(out[:, ~mask], torch.zeros(6, 3, dtype=torch.float64, device=DEVICE))
-
-
-def test_operators() -> None:
-    batch, mask = tokens((2, 5), torch.float32), torch.ones(2, 5, device=DEVICE)
-    leaves = [batch[name].detach().requires_grad_() for name in ("logprobs", "entropy")]
-    given = [batch["old_logprobs"], batch["advantages"], mask]
-    options = (None, None, 0.2, 0.3, None, 0.1, 0.2, "k3", True, True)
-    torch.library.opcheck(
-        ops._policy, (leaves[0], *given, leaves[1], batch["ref_logprobs"], batch["weights"], *options)
-    )
-    options = (torch.tensor(3, device=DEVICE), None, 0.2, 0.3, 2.0, 0.0, 0.0, "k1", False, False)
-    torch.library.opcheck(ops._policy, (batch["logprobs"].half(), *given, None, None, None, *options))
-    v = values((2, 5), torch.bfloat16)
-    old = (v["old_values"], v["returns"], mask)
-    torch.library.opcheck(ops._value, (v["values"].requires_grad_(), *old, v["weights"], None, None, 0.2, True))
-    torch.library.opcheck(ops._value, (v["values"].detach(), *old, None, None, 2.0, None, False))
-    grad, slope = torch.ones(2, device=DEVICE), torch.rand(2, 5, device=DEVICE)
-    torch.library.opcheck(ops._scale, (grad[0], grad[1], slope, slope.new_empty(0), torch.bfloat16, torch.float32))
