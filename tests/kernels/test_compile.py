@@ -17,7 +17,6 @@ from onecard_kernels import (
     gae,
     group_advantages,
     kto_loss,
-    launch,
     linear_dpo_loss,
     linear_kl,
     linear_logprobs,
@@ -33,11 +32,10 @@ from onecard_kernels import (
     value_loss,
 )
 from onecard_kernels.logprob import tuning
+from tests.kernels.backends import BACKENDS, needs_triton
 
 B, T, D, V = 4, 6, 4, 19
 EPS = torch.finfo(torch.float32).eps
-RUNS = launch.why_not(torch.device("cpu")) is None
-BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not RUNS, reason="triton does not run here"))]
 Batch = dict[str, Tensor]
 
 
@@ -229,7 +227,7 @@ def test_autocast_is_followed_and_noticed(step: Step) -> None:
     assert not torch.equal(losses[0], losses[1])
 
 
-@pytest.mark.skipif(not RUNS, reason="triton does not run here")
+@needs_triton
 @pytest.mark.parametrize("step", [frozen, kl, logits_ppo, whole_ppo], ids=lambda step: step.__name__)
 def test_the_same_on_triton(step: Step) -> None:
     trunk, plain = nn.Linear(D, D), train(step, "triton")

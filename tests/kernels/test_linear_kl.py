@@ -11,16 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from onecard_kernels import launch, linear_kl, linear_logprobs, token_kl
+from onecard_kernels import linear_kl, linear_logprobs, token_kl
 from onecard_kernels.kl import linear as source
 from onecard_kernels.logprob import tuning
 from onecard_kernels.records import Head
 from tests.closeness import assert_like_eager, assert_within
+from tests.kernels.backends import BACKENDS
 
 B, T, D, V = 2, 5, 8, 131  # 131: prime, no chunk or block divides it
 NAN = float("nan")
-RUNS = launch.why_not(torch.device("cpu")) is None
-BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not RUNS, reason="triton does not run here"))]
 
 
 @pytest.fixture(autouse=True)

@@ -12,26 +12,12 @@ from onecard_kernels import linear_logprobs
 from onecard_kernels.logprob import tuning
 from tests.closeness import LOGPROB_BARS, assert_like_eager, assert_within
 from tests.kernels import oracle
+from tests.kernels.operator_material import head_options
 
 # (tokens, D, V). Vocabulary sizes are odd, prime or one off a power of two, so that no tile, block or vector of the
 # code divides them; 4099 is above one upcast tile (4096) by 3; one token and one column are the degenerate ends; 70
 # rows of 4099 make several elementwise blocks and, with the chunk budget below, several chunks.
 SHAPES = [(1, 5, 7), (3, 8, 1), (17, 16, 127), (33, 12, 1025), (70, 24, 4099)]
-
-
-def head_options(v: int, dtype: torch.dtype, kind: str) -> dict[str, Any]:
-    forbidden = torch.zeros(v, dtype=torch.bool)
-    forbidden[v // 3 : v // 3 + v // 4] = True
-    table: dict[str, dict[str, Any]] = {
-        "plain": {},
-        "bias": {"bias": torch.randn(v, dtype=dtype)},
-        "temperature": {"temperature": 0.7},
-        "scale": {"logit_scale": 0.25},
-        "softcap": {"softcap": 5.0},
-        "forbidden": {"forbidden": forbidden},
-    }
-    table["all"] = {name: value for options in table.values() for name, value in options.items()}
-    return table[kind]
 
 
 def inputs(n: int, d: int, v: int, dtype: torch.dtype, std: float = 4.0) -> tuple[torch.Tensor, ...]:
@@ -71,7 +57,7 @@ def gradients(
 def compare(shape: tuple[int, int, int], dtype: torch.dtype, kind: str, train: str, std: int = 4, **kw: Any) -> None:
     n, d, v = shape
     hidden, weight, targets, grad = inputs(n, d, v, dtype, std)
-    kw = {**head_options(v, dtype, kind), **kw}
+    kw = {**head_options(kind, v, dtype), **kw}
     args = (targets, grad, train)
     truth, true_grads = gradients(oracle.linear_logprobs, hidden.double(), weight.double(), *args, **double(kw))
     _, eager_grads = gradients(oracle.linear_logprobs, hidden, weight, *args, **kw)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onecard_kernels import launch, linear_kl, linear_logprobs
+from onecard_kernels import linear_kl, linear_logprobs
 from onecard_kernels.logprob.online_softmax import TileOutputs, exp_tile, new_state, statistics
 from onecard_kernels.records import Head
 from tests.closeness import assert_within
+from tests.kernels.backends import BACKENDS
 
 N, V = 5, 37
 TARGETS = torch.tensor([0, 3, V - 1, 7, 7])
@@ -39,15 +40,6 @@ def test_results_of_16_bits_are_those_of_fp32_rounded(
     assert_within(found[1].logprobs, found[0].logprobs, 2e-5)
     if found[0].entropy is not None and found[1].entropy is not None:
         assert_within(found[1].entropy, found[0].entropy, 2e-5)
-
-
-BACKENDS = [
-    "torch",
-    pytest.param(
-        "triton",
-        marks=pytest.mark.skipif(launch.why_not(torch.device("cpu")) is not None, reason="triton does not run here"),
-    ),
-]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -10,6 +10,7 @@ import torch
 
 from onecard_kernels.records import Head
 from tests.closeness import assert_like_eager, assert_within, error
+from tests.kernels.operator_material import HEAD_KINDS, head_options
 
 triton = pytest.importorskip("triton")
 import triton.language as tl
@@ -17,8 +18,6 @@ import triton.language as tl
 from onecard_kernels.kl import triton as kernels
 from onecard_kernels.kl.triton import excess, kl_pass_, tanh_slope
 from onecard_kernels.launch import launch
-
-KINDS = ["plain", "bias", "temperature", "scale", "softcap", "forbidden", "all"]
 
 
 @pytest.fixture(autouse=True)
@@ -29,18 +28,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def head_of(kind: str, v: int) -> tuple[Head, torch.Tensor | None]:
     """A head and the reference's own bias."""
-    forbidden = torch.zeros(v, dtype=torch.bool)
-    forbidden[v // 3 : v // 3 + v // 4] = True
-    table: dict[str, dict[str, Any]] = {
-        "plain": {},
-        "bias": {"bias": torch.randn(v)},
-        "temperature": {"temperature": 0.7},
-        "scale": {"logit_scale": 0.25},
-        "softcap": {"softcap": 5.0},
-        "forbidden": {"forbidden": forbidden},
-    }
-    table["all"] = {name: value for options in table.values() for name, value in options.items()}
-    return Head(**table[kind]), torch.randn(v) if "bias" in table[kind] else None
+    options = head_options(kind, v)
+    return Head(**options), torch.randn(v) if "bias" in options else None
 
 
 def naive(z: torch.Tensor, r: torch.Tensor, head: Head, ref_bias: torch.Tensor | None) -> torch.Tensor:
@@ -97,13 +86,13 @@ def test_value_and_direction_by_shape(shape: tuple[int, int], std: float) -> Non
     compare(torch.randn(shape) * std, torch.randn(shape) * std, Head())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", HEAD_KINDS)
 def test_every_part_of_the_head(kind: str) -> None:
     head, ref_bias = head_of(kind, 300)
     compare(torch.randn(4, 300) * 4, torch.randn(4, 300) * 4, head, ref_bias)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", HEAD_KINDS)
 def test_zero_between_equals(kind: str) -> None:
     head, _ = head_of(kind, 300)
     z = torch.randn(4, 300) * 10

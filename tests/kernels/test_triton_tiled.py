@@ -14,6 +14,7 @@ from onecard_kernels.logprob.tuning import TileConfig, config_for, tiles_per_pro
 from onecard_kernels.records import Head
 from tests.closeness import LOGPROB_BARS, assert_within
 from tests.kernels import oracle
+from tests.kernels.operator_material import HEAD_KINDS, head_options
 
 triton = pytest.importorskip("triton")
 import triton.language as tl
@@ -24,22 +25,10 @@ from onecard_kernels.logprob.triton_tiled import tiled_statistics
 
 # Few multiprocessors, so that small problems have several splits, waves and groups of row blocks too.
 SMALL = TileConfig(16, 32, 16, warps=4, stages=2, at_once=1, multiprocessors=4, group=2)
-KINDS = ["plain", "bias", "temperature", "scale", "softcap", "forbidden", "all"]
 
 
 def head_of(kind: str, v: int, dtype: torch.dtype = torch.float32) -> Head:
-    forbidden = torch.zeros(v, dtype=torch.bool)
-    forbidden[v // 3 : v // 3 + v // 4] = True
-    table: dict[str, dict[str, Any]] = {
-        "plain": {},
-        "bias": {"bias": torch.randn(v).to(dtype)},
-        "temperature": {"temperature": 0.7},
-        "scale": {"logit_scale": 0.25},
-        "softcap": {"softcap": 5.0},
-        "forbidden": {"forbidden": forbidden},
-    }
-    table["all"] = {name: value for options in table.values() for name, value in options.items()}
-    return Head(**table[kind])
+    return Head(**head_options(kind, v, dtype))
 
 
 def inputs(n: int, d: int, v: int, dtype: torch.dtype, std: float = 4.0) -> tuple[torch.Tensor, ...]:
@@ -118,7 +107,7 @@ def test_each_result_alone_is_the_same() -> None:
             assert torch.equal(value, whole) if wanted else value is None
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", HEAD_KINDS)
 def test_every_part_of_the_head(kind: str) -> None:
     hidden, weight, y = inputs(17, 40, 129, torch.float32)
     head = head_of(kind, 129)
