@@ -113,7 +113,7 @@ def spelled(ids: Sequence[int], tokenizer: Any) -> str:
     return tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
 
 
-def say(role: str, content: str, **more: Any) -> dict[str, Any]:
+def say(role: str, content: Any, **more: Any) -> dict[str, Any]:
     return {"role": role, "content": content, **more}
 
 

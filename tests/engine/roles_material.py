@@ -8,19 +8,29 @@ from typing import Any
 import torch
 
 from onecard.config import PPOConfig
-from onecard.data.batches import TokenBatch
+from onecard.data.batches import TokenBatch, TokenSequence, pack
 from onecard.models.build import load_ppo_roles
 from onecard.models.roles import Roles
 
 
-def ppo_roles(model: Path, **settings: Any) -> Roles:
-    """Both adapters and the value head away from their start, where half of all gradients are zero."""
-    roles = load_ppo_roles(PPOConfig(model=str(model), **settings))
+def moved_roles(config: PPOConfig, by: float = 0.02) -> Roles:
+    """Adapters and heads away from their start, where half of all gradients are zero."""
+    roles = load_ppo_roles(config)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in roles.trained_parameters().values():
-            parameter.add_(torch.randn_like(parameter) * 0.02)
+            parameter.add_((torch.randn(parameter.shape) * by).to(parameter))
     return roles.train()
+
+
+def ppo_roles(model: Path, **settings: Any) -> Roles:
+    return moved_roles(PPOConfig(model=str(model), **settings))
+
+
+def some_batch(shortest: int = 12) -> TokenBatch:
+    """Three sequences whose first four tokens are the prompt."""
+    sequences = [tuple((31 * i + 7 * j) % 290 + 5 for i in range(shortest + j)) for j in range(3)]
+    return pack([TokenSequence(each, (False,) * 4 + (True,) * (len(each) - 4)) for each in sequences])
 
 
 def policy_part(roles: Roles, batch: TokenBatch) -> torch.Tensor:

@@ -13,19 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from onecard.config import DPOConfig, PPOConfig, RewardConfig, TrainConfig
-from onecard.data.batches import TokenSequence, pack
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
 from onecard.training.optim import MASTER_BYTES, MasterOptimizer, clip_grad_norm, make_optimizer, make_scheduler
 from onecard.utils.errors import OnecardError
+from tests.engine.roles_material import some_batch
 
 BASES = {"bf16": {"dtype": "bfloat16"}, "nf4": {"dtype": "bfloat16", "load_in_4bit": True}}
 BF16 = TrainConfig(adapter_dtype="bfloat16")
-
-
-def some_batch():
-    sequences = [tuple((31 * i + 7 * j) % 290 + 5 for i in range(12 + j)) for j in range(3)]
-    return pack([TokenSequence(each, (False,) * 4 + (True,) * (len(each) - 4)) for each in sequences])
 
 
 def policy(model, **settings):

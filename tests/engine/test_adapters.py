@@ -12,13 +12,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from onecard.config import ModelConfig, PPOConfig, SFTConfig
-from onecard.data.batches import TokenSequence, pack
 from onecard.models.adapters import adapter_tensors
 from onecard.models.build import load_players, load_ppo_roles, load_roles
 from onecard.utils.errors import OnecardError
+from tests.engine.weights_material import by_role, by_transformers
 from tests.models.families import FAMILIES, random_model
 
-TOKENS = tuple((7919 * place + 13) % 290 for place in range(40))
 Q, V = "q_proj", "v_proj"
 KINDS: dict[str, dict] = {
     "rank-stabilized": {"target_modules": [Q, V], "use_rslora": True},
@@ -49,20 +48,6 @@ def made_by_peft(base: Path, folder: Path, **settings) -> PeftModel:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     return model.eval()
-
-
-@torch.no_grad()
-def by_transformers(model) -> torch.Tensor:
-    ids = torch.tensor([TOKENS])
-    logits = model.eval()(input_ids=ids).logits[0].log_softmax(-1)
-    return logits[:-1].gather(-1, ids[0, 1:, None]).squeeze(-1)
-
-
-@torch.no_grad()
-def by_role(roles, role: str) -> torch.Tensor:
-    batch = pack([TokenSequence(TOKENS, (True,) * len(TOKENS))])
-    with roles.active(role):
-        return roles.logprobs(batch, batch.targets)
 
 
 def close(found: torch.Tensor, truth: torch.Tensor) -> None:

@@ -162,13 +162,14 @@ def test_checkpointed_activations_give_the_same_gradients(name):
     assert all(torch.equal(one, two) for one, two in zip(plain, again, strict=True))
 
 
-@pytest.mark.parametrize("argument", ["s_aux", "position_bias", "sinks"])
+@pytest.mark.parametrize("argument", ["s_aux", "position_bias", "sinks", "indices", "block_indices"])
 def test_what_it_does_not_know_is_an_error(argument):
     query = torch.randn(1, 2, 3, 8)
     for value in (None, torch.ones(2)):
         call = (torch.nn.Identity(), query, query, query, None)
         if value is None:
-            assert attend(*call, is_causal=True, **{argument: value})[0].shape == (1, 3, 2, 8)
+            known = {"is_causal": True, "position_ids": torch.zeros(1), "use_cache": False}
+            assert attend(*call, **known, **{argument: value})[0].shape == (1, 3, 2, 8)
             continue
         with pytest.raises(
             OnecardError, match=f"Identity has attention with {argument}, .* --attn_implementation eager"

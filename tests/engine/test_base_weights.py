@@ -13,14 +13,12 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from onecard.commands import merge
 from onecard.config import MergeConfig, ModelConfig, SFTConfig
-from onecard.data.batches import TokenSequence, pack
-from onecard.models.build import load_player, load_roles
+from onecard.models.build import load_roles
 from onecard.models.load import load_base
 from onecard.training.startup import check_model
 from onecard.utils.errors import OnecardError
+from tests.engine.weights_material import TOKENS, by_folder, by_role, by_transformers
 from tests.models.families import FAMILIES, random_model
-
-TOKENS = tuple((7919 * place + 13) % 290 for place in range(40))
 
 
 @pytest.fixture
@@ -67,13 +65,6 @@ def test_weights_that_are_not_finite_are_refused(copied, key, four_bit):
         load_base(ModelConfig(model=str(copied), load_in_4bit=four_bit))
 
 
-def test_buffers_that_the_model_computes_may_be_left_over(copied):
-    """Files of older versions hold them."""
-    extra = {"model.rotary_emb.inv_freq": torch.ones(8), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
-    change_weights(copied, lambda found: {**found, **extra})
-    load_base(ModelConfig(model=str(copied)))
-
-
 @pytest.mark.parametrize("family", ["gpt2", "falcon", "mamba2", "jamba", "gemma3n_text", "zamba2", "laguna"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_transformers_saves_is_never_refused(tmp_path, family, tied):
@@ -82,19 +73,6 @@ def test_what_transformers_saves_is_never_refused(tmp_path, family, tied):
     model.config.tie_word_embeddings = tied
     AutoModelForCausalLM.from_config(model.config).save_pretrained(tmp_path)
     load_base(ModelConfig(model=str(tmp_path)))
-
-
-@torch.no_grad()
-def logprobs(roles) -> torch.Tensor:
-    batch = pack([TokenSequence(TOKENS, (True,) * len(TOKENS))])
-    return roles.logprobs(batch, batch.targets)
-
-
-@torch.no_grad()
-def by_transformers(model) -> torch.Tensor:
-    ids = torch.tensor([TOKENS])
-    found = model.eval()(input_ids=ids).logits[0].log_softmax(-1)
-    return found[:-1].gather(-1, ids[0, 1:, None]).squeeze(-1)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_5", "llama4", "qwen3_vl"])
@@ -114,7 +92,7 @@ def test_a_vision_language_model_stays_one(tmp_path, tiny_model, name):
     with torch.no_grad():
         for parameter in roles.trained_parameters().values():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    truth = logprobs(roles)
+    truth = by_role(roles)
     roles.export("policy", adapter, AutoTokenizer.from_pretrained(base))
     theirs = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), adapter)
     torch.testing.assert_close(by_transformers(theirs), truth, atol=5e-5, rtol=0)
@@ -123,7 +101,7 @@ def test_a_vision_language_model_stays_one(tmp_path, tiny_model, name):
     assert type(merged).__name__ == kind
     assert not any(info.values())
     torch.testing.assert_close(by_transformers(merged), truth, atol=2e-4, rtol=0)
-    torch.testing.assert_close(logprobs(load_player(ModelConfig(model=str(adapter)), role="policy")), truth)
+    torch.testing.assert_close(by_folder(adapter), truth)
 
 
 def test_a_placeholder_of_an_image_is_refused(tmp_path, tiny_model):

@@ -3,51 +3,24 @@
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from onecard.data import Row, preference_examples, prompt_examples, sft_examples
+from onecard.data import preference_examples, prompt_examples
 from onecard.utils.errors import OnecardError
+from tests.engine import data_material
+from tests.engine.data_material import BOT, CHATML, USER, rows, say
+from tests.engine.template_material import byte_tokenizer
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 BEGINS = CHATML.replace("assistant\n{% endif %}", "assistant\nSure, {% endif %}")
 STRICT = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system\nhere') }}{% endif %}" + CHATML
 
 
-def byte_tokenizer(template: str = CHATML) -> Any:
-    """One id for each byte, and no BOS."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>")
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def rows(*records: dict[str, Any]) -> list[Row]:
-    return [Row("x.jsonl", number, record) for number, record in enumerate(records, start=1)]
+def tokenizer(template: str = CHATML) -> Any:
+    return byte_tokenizer(template, "<|im_end|>")
 
 
 def sft(*records: dict[str, Any], template: str = CHATML) -> Any:
-    return sft_examples(
-        rows(*records),
-        byte_tokenizer(template),
-        max_length=64,
-        completion_only_loss=True,
-        assistant_only_loss=True,
-        skip_bad_rows=False,
-    )
+    return data_material.sft(records, tokenizer(template))
 
-
-def say(role: str, content: Any) -> dict[str, Any]:
-    return {"role": role, "content": content}
-
-
-USER, BOT = say("user", "Hello"), say("assistant", "fine")
 
 BAD_SFT = {
     "nothing known": (
@@ -177,7 +150,7 @@ BAD_PAIRS = {
 @pytest.mark.parametrize(("record", "message"), BAD_PAIRS.values(), ids=BAD_PAIRS)
 def test_bad_pairs(record: dict[str, Any], message: str) -> None:
     with pytest.raises(OnecardError) as error:
-        preference_examples(rows(PAIR, record), byte_tokenizer(), max_length=64, skip_bad_rows=False)
+        preference_examples(rows(PAIR, record), tokenizer(), max_length=64, skip_bad_rows=False)
     assert str(error.value) == f"x.jsonl:2: {message}"
 
 
@@ -195,7 +168,7 @@ BAD_PROMPTS = {
 @pytest.mark.parametrize(("record", "message"), BAD_PROMPTS.values(), ids=BAD_PROMPTS)
 def test_bad_prompts(record: dict[str, Any], message: str) -> None:
     with pytest.raises(OnecardError) as error:
-        prompt_examples(rows({"prompt": "a"}, record), byte_tokenizer())
+        prompt_examples(rows({"prompt": "a"}, record), tokenizer())
     assert str(error.value) == f"x.jsonl:2: {message}"
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from onecard.data import prompt_examples, prompt_tokens
 from onecard.utils.errors import OnecardError
-from tests.engine.data_material import BOT, CHATML, PLAIN, USER, answer, built, pairs, rows, say, sft, spelled, split
+from tests.engine.data_material import CHATML, PLAIN, answer, built, pairs, rows, say, sft, spelled, split
 
 
 def test_chat_template_is_applied_once_and_answers_end_at_the_eos() -> None:
@@ -47,14 +47,6 @@ def test_every_assistant_turn_is_learned_through_its_eos() -> None:
     [everything] = sft([{"messages": messages[:4]}], tokenizer, assistant_only_loss=False).examples
     assert everything.tokens == sequence.tokens
     assert all(everything.response_mask)
-
-
-def test_a_template_without_eos_gets_one_behind_the_last_turn_only() -> None:
-    tokenizer = built("$A", "</s>", PLAIN)
-    [sequence] = sft([{"messages": [USER, BOT, USER, BOT]}], tokenizer).examples
-    assert spelled(sequence.tokens, tokenizer) == "user: Hello\nassistant: fine\n" * 2 + "</s>"
-    learned = [token for token, flag in zip(sequence.tokens, sequence.response_mask, strict=True) if flag]
-    assert spelled(learned, tokenizer) == "fine\nfine\n</s>"
 
 
 def test_tools_inside_a_completion_are_not_learned() -> None:

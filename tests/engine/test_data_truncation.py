@@ -26,11 +26,6 @@ def fit(completion: str, max_length: int, mode: str, tokenizer: Any = TOKENIZER,
     return sft([record], tokenizer, max_length=max_length, truncation_mode=mode, **settings)
 
 
-def test_material_is_long_enough() -> None:
-    assert len(BEFORE) > 4
-    assert len(AFTER) > 6
-
-
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end", "error"])
 def test_what_fits_is_left_alone(mode: str) -> None:
     made = fit(LONG, len(WHOLE), mode)

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from onecard import config
 from onecard.algorithms.dpo.variants import PAIRED, pick_variant
 from onecard.config import DPOConfig, PPOConfig
 from onecard.config.dpo import ALONE
-from onecard_kernels.dpo.losses import ANY_DIVERGENCE, LOSSES
+from onecard_kernels.dpo.losses import LOSSES
 
 DOCS = Path(__file__).parents[2] / "docs"
 NONE = "–"
@@ -77,19 +76,6 @@ def test_names_that_are_the_same_are_mapped_to_themselves():
                 assert names(mine) == names(theirs), (name, theirs)
 
 
-def test_the_settings_that_the_removed_ppo_had_are_all_there():
-    listed = {names(cells[0])[0] for cells in rows(sections("trl.md")["PPOConfig"])}
-    expected = """
-        num_ppo_epochs whiten_rewards kl_coef kl_estimator cliprange vf_coef cliprange_value gamma lam
-        response_length stop_token stop_token_id temperature missing_eos_penalty total_episodes
-        local_rollout_forward_batch_size num_mini_batches num_sample_generations reward_model_path
-        sft_model_path exp_name run_name dataset_num_proc world_size num_total_batches micro_batch_size
-        local_batch_size batch_size local_mini_batch_size mini_batch_size push_to_hub model_adapter_name
-        ref_adapter_name ds3_gather_for_generation
-    """
-    assert listed >= set(expected.split())
-
-
 def test_the_table_of_losses_is_the_table_in_the_code():
     listed = {names(cells[0])[0]: cells for cells in rows(sections("dpo.md")["All losses"])}
     assert [*listed] == [*(name for name in listed if name in LOSSES), *ALONE]
@@ -99,12 +85,6 @@ def test_the_table_of_losses_is_the_table_in_the_code():
         assert (columns == "labelled") == variant.labelled, name
         assert (reference == "yes") == (variant.reference is not None), name
         assert "arxiv.org/abs/" in paper or paper == "the same"
-
-
-def test_the_losses_with_divergences_are_named():
-    sentence = next(line for line in (DOCS / "dpo.md").read_text().splitlines() if line.startswith("`--f_divergence"))
-    named = set(names(sentence.partition("alone:")[2]))
-    assert named == ANY_DIVERGENCE - {"sft"}  # whose value does not depend on it
 
 
 def test_every_command_is_one():
@@ -121,19 +101,3 @@ def test_every_command_is_one():
             loss_type=[words[i + 1] for i, word in enumerate(words) if word == "--loss_type"] or ["sigmoid"],
             loss_weights=[float(words[i + 1]) for i, word in enumerate(words) if word == "--loss_weights"],
         ).validate()
-
-
-def test_options_in_the_text_are_settings():
-    known = set().union(*(settings(kind) for kind in vars(config).values() if isinstance(kind, type)
-                          and hasattr(kind, "__dataclass_fields__")))  # fmt: skip
-    text = (DOCS / "dpo.md").read_text(encoding="utf-8")
-    flags = re.findall(r"`--(\w+)", text)
-    assert len(flags) > 8
-    assert {flag.removeprefix("no_") for flag in flags} <= known
-
-
-def test_every_metric_of_dpo_is_defined():
-    text = (DOCS / "metrics.md").read_text(encoding="utf-8").split("**dpo**")[1].split("**reward**")[0]
-    expected = {f"{group}/{side}" for group in ("rewards", "logps") for side in ("chosen", "rejected")}
-    expected |= {"rewards/margins", "rewards/accuracies", "nll_loss", "log_odds_chosen", "log_odds_ratio", "kl"}
-    assert expected <= set(names(text))

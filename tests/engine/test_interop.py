@@ -3,47 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
 
 from onecard import reporting
-from onecard.config import DPOConfig, ModelConfig, RewardConfig
+from onecard.config import ModelConfig
 from onecard.data.batches import TokenSequence, pack
-from onecard.models.build import load_player, load_roles
-from onecard.models.load import load_tokenizer
+from onecard.models.build import load_player
 from tests.e2e.ppo_material import no_report
+from tests.engine.weights_material import TOKENS, by_folder, by_transformers, random_adapter
 
-TOKENS = tuple((7919 * place + 13) % 290 for place in range(40))
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
-
-
-def written(base: Path, folder: Path, role: str) -> Path:
-    """An adapter with random weights as a run exports it."""
-    reward = role == "reward"
-    config = RewardConfig(model=str(base)) if reward else DPOConfig(model=str(base))
-    roles = load_roles(config, trained=role, scalar=reward)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in roles.trained_parameters().values():
-            parameter.copy_(torch.randn_like(parameter) * 0.1)
-    roles.export(role, folder, load_tokenizer(config))
-    return folder
-
-
-def our_logprobs(folder: Path) -> torch.Tensor:
-    roles = load_player(ModelConfig(model=str(folder)), role="anyone")
-    batch = pack([TokenSequence(TOKENS, (True,) * len(TOKENS))])
-    with torch.no_grad():
-        return roles.logprobs(batch, batch.targets)
-
-
-@torch.no_grad()
-def their_logprobs(model: torch.nn.Module) -> torch.Tensor:
-    ids = torch.tensor([TOKENS])
-    logits = model.eval()(input_ids=ids).logits[0].log_softmax(-1)
-    return logits[:-1].gather(-1, ids[0, 1:, None]).squeeze(-1)
 
 
 @pytest.mark.parametrize("role", ["policy", "reward"])
@@ -52,15 +23,15 @@ def test_peft_and_transformers_load_our_adapters(tmp_path, tinystories, role, wa
     from peft import AutoPeftModelForCausalLM, PeftModel
     from transformers import AutoModelForCausalLM
 
-    folder = written(tinystories, tmp_path / role, role)
+    folder = random_adapter(tinystories, tmp_path / role, role)
     if way == "PeftModel":
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tinystories), folder)
     else:
         loader = AutoPeftModelForCausalLM if way == "AutoPeftModel" else AutoModelForCausalLM
         model = loader.from_pretrained(folder)
-    ours = our_logprobs(folder)
-    assert (ours - our_logprobs(tinystories)).abs().max() > 0.1
-    torch.testing.assert_close(their_logprobs(model), ours, atol=2e-5, rtol=0)
+    ours = by_folder(folder)
+    assert (ours - by_folder(tinystories)).abs().max() > 0.1
+    torch.testing.assert_close(by_transformers(model), ours, atol=2e-5, rtol=0)
 
 
 def test_a_reward_is_the_adapters_last_state_and_the_head_file(tmp_path, tinystories):
@@ -69,7 +40,7 @@ def test_a_reward_is_the_adapters_last_state_and_the_head_file(tmp_path, tinysto
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    folder = written(tinystories, tmp_path / "reward", "reward")
+    folder = random_adapter(tinystories, tmp_path / "reward", "reward")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tinystories), folder).eval()
     head = load_file(folder / "head.safetensors")
     with torch.no_grad():
@@ -78,26 +49,6 @@ def test_a_reward_is_the_adapters_last_state_and_the_head_file(tmp_path, tinysto
         roles = load_player(ModelConfig(model=str(folder)), role="reward", head=True)
         ours = roles.scores(pack([TokenSequence(TOKENS, (False,) * len(TOKENS))]))
     torch.testing.assert_close(theirs.unsqueeze(0), ours, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("layers", ["all-linear", ["q_proj", "lm_head"]])
-def test_onecard_loads_what_peft_wrote(tmp_path, tinystories, layers):
-    """With dropout in its settings, and a rank, scale and layers that are not ours."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(tinystories)
-    settings = LoraConfig(r=3, lora_alpha=7, lora_dropout=0.3, use_rslora=True, target_modules=layers)
-    model = get_peft_model(base, settings)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(tmp_path / "theirs")
-    ours = our_logprobs(tmp_path / "theirs")
-    assert (ours - our_logprobs(tinystories)).abs().max() > 0.1
-    torch.testing.assert_close(ours, their_logprobs(model), atol=2e-5, rtol=0)
 
 
 @needs_trl
@@ -111,10 +62,10 @@ def test_trl_trains_on_from_our_adapter_and_onecard_from_trls(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = written(tiny_model, tmp_path / "policy", "policy")
+    folder = random_adapter(tiny_model, tmp_path / "policy", "policy")
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     model = PeftModel.from_pretrained(base, folder, is_trainable=True)
-    before = their_logprobs(model)
+    before = by_transformers(model)
     rows = {"prompt": ["the cat"] * 4, "chosen": [" a good answer"] * 4, "rejected": [" mat"] * 4}
     if trainer == "sft":
         rows = {"prompt": rows["prompt"], "completion": rows["chosen"]}
@@ -131,9 +82,9 @@ def test_trl_trains_on_from_our_adapter_and_onecard_from_trls(
     )  # fmt: skip
     made.train()
     made.save_model(str(tmp_path / "trl"))
-    after = their_logprobs(made.model)
+    after = by_transformers(made.model)
     assert (after - before).abs().max() > 1e-3
-    torch.testing.assert_close(our_logprobs(tmp_path / "trl"), after, atol=2e-5, rtol=0)
+    torch.testing.assert_close(by_folder(tmp_path / "trl"), after, atol=2e-5, rtol=0)
 
     monkeypatch.setattr(reporting, "write_run_report", no_report)
     result = onecard(
@@ -141,4 +92,4 @@ def test_trl_trains_on_from_our_adapter_and_onecard_from_trls(
         "--test_size", 0, "--learning_rate", 1e-2,
     )  # fmt: skip
     assert result.code == 0, result.err
-    assert (our_logprobs(tmp_path / "run" / "policy") - after).abs().max() > 1e-3
+    assert (by_folder(tmp_path / "run" / "policy") - after).abs().max() > 1e-3

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -206,22 +204,6 @@ def test_bytes_of_optimizer_states_per_trained_number(optim, adapters, each):
     total = sum(value.numel() * value.element_size() for value in kept.values())
     total -= sum(value.numel() * value.element_size() for value in shared if value.dtype == torch.float32)
     assert total / weight.numel() == pytest.approx(each, rel=0.02)
-
-
-def test_the_page_names_every_lever_and_no_other():
-    """Each option that docs/memory.md offers is a setting; each setting that is there for memory is offered."""
-    page = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
-    table = page[page.index("## The levers") :]
-    table = table[: table.index("\n## ", 5)]
-    named = set(re.findall(r"`--([a-z_0-9]+)", table))
-    settings = {field.name for kind in (TrainConfig, DPOConfig) for field in fields(kind)}
-    offered = {
-        "load_in_4bit", "gradient_checkpointing", "activation_offloading", "adapter_dtype", "optim",
-        "micro_batch_tokens", "head_chunk_tokens", "rollout_cache_gib", "share_prompts", "padding_free", "lora_r",
-        "precompute_ref_log_probs", "critic",
-    }  # fmt: skip
-    assert offered <= named
-    assert offered - {"rollout_cache_gib", "critic"} <= settings
 
 
 def test_the_measured_table_has_every_option():

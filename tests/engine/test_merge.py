@@ -8,55 +8,35 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from onecard.config import DPOConfig, ModelConfig, RewardConfig
-from onecard.data.batches import TokenSequence, pack
 from onecard.models.build import load_player, load_roles
 from onecard.models.load import load_tokenizer
 from tests.e2e.ppo_material import error_line
-
-TOKENS = tuple((7919 * place + 13) % 290 for place in range(40))
+from tests.engine.weights_material import by_folder, by_transformers, random_adapter
 
 
 def adapter(base: Path, folder: Path, **settings) -> Path:
-    """An adapter whose every weight is random, in a folder as a run writes it."""
-    config = DPOConfig(model=str(base), **settings)
-    roles = load_roles(config, trained="policy")
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in roles.trained_parameters().values():
-            parameter.copy_(torch.randn_like(parameter) * 0.1)
-    roles.export("policy", folder / "policy", load_tokenizer(config))
-    return folder
-
-
-def logprobs(model: Path) -> torch.Tensor:
-    roles = load_player(ModelConfig(model=str(model)), role="policy")
-    batch = pack([TokenSequence(TOKENS, (True,) * len(TOKENS))])
-    with torch.no_grad():
-        return roles.logprobs(batch, batch.targets)
+    """A run's folder."""
+    return random_adapter(base, folder / "policy", **settings).parent
 
 
 def own_logprobs(model: Path) -> torch.Tensor:
     """By transformers alone."""
-    from transformers import AutoModelForCausalLM
-
-    ids = torch.tensor([TOKENS])
-    with torch.no_grad():
-        logits = AutoModelForCausalLM.from_pretrained(model)(input_ids=ids).logits[0].log_softmax(-1)
-    return logits[:-1].gather(-1, ids[0, 1:, None]).squeeze(-1)
+    return by_transformers(AutoModelForCausalLM.from_pretrained(model))
 
 
 @pytest.mark.parametrize("layers", [["all-linear"], ["q_proj", "lm_head"], ["embed_tokens", "v_proj"]])
 def test_the_merged_model_gives_the_adapters_logprobs(onecard, tmp_path, tinystories, layers):
     """On a base whose head is its embeddings: with an adapter on either, the merged model has two of them."""
     run = adapter(tinystories, tmp_path / "run", lora_target_modules=layers)
-    expected = logprobs(run)
-    assert (expected - logprobs(tinystories)).abs().max() > 0.1
+    expected = by_folder(run)
+    assert (expected - by_folder(tinystories)).abs().max() > 0.1
     result = onecard("merge", "--model", run, "--output_dir", tmp_path / "merged")
     assert result.code == 0, result.err
     # Sums of 128 products, of which those with the adapter are rounded once more or once less.
-    torch.testing.assert_close(logprobs(tmp_path / "merged"), expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(by_folder(tmp_path / "merged"), expected, atol=2e-5, rtol=0)
     torch.testing.assert_close(own_logprobs(tmp_path / "merged"), expected, atol=2e-5, rtol=0)
     settings = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert settings["tie_word_embeddings"] == (layers == ["all-linear"])
@@ -68,7 +48,7 @@ def test_the_merged_model_gives_the_adapters_logprobs(onecard, tmp_path, tinysto
 def test_an_adapter_of_a_4bit_run_is_merged_into_the_base_as_it_is_stored(onecard, tmp_path, tinystories):
     run = adapter(tinystories, tmp_path / "run", load_in_4bit=True)
     assert onecard("merge", "--model", run, "--output_dir", tmp_path / "merged").code == 0
-    torch.testing.assert_close(own_logprobs(tmp_path / "merged"), logprobs(run), atol=2e-5, rtol=0)
+    torch.testing.assert_close(own_logprobs(tmp_path / "merged"), by_folder(run), atol=2e-5, rtol=0)
 
 
 def test_dtype_is_that_of_the_files(onecard, tmp_path, tiny_model):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from onecard.config import DPOConfig, PPOConfig, SFTConfig
-from onecard.data.batches import TokenSequence, pack
-from onecard.models.build import load_ppo_roles, load_roles
+from onecard.config import DPOConfig, SFTConfig
+from onecard.models.build import load_roles
 from onecard.models.offload import OffloadedStorage, Offloader, PlainCopier
+from tests.engine.roles_material import gradients, policy_part, ppo_roles, some_batch, value_part
 
 BASES = {"fp32": {}, "bf16": {"dtype": "bfloat16", "adapter_dtype": "bfloat16"}, "nf4": {"load_in_4bit": True}}
 CPU = torch.device("cpu")
@@ -37,21 +37,6 @@ class Recorder(PlainCopier):
         return super().pull(host, nbytes)
 
 
-def some_batch():
-    sequences = [tuple((31 * i + 7 * j) % 290 + 5 for i in range(20 + j)) for j in range(3)]
-    return pack([TokenSequence(each, (False,) * 4 + (True,) * (len(each) - 4)) for each in sequences])
-
-
-def ppo_roles(model, **settings):
-    """Both adapters and the value head away from their start, where half of all gradients are zero."""
-    roles = load_ppo_roles(PPOConfig(model=str(model), **settings))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in roles.trained_parameters().values():
-            parameter.add_((torch.randn(parameter.shape) * 0.02).to(parameter.dtype))
-    return roles.train()
-
-
 def offloaded(roles, least_bytes: int = 1) -> Recorder:
     roles.offload_activations(least_bytes)
     roles.offloader.copier = recorder = Recorder()
@@ -60,15 +45,7 @@ def offloaded(roles, least_bytes: int = 1) -> Recorder:
 
 def both_parts(roles, batch) -> Tensor:
     """The policy's and the critic's loss, both forwards before any backward."""
-    loss = roles.logprobs(batch, batch.targets).sum()
-    with roles.active("value"):
-        return loss + roles.scalars(batch, batch.targets.rows).square().sum()
-
-
-def gradients(roles) -> dict[str, Tensor]:
-    found = {name: parameter.grad.clone() for name, parameter in roles.trained_parameters().items()}
-    roles.zero_grad()
-    return found
+    return policy_part(roles, batch) + value_part(roles, batch)
 
 
 def held_now() -> int:
@@ -79,7 +56,7 @@ def held_now() -> int:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("base", BASES)
 def test_gradients_of_two_roles_are_the_same_bits(tiny_model, request, base, checkpointing):
-    roles, batch = ppo_roles(tiny_model, gradient_checkpointing=checkpointing, **BASES[base]), some_batch()
+    roles, batch = ppo_roles(tiny_model, gradient_checkpointing=checkpointing, **BASES[base]), some_batch(20)
     both_parts(roles, batch).backward()
     expected = gradients(roles)
     recorder = offloaded(roles)
@@ -90,6 +67,7 @@ def test_gradients_of_two_roles_are_the_same_bits(tiny_model, request, base, che
         loss.backward()
     del loss
     got = gradients(roles)
+    assert got.keys() == expected.keys() == roles.trained_parameters().keys()
     assert recorder.left
     assert len(recorder.back) > 0
     for name, gradient in expected.items():
@@ -105,7 +83,7 @@ def test_no_weight_is_copied_and_no_storage_twice(tiny_model, base, checkpointin
 
     With checkpointed layers it is two layers' inputs and what is outside of the layers.
     """
-    roles, batch = ppo_roles(tiny_model, gradient_checkpointing=checkpointing, **BASES[base]), some_batch()
+    roles, batch = ppo_roles(tiny_model, gradient_checkpointing=checkpointing, **BASES[base]), some_batch(20)
     recorder = offloaded(roles)
     weights = {t.untyped_storage().data_ptr() for t in [*roles.parameters(), *roles.buffers()]}
     kept: list[Tensor] = []  # as long as they are, no place is another storage's
@@ -128,7 +106,7 @@ def test_no_weight_is_copied_and_no_storage_twice(tiny_model, base, checkpointin
 
 
 def test_without_gradients_nothing_leaves(tiny_model):
-    roles, batch = ppo_roles(tiny_model), some_batch()
+    roles, batch = ppo_roles(tiny_model), some_batch(20)
     recorder = offloaded(roles)
     with torch.no_grad(), roles.active("reference"):
         roles.logprobs(batch, batch.targets)
@@ -215,7 +193,7 @@ def test_storages_set_out_before_they_are_asked_for():
 def test_a_graph_that_is_thrown_away_holds_nothing(tiny_model, request):
     gc.disable()
     request.addfinalizer(gc.enable)
-    roles, batch = ppo_roles(tiny_model), some_batch()
+    roles, batch = ppo_roles(tiny_model), some_batch(20)
     offloaded(roles)
     loss = roles.logprobs(batch, batch.targets).sum()
     assert held_now() > 0

@@ -9,48 +9,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onecard.algorithms.ppo.experience import compute_model_outputs, make_experiences, shape_rewards
 from onecard.algorithms.ppo.losses import critic_loss, ppo_losses, ppo_objective
 from onecard.config import PPOConfig, RewardConfig
-from onecard.data.batches import Episode, Experience, ExperienceBatch, TokenSequence, pack_experience
+from onecard.data.batches import Experience, ExperienceBatch, pack_experience
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
 from onecard.models.roles import Roles
+from tests.engine.ppo_material import experiences
+from tests.engine.roles_material import moved_roles
 
 SETTINGS = {"temperature": 0.7, "vf_coef": 0.3, "entropy_coef": 0.02, "cliprange_value": 0.1}
 
 
 def config_of(model, **settings) -> PPOConfig:
     return PPOConfig(model=str(model), **{**SETTINGS, **settings})
-
-
-def moved_roles(config: PPOConfig) -> Roles:
-    """Adapters and heads away from their start, where half of all gradients are zero."""
-    roles = load_ppo_roles(config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in roles.trained_parameters().values():
-            parameter.add_(torch.randn_like(parameter) * 0.02)
-    return roles.train()
-
-
-def episode(index: int, prompt: int, response: int) -> Episode:
-    tokens = torch.randint(3, 300, (prompt + response,), generator=torch.Generator().manual_seed(index)).tolist()
-    mask = (False,) * prompt + (True,) * response
-    return Episode(TokenSequence(tuple(tokens), mask), torch.zeros(response), True, index)
-
-
-def experiences(roles: Roles, config: PPOConfig, away: float = 0.3) -> list[Experience]:
-    """Old numbers a little off, so that some clip."""
-    episodes = [episode(i, 1 + 2 * i, 2 + (3 * i) % 7) for i in range(4)]
-    passes = compute_model_outputs(roles, episodes, config)
-    made = make_experiences(episodes, passes, shape_rewards(passes, torch.linspace(-1, 2, 4), 0.1, config))
-    torch.manual_seed(3)
-
-    def off(old: torch.Tensor | None) -> torch.Tensor | None:
-        return None if old is None else old + away * torch.randn_like(old)
-
-    return [replace(x, old_logprobs=off(x.old_logprobs), old_values=off(x.old_values)) for x in made]
 
 
 def backward(roles: Roles, config: PPOConfig, batch: list[Experience]) -> tuple[dict[str, float], dict]:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from onecard.algorithms.ppo.experience import (
-    ModelOutputs,
     explained_variance,
     make_experiences,
     next_kl_coef,
@@ -18,23 +17,10 @@ from onecard.algorithms.ppo.experience import (
     shape_rewards,
 )
 from onecard.config import PPOConfig
-from onecard.data.batches import Episode, TokenSequence, pack_experience
+from onecard.data.batches import pack_experience
+from tests.engine.ppo_material import EPISODES, PASSES
 
-# Two answers of 2 and 3 tokens. log-ratios to the reference: 0.5, -0.25 and 1, 0, 0.5.
-PASSES = ModelOutputs(
-    logprobs=[torch.tensor([-1.0, -2.0]), torch.tensor([-0.5, -1.0, -1.5])],
-    ref_logprobs=[torch.tensor([-1.5, -1.75]), torch.tensor([-1.5, -1.0, -2.0])],
-    values=[torch.tensor([0.5, 0.25]), torch.tensor([1.0, 0.0, -0.5])],
-)
 SCORES = torch.tensor([2.0, -1.0])
-
-
-def episode(prompt: int, response: int, finished: bool = True) -> Episode:
-    mask = (False,) * prompt + (True,) * response
-    return Episode(TokenSequence(tuple(range(3, 3 + len(mask))), mask), torch.zeros(response), finished, 0)
-
-
-EPISODES = [episode(2, 2), episode(1, 3, finished=False)]
 
 
 def test_the_kl_is_paid_per_token_and_the_score_goes_on_the_last_response_token():

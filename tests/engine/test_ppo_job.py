@@ -10,12 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from onecard.algorithms.ppo.experience import compute_model_outputs, make_experiences, shape_rewards
 from onecard.algorithms.ppo.job import learn, minibatches
 from onecard.algorithms.ppo.losses import ppo_objective
 from onecard.config import PPOConfig, RewardConfig
 from onecard.data import Prompt, stream_indices
-from onecard.data.batches import Episode, Experience, TokenSequence, pack
+from onecard.data.batches import Episode, TokenSequence, pack
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
 from onecard.models.micro_batching import MicroBatchSize
@@ -23,44 +22,16 @@ from onecard.rewards.functions import RewardFunction
 from onecard.rewards.scorer import Scorer, load_scorer, make_answers, response_text
 from onecard.training.metrics import add_up
 from onecard.training.trainer import micro_batches
-
-
-def episode(index: int, prompt: int, response: int, finished: bool = True) -> Episode:
-    generator = torch.Generator().manual_seed(index)
-    tokens = tuple(torch.randint(3, 300, (prompt + response,), generator=generator).tolist())
-    mask = (False,) * prompt + (True,) * response
-    return Episode(TokenSequence(tokens, mask), torch.zeros(response), finished, index)
-
-
-def experiences(roles, config: PPOConfig, count: int = 8) -> list[Experience]:
-    """Of many lengths, so that a mean of means differs from the mean; old numbers a little off, so that some clip."""
-    episodes = [episode(i, 1 + 2 * i, 2 + (3 * i) % 7) for i in range(count)]
-    passes = compute_model_outputs(roles, episodes, config)
-    shaped = shape_rewards(passes, torch.linspace(-1, 2, count), 0.1, config)
-    made = make_experiences(episodes, passes, shaped)
-    torch.manual_seed(3)
-
-    def moved(old: torch.Tensor) -> torch.Tensor:
-        return old + 0.3 * torch.randn_like(old)
-
-    return [replace(x, old_logprobs=moved(x.old_logprobs), old_values=moved(x.old_values)) for x in made]
-
-
-def moved_roles(model, **settings):
-    roles = load_ppo_roles(PPOConfig(model=str(model), **settings))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in roles.trained_parameters().values():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return roles.train()
-
+from tests.engine.ppo_material import experiences, random_episode
+from tests.engine.roles_material import moved_roles
 
 SETTINGS = {"temperature": 0.7, "vf_coef": 0.3, "cliprange_high": 0.28, "entropy_coef": 0.02, "cliprange_value": 0.1}
 
 
 def test_the_losses_are_those_of_plain_logits(tiny_model):
     """Value and gradient against the formulas on transformers' own logits, one sequence at a time."""
-    roles, config = moved_roles(tiny_model), PPOConfig(model=str(tiny_model), **SETTINGS)
+    config = PPOConfig(model=str(tiny_model), **SETTINGS)
+    roles = moved_roles(config, 0.05)
     batch = experiences(roles, config, 4)
     tokens = sum(x.num_response_tokens for x in batch)
     total = 0.0
@@ -100,8 +71,9 @@ def test_any_cut_into_micro_batches_gives_the_same_step(tiny_model):
     """1x8, 2x4, 8x1, packed and padded: loss, metrics and gradient of a minibatch are equal to rounding."""
     results = []
     for layout, size in [("packed", 8), ("packed", 4), ("packed", 1), ("padded", 8), ("padded", 3)]:
-        roles, config = moved_roles(tiny_model), PPOConfig(model=str(tiny_model), **SETTINGS)
-        batch = experiences(roles, config)
+        config = PPOConfig(model=str(tiny_model), **SETTINGS)
+        roles = moved_roles(config, 0.05)
+        batch = experiences(roles, config, 8)
         roles.layout = layout
         objective, losses = ppo_objective(roles, config), []
         for record in micro_batches(objective, batch, MicroBatchSize(size), roles.device):
@@ -178,7 +150,7 @@ class WordTokenizer:
 def test_an_answer_that_does_not_end_by_itself_pays_missing_eos_penalty():
     function = RewardFunction("length", lambda completion_ids, **_: [len(ids) for ids in completion_ids])
     scorer = Scorer({"length": function}, {"length": 0.5}, missing_eos_penalty=1.5, batch_size=8)
-    episodes = [episode(0, 2, 4), episode(1, 2, 4, finished=False)]
+    episodes = [random_episode(0, 2, 4), random_episode(1, 2, 4, finished=False)]
     scores = scorer.scores(None, WordTokenizer(), [Prompt("p", (1, 2))] * 2, episodes)
     assert scores.total.tolist() == [2.0, 0.5]
     assert scores.parts["length"].tolist() == [4.0, 4.0]

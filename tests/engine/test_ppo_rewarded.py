@@ -19,27 +19,14 @@ from onecard.algorithms.ppo.job import Controls, learn, next_controls
 from onecard.algorithms.ppo.scores import Scale, ScoredAnswers, measure_scale, score_metrics
 from onecard.config import PPOConfig
 from onecard.data import Prompt
-from onecard.data.batches import Episode, TokenSequence, last_rows, pack, pack_experience
+from onecard.data.batches import last_rows, pack, pack_experience
 from onecard.models.build import load_ppo_roles
 from onecard.rewards.mixture import Scores
 from onecard.training import metrics
 from onecard.utils.errors import OnecardError
+from tests.engine.ppo_material import EPISODES, PASSES, episode
 
-# Two answers of 2 and 3 tokens. log-ratios to the reference: 0.5, -0.25 and 1, 0, 0.5.
-PASSES = ModelOutputs(
-    logprobs=[torch.tensor([-1.0, -2.0]), torch.tensor([-0.5, -1.0, -1.5])],
-    ref_logprobs=[torch.tensor([-1.5, -1.75]), torch.tensor([-1.5, -1.0, -2.0])],
-    values=[torch.tensor([0.5, 0.25]), torch.tensor([1.0, 0.0, -0.5])],
-)
 DENSE = [torch.tensor([0.5, 0.25]), torch.tensor([1.0, 2.0, 3.0])]
-
-
-def episode(prompt: int, response: int, finished: bool = True) -> Episode:
-    mask = (False,) * prompt + (True,) * response
-    return Episode(TokenSequence(tuple(range(3, 3 + len(mask))), mask), torch.zeros(response), finished, 0)
-
-
-EPISODES = [episode(2, 2), episode(1, 3, finished=False)]
 
 
 def test_dense_rewards_belong_to_their_tokens_and_the_total_to_the_last():

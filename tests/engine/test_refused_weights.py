@@ -85,6 +85,8 @@ def test_an_adapter_that_the_model_would_not_rescale_is_refused(tmp_path, tiny_m
         ("gpt2", "transformer.h.0.attn.masked_bias"),
         ("codegen", "transformer.h.0.attn.causal_mask"),
         ("opt", "model.decoder.version"),
+        ("llama", "model.rotary_emb.inv_freq"),
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
     ],
 )
 def test_buffers_of_earlier_versions_do_no_harm(tmp_path, tiny_model, family, key):

@@ -87,8 +87,6 @@ def leaves(**_: Any) -> Any:
         (returns([NoNumber(), 1.0]), "raised RuntimeError: no number"),
         (returns([NoWords(), 1.0]), r"returned something \(NoWords\), which is no number"),
         (returns([1e38, 1.0]), r"returned 1e\+38, which is beyond 1e\+18; prompt 'the cat'"),
-        (returns([1.0, float("inf")]), "returned inf, which is no finite 32-bit number"),
-        (returns([1.0, -float("inf")]), "returned -inf, which is no finite 32-bit number"),
         (returns([10**400, 1.0]), "which is no finite 32-bit number"),
     ],
 )  # fmt: skip
@@ -97,11 +95,6 @@ def test_whatever_a_function_does_is_one_line(call, message):
         called(call)
     assert "reward function mine.py:score" in str(error.value)
     assert str(error.value).isprintable()
-
-
-def test_ctrl_c_is_no_fault_of_the_function():
-    with pytest.raises(KeyboardInterrupt):
-        called(raises(KeyboardInterrupt()))
 
 
 def state(folder: Path) -> list[Any]:
@@ -153,8 +146,9 @@ def test_draws_of_a_function_depend_on_the_answers_alone():
 
 def test_functions_get_copies():
     def score(prompts: list[str], completion_ids: list[Any], tags: list[list[str]], **_: Any) -> Any:
-        assert tags == [["a"], ["b", "c"]]
+        assert (prompts, completion_ids, tags) == (["the cat", "the dog"], [[5, 6], [7]], [["a"], ["b", "c"]])
         prompts.clear()
+        completion_ids[0].clear()
         tags[1].sort(reverse=True)
         tags[0].append("x")
         return [0.0, 0.0]

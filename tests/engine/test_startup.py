@@ -201,14 +201,6 @@ def test_a_model_that_draws_noise_all_the_same_is_trained_in_evaluation_mode(che
 # --- attention
 
 
-def test_an_argument_that_attention_does_not_know_is_refused():
-    query = torch.zeros(1, 2, 3, 8)
-    for more in ({"indices": torch.zeros(1)}, {"block_indices": torch.zeros(1)}, {"sinks": torch.zeros(2)}):
-        with pytest.raises(OnecardError, match=f"attention with {next(iter(more))}"):
-            attend(torch.nn.Identity(), query, query, query, None, **more)
-    attend(torch.nn.Identity(), query, query, query, None, indices=None, position_ids=torch.zeros(1), use_cache=False)
-
-
 def test_a_layer_that_is_not_told_of_segments_is_refused():
     """The mask of a packed row would let every token see every other."""
     query = torch.zeros(1, 2, 3, 8)

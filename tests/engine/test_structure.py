@@ -17,12 +17,6 @@ def test_imports_point_one_way_without_circles():
     assert len(structure.LAYERS) <= 10
 
 
-def test_circles_and_upward_imports_are_found():
-    graph = {"onecard.data.a": {"onecard.models.b"}, "onecard.models.b": {"onecard.data.a"}, "onecard.utils.c": set()}
-    assert structure.circles(graph) == [["onecard.data.a", "onecard.models.b"]]
-    assert structure.upward(graph) == [("onecard.data.a", "onecard.models.b")]
-
-
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_the_product_is_five_calls_from_linear_logprobs(backend):
     if backend == "triton" and "triton" not in sys.modules:

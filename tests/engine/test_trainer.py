@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import resource
 import signal
@@ -13,90 +12,14 @@ import pytest
 import torch
 
 from onecard import reporting
-from onecard.algorithms import dpo, reward, sft
+from onecard.algorithms import reward
 from onecard.algorithms.supervised import make_schedule
-from onecard.config import DPOConfig, RewardConfig, SFTConfig, TrainConfig
-from onecard.data.batches import PreferencePair, TokenSequence, pack, pack_pairs
-from onecard.models.build import load_roles
+from onecard.config import TrainConfig
 from onecard.training.metrics import Window, add_up
 from onecard.training.optim import make_optimizer, make_scheduler
 from onecard.training.trainer import Trainer
 from onecard.utils.errors import OnecardError
 from onecard_kernels import Loss
-
-
-def random_pairs(count: int) -> list[PreferencePair]:
-    """Pairs of many lengths, so that a mean of means differs from the mean."""
-    generator = torch.Generator().manual_seed(0)
-
-    def text(prompt: tuple[int, ...], length: int) -> TokenSequence:
-        response = tuple(torch.randint(3, 300, (length,), generator=generator).tolist())
-        return TokenSequence(prompt + response, (False,) * len(prompt) + (True,) * length)
-
-    prompts = [tuple(torch.randint(3, 300, (1 + 2 * i,), generator=generator).tolist()) for i in range(count)]
-    return [PreferencePair(text(p, 2 + 3 * i), text(p, 9 - i)) for i, p in enumerate(prompts)]
-
-
-def algorithm(name: str, model: str, layout: str):
-    """`(roles, loss of some pairs, count)` of each algorithm on the same material."""
-    kind = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}[name]
-    config = kind(model=model, padding_free=layout == "packed")
-    trained = "reward" if name == "reward" else "policy"
-    roles = load_roles(config, trained=trained, reference=name == "dpo", scalar=name == "reward")
-    keywords = {"beta": 0.5, "loss_type": ["sigmoid", "ipo"]}
-    table = {
-        "sft": (
-            lambda p, n: sft.sft_loss(roles, pack([x.chosen for x in p]), n),
-            lambda p: sft.count_tokens([x.chosen for x in p]),
-        ),
-        "reward": (lambda p, n: reward.reward_loss(roles, pack_pairs(p), config, n), len),
-        "dpo": (lambda p, n: dpo.preference_loss(roles, pack_pairs(p), keywords, n), len),
-    }
-    return roles, *table[name]
-
-
-@pytest.mark.parametrize("name", ["sft", "reward", "dpo"])
-def test_any_cut_into_micro_batches_gives_the_same_loss_metrics_and_gradient(tiny_model, name):
-    """1x8, 2x4, 8x1 and uneven, packed and padded: equal to rounding in fp32."""
-    pairs, results = random_pairs(8), []
-    for layout, cuts in [("packed", [8]), ("packed", [4, 4]), ("packed", [1] * 8), ("packed", [3, 5]), ("padded", [8])]:
-        roles, loss_of, count = algorithm(name, str(tiny_model), layout)
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for parameter in roles.trained_parameters().values():
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-        start, losses = 0, []
-        for size in cuts:
-            loss = loss_of(pairs[start : start + size], count(pairs))
-            loss.loss.backward()
-            losses.append(loss)
-            start += size
-        gradient = torch.cat([parameter.grad.flatten() for parameter in roles.trained_parameters().values()])
-        results.append((add_up(losses), gradient))
-    first_metrics, first_gradient = results[0]
-    assert first_gradient.abs().max() > 0
-    for metrics, gradient in results[1:]:
-        assert metrics == pytest.approx(first_metrics, rel=1e-5, abs=1e-6)
-        error = (gradient - first_gradient).abs().max() / first_gradient.abs().max()
-        assert error < 3e-6
-
-
-def test_sft_loss_is_transformers_own(tiny_model):
-    """On one text: the loss that transformers computes from `labels`."""
-    roles, loss_of, count = algorithm("sft", str(tiny_model), "packed")
-    pair = random_pairs(3)[2]
-    ids = torch.tensor([pair.chosen.tokens])
-    labels = ids.masked_fill(~torch.tensor([pair.chosen.response_mask]), -100)
-    own = roles.causal_model()(input_ids=ids, labels=labels).loss
-    assert loss_of([pair], count([pair])).loss.item() == pytest.approx(own.item(), rel=1e-5)
-
-
-def test_dpo_starts_at_log_2_with_margin_0(tiny_model):
-    """The policy is the reference before the first step."""
-    roles = load_roles(DPOConfig(model=str(tiny_model)), trained="policy", reference=True)
-    loss = dpo.preference_loss(roles, pack_pairs(random_pairs(3)), {"beta": 0.5}, 3)
-    assert loss.loss.item() == pytest.approx(math.log(2), rel=1e-6)
-    assert loss.metrics["rewards/margins"].item() == 0.0
 
 
 def test_bradley_terry_by_hand():
@@ -181,32 +104,6 @@ def test_a_loss_that_is_no_number_stops_the_run_in_one_line(onecard, tmp_path, t
     assert "after step" in result.err.splitlines()[-1]
     assert "learning_rate" in result.err.splitlines()[-1]
     assert not list((tmp_path / "run").glob("checkpoint-*"))
-
-
-def test_accumulated_micro_batches_train_as_one_batch_does(onecard, tmp_path, tiny_model, pairs):
-    """The whole loop, three steps of 8 pairs: 1 x 8, 4 x 2 and padded 8 x 1 log the same losses and gradient norms."""
-    rows = []
-    for name, size, count, layout in [("a", 8, 1, ()), ("b", 2, 4, ()), ("c", 1, 8, ("--no_padding_free",))]:
-        result = onecard(
-            "dpo", "--model", tiny_model, "--dataset", pairs, "--output_dir", tmp_path / name, "--max_steps", 3,
-            "--per_device_train_batch_size", size, "--gradient_accumulation_steps", count, "--learning_rate", 1e-3,
-            *layout,
-        )  # fmt: skip
-        assert result.code == 0, result.err
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        rows.append(
-            [
-                {
-                    k: v
-                    for k, v in json.loads(line).items()
-                    if k in ("loss", "grad_norm", "rewards/margins", "num_tokens")
-                }
-                for line in lines
-            ]
-        )
-    for other in rows[1:]:
-        for expected, row in zip(rows[0], other, strict=True):
-            assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 @contextmanager

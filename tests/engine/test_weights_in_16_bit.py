@@ -8,17 +8,12 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onecard.config import SFTConfig
-from onecard.data.batches import TokenSequence, pack
 from onecard.models.build import load_roles
 from onecard.training.optim import make_optimizer
+from tests.engine.roles_material import some_batch
 
 RATE = 1e-6  # TRL's for DPO of all weights
 STEPS = 10
-
-
-def some_batch():
-    sequences = [tuple((31 * i + 7 * j) % 290 + 5 for i in range(12 + j)) for j in range(3)]
-    return pack([TokenSequence(each, (False,) * 4 + (True,) * (len(each) - 4)) for each in sequences])
 
 
 def trained(model, **settings):
