@@ -71,6 +71,7 @@ BAD: dict[str, tuple[str, list[str]]] = {
     "weights of another count": (
         DPO + "pairs.jsonl --loss_type ipo --loss_weights 1 --loss_weights 2", ["loss_weights"],
     ),
+    "beta 0": (DPO + "pairs.jsonl --beta 0", ["beta is 0"]),
     "label_smoothing": (DPO + "pairs.jsonl --label_smoothing 0.7", ["label_smoothing", "0.7"]),
     "kto and another": (DPO + "labels.jsonl --loss_type kto --loss_type ipo", ["loss_type", "kto"]),
     "simpo and another": (DPO + "pairs.jsonl --loss_type simpo --loss_type ipo", ["loss_type", "simpo"]),

@@ -83,13 +83,6 @@ def test_a_shipped_shape_by_its_hub_name(onecard):
     assert json.loads(done.out)["model"] == "Qwen2.5-0.5B"
 
 
-def test_help_shows_its_own_settings(onecard):
-    done = onecard("fit", "--help")
-    assert done.code == 0
-    assert "--card" in done.out
-    assert "--cliprange" not in done.out
-
-
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

@@ -32,6 +32,7 @@ from onecard.rollout import sampler
 from onecard.training import checkpoint, run_folder
 from onecard.training.trainer import Trainer
 from onecard.utils import files
+from tests.e2e.ppo_material import STOPS, WORDS, no_report, run_command, write_rows
 
 STEPS = 6
 REWARD = """
@@ -41,35 +42,22 @@ def score(completions, **kwargs):
 def cost(completion_ids):
     return [len(ids) / 5 for ids in completion_ids]
 """
-STOPS = [word for letter in "abcdefghijklmnopqrst" for word in ("--stop_token", letter)]  # answers end at every length
-
-
-def no_report(folder: Path) -> Path:
-    """In place of `write_run_report`, whose plots take longer than all the rest."""
-    return folder / "report.html"
-
-
-def command(*words: object) -> int:
-    """A command in this process; its exit code."""
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(word) for word in words])
-    return int(stop.value.code or 0)
+STOP_TOKENS = [word for letter in STOPS for word in ("--stop_token", letter)]  # answers end at every length
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """A folder with 17 prompts (the stream wraps around in the middle of an iteration), a function and a reward."""
     folder = tmp_path_factory.mktemp("material")
-    words = ["cat", "dog", "hen", "cow", "fox", "mat"]
-    prompts = [f"the {words[i % 6]} {'sat on ' * (i % 4)}{i}" for i in range(17)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    pairs = [{"prompt": prompt, "chosen": " good answer", "rejected": " bad mat"} for prompt in prompts]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    prompts = [f"the {WORDS[i % 6]} {'sat on ' * (i % 4)}{i}" for i in range(17)]
+    write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    answers = {"chosen": " good answer", "rejected": " bad mat"}
+    write_rows(folder / "pairs.jsonl", [{"prompt": prompt, **answers} for prompt in prompts])
     (folder / "good.py").write_text(REWARD)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reporting, "write_run_report", no_report)
         small = ["--max_steps", 4, "--learning_rate", 1e-2, "--test_size", 4, "--output_dir", folder / "rm"]
-        assert command("reward", "--model", tiny_model, "--dataset", folder / "pairs.jsonl", *small) == 0
+        run_command("reward", "--model", tiny_model, "--dataset", folder / "pairs.jsonl", *small)
     return folder
 
 
@@ -79,7 +67,7 @@ def arguments(model: Path, material: Path, folder: Path, *more: object) -> list[
     settings += ["--reward_funcs", f"{material / 'good.py'}:score", "--test_size", 4, "--per_device_train_batch_size"]
     settings += [2, "--num_mini_batches", 2, "--num_ppo_epochs", 2, "--response_length", 10, "--max_steps", STEPS]
     settings += ["--save_steps", 2, "--eval_steps", 3, "--logging_steps", 3, "--learning_rate", 1e-2]
-    settings += ["--lr_scheduler_type", "cosine", "--warmup_steps", 2, *STOPS, *more]
+    settings += ["--lr_scheduler_type", "cosine", "--warmup_steps", 2, *STOP_TOKENS, *more]
     return ["ppo", *map(str, settings)]
 
 
@@ -243,8 +231,8 @@ def test_killed_20_times_equals_uninterrupted(tmp_path, tiny_model, material):
     (tmp_path / "plan.json").write_text(json.dumps({**runs, "folder": str(tmp_path), "seed": 7}))
     began = time.monotonic()
     parent = subprocess.run(
-        [sys.executable, __file__, str(tmp_path / "plan.json")], capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "tests.e2e.test_ppo_resume", str(tmp_path / "plan.json")],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert parent.returncode == 0, parent.stdout + parent.stderr
     found = json.loads((tmp_path / "kills.json").read_text())

@@ -15,20 +15,9 @@ STEPS = 8
 
 
 def arguments(model: Path, pairs: Path, folder: Path, *more: object) -> list[str]:
-    settings = ["--test_size", 4, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]
-    settings += [
-        "--max_steps",
-        STEPS,
-        "--save_steps",
-        2,
-        "--eval_steps",
-        3,
-        "--logging_steps",
-        3,
-        "--learning_rate",
-        1e-2,
-    ]
-    settings += ["--lr_scheduler_type", "cosine", "--warmup_steps", 2, "--max_length", 64]
+    settings: list[object] = ["--test_size", 4, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]
+    settings += ["--max_steps", STEPS, "--save_steps", 2, "--eval_steps", 3, "--logging_steps", 3, "--max_length", 64]
+    settings += ["--learning_rate", 1e-2, "--lr_scheduler_type", "cosine", "--warmup_steps", 2]
     return [str(word) for word in ("--model", model, "--dataset", pairs, "--output_dir", folder, *settings, *more)]
 
 

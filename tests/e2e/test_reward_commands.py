@@ -240,32 +240,6 @@ def test_a_resumed_run_is_the_same_bit_for_bit(reward, tmp_path, monkeypatch, ki
     assert about(tmp_path / "run" / "reward") == about(tmp_path / "whole" / "reward")
 
 
-BAD = {
-    "mixed kinds": ([ROWS["pairs"][0], ROWS["scores"][0]], [], "2: a row of scores, but"),
-    "a score beyond 1": (
-        [ROWS["scores"][0] | {"score": 1.5}],
-        ["--score_activation", "sigmoid"],
-        "rows.jsonl:1: score: 1.5, expected 0 to 1",
-    ),
-    "sigmoid of pairs": (ROWS["pairs"], ["--score_activation", "sigmoid"], "is for rows with scores, but"),
-    "one answer": (
-        [{"prompt": "a", "completions": ["b"]}],
-        [],
-        "rows.jsonl:1: completions: expected 2 answers or more",
-    ),
-    "a row that would be cut": (ROWS["pairs"], ["--truncation_mode", "error", "--max_length", 4], "rows.jsonl:1: "),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(onecard, tmp_path, tiny_model, case):
-    records, more, expected = BAD[case]
-    rows = write_rows(tmp_path / "rows.jsonl", records)
-    given = ["--model", tiny_model, "--dataset", rows, "--output_dir", tmp_path / "run", *SMALL, *more]
-    assert expected in error_line(onecard("reward", *given))
-    assert not (tmp_path / "run").exists()
-
-
 def test_prompts_that_are_learned_too_are_on_one_side(onecard, tmp_path, tiny_model, quick):
     """With --no_completion_only_loss the mask does not say where a prompt ends; rows of one prompt stay together."""
     records = [{"prompt": f"the {WORDS[i % 2]}", "completion": f" sat on {i}"} for i in range(12)]
