@@ -68,7 +68,7 @@ def test_dpo_raises_heldout_margin_and_peft_loads_the_policy(onecard, tmp_path, 
     assert settings["max_steps"] == 25
 
 
-def test_a_run_goes_on_from_an_adapter_whose_frozen_copy_is_the_reference(onecard, tmp_path, tiny_model, pairs):
+def test_the_adapter_that_dpo_starts_from_is_its_reference(onecard, tmp_path, tiny_model, pairs):
     """DPO on top of an SFT adapter: margin 0 at first, because the reference is that adapter and not the bare base."""
     small = ["--max_steps", 3, "--learning_rate", 1e-2, "--test_size", 4]
     rows = tmp_path / "sft.jsonl"

@@ -124,7 +124,7 @@ def test_a_stopped_run_with_a_reference_pass_goes_on_bit_for_bit(dpo, monkeypatc
         assert same_weights(tmp_path / folder, tmp_path / "whole")
 
 
-def test_a_reference_pass_learns_what_the_reference_in_each_step_does(dpo, tmp_path):
+def test_a_reference_pass_learns_what_asking_each_step_does(dpo, tmp_path):
     """To rounding: log-probs of about 60 nats from other batches, 1e-5; four steps of Adam do not undo that.
 
     All but the accuracies, which at first are of differences that are nothing but rounding.
@@ -143,7 +143,7 @@ def adapter(dpo, tmp_path) -> Path:
     return tmp_path / "before" / "policy"
 
 
-def test_a_reference_of_its_own_is_where_rewards_are_counted_from(dpo, tmp_path, adapter):
+def test_rewards_are_counted_from_the_reference_of_its_own(dpo, tmp_path, adapter):
     worked(dpo("run", {"--ref_adapter": adapter}))
     start = metrics(tmp_path / "run")[0]
     before = [row for row in metrics(tmp_path / "before") if "eval_loss" in row]

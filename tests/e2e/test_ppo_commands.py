@@ -132,7 +132,7 @@ def test_a_column_that_only_some_rows_have_is_none_elsewhere(quick, ppo, tmp_pat
     assert result.code == 0, result.err
 
 
-def test_a_function_that_fails_later_leaves_the_last_checkpoint_to_go_on_from(quick, ppo, tmp_path):
+def test_a_function_that_fails_later_leaves_a_checkpoint(quick, ppo, tmp_path):
     """It asks a service, say, that is away for a while. The function itself stays as it is."""
     away, function = tmp_path / "away", tmp_path / "f.py"
     function.write_text(

@@ -15,7 +15,7 @@ def sequence(prompt: int, response: int) -> TokenSequence:
     return TokenSequence(tuple(range(prompt + response)), (False,) * prompt + (True,) * response)
 
 
-def test_the_prompt_is_what_stands_before_the_first_learned_token():
+def test_the_prompt_ends_before_the_first_learned_token():
     answer, other = sequence(3, 2), sequence(3, 5)
     assert prompt_of(answer) == (0, 1, 2)
     assert prompt_of(PreferencePair(answer, other)) == (0, 1, 2)
@@ -55,7 +55,7 @@ def test_answers_are_kept_and_change_nothing(onecard, monkeypatch, tmp_path, tin
     assert [side.text for side in shown[1].sides] == [said[0], said[2], said[3]]
 
 
-def test_a_response_that_leaves_no_room_in_the_context_is_not_asked_for(onecard, tmp_path, tiny_model, pairs, quick):
+def test_a_response_without_room_in_the_context_is_not_asked_for(onecard, tmp_path, tiny_model, pairs, quick):
     """128 positions: no prompt fits beside 128 tokens."""
     flags = arguments(tiny_model, pairs, tmp_path / "run", "--eval_sample_length", 128)
     flags[flags.index("--max_steps") + 1] = "1"

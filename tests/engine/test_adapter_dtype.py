@@ -68,7 +68,7 @@ def test_each_adapter_runs_in_bfloat16_without_a_cast(tiny_model, base):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_the_gradient_is_that_of_float32_adapters_to_bfloat16_rounding(tiny_model, base):
+def test_the_gradient_is_float32_s_to_bfloat16_rounding(tiny_model, base):
     """Same weights in both; compared with the gradient of the same weights on a float32 base's arithmetic."""
     batch, gradients = some_batch(), {}
     for dtype in ("float32", "bfloat16"):

@@ -63,7 +63,7 @@ def wordpiece() -> Any:
 
 @pytest.mark.parametrize("make", [lambda: real(NAMES[0]), lambda: real(NAMES[1]), lambda: built("<s> $A"), wordpiece],
                          ids=[*NAMES, "bytes", "WordPiece"])  # fmt: skip
-def test_prompt_and_answer_read_as_the_whole_wherever_the_border_is(make: Any) -> None:
+def test_prompt_and_answer_read_as_the_whole_at_any_border(make: Any) -> None:
     """Of random tokens, special ones and lone bytes among them. A prompt that is no whole text is left out."""
     tokenizer, rng, whole_prompts = make(), random.Random(1), 0
     for _ in range(300):
@@ -88,7 +88,7 @@ def test_a_character_is_never_lost_or_doubled_at_the_border(make: Any) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_of_generated_text_are_learned_as_the_tokens_that_were_sampled(name: str, onecard, tmp_path) -> None:
+def test_generated_rows_are_learned_as_the_sampled_tokens(name: str, onecard, tmp_path) -> None:
     """`generate` writes prompt and completion; tokenized as training rows they are the greedy tokens again."""
     model = onecard_model(name)
     result = onecard(

@@ -46,7 +46,7 @@ def model_of(name: str, request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("name", [*PRETRAINED, *TAKES_OURS])
-def test_every_layout_gives_the_gradients_of_one_sequence_at_a_time(name, request):
+def test_every_layout_gives_the_gradients_of_single_sequences(name, request):
     model = model_of(name, request)
     truth = judged(model).detach()
     slopes = gradient(model, judged(model))
@@ -177,7 +177,7 @@ def test_what_it_does_not_know_is_an_error(argument):
             attend(*call, **{argument: value})
 
 
-def test_a_model_whose_windows_are_only_in_its_masks_keeps_the_masks():
+def test_a_model_with_windows_in_its_masks_keeps_the_masks():
     """This family hands its attention a mask and no window: by segments it would look back without end."""
     model = random_model("qwen2_moe")
     truth, slopes = judged(model).detach(), gradient(model, judged(model))

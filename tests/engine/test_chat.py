@@ -87,7 +87,7 @@ def test_characters_of_several_tokens_are_written_whole(request, model):
     assert len(pieces) > 5
 
 
-def test_a_character_that_is_never_finished_is_written_at_the_end(tiny_model):
+def test_an_unfinished_character_is_written_at_the_end(tiny_model):
     tokenizer = load_tokenizer(ChatConfig(model=str(tiny_model)))
     tokens = tokenizer.encode("a\u6f22", add_special_tokens=False)
     pieces: list[str] = []

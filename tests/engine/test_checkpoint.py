@@ -75,7 +75,7 @@ def test_a_removal_that_a_kill_has_cut_off_is_gone_on_with(tmp_path, left):
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
 
 
-def test_a_later_torn_checkpoint_does_not_push_out_the_one_just_written(tmp_path):
+def test_a_torn_checkpoint_does_not_push_out_a_new_one(tmp_path):
     (tmp_path / "checkpoint-40").mkdir()
     write(tmp_path, 20, keep=1)
     assert is_whole(tmp_path / "checkpoint-20")
@@ -122,7 +122,7 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path, damage):
     assert [folder.name for folder in torn] == ["checkpoint-2"]
 
 
-def test_a_save_that_fails_leaves_nothing_new_and_keeps_what_was_there(tmp_path):
+def test_a_save_that_fails_keeps_what_was_there(tmp_path):
     write(tmp_path, 1)
 
     def full_disk(_: Path) -> None:

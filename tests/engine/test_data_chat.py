@@ -7,7 +7,7 @@ from onecard.utils.errors import OnecardError
 from tests.engine.data_material import CHATML, PLAIN, answer, built, pairs, rows, say, sft, spelled, split
 
 
-def test_chat_template_is_applied_once_and_answers_end_at_the_eos() -> None:
+def test_the_template_is_applied_once_and_answers_end_at_eos() -> None:
     tokenizer = built("<s> $A </s>", "<|im_end|>", CHATML)
     prompt = [say("system", "I am fine"), say("user", "Hello")]
     fed = prompt_tokens(prompt, tokenizer)
@@ -18,7 +18,7 @@ def test_chat_template_is_applied_once_and_answers_end_at_the_eos() -> None:
     assert tokenizer.bos_token_id not in before
 
 
-def test_a_template_without_eos_gets_one_and_a_border_inside_a_word_is_kept() -> None:
+def test_a_template_without_eos_gets_one() -> None:
     tokenizer = built("<s> $A", "</s>", PLAIN)
     prompt = [say("user", "Hello")]
     fed = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)

@@ -77,7 +77,7 @@ def test_calls_that_are_none_are_a_bad_row(more, message):
         learned(TOOLED, [ASKED, said("", **more)])
 
 
-def test_a_template_that_joins_arguments_as_text_gets_them_as_text():
+def test_a_template_that_joins_arguments_gets_them_as_text():
     """As DeepSeek-V3's does."""
     joined = TOOLED.replace("c.function.arguments | tojson", "'```' + c.function.arguments + '```'")
     text, _ = learned(joined, [ASKED, said("", tool_calls=[CALL])])
@@ -152,7 +152,7 @@ def test_behind_a_closed_thought_there_is_none(more):
         learned(CLOSED, [user("Hi"), {**said("Hello."), **more}])
 
 
-def test_an_answer_that_the_template_cuts_out_of_tags_is_learned_whole():
+def test_an_answer_cut_out_of_tags_is_learned_whole():
     cutting = CHATML.replace("{{ m['content'] }}", "{{ m['content'].split('<answer>')[-1].split('</answer>')[0] }}")
     assert cutting != CHATML
     text, _ = learned(cutting, [user("q"), said("<think>\nhm\n</think>\n<answer>\nyes\n</answer>")])

@@ -82,7 +82,7 @@ def test_scores_margins_and_labels_are_read_by_name(
     assert [type(value) is bool for value in found] == [type(value) is bool for value in values]
 
 
-def test_csv_keeps_text_columns_as_text_and_reads_numbers_elsewhere(tmp_path: Path) -> None:
+def test_csv_keeps_text_columns_and_reads_numbers_elsewhere(tmp_path: Path) -> None:
     assert [row.values for row in load(tmp_path, "prompt,chosen,margin\r\n1,NA,0.5\r\n,007,2\r\n")] == [
         {"prompt": "1", "chosen": "NA", "margin": 0.5},
         {"prompt": "", "chosen": "007", "margin": 2.0},

@@ -136,7 +136,7 @@ assert len(os.listdir("/proc/self/task")) == len(before)
     subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": ":".join(sys.path)}, check=True)
 
 
-def test_a_column_that_parquet_fills_with_null_is_as_absent_as_in_jsonl(tmp_path: Path) -> None:
+def test_a_parquet_column_of_null_is_as_absent_as_in_jsonl(tmp_path: Path) -> None:
     """`margin`, and the prompt beside chat pairs: what one row has, Parquet gives all of them."""
     turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("assistant", "c"))]
     question, chosen, rejected = ([turn] for turn in turns)

@@ -58,7 +58,7 @@ def test_rankings_keep_their_order() -> None:
     assert twice.notes == ("1 of 2 rankings have answers with the same tokens",)
 
 
-def test_labelled_answers_have_the_next_rows_answer_as_their_mismatched_one() -> None:
+def test_the_mismatched_answer_is_the_next_row_s() -> None:
     made = make("labels", *LABELLED)
     assert [example.desirable for example in made.examples] == [True, False, True]
     texts = [(row["prompt"], row["completion"]) for row in LABELLED]
@@ -285,7 +285,7 @@ def test_prompts_stay_together_when_they_are_learned_too() -> None:
         assert groups[0] == groups[1] != groups[2] == groups[3]
 
 
-def test_texts_and_answers_to_an_empty_prompt_are_groups_of_their_own() -> None:
+def test_answers_to_an_empty_prompt_are_groups_of_their_own() -> None:
     texts = sft([{"text": text} for text in ("Hello", "I am", "Hello")], TOKENIZER).groups
     assert texts[0] == texts[2] != texts[1]
     answers = sft([{"prompt": "", "completion": text} for text in ("Hello", "I am", "Hello")], TOKENIZER).groups

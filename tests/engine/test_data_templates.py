@@ -35,7 +35,7 @@ from tests.engine.template_material import FAMILIES, IM, byte_tokenizer, marked,
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_an_answer_ends_with_the_template_s_token_and_nothing_behind(name: str) -> None:
+def test_an_answer_ends_with_the_template_s_token(name: str) -> None:
     family, tokenizer = FAMILIES[name], of_family(name)
     [sequence] = sft([{"messages": [USER, BOT, USER, BOT]}], tokenizer, max_length=900).examples
     learned = marked(sequence, tokenizer).split("[[")[1:]
@@ -75,7 +75,7 @@ def test_the_whole_conversation_ends_at_the_same_token(name: str) -> None:
         assert all(everything.response_mask)
 
 
-def test_a_conversation_that_the_user_ends_is_learned_up_to_the_turn_s_end() -> None:
+def test_a_user_s_last_turn_is_learned_to_its_end() -> None:
     tokenizer = of_family("Gemma")
     [sequence] = sft([{"messages": [USER]}], tokenizer, assistant_only_loss=False).examples
     assert spelled(sequence.tokens, tokenizer) == "<s><start_of_turn>user\nHello<end_of_turn>"
@@ -186,13 +186,13 @@ def test_what_is_learned_is_what_is_sampled_behind_the_prompt(template: str, mes
     assert spelled(after, tokenizer) == f"{answer}<|im_end|>"
 
 
-def test_an_answer_with_a_thought_behind_an_empty_one_is_a_bad_row() -> None:
+def test_a_thought_behind_an_empty_one_is_a_bad_row() -> None:
     for message in (say("assistant", THOUGHT), say("assistant", "Four.", reasoning_content="Two and two.")):
         with pytest.raises(OnecardError, match=r"messages\[1\] (has one|behind the prompt)|ends in an empty thought"):
             sft([{"messages": [USER, message]}], byte_tokenizer(EMPTY, special=IM), max_length=900)
 
 
-def test_answers_within_a_completion_that_are_written_otherwise_are_left_out() -> None:
+def test_answers_written_otherwise_in_a_completion_are_left_out() -> None:
     """With tools in between, a completion has several answers; both sides of the pair keep the same prompt."""
     tokenizer = byte_tokenizer(R1, special=IM)
     chosen = [say("assistant", THOUGHT), say("tool", "4"), say("assistant", THOUGHT)]
@@ -207,7 +207,7 @@ def test_answers_within_a_completion_that_are_written_otherwise_are_left_out() -
     assert second.endswith("<think>\n[[No.\n</think>\n\nFive.<|im_end|>]]")
 
 
-def test_keep_end_cuts_no_answer_where_sides_are_learned_from_other_places_on() -> None:
+def test_keep_end_cuts_no_answer_of_sides_that_begin_apart() -> None:
     tokenizer = byte_tokenizer(CHATML, special=IM)
     forgetful = CHATML.replace("{{ m['content'] }}", "{{ m['content'] if loop.last or m['role'] == 'user' else '.' }}")
     tokenizer.chat_template = forgetful
@@ -260,7 +260,7 @@ def test_tools_reach_the_template_of_every_kind_of_rows(kind: str, tools: Any) -
         assert text.startswith("<|im_start|>user\n")
 
 
-def test_tools_are_columns_of_rewards_too_and_reach_a_classifier_s_template() -> None:
+def test_tools_reach_rewards_and_a_classifier_s_template() -> None:
     tokenizer = byte_tokenizer(TOOLS, special=IM)
     [prompt] = prompt_examples(rows({"prompt": [USER], "tools": [TOOL]}), tokenizer).examples
     assert prompt.columns["tools"] == [TOOL]
@@ -268,7 +268,7 @@ def test_tools_are_columns_of_rewards_too_and_reach_a_classifier_s_template() ->
     assert reward.conversation(prompt, "fine").startswith(DEFINED)
 
 
-def test_tools_reach_the_template_of_answers_whose_perplexity_is_taken() -> None:
+def test_tools_reach_the_template_of_a_perplexity_s_answers() -> None:
     record = {"prompt": [USER], "completion": [BOT], "tools": [TOOL], "score": 1}
     [sequence], _ = given_answers(rows(record), byte_tokenizer(TOOLS, special=IM), 900)
     assert spelled(sequence.tokens, byte_tokenizer(TOOLS, special=IM)).startswith(DEFINED)
@@ -332,7 +332,7 @@ def test_what_a_template_does_not_write_of_tools_is_said() -> None:
             sft([{"messages": [USER, CALLS], "tools": [TOOL]}], byte_tokenizer(template, special=IM), max_length=900)
 
 
-def test_nulls_that_parquet_adds_to_tools_do_not_reach_the_template(tmp_path: Any) -> None:
+def test_parquet_s_nulls_in_tools_do_not_reach_the_template(tmp_path: Any) -> None:
     """Of two tools, or calls, with other keys each; a null that JSON spells out stays."""
     other = {"type": "function", "function": {"name": "time", "parameters": {"zone": "A"}}}
     call = {"type": "function", "function": {"name": "time", "arguments": {"zone": "A"}}}

@@ -41,7 +41,7 @@ BORDERS = [  # prompt, response: a space on neither side, on one, on both; insid
 
 @every_tokenizer
 @pytest.mark.parametrize(("prompt", "response"), BORDERS)
-def test_prompt_is_what_generation_feeds_and_the_response_ends_once(make: Any, prompt: str, response: str) -> None:
+def test_the_prompt_is_what_generation_feeds(make: Any, prompt: str, response: str) -> None:
     tokenizer = make()
     sequence = answer(prompt, response, tokenizer)
     before, after = split(sequence)
@@ -204,7 +204,7 @@ def test_a_prompt_may_leave_room_for_one_token_and_not_less() -> None:
         )
 
 
-def test_empty_responses_and_identical_pairs_are_counted_and_kept() -> None:
+def test_empty_responses_and_equal_pairs_are_counted() -> None:
     tokenizer = built("<s> $A")
     made = pairs(
         [

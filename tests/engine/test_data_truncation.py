@@ -54,7 +54,7 @@ def test_keep_end_cuts_a_response_that_is_too_long_alone() -> None:
     )
 
 
-def test_keep_end_leaves_one_token_that_the_response_is_predicted_from() -> None:
+def test_keep_end_leaves_one_token_before_the_response() -> None:
     """Without a BOS, it is the prompt's last."""
     tokenizer = built()
     before, after = split(answer(PROMPT, LONG, tokenizer))
@@ -135,7 +135,7 @@ def test_scores_and_labels_are_cut_as_completions_are() -> None:
     assert labelled.notes == ("1 of 2 prompts were cut at their beginning",)
 
 
-def test_a_mismatched_answer_that_is_too_long_is_cut_and_not_held_against_its_row() -> None:
+def test_a_mismatched_answer_that_is_too_long_is_cut() -> None:
     long = {"prompt": "I am", "completion": LONG, "label": True}
     asks = {"prompt": PROMPT, "completion": SHORT, "label": False}
     limit = len(answer("I am", LONG, TOKENIZER))
@@ -147,7 +147,7 @@ def test_a_mismatched_answer_that_is_too_long_is_cut_and_not_held_against_its_ro
     assert made.notes == ()
 
 
-def test_chat_prompts_are_cut_behind_what_the_tokenizer_puts_in_front() -> None:
+def test_chat_prompts_are_cut_behind_the_bos() -> None:
     tokenizer = built("$A", "<|im_end|>", CHATML)
     record = {"prompt": [say("user", PROMPT)], "completion": [say("assistant", LONG)]}
     before, after = split(answer(record["prompt"], record["completion"], tokenizer))

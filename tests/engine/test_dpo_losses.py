@@ -59,7 +59,7 @@ def test_losses_without_a_reference_add_up_and_ask_no_reference(roles, loss_type
     assert parts == pytest.approx(add_up([Loss(whole.loss.detach(), whole.metrics)]), rel=1e-5, abs=1e-6)
 
 
-def test_metrics_of_labelled_answers_are_means_over_their_kind_however_the_batch_is_cut(roles):
+def test_labelled_metrics_are_means_over_their_kind_in_any_cut(roles):
     """Three desirable answers and two others: pieces of one kind alone change nothing but kl, which is each piece's."""
     examples = [replace(one, mismatched=TokenSequence((), ())) for one in LABELLED]
     recipe = dpo.make_recipe(DPOConfig(loss_type=["apo_zero_unpaired"]))
@@ -80,7 +80,7 @@ def test_metrics_of_labelled_answers_are_means_over_their_kind_however_the_batch
         assert row[f"rewards/{side}"] == pytest.approx(rows[0][f"rewards/{side}"], rel=1e-5, abs=1e-6)
 
 
-def test_a_window_of_steps_of_one_kind_each_has_means_over_answers():
+def test_a_window_of_several_steps_has_means_over_answers():
     """Two desirable answers in one step, one in the next, none in the third."""
     window = Window()
     for total, chosen, rejected in ((4.0, 1.0, 0.0), (1.0, 0.5, 0.5), (0.0, 0.0, 1.0)):
@@ -170,7 +170,7 @@ def test_wpo_starts_at_log_2_times_the_mean_weight(fresh):
     assert min(weights) < 0.9
 
 
-def test_labels_of_a_lopsided_kind_are_named_with_the_weight_that_the_paper_advises():
+def test_lopsided_labels_are_named_with_the_advised_weight():
     """Four desirable answers to one other: a weight of 1/4 to 1/3."""
     examples = [replace(LABELLED[0], desirable=i != 2) for i in range(5)]
     (note,) = balance_notes(examples, DPOConfig())

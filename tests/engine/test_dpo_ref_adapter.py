@@ -111,9 +111,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_what_cannot_be_the_reference_is_one_line_and_leaves_nothing(
-    onecard, tiny_model, adapters, pairs, tmp_path, kind
-):
+def test_what_cannot_be_the_reference_is_one_line(onecard, tiny_model, adapters, pairs, tmp_path, kind):
     folder = tmp_path / "bad"
     folder.mkdir()
     adapter = bad_folder(kind, tiny_model, adapters, folder)

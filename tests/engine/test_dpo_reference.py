@@ -170,7 +170,7 @@ def test_what_cannot_be_kept_stops_nothing_and_leaves_nothing(config, roles, cac
     assert not cache.is_dir() or list(cache.iterdir()) == []
 
 
-def test_a_run_killed_while_it_writes_leaves_no_file_that_another_would_read(config, roles, cache, monkeypatch, capsys):
+def test_a_run_killed_while_it_writes_leaves_no_table(config, roles, cache, monkeypatch, capsys):
     def killed(tensors: dict[str, torch.Tensor], path: str) -> None:
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
@@ -227,7 +227,7 @@ def test_a_version_of_its_own_has_files_of_its_own(config, roles, monkeypatch):
     assert reference.cache_key(config, roles, PAIRS) != before
 
 
-def test_the_fingerprint_tells_labels_and_mismatched_answers_apart():
+def test_the_digest_tells_labels_and_mismatched_answers_apart():
     """A run that goes on with other labels would be another run."""
     one = LABELLED[0]
     others = [one, replace(one, desirable=False), replace(one, mismatched=one.sequence), PAIRS[0]]

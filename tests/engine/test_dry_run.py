@@ -30,9 +30,7 @@ def rows(tmp_path, pairs):
 
 
 @pytest.mark.parametrize("command", ["sft", "dpo", "reward", "ppo"])
-def test_its_output_is_a_config_file_of_the_same_run_and_nothing_is_written(
-    onecard, tmp_path, tiny_model, rows, command, monkeypatch
-):
+def test_a_dry_run_prints_its_config_and_writes_nothing(onecard, tmp_path, tiny_model, rows, command, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = tree(tmp_path)
     words = [command, "--model", tiny_model, "--dataset", rows[command], "--dry_run", "--lora_r", 3, *SMALL]
@@ -51,7 +49,7 @@ def test_its_output_is_a_config_file_of_the_same_run_and_nothing_is_written(
     assert onecard(command, "--config", tmp_path / "again.yaml", "--lora_r", 2, "--dry_run").out != first.out
 
 
-def test_the_example_is_shown_with_its_special_tokens_and_its_mask(onecard, tmp_path, tiny_model, rows):
+def test_the_example_is_shown_with_special_tokens_and_mask(onecard, tmp_path, tiny_model, rows):
     """The response in [[ ]]; a line break in the text is written as \\n, so that the comment stays one."""
     out = onecard("sft", "--model", tiny_model, "--dataset", rows["sft"], "--dry_run", *SMALL).out
     assert out.splitlines()[-1] == r"# the cat[[ sat\non it</s>]]"

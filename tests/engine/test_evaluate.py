@@ -119,7 +119,7 @@ def json_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_kl_is_to_the_base_or_to_ref_adapter_at_the_temperature_of_sampling(material, tinystories):
+def test_kl_is_to_the_reference_at_sampling_s_temperature(material, tinystories):
     """By hand from the sampled tokens; 0 where the policy is the reference."""
     from onecard.commands import evaluate as module
 
@@ -153,7 +153,7 @@ def test_kl_is_to_the_base_or_to_ref_adapter_at_the_temperature_of_sampling(mate
     assert {"completions/mean_length", "distinct-1", "perplexity"} <= set(same)
 
 
-def test_the_same_policy_ties_with_itself_and_batches_change_nothing(material):
+def test_a_policy_ties_with_itself_in_any_batches(material):
     """Each prompt has draws of its own, so both sides, and batches of any size, draw the same answers."""
     found = evaluate(settings(material, baseline=str(material / "first" / "policy")))
     assert (found.win_rate.wins, found.win_rate.ties, found.win_rate.losses) == (0, 12, 0)

@@ -28,7 +28,7 @@ def test_ties_count_half():
 
 
 @pytest.mark.parametrize(("wins", "count"), [(0, 10), (10, 10), (3, 10), (60, 100), (1, 1)])
-def test_the_interval_holds_the_shares_that_the_counts_do_not_contradict(wins, count):
+def test_the_interval_holds_shares_that_counts_allow(wins, count):
     """Wilson's bounds are the p at which the observed share is z standard deviations of p away."""
     found = win_rate([1.0] * wins + [0.0] * (count - wins), [0.5] * count)
     assert 0 <= found.low <= found.mean <= found.high <= 1
@@ -64,7 +64,7 @@ def test_chances_pick_by_the_sums_of_the_probabilities():
     torch.testing.assert_close(logprobs, torch.tensor([0.2, 0.2, 0.5, 0.5, 0.5, 0.3, 0.3, 0.3]).log())
 
 
-def test_a_token_of_no_probability_is_not_drawn_by_a_chance_of_nothing():
+def test_a_token_of_probability_0_is_not_drawn_at_chance_0():
     logits = torch.tensor([[-float("inf"), 0.0, 0.0, -float("inf")]]).expand(2, 4)
     tokens, _ = sample_token(logits, Sampling(1), [], torch.tensor([0.0, 1 - 2**-24]))
     assert tokens.tolist() == [1, 2]

@@ -136,7 +136,7 @@ def test_a_rollouts_cache_at_its_final_length(folders):
 
 
 @pytest.mark.parametrize("lengths", [Lengths(96, 64), pytest.param(Lengths(120, 130), marks=pytest.mark.long)], ids=str)
-def test_a_rollout_in_which_prompts_come_in_beside_the_whole_cache(folders, lengths):
+def test_a_rollout_with_prompts_coming_in_beside_a_full_cache(folders, lengths):
     """More episodes than rows. Answers end one after the other, so that the cache is full when the last ones come."""
     rows, more = 4, {"local_rollout_forward_batch_size": 4, "per_device_train_batch_size": 16}
     config = PPOConfig(model=str(folders / "llama"), response_length=lengths.response, num_mini_batches=1, **more)

@@ -115,7 +115,7 @@ def test_nf4_layers_take_what_bitsandbytes_holds(rows, columns):
         assert planned_one.is_meta
 
 
-def test_a_4_bit_layer_unpacks_its_weight_for_more_than_a_few_rows():
+def test_a_4_bit_layer_unpacks_its_weight_for_many_rows():
     table = workspaces()["bitsandbytes::gemm_4bit"]
     weight = (meta(64 * 128 // 2, 1, dtype=torch.uint8), [64, 128], meta(1), 64, "nf4")
     assert table(CUDA, meta(1, 100, 128, dtype=torch.bfloat16), *weight) == 64 * 128 * 2 + 2 * 128 * 4
@@ -155,7 +155,7 @@ def peaks(**settings) -> dict[str, int]:
     return {"weights": plan.parameters, **{phase.name: phase.peak for phase in plan.phases}}
 
 
-def test_a_reference_that_is_a_whole_model_is_held_where_the_run_holds_it():
+def test_a_whole_model_as_reference_is_in_the_plan():
     """Of all weights in float32 the copy is one too; a loss without a reference has none, a known one lets it go."""
     with_copy, without = peaks(use_peft=False), peaks(use_peft=False, loss_type=["simpo"])
     assert with_copy["weights"] == 2 * without["weights"]
@@ -250,7 +250,7 @@ def test_the_largest_budget_fits_and_one_example_more_does_not():
     assert largest_tokens(config, straight, Card("card", GIB), 512, 100) is None
 
 
-def test_the_largest_budget_where_another_phase_is_highest_at_first():
+def test_the_largest_budget_below_another_phase_s_peak():
     def bent(config) -> MemoryPlan:
         return a_plan(max(4 * GIB, straight(config).peak))
 
@@ -295,7 +295,7 @@ def test_which_models_run_token_by_token(family, by_token):
     assert runs_token_by_token(config, SFTConfig(), CUDA) == by_token
 
 
-def test_a_plan_that_goes_on_from_short_texts_is_the_plan_of_long_ones(capsys):
+def test_a_plan_from_short_texts_is_that_of_long_ones(capsys):
     """A recurrence holds so much a token; 5 % is the bar of plans against measured runs."""
     model = config_of(FAMILIES["jamba"])
     config = PPOConfig(response_length=40, head_chunk_tokens=8, lora_target_modules=["in_proj"], micro_batch_tokens=160)

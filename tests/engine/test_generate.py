@@ -10,7 +10,7 @@ import pytest
 WORDS = ["--max_new_tokens", 6, "--seed", 3]
 
 
-def test_one_prompt_prints_the_response_alone_and_several_name_their_prompt(onecard, tiny_model):
+def test_one_prompt_prints_a_response_and_several_name_theirs(onecard, tiny_model):
     alone = onecard("generate", "--model", tiny_model, "--prompt", "the cat", "--temperature", 0, *WORDS)
     both = onecard(
         "generate", "--model", tiny_model, "--prompt", "the cat", "--prompt", "a", "--temperature", 0, *WORDS

@@ -81,7 +81,7 @@ def test_checkpointed_layers_keep_their_inputs_alone(llama):
     assert torch.equal(gradient(plain, batch), gradient(checkpointed, batch))
 
 
-def test_bfloat16_adapters_spare_a_float32_copy_of_each_layer_s_input(llama):
+def test_bfloat16_adapters_spare_float32_copies_of_inputs(llama):
     """q, k and v, gate and up cast the same input each for itself: five copies of a hidden state a layer, and more."""
     batch = some_batch()
     peaks = {
@@ -92,7 +92,7 @@ def test_bfloat16_adapters_spare_a_float32_copy_of_each_layer_s_input(llama):
     assert peaks["bfloat16"] < 0.8 * peaks["float32"]
 
 
-def test_fewer_tokens_of_the_head_at_a_time_take_less_memory_for_the_same_result(monkeypatch):
+def test_smaller_chunks_of_the_head_take_less_memory(monkeypatch):
     """Chunks of 32 of 512 tokens, on a head whose logits are the peak; as GPUs cut it, and as CPUs do."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(512, 64), torch.randn(20000, 64) / 8

@@ -45,7 +45,7 @@ def test_the_merged_model_gives_the_adapters_logprobs(onecard, tmp_path, tinysto
     }
 
 
-def test_an_adapter_of_a_4bit_run_is_merged_into_the_base_as_it_is_stored(onecard, tmp_path, tinystories):
+def test_a_4bit_run_s_adapter_is_merged_into_the_stored_base(onecard, tmp_path, tinystories):
     run = adapter(tinystories, tmp_path / "run", load_in_4bit=True)
     assert onecard("merge", "--model", run, "--output_dir", tmp_path / "merged").code == 0
     torch.testing.assert_close(own_logprobs(tmp_path / "merged"), by_folder(run), atol=2e-5, rtol=0)

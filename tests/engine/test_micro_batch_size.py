@@ -31,7 +31,7 @@ def weight(cut: MicroBatchSize, sizes: list[int]) -> int:
     return sum(max(sizes) if cut.padded else size for size in sizes)
 
 
-def test_every_item_is_in_one_pass_and_no_pass_is_over_its_budget():
+def test_every_item_is_in_one_pass_within_its_budget():
     for seed in DRAWS:
         cut, sizes = drawn(seed)
         passes = list(cut.split(sizes))

@@ -97,7 +97,7 @@ def test_playing_another_role_takes_no_gradient_away(tinystories, four_bit, chec
 
 
 @pytest.mark.parametrize("started_from", ["base", "adapter"])
-def test_a_backward_while_another_role_plays_reaches_the_trained_adapter_alone(tinystories, tmp_path, started_from):
+def test_a_backward_under_another_role_reaches_the_policy_alone(tinystories, tmp_path, started_from):
     """PEFT freezes whatever is not active; here the policy stays trainable, and the frozen reference stays frozen."""
     config = DPOConfig(model=str(tinystories))
     if started_from == "adapter":
@@ -114,7 +114,7 @@ def test_a_backward_while_another_role_plays_reaches_the_trained_adapter_alone(t
     assert all(parameter.grad is not None for parameter in roles.trained_parameters().values())
 
 
-def test_a_4bit_base_passes_gradients_back_after_an_evaluation_pass(tinystories):
+def test_a_4bit_base_passes_gradients_after_an_evaluation(tinystories):
     """bitsandbytes repacks 4-bit weights in evaluation mode on some CPUs; the first layer's gradient then vanishes."""
     gradients = []
     for evaluated_before in (False, True):
@@ -168,7 +168,7 @@ def test_scores_do_not_depend_on_the_layout(tinystories):
 @pytest.mark.parametrize(
     ("setting", "value"), [("final_logit_softcapping", 3.0), ("logit_scale", 0.25), ("logits_scaling", 4.0)]
 )
-def test_the_head_is_what_the_model_does_not_what_its_config_says(tinystories, setting, value):
+def test_the_head_is_read_from_the_model_not_its_config(tinystories, setting, value):
     """A Llama applies none of these: names in a config are no proof of what becomes of the logits."""
     model = load_base(DPOConfig(model=str(tinystories)))
     setattr(model.config, setting, value)
@@ -176,7 +176,7 @@ def test_the_head_is_what_the_model_does_not_what_its_config_says(tinystories, s
     assert (head.softcap, head.logit_scale) == (None, 1.0)
 
 
-def test_the_transform_is_found_once_and_weights_are_read_each_time(tinystories):
+def test_the_transform_is_found_once_and_weights_each_time(tinystories):
     model = load_base(DPOConfig(model=str(tinystories)))
     heads.read_head(model)
     model.forward = None  # another pass would fail

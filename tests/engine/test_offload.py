@@ -134,7 +134,7 @@ def test_small_storages_integers_and_views_of_weights_stay():
                                + (torch.ones(32, 64) @ model.table @ model.weight) + 2 * states)  # fmt: skip
 
 
-def test_views_of_one_storage_share_a_copy_and_a_changed_storage_gets_another():
+def test_views_share_a_copy_and_a_changed_storage_gets_another():
     """Transposed, cut and reinterpreted views come back with their own shape, strides and offset."""
     offloader = Offloader(nn.Identity(), CPU, least_bytes=1)
     offloader.copier = recorder = Recorder()

@@ -195,7 +195,7 @@ def test_an_error_of_the_optimizer_is_not_taken_for_one(monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_nothing_of_what_failed_is_alive_when_its_memory_is_given_back(monkeypatch, where):
+def test_nothing_of_a_failed_pass_is_alive_when_memory_is_freed(monkeypatch, where):
     """An exception keeps the frames that it passed, and they their tensors: it has to be gone by then."""
     model, alive = Model(20, where), []
     monkeypatch.setattr(micro_batching.gc, "collect", lambda: alive.extend(reference() for reference in model.failed))
@@ -233,7 +233,7 @@ def test_by_what_it_is_told(error, is_one):
     assert is_out_of_memory(error) == is_one
 
 
-def test_weights_that_find_no_memory_are_not_called_a_model_that_cannot_be_loaded(monkeypatch, tiny_model):
+def test_out_of_memory_is_no_model_that_cannot_be_loaded(monkeypatch, tiny_model):
     def from_pretrained(*arguments: Any, **options: Any) -> None:
         raise no_memory()
 

@@ -104,7 +104,7 @@ def states_of(trainer) -> list:
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_after_each_phase_of_ppo_what_is_left_is_records_on_the_cpu(tiny_model, reward, settings):
+def test_after_each_ppo_phase_only_records_are_left(tiny_model, reward, settings):
     """Rollout, judgement, passes, learning, evaluation, by themselves and then as iterations."""
     config, job, roles = ppo_job(tiny_model, reward, **SETTINGS[settings])
     prompts = list(job.prompts)

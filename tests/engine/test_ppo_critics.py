@@ -55,7 +55,7 @@ def part(roles: Roles, config: PPOConfig, record: ExperienceBatch, name: str) ->
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-def test_one_backward_of_both_losses_on_a_shared_trunk_is_the_sum_of_two(tinystories, checkpointing):
+def test_one_backward_on_a_shared_trunk_is_the_sum_of_two(tinystories, checkpointing):
     """The adapter gets both losses' gradients, the head its own; the trunk is run once for both."""
     config = config_of(tinystories, critic="shared", gradient_checkpointing=checkpointing)
     roles = moved_roles(config)
@@ -81,7 +81,7 @@ def test_one_backward_of_both_losses_on_a_shared_trunk_is_the_sum_of_two(tinysto
         assert (gradient - expected).abs().max() <= 3e-6 * max(one.abs().max() for one in parts), name
 
 
-def test_a_shared_critic_is_a_head_of_zeros_whatever_the_reward_model_is(tinystories, tmp_path):
+def test_a_shared_critic_starts_as_a_head_of_zeros(tinystories, tmp_path):
     """The reward's head knows other hidden states than the policy's."""
     trained = load_roles(RewardConfig(model=str(tinystories)), trained="reward", scalar=True)
     trained.export("reward", tmp_path / "reward", load_tokenizer(RewardConfig(model=str(tinystories))))
@@ -93,7 +93,7 @@ def test_a_shared_critic_is_a_head_of_zeros_whatever_the_reward_model_is(tinysto
     assert all(".policy." in name or "heads.value" in name for name in roles.trained_parameters())
 
 
-def test_a_shared_critic_is_saved_as_its_head_and_comes_back_and_is_not_exported(tinystories, tmp_path):
+def test_a_shared_critic_is_saved_as_its_head_and_not_exported(tinystories, tmp_path):
     config = config_of(tinystories, critic="shared")
     roles = moved_roles(config)
     roles.save(tmp_path / "saved")
@@ -117,7 +117,7 @@ def test_without_a_critic_the_policy_s_loss_is_all(tiny_model):
 
 
 @pytest.mark.parametrize("estimator", ["reinforce", "a2c"])
-def test_an_estimator_that_learns_once_has_the_gradient_of_the_free_ratio(tiny_model, estimator):
+def test_single_pass_estimators_do_not_clip_the_ratio(tiny_model, estimator):
     """Ratios from e^-9 to e^9, far outside of any clip: still -A ratio, and its gradient, for every token."""
     config = config_of(tiny_model, advantage_estimator=estimator, entropy_coef=0.0)
     roles = moved_roles(config)

@@ -35,7 +35,7 @@ def test_gae_is_the_kernel_s_whitened():
     assert torch.equal(found.returns, plain.returns)
 
 
-def test_a2c_is_the_discounted_reward_to_go_less_the_value_whatever_lam_is():
+def test_a2c_is_the_reward_to_go_less_the_value_for_any_lam():
     """gamma = 1/2. Returns 0.5, 2 | -1/16, -5/8, -5/4 | 3 | 1/2, 1; less values 1/2, 1/4 | 1, 0, -1/2 | 2 | 0, 1/2."""
     found = ESTIMATORS["a2c"](GIVEN)
     returns = torch.tensor([[0.5, 2.0, 0.0], [-0.0625, -0.625, -1.25], [3.0, 0.0, 0.0], [0.5, 1.0, 0.0]])
@@ -71,7 +71,7 @@ def test_rloo_and_grpo_compare_whole_answers_to_one_prompt():
 
 
 @pytest.mark.parametrize("name", ["gae", "a2c"])
-def test_a_cut_answer_s_return_goes_on_with_the_value_after_its_last_token(name):
+def test_a_cut_answer_s_return_goes_on_with_its_last_value(name):
     """gamma = 1/2: half the last value at the last token, a quarter one before. (With lam = 1, that is all it adds.)"""
     last = torch.tensor([8.0, 0.0, 0.0, 4.0])
     given = replace(GIVEN, lam=1.0)
@@ -81,7 +81,7 @@ def test_a_cut_answer_s_return_goes_on_with_the_value_after_its_last_token(name)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_an_answer_that_is_left_out_has_no_part_in_the_others_advantages(name):
+def test_an_answer_left_out_has_no_part_in_others_advantages(name):
     """Whatever it earned: no mean, no deviation and no group has it. Alone in its group, an answer has advantage 0."""
     kept = torch.tensor([True, True, True, False])
     values = VALUES if name in ("gae", "a2c") else None

@@ -23,7 +23,7 @@ from tests.engine.ppo_material import EPISODES, PASSES
 SCORES = torch.tensor([2.0, -1.0])
 
 
-def test_the_kl_is_paid_per_token_and_the_score_goes_on_the_last_response_token():
+def test_kl_is_paid_per_token_and_the_score_at_the_last():
     """-0.1 * KL on each token; 2 and -1 on the answers' own last tokens, not on the padded row's last place."""
     shaped = shape_rewards(PASSES, SCORES, 0.1, PPOConfig())
     expected = torch.tensor([[-0.05, 0.025 + 2.0, 0.0], [-0.1, 0.0, -0.05 - 1.0]])
@@ -53,7 +53,7 @@ def test_returns_are_monte_carlo_at_lam_1_and_td_at_lam_0():
     torch.testing.assert_close(td.returns, torch.tensor([[0.125, 2.0, 0.0], [0.0, -0.25, -1.0]]))
 
 
-def test_advantages_are_whitened_over_the_response_tokens_of_all_answers():
+def test_advantages_are_whitened_over_all_response_tokens():
     """lam = 1: raw advantages 1.5, 1.75, -2, -1, -0.5: mean -0.05, unbiased variance (10.5625 - 0.0125) / 4."""
     shaped = shape_rewards(PASSES, SCORES, 0.0, PPOConfig(lam=1.0))
     raw = torch.tensor([[1.5, 1.75, 0.0], [-2.0, -1.0, -0.5]])
@@ -98,7 +98,7 @@ def test_explained_variance():
     assert explained_variance(returns, torch.ones(3)) == 0.0  # nothing to explain
 
 
-def test_experiences_hold_each_answer_s_own_tokens_in_the_order_of_the_rows():
+def test_experiences_hold_each_answer_s_own_tokens_in_order():
     """What is padded for GAE is cut again, so that packing lines up with `response_targets`."""
     shaped = shape_rewards(PASSES, SCORES, 0.1, PPOConfig())
     experiences = make_experiences(EPISODES, PASSES, shaped)

@@ -86,7 +86,7 @@ def test_any_cut_into_micro_batches_gives_the_same_step(tiny_model):
         assert (gradient - results[0][1]).abs().max() < 3e-6 * results[0][1].abs().max()
 
 
-def test_minibatches_are_reshuffled_and_see_every_sample_num_ppo_epochs_times():
+def test_every_ppo_epoch_reshuffles_all_samples():
     config = PPOConfig(per_device_train_batch_size=2, gradient_accumulation_steps=2, num_ppo_epochs=3)
     samples = [SimpleNamespace(index=i) for i in range(12)]
     batches = [[x.index for x in batch] for batch in minibatches(samples, config, 5)]
@@ -147,7 +147,7 @@ class WordTokenizer:
         return " ".join(f"w{i}" for i in ids if not (skip_special_tokens and i < 3))
 
 
-def test_an_answer_that_does_not_end_by_itself_pays_missing_eos_penalty():
+def test_an_answer_that_is_cut_pays_missing_eos_penalty():
     function = RewardFunction("length", lambda completion_ids, **_: [len(ids) for ids in completion_ids])
     scorer = Scorer({"length": function}, {"length": 0.5}, missing_eos_penalty=1.5, batch_size=8)
     episodes = [random_episode(0, 2, 4), random_episode(1, 2, 4, finished=False)]
@@ -156,7 +156,7 @@ def test_an_answer_that_does_not_end_by_itself_pays_missing_eos_penalty():
     assert scores.parts["length"].tolist() == [4.0, 4.0]
 
 
-def test_rewards_see_text_without_the_ending_token_and_the_other_columns():
+def test_rewards_see_columns_and_text_without_its_end():
     """A stop token need not be a special one, so it is taken off by its place; ids are given as sampled."""
     ended = Episode(TokenSequence((9, 7, 8, 5), (False, True, True, True)), torch.zeros(3), True, 0)
     cut = replace(ended, finished=False)
@@ -176,7 +176,7 @@ def test_the_reward_model_comes_first_among_the_weights(tiny_model, tmp_path):
     assert dict(load_scorer(config).weights) == {"reward_model": 2.0, "one": 0.25}
 
 
-def test_the_reward_model_reads_at_an_eos_whether_the_answer_ended_or_not(tinystories, tmp_path):
+def test_the_reward_model_reads_every_answer_at_an_eos(tinystories, tmp_path):
     """Its pairs end with EOS. A cut answer gets one for the reading, a finished one no second; nothing else changes."""
     config = RewardConfig(model=str(tinystories))
     trained, tokenizer = load_roles(config, trained="reward", scalar=True), load_tokenizer(config)

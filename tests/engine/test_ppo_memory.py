@@ -73,7 +73,7 @@ def reward(tinystories, tmp_path_factory):
 
 @pytest.mark.parametrize("padding_free", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "plain"])
-def test_a_ppo_step_needs_at_most_1_3_times_the_memory_of_a_dpo_step(tinystories, reward, padding_free, checkpointing):
+def test_a_ppo_step_takes_at_most_1_3_times_a_dpo_step_s_memory(tinystories, reward, padding_free, checkpointing):
     """A whole iteration, rollout with its cache and all passes included, above the base's own weights."""
     settings = {"padding_free": padding_free, "gradient_checkpointing": checkpointing}
     ppo, dpo = ppo_peak(tinystories, reward, **settings), dpo_peak(tinystories, **settings)

@@ -29,7 +29,7 @@ from tests.engine.ppo_material import EPISODES, PASSES, episode
 DENSE = [torch.tensor([0.5, 0.25]), torch.tensor([1.0, 2.0, 3.0])]
 
 
-def test_dense_rewards_belong_to_their_tokens_and_the_total_to_the_last():
+def test_dense_rewards_stay_at_their_tokens():
     shaped = shape_rewards(PASSES, torch.tensor([2.0, -1.0]), 0.1, PPOConfig(), dense=DENSE)
     expected = torch.tensor([[-0.05 + 0.5, 0.025 + 0.25 + 2.0, 0.0], [-0.1 + 1.0, 2.0, -0.05 + 3.0 - 1.0]])
     torch.testing.assert_close(shaped.rewards, expected)
@@ -74,7 +74,7 @@ class Somewhere:
 
 
 @pytest.mark.parametrize(("prompts", "expected"), [(200, 64), (10, 10)])
-def test_the_scale_is_that_of_the_starting_policy_s_answers_to_the_first_prompts(capsys, prompts, expected):
+def test_the_scale_is_of_the_starting_policy_s_answers(capsys, prompts, expected):
     """The same draws whatever was drawn before, and no draw of the run's own is used up."""
     training, config = [Prompt(str(i), (i,)) for i in range(prompts)], PPOConfig()
     first = SampledTokens(2.0)
@@ -104,7 +104,7 @@ def test_scores_that_are_all_alike_cannot_be_normalised():
 COSTS = torch.tensor([0.5, 1.5])
 
 
-def test_skip_leaves_out_what_costs_more_than_the_threshold_and_what_costs_as_much_stays():
+def test_skip_leaves_out_what_costs_more_than_the_threshold():
     scores = torch.tensor([2.0, -1.0])
     found = apply_constraint(scores, COSTS, 3.0, PPOConfig(constraint_mode="skip", constraint_threshold=0.5))
     assert found.kept.tolist() == [True, False]
@@ -114,7 +114,7 @@ def test_skip_leaves_out_what_costs_more_than_the_threshold_and_what_costs_as_mu
     assert torch.equal(none.scores, scores)
 
 
-def test_lagrangian_takes_lambda_times_the_cost_and_leaves_nothing_out():
+def test_lagrangian_subtracts_lambda_times_the_cost():
     config = PPOConfig(constraint_mode="lagrangian", constraint_threshold=0.5)
     found = apply_constraint(torch.tensor([2.0, -1.0]), COSTS, 3.0, config)
     assert found.kept.all()
@@ -134,7 +134,7 @@ def test_lambda_follows_the_mean_cost_and_never_falls_below_0():
     assert multiplier == 0.0
 
 
-def test_lambda_moves_in_lagrangian_alone_and_beside_the_kl_coefficient():
+def test_lambda_moves_in_lagrangian_alone():
     config = PPOConfig(adap_kl_ctrl=True, adap_kl_target=6.0, adap_kl_horizon=1000, constraint_lambda_lr=0.1)
     before = Controls(0.1, 1.0, Scale(2.0, 3.0))
     row = {"objective/kl": 12.0, "constraint/cost": 2.0}
@@ -150,7 +150,7 @@ def test_cost_metrics():
     assert score_metrics(ScoredAnswers(scored.scores), PPOConfig()) == {"rewards/a/mean": 1.5}
 
 
-def test_an_answer_that_is_left_out_gives_no_experience_and_is_in_no_mean():
+def test_an_answer_left_out_is_in_no_experience_and_no_mean():
     """lam = 1: of the first answer alone, raw advantages 1.5 and 1.75; whitened, -+1/sqrt(2)."""
     kept = torch.tensor([True, False])
     shaped = shape_rewards(PASSES, torch.tensor([2.0, 50.0]), 0.0, PPOConfig(lam=1.0), kept=kept)
@@ -166,7 +166,7 @@ def test_an_answer_that_is_left_out_gives_no_experience_and_is_in_no_mean():
 
 
 @pytest.mark.parametrize("estimator", ["rloo", "grpo"])
-def test_an_answer_that_is_alone_in_its_group_gives_no_experience(estimator):
+def test_an_answer_alone_in_its_group_gives_no_experience(estimator):
     """Of groups of 2, 1 and 0 answers that are kept, the first is learned from, and is what it would be by itself."""
     passes = ModelOutputs(3 * PASSES.logprobs, 3 * PASSES.ref_logprobs)
     scores = torch.tensor([2.0, -1.0, 5.0, 7.0, 1.0, 3.0])
@@ -250,7 +250,7 @@ def test_without_a_critic_there_is_no_role_no_pass_and_no_value(tiny_model, esti
     assert "val/explained_variance" not in objective_metrics(EPISODES, passes, shaped, torch.zeros(2), 0.1)
 
 
-def test_each_phase_has_its_own_peak_on_a_card_and_the_run_keeps_the_highest(monkeypatch):
+def test_each_phase_has_its_own_peak_and_the_run_the_highest(monkeypatch):
     """Peaks of 5 GiB before, 3 in one phase, 4 in the next: the counter begins anew, the run's peak does not."""
     peak = [5.0]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -38,7 +38,7 @@ def run_ppo(onecard, tmp_path, model, name: str, *more: object) -> list[dict[str
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
 
 
-def test_a_reward_that_draws_or_seeds_changes_nothing_of_what_is_sampled(onecard, tmp_path, tiny_model):
+def test_a_reward_that_draws_or_seeds_changes_no_sample(onecard, tmp_path, tiny_model):
     """Each iteration has draws of its own: neither a function's seed nor an evaluation reaches into them."""
     (tmp_path / "seeds.py").write_text(
         "import random, numpy, torch\n"
@@ -131,7 +131,7 @@ def test_an_adaptive_coefficient_that_could_not_adapt_is_refused(settings, messa
         PPOConfig(adap_kl_ctrl=True, **settings).validate()
 
 
-def test_the_schedule_steps_once_an_iteration_and_looking_changes_nothing(onecard, tmp_path, tiny_model):
+def test_the_schedule_steps_once_an_iteration(onecard, tmp_path, tiny_model):
     """Linear to 0 over four iterations, whatever happens in them; evaluations leave the run's draws as they are."""
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"the cat {i}"}) + "\n" for i in range(12)))

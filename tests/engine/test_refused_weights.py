@@ -143,7 +143,7 @@ def test_an_adapter_that_cannot_learn_is_not_trained(tmp_path, tiny_model, harm,
     "settings",
     [{"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
 )
-def test_an_adapter_with_a_part_that_a_reward_model_does_not_run_is_refused(tmp_path, tiny_model, settings):
+def test_a_reward_model_with_an_adapter_on_the_head_is_refused(tmp_path, tiny_model, settings):
     adapter = adapter_on(tiny_model, tmp_path / "adapter", **settings)
     load_roles(SFTConfig(model=str(adapter)), trained="policy")
     with pytest.raises(OnecardError, match=r"model: adapter .*adapter has a part on the head of the language model"):
@@ -236,7 +236,7 @@ def test_fit_refuses_classifiers_and_reward_models(tmp_path, tiny_model, onecard
     assert (done.code, "which classifies texts" in done.err) == (2, True)
 
 
-def test_an_adapter_that_transformers_puts_on_its_base_by_itself_is_refused(tmp_path, tiny_model, monkeypatch):
+def test_a_base_that_loads_its_own_adapter_is_refused(tmp_path, tiny_model, monkeypatch):
     """As it does with a hub repository that has a config.json beside the adapter."""
     shutil.copytree(tiny_model, tmp_path / "repository")
     adapter_on(tiny_model, tmp_path / "repository", target_modules=["q_proj"])

@@ -93,7 +93,7 @@ def test_it_fits_the_window_and_shows_everything(page, width):
     assert seen["headings"] == 1  # an answer's markup is text
 
 
-def test_the_screenshot_has_curves_and_follows_the_readers_colours(page):
+def test_the_screenshot_has_curves_in_the_reader_s_colours(page):
     light = picture(page, WIDE, 1600)
     dark = picture(page, WIDE, 1600, "--blink-settings=preferredColorScheme=0")
     assert light.shape == dark.shape == (1600, WIDE, 3)

@@ -87,7 +87,7 @@ EXAMPLES = {
 
 @pytest.mark.parametrize("kind", EXAMPLES)
 @pytest.mark.parametrize("activation", ["none", "sigmoid"])
-def test_any_cut_into_micro_batches_gives_the_same_loss_metrics_and_gradient(tiny_model, kind, activation):
+def test_any_cut_gives_the_same_loss_metrics_and_gradient(tiny_model, kind, activation):
     config = RewardConfig(model=str(tiny_model), center_rewards_coefficient=0.1, score_activation=activation)
     examples, results = EXAMPLES[kind], []
     for sizes in ([6], [2, 2, 2], [1] * 6, [5, 1]):
@@ -108,7 +108,7 @@ def test_any_cut_into_micro_batches_gives_the_same_loss_metrics_and_gradient(tin
         assert (gradient - first_gradient).abs().max() / first_gradient.abs().max() < 3e-6
 
 
-def test_the_sigmoid_is_in_the_scores_and_not_in_the_critics_numbers(tiny_model):
+def test_the_sigmoid_is_in_scores_and_not_in_values(tiny_model):
     config = RewardConfig(model=str(tiny_model), score_activation="sigmoid")
     roles = load_roles(config, trained="reward", scalar=True)
     batch = collate(EXAMPLES["scores"]).sequences
@@ -188,7 +188,7 @@ def test_two_given_scores_are_labels():
     assert found["label_accuracy"] == 1.0
 
 
-def test_equal_scores_are_in_no_order_and_of_constants_nothing_is_said():
+def test_equal_scores_have_no_order_and_constants_no_agreement():
     assert concordance(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([1.0, 0.0, 0.0])) == 0.5
     assert agreement(torch.ones(3), torch.arange(3.0)) == {}
     assert agreement(torch.arange(3.0), torch.ones(3)) == {}

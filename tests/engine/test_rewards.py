@@ -43,7 +43,7 @@ def complaint(call, answers: Answers = ANSWERS) -> str:
     return message
 
 
-def test_a_function_of_trl_gets_texts_tokens_and_columns_as_lists():
+def test_a_trl_function_gets_texts_tokens_and_columns():
     got = {}
 
     def reward(prompts, completions, **kwargs):
@@ -226,7 +226,7 @@ def test_a_bad_dense_reward_is_shown_with_its_answer(place, row, what):
     ],
     ids=lambda value: value.removeprefix("returned ") if isinstance(value, str) else "",
 )
-def test_anything_but_one_number_each_is_an_error_with_both_counts(returned, what):
+def test_anything_but_one_number_each_is_an_error(returned, what):
     expected = "; expected a list of 3, one number for each response."
     assert complaint(lambda completions: returned) == f"reward function judges:polite {what}{expected}"
 

@@ -157,7 +157,7 @@ def test_an_exact_answer(answer, expected, score):
     assert scores("exact_answer", case(answer, solution=[expected])) == [score]
 
 
-def test_an_exact_answer_is_the_answer_column_s_before_the_solution_s():
+def test_an_exact_answer_takes_answer_before_solution():
     assert scores("exact_answer", case("4", "5", solution=["5", "5"], answer=["4", 4])) == [1.0, 0.0]
     assert scores("exact_answer", case("4", "5", solution=["4", "4"], answer=[None, "5"])) == [1.0, 1.0]
     assert scores("exact_answer", case("4", "5", solution=["4", None], answer=[None, "5"])) == [1.0, 1.0]

@@ -188,7 +188,7 @@ def test_a_chat_is_written_by_the_classifier_s_own_template(tmp_path):
     assert scores(load_scorer(config(folder)), [plain], [" you"]) == pytest.approx([own(folder, "Hello you")], abs=1e-5)
 
 
-def test_without_a_template_a_chat_is_the_text_that_the_policy_reads(tmp_path):
+def test_without_a_template_a_chat_is_the_policy_s_text(tmp_path):
     """If that text opens with the classifier's first special token, it is not doubled."""
     folder = classifier(tmp_path, "llama")
     chat = Prompt("<s>user: Hello\n", (1,), messages=(say("user", "Hello"),))
@@ -288,7 +288,7 @@ def test_weights_that_are_not_there_are_not_drawn(tmp_path, tiny_model):
         load_scorer(config(tmp_path))
 
 
-def test_a_classifier_that_finds_no_memory_is_not_called_one_that_cannot_be_loaded(tmp_path, monkeypatch):
+def test_out_of_memory_is_no_classifier_that_cannot_be_loaded(tmp_path, monkeypatch):
     def from_pretrained(*arguments: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -304,7 +304,7 @@ def test_a_text_of_no_tokens_is_named(tmp_path):
         scores(load_scorer(config(folder)), [Prompt("", (1,))], [""])
 
 
-def test_ppo_has_no_reward_role_beside_a_classifier_and_a_critic_of_zeros(tmp_path, tiny_model):
+def test_beside_a_classifier_ppo_has_no_reward_role(tmp_path, tiny_model):
     folder = classifier(tmp_path, "bert")
     roles = load_ppo_roles(config(folder, model=str(tiny_model)))
     assert set(roles.adapters) == {"policy", "reference", "value"}

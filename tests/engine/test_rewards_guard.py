@@ -213,7 +213,7 @@ def test_what_a_file_does_when_it_is_imported_is_one_line(tmp_path, text, messag
         load_function(f"{tmp_path / 'mine.py'}:score")
 
 
-def test_a_run_whose_function_leaves_the_process_ends_with_exit_code_2(tmp_path, tiny_model):
+def test_a_function_that_ends_the_process_gives_exit_code_2(tmp_path, tiny_model):
     (tmp_path / "mine.py").write_text("import os\ndef score(**_):\n    os._exit(0)\n")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "the cat"}\n' * 8)
     done = subprocess.run(

@@ -163,7 +163,7 @@ def test_no_such_module(module, missing):
     assert complaint(f"{module}:length") == f"reward_funcs: {expected}"
 
 
-def test_a_module_that_is_there_but_misses_another_is_not_said_to_be_missing(tmp_path):
+def test_a_module_s_own_missing_import_is_named(tmp_path):
     """Not even where the names begin alike."""
     name = write(tmp_path, "import judges")
     assert complaint(f"{name}:length").startswith(f"reward_funcs: importing {name} raised ModuleNotFoundError: ")
@@ -193,7 +193,7 @@ def test_a_module_that_raises(tmp_path, source, expected):
         assert not {module for module in set(sys.modules) - before if "reward_" in module}
 
 
-def test_an_interrupt_while_importing_passes_and_leaves_nothing_half_made(tmp_path):
+def test_an_interrupted_import_leaves_no_module(tmp_path):
     name = write(tmp_path, "raise KeyboardInterrupt")
     for place in (name, f"{name}.py"):
         before = set(sys.modules)
@@ -246,7 +246,7 @@ def test_one_function_twice_is_refused():
         part_names(["a:length", "b:length", "a:length"])
 
 
-def test_the_digest_changes_with_what_a_function_s_file_holds_and_with_no_weight(tmp_path):
+def test_the_digest_is_of_functions_files_and_not_of_weights(tmp_path):
     module, file = write(tmp_path, SOURCE), write(tmp_path, SOURCE, "mine")
     entries = [f"{module}:length", f"0.5*fluency + 2*{file}.py:length + reward_model", "regex:a + b"]
     before = functions_digest(entries)

@@ -107,7 +107,7 @@ def test_dense_and_terminal_rewards_in_one_mixture_and_a_penalty(mine):
     assert scores.parts["dense"].tolist() == [13.0, 7.0]
 
 
-def test_costs_are_judged_by_settings_of_their_own_without_a_penalty(mine):
+def test_costs_have_settings_of_their_own_and_no_penalty(mine):
     config = PPOConfig(
         reward_funcs=["length"], reward_weights=[7.0], missing_eos_penalty=5.0,
         constraint_funcs=[f"2*{mine}:one", "length"],

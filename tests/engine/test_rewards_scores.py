@@ -54,7 +54,7 @@ def extended(sequence: TokenSequence, *tokens: int) -> TokenSequence:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 100])
-def test_sampled_tokens_score_as_their_texts_do_and_in_their_order(scorer, batch_size):
+def test_sampled_tokens_score_as_their_texts_in_order(scorer, batch_size):
     """Lengths go up and down, so an order by length that is not undone would show."""
     roles, tokenizer = scorer
     sequences = sequences_of(tokenizer)
@@ -140,7 +140,7 @@ def test_a_mixture_is_the_weighted_sum_and_keeps_its_parts():
     assert {got.total.dtype, *(part.dtype for part in got.parts.values())} == {torch.float32}
 
 
-def test_dense_parts_stay_by_their_tokens_and_nothing_counts_twice():
+def test_dense_parts_stay_at_tokens_and_nothing_counts_twice():
     """Two answers, of two tokens and one: 1 * a + 0.5 * b on whole answers, 0.1 * c + 2 * d on tokens."""
     parts = {"c": [[1.0, 2.0], [20.0]], "a": [0.5, -1.0], "d": [(0.0, 1.0), (0.25,)], "b": [4.0, 0.0]}
     got = combine(parts, {"a": 1.0, "b": 0.5, "c": 0.1, "d": 2.0})

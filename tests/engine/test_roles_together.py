@@ -24,7 +24,7 @@ def texts_of(model) -> list[TokenSequence]:
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("base", BASES)
-def test_one_backward_of_both_roles_gives_each_role_s_own_gradients(tinystories, base, checkpointing):
+def test_one_backward_gives_each_role_its_own_gradients(tinystories, base, checkpointing):
     """Both forwards, then one backward: no role is frozen, and no layer is recomputed under the other's adapter."""
     roles = ppo_roles(tinystories, gradient_checkpointing=checkpointing, **BASES[base])
     batch = pack(texts_of(tinystories))

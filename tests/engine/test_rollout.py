@@ -99,7 +99,7 @@ def test_the_same_seed_draws_the_same(player):
     assert sampled(3) != sampled(4)
 
 
-def test_draws_come_from_the_global_generator_and_from_nothing_else(player):
+def test_draws_come_from_the_global_generator_alone(player):
     """A checkpoint keeps its state; sampling goes on from there as if nothing had been."""
     torch.manual_seed(9)
     player.sample(Sampling(5))
@@ -186,7 +186,7 @@ def test_the_token_is_the_first_beyond_the_chance():
         assert torch.equal(first_beyond(probs, uniforms)[possible], expected[possible])
 
 
-def test_the_least_and_the_largest_chance_find_words_that_can_come():
+def test_the_least_and_the_largest_chance_find_possible_words():
     words = 2 * BLOCK + 77
     least, largest = torch.zeros(1), torch.full((1,), 1 - 2.0**-24)
     for first, last in ((0, words - 1), (BLOCK - 1, BLOCK), (BLOCK, 2 * BLOCK - 1), (2 * BLOCK, 2 * BLOCK + 76)):

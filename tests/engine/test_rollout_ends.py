@@ -118,7 +118,7 @@ def test_the_longest_prompts_come_first(player):
 # --- what ends a response
 
 
-def test_end_tokens_are_the_tokenizers_the_generation_configs_and_the_stops(tinystories):
+def test_end_tokens_of_tokenizer_generation_config_and_stops(tinystories):
     player = load(tinystories)
     eos, vocabulary = player.tokenizer.eos_token_id, player.tokenizer.get_vocab()
     assert end_tokens(player.roles, player.tokenizer) == {eos}
@@ -240,7 +240,7 @@ def test_a_token_without_text_of_its_own_stops_as_a_token(stories260):
         assert tokens_before_end(tokenizer, prompt, sampled, finished=True, stop=stop) == answer[:-1]
 
 
-def test_a_stop_string_is_found_at_the_end_of_a_long_run_of_bytes(stories260):
+def test_a_stop_string_is_found_behind_a_long_run_of_bytes(stories260):
     """This tokenizer decodes bytes together: a run that begins within a character is unreadable as a whole."""
     tokenizer = stories260.tokenizer
     for text in ("漢" * 12 + "字", "漢" * 13 + "字。"):
@@ -251,7 +251,7 @@ def test_a_stop_string_is_found_at_the_end_of_a_long_run_of_bytes(stories260):
 
 
 @pytest.mark.parametrize("name", ["stories260K", "TinyStories-656K", "bytes"])
-def test_stop_strings_are_found_where_the_whole_text_first_has_one(name):
+def test_stop_strings_are_found_where_the_text_first_has_one(name):
     """Of random tokens, bytes of half characters among them: after each token the whole answer is decoded."""
     tokenizer = merging("\n\n", ".\n", "漢", "字\n") if name == "bytes" else real(name)
     texts = [". ", "\n\n", "he", "ed.\n", "漢字"][: 5 if name == "bytes" else 4]

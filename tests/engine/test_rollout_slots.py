@@ -127,7 +127,7 @@ def test_recorded_passes_give_the_same_answers(monkeypatch, player: Player):
     assert len(recorder.shapes) < len(shapes) / 5
 
 
-def test_where_all_rows_end_at_once_the_next_begin_with_new_memory(monkeypatch, player: Player):
+def test_after_all_rows_end_the_next_begin_with_new_memory(monkeypatch, player: Player):
     """No pass over many prompts beside a whole cache; and nothing is replayed into memory that is gone."""
     recorder, taken = Kept(), []
     prefill = CacheSlots.prefill
@@ -238,7 +238,7 @@ def test_passes_are_recorded_on_a_gpu_where_one_asks_for_it(monkeypatch):
         assert recorder_for(torch.device("cuda")) is None
 
 
-def test_memory_grows_with_the_longest_row_and_no_further_than_its_end(player: Player):
+def test_memory_grows_no_further_than_the_longest_row_s_end(player: Player):
     length = GROWTH * 2 + 5
     batch = CacheSlots(player.model, 2, length - 1, torch.device("cpu"))
     taken = []

@@ -108,7 +108,7 @@ def trained(folder: Path, **settings: Any) -> Player:
 
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
-def test_a_policy_in_training_is_sampled_in_evaluation_mode_and_trains_on(tinystories, load_in_4bit):
+def test_a_policy_in_training_is_sampled_in_evaluation_mode(tinystories, load_in_4bit):
     """With checkpointed layers in training mode there would be no cache; a 4-bit base must pass gradients after it."""
     player = trained(tinystories, gradient_checkpointing=True, load_in_4bit=load_in_4bit, lora_r=4)
     roles = player.roles.train()

@@ -92,7 +92,7 @@ def write_policy(config: DPOConfig) -> None:
     ("work", "least"), [(start, 8), (go_on, 6), (overwrite, 18), (save, 10), (write_policy, 8)],
     ids=lambda value: getattr(value, "__name__", ""),
 )  # fmt: skip
-def test_after_a_kill_between_any_two_file_operations_both_ways_on_are_open(
+def test_a_run_killed_before_any_file_operation_can_go_on(
     tmp_path: Path, config: DPOConfig, work: Callable[[DPOConfig], None], least: int
 ) -> None:
     if work is not start:
@@ -132,7 +132,7 @@ def test_after_a_kill_between_any_two_file_operations_both_ways_on_are_open(
     assert number >= least
 
 
-def test_after_a_kill_while_a_folder_is_replaced_the_old_or_the_new_one_is_there(tmp_path: Path) -> None:
+def test_a_kill_while_replacing_leaves_the_old_or_new_folder(tmp_path: Path) -> None:
     target, number = tmp_path / "merged", 0
 
     def write(text: str) -> None:
@@ -188,7 +188,7 @@ def test_of_two_that_start_together_one_begins(config):
         pass
 
 
-def test_a_worker_that_outlives_its_process_does_not_keep_the_folder(config, tmp_path):
+def test_a_worker_that_outlives_its_run_keeps_no_lock(config, tmp_path):
     """As one of `multiprocessing` does, which shares the open file."""
     reader, writer = os.pipe()
     holder = os.fork()
@@ -286,7 +286,7 @@ def test_links_are_not_followed(config, tmp_path, name, changes):
     assert (tmp_path / "elsewhere" / "file").read_text() == "mine"
 
 
-def test_a_link_to_a_folder_is_that_folder_and_one_to_nothing_is_an_error(config, tmp_path):
+def test_a_link_to_a_folder_works_and_one_to_nothing_does_not(config, tmp_path):
     (tmp_path / "disk").mkdir()
     Path(config.output_dir).symlink_to(tmp_path / "disk")
     begin(config)
@@ -299,7 +299,7 @@ def test_a_link_to_a_folder_is_that_folder_and_one_to_nothing_is_an_error(config
 # --- damage
 
 
-def test_a_finished_run_with_a_damaged_checkpoint_is_not_trained_over(config):
+def test_a_finished_run_with_a_torn_checkpoint_is_kept(config):
     folder = finished(config)
     log_and_save(folder, 2)
     os.truncate(folder / "checkpoint-2" / "training.pt", 1)

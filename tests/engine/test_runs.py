@@ -31,7 +31,7 @@ def begin(config, identity=SAME) -> run_folder.Run:
     return run
 
 
-def test_opening_writes_nothing_and_beginning_writes_a_whole_config(config):
+def test_opening_writes_nothing_and_beginning_a_whole_config(config):
     assert not run_folder.open_run(config).folder.exists()
     run = begin(config)
     written = yaml.safe_load((run.folder / "config.yaml").read_text())
@@ -43,14 +43,14 @@ def test_the_default_folder_is_named_after_the_command():
     assert run_folder.with_folder(DPOConfig(output_dir="x"), "dpo").output_dir == "x"
 
 
-def test_a_folder_that_holds_a_run_is_not_started_over_by_accident(config):
+def test_a_folder_with_a_run_is_not_started_over_unasked(config):
     begin(config)
     with pytest.raises(OnecardError, match="holds a run already; add --resume"):
         run_folder.open_run(config)
     assert run_folder.open_run(replace(config, overwrite=True)).checkpoint is None
 
 
-def test_overwriting_takes_the_old_run_away_only_when_the_new_one_begins(config):
+def test_overwriting_removes_a_run_when_the_next_begins(config):
     begin(config)
     folder = run_folder.open_run(config := replace(config, overwrite=True)).folder
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
@@ -77,7 +77,7 @@ def save(folder: Path, step: int) -> None:
     )
 
 
-def test_resume_under_other_settings_names_the_first_that_differs(config):
+def test_resume_names_the_first_setting_that_differs(config):
     saved(config)
     with pytest.raises(OnecardError, match=r"learning_rate is 0\.001 here and 5e-05 in"):
         run_folder.open_run(replace(config, resume=True, learning_rate=1e-3))

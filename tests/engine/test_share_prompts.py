@@ -98,7 +98,7 @@ def test_every_loss_of_pairs_is_the_same(fresh, kind):
     assert_same(found, learned(fresh, apart, PAIRS))
 
 
-def test_a_reference_computed_beforehand_belongs_to_the_same_answers(fresh):
+def test_precomputed_references_belong_to_the_same_answers(fresh):
     table = pair_reference(fresh, pack_pairs(PAIRS)).view(2, -1).T.tolist()
     known = [replace(item, ref_logps=tuple(row)) for item, row in zip(PAIRS, table, strict=True)]
     objective = recipe_of().objective(fresh)
@@ -107,7 +107,7 @@ def test_a_reference_computed_beforehand_belongs_to_the_same_answers(fresh):
         assert_same(learned(fresh, objective, examples), learned(fresh, objective, PAIRS))
 
 
-def test_the_step_without_a_forward_pass_of_the_reference_shares_too(fresh, monkeypatch):
+def test_the_reference_s_pass_shares_prompts_too(fresh, monkeypatch):
     seen = []
     ask = losses.reference_logps
     monkeypatch.setattr(losses, "reference_logps", lambda roles, batch: seen.append(batch) or ask(roles, batch))

@@ -128,7 +128,7 @@ def test_a_text_beyond_the_original_context_changes_no_other(layout):
     assert (laid(roles, texts[:1]) - truth[: len(texts[0]) - 1]).abs().max() < EXACT
 
 
-def test_sampling_across_the_original_context_rotates_as_whole_texts_do():
+def test_sampling_across_the_original_context_is_right():
     """A cache would hold keys rotated by the other factors; each token is drawn from the whole text so far."""
     roles = roles_of("phi3, longrope")
     check_decoding(roles, 40)
@@ -178,7 +178,7 @@ def test_nested_configs_lose_their_noise_too():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_model_that_draws_noise_all_the_same_is_trained_in_evaluation_mode(checkpointing, capsys):
+def test_a_model_that_draws_noise_is_trained_in_evaluation_mode(checkpointing, capsys):
     """A layer of its own that no config names, such as a router that samples its experts."""
     roles = roles_of("llama")
 
@@ -209,14 +209,14 @@ def test_a_layer_that_is_not_told_of_segments_is_refused():
 
 
 @pytest.mark.parametrize(("name", "own"), [("llama", True), ("deepseek_v32", False), ("falcon_h1", False)])
-def test_layers_that_choose_keys_or_keep_a_state_keep_their_own_attention(name, own):
+def test_layers_that_choose_keys_keep_their_own_attention(name, own):
     assert has_own_attention(roles_of(name).model) == own
 
 
 # --- memory
 
 
-def test_where_a_long_text_takes_too_much_memory_a_shorter_one_is_tried(monkeypatch):
+def test_a_shorter_text_is_tried_where_a_long_one_is_too_much(monkeypatch):
     lengths = []
     choose = startup.choose_layout
 

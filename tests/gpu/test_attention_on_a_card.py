@@ -41,7 +41,7 @@ def kernels_that_run(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_in_bfloat16_every_layout_is_as_near_to_the_truth_as_eager_is(monkeypatch, name):
+def test_in_bfloat16_every_layout_is_as_near_to_truth_as_eager(monkeypatch, name):
     """The truth is fp32 of the same rounded weights, one sequence at a time."""
     rounded = random_model(name).bfloat16().to(DEVICE)
     exact = random_model(name).to(DEVICE)

@@ -59,7 +59,7 @@ def is_steady(roles: Roles, batch: TokenBatch, expected: Gradients) -> bool:
 
 @over_bases
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
-def test_one_backward_of_both_roles_gives_each_role_s_own_gradients(llama, base: str, checkpointing: bool) -> None:
+def test_one_backward_gives_each_role_its_own_gradients(llama, base: str, checkpointing: bool) -> None:
     roles = ppo_roles(llama, gradient_checkpointing=checkpointing, **BASES[base])
     assert roles.device.type == DEVICE.type
     batch = some_batch(roles)

@@ -267,7 +267,7 @@ def test_inductor() -> None:
     compare(plain, torch.compile(plain, fullgraph=True), trunk, batch(), 0.2)
 
 
-def test_checks_of_values_are_left_out_and_those_of_shapes_are_not() -> None:
+def test_compiled_checks_are_of_shapes_and_not_of_values() -> None:
     """Reading values would break the graph."""
     b = batch()
     compiled = torch.compile(lambda a: linear_ppo_loss(b["x"], b["weight"], b["targets"], b["old"], a, b["mask"]).loss)

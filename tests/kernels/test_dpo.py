@@ -155,7 +155,7 @@ def test_aot_does_not_see_which_pair_is_which() -> None:
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "sigmoid_norm"])
-def test_label_smoothing_is_the_expected_loss_under_flipped_pairs(loss_type: str) -> None:
+def test_label_smoothing_is_the_expected_loss_of_flipped_pairs(loss_type: str) -> None:
     a, b, ra, rb = leaves_of(6)
     n, m = torch.arange(1, 7), torch.arange(3, 9)
     straight = dpo_loss(a, b, ra, rb, loss_type=loss_type, chosen_lengths=n, rejected_lengths=m).loss
@@ -174,7 +174,7 @@ def test_robust_undoes_flipped_labels() -> None:
     assert torch.allclose(expectation, dpo_loss(a, b, ra, rb).loss)
 
 
-def test_exo_is_least_where_the_policy_prefers_as_the_smoothed_label_does() -> None:
+def test_exo_is_least_at_the_smoothed_label() -> None:
     """A KL of (q, 1 - q) to (1 - e, e): 0 at l = log((1 - e) / e), with zero slope, and above 0 elsewhere."""
     ratio = torch.tensor([math.log(0.9 / 0.1), 0.0, 5.0], dtype=torch.float64, requires_grad=True)
     zero = torch.zeros(3, dtype=torch.float64)

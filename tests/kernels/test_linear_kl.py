@@ -264,7 +264,7 @@ class Watch(TorchDispatchMode):
         return out
 
 
-def test_a_shared_head_is_read_once_for_both_and_once_for_the_gradient() -> None:
+def test_a_shared_head_takes_one_product_for_both_states() -> None:
     hidden, ref, weight = torch.randn(T, D), torch.randn(T, D), torch.randn(V, D)
     leaf = hidden.clone().requires_grad_()
     with tuning.override(rows=1000):

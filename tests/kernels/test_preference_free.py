@@ -96,7 +96,7 @@ def test_cpo_by_hand() -> None:
     )
 
 
-def test_without_its_margin_simpo_is_dpo_per_token_against_nothing() -> None:
+def test_simpo_without_margin_is_dpo_per_token() -> None:
     chosen, rejected, n, m = material()
     zero = torch.zeros_like(chosen)
     lengths = {"chosen_lengths": n, "rejected_lengths": m}

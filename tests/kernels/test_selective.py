@@ -109,7 +109,7 @@ def test_inplace_backward_reuses_the_logits_and_runs_once(selective_log_softmax:
         loss.backward()
 
 
-def test_inplace_backward_is_loud_for_others_who_saved_the_logits(selective_log_softmax: Any) -> None:
+def test_inplace_backward_raises_for_others_who_saved_logits(selective_log_softmax: Any) -> None:
     logits = torch.randn(4, 31, requires_grad=True) * 1
     other = logits.square().sum()
     selective_log_softmax(logits, torch.arange(4), inplace_backward=True).logprobs.sum().backward(retain_graph=True)

@@ -116,7 +116,7 @@ def test_every_part_of_the_head(kind: str) -> None:
     assert bool(got[0][0].isinf()) == (head.forbidden is not None)
 
 
-def test_the_device_table_s_tile_and_low_precision_with_everything() -> None:
+def test_the_device_table_s_tile_in_bf16_with_everything() -> None:
     hidden, weight, y = inputs(5, 40, 300, torch.bfloat16)
     compare(hidden, weight, y, head_of("all", 300, torch.bfloat16))
     compare(hidden, weight, y, Head())
@@ -172,7 +172,7 @@ def test_what_is_in_forbidden_rows_of_the_head_does_not_matter() -> None:
         assert torch.equal(clean, other)
 
 
-def test_nan_in_a_row_stays_in_that_row_and_a_target_outside_is_nan() -> None:
+def test_nan_stays_in_its_row_and_a_target_outside_is_nan() -> None:
     hidden, weight, y = inputs(5, 16, 70, torch.float32)
     hidden[1, 3] = float("nan")
     y[2], y[3] = 70, -100
