@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from dataclasses import dataclass
@@ -29,6 +30,21 @@ def shared_path(relative: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs {relative} in ../shared/data beside the repository")
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gc_skips_what_is_imported() -> None:
+    """Hundreds of thousands of objects of libraries: many tests collect garbage, and each time would look at all."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without their report, whose plots take longer than all the rest of a small run."""
+    from onecard import reporting
+
+    monkeypatch.setattr(reporting, "write_run_report", lambda folder, *_: folder / "report.html")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,8 @@ from onecard.models.load import load_tokenizer
 from onecard.training.optim import MASTER_BYTES, MasterOptimizer, clip_grad_norm, make_optimizer, make_scheduler
 from onecard.utils.errors import OnecardError
 from tests.engine.roles_material import some_batch
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 BASES = {"bf16": {"dtype": "bfloat16"}, "nf4": {"dtype": "bfloat16", "load_in_4bit": True}}
 BF16 = TrainConfig(adapter_dtype="bfloat16")
@@ -266,19 +269,16 @@ def test_a_run_that_goes_on_ends_where_it_would_have(onecard, tiny_model, pairs,
         "dpo": ["--optim", "paged_adamw_8bit", "--lora_r", 64],
         "ppo": ["--reward_funcs", "length", "--response_length", 6, "--num_mini_batches", 2],
     }[command]
-    ends = []
-    for stop in (False, True):
-        run = tmp_path / f"run-{stop}"
-        arguments = [command, "--model", tiny_model, "--dataset", pairs, "--dtype", "bfloat16", "--adapter_dtype",
-                     "bfloat16", "--learning_rate", 3e-4, "--max_steps", 4, "--save_steps", 2, "--output_dir", run,
-                     "--per_device_train_batch_size", 4, *more]  # fmt: skip
-        assert onecard(*arguments).code == 0
-        if stop:
-            for path in sorted((run / "checkpoint-4").rglob("*"), reverse=True):
-                path.unlink() if path.is_file() else path.rmdir()
-            (run / "checkpoint-4").rmdir()
-            result = onecard(*arguments, "--resume")
-            assert result.code == 0, result.err
+    run, ends = tmp_path / "run", []
+    for resume in ([], ["--resume"]):
+        if resume:
+            shutil.rmtree(run / "checkpoint-4")
+        result = onecard(
+            command, "--model", tiny_model, "--dataset", pairs, "--dtype", "bfloat16", "--adapter_dtype", "bfloat16",
+            "--learning_rate", 3e-4, "--max_steps", 4, "--save_steps", 2, "--output_dir", run,
+            "--per_device_train_batch_size", 4, *more, *resume,
+        )  # fmt: skip
+        assert result.code == 0, result.err
         training = torch.load(run / "checkpoint-4" / "training.pt", weights_only=True)["optimizer"]
         ends.append((load_file(str(run / "policy" / "adapter_model.safetensors")), training["masters"]))
     (weights, masters), (again, masters_again) = ends

@@ -16,6 +16,8 @@ from onecard.models.build import load_player, load_ppo_roles, load_roles, refere
 from onecard.utils.errors import OnecardError
 from tests.engine.dpo_material import PAIRS, load, moved
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 BATCH = pack_pairs(PAIRS).sequences
 
 

@@ -106,7 +106,10 @@ def folders(tmp_path_factory):
     return root
 
 
-LONG = ("ppo", "ppo, padded", "ppo, pretrained", "ppo, entropy bonus", "ppo, no critic", "dpo, eager")  # as others are
+LONG = (  # as others are
+    "ppo", "ppo, padded", "ppo, pretrained", "ppo, entropy bonus", "ppo, no critic", "ppo, experts", "dpo, eager",
+    "dpo, padded", "dpo, prompts not shared", "sft, experts in 4 bit, not checkpointed",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.long if case in LONG else ()) for case in CASES])

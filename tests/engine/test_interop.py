@@ -7,11 +7,9 @@ import importlib.util
 import pytest
 import torch
 
-from onecard import reporting
 from onecard.config import ModelConfig
 from onecard.data.batches import TokenSequence, pack
 from onecard.models.build import load_player
-from tests.e2e.ppo_material import no_report
 from tests.engine.weights_material import TOKENS, by_folder, by_transformers, random_adapter
 
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
@@ -53,9 +51,7 @@ def test_a_reward_is_the_adapters_last_state_and_the_head_file(tmp_path, tinysto
 
 @needs_trl
 @pytest.mark.parametrize("trainer", ["sft", "dpo"])
-def test_trl_trains_on_from_our_adapter_and_onecard_from_trls(
-    onecard, tmp_path, tiny_model, pairs, trainer, monkeypatch
-):
+def test_trl_trains_on_from_our_adapter_and_onecard_from_trls(onecard, tmp_path, tiny_model, pairs, trainer, quick):
     """There and back: our policy, a step of TRL's, and a step of ours from the adapter that TRL saved."""
     import trl
     from datasets import Dataset
@@ -86,7 +82,6 @@ def test_trl_trains_on_from_our_adapter_and_onecard_from_trls(
     assert (after - before).abs().max() > 1e-3
     torch.testing.assert_close(by_folder(tmp_path / "trl"), after, atol=2e-5, rtol=0)
 
-    monkeypatch.setattr(reporting, "write_run_report", no_report)
     result = onecard(
         "dpo", "--model", tmp_path / "trl", "--dataset", pairs, "--output_dir", tmp_path / "run", "--max_steps", 1,
         "--test_size", 0, "--learning_rate", 1e-2,

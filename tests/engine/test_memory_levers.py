@@ -19,6 +19,8 @@ from onecard.training.optim import make_optimizer
 from onecard_kernels import linear_logprobs
 from onecard_kernels.logprob import tuning
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 SEQUENCES, LENGTH, HIDDEN, LAYERS, VOCABULARY = 4, 128, 128, 4, 4096
 
 

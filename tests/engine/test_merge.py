@@ -16,6 +16,8 @@ from onecard.models.load import load_tokenizer
 from tests.e2e.ppo_material import error_line
 from tests.engine.weights_material import by_folder, by_transformers, random_adapter
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 def adapter(base: Path, folder: Path, **settings) -> Path:
     """A run's folder."""

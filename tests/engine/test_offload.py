@@ -13,6 +13,8 @@ from onecard.models.build import load_roles
 from onecard.models.offload import OffloadedStorage, Offloader, PlainCopier
 from tests.engine.roles_material import gradients, policy_part, ppo_roles, some_batch, value_part
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 BASES = {"fp32": {}, "bf16": {"dtype": "bfloat16", "adapter_dtype": "bfloat16"}, "nf4": {"load_in_4bit": True}}
 CPU = torch.device("cpu")
 

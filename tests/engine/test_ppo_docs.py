@@ -20,6 +20,8 @@ from onecard.config import TrainConfig
 from onecard.training.trainer import Objective, Trainer
 from onecard_kernels import Loss
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGE = DOCS / "ppo-internals.md"

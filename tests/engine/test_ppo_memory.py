@@ -71,8 +71,15 @@ def reward(tinystories, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("padding_free", [True, False], ids=["packed", "padded"])
-@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "plain"])
+@pytest.mark.parametrize(
+    ("checkpointing", "padding_free"),
+    [
+        pytest.param(True, True, id="checkpointed, packed"),
+        pytest.param(False, False, id="plain, padded"),
+        pytest.param(True, False, id="checkpointed, padded", marks=pytest.mark.long),
+        pytest.param(False, True, id="plain, packed", marks=pytest.mark.long),
+    ],
+)
 def test_a_ppo_step_takes_at_most_1_3_times_a_dpo_step_s_memory(tinystories, reward, padding_free, checkpointing):
     """A whole iteration, rollout with its cache and all passes included, above the base's own weights."""
     settings = {"padding_free": padding_free, "gradient_checkpointing": checkpointing}

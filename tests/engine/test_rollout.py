@@ -20,8 +20,7 @@ from tests.engine.rollout_material import (
 # --- log-probs as drawn
 
 
-@pytest.mark.parametrize("model", ["stories656", "stories260"])
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize(("model", "temperature"), [("stories656", 0.7), ("stories260", 1.0)])
 @pytest.mark.parametrize("batch_size", [1, 3, 18])
 def test_logprobs_as_drawn_are_those_of_the_finished_sequences(request, model, temperature, batch_size):
     """Rows leave while others go on, and a wrong mask, position or cache row would show in what is drawn after that."""

@@ -36,6 +36,8 @@ from onecard.utils.progress import progress
 from tests.engine.attention_material import answer, distance, pair
 from tests.engine.dpo_material import load, moved
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 ROUNDING = 2e-6
 LONG = list(range(30, 60))
 PAIRS = [

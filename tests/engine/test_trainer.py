@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 import pytest
 import torch
 
-from onecard import reporting
 from onecard.algorithms import reward
 from onecard.algorithms.supervised import make_schedule
 from onecard.config import TrainConfig
@@ -20,6 +19,8 @@ from onecard.training.optim import make_optimizer, make_scheduler
 from onecard.training.trainer import Trainer
 from onecard.utils.errors import OnecardError
 from onecard_kernels import Loss
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_bradley_terry_by_hand():
@@ -146,7 +147,6 @@ def test_a_full_disk_loses_nothing_that_was_there(onecard, monkeypatch, tmp_path
             left.enter_context(full_disk(limit))
         return whole(self)
 
-    monkeypatch.setattr(reporting, "write_run_report", lambda folder: folder)
     assert command("whole").code == 0
     with left, monkeypatch.context() as patch:
         patch.setattr(Trainer, "save", save)

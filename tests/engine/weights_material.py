@@ -33,7 +33,7 @@ def by_role(roles: Roles, role: str = "policy") -> Tensor:
 
 def by_folder(folder: Path) -> Tensor:
     """Of a model, an adapter or a run."""
-    return by_role(load_player(ModelConfig(model=str(folder)), role="policy"))
+    return by_role(load_player(ModelConfig(model=str(folder)), role="anyone"), "anyone")
 
 
 def random_adapter(base: Path, folder: Path, role: str = "policy", **settings: Any) -> Path:
