@@ -20,11 +20,6 @@ from tests.e2e.ppo_material import (
 )
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reporting, "write_run_report", no_report)
-
-
 @pytest.fixture(scope="session")
 def material(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """A folder with prompts, functions, a reward adapter, an SFT adapter and a finished PPO run."""

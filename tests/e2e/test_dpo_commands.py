@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 
-from onecard import reporting
-from tests.e2e.ppo_material import all_finite, error_line, flags, metrics, no_report, without_clock
+from tests.e2e.ppo_material import all_finite, error_line, flags, metrics, without_clock
 from tests.e2e.test_resume import stop_at
 from tests.engine.dpo_material import labelled_rows
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(reporting, "write_run_report", no_report)
+def own_cache(quick, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "cache"))
 
 

@@ -7,6 +7,8 @@ import json
 import pytest
 import yaml
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 SMALL = {
     "model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,

@@ -1,4 +1,4 @@
-"""300 random inputs: settings, data files, run folders and reward functions.
+"""300 random inputs, of which `make test` has half: settings, data files, run folders and reward functions.
 
 Whatever comes in, a command ends with exit code 0, 2 or 130, without a traceback, leaves nothing half-written, and
 changes nothing of anybody else's. A command that refuses has changed nothing at all.
@@ -33,7 +33,8 @@ CONFIGS = {
 }  # fmt: skip
 TRAINING = ("sft", "reward", "dpo", "ppo")
 LONGEST = 90  # seconds that one command may take
-PARTS = range(10)  # each kind of input in so many tests, for the sake of workers
+# Each kind of input in so many tests, for the sake of workers.
+PARTS = [*range(5), *(pytest.param(part, marks=pytest.mark.long) for part in range(5, 10))]
 
 pytestmark = pytest.mark.usefixtures("quick")
 

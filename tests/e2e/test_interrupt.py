@@ -19,6 +19,8 @@ from onecard.training.trainer import Trainer
 from tests.e2e.ppo_material import flags, settings
 from tests.e2e.test_resume import arguments, metrics, weights
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @pytest.fixture(autouse=True)
 def usual_handlers() -> Iterator[None]:

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from onecard import reporting
 from onecard.models.roles import Roles
 from onecard.rollout import DecodeBatch
 from onecard.training.trainer import Trainer
-from tests.e2e.ppo_material import GOOD, WORDS, error_line, no_report, same_policy, without_clock, write_rows
+from tests.e2e.ppo_material import GOOD, WORDS, error_line, same_policy, without_clock, write_rows
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 MESSAGE = "onecard: error: out of memory: "
 Limits = Callable[[bool], float]  # whether a pass has gradients -> the most tokens that memory has room for
@@ -24,7 +25,6 @@ Limits = Callable[[bool], float]  # whether a pass has gradients -> the most tok
 
 @pytest.fixture
 def material(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(reporting, "write_run_report", no_report)
     monkeypatch.setenv("ONECARD_CACHE", str(tmp_path / "cache"))
     prompts = [f"the {WORDS[i % 6]} {'sat on ' * (i % 4)}{i}" for i in range(17)]
     write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 @pytest.fixture
 def generate(onecard, tiny_model, tmp_path):

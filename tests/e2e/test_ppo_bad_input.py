@@ -12,16 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from onecard import reporting
 from onecard.algorithms.ppo import command, startup
 from onecard.models import build, load
 from onecard.rollout import sampler
-from tests.e2e.ppo_material import (
-    error_line,
-    no_report,
-    tree,
-    write_rows,
-)
+from tests.e2e.bad_input_material import change_json
+from tests.e2e.ppo_material import error_line, tree, write_rows
 
 BAD_FUNCTIONS = """
 def raises(completions, **kwargs):
@@ -178,51 +173,58 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def bad_material(tmp_path: Path, tiny_model: Path, material: Path) -> None:
-    """Files and folders that cannot be used, in tmp_path."""
-    (tmp_path / "bad.py").write_text(BAD_FUNCTIONS)
-    (tmp_path / "torn.py").write_text("def f(:\n")
-    (tmp_path / "empty.jsonl").write_text("")
-    write_rows(tmp_path / "answers.jsonl", [{"prompt": "a", "answer": "b"}] * 40 + [{"prompt": "the", "answer": None}])
-    write_rows(tmp_path / "columns.jsonl", [{"promt": "a"}])
-    write_rows(tmp_path / "plain.jsonl", [{"prompt": "a"}, {"prompt": "the"}])
-    write_rows(tmp_path / "long.jsonl", [{"prompt": "a"}, {"prompt": "the cat " * 60}])
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, material: Path) -> Path:
+    """Files and folders that cannot be used."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "bad.py").write_text(BAD_FUNCTIONS)
+    (folder / "torn.py").write_text("def f(:\n")
+    (folder / "empty.jsonl").write_text("")
+    write_rows(folder / "answers.jsonl", [{"prompt": "a", "answer": "b"}] * 40 + [{"prompt": "the", "answer": None}])
+    write_rows(folder / "columns.jsonl", [{"promt": "a"}])
+    write_rows(folder / "plain.jsonl", [{"prompt": "a"}, {"prompt": "the"}])
+    write_rows(folder / "long.jsonl", [{"prompt": "a"}, {"prompt": "the cat " * 60}])
     for name in ("other", "torn-head", "wide-head", "nan-head", "torn-reward", "wide-reward"):
-        shutil.copytree(material / "rm" / "reward", tmp_path / name)
-    shutil.copytree(tiny_model, tmp_path / "base")
-    described = json.loads((tmp_path / "other" / "adapter_config.json").read_text())
-    described["base_model_name_or_path"] = str(tmp_path / "base")
-    (tmp_path / "other" / "adapter_config.json").write_text(json.dumps(described))
-    for file in (tmp_path / "torn-head" / "head.safetensors", tmp_path / "torn-reward" / "adapter_model.safetensors"):
+        shutil.copytree(material / "rm" / "reward", folder / name)
+    shutil.copytree(tiny_model, folder / "base")
+    change_json(folder / "other" / "adapter_config.json", base_model_name_or_path=str(folder / "base"))
+    for file in (folder / "torn-head" / "head.safetensors", folder / "torn-reward" / "adapter_model.safetensors"):
         file.write_bytes(file.read_bytes()[:100])
-    save_file({"weight": torch.zeros(1, 65), "bias": torch.zeros(1)}, tmp_path / "wide-head" / "head.safetensors")
-    save_file({"weight": torch.full((1, 64), math.nan), "bias": torch.zeros(1)}, tmp_path / "nan-head/head.safetensors")
-    adapter = tmp_path / "wide-reward" / "adapter_model.safetensors"
+    save_file({"weight": torch.zeros(1, 65), "bias": torch.zeros(1)}, folder / "wide-head" / "head.safetensors")
+    save_file({"weight": torch.full((1, 64), math.nan), "bias": torch.zeros(1)}, folder / "nan-head/head.safetensors")
+    adapter = folder / "wide-reward" / "adapter_model.safetensors"
     save_file({name: torch.zeros(65, 65) for name in load_file(adapter)}, adapter)
+    return folder
+
+
+def filled(value: Any, places: dict[str, Path]) -> Any:
+    """`value` with the paths that its words stand for."""
+    if isinstance(value, list):
+        return [filled(item, places) for item in value]
+    for name, place in places.items():
+        value = value.replace(name, str(place)) if isinstance(value, str) else value
+    return value
+
+
+# one refusal each of a setting, of data, of weights and of the startup check; the others end in the same four places
+OVER_AN_OLD_RUN = ("gamma above 1", "no prompt column", "reward that is torn", "function raises")
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(ppo, tmp_path, tiny_model, material, bad_material, case):
-    changes, expected = BAD[case]
-
-    def filled(value: Any) -> Any:
-        if isinstance(value, list):
-            return [filled(item) for item in value]
-        places = {"{tmp}": tmp_path, "{m}": material, "{model}": tiny_model}
-        for name, place in places.items():
-            value = value.replace(name, str(place)) if isinstance(value, str) else value
-        return value
-
-    changes = {flag: filled(value) for flag, value in changes.items()}
-    shutil.copytree(material / "old", tmp_path / "old")
-    before = tree(tmp_path)
+def test_bad_input_is_one_line_and_leaves_nothing(ppo, tmp_path, tiny_model, material, bad, case):
+    places = {"{tmp}": bad, "{m}": material, "{model}": tiny_model}
+    changes = {flag: filled(value, places) for flag, value in BAD[case][0].items()}
+    before = tree(bad)
     line = error_line(ppo(changes))
-    for words in expected:
-        assert filled(words) in line, line
-    assert tree(tmp_path) == before
-    assert error_line(ppo({**changes, "--output_dir": tmp_path / "old", "--overwrite": True})) == line
-    assert tree(tmp_path) == before
+    for words in BAD[case][1]:
+        assert filled(words, places) in line, line
+    assert list(tmp_path.iterdir()) == []
+    assert tree(bad) == before
+    if case in OVER_AN_OLD_RUN:
+        shutil.copytree(material / "old", tmp_path / "old")
+        old = tree(tmp_path)
+        assert error_line(ppo({**changes, "--output_dir": tmp_path / "old", "--overwrite": True})) == line
+        assert tree(tmp_path) == old
 
 
 def test_an_older_run_is_not_replaced_unasked(ppo, tmp_path, material):
@@ -305,7 +307,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_start_that_does_not_agree_is_refused(ppo, monkeypatch, tmp_path, material, tiny_model, case):
+def test_a_start_that_does_not_agree_is_refused(ppo, quick, monkeypatch, tmp_path, material, tiny_model, case):
     breaks, expected = BROKEN[case]
     shutil.copytree(material / "old", tmp_path / "old")
     with monkeypatch.context() as patch:
@@ -316,5 +318,4 @@ def test_a_start_that_does_not_agree_is_refused(ppo, monkeypatch, tmp_path, mate
         assert expected in line
         error_line(ppo({**changes, "--output_dir": tmp_path / "old", "--overwrite": True}))
         assert tree(tmp_path) == before
-    monkeypatch.setattr(reporting, "write_run_report", no_report)
     assert ppo(changes).code == 0  # mended, the same settings run

@@ -34,6 +34,8 @@ from onecard.training.trainer import Trainer
 from onecard.utils import files
 from tests.e2e.ppo_material import STOPS, WORDS, no_report, run_command, write_rows
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 STEPS = 6
 REWARD = """
 def score(completions, **kwargs):
@@ -174,7 +176,6 @@ def test_interrupted_twice_and_resumed_equals_uninterrupted(
     onecard, monkeypatch, tmp_path, tiny_model, material, variant
 ):
     """Once between an iteration's updates, then in the middle of an answer."""
-    monkeypatch.setattr(reporting, "write_run_report", no_report)
     saved, words = VARIANTS[variant]
     more = [str(word).replace("{material}", str(material)) for word in words]
     whole = onecard(*arguments(tiny_model, material, tmp_path / "whole", *more))
@@ -208,7 +209,6 @@ def test_interrupted_twice_and_resumed_equals_uninterrupted(
 
 
 def test_resuming_a_finished_run_changes_nothing(onecard, monkeypatch, tmp_path, tiny_model, material):
-    monkeypatch.setattr(reporting, "write_run_report", no_report)
     words = arguments(tiny_model, material, tmp_path / "run", "--max_steps", 2)
     assert onecard(*words).code == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from onecard.training import trainer
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 STEPS = 8
 
 

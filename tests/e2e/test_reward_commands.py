@@ -28,6 +28,8 @@ from tests.e2e.ppo_material import (
     write_rows,
 )
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 SMALL = ["--max_steps", 4, "--learning_rate", 1e-2, "--test_size", 6, "--per_device_train_batch_size", 4]
 ROWS = {
     "pairs": [{"prompt": f"the {word} {i}", "chosen": " good answer", "rejected": " bad mat"}

@@ -12,6 +12,8 @@ from transformers.utils import chat_template_utils
 
 from tests.e2e.test_resume import metrics, stop_at, weights
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 DATED = (
     "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

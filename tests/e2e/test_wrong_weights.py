@@ -17,6 +17,8 @@ from onecard.models.load import load_tokenizer
 from tests.e2e.ppo_material import error_line, tree, write_rows
 from tests.e2e.wrong_weights_material import ADAPTERS, BASES, on_base, write_adapters, write_bases
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 SPEAKS = "--output_dir {out} --max_steps 1 --test_size 0 --dataset {data}/"
 PPO = "ppo --reward_funcs length:8 --response_length 4 --batch_size 8 " + SPEAKS + "prompts.jsonl "
 EVALUATE = "evaluate --max_prompts 1 --response_length 4 --output_dir {out} --dataset {data}/prompts.jsonl "
