@@ -69,23 +69,27 @@ def material(kind):
     return hidden, weight, torch.randint(0, vocabulary, (tokens,))
 
 
-# `make test` has every plan with mixed dtypes, and every dtype with the plan that is chosen by itself.
-each = pytest.mark.parametrize(
-    ("kind", "plan"),
-    [
-        pytest.param(kind, plan, marks=() if kind == "mixed" or plan == "auto" else pytest.mark.long)
-        for kind in MATERIALS
-        for plan in PLANS
-    ],
-)
+def grid(plain: tuple, full: tuple) -> pytest.MarkDecorator:
+    """Every kind, plan and pair of options, most of them for `make test-long`.
+
+    `make test` has the full options with every plan of mixed dtypes and with every dtype's own plan.
+    """
+
+    def marks(kind: str, plan: str, options: tuple) -> tuple:
+        if options == full:
+            return () if kind == "mixed" or plan == "auto" else (pytest.mark.long,)
+        return () if (kind, plan) == ("mixed", "auto") else (pytest.mark.long,)
+
+    cases = [(kind, plan, options) for kind in MATERIALS for plan in PLANS for options in (plain, full)]
+    return pytest.mark.parametrize(
+        ("kind", "plan", "options"), [pytest.param(*case, marks=marks(*case)) for case in cases]
+    )
 
 
-@each
+@grid((False, False, None), (True, True, 30.0))
 @pytest.mark.parametrize("mode", ["forward", "frozen", "trained"])
-@pytest.mark.parametrize(
-    ("masked", "entropy", "softcap"), [(False, False, None), (True, False, None), (False, True, 30.0)]
-)
-def test_linear_logprobs(plan, kind, mode, masked, entropy, softcap):
+def test_linear_logprobs(plan, kind, mode, options):
+    masked, entropy, softcap = options
     hidden, weight, targets = material(kind)
     hidden.requires_grad_(mode != "forward")
     weight.requires_grad_(mode == "trained")
@@ -106,10 +110,10 @@ def test_linear_logprobs(plan, kind, mode, masked, entropy, softcap):
     assert names == {f"onecard::{name}" for name in {"linear_logprobs"} | backward}
 
 
-@each
+@grid((0.0, None), (0.1, 30.0))
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-@pytest.mark.parametrize(("entropy_coef", "softcap"), [(0.0, None), (0.1, 30.0)])
-def test_linear_ppo(plan, kind, trained, entropy_coef, softcap):
+def test_linear_ppo(plan, kind, trained, options):
+    entropy_coef, softcap = options
     hidden, weight, targets = material(kind)
     hidden.requires_grad_()
     weight.requires_grad_(trained)
@@ -126,9 +130,9 @@ def test_linear_ppo(plan, kind, trained, entropy_coef, softcap):
         assert check(run) == {"onecard::linear_ppo", "onecard::scale_linear_ppo"}
 
 
-@each
-@pytest.mark.parametrize(("learns", "masked", "softcap"), [(False, False, None), (True, True, 30.0)])
-def test_linear_kl(plan, kind, learns, masked, softcap):
+@grid((False, False, None), (True, True, 30.0))
+def test_linear_kl(plan, kind, options):
+    learns, masked, softcap = options
     hidden, weight, targets = material(kind)
     reference = torch.randn_like(hidden)
     hidden.requires_grad_(learns)
@@ -143,8 +147,7 @@ def test_linear_kl(plan, kind, learns, masked, softcap):
         assert "onecard::linear_kl" in check(run)
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-@pytest.mark.parametrize(("tokens", "vocabulary"), [(300, 5000), (50, 60000)])
+@pytest.mark.parametrize(("dtype", "tokens", "vocabulary"), [(FP32, 300, 5000), (BF16, 50, 60000)], ids=str)
 @pytest.mark.parametrize(("masked", "entropy"), [(False, False), (True, True)])
 def test_selective_log_softmax(dtype, tokens, vocabulary, masked, entropy):
     logits = torch.randn(tokens, vocabulary).to(dtype).requires_grad_()
