@@ -36,7 +36,7 @@ class PPOConfig(ReferenceConfig, ScoringConfig, TrainConfig):
     constraint_threshold: float = option(0.0, "An answer that costs more violates the constraint.")
     constraint_mode: ConstraintMode = option(
         "skip", "skip: an answer that violates the constraint gives no gradient. lagrangian: its cost times a "
-        "multiplier is subtracted from its score; the multiplier is adapted so that the mean cost approaches the threshold.",
+        "multiplier is subtracted from its score. The multiplier is adapted: the mean cost approaches the threshold.",
     )  # fmt: skip
     constraint_lambda: float = option(1.0, "First multiplier of lagrangian.", least=0)
     constraint_lambda_lr: float = option(0.1, "Step size of the multiplier's adaptation.", least=0)
