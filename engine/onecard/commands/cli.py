@@ -89,6 +89,9 @@ class FiniteFloat(click.FloatRange):
             self.fail(f"{number:g} is beyond {LARGEST:g}.", param, ctx)
         return number
 
+    def _describe_range(self) -> str:
+        return "" if self.min is None else super()._describe_range()  # click writes "x<=None" where there is no limit
+
 
 class Integer(click.IntRange):
     """An integer of 64 bits, with or without a sign: torch takes no other as a seed."""
@@ -102,6 +105,9 @@ class Integer(click.IntRange):
         if not -(2**63) <= number < 2**64:
             self.fail(f"{number} does not fit into 64 bits.", param, ctx)
         return number
+
+    def _describe_range(self) -> str:
+        return "" if self.min is None else super()._describe_range()
 
 
 SCALARS: dict[Any, click.ParamType] = {str: click.STRING, int: Integer(), float: FiniteFloat()}
@@ -297,7 +303,7 @@ def make_cli() -> click.Group:
     group = Commands(
         "onecard",
         context_settings=settings,
-        help="SFT, reward models, DPO and PPO for language models on one card. Start with: onecard demo",
+        help="SFT, reward models, DPO and PPO for language models on one GPU. Start with: onecard demo",
     )
     for name, (config_class, target, example) in COMMANDS.items():
         group.add_command(make_command(name, config_class, target, example))
