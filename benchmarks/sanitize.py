@@ -37,7 +37,7 @@ from benchmarks.ahead import name_of
 from benchmarks.cli import Refused
 from benchmarks.records import Case, Recorder
 from onecard_kernels import gae, linear_logprobs, logits_ppo_loss, ppo_loss, selective_log_softmax, value_loss
-from onecard_kernels.launch import launch, recording, why_not
+from onecard_kernels.launch import recording, why_not
 from onecard_kernels.records import Head
 
 # memcheck: unowned memory after every allocation; errors of the driver's API are not reported
@@ -298,7 +298,7 @@ def run_group(group: str, device: torch.device) -> int:
     """The child process: run a group, or plant a fault, and print READY if the results are right."""
     if group in FAULTS:
         x = torch.arange(128, dtype=torch.int32, device=device)
-        launch(FAULTS[group], (1,), x, torch.empty_like(x), BLOCK=128)
+        FAULTS[group][(1,)](x, torch.empty_like(x), BLOCK=128)
         torch.cuda.synchronize(device)
         return 0
     names, wrong = {}, []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from onecard.algorithms.ppo.losses import critic_loss, ppo_losses, ppo_objective
+from onecard.algorithms.ppo.job import critic_loss, ppo_losses, ppo_objective
 from onecard.config import PPOConfig, RewardConfig
 from onecard.data.batches import Experience, ExperienceBatch, pack_experience
 from onecard.models.build import load_ppo_roles, load_roles

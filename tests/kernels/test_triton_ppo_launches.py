@@ -113,7 +113,9 @@ def test_mixed_dtypes() -> None:
 def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two forward, one backward, also with the entropy's gradient; without a gradient its memory is not written."""
     count = []
-    monkeypatch.setattr(launches, "launch", lambda *a, **kw: (count.append(kw), launch.launch(*a, **kw)))
+    kind = type(launches.policy_kernel)
+    run = kind.run
+    monkeypatch.setattr(kind, "run", lambda *args, **given: (count.append(given), run(*args, **given)))
     mask = torch.ones(4, device=DEVICE)
     batch = tokens((4,), torch.bfloat16)
     batch["logprobs"].requires_grad_()
@@ -143,9 +145,8 @@ def test_real_sizes_are_recorded_without_a_card() -> None:
     mask = torch.empty(64, 4096, device="meta", dtype=torch.bool)
     options = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "entropy_coef": 0.1, "kl_coef": 0.1}
     with launch.recording() as recorded:
-        done = launches.policy_tokens(**records(**batch, mask=mask, **options, kl_estimator="k3"))
-        finished = launches.finish(done.sums, None)
-        launches.scale(finished.loss, finished.divisor, done.slope, done.entropy_slope, torch.bfloat16, torch.bfloat16)
+        done = launches.policy_terms(**records(**batch, mask=mask, **options, kl_estimator="k3"))
+        launches.scale(done.loss, done.divisor, done.slope, done.entropy_slope, torch.bfloat16, torch.bfloat16)
     assert [r.grid for r in recorded] == [(256,), (1,), (256,)]
     assert recorded[0].constexprs["BLOCK"] == 1024
 
@@ -185,7 +186,7 @@ def test_token_terms_take_one_token_too() -> None:
     batch = {name: x.masked_fill(~mask, NAN) for name, x in batch.items()}
     out = torch.empty(6, 9, dtype=torch.float64, device=DEVICE)
     tensors = [batch[name] for name in ("logprobs", "old_logprobs", "advantages", "ref_logprobs")]
-    launch.launch(one_row_a_program, (9,), *tensors, mask.view(torch.uint8), out, 0.2, 0.3, 1.4)
+    one_row_a_program[(9,)](*tensors, mask.view(torch.uint8), out, 0.2, 0.3, 1.4)
     options = {"clip_high": 0.3, "dual_clip": 1.4, "kl_coef": 0.3, "normalizer": 1.0, "backend": "torch"}
     truth = run(ppo_loss, ("logprobs",), batch, mask=mask, **options)
     names = ("loss", "policy/approxkl", "policy/clipfrac", "val/ratio", "policy/kl")

@@ -23,7 +23,7 @@ from onecard.data import prompt_tokens
 from onecard.data.columns import BadRowError, Text
 from onecard.data.template_answers import as_content
 from onecard.data.templates import template_date, today
-from onecard.data.tokens import HALF, continuation_text
+from onecard.data.tokens import REPLACEMENT, continuation_text
 from onecard.models.build import load_player
 from onecard.models.load import context_length, load_tokenizer
 from onecard.models.roles import Roles
@@ -91,7 +91,7 @@ class AnswerStream:
     def on_token(self, token: int) -> None:
         """Append a token and write the text that it completes."""
         self.tokens.append(token)
-        self.write_new(self.text().rstrip(HALF))
+        self.write_new(self.text().rstrip(REPLACEMENT))
 
     def write_new(self, text: str) -> None:
         """Write the part of `text` that has not been written."""
@@ -236,7 +236,7 @@ def run(config: ChatConfig) -> None:
         with suppress(ImportError):  # Windows has no readline
             importlib.import_module("readline")  # gives `input` a history of lines
     if not tokenizer.chat_template:
-        say("The tokenizer has no chat template: the model goes on with the text, lines and answers alike.")
+        say("The tokenizer has no chat template: the model continues the text of all lines and answers.")
     say("/reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer.")
     torch.manual_seed(config.seed)
     with template_date(today()):

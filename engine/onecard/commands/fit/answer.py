@@ -83,7 +83,7 @@ def answer(fit: FitConfig, config: TrainConfig) -> Answer:
 
     if card.holds(plan.peak):
         return replace(base_answer, fits=True, tokens=tokens_of(config))
-    say(f"fit: {plan.peak / GIB:.2f} GiB is too much for {card.name}; looking for settings that are not.")
+    say(f"fit: {plan.peak / GIB:.2f} GiB is too much for {card.name}; looking for settings that fit.")
     fitting = make_fit(config, plan_of, card, rows)
     if fitting.config is None:
         raise OnecardError(too_little(card, fitting))

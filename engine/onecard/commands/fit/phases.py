@@ -16,7 +16,7 @@ from onecard.algorithms.common import Recipe
 from onecard.algorithms.dpo.command import make_recipe as dpo_recipe
 from onecard.algorithms.dpo.variants import pick_variant
 from onecard.algorithms.ppo.experience import state_values
-from onecard.algorithms.ppo.losses import ppo_objective
+from onecard.algorithms.ppo.job import ppo_objective
 from onecard.algorithms.ppo.sampling import rollout_budget
 from onecard.algorithms.reward.command import make_recipe as reward_recipe
 from onecard.algorithms.sft import make_recipe as sft_recipe

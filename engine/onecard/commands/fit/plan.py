@@ -185,7 +185,7 @@ def plan_memory(
     extrapolated linearly.
     """
     if lengths.total > 2 * SHORT[1] and runs_token_by_token(model, config, target):
-        say(f"fit: the model runs token by token; planned for {SHORT[0]} and {SHORT[1]} tokens, and on from there.")
+        say(f"fit: the model runs token by token; planned for {SHORT[0]} and {SHORT[1]} tokens, then extrapolated.")
         settings = [shortened(config, lengths, tokens) for tokens in SHORT]
         plans = [
             plan_once(model, short_config, short, target, own_reference=own_reference)
