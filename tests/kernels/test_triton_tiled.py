@@ -19,7 +19,6 @@ from tests.kernels.operator_material import HEAD_KINDS, head_options
 triton = pytest.importorskip("triton")
 import triton.language as tl
 
-from onecard_kernels.launch import launch
 from onecard_kernels.logprob.triton_math import log, log1p, tanh
 from onecard_kernels.logprob.triton_tiled import tiled_statistics
 
@@ -84,7 +83,7 @@ def test_functions_are_right_to_four_units_in_the_last_place(
     for dtype in (torch.float32,) if function is tanh else (torch.float32, torch.float64):
         x = x.to(dtype)
         out = torch.empty_like(x)
-        launch(_apply, (1,), x, out, FUNCTION=function, SIZE=8192)
+        _apply[(1,)](x, out, FUNCTION=function, SIZE=8192)
         assert float((out / truth(x.double()) - 1).abs().max()) < 4 * torch.finfo(dtype).eps
 
 
