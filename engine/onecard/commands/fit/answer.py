@@ -98,7 +98,7 @@ def planner(model: PlannedModel, lengths: Lengths, target: torch.device) -> Call
         key = repr(config)
         if key not in plans:
             try:
-                plans[key] = plan_memory(model.config, config, lengths, target, own_reference=model.adapter)
+                plans[key] = plan_memory(model.config, config, lengths, target, from_adapter=model.adapter)
             except OnecardError:
                 raise
             except Exception as error:  # model code may raise any exception on meta tensors, which have no values
