@@ -105,7 +105,7 @@ def reference_adapter(config: TrainConfig) -> Path | None:
             f"ref_adapter: {name} was trained on {source.base}, but the policy's base is {policy.base}; policy and "
             "reference share one base."
         )
-    check_speaks(source, "ref_adapter")
+    check_is_policy(source, "ref_adapter")
     return source.adapter
 
 
@@ -133,7 +133,7 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
     """
     source = find_source(config.model)
     if not scalar:
-        check_speaks(source)
+        check_is_policy(source)
     check_no_adapter(config, adapter=source.adapter is not None)
     setup = supervised_setup(
         config, trained=trained, reference=reference, scalar=scalar, from_adapter=source.adapter is not None
@@ -215,7 +215,7 @@ def load_ppo_roles(config: PPOConfig) -> Roles:
     starts with a zero head: the reward head was trained on other hidden states.
     """
     source = find_source(config.model)
-    check_speaks(source)
+    check_is_policy(source)
     scorers = {role: reward_adapter(config, setting) for role, setting in SCORER_SETTINGS.items()}
     frozen = {role: folder for role, folder in scorers.items() if folder is not None}
     setup = ppo_setup(config, frozen, from_adapter=source.adapter is not None)
@@ -278,7 +278,7 @@ def load_player(config: ModelConfig, *, role: str, head: bool = False) -> Roles:
     """
     source = find_source(config.model)
     if role == "policy":
-        check_speaks(source)
+        check_is_policy(source)
     roles = load_players(config, {role: source.adapter})
     if head:
         folder = source.adapter or Path(source.base)
@@ -288,7 +288,7 @@ def load_player(config: ModelConfig, *, role: str, head: bool = False) -> Roles:
     return roles
 
 
-def check_speaks(source: Source, setting: str = "model") -> None:
+def check_is_policy(source: Source, setting: str = "model") -> None:
     """Raise for a reward model where a policy is expected: it would load, but it was not trained to generate text."""
     for folder in filter(None, (source.adapter, Path(source.base))):
         if (folder / HEAD_WEIGHTS).is_file():
