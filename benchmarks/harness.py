@@ -6,7 +6,6 @@ in turns with each other and with the limits: bare matrix products and a copy.
 
 from __future__ import annotations
 
-import gc
 import importlib
 import math
 import time
@@ -224,14 +223,15 @@ def limits(
     benchmark: Benchmark, sets: Sequence[Inputs], work: Work, device: torch.device
 ) -> dict[str, tuple[Row, list[measure.Work], int]]:
     """name -> (row without times, works, FLOPs or bytes of one call): bare GEMMs where there are any, and a copy."""
-    found: dict[str, tuple[Row, list[measure.Work], int]] = {}
-    if work.products is not None:
-        of, name = work.products, f"bare GEMMs, {work.products.count}u"
-        bare = [measure.gemm_work(s["hidden"], s["weight"], of.logits, of.hidden, of.head) for s in sets]
-        found[name] = (Row(name, LIMIT, gemms=of.count), list(bare), work.flops)
     copy, moved = measure.copy_work(device)
-    found["copy"] = (Row("copy", LIMIT), [copy], moved)
-    return found
+    found: dict[str, tuple[Row, list[measure.Work], int]] = {"copy": (Row("copy", LIMIT), [copy], moved)}
+    if work.products is None:
+        return found
+    of, name = work.products, f"bare GEMMs, {work.products.count}u"
+    bare: list[measure.Work] = [
+        measure.gemm_work(s["hidden"], s["weight"], of.logits, of.hidden, of.head) for s in sets
+    ]
+    return {name: (Row(name, LIMIT, gemms=of.count), bare, work.flops), **found}
 
 
 def measure_case(
@@ -244,14 +244,9 @@ def measure_case(
     timing: Timing,
     *,
     main: bool = True,
-    replay: Callable[[Job], measure.Work] | None = None,
-    calls: int = 1,
     tick: Callable[[str], None] = lambda name: None,
 ) -> tuple[Row, ...]:
-    """Check all candidates, take their memory, time them in turns. `main`: also time what compiles for long.
-
-    `replay` makes of a job a work that calls it `calls` times (a CUDA graph).
-    """
+    """Check all candidates, take their memory, time them in turns. `main`: also time what compiles for long."""
     device = next(iter(sets[0].values())).device
     taking_part = [
         c for c in candidates if mode in (c.modes or (mode,)) and device.type in (c.devices or (device.type,))
@@ -272,7 +267,7 @@ def measure_case(
                 continue
             jobs = [Job(candidate, function, inputs, benchmark.modes[mode]) for inputs in sets]
             peak = measure.peak_bytes(jobs[0], device)
-            works[candidate.name] = [replay(job) for job in jobs] if replay else list(jobs)
+            works[candidate.name] = list(jobs)
         except Refused:
             raise
         except Exception as error:
@@ -283,7 +278,7 @@ def measure_case(
                 raise Refused(f"{benchmark.name} does not run in mode {mode} at {shape}: {reason}") from error
             if candidate.timed:
                 rows[candidate.name] = replace(row, reason=reason)
-            free(device)  # an allocation that failed leaves fragments
+            measure.free_memory()  # an allocation that failed leaves fragments
             continue
         launches = measure.launches(jobs[0], device) if benchmark.launches else None
         rows[candidate.name] = replace(row, errors=errors, peak_bytes=peak, launches=launches)
@@ -301,11 +296,7 @@ def measure_case(
         budget=timing.budget,
         tick=tick,
     )
-    done = [
-        replace(rows[c.name], seconds=tuple(taken / calls for taken in times.get(c.name, ())))
-        for c in taking_part
-        if c.name in rows
-    ]
+    done = [replace(rows[c.name], seconds=tuple(times.get(c.name, ()))) for c in taking_part if c.name in rows]
     for name, (row, _, units) in bare.items():
         done.append(replace(row, seconds=tuple(times[name]), rate=units / measure.spread(times[name]).median))
     return with_share(done, work)
@@ -318,12 +309,6 @@ def with_share(rows: Sequence[Row], work: Work) -> tuple[Row, ...]:
         replace(row, of_limit=least / row.time.median) if row.time is not None and row.name != "copy" else row
         for row in rows
     )
-
-
-def free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # or the next candidate pays for the last one's fragments
 
 
 # --- candidates of several operations. They import in `load`: a peer that is not installed costs its row alone.

@@ -13,13 +13,12 @@ from benchmarks import cli, harness, kernels, measure, records, render, targets
 from benchmarks.harness import EAGER, Candidate, Products, Timing, Unavailable, Work, eager_logprobs, takes
 from benchmarks.records import LIMIT, OURS, Case, Row
 from benchmarks.shapes import Shape, Shapes, linear, logits
-from benchmarks.suite import BENCHMARKS, gae, linear_dpo, linear_kl, linear_ppo, logits_ppo, selective
+from benchmarks.suite import BENCHMARKS, gae, linear_kl, linear_losses, selective
 from benchmarks.suite import tokens as token_losses
 from benchmarks.suite.linear_logprobs import BENCHMARK, FORWARD, FROZEN, TENSORS, TRAINED
 
 CPU = torch.device("cpu")
-EVERY = {**BENCHMARKS, logits_ppo.NAME: logits_ppo.BENCHMARK}
-CASES = [(name, mode) for name, benchmark in EVERY.items() for mode in benchmark.modes]
+CASES = [(name, mode) for name, benchmark in BENCHMARKS.items() for mode in benchmark.modes]
 # V and N divide by no block size; N is enough for two pairs.
 TINY = {
     ("N", "D", "V"): linear("tiny", 1061, 8, 37),
@@ -81,15 +80,15 @@ def test_bare_gemms_are_the_products_they_claim(budget: int, monkeypatch: pytest
 
 
 def outputs(name: str, mode: str, candidate: str, inputs: dict[str, torch.Tensor]) -> harness.Outputs:
-    chosen = next(c for c in EVERY[name].candidates if c.name == candidate)
+    chosen = next(c for c in BENCHMARKS[name].candidates if c.name == candidate)
     with chosen.around():
-        return harness.run(chosen.load(CPU), inputs, EVERY[name].modes[mode])
+        return harness.run(chosen.load(CPU), inputs, BENCHMARKS[name].modes[mode])
 
 
 @pytest.mark.parametrize(("name", "mode"), CASES)
 def test_ours_in_fp64_is_the_oracle_and_in_fp32_within_the_bars(name: str, mode: str) -> None:
     """Two ways that share no line: the equations written out, and the library."""
-    benchmark = EVERY[name]
+    benchmark = BENCHMARKS[name]
     shape = next(TINY[axes] for axes in TINY if axes == tuple(benchmark.shapes["cpu"].usual[0].sizes))
     inputs = benchmark.inputs(shape, CPU, torch.float32, 0)
     exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
@@ -109,8 +108,9 @@ def test_work_counts_every_term_by_hand() -> None:
     assert found[FORWARD] == Work(ends + 2 * (8 + 4), one, Products(1))
     assert found[FROZEN] == Work(ends + 2 * (8 + 4 + 4) + 2 * 3 * 4, 2 * one, Products(1, 1))
     assert found[TRAINED] == Work(ends + 2 * 16 + 2 * 3 * 4 + 5 * 3 * 4, 3 * one, Products(1, 1, 1))
-    assert linear_ppo.work(shape, 2) == Work(42 + 2 * (8 + 4 + 4 + 1) + 12, 2 * one, Products(1, 1))
-    assert linear_dpo.work(shape, 2) == Work(42 + 2 * (8 + 8) + 12, 2 * one, Products(1, 1))
+    ppo, dpo = (loss.modes[FROZEN].work(shape, 2) for loss in (linear_losses.PPO, linear_losses.DPO))
+    assert ppo == Work(42 + 2 * (8 + 4 + 4 + 1) + 12, 2 * one, Products(1, 1))
+    assert dpo == Work(42 + 2 * (8 + 8) + 12, 2 * one, Products(1, 1))
     assert linear_kl.forward_work(shape, 4) == Work(ends + 2 * 3 * 4 + 2 * 4, 2 * one, Products(2))
     assert linear_kl.frozen_work(shape, 4) == Work(ends + 2 * 24 + 2 * 8, 3 * one, Products(2, 1))
     assert selective.forward_work(logits("", 2, 5), 2) == Work(2 * 5 * 2 + 2 * 16)
