@@ -28,7 +28,7 @@ SCHEMA = 4
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "peft", "accelerate",
-            "bitsandbytes")  # fmt: skip
+            "bitsandbytes", "datasets")  # fmt: skip
 OURS = "onecard"
 WHOLE = "the whole iteration"  # the row of a training step's sum
 LIMIT = "limit"  # the role of bare GEMMs and copies; candidates are "ours" or "peer"
