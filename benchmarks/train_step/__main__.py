@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 import torch
-from rich.console import Console
 
 from benchmarks import cli, render
 from benchmarks.harness import Timing
@@ -62,16 +61,11 @@ def command(
     )
     quiet()
     recorder = Recorder("train-step", where, clock=clock_name, repeats=timing.repeats, quick=few, out=out)
-    console = Console()
-    console.print(recorder.opening(), highlight=False)
     dtype = torch.bfloat16 if smoke or device == "cuda" else torch.float32
-    for case in cli.until(chosen, minutes):
-        with console.status("") as status:
-            result = measure_case(case, where, dtype, timing, status.update)
-        recorder.add(result)
-        console.print(render.terminal(result))
-    render.finish(recorder, complete=len(recorder.report.cases) == len(chosen), data_only=data_only)
-    cli.refuse(recorder.report.cases)
+    render.run(
+        recorder, chosen, lambda case, tell: measure_case(case, where, dtype, timing, tell), minutes=minutes,
+        data_only=data_only,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

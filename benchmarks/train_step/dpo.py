@@ -7,14 +7,14 @@ clipping and the optimizer of transformers' loop. TRL's collator runs before its
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import sys
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -59,8 +59,11 @@ class Task:
         return sum(self.pairs[index].tokens for index in self.indices(step))
 
 
-class DPOStepper:
-    """A trainer that takes one optimizer step on the next pairs each time it is called."""
+class DPOStepper(ABC):
+    """A trainer that takes one optimizer step on the next pairs each time it is called.
+
+    A method `ready`, if there is one, does what is outside of a step's time.
+    """
 
     model: Any
     optimizer: Any
@@ -70,12 +73,9 @@ class DPOStepper:
         self.row: dict[str, float] = {}
         self.learned: list[tuple[float, float]] = []  # loss and gradient norm of each step
 
-    def ready(self) -> None:
-        """What is outside of a step's time."""
-
+    @abstractmethod
     def step(self, indices: Sequence[int]) -> dict[str, float]:
         """One optimizer step on these pairs; its row."""
-        raise NotImplementedError
 
     def __call__(self) -> None:
         self.row = self.step(self.task.indices(self.done))
@@ -83,10 +83,10 @@ class DPOStepper:
         self.done += 1
 
 
-def config_of(task: Task, *, share_prompts: bool = True) -> DPOConfig:
+def config_of(task: Task, **changes: Any) -> DPOConfig:
     """onecard's settings. TRL counts pairs instead of tokens, and has no other dtype for adapters."""
     case = task.case
-    return DPOConfig(
+    config = DPOConfig(
         model=str(task.folder),
         dtype=DTYPES[task.dtype],
         adapter_dtype=DTYPES[task.dtype],
@@ -94,10 +94,10 @@ def config_of(task: Task, *, share_prompts: bool = True) -> DPOConfig:
         per_device_train_batch_size=case.per_pass,
         gradient_accumulation_steps=case.items // case.per_pass,
         max_steps=1 << 30,
-        share_prompts=share_prompts,
         lr_scheduler_type="constant",
         **case.settings,
     )
+    return replace(config, **changes)
 
 
 def no_bar() -> Bar:
@@ -106,11 +106,11 @@ def no_bar() -> Bar:
 
 
 class OnecardDPO(DPOStepper):
-    """`onecard dpo`, with prompts shared or not."""
+    """`onecard dpo`, with changes to the settings of the task."""
 
-    def __init__(self, task: Task, *, share_prompts: bool = True) -> None:
+    def __init__(self, task: Task, **changes: Any) -> None:
         super().__init__(task)
-        config = config_of(task, share_prompts=share_prompts)
+        self.config = config = config_of(task, **changes)
         self.examples = [example(pair) for pair in task.pairs]
         with random_weights():
             self.roles = load_roles(config, trained="policy", reference=True)
@@ -318,10 +318,3 @@ def held_bytes(model: Any, optimizer: Any, *, paged: bool = True) -> int:
         if torch.is_tensor(each) and (paged or not getattr(each, "is_paged", False))
     }
     return sum(storages.values())
-
-
-def free_memory() -> None:
-    """Return freed and cached memory."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

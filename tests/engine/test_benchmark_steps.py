@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("trl", reason="times TRL's own trainer")
 
-from benchmarks import cli, profile_ppo, records, rollout, sharing
+from benchmarks import cli, measure, profile_ppo, records, rollout, sharing
 from benchmarks.harness import Timing
 from benchmarks.profile_ppo import Digest, Operator, Phase
 from benchmarks.records import OURS, WHOLE, Case
@@ -112,7 +112,7 @@ def test_all_candidates_take_the_same_steps(folder):
     sides = {each: builds[each][1](task) for each in (OURS, UNSHARED, TRL, run.TRL_ANSWERS)}
     for _ in range(2):
         for side in sides.values():
-            side.ready()
+            measure.ready(side)
             side()
         for each, side in sides.items():
             for key in SAME:
