@@ -13,7 +13,6 @@ steps read all weights for one token a row, products need the time of that readi
 
 from __future__ import annotations
 
-import random
 import re
 import statistics
 import sys
@@ -29,7 +28,6 @@ from unittest import mock
 
 import click
 import torch
-from rich.console import Console
 
 from benchmarks import cli, measure, render
 from benchmarks.harness import one_line
@@ -40,12 +38,10 @@ from benchmarks.train_step.dpo import quiet
 from benchmarks.train_step.phases import MARK, PHASES, ROLLOUT, PhaseTimer
 from benchmarks.train_step.ppo import PPORun
 from benchmarks.train_step.run import TOO_MUCH, BareProducts, blank, capped
-from benchmarks.train_step.synthetic import FIRST_WORD, write_folder
-from onecard.data import Prompt
+from benchmarks.train_step.synthetic import write_folder
 
 TOP = 12  # operators of a phase, and costs of an iteration
-LONGEST = 64  # tokens of an answer up to which a whole rollout is profiled; of longer ones so many in their middle:
-WINDOW = 24
+LONGEST = 64  # tokens of an answer in the profiled rollout
 
 # --- a profile in numbers
 
@@ -61,10 +57,8 @@ class Operator:
     count: float = 0
     flops: float = 0
 
-    def plus(self, other: Operator, sign: int = 1) -> Operator:
-        return Operator(
-            self.seconds + sign * other.seconds, self.count + sign * other.count, self.flops + sign * other.flops
-        )
+    def plus(self, seconds: float, count: float, flops: float) -> Operator:
+        return Operator(self.seconds + seconds, self.count + count, self.flops + flops)
 
 
 @dataclass(frozen=True)
@@ -81,13 +75,6 @@ class Digest:
     def busy(self) -> float:
         """Seconds in operators, or in kernels on a GPU."""
         return sum(each.seconds for each in self.operators.values())
-
-    def beyond(self, other: Digest) -> Digest:
-        """The difference to a smaller piece of work."""
-        found = {name: each.plus(other.operators.get(name, Operator()), -1) for name, each in self.operators.items()}
-        names = ("flops", "launches", "synchronisations", "seconds")
-        rest = {name: max(getattr(self, name) - getattr(other, name), 0) for name in names}
-        return Digest({name: each for name, each in found.items() if each.seconds > 0}, **rest)
 
 
 def profiled(work: Callable[[], Any], device: torch.device) -> Digest:
@@ -113,7 +100,7 @@ def profiled(work: Callable[[], Any], device: torch.device) -> Digest:
         if is_kernel == on_gpu:
             own = row.self_device_time_total if on_gpu else row.self_cpu_time_total
             name = short(row.key) if on_gpu else row.key.removeprefix("autograd::engine::evaluate_function: ")
-            operators[name] = operators.get(name, Operator()).plus(Operator(own / 1e6, row.count, row.flops))
+            operators[name] = operators.get(name, Operator()).plus(own / 1e6, row.count, row.flops)
     return Digest(operators, flops, *counts.values(), seconds)
 
 
@@ -222,20 +209,6 @@ def largest(phases: Sequence[Phase], device: str, rate: float) -> list[dict[str,
 
 
 @dataclass
-class FirstPhaseTimer(PhaseTimer):
-    """Keeps the seconds of each phase's first occurrence, which is the one that is profiled."""
-
-    first: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        before = self.seconds.get(name, 0.0)
-        with super().phase(name):
-            yield
-        self.first.setdefault(name, self.seconds[name] - before)
-
-
-@dataclass
 class PhaseProfiler(PhaseTimer):
     """Profiles the first occurrence of each wanted phase."""
 
@@ -259,48 +232,47 @@ class PhaseProfiler(PhaseTimer):
 
 
 def measured(case: StepCase, device: torch.device, dtype: torch.dtype, tell: Callable[[str], None]) -> Case:
-    """Warm up, time an iteration, then profile one."""
+    """Warm up, time an iteration, then profile one; of the rollout, one with answers of at most LONGEST tokens."""
     with tempfile.TemporaryDirectory() as folder, capped(case.cap_gib, device):
         write_folder(case.model, Path(folder))
         tell("loading")
         iterations = PPORun(case, Path(folder), device, dtype)
-        tell("a first iteration, which is not timed")
-        sampler = iterations.job.sampler  # warm after short answers
+        sampler = iterations.job.sampler
         few = replace(sampler, sampling=replace(sampler.sampling, max_new_tokens=min(case.response, LONGEST)))
-        with mock.patch.object(iterations.job, "sampler", few):
+        short = mock.patch.object(iterations.job, "sampler", few)
+        tell("a first iteration, which is not timed")
+        with short:
             iterations.run(PhaseTimer(device))
         tell("the stopwatch")
-        timer = FirstPhaseTimer(device)
+        timer, short_timer = PhaseTimer(device), PhaseTimer(device)
         iterations.run(timer)
-        counts, batches = iterations.counts(), decode_steps(iterations)
+        counts = iterations.counts()
         rate, copies = product_rate(case, device, dtype), bandwidth(device)
         tell("the profiler")
-        whole = case.response <= LONGEST
-        profiler = PhaseProfiler(device, wanted=PHASES if whole else tuple(name for name in PHASES if name != ROLLOUT))
-        began = time.perf_counter()
+        profiler = PhaseProfiler(device, wanted=tuple(name for name in PHASES if name != ROLLOUT))
+        start = time.perf_counter()
         iterations.run(profiler, again=True)
-        taken = time.perf_counter() - began
-        again = iterations.counts()
-        model, length = iterations.roles.causal_model(), case.prompt + case.response // 2
-        a_step = weight_bytes(model) / copies
-        phases = []
-        for name, digest in profiler.found.items():
-            # after another update a few sampled tokens may differ
-            share = again[name][0] / counts[name][0]
-            part = timer.first[name] * share
-            reading = batches * share * a_step if name == ROLLOUT else 0.0
-            phases.append(Phase(name, timer.seconds[name], counts[name][1], part, digest, reading))
-        if not whole:
-            tell(f"the profiler: {WINDOW} tokens in the middle of answers")
-            part, digest = window(iterations, length, device)
-            phases.insert(0, Phase(ROLLOUT, timer.seconds[ROLLOUT], counts[ROLLOUT][1], part, digest, WINDOW * a_step))
-    phases.sort(key=lambda phase: PHASES.index(phase.name))
+        again, profiled_seconds = iterations.counts(), time.perf_counter() - start
+        # After another update a few sampled tokens may differ.
+        parts = {name: timer.first[name] * again[name][0] / counts[name][0] for name in profiler.found}
+        tell("the profiler: the rollout")
+        profiler.wanted = (ROLLOUT,)
+        with short:
+            iterations.run(short_timer, again=True)
+            iterations.run(profiler, again=True)
+        parts[ROLLOUT] = short_timer.first[ROLLOUT]
+        reading = decode_steps(iterations) * weight_bytes(iterations.roles.causal_model()) / copies
+    phases = [
+        Phase(name, timer.seconds[name], counts[name][1], parts[name], profiler.found[name],
+              reading if name == ROLLOUT else 0.0)
+        for name in PHASES
+    ]  # fmt: skip
     rows = [row_of(phase, counts[phase.name][0], rate, device.type) for phase in phases]
     return replace(
         blank(case, dtype),
         rows=(*rows, Row(WHOLE, "ours", seconds=(timer.seconds[WHOLE],))),
         found={
-            "profiled_seconds": taken,
+            "profiled_seconds": profiled_seconds,
             "rate": rate,  # FLOP/s of bare products
             "bandwidth": copies,  # bytes/s of a plain copy
             "costs": largest(phases, device.type, rate),
@@ -341,27 +313,6 @@ def product_rate(case: StepCase, device: torch.device, dtype: torch.dtype) -> fl
     return bare.flops / statistics.median(seconds(bare) for _ in range(5))
 
 
-def window(iterations: PPORun, length: int, device: torch.device) -> tuple[float, Digest]:
-    """Seconds and digest of WINDOW tokens that follow prompts of so many: those of more tokens less those of one.
-
-    No token ends an answer there. The seconds are those of calls without the profiler.
-    """
-    job, roles = iterations.job, iterations.roles
-    draw = random.Random(length)
-    words = tuple(draw.randrange(FIRST_WORD, iterations.case.model.vocab) for _ in range(length))
-    prompts = [Prompt("", words[place % 2 :]) for place in range(iterations.case.items)]
-
-    def sample(tokens: int) -> None:
-        sampling = replace(job.sampler.sampling, max_new_tokens=tokens)
-        replace(job.sampler, sampling=sampling, ends=frozenset()).sample(roles, prompts, range(len(prompts)), None)
-
-    seconds = measure.stopwatch(device)
-    sample(1 + WINDOW)  # the first call allocates and compiles
-    taken = [seconds(lambda: sample(1 + WINDOW)) - seconds(lambda: sample(1)) for _ in range(3)]
-    digest = profiled(lambda: sample(1 + WINDOW), device).beyond(profiled(lambda: sample(1), device))
-    return max(statistics.median(taken), 1e-9), digest
-
-
 @click.command(context_settings=cli.SETTINGS)
 @cli.DEVICE
 @click.option("--case", "name", default="", help="A PPO case of benchmarks.train_step, by name. Default: the first.")
@@ -378,17 +329,10 @@ def command(device: str, name: str, smoke: bool, out: Path | None) -> None:
     quiet()
     dtype = torch.bfloat16 if smoke or device == "cuda" else torch.float32
     recorder = Recorder("ppo-profile", where, quick=smoke, out=out, name=case.name)
-    console = Console()
-    console.print(recorder.opening(), highlight=False)
     try:
-        with console.status("") as status:
-            result = measured(case, where, dtype, lambda words: status.update(f"{case.name}: {words}"))
+        render.run(recorder, [case], lambda case, tell: measured(case, where, dtype, tell))
     except TOO_MUCH as error:
         raise click.ClickException(f"--case {case.name!r}: {one_line(error)}") from None
-    recorder.add(result)
-    console.print(render.terminal(result))
-    click.echo(render.cost_table(result))
-    render.finish(recorder)
 
 
 if __name__ == "__main__":
