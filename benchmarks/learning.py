@@ -7,19 +7,19 @@ A task is an `onecard` command, a metric of its held-out rows, and bars that eve
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import os
+import runpy
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 from rich.console import Console
@@ -39,48 +39,28 @@ JOY, LABELLED = f"{MADE}/joy.jsonl", f"{MADE}/labelled.jsonl"
 SST2 = {"train": f"{MADE}/sst2-train.jsonl", "dev": f"{MADE}/sst2-dev.jsonl"}
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    records.write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-def write_joy(path: Path) -> None:
-    """Beginnings of stories, by the example of docs/ppo.md."""
-    spec = importlib.util.spec_from_file_location("joy", records.ROOT / "docs" / "examples" / "joy.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.data(str(records.ROOT / STORIES), str(path))
-
-
-def write_labelled(path: Path) -> None:
-    """One answer of each pair with its label, the chosen and the rejected one alternately."""
-    pairs = [json.loads(line) for line in (records.ROOT / POLITENESS).read_text(encoding="utf-8").splitlines()]
-    rows = [
+def make_data() -> None:
+    """Write all derived data; the rows are the same every time."""
+    root, rows = records.ROOT, dict[str, list[dict[str, Any]]]()
+    (root / MADE).mkdir(parents=True, exist_ok=True)
+    # Beginnings of stories, by the example of docs/ppo.md
+    joy = runpy.run_path(str(root / "docs" / "examples" / "joy.py"))
+    joy["data"](str(root / STORIES), str(root / JOY))
+    # One answer of each pair with its label, the chosen and the rejected one alternately
+    pairs = [json.loads(line) for line in (root / POLITENESS).read_text(encoding="utf-8").splitlines()]
+    rows[LABELLED] = [
         {"prompt": pair["prompt"], "completion": pair["rejected" if i % 2 else "chosen"], "label": not i % 2}
         for i, pair in enumerate(pairs)
     ]
-    write_rows(path, rows)
-
-
-def write_sst2(path: Path, part: str) -> None:
-    """Sentences of SST-2 with score 1 (positive) or 0."""
-    source = records.ROOT / SHARED / "sentiment" / f"openai_{part}_binary_sent.csv"
-    with open(source, encoding="utf-8", newline="") as file:
-        rows = [
-            {"prompt": "Review: ", "completion": row["sentence"], "score": float(row["label"])}
-            for row in csv.DictReader(file)
-        ]
-    write_rows(path, rows)
-
-
-def make_data() -> None:
-    """Write all derived data; the rows are the same every time."""
-    (records.ROOT / MADE).mkdir(parents=True, exist_ok=True)
-    write_joy(records.ROOT / JOY)
-    write_labelled(records.ROOT / LABELLED)
-    for part, name in SST2.items():
-        write_sst2(records.ROOT / name, part)
+    for part, name in SST2.items():  # sentences with score 1 (positive) or 0
+        source = root / SHARED / "sentiment" / f"openai_{part}_binary_sent.csv"
+        with open(source, encoding="utf-8", newline="") as file:
+            rows[name] = [
+                {"prompt": "Review: ", "completion": row["sentence"], "score": float(row["label"])}
+                for row in csv.DictReader(file)
+            ]
+    for name, found in rows.items():
+        records.write_atomically(root / name, "".join(json.dumps(row) + "\n" for row in found).encode())
 
 
 # --- tasks
@@ -133,15 +113,6 @@ def after(metric: str) -> Value:
     return lambda rows, other: before_and_after(rows, metric)[1]
 
 
-def gain(metric: str, over: str) -> Value:
-    """How far one metric is above another after training."""
-    return lambda rows, other: before_and_after(rows, metric)[1] - before_and_after(rows, over)[1]
-
-
-def drop(metric: str) -> Value:
-    return lambda rows, other: before_and_after(rows, metric)[0] - before_and_after(rows, metric)[1]
-
-
 def deviations(rows: Rows, other: Rows) -> float:
     """Rise of the mean score, in standard deviations of the starting policy's scores."""
     first, last = before_and_after(rows, SCORE)
@@ -151,6 +122,16 @@ def deviations(rows: Rows, other: Rows) -> float:
 def ratio(metric: str) -> Value:
     """The metric after training over the same of the run that is compared with."""
     return lambda rows, other: before_and_after(rows, metric)[1] / before_and_after(other, metric)[1]
+
+
+def drop_of_the_loss(rows: Rows, other: Rows) -> float:
+    first, last = before_and_after(rows, "eval_loss")
+    return first - last
+
+
+def over_the_majority(rows: Rows, other: Rows) -> float:
+    labels, majority = (before_and_after(rows, f"eval_{name}")[1] for name in ("label_accuracy", "majority_class"))
+    return labels - majority
 
 
 TINY = "TinyStories-656K"
@@ -251,7 +232,7 @@ TASKS: dict[str, Task] = {
             "--num_train_epochs 3 --eval_steps 10",
             "eval_loss",
             "held-out loss, nats per token",
-            Bar("drop of the loss", drop("eval_loss"), 0.15),
+            Bar("drop of the loss", drop_of_the_loss, 0.15),
         ),
         task(
             "reward-pairs",
@@ -274,7 +255,7 @@ TASKS: dict[str, Task] = {
             "share of (positive, negative) held-out sentences in the right order",
             Bar("in the right order", after("eval_accuracy"), 0.7),
             Bar("correlation with the labels", after("eval_pearson"), 0.35),
-            Bar("accuracy over the majority class's", gain("eval_label_accuracy", "eval_majority_class"), 0.1),
+            Bar("accuracy over the majority class's", over_the_majority, 0.1),
             note="A score that is the same for all sentences, the majority's label say, orders none of them; chance is "
             "0.5. One seed, for a run takes two minutes.",
             most_seeds=1,
@@ -444,17 +425,6 @@ class Found:
     runs: tuple[Run, ...]
 
 
-class Verdict(NamedTuple):
-    """A bar with a number for each seed."""
-
-    bar: Bar
-    values: tuple[float, ...]
-
-    @property
-    def met(self) -> bool:
-        return self.bar.met(self.values)
-
-
 def found_of(jobs: Mapping[str, Sequence[Job]]) -> list[Found]:
     """The finished runs of each task; a run whose comparison is missing does not count."""
     found = []
@@ -469,8 +439,9 @@ def found_of(jobs: Mapping[str, Sequence[Job]]) -> list[Found]:
     return found
 
 
-def verdicts(found: Found) -> list[Verdict]:
-    return [Verdict(bar, tuple(bar.value(run.rows, run.other) for run in found.runs)) for bar in found.task.bars]
+def verdicts(found: Found) -> list[tuple[Bar, list[float]]]:
+    """Each bar with a number for each seed."""
+    return [(bar, [bar.value(run.rows, run.other) for run in found.runs]) for bar in found.task.bars]
 
 
 def number(value: float) -> str:
@@ -483,10 +454,9 @@ def spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({number(min(values))}..{number(max(values))})"
 
 
-def bar_cell(verdict: Verdict) -> str:
-    bar = verdict.bar
-    values = spread(verdict.values) if verdict.values else NONE
-    return f"{bar.name} {'at most' if bar.at_most else 'at least'} {bar.limit:g}: {values}"
+def bar_cell(bar: Bar, values: Sequence[float]) -> str:
+    shown = spread(values) if values else NONE
+    return f"{bar.name} {'at most' if bar.at_most else 'at least'} {bar.limit:g}: {shown}"
 
 
 def table(found: Sequence[Found]) -> list[str]:
@@ -505,27 +475,10 @@ def table(found: Sequence[Found]) -> list[str]:
             str(len(each.runs)) if each.runs else "not run",
             before,
             after,
-            "<br>".join(map(bar_cell, judged)),
-            "<br>".join(NONE if not verdict.values else "yes" if verdict.met else "**no**" for verdict in judged),
+            "<br>".join(bar_cell(bar, values) for bar, values in judged),
+            "<br>".join(NONE if not values else "yes" if bar.met(values) else "**no**" for bar, values in judged),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def notes(found: Sequence[Found]) -> list[str]:
-    """Each note once, with the tasks that have it."""
-    names: dict[str, list[str]] = {}
-    for each in found:
-        if each.task.note:
-            names.setdefault(each.task.note, []).append(f"`{each.task.name}`")
-    return [f"- {', '.join(tasks)}: {note}" for note, tasks in names.items()]
-
-
-def commands(found: Sequence[Found]) -> list[str]:
-    lines = []
-    for each in found:
-        lines += ["<details>", f"<summary>{each.task.name}: {each.task.title}</summary>", ""]
-        lines += ["```bash", each.command, "```", "", "</details>"]
     return lines
 
 
@@ -548,18 +501,27 @@ def sources(found: Sequence[Found]) -> str:
 
 
 def page(found: Sequence[Found], picture: str) -> str:
-    judged = [verdict for each in found for verdict in verdicts(each) if verdict.values]
+    judged = [bar.met(values) for each in found for bar, values in verdicts(each) if values]
+    notes: dict[str, list[str]] = {}  # each once, with the tasks that have it
+    for each in found:
+        if each.task.note:
+            notes.setdefault(each.task.note, []).append(f"`{each.task.name}`")
+    commands = [
+        f"<details>\n<summary>{each.task.name}: {each.task.title}</summary>\n\n"
+        f"```bash\n{each.command}\n```\n\n</details>"
+        for each in found
+    ]
     parts = [
         "# Does it learn?",
         INTRODUCTION,
         sources(found),
-        f"Bars met: {sum(verdict.met for verdict in judged)} of the {len(judged)} that were tried.",
+        f"Bars met: {sum(judged)} of the {len(judged)} that were tried.",
         "\n".join(table(found)),
-        "\n".join(notes(found)),
+        "\n".join(f"- {', '.join(tasks)}: {note}" for note, tasks in notes.items()),
         f"![Held-out curves of all tasks, a line for each seed]({picture})",
         "## The commands",
         "As they were run for seed 1, from the repository's root; the others differ in `--seed` and the folder.",
-        "\n".join(commands(found)),
+        "\n".join(commands),
     ]
     return "\n\n".join(parts) + "\n"
 
