@@ -1,19 +1,14 @@
-"""What the commands share: options, clocks, one-line errors, and the loop over cases."""
+"""What the commands share: options, clocks and one-line errors."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import click
 import torch
-
-from benchmarks.records import Case
-
-C = TypeVar("C")
 
 CLOCKS = {False: (time.perf_counter, "wall time"), True: (time.process_time, "processor time of one thread")}
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -32,6 +27,7 @@ OUT = click.option(
     help="Folder of the JSON, the Markdown and the plots. Default: benchmarks/results/<device>.",
 )
 DATA_ONLY = click.option("--data-only", is_flag=True, help="Write the JSON alone; benchmarks.render makes the rest.")
+ONLY_PRINT = click.option("--print", "only_print", is_flag=True, help="Leave the page of the docs as it is.")
 MINUTES = click.option("--minutes", type=click.FloatRange(min=0), help="Begin no case after so many minutes.")
 REPEATS = click.option("--repeats", type=click.IntRange(1), help="Timed rounds of each case. Default: the device's.")
 
@@ -62,23 +58,6 @@ def pick_clock(device: str, *, busy: bool) -> tuple[Callable[[], float], str]:
     if busy:
         torch.set_num_threads(1)  # threads that wait for a preempted one would count their waiting
     return CLOCKS[busy]
-
-
-def until(cases: Sequence[C], minutes: float | None) -> Iterator[C]:
-    """The cases that begin within so many minutes."""
-    began = time.monotonic()
-    for index, case in enumerate(cases):
-        if minutes is not None and time.monotonic() - began > 60 * minutes:
-            click.echo(f"{len(cases) - index} cases were not begun after {minutes:g} minutes.")
-            return
-        yield case
-
-
-def refuse(cases: Iterable[Case]) -> None:
-    """Raise Refused for cases with nothing to time."""
-    refused = [f"{case.name}: {case.refused}" for case in cases if case.refused]
-    if refused:
-        raise Refused(" ".join(refused))
 
 
 def main(entry: click.Command, arguments: Sequence[str] | None = None) -> int:

@@ -13,10 +13,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from benchmarks import cli, harness, render, targets
+from benchmarks import cli, harness, render
 from benchmarks.cli import Refused
-from benchmarks.harness import Benchmark, Timing, free, measure_case
-from benchmarks.records import OURS, Case, Recorder
+from benchmarks.harness import Benchmark, Timing, measure_case
+from benchmarks.measure import free_memory
+from benchmarks.records import Case, Recorder
 from benchmarks.shapes import Shape
 from benchmarks.suite import BENCHMARKS
 
@@ -24,7 +25,6 @@ REPEATS = {"cpu": 7, "cuda": 30}
 BUDGET = {"cpu": 20.0, "cuda": 3.0}  # seconds of timed rounds a case, so that a run ends: 15 and 8 minutes
 QUICK_REPEATS, QUICK_BUDGET = 5, 1.0
 WARMUP = {"cpu": 0, "cuda": 3}  # on top of the check and the memory pass, which run every candidate in full
-PEERS = sorted({c.name for benchmark in BENCHMARKS.values() for c in benchmark.candidates} - {OURS})
 MODES = list(dict.fromkeys(mode for benchmark in BENCHMARKS.values() for mode in benchmark.modes))
 
 
@@ -66,10 +66,10 @@ def blank(benchmark: Benchmark, shape: Shape, mode: str, device: torch.device) -
 
 
 def measure(part: Part, recorder: Recorder, timing: Timing, device: torch.device, progress: Progress, console: Console,
-            *, without: Sequence[str], quick: bool, every: bool) -> None:  # fmt: skip
+            *, quick: bool, every: bool) -> None:  # fmt: skip
     """All cases of an operation. Once ours is wrong nothing of it stays."""
     benchmark, task = part.benchmark, progress.task_ids[0]
-    chosen = [c for c in benchmark.candidates if c.name not in without and not (quick and c.slow_start)]
+    chosen = [c for c in benchmark.candidates if not (quick and c.slow_start)]
     wanted = {name for mode in part.modes for name in benchmark.modes[mode].results}
     before = recorder.report.cases
     for shape in part.shapes:
@@ -90,12 +90,11 @@ def measure(part: Part, recorder: Recorder, timing: Timing, device: torch.device
                 recorder.put((*before, replace(case, refused=str(error))))
                 raise
             case = replace(case, rows=rows)
-            recorder.add(case)
-            console.print(render.terminal(case))
+            render.show(recorder, case, console)
             progress.advance(task)
-            free(device)
+            free_memory()
         del sets, expected
-        free(device)
+        free_memory()
 
 
 @click.command(context_settings=cli.SETTINGS)
@@ -105,7 +104,6 @@ def measure(part: Part, recorder: Recorder, timing: Timing, device: torch.device
 @click.option("--shape", "shapes", multiple=True, help="Only this shape, by its name in benchmarks/shapes.py.")
 @click.option("--mode", "modes", multiple=True, type=click.Choice(MODES), help="Only this mode.")
 @click.option("--all-shapes", "every", is_flag=True, help="Every shape, and torch.compile at every shape. Hours.")
-@click.option("--without", multiple=True, type=click.Choice(PEERS), help="Leave out a candidate.")
 @cli.REPEATS
 @cli.BUSY
 @cli.OUT
@@ -117,7 +115,6 @@ def command(
     shapes: tuple[str, ...],
     modes: tuple[str, ...],
     every: bool,
-    without: tuple[str, ...],
     repeats: int | None,
     busy: bool,
     out: Path | None,
@@ -150,11 +147,9 @@ def command(
         progress.add_task("", total=sum(len(part.shapes) * len(part.modes) for part in parts))
         for part in parts:
             try:
-                measure(part, recorder, timing, where, progress, console, without=without, quick=quick, every=every)
+                measure(part, recorder, timing, where, progress, console, quick=quick, every=every)
             except Refused as error:
                 refused.append(str(error))
-    for line in targets.verdicts(recorder.report):
-        console.print(": ".join(line), highlight=False)
     render.finish(recorder, data_only=data_only)
     if refused:
         raise Refused(" ".join(refused))

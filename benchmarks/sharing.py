@@ -16,7 +16,6 @@ from unittest import mock
 
 import click
 import torch
-from rich.console import Console
 
 from benchmarks import cli, measure, render
 from benchmarks.cli import Refused
@@ -129,15 +128,10 @@ def command(
             raise click.UsageError(f"--shape {shape}: expected tokens of prompt and answer, such as 256/128.")
     rounds = repeats or (QUICK_REPEATS if quick else REPEATS[device])
     recorder = Recorder("sharing", where, clock=clock_name, repeats=rounds, quick=quick, out=out)
-    click.echo(recorder.opening())
-    roles = random_roles(device)
+    roles, count = random_roles(device), tokens or (QUICK_TOKENS if quick else TOKENS[device])
     # Short prompts are shared too: from which length sharing pays is what is measured.
     with mock.patch.object(answers, "LEAST_SHARED", 1):
-        for shape in wanted:
-            count = tokens or (QUICK_TOKENS if quick else TOKENS[device])
-            recorder.add(measure_case(roles, shape, count, rounds, clock, where))
-            Console().print(render.terminal(recorder.report.cases[-1]))
-    render.finish(recorder)
+        render.run(recorder, wanted, lambda shape, _: measure_case(roles, shape, count, rounds, clock, where))
 
 
 if __name__ == "__main__":
