@@ -15,46 +15,35 @@ from pathlib import Path
 
 import click
 import torch
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from benchmarks.ahead import CARDS, KIB, Row, measure_all, programs
 from benchmarks.launches import LAUNCHES
+from benchmarks.render import table
 from onecard_kernels.launch import interpreted, why_not
 
 
-def table_of(kernel: str, rows: Sequence[Row]) -> Table:
-    """One line a program."""
-    table = Table(title=kernel, title_justify="left", title_style="bold", box=SIMPLE)
-    table.add_column("configuration", overflow="fold")
-    for heading in ("card", "registers", "spilled", "stack", "shared, KiB"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        alike = len(row.configurations) - 1
-        name = row.configurations[0] + (f" (and {alike} more)" if alike else "")
-        style = None if not row.broken else "bold red" if row.required else "yellow"
-        shared = None if row.shared is None else f"{row.shared / KIB:.1f} / {row.shared_limit // KIB}"
-        cells = ["–" if x is None else str(x) for x in (row.registers, row.spilled, row.stack, shared)]
-        table.add_row(name, row.card, *cells, style=style)
-    return table
+def line_of(row: Row) -> list[str]:
+    alike = len(row.configurations) - 1
+    shared = None if row.shared is None else f"{row.shared / KIB:.1f} / {row.shared_limit // KIB}"
+    found = ["–" if x is None else str(x) for x in (row.registers, row.spilled, row.stack, shared)]
+    return [row.configurations[0] + (f" (and {alike} more)" if alike else ""), row.card, *found]
 
 
-def show(rows: Sequence[Row], console: Console) -> bool:
-    """Tables, then what is broken; whether every bar holds that must."""
+def show(rows: Sequence[Row]) -> bool:
+    """Print a table for each kernel, then what is broken; whether every bar holds that must."""
     kernels = dict.fromkeys(row.kernel for row in rows)
     for kernel in kernels:
-        console.print(table_of(kernel, [row for row in rows if row.kernel == kernel]))
+        headings = ("configuration", "card", "registers", "spilled", "stack", "shared, KiB")
+        lines = [line_of(row) for row in rows if row.kernel == kernel]
+        click.echo(f"{kernel}\n{table(headings, lines, aligned=True)}\n")
     for row in rows:
         for reason in row.broken:
             mark = "BROKEN" if row.required else "shown only"
-            line = f"{mark}: {row.kernel} on {row.card}, {row.configurations[0]}: {reason}"
-            console.print(line, style="bold red" if row.required else "yellow", soft_wrap=True, markup=False)
+            click.echo(f"{mark}: {row.kernel} on {row.card}, {row.configurations[0]}: {reason}")
     failed = sum(bool(row.broken) for row in rows if row.required)
     verdict = f"{failed} of them break a bar" if failed else "all bars hold"
     cards = len({row.card for row in rows})
-    console.print(f"{len(kernels)} kernels, {cards} cards, {len(rows)} programs: {verdict}", style="bold")
+    click.echo(f"{len(kernels)} kernels, {cards} cards, {len(rows)} programs: {verdict}")
     return not failed
 
 
@@ -87,24 +76,17 @@ def command(names: Sequence[str], kernel: str, typical: bool, file: Path | None)
         raise click.UsageError(missing)
     if interpreted():
         raise click.UsageError("TRITON_INTERPRET is set: the interpreter replaces the compiler; unset it.")
-    console = Console(width=None if sys.stdout.isatty() else 120)
     configurations = [c for launches in LAUNCHES for c in launches() if c.typical or not typical]
     todo = programs(configurations, [CARDS[name] for name in names or CARDS], kernel)
     if not todo:
         raise click.UsageError(f"--kernel {kernel}: no kernel has that in its name.")
     workers = len(os.sched_getaffinity(0))
-    rows: dict[int, Row] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # Without a thread that redraws it: processes are forked meanwhile.
-    with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
-        task = progress.add_task("compiling", total=len(todo))
-        for index, row in measure_all(todo, workers):
-            rows[index] = row
-            progress.update(task, advance=1, description=f"{row.card} {row.kernel}", refresh=True)
+    with click.progressbar(measure_all(todo, workers), length=len(todo), file=sys.stderr) as found:
+        rows = dict(found)
     ordered = [rows[index] for index in sorted(rows, key=lambda i: (rows[i].kernel, i))]
     if file is not None:
         file.write_text(json.dumps([asdict(row) for row in ordered], indent=1) + "\n", encoding="utf-8")
-    if not show(ordered, console):
+    if not show(ordered):
         sys.exit(1)
 
 

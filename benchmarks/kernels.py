@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from benchmarks import cli, harness, render
 from benchmarks.cli import Refused
@@ -28,32 +27,25 @@ WARMUP = {"cpu": 0, "cuda": 3}  # on top of the check and the memory pass, which
 MODES = list(dict.fromkeys(mode for benchmark in BENCHMARKS.values() for mode in benchmark.modes))
 
 
-@dataclass(frozen=True)
-class Part:
-    """What a run takes of one operation."""
-
-    benchmark: Benchmark
-    shapes: tuple[Shape, ...]
-    modes: tuple[str, ...]
+Part = tuple[Benchmark, tuple[Shape, ...], tuple[str, ...]]  # what a run takes of one operation: shapes and modes
 
 
 def parts_of(
     device: str, names: Sequence[str], shapes: Sequence[str], modes: Sequence[str], *, quick: bool, every: bool
 ) -> list[Part]:
     """Operations that have any of the shapes and modes asked for."""
-    picked = [benchmark for name, benchmark in BENCHMARKS.items() if not names or name in names]
-    # A shape that is named need not be among the usual ones.
-    tables = {b.name: b.shapes[device].of(quick=quick, every=every or bool(shapes)) for b in picked}
-    known = list(dict.fromkeys(shape.name for table in tables.values() for shape in table))
+    parts, known = list[Part](), dict[str, None]()
+    for benchmark in (benchmark for name, benchmark in BENCHMARKS.items() if not names or name in names):
+        # A shape that is named need not be among the usual ones.
+        table = benchmark.shapes[device].of(quick=quick, every=every or bool(shapes))
+        known |= dict.fromkeys(shape.name for shape in table)
+        chosen = tuple(shape for shape in table if not shapes or shape.name in shapes)
+        wanted = tuple(mode for mode in benchmark.modes if not modes or mode in modes)
+        if chosen and wanted:
+            parts.append((benchmark, chosen, wanted))
     unknown = [name for name in shapes if name not in known]
     if unknown:
         raise click.UsageError(f"--shape {unknown[0]}: not among the shapes of {device}: {', '.join(known)}.")
-    parts = []
-    for benchmark in picked:
-        chosen = tuple(shape for shape in tables[benchmark.name] if not shapes or shape.name in shapes)
-        wanted = tuple(mode for mode in benchmark.modes if not modes or mode in modes)
-        if chosen and wanted:
-            parts.append(Part(benchmark, chosen, wanted))
     if not parts:
         raise click.UsageError("--benchmark, --shape and --mode: no benchmark has them all.")
     return parts
@@ -65,36 +57,34 @@ def blank(benchmark: Benchmark, shape: Shape, mode: str, device: torch.device) -
     return Case(benchmark.name, shape.name, dict(shape.sizes), dtype, mode, about=about)
 
 
-def measure(part: Part, recorder: Recorder, timing: Timing, device: torch.device, progress: Progress, console: Console,
-            *, quick: bool, every: bool) -> None:  # fmt: skip
+def measure(
+    part: Part, recorder: Recorder, timing: Timing, device: torch.device, console: Console, *, quick: bool, every: bool
+) -> None:
     """All cases of an operation. Once ours is wrong nothing of it stays."""
-    benchmark, task = part.benchmark, progress.task_ids[0]
+    benchmark, shapes, modes = part
     chosen = [c for c in benchmark.candidates if not (quick and c.slow_start)]
-    wanted = {name for mode in part.modes for name in benchmark.modes[mode].results}
+    wanted = {name for mode in modes for name in benchmark.modes[mode].results}
     before = recorder.report.cases
-    for shape in part.shapes:
-        progress.update(task, description=f"{benchmark.name} {shape}  inputs and fp64 oracle")
-        sets = harness.input_sets(benchmark, shape, device)
-        expected = benchmark.expected(sets[0], wanted)
-        main = every or shape == part.shapes[0]
-        for mode in part.modes:
-            label = f"{benchmark.name} {shape} {mode}"
+    with console.status("") as status:
+        for shape in shapes:
+            status.update(f"{benchmark.name} {shape}  inputs and fp64 oracle")
+            sets = harness.input_sets(benchmark, shape, device)
+            expected = benchmark.expected(sets[0], wanted)
+            main = every or shape == shapes[0]
+            for mode in modes:
 
-            def tick(name: str, label: str = label) -> None:
-                progress.update(task, description=f"{label}  {name}")
+                def tick(name: str, label: str = f"{benchmark.name} {shape} {mode}") -> None:
+                    status.update(f"{label}  {name}")
 
-            case = blank(benchmark, shape, mode, device)
-            try:
-                rows = measure_case(benchmark, shape, mode, sets, expected, chosen, timing, main=main, tick=tick)
-            except Refused as error:
-                recorder.put((*before, replace(case, refused=str(error))))
-                raise
-            case = replace(case, rows=rows)
-            render.show(recorder, case, console)
-            progress.advance(task)
-            free_memory()
-        del sets, expected
-        free_memory()
+                case = blank(benchmark, shape, mode, device)
+                try:
+                    rows = measure_case(benchmark, shape, mode, sets, expected, chosen, timing, main=main, tick=tick)
+                except Refused as error:
+                    recorder.put((*before, replace(case, refused=str(error))))
+                    raise
+                render.show(recorder, replace(case, rows=rows), console)
+                free_memory()
+            del sets, expected
 
 
 @click.command(context_settings=cli.SETTINGS)
@@ -141,15 +131,12 @@ def command(
     console = Console()
     console.print(recorder.opening(), highlight=False)
     timing = Timing(repeats, WARMUP[device], budget, clock)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     refused = []
-    with Progress(*columns, console=console, transient=True) as progress:
-        progress.add_task("", total=sum(len(part.shapes) * len(part.modes) for part in parts))
-        for part in parts:
-            try:
-                measure(part, recorder, timing, where, progress, console, quick=quick, every=every)
-            except Refused as error:
-                refused.append(str(error))
+    for part in parts:
+        try:
+            measure(part, recorder, timing, where, console, quick=quick, every=every)
+        except Refused as error:
+            refused.append(str(error))
     render.finish(recorder, data_only=data_only)
     if refused:
         raise Refused(" ".join(refused))

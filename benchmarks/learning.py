@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import cli, records
 from benchmarks.cli import Refused
@@ -365,10 +363,8 @@ def run(job: Job, origin: Mapping[str, Any], running: dict[str, subprocess.Popen
     return ""
 
 
-def run_all(
-    jobs: Sequence[Job], at_a_time: int, shown: Callable[[Sequence[str], int], None] = lambda names, done: None
-) -> list[str]:
-    """Run what is not finished yet; returns the reason of each failure. `shown(names of running jobs, jobs done)`."""
+def run_all(jobs: Sequence[Job], at_a_time: int) -> list[str]:
+    """Run what is not finished yet; returns the reason of each failure."""
     head, dirty = records.commit()
     origin = {"commit": head, "dirty": dirty, "versions": records.versions(), "processor": records.processor()}
     waiting = [job for job in jobs if finished(job) is None]
@@ -377,11 +373,11 @@ def run_all(
     running: dict[str, subprocess.Popen[bytes]] = {}
     failures: list[str] = []
     with ThreadPoolExecutor(at_a_time) as pool:
-        futures = [pool.submit(run, job, origin, running) for job in waiting]
+        futures = {pool.submit(run, job, origin, running): job for job in waiting}
         try:
-            for done, future in enumerate(as_completed(futures), start=len(jobs) - len(waiting) + 1):
+            for done, future in enumerate(as_completed(futures), start=1):
                 failures += filter(None, [future.result()])
-                shown(list(running), done)
+                click.echo(f"{done} of {len(waiting)}: {futures[future].folder.name}", err=True)
         finally:
             for future in futures:
                 future.cancel()
@@ -584,7 +580,6 @@ def command(only: tuple[str, ...], seeds: int, jobs: int, output: str, target: s
     python -m benchmarks.learning --only sft --seeds 1        one run
     python -m benchmarks.learning --render                    the page again
     """
-    console = Console(stderr=True)
     all_jobs = jobs_of(Path(output), seeds)
     failures: list[str] = []
     if not render:
@@ -592,15 +587,9 @@ def command(only: tuple[str, ...], seeds: int, jobs: int, output: str, target: s
             raise click.UsageError(f"needs models and data in {SHARED} beside the repository, which is not there.")
         wanted = {name for name in TASKS if not only or name in only}
         wanted |= {TASKS[name].against for name in wanted} - {""}
-        chosen = [job for name in TASKS if name in wanted for job in all_jobs[name]]
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console) as progress:
-            line = progress.add_task("learning", total=len(chosen))
-            failures = run_all(
-                chosen, jobs, lambda names, done: progress.update(line, completed=done, description=" ".join(names))
-            )
+        failures = run_all([job for name in TASKS if name in wanted for job in all_jobs[name]], jobs)
     for path in write_page(Path(target), found_of(all_jobs)):
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        click.echo(f"wrote {path}")
     if failures:
         raise Refused("; ".join(failures))
 

@@ -25,7 +25,7 @@ from benchmarks import cli, measure, render
 from benchmarks.measure import free_memory
 from benchmarks.records import OURS, Case, Recorder, Row
 from benchmarks.train_step.cases import LLAMA_8B, QWEN_0_5B, QWEN_1_5B, TINY
-from benchmarks.train_step.dpo import held_bytes, quiet, randomize_adapters
+from benchmarks.train_step.dpo import held_bytes, quantization_of, quiet, randomize_adapters, stored_bytes
 from benchmarks.train_step.synthetic import DTYPES, FIRST_WORD, PAD, SEED, Model, random_weights, write_folder
 from onecard.config import ModelConfig, SFTConfig
 from onecard.data import load_rows
@@ -152,26 +152,16 @@ def model_task(case: RolloutCase, model: str, file: str) -> Task:
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of weights that a decoding step reads: all but the embeddings' other rows and idle adapters, with the
-    statistics of quantized weights.
-    """
-    head = model.get_output_embeddings().weight
+    """Bytes that a decoding step reads of the weights: all but other rows of the embeddings and idle adapters."""
     embeddings = model.get_input_embeddings().weight
-    skipped = set() if embeddings is head else {id(embeddings)}
-    found: dict[int, int] = {}
+    skipped = set() if embeddings is model.get_output_embeddings().weight else {embeddings}
     for module in model.modules():
-        active = getattr(module, "active_adapters", None)
-        for name, parameter in module.named_parameters(recurse=False):
-            found.setdefault(id(parameter), parameter.numel() * parameter.element_size())
-            state = getattr(parameter, "quant_state", None)
-            if name == "weight" and state is not None:
-                extra = [state.absmax, *([state.state2.absmax] if state.nested else [])]
-                found[id(state)] = sum(each.numel() * each.element_size() for each in extra)
-        if isinstance(active, list):
-            for part in ("lora_A", "lora_B"):
-                idle = [one for key, one in getattr(module, part, {}).items() if key not in active]
-                skipped |= {id(parameter) for one in idle for parameter in one.parameters()}
-    return sum(size for key, size in found.items() if key not in skipped)
+        if isinstance(active := getattr(module, "active_adapters", None), list):
+            parts = (getattr(module, name, {}) for name in ("lora_A", "lora_B"))
+            idle = (one for part in parts for name, one in part.items() if name not in active)
+            skipped.update(parameter for one in idle for parameter in one.parameters())
+    read = [parameter for parameter in model.parameters() if parameter not in skipped]
+    return stored_bytes([*read, *quantization_of(model)])
 
 
 def step_bytes(model: Any, rows: int, length: int) -> int:

@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from onecard.algorithms.supervised import Supervised
 from onecard.config import DPOConfig
 from onecard.data.batches import PreferencePair, TokenSequence
 from onecard.models.build import load_roles
+from onecard.models.four_bit import nf4_settings
 from onecard.training.run_folder import Run
 from onecard.training.trainer import Trainer
 from onecard.utils.progress import Bar
@@ -167,7 +168,7 @@ class TrlDPO(DPOStepper):
                 str(task.folder),
                 dtype=task.dtype,
                 device_map={"": task.device},
-                quantization_config=nf4(task.dtype) if task.case.load_in_4bit else None,
+                quantization_config=nf4_settings(task.dtype) if task.case.load_in_4bit else None,
             )
         settings = TheirConfig(
             output_dir=str(task.folder / "trl"),
@@ -222,7 +223,9 @@ class TrlDPO(DPOStepper):
         self.batches = [self.trainer.data_collator(rows[at : at + size]) for at in range(0, len(rows), size)]
 
     def step(self, indices: Sequence[int]) -> dict[str, float]:
-        with mock.patch("trl.trainer.utils._use_triton", on_any_device) if self.answers_alone else nullcontext():
+        # Without Triton, TRL's head also sees prompts and padding, unless its check says that Triton is there.
+        patch = mock.patch("trl.trainer.utils._use_triton", return_value=True)
+        with patch if self.answers_alone else nullcontext():
             return self.whole_step()
 
     def whole_step(self) -> dict[str, float]:
@@ -248,20 +251,6 @@ def use_liger(model: Any) -> None:
         apply_liger_kernel(model, LIGER)
     finally:
         module.update(before)
-
-
-def on_any_device(_: torch.device) -> bool:
-    """Replaces TRL's check for Triton, without which its head also sees prompts and padding."""
-    return True
-
-
-def nf4(dtype: torch.dtype) -> Any:
-    """The 4-bit settings that `load_in_4bit` means in our engine."""
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
 
 
 def check_same_tokens(rows: Any, pairs: Sequence[Pair]) -> None:
@@ -297,6 +286,19 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def stored_bytes(tensors: Iterable[Any]) -> int:
+    """Bytes of memory behind tensors, each once."""
+    storages = (tensor.untyped_storage() for tensor in tensors if torch.is_tensor(tensor))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def quantization_of(model: Any) -> list[torch.Tensor]:
+    """The statistics of quantized weights."""
+    states = [state for weight in model.parameters() if (state := getattr(weight, "quant_state", None)) is not None]
+    states += [state.state2 for state in states if state.nested]
+    return [tensor for state in states for tensor in (state.absmax, state.code)]
+
+
 def held_bytes(model: Any, optimizer: Any, *, paged: bool = True) -> int:
     """Bytes of weights, quantization statistics, buffers, optimizer states and float32 copies of weights.
 
@@ -304,17 +306,5 @@ def held_bytes(model: Any, optimizer: Any, *, paged: bool = True) -> int:
     """
     states = [value for state in optimizer.state.values() for value in state.values()]
     states += [updated for group in optimizer.param_groups for updated in group["params"]]
-    quantized = [
-        value
-        for parameter in model.parameters()
-        for each in (getattr(parameter, "quant_state", None),)
-        if each is not None
-        for value in (each.absmax, each.code, *((each.state2.absmax, each.state2.code) if each.nested else ()))
-    ]
-    tensors = [*model.parameters(), *model.buffers(), *states, *quantized]
-    storages = {
-        each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
-        for each in tensors
-        if torch.is_tensor(each) and (paged or not getattr(each, "is_paged", False))
-    }
-    return sum(storages.values())
+    kept = [value for value in states if paged or not getattr(value, "is_paged", False)]
+    return stored_bytes([*model.parameters(), *model.buffers(), *quantization_of(model), *kept])
