@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import click
 import torch
@@ -88,28 +87,16 @@ def measure(
 
 
 @click.command(context_settings=cli.SETTINGS)
-@cli.DEVICE
 @click.option("--quick", is_flag=True, help="Small shapes, few calls, no torch.compile: shows that everything runs.")
 @click.option("--benchmark", "names", multiple=True, type=click.Choice(list(BENCHMARKS)), help="Only this operation.")
 @click.option("--shape", "shapes", multiple=True, help="Only this shape, by its name in benchmarks/shapes.py.")
 @click.option("--mode", "modes", multiple=True, type=click.Choice(MODES), help="Only this mode.")
 @click.option("--all-shapes", "every", is_flag=True, help="Every shape, and torch.compile at every shape. Hours.")
-@cli.REPEATS
-@cli.BUSY
-@cli.OUT
-@cli.DATA_ONLY
+@cli.options
 def command(
-    device: str,
-    quick: bool,
-    names: tuple[str, ...],
-    shapes: tuple[str, ...],
-    modes: tuple[str, ...],
+    options: cli.Options, quick: bool, names: tuple[str, ...], shapes: tuple[str, ...], modes: tuple[str, ...],
     every: bool,
-    repeats: int | None,
-    busy: bool,
-    out: Path | None,
-    data_only: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Time the kernel library against eager PyTorch, torch.compile, TRL, Liger and cut-cross-entropy.
 
     Every candidate gets the same tensors in the same process, is first compared with fp64, and is then timed in turns
@@ -122,22 +109,20 @@ def command(
     python -m benchmarks.kernels --device cuda                the GPU tables (about eight minutes on an H200)
     python -m benchmarks.kernels --device cuda --benchmark linear_logprobs --shape llama3-8b-8k --mode frozen
     """
-    where = cli.ready_device(device)
+    device = options.device.type
     parts = parts_of(device, names, shapes, modes, quick=quick, every=every)
-    clock, clock_name = cli.pick_clock(device, busy=busy)
-    budget = math.inf if repeats else QUICK_BUDGET if quick else BUDGET[device]
-    repeats = repeats or (QUICK_REPEATS if quick else REPEATS[device])
-    recorder = Recorder("kernels", where, clock=clock_name, repeats=repeats, quick=quick, out=out)
-    console = Console()
+    repeats = options.repeats or (QUICK_REPEATS if quick else REPEATS[device])
+    budget = math.inf if options.repeats else QUICK_BUDGET if quick else BUDGET[device]
+    timing = Timing(repeats, WARMUP[device], budget, options.clock)
+    recorder, console = options.recorder("kernels", repeats, quick=quick), Console()
     console.print(recorder.opening(), highlight=False)
-    timing = Timing(repeats, WARMUP[device], budget, clock)
     refused = []
     for part in parts:
         try:
-            measure(part, recorder, timing, where, console, quick=quick, every=every)
+            measure(part, recorder, timing, options.device, console, quick=quick, every=every)
         except Refused as error:
             refused.append(str(error))
-    render.finish(recorder, data_only=data_only)
+    render.finish(recorder, data_only=options.data_only)
     if refused:
         raise Refused(" ".join(refused))
 

@@ -11,7 +11,6 @@ import json
 import os
 import runpy
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -338,7 +337,7 @@ def metrics_of(job: Job) -> Rows:
     return [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def run(job: Job, origin: Mapping[str, Any], running: dict[str, subprocess.Popen[bytes]]) -> str:
+def run(job: Job, origin: Mapping[str, Any]) -> str:
     """Run one job and write its record; returns "", or why it failed."""
     name, log = job.folder.name, job.output / f"{job.folder.name}.log"
     (job.folder / RECORD).unlink(missing_ok=True)
@@ -346,14 +345,10 @@ def run(job: Job, origin: Mapping[str, Any], running: dict[str, subprocess.Popen
     sources = [str(records.ROOT / part) for part in ("engine", "kernels")] + [os.environ.get("PYTHONPATH", "")]
     own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sources))}
     command, began = [sys.executable, "-m", "onecard", *job.arguments, "--overwrite"], time.monotonic()
-    with open(log, "wb") as file:  # in a session of its own: Ctrl-C reaches this process alone, which ends the runs
-        process = subprocess.Popen(
-            command, cwd=records.ROOT, env={**os.environ, **own}, stdout=file, stderr=file, start_new_session=True
-        )
-    running[name] = process
-    _, status, usage = os.wait4(process.pid, 0)
+    with open(log, "wb") as file:
+        process = subprocess.Popen(command, cwd=records.ROOT, env={**os.environ, **own}, stdout=file, stderr=file)
+        _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    del running[name]
     if process.returncode:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return f"{name}: exit status {process.returncode}: {lines[-1] if lines else 'no output'} ({log})"
@@ -370,19 +365,15 @@ def run_all(jobs: Sequence[Job], at_a_time: int) -> list[str]:
     waiting = [job for job in jobs if finished(job) is None]
     if waiting:
         make_data()
-    running: dict[str, subprocess.Popen[bytes]] = {}
     failures: list[str] = []
     with ThreadPoolExecutor(at_a_time) as pool:
-        futures = {pool.submit(run, job, origin, running): job for job in waiting}
+        futures = {pool.submit(run, job, origin): job for job in waiting}
         try:
             for done, future in enumerate(as_completed(futures), start=1):
                 failures += filter(None, [future.result()])
                 click.echo(f"{done} of {len(waiting)}: {futures[future].folder.name}", err=True)
-        finally:
-            for future in futures:
-                future.cancel()
-            for process in list(running.values()):
-                os.kill(process.pid, signal.SIGTERM)
+        finally:  # the runs themselves end by the same Ctrl-C
+            pool.shutdown(cancel_futures=True)
     return failures
 
 

@@ -16,7 +16,7 @@ import click
 import torch
 
 from benchmarks import cli, measure, records, render
-from benchmarks.records import Case, Recorder, Row
+from benchmarks.records import Case, Row
 from benchmarks.train_step.cases import StepCase
 from benchmarks.train_step.dpo import OnecardDPO, Task, held_bytes
 from benchmarks.train_step.synthetic import Model, random_pairs, write_folder
@@ -24,7 +24,7 @@ from onecard.models.memory_options import head_chunks
 from onecard.utils.progress import progress
 
 PAGE = records.ROOT / "docs" / "memory.md"
-PAIRS, PROMPT, RESPONSE = 4, 128, 64
+PAIRS, PROMPT, RESPONSE, REPEATS = 4, 128, 64, 5
 MODELS = {
     "cpu": Model("random Llama", hidden=256, layers=4, heads=8, key_heads=2, inner=704, vocab=8192, tied=True),
     "cuda": Model("random Llama", hidden=2048, layers=16, heads=32, key_heads=8, inner=8192, vocab=128256, tied=True),
@@ -82,18 +82,14 @@ def measured(device: torch.device, repeats: int, clock: Callable[[], float]) -> 
 
 
 @click.command(context_settings=cli.SETTINGS)
-@cli.DEVICE
-@click.option("--repeats", type=click.IntRange(2), default=5, show_default=True, help="Timed steps of each option.")
-@cli.BUSY
-@cli.OUT
 @cli.ONLY_PRINT
-def command(device: str, repeats: int, busy: bool, out: Path | None, only_print: bool) -> None:
+@cli.options
+def command(options: cli.Options, only_print: bool) -> None:
     """Measure what each memory option saves and costs, into docs/memory.md."""
-    where = cli.ready_device(device)
-    clock, clock_name = cli.pick_clock(device, busy=busy)
-    recorder = Recorder("memory-options", where, clock=clock_name, repeats=repeats, out=out)
-    recorder.add(measured(where, repeats, clock))
-    render.finish(recorder, page=None if only_print else PAGE)
+    repeats = options.repeats or REPEATS
+    recorder = options.recorder("memory-options", repeats)
+    recorder.add(measured(options.device, repeats, options.clock))
+    render.finish(recorder, data_only=options.data_only, page=None if only_print else PAGE)
 
 
 if __name__ == "__main__":

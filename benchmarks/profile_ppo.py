@@ -31,7 +31,7 @@ import torch
 
 from benchmarks import cli, measure, render
 from benchmarks.harness import one_line
-from benchmarks.records import WHOLE, Case, Recorder, Row
+from benchmarks.records import WHOLE, Case, Row
 from benchmarks.rollout import bandwidth, weight_bytes
 from benchmarks.train_step.cases import Flops, StepCase, picked
 from benchmarks.train_step.dpo import quiet
@@ -314,23 +314,22 @@ def product_rate(case: StepCase, device: torch.device, dtype: torch.dtype) -> fl
 
 
 @click.command(context_settings=cli.SETTINGS)
-@cli.DEVICE
-@click.option("--case", "name", default="", help="A PPO case of benchmarks.train_step, by name. Default: the first.")
+@click.option("--case", "case_name", default="", help="A PPO case of benchmarks.train_step. Default: the first.")
 @click.option("--smoke", is_flag=True, help="A GPU's case at tiny sizes: shows that it runs, and measures nothing.")
-@cli.OUT
-def command(device: str, name: str, smoke: bool, out: Path | None) -> None:
+@cli.options
+def command(options: cli.Options, case_name: str, smoke: bool) -> None:
     """One warmed-up PPO iteration by the stopwatch, and one under the profiler.
 
     Seconds are the stopwatch's. The profiler says what they went into: operators by their own time, on a GPU kernels,
     how long the GPU was idle, and which costs are avoidable by rule.
     """
-    where = cli.ready_device(device)
-    case = picked(device, ["ppo"], [name] if name else [], smoke=smoke)[0]
+    device = options.device
+    case = picked(device.type, ["ppo"], [case_name] if case_name else [], smoke=smoke)[0]
     quiet()
-    dtype = torch.bfloat16 if smoke or device == "cuda" else torch.float32
-    recorder = Recorder("ppo-profile", where, quick=smoke, out=out, name=case.name)
+    dtype = torch.bfloat16 if smoke or device.type == "cuda" else torch.float32
+    recorder = options.recorder("ppo-profile", 1, quick=smoke, name=case.name)
     try:
-        render.run(recorder, [case], lambda case, tell: measured(case, where, dtype, tell))
+        render.run(recorder, [case], lambda case, tell: measured(case, device, dtype, tell), options)
     except TOO_MUCH as error:
         raise click.ClickException(f"--case {case.name!r}: {one_line(error)}") from None
 

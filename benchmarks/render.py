@@ -433,24 +433,22 @@ def run(
     recorder: records.Recorder,
     cases: Sequence[C],
     measure: Callable[[C, Callable[[str], None]], Case],
-    *,
-    minutes: float | None = None,
-    data_only: bool = False,
+    options: cli.Options,
 ) -> None:
-    """Measure the cases that begin within so many minutes, and write the report after each.
+    """Measure the cases that begin within the minutes that there are, and write the report after each.
 
     `measure` gets a case and a function that shows what it does. Raises Refused at the end if a case was refused.
     """
     console, began = Console(), time.monotonic()
     console.print(recorder.opening(), highlight=False)
     for index, case in enumerate(cases):
-        if minutes is not None and time.monotonic() - began > 60 * minutes:
-            click.echo(f"{len(cases) - index} cases were not begun after {minutes:g} minutes.")
+        if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
+            click.echo(f"{len(cases) - index} cases were not begun after {options.minutes:g} minutes.")
             break
         with console.status("") as status:
             result = measure(case, status.update)
         show(recorder, result, console)
-    finish(recorder, complete=len(recorder.report.cases) == len(cases), data_only=data_only)
+    finish(recorder, complete=len(recorder.report.cases) == len(cases), data_only=options.data_only)
     refused = [f"{case.name}: {case.refused}" for case in recorder.report.cases if case.refused]
     if refused:
         raise cli.Refused(" ".join(refused))

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks import cli, measure, render
 from benchmarks.measure import free_memory
-from benchmarks.records import OURS, Case, Recorder, Row
+from benchmarks.records import OURS, Case, Row
 from benchmarks.train_step.cases import LLAMA_8B, QWEN_0_5B, QWEN_1_5B, TINY
 from benchmarks.train_step.dpo import held_bytes, quantization_of, quiet, randomize_adapters, stored_bytes
 from benchmarks.train_step.synthetic import DTYPES, FIRST_WORD, PAD, SEED, Model, random_weights, write_folder
@@ -83,26 +83,22 @@ class Task:
     batch_size: int
 
 
-def small() -> RolloutCase:
-    """The case of a CPU, which takes seconds."""
-    return RolloutCase(RANDOM, SMALL, prompts=64, batch_size=32, least=4, most=64, max_new_tokens=128, mean=32)
-
-
 def of_shape(shape: str, *, load_in_4bit: bool, batch_size: int = 16) -> RolloutCase:
     """A real model's sizes, and two batches of prompts, as a PPO iteration has."""
     name = f"{shape}, {'NF4' if load_in_4bit else 'bf16'}, {batch_size} rows"
     return RolloutCase(name, SHAPES[shape], 2 * batch_size, batch_size, 64, 512, 192, 64, load_in_4bit)
 
 
-def on_a_gpu() -> list[RolloutCase]:
-    """The table: the README's claim first, then smaller models, then more rows."""
-    return [
-        of_shape("8B", load_in_4bit=True),
-        of_shape("1.5B", load_in_4bit=False, batch_size=32),
-        of_shape("8B", load_in_4bit=False),
-        of_shape("0.5B", load_in_4bit=False, batch_size=64),
-        of_shape("8B", load_in_4bit=True, batch_size=64),
-    ]
+# The case of a CPU, which takes seconds
+ON_CPU = RolloutCase(RANDOM, SMALL, prompts=64, batch_size=32, least=4, most=64, max_new_tokens=128, mean=32)
+# The table of a GPU: the README's claim first, then smaller models, then more rows.
+ON_A_GPU = (
+    of_shape("8B", load_in_4bit=True),
+    of_shape("1.5B", load_in_4bit=False, batch_size=32),
+    of_shape("8B", load_in_4bit=False),
+    of_shape("0.5B", load_in_4bit=False, batch_size=64),
+    of_shape("8B", load_in_4bit=True, batch_size=64),
+)
 
 
 def tiny(case: RolloutCase) -> RolloutCase:
@@ -321,16 +317,14 @@ def time_a_step(task: Task, device: torch.device, clock: Clock) -> dict[str, Any
 # --- the command
 
 
-def measured(result: Case, task: Task, repeats: int, clock: Clock) -> Case:
+def measured(case: RolloutCase, task: Task, device: torch.device, repeats: int, clock: Clock) -> Case:
     """Log-probabilities are checked first; then a step is timed, then whole rollouts in turns."""
-    causal, device = task.roles.causal_model(), task.roles.device
-    lengths = [len(prompt) for prompt in task.prompts]
-    result = replace(
-        result,
-        sizes={**result.sizes, "shortest": min(lengths), "longest": max(lengths)},
-        dtype=str(causal.dtype).removeprefix("torch."),
-        about={**result.about, "parameters": sum(each.numel() for each in causal.parameters())},
-    )
+    causal, lengths = task.roles.causal_model(), [len(prompt) for prompt in task.prompts]
+    sizes = {"prompts": case.prompts, "shortest": min(lengths), "longest": max(lengths), "batch_size": case.batch_size,
+             "max_new_tokens": case.max_new_tokens}  # fmt: skip
+    about = {"model": case.model.name, "load_in_4bit": case.load_in_4bit, "temperature": case.temperature,
+             "parameters": sum(each.numel() for each in causal.parameters())}  # fmt: skip
+    result = Case("rollout", case.name, sizes, str(causal.dtype).removeprefix("torch."), about=about)
     error = error_of_ours(task)
     if not error <= BAR.get(causal.dtype, 0.5):
         return replace(result, refused=f"log-probabilities as sampled are off by {error:.3g} nat")
@@ -344,31 +338,17 @@ def measured(result: Case, task: Task, repeats: int, clock: Clock) -> Case:
 def measure_case(case: RolloutCase, model: str, prompts: str, device: torch.device, repeats: int, clock: Clock) -> Case:
     """One case; one that does not fit is reported with the reason."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    sizes = {"prompts": case.prompts, "shortest": case.least, "longest": case.most, "batch_size": case.batch_size,
-             "max_new_tokens": case.max_new_tokens}  # fmt: skip
-    about = {"model": case.model.name, "load_in_4bit": case.load_in_4bit, "temperature": case.temperature}
-    result = Case("rollout", case.name, sizes, str(dtype).removeprefix("torch."), about=about)
     with tempfile.TemporaryDirectory() as folder:
         try:
             task = model_task(case, model, prompts) if model else random_task(case, Path(folder), dtype)
-            return measured(result, task, repeats, clock)
+            return measured(case, task, device, repeats, clock)
         except torch.OutOfMemoryError as error:
-            return replace(result, refused=f"out of memory: {str(error).splitlines()[0][:160]}")
+            refused = f"out of memory: {str(error).splitlines()[0][:160]}"
+            return Case("rollout", case.name, {"prompts": case.prompts}, DTYPES[dtype], refused=refused)
         except OnecardError as error:
             raise click.UsageError(str(error)) from None
         finally:
             free_memory()
-
-
-def chosen(names: Sequence[str], *, table: bool, smoke: bool) -> list[RolloutCase]:
-    """The cases that are asked for."""
-    if not (table or names or smoke):
-        return [small()]
-    found = on_a_gpu()
-    unknown = sorted(set(names) - {case.name for case in found})
-    if unknown:
-        raise click.UsageError(f"--case {unknown[0]!r}: expected one of {', '.join(repr(c.name) for c in found)}.")
-    return [tiny(case) if smoke else case for case in found if not names or case.name in names]
 
 
 @click.command(context_settings=cli.SETTINGS)
@@ -377,25 +357,8 @@ def chosen(names: Sequence[str], *, table: bool, smoke: bool) -> list[RolloutCas
 @click.option("--table", is_flag=True, help="The cases of a GPU, most telling first.")
 @click.option("--case", "names", multiple=True, help="Only this case of the table, by name.")
 @click.option("--smoke", is_flag=True, help="The table at tiny sizes: shows that it runs, and measures nothing.")
-@cli.DEVICE
-@cli.MINUTES
-@cli.REPEATS
-@cli.BUSY
-@cli.OUT
-@cli.DATA_ONLY
-def command(
-    model: str,
-    prompts: str,
-    table: bool,
-    names: tuple[str, ...],
-    smoke: bool,
-    device: str,
-    minutes: float | None,
-    repeats: int | None,
-    busy: bool,
-    out: Path | None,
-    data_only: bool,
-) -> None:
+@cli.options
+def command(options: cli.Options, model: str, prompts: str, table: bool, names: tuple[str, ...], smoke: bool) -> None:
     """Time onecard's sampler against transformers' generate, in response tokens per second.
 
     Before anything is timed, the log-probabilities that ours keeps are compared with a pass over the finished
@@ -405,19 +368,24 @@ def command(
         raise click.UsageError("--model and --prompts: give both, or none for random weights and prompts.")
     if model and (table or names or smoke):
         raise click.UsageError("--model is a case of its own; leave out --table, --case and --smoke.")
-    found = chosen(names, table=table, smoke=smoke)
+    found = [ON_CPU]
+    if table or names or smoke:
+        unknown = sorted(set(names) - {case.name for case in ON_A_GPU})
+        if unknown:
+            known = ", ".join(repr(case.name) for case in ON_A_GPU)
+            raise click.UsageError(f"--case {unknown[0]!r}: expected one of {known}.")
+        found = [tiny(case) if smoke else case for case in ON_A_GPU if not names or case.name in names]
     if model:
         name = Path(model).name
         found = [replace(case, name=name, model=replace(case.model, name=name)) for case in found]
-    where = cli.engine_device(device)
-    clock, clock_name = cli.pick_clock(device, busy=busy)
+    cli.refuse_unused_gpu(options.device)
     quiet()
-    rounds = repeats or (2 if smoke else REPEATS[device])
+    repeats = options.repeats or (2 if smoke else REPEATS[options.device.type])
     name = found[0].name if len(found) == 1 else "table"
-    recorder = Recorder("rollout", where, clock=clock_name, repeats=rounds, quick=smoke, out=out, name=name)
+    recorder = options.recorder("rollout", repeats, quick=smoke, name=name)
     render.run(
-        recorder, found, lambda case, _: measure_case(case, model, prompts, where, rounds, clock), minutes=minutes,
-        data_only=data_only,
+        recorder, found,
+        lambda case, _: measure_case(case, model, prompts, options.device, repeats, options.clock), options,
     )  # fmt: skip
 
 

@@ -1,9 +1,8 @@
 """`python -m benchmarks.tune`: times settings of the kernels against their defaults, and proposes what is faster.
 
 A knob varies one thing (rows of a chunk, a tile, blocks and warps, the implementation) for one public function in one
-mode. The default is first compared with fp64, each setting with fp64 and, in all rows, with the default; what is wrong
-is not timed. A setting is proposed where it is faster in one case and slower in none, beyond the quartiles of both, ran
-in all cases, and keeps the promised workspace.
+mode. All are first compared with fp64; what is wrong is not timed. A setting is proposed where it is faster in one case
+and slower in none, beyond the quartiles of both, ran in all cases, and keeps the promised workspace.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import product
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -26,7 +24,7 @@ import torch
 from benchmarks import cli, harness, kernels, measure, records, render
 from benchmarks.cli import Refused
 from benchmarks.harness import EAGER, Benchmark, Timing, one_line
-from benchmarks.records import LIMIT, OURS, Case, Recorder, Report, Row
+from benchmarks.records import OURS, Case, Report, Row
 from benchmarks.shapes import CUDA_FEW, LINEAR, LOGITS, Shape, linear, logits
 from benchmarks.suite import linear_kl, linear_logprobs, linear_losses, selective
 
@@ -196,12 +194,12 @@ def cases_of(knob: Knob, device: str, *, dry: bool) -> tuple[tuple[Shape, ...], 
 
 
 def measure_case(knob: Knob, shape: Shape, settings: Sequence[Values], device: torch.device, timing: Timing) -> Case:
-    """A row for the default, one for each setting, and the limits. Eager is the yardstick of gradients."""
+    """Eager, the default, each setting, and the limits."""
     benchmark, mode = knob.benchmark, knob.mode
     case = replace(kernels.blank(benchmark, shape, mode, device), what=knob.name)
     eager, default = (next(c for c in benchmark.candidates if c.name == name) for name in (EAGER, OURS))
     made = [replace(default, name=label(v), role="setting", around=lambda v=v: knob.apply(v)) for v in settings]
-    chosen = [replace(eager, timed=False), replace(default, around=lambda: knob.apply({})), *made]
+    chosen = [eager, replace(default, around=lambda: knob.apply({})), *made]
     sets = harness.input_sets(benchmark, shape, device)
     expected = benchmark.expected(sets[0], benchmark.modes[mode].results)
     try:
@@ -228,7 +226,7 @@ def kept_small(knob: Knob, row: Row, case: Case) -> bool:
 
 
 def tried(case: Case) -> list[Row]:
-    return [row for row in case.rows if row.role != LIMIT and row.name != OURS and row.seconds]
+    return [row for row in case.rows if row.role == "ours" and row.name != OURS and row.seconds]
 
 
 def proposal(knob: Knob, cases: Sequence[Case]) -> tuple[float, str] | None:
@@ -275,16 +273,10 @@ def proposals(report: Report) -> str:
 
 
 @click.command(context_settings=cli.SETTINGS)
-@cli.DEVICE
 @click.option("--dry", is_flag=True, help="A GPU's knobs at tiny sizes on CPU: shows that they run, measures nothing.")
 @click.option("--knob", "names", multiple=True, type=click.Choice(list(KNOBS)), help="Only this knob.")
-@cli.MINUTES
-@cli.BUSY
-@cli.OUT
-@cli.DATA_ONLY
-def command(
-    device: str, dry: bool, names: tuple[str, ...], minutes: float | None, busy: bool, out: Path | None, data_only: bool
-) -> None:
+@cli.options
+def command(options: cli.Options, dry: bool, names: tuple[str, ...]) -> None:
     """Time settings of the kernels (chunks, tiles, blocks, warps, implementations) and propose what is faster.
 
     \b
@@ -293,24 +285,22 @@ def command(
     python -m benchmarks.tune --device cuda --knob hopper-tile
     python -m benchmarks.tune                                the CPU's own knobs
     """
+    device = options.device.type
     if dry and device == CUDA:
         raise click.UsageError("--dry runs a GPU's knobs on CPU; leave out --device cuda.")
     if dry and "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
-    where = cli.ready_device(device)
     todo = []
     for knob in KNOBS.values():
         shapes, settings = cases_of(knob, device, dry=dry)
         todo += [(knob, shape, settings) for shape in shapes if settings and (not names or knob.name in names)]
     if not todo:
         raise click.UsageError(f"--knob {', '.join(names)}: no knob of {device}.")
-    clock, clock_name = cli.pick_clock(device, busy=busy)
-    timing = Timing(1) if dry else Timing(REPEATS[device], WARMUP[device], BUDGET[device], clock)
-    recorder = Recorder("tune", where, clock=clock_name, repeats=timing.repeats, quick=dry, out=out)
+    repeats = 1 if dry else options.repeats or REPEATS[device]
+    timing = Timing(repeats, 0 if dry else WARMUP[device], BUDGET[device], options.clock)
     with as_on_a_gpu() if dry else nullcontext():
-        render.run(
-            recorder, todo, lambda each, _: measure_case(*each, where, timing), minutes=minutes, data_only=data_only
-        )
+        recorder = options.recorder("tune", repeats, quick=dry)
+        render.run(recorder, todo, lambda each, _: measure_case(*each, options.device, timing), options)
 
 
 if __name__ == "__main__":

@@ -192,15 +192,17 @@ def blank(case: StepCase, dtype: torch.dtype) -> Case:
     )
 
 
-def measure_case(case: StepCase, device: torch.device, dtype: torch.dtype, timing: Timing, tell: Tell) -> Case:
-    """All of a case. One whose plan is above its cap is refused before it begins."""
+def measure_case(
+    case: StepCase, device: torch.device, dtype: torch.dtype, timing: Timing, tell: Tell, names: Sequence[str] = ()
+) -> Case:
+    """All of a case, or of DPO these candidates. One whose plan is above its cap is refused before it begins."""
     result = blank(case, dtype)
     wrong = too_large(case, dtype)
     if wrong:
         return replace(result, refused=wrong)
     with tempfile.TemporaryDirectory() as folder, capped(case.cap_gib, device):
         write_folder(case.model, Path(folder))
-        measured = {"dpo": measure_dpo, "ppo": measure_ppo}[case.kind]
+        measured = partial(measure_dpo, names or list(candidates(device))) if case.kind == "dpo" else measure_ppo
         try:
             rows, found = measured(case, Path(folder), device, dtype, timing, tell)
         except Refused as error:
@@ -269,11 +271,11 @@ def step_flops(case: StepCase, task: Task, step: int) -> int:
 
 
 def measure_dpo(
-    case: StepCase, folder: Path, device: torch.device, dtype: torch.dtype, timing: Timing, tell: Tell
-) -> tuple[list[Row], dict[str, Any]]:
-    """Rows and findings of all candidates, in turns, or one after the other where they cannot be held at once."""
+    names: Sequence[str], case: StepCase, folder: Path, device: torch.device, dtype: torch.dtype, timing: Timing,
+    tell: Tell,
+) -> tuple[list[Row], dict[str, Any]]:  # fmt: skip
+    """Rows and findings of candidates, in turns, or one after the other where they cannot be held at once."""
     task = task_of(case, folder, device, dtype)
-    names = list(candidates(device))
     rows: list[Row] = []
     found = found_of(case, dtype, device)
     firsts: dict[str, dict[str, float]] = {}

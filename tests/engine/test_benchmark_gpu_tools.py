@@ -39,7 +39,7 @@ def test_a_knob_runs_dry(tmp_path: Path) -> None:
     assert cli.main(tune.command, ["--dry", "--knob", "chunk-rows", "--data-only", "--out", str(tmp_path)]) == 0
     [path] = tmp_path.glob("*.json")
     [case] = records.load(path).cases
-    assert [row.name for row in case.rows][:3] == [OURS, "rows=256", "rows=4096"]
+    assert [row.name for row in case.rows][1:4] == [OURS, "rows=256", "rows=4096"]
 
 
 @pytest.mark.parametrize("knob", KNOBS.values(), ids=KNOBS)

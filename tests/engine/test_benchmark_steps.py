@@ -216,7 +216,7 @@ def test_on_a_gpu_peaks_are_above_what_was_held_when_the_step_began(monkeypatch)
 def test_both_samplers_count_the_same_work(tmp_path):
     """Every token of random weights ends with the same probability: both draw lengths of the same distribution."""
     assert rollout.ended_length([5, 6, 2, 0, 0, 2], {2, 9}) == 3
-    case = replace(rollout.small(), prompts=96, batch_size=48, max_new_tokens=64)
+    case = replace(rollout.ON_CPU, prompts=96, batch_size=48, max_new_tokens=64)
     task = rollout.random_task(case, tmp_path, torch.float32)
     share = 1 / case.mean
     expected, spread = 96 * (1 - (1 - share) ** 64) / share, 96**0.5 / share
@@ -227,7 +227,7 @@ def test_both_samplers_count_the_same_work(tmp_path):
 
 
 def test_a_step_reads_all_weights_but_other_rows_of_the_embeddings(tmp_path):
-    causal = rollout.random_task(rollout.tiny(rollout.small()), tmp_path, torch.float32).roles.causal_model()
+    causal = rollout.random_task(rollout.tiny(rollout.ON_CPU), tmp_path, torch.float32).roles.causal_model()
     whole = sum(parameter.numel() for parameter in causal.parameters())
     embeddings = causal.get_input_embeddings().weight.numel()
     assert rollout.weight_bytes(causal) == 4 * (whole - embeddings)
@@ -266,7 +266,7 @@ def test_a_phase_s_seconds_and_costs_by_hand():
         (train_step, ["--smoke", "--case", "1.5B, bf16"], [OURS, UNSHARED, TRL], "tokens/s | of limit | peak, MiB"),
         (rollout.command, ["--smoke", "--case", "0.5B, bf16, 64 rows"], [OURS, rollout.PEER], "ms a step"),
         (profile_ppo.command, ["--smoke", "--case", "1.5B, bf16"], [*phases.PHASES, WHOLE], "busy"),
-        (sharing.command, ["--quick", "--shape", "4/6", "--tokens", "60"], [sharing.SHARED, sharing.APART], "tokens/s"),
+        (sharing.command, ["--quick", "--shape", "4/6", "--tokens", "60"], [OURS, UNSHARED], "tokens/s"),
     ],
 )
 def test_a_command_runs_dry_and_its_table_has_the_columns(command, words, rows, heads, tmp_path, monkeypatch):
