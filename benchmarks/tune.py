@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import product
@@ -26,7 +26,7 @@ from benchmarks.cli import Refused
 from benchmarks.harness import EAGER, Benchmark, Timing, one_line
 from benchmarks.records import OURS, Case, Report, Row
 from benchmarks.shapes import CUDA_FEW, LINEAR, LOGITS, Shape, linear, logits
-from benchmarks.suite import linear_kl, linear_logprobs, linear_losses, selective
+from benchmarks.suite import linear_kl, linear_logprobs, selective
 
 REPEATS = {"cpu": 5, "cuda": 30}
 BUDGET = {"cpu": 60.0, "cuda": 5.0}  # seconds of a case's timed rounds
@@ -50,18 +50,13 @@ def plan(**always: Any) -> Apply:
     return lambda values: library("logprob.tuning").override(**{**always, **values})
 
 
-def constants(module: str, **always: Any) -> Apply:
-    """Numbers of a module, by their names in small letters; `always` is a plan that holds for the default too."""
-
-    @contextmanager
-    def apply(values: Values) -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(plan(**always)({}))
-            for name, value in values.items():
-                stack.enter_context(mock.patch.object(library(module), name.upper(), value))
-            yield
-
-    return apply
+def constants(module: str) -> Apply:
+    """Numbers of a module, by their names in small letters."""
+    return lambda values: (
+        mock.patch.multiple(library(module), **{name.upper(): value for name, value in values.items()})
+        if values
+        else nullcontext()
+    )
 
 
 def fields(module: str, name: str) -> Apply:
@@ -117,9 +112,7 @@ def grid(**values: Sequence[Any]) -> tuple[Values, ...]:
 
 
 FORWARD, FROZEN, TRAINED = linear_logprobs.FORWARD, linear_logprobs.FROZEN, linear_logprobs.TRAINED
-LOGPROBS, KL, PPO, LOGITS_PASS = (
-    linear_logprobs.BENCHMARK, linear_kl.BENCHMARK, linear_losses.PPO, selective.BENCHMARK
-)  # fmt: skip
+LOGPROBS, KL, LOGITS_PASS = linear_logprobs.BENCHMARK, linear_kl.BENCHMARK, selective.BENCHMARK
 FEW, ONE, WIDE, ON_CPU = CUDA_FEW, CUDA_FEW[:1], LOGITS[CUDA].usual, LINEAR[CPU].usual
 FAST, LOW = 1e9, 1e8  # bytes of workspace that are promised
 CHUNK_ROWS = {CUDA: grid(rows=(256, 512, 1024, 1536, 2048, 4096)), CPU: grid(rows=(64, 128, 256, 512, 1024))}
@@ -139,8 +132,6 @@ KL_BLOCKS = (
     *grid(block=(2048, 4096), warps=(4, 8)), *grid(block=(4096,), warps=(16,)), *grid(block=(8192,), warps=(8, 16))
 )  # fmt: skip
 BLOCK_BYTES = grid(block_bytes=tuple(n << 20 for n in (1, 2, 4, 8, 16)))
-CHUNKED, LOW_MEMORY, TILED = (plan(implementation=name) for name in ("chunked", "low_memory", "tiled"))
-ROWS_OF_A_CHUNK = "logprob.tuning: rows of a chunk"
 DEFAULT = "logprob.tuning: the default implementation, of all modes"
 ROW_PASS, EXP_PASS = "logprob.triton_rows", "logprob.triton_exp"
 
@@ -152,29 +143,24 @@ def implementations(*names: str) -> dict[str, tuple[Values, ...]]:
 KNOBS: dict[str, Knob] = {
     knob.name: knob
     for knob in (
-        Knob("chunk-rows", LOGPROBS, FROZEN, CHUNKED, ROWS_OF_A_CHUNK, CHUNK_ROWS, {CUDA: FEW, CPU: ON_CPU}, FAST),
+        Knob("chunk-rows", LOGPROBS, FROZEN, plan(implementation="chunked"), "logprob.tuning: rows of a chunk",
+             CHUNK_ROWS, {CUDA: FEW, CPU: ON_CPU}, FAST),
         Knob("implementation-forward", LOGPROBS, FORWARD, plan(), DEFAULT, implementations("low_memory", "tiled"),
              {CUDA: FEW, CPU: ON_CPU}),
         Knob("hopper-tile", LOGPROBS, FORWARD, tile, "logprob.tuning: the tile of compute capability 9.0",
              {CUDA: TILES}, {CUDA: ONE}),
         Knob("implementation-frozen", LOGPROBS, FROZEN, plan(), DEFAULT, implementations("low_memory"),
              {CUDA: FEW, CPU: ON_CPU}),
-        Knob("low-memory-tiles", LOGPROBS, FROZEN, LOW_MEMORY, "logprob.tuning: rows and columns of a tile", TILE_SIZES,
-             {CUDA: ONE, CPU: ON_CPU}, LOW),
+        Knob("low-memory-tiles", LOGPROBS, FROZEN, plan(implementation="low_memory"),
+             "logprob.tuning: rows and columns of a tile", TILE_SIZES, {CUDA: ONE, CPU: ON_CPU}, LOW),
         Knob("logits-forward", LOGITS_PASS, selective.FORWARD, fields(ROW_PASS, "FORWARD"), f"{ROW_PASS}: FORWARD",
              CUTS, {CUDA: WIDE}),
         Knob("linear-pass", LOGPROBS, FROZEN, fields(EXP_PASS, "CUT"), f"{EXP_PASS}: CUT", CUTS, {CUDA: ONE}),
         Knob("logits-backward", LOGITS_PASS, selective.BACKWARD, fields(ROW_PASS, "BACKWARD"), f"{ROW_PASS}: BACKWARD",
              CUTS, {CUDA: WIDE[:1]}),
-        Knob("linear-pass-forward", LOGPROBS, FORWARD, fields(EXP_PASS, "CUT"), f"{EXP_PASS}: CUT", CUTS, {CUDA: ONE}),
-        Knob("chunk-rows-ppo", PPO, linear_losses.FROZEN, CHUNKED, ROWS_OF_A_CHUNK, CHUNK_ROWS, {CUDA: ONE}, FAST),
-        Knob("chunk-rows-forward", LOGPROBS, FORWARD, CHUNKED, ROWS_OF_A_CHUNK, CHUNK_ROWS, {CUDA: ONE}, FAST),
         Knob("implementation-trained", LOGPROBS, TRAINED, plan(), DEFAULT, implementations("low_memory"),
              {CUDA: ONE, CPU: ON_CPU}),
         Knob("kl-pass", KL, linear_kl.FROZEN, constants("kl.triton"), "kl.triton", {CUDA: KL_BLOCKS}, {CUDA: ONE}),
-        Knob("kl-rows", KL, linear_kl.FROZEN, CHUNKED, ROWS_OF_A_CHUNK, CHUNK_ROWS, {CUDA: ONE}, FAST),
-        Knob("tiled-shares", LOGPROBS, FORWARD, constants("logprob.triton_tiled", implementation="tiled"),
-             "logprob.triton_tiled", {CUDA: grid(combined=(8, 16, 64))}, {CUDA: ONE}),
         Knob("cpu-blocks", LOGPROBS, FROZEN, constants("logprob.rows"), "logprob.rows", {CPU: BLOCK_BYTES},
              {CPU: ON_CPU[:1]}),
     )

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import ahead, cards
-from benchmarks.ahead import CARDS, Row
+from benchmarks import cards
+from benchmarks.cards import CARDS, Row
 from benchmarks.launches import LAUNCHES
 from onecard_kernels.launch import recording
 
@@ -134,7 +134,7 @@ def configured() -> set[str]:
     for configuration in (c for launches in LAUNCHES for c in launches()):
         with recording() as launches:
             configuration.launch((9, 0))
-        names |= set(map(ahead.name_of, launches))
+        names |= set(map(cards.name_of, launches))
     return names
 
 
@@ -207,7 +207,6 @@ TABLE = """
 import os, sys
 sys.path.insert(0, {folder!r})
 import known, torch
-from benchmarks import ahead
 from onecard_kernels.launch import launch
 from benchmarks.launches import Configuration, meta
 
@@ -216,8 +215,8 @@ def on(kernel, *args, grid=(1,), **options):
 
 half = lambda *shape: meta(*shape, dtype=torch.float16)
 big = meta(1 << 16)
-real = ahead.measured
-ahead.measured = lambda program: os._exit(7) if "fatal" in ahead.name_of(program.launch) else real(program)
+real = cards.measured
+cards.measured = lambda program: os._exit(7) if "fatal" in cards.name_of(program.launch) else real(program)
 cards.LAUNCHES = (lambda: iter([{launches}]),)
 """
 
@@ -322,8 +321,8 @@ def test_what_is_not_required_is_shown_and_breaks_nothing(capsys: pytest.Capture
     ],
 )
 def test_bars(change: dict[str, Any], broken: list[str]) -> None:
-    assert list(ahead.broken_bars(replace(ROW, **change), (2**31 - 1, 65535, 65535), 512)) == broken
+    assert list(cards.broken_bars(replace(ROW, **change), (2**31 - 1, 65535, 65535), 512)) == broken
 
 
 def test_tensor_memory_has_a_bar() -> None:
-    assert list(ahead.broken_bars(ROW, (1,), 513)) == ["513 columns of tensor memory, the limit is 512"]
+    assert list(cards.broken_bars(ROW, (1,), 513)) == ["513 columns of tensor memory, the limit is 512"]
