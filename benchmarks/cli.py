@@ -26,15 +26,20 @@ OUT = click.option(
     help="Folder of the JSON, the Markdown and the plots. Default: benchmarks/results/<device>.",
 )
 ONLY_PRINT = click.option("--print", "only_print", is_flag=True, help="Leave the page of the docs as it is.")
-SHARED = (
-    click.option("--device", "name", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
-                 help="cpu: fp32; cuda: bf16."),
-    click.option("--minutes", type=click.FloatRange(min=0), help="Begin no case after so many minutes."),
-    click.option("--repeats", type=click.IntRange(1), help="Timed rounds of each case. Default: the device's."),
-    click.option("--busy", is_flag=True, help="On a machine that others use (cpu only): one thread's own time."),
-    OUT,
-    click.option("--data-only", is_flag=True, help="Write the JSON alone; benchmarks.render makes the rest."),
-)  # fmt: skip
+DEVICE = click.option(
+    "--device",
+    "name",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="cpu: fp32; cuda: bf16.",
+)
+DATA_ONLY = click.option("--data-only", is_flag=True, help="Write the JSON alone; benchmarks.render makes the rest.")
+SOME = {
+    "minutes": click.option("--minutes", type=click.FloatRange(min=0), help="Begin no case after so many minutes."),
+    "repeats": click.option("--repeats", type=click.IntRange(1), help="Timed rounds of a case. Default: the device's."),
+    "busy": click.option("--busy", is_flag=True, help="On a machine that others use (cpu only): one thread's time."),
+}
 
 
 @dataclass(frozen=True)
@@ -55,24 +60,28 @@ class Options:
         )
 
 
-def options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the shared options, as one record before its own."""
+def options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command --device, --out, --data-only and these of the others, as one record before its own options."""
 
-    @wraps(command)
-    def with_options(
-        name: str, minutes: float | None, repeats: int | None, busy: bool, out: Path | None, data_only: bool, **own: Any
-    ) -> None:
-        device = ready_device(name)
-        if busy and name == "cuda":
-            raise click.UsageError("--busy counts processor time, which says nothing of a GPU; leave it out.")
-        if busy:
-            torch.set_num_threads(1)  # threads that wait for a preempted one would count their waiting
-        command(Options(device, *CLOCKS[busy], repeats, minutes, out, data_only), **own)
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def with_options(
+            name: str, out: Path | None, data_only: bool, minutes: float | None = None, repeats: int | None = None,
+            busy: bool = False, **own: Any,
+        ) -> None:  # fmt: skip
+            device = ready_device(name)
+            if busy and name == "cuda":
+                raise click.UsageError("--busy counts processor time, which says nothing of a GPU; leave it out.")
+            if busy:
+                torch.set_num_threads(1)  # threads that wait for a preempted one would count their waiting
+            command(Options(device, *CLOCKS[busy], repeats, minutes, out, data_only), **own)
 
-    made = with_options
-    for option in reversed(SHARED):
-        made = option(made)
-    return made
+        made = with_options
+        for option in (DATA_ONLY, OUT, *(SOME[name] for name in reversed(names)), DEVICE):
+            made = option(made)
+        return made
+
+    return add
 
 
 class Refused(Exception):

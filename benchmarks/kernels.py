@@ -92,7 +92,7 @@ def measure(
 @click.option("--shape", "shapes", multiple=True, help="Only this shape, by its name in benchmarks/shapes.py.")
 @click.option("--mode", "modes", multiple=True, type=click.Choice(MODES), help="Only this mode.")
 @click.option("--all-shapes", "every", is_flag=True, help="Every shape, and torch.compile at every shape. Hours.")
-@cli.options
+@cli.options("repeats", "busy")
 def command(
     options: cli.Options, quick: bool, names: tuple[str, ...], shapes: tuple[str, ...], modes: tuple[str, ...],
     every: bool,

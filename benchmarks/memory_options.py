@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 import torch
+from rich.console import Console
 
 from benchmarks import cli, measure, records, render
 from benchmarks.records import Case, Row
@@ -83,12 +84,12 @@ def measured(device: torch.device, repeats: int, clock: Callable[[], float]) -> 
 
 @click.command(context_settings=cli.SETTINGS)
 @cli.ONLY_PRINT
-@cli.options
+@cli.options("repeats", "busy")
 def command(options: cli.Options, only_print: bool) -> None:
     """Measure what each memory option saves and costs, into docs/memory.md."""
     repeats = options.repeats or REPEATS
     recorder = options.recorder("memory-options", repeats)
-    recorder.add(measured(options.device, repeats, options.clock))
+    render.show(recorder, measured(options.device, repeats, options.clock), Console())
     render.finish(recorder, data_only=options.data_only, page=None if only_print else PAGE)
 
 

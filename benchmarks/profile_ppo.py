@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -70,11 +70,6 @@ class Digest:
     launches: int = 0
     synchronisations: int = 0
     seconds: float = 0.0
-
-    @property
-    def busy(self) -> float:
-        """Seconds in operators, or in kernels on a GPU."""
-        return sum(each.seconds for each in self.operators.values())
 
 
 def profiled(work: Callable[[], Any], device: torch.device) -> Digest:
@@ -137,72 +132,52 @@ RULES = tuple(
     )
 )
 OTHER = "elementwise and other operators"
-WAITS = {"cpu": "outside of any operator: Python", "cuda": "the GPU waits for its next kernel: launches and Python"}
-NEEDED = ("attention", "products")
+WAITS = {False: "outside of any operator: Python", True: "the GPU waits for its next kernel: launches and Python"}
+BEYOND = "products beyond the count: what is recomputed, or run on padding"
+SLOW = "products slower than bare ones, or than the reading of weights"
 
 
 def kind(operator: str) -> str:
     return next((name for name, pattern in RULES if pattern.search(operator)), OTHER)
 
 
-@dataclass(frozen=True)
-class Phase:
-    """A phase of the timed iteration, and a digest of it or of a part of it.
+def phase_row(
+    name: str, seconds: float, count: tuple[int, int], part: float, digest: Digest, rate: float, *, on_gpu: bool,
+    reading: float = 0.0,
+) -> tuple[Row, dict[str, float]]:  # fmt: skip
+    """A phase by the stopwatch with its operators, and the seconds of its avoidable costs.
 
-    `part_seconds`: what that part takes without the profiler. `flops`: what the phase cannot do without.
+    `count`: tokens, and FLOPs that it cannot do without. `digest` is of a part that takes `part` seconds without the
+    profiler, in which the part's weights can be read in `reading`. `rate`: FLOP/s of bare products.
     """
-
-    name: str
-    seconds: float
-    flops: int
-    part_seconds: float
-    digest: Digest
-    reading: float = 0.0  # seconds in which the part's weights can be read: no product is done before
-
-    @property
-    def scale(self) -> float:
-        """From what was profiled to the timed phase: of calls and FLOPs."""
-        return self.seconds / self.part_seconds if self.part_seconds else 0.0
-
-    def busy(self, device: str) -> float:
-        """The share of the time in which an operator ran, or a kernel on a GPU.
-
-        A profiler slows the host down, operators and what is between them alike, and not a GPU's kernels: those are
-        held against the seconds without it.
-        """
-        whole = self.part_seconds if device == "cuda" else self.digest.seconds
-        return min(self.digest.busy / whole, 1.0) if whole else 0.0
-
-    def seconds_of(self, operator: float, device: str) -> float:
-        """An operator's profiled seconds as seconds of the timed phase."""
-        total = self.digest.busy
-        return operator / total * self.busy(device) * self.seconds if total else 0.0
-
-
-def by_kind(phase: Phase, device: str) -> dict[str, float]:
-    """Seconds of the timed phase by what they went into, waiting included."""
-    found: dict[str, float] = {}
-    for name, operator in phase.digest.operators.items():
-        found[kind(name)] = found.get(kind(name), 0.0) + phase.seconds_of(operator.seconds, device)
-    return {**found, WAITS[device]: (1 - phase.busy(device)) * phase.seconds}
-
-
-def costs_of(phase: Phase, device: str, rate: float) -> list[dict[str, Any]]:
-    """A phase's; `rate`: FLOP/s of bare products."""
-    seconds = by_kind(phase, device)
-    found = {what: taken for what, taken in seconds.items() if what not in NEEDED}
-    done = phase.digest.flops * phase.scale
-    beyond = 0.0 if phase.reading else max(done - phase.flops, 0.0) / rate
-    slow = seconds.get("products", 0.0) - max(done / rate, phase.reading * phase.scale)
-    found["products beyond the count: what is recomputed, or run on padding"] = beyond
-    found["products slower than bare ones, or than the reading of weights"] = slow
-    return [{"phase": phase.name, "what": what, "seconds": taken} for what, taken in found.items() if taken > 0]
-
-
-def largest(phases: Sequence[Phase], device: str, rate: float) -> list[dict[str, Any]]:
-    """The costs of all phases, the largest first."""
-    found = [cost for phase in phases for cost in costs_of(phase, device, rate)]
-    return sorted(found, key=lambda cost: -cost["seconds"])[:TOP]
+    tokens, flops = count
+    scale = seconds / part if part else 0.0  # from what was profiled to the timed phase
+    total = sum(each.seconds for each in digest.operators.values())
+    # A profiler slows the host down, operators and what is between them alike, and not a GPU's kernels: those are held
+    # against the seconds without it.
+    whole = part if on_gpu else digest.seconds
+    busy = min(total / whole, 1.0) if whole else 0.0
+    factor = busy * seconds / total if total else 0.0  # from an operator's profiled seconds to those of the phase
+    costs: dict[str, float] = {}
+    for operator, each in digest.operators.items():
+        costs[kind(operator)] = costs.get(kind(operator), 0.0) + each.seconds * factor
+    products, done = costs.pop("products", 0.0), digest.flops * scale
+    costs.pop("attention", None)
+    costs[WAITS[on_gpu]] = (1 - busy) * seconds
+    costs[BEYOND] = 0.0 if reading else max(done - flops, 0.0) / rate
+    costs[SLOW] = products - max(done / rate, reading * scale)
+    top = sorted(digest.operators.items(), key=lambda item: -item[1].seconds)[:TOP]
+    operators = [
+        {"name": operator, "kind": kind(operator), "seconds": each.seconds * factor, "count": each.count * scale,
+         "flops": each.flops * scale}
+        for operator, each in top
+    ]  # fmt: skip
+    more = {"busy": busy, "profiled": part / seconds, "operators": operators}
+    if on_gpu:
+        more |= {"launches": digest.launches * scale, "synchronisations": digest.synchronisations * scale}
+    share = flops / seconds / rate if flops else None
+    row = Row(name, "ours", seconds=(seconds,), tokens=(tokens,), flops=(flops,), of_limit=share, more=more)
+    return row, {what: taken for what, taken in costs.items() if taken > 0}
 
 
 # --- an iteration
@@ -262,12 +237,14 @@ def measured(case: StepCase, device: torch.device, dtype: torch.dtype, tell: Cal
             iterations.run(profiler, again=True)
         parts[ROLLOUT] = short_timer.first[ROLLOUT]
         reading = decode_steps(iterations) * weight_bytes(iterations.roles.causal_model()) / copies
-    phases = [
-        Phase(name, timer.seconds[name], counts[name][1], parts[name], profiler.found[name],
-              reading if name == ROLLOUT else 0.0)
-        for name in PHASES
-    ]  # fmt: skip
-    rows = [row_of(phase, counts[phase.name][0], rate, device.type) for phase in phases]
+    rows, costs = [], []
+    for name in PHASES:
+        row, found = phase_row(
+            name, timer.seconds[name], counts[name], parts[name], profiler.found[name], rate,
+            on_gpu=device.type == "cuda", reading=reading if name == ROLLOUT else 0.0,
+        )  # fmt: skip
+        rows.append(row)
+        costs += [{"phase": name, "what": what, "seconds": taken} for what, taken in found.items()]
     return replace(
         blank(case, dtype),
         rows=(*rows, Row(WHOLE, "ours", seconds=(timer.seconds[WHOLE],))),
@@ -275,26 +252,9 @@ def measured(case: StepCase, device: torch.device, dtype: torch.dtype, tell: Cal
             "profiled_seconds": profiled_seconds,
             "rate": rate,  # FLOP/s of bare products
             "bandwidth": copies,  # bytes/s of a plain copy
-            "costs": largest(phases, device.type, rate),
+            "costs": sorted(costs, key=lambda cost: -cost["seconds"])[:TOP],
         },
     )
-
-
-def row_of(phase: Phase, tokens: int, rate: float, device: str) -> Row:
-    """A phase by the stopwatch, with its operators scaled to it."""
-    digest, scale = phase.digest, phase.scale
-    top = sorted(digest.operators.items(), key=lambda item: -item[1].seconds)[:TOP]
-    operators = [
-        {"name": name, "kind": kind(name), "seconds": phase.seconds_of(each.seconds, device),
-         "count": each.count * scale, "flops": each.flops * scale}
-        for name, each in top
-    ]  # fmt: skip
-    more = {"busy": phase.busy(device), "profiled": phase.part_seconds / phase.seconds, "operators": operators}
-    if device == "cuda":
-        more |= {"launches": digest.launches * scale, "synchronisations": digest.synchronisations * scale}
-    share = phase.flops / phase.seconds / rate if phase.flops else None
-    return Row(phase.name, "ours", seconds=(phase.seconds,), tokens=(tokens,), flops=(phase.flops,), of_limit=share,
-               more=more)  # fmt: skip
 
 
 def decode_steps(iterations: PPORun) -> int:
@@ -316,7 +276,7 @@ def product_rate(case: StepCase, device: torch.device, dtype: torch.dtype) -> fl
 @click.command(context_settings=cli.SETTINGS)
 @click.option("--case", "case_name", default="", help="A PPO case of benchmarks.train_step. Default: the first.")
 @click.option("--smoke", is_flag=True, help="A GPU's case at tiny sizes: shows that it runs, and measures nothing.")
-@cli.options
+@cli.options()
 def command(options: cli.Options, case_name: str, smoke: bool) -> None:
     """One warmed-up PPO iteration by the stopwatch, and one under the profiler.
 

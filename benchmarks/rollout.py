@@ -357,7 +357,7 @@ def measure_case(case: RolloutCase, model: str, prompts: str, device: torch.devi
 @click.option("--table", is_flag=True, help="The cases of a GPU, most telling first.")
 @click.option("--case", "names", multiple=True, help="Only this case of the table, by name.")
 @click.option("--smoke", is_flag=True, help="The table at tiny sizes: shows that it runs, and measures nothing.")
-@cli.options
+@cli.options("minutes", "repeats", "busy")
 def command(options: cli.Options, model: str, prompts: str, table: bool, names: tuple[str, ...], smoke: bool) -> None:
     """Time onecard's sampler against transformers' generate, in response tokens per second.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 import torch
+from rich.console import Console
 
 from benchmarks import cli, records, render
 from benchmarks.records import Case, Recorder, Row
@@ -115,7 +116,7 @@ def measure_case(rows: int, report_rows: int) -> Case:
 def command(rows: int, report_rows: int, out: Path | None, only_print: bool) -> None:
     """Time a start over many rows twice, `datasets` beside it, and the report of a long run (five minutes)."""
     recorder = Recorder("scale", torch.device("cpu"), out=out)
-    recorder.add(measure_case(rows, report_rows))
+    render.show(recorder, measure_case(rows, report_rows), Console())
     render.finish(recorder, page=None if only_print else PAGE)
 
 

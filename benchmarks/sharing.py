@@ -46,7 +46,7 @@ def case_of(shape: str, device: str, tokens: int) -> StepCase:
 @click.option("--shape", "shapes", multiple=True, help="Tokens of prompt/answer; several times. Default: the device's.")
 @click.option("--tokens", type=click.IntRange(1), help="Of a step's pairs, laid apart. Default: the device's.")
 @click.option("--quick", is_flag=True, help="Tiny shapes: does it run here?")
-@cli.options
+@cli.options("repeats", "busy")
 def command(options: cli.Options, shapes: tuple[str, ...], tokens: int | None, quick: bool) -> None:
     """Time and memory of a DPO step that runs each prompt once for both answers, against two copies of it.
 

@@ -261,7 +261,7 @@ def proposals(report: Report) -> str:
 @click.command(context_settings=cli.SETTINGS)
 @click.option("--dry", is_flag=True, help="A GPU's knobs at tiny sizes on CPU: shows that they run, measures nothing.")
 @click.option("--knob", "names", multiple=True, type=click.Choice(list(KNOBS)), help="Only this knob.")
-@cli.options
+@cli.options("minutes", "busy")
 def command(options: cli.Options, dry: bool, names: tuple[str, ...]) -> None:
     """Time settings of the kernels (chunks, tiles, blocks, warps, implementations) and propose what is faster.
 
@@ -282,7 +282,7 @@ def command(options: cli.Options, dry: bool, names: tuple[str, ...]) -> None:
         todo += [(knob, shape, settings) for shape in shapes if settings and (not names or knob.name in names)]
     if not todo:
         raise click.UsageError(f"--knob {', '.join(names)}: no knob of {device}.")
-    repeats = 1 if dry else options.repeats or REPEATS[device]
+    repeats = 1 if dry else REPEATS[device]
     timing = Timing(repeats, 0 if dry else WARMUP[device], BUDGET[device], options.clock)
     with as_on_a_gpu() if dry else nullcontext():
         recorder = options.recorder("tune", repeats, quick=dry)

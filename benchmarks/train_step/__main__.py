@@ -24,7 +24,7 @@ WARMUP = {"cpu": 1, "cuda": 2}
 @click.option("--smoke", is_flag=True, help="A GPU's cases at tiny sizes: shows that they run, measures nothing.")
 @click.option("--only", "kinds", multiple=True, type=click.Choice(["dpo", "ppo"]), help="Only this algorithm.")
 @click.option("--case", "names", multiple=True, help="Only this case, by name.")
-@cli.options
+@cli.options("minutes", "repeats", "busy")
 def command(options: cli.Options, quick: bool, smoke: bool, kinds: tuple[str, ...], names: tuple[str, ...]) -> None:
     """Time whole training steps: DPO against TRL's DPOTrainer, PPO by phases.
 

@@ -19,23 +19,10 @@ from benchmarks.harness import Timing, one_line
 from benchmarks.measure import free_memory
 from benchmarks.records import LIMIT, OURS, WHOLE, Case, Row
 from benchmarks.render import TRL, UNSHARED
-from benchmarks.train_step import dpo, ppo
+from benchmarks.train_step import dpo, phases, ppo
 from benchmarks.train_step.cases import Flops, StepCase, dpo_flops
 from benchmarks.train_step.dpo import SAME, DPOStepper, OnecardDPO, Task, TrlDPO, held_bytes
-from benchmarks.train_step.phases import (
-    OLD,
-    OPTIMIZER,
-    PHASES,
-    REFERENCE,
-    REWARD,
-    ROLLOUT,
-    TRAIN,
-    VALUES,
-    Peaks,
-    PhaseTimer,
-    highest,
-    phase_peaks,
-)
+from benchmarks.train_step.phases import PHASES, Peaks, PhaseTimer, highest, phase_peaks
 from benchmarks.train_step.synthetic import random_pairs, write_folder
 from onecard.commands.fit.phases import Lengths
 from onecard.commands.fit.plan import MemoryPlan, plan_memory
@@ -52,13 +39,13 @@ CLOSE = {torch.float32: (2e-3, 1e-3), torch.bfloat16: (0.25, 0.25)}
 MIXED = "lengths are drawn, and the plan is of the longest"
 # `onecard fit`'s phases by their names there
 PHASE_OF = {
-    "rollout": ROLLOUT,
-    "reward pass": REWARD,
-    "policy pass": OLD,
-    "reference pass": REFERENCE,
-    "value pass": VALUES,
-    "train": TRAIN,
-    "optimizer step": OPTIMIZER,
+    "rollout": phases.ROLLOUT,
+    "reward pass": phases.REWARD,
+    "policy pass": phases.OLD,
+    "reference pass": phases.REFERENCE,
+    "value pass": phases.VALUES,
+    "train": phases.TRAIN,
+    "optimizer step": phases.OPTIMIZER,
 }
 Tell = Callable[[str], None]
 Build = Callable[[Task], DPOStepper]
@@ -143,16 +130,19 @@ def too_large(case: StepCase, dtype: torch.dtype) -> str | None:
     return f"the plan has {need}, expected at most the cap of {case.cap_gib:g} GiB"
 
 
-def compared(plan: MemoryPlan, held: int | None = None, peaks: Peaks | None = None) -> list[dict[str, Any]]:
+def compared(task: Task, held: int | None = None, peaks: Peaks | None = None) -> list[dict[str, Any]]:
     """Peaks in bytes of each watched phase and of the whole, as planned and as measured (None: not measured).
 
-    All at once, and above what stays between steps. `held`: bytes between steps, measured.
+    All at once, and above what stays between steps. `held`: bytes between steps, measured. Empty for mixed lengths.
     """
-    phases = {PHASE_OF[phase.name]: phase for phase in plan.phases if phase.name in PHASE_OF}
+    if task.case.mixed:
+        return []
+    plan = plan_of(task.case, task.dtype, task.device)
+    known = {PHASE_OF[phase.name]: phase for phase in plan.phases if phase.name in PHASE_OF}
     if peaks is not None:
-        phases = {name: phase for name, phase in phases.items() if name in peaks.above}
-    between = min(phase.before for phase in phases.values())
-    planned = {name: phase.peak for name, phase in phases.items()}
+        known = {name: phase for name, phase in known.items() if name in peaks.above}
+    between = min(phase.before for phase in known.values())
+    planned = {name: phase.peak for name, phase in known.items()}
     planned[WHOLE] = max(planned.values())
     above = {} if peaks is None else peaks.above
     return [
@@ -200,11 +190,13 @@ def measure_case(
     wrong = too_large(case, dtype)
     if wrong:
         return replace(result, refused=wrong)
-    with tempfile.TemporaryDirectory() as folder, capped(case.cap_gib, device):
-        write_folder(case.model, Path(folder))
-        measured = partial(measure_dpo, names or list(candidates(device))) if case.kind == "dpo" else measure_ppo
+    with tempfile.TemporaryDirectory() as name, capped(case.cap_gib, device):
+        task = task_of(case, write_folder(case.model, Path(name)), device, dtype)
         try:
-            rows, found = measured(case, Path(folder), device, dtype, timing, tell)
+            if case.kind == "dpo":
+                rows, found = measure_dpo(task, names or list(candidates(device)), timing, tell)
+            else:
+                rows, found = measure_ppo(task, timing, tell)
         except Refused as error:
             return replace(result, refused=str(error), found={"learned": []})
         finally:
@@ -216,15 +208,11 @@ def measure_case(
     return replace(result, rows=tuple(rows), found=found)
 
 
-def found_of(
-    case: StepCase, dtype: torch.dtype, device: torch.device, memory: Sequence[Mapping[str, Any]] = (), side: Any = None
-) -> dict[str, Any]:
+def found_of(task: Task, memory: Sequence[Mapping[str, Any]] = (), side: Any = None) -> dict[str, Any]:
     """What is reported beside the rows: the plan, also where nothing was measured, and what the steps learned."""
-    if not case.mixed and not memory:
-        memory = compared(plan_of(case, dtype, device))
     return {
-        "memory": list(memory),
-        "unplanned": MIXED if case.mixed else None,
+        "memory": list(memory) or compared(task),
+        "unplanned": MIXED if task.case.mixed else None,
         "learned": [] if side is None else list(side.learned),
         "shrunk": side is not None and side.cuts() != side.first_cuts,
     }
@@ -260,37 +248,33 @@ def check_first_steps(firsts: Mapping[str, Mapping[str, float]], dtype: torch.dt
                 raise Refused(f"{name} of the first step is {value:.6g}, and {theirs[name]:.6g} in {other}")
 
 
-def step_flops(case: StepCase, task: Task, step: int) -> int:
+def step_flops(task: Task, step: int) -> int:
     """What a step cannot do without."""
     sequences = [
         (len(pair.prompt) + len(answer), len(answer))
         for pair in (task.pairs[index] for index in task.indices(step))
         for answer in (pair.chosen, pair.rejected)
     ]
-    return dpo_flops(case.model, sequences, precomputed=case.precompute_ref_log_probs)
+    return dpo_flops(task.case.model, sequences, precomputed=task.case.precompute_ref_log_probs)
 
 
-def measure_dpo(
-    names: Sequence[str], case: StepCase, folder: Path, device: torch.device, dtype: torch.dtype, timing: Timing,
-    tell: Tell,
-) -> tuple[list[Row], dict[str, Any]]:  # fmt: skip
+def measure_dpo(task: Task, names: Sequence[str], timing: Timing, tell: Tell) -> tuple[list[Row], dict[str, Any]]:
     """Rows and findings of candidates, in turns, or one after the other where they cannot be held at once."""
-    task = task_of(case, folder, device, dtype)
     rows: list[Row] = []
-    found = found_of(case, dtype, device)
+    found = found_of(task)
     firsts: dict[str, dict[str, float]] = {}
-    for group in [names] if case.in_turns else [[name] for name in names]:
-        more, about = measure_together(case, task, group, firsts, timing, tell)
+    for group in [names] if task.case.in_turns else [[name] for name in names]:
+        more, about = measure_together(task, group, firsts, timing, tell)
         rows, found = rows + more, about or found
         free_memory()
     return rows, found
 
 
 def measure_together(
-    case: StepCase, task: Task, names: Sequence[str], firsts: dict[str, dict[str, float]], timing: Timing, tell: Tell
+    task: Task, names: Sequence[str], firsts: dict[str, dict[str, float]], timing: Timing, tell: Tell
 ) -> tuple[list[Row], dict[str, Any] | None]:
     """First step, rounds and memory of candidates that are in memory together. `firsts` gets their first steps."""
-    known, device = candidates(task.device), task.device
+    case, device, known = task.case, task.device, candidates(task.device)
     sides: dict[str, DPOStepper] = {}
     reasons: dict[str, str] = {}
     tell(f"{case.name}: first step")
@@ -307,7 +291,7 @@ def measure_together(
             reasons[name] = one_line(error)
     check_first_steps(firsts, task.dtype)
     longest = max(pair.tokens for pair in task.pairs)
-    bare = BareProducts(case, device, task.dtype, longest, step_flops(case, task, 0))
+    bare = BareProducts(case, device, task.dtype, longest, step_flops(task, 0))
     times = measure.interleave(
         {**{name: [side] for name, side in sides.items()}, GEMMS: [bare]},
         measure.stopwatch(device, timing.clock),
@@ -317,7 +301,7 @@ def measure_together(
         tick=lambda name: tell(f"{case.name}: {name}"),
     )
     timed = range(1 + timing.warmup, 1 + timing.warmup + len(times[GEMMS]))
-    flops = tuple(step_flops(case, task, step) for step in timed)
+    flops = tuple(step_flops(task, step) for step in timed)
     tokens = tuple(task.tokens(step) for step in timed)
     rows = [Row(name, known[name][0], reason) for name, reason in reasons.items()]
     found = None
@@ -327,13 +311,11 @@ def measure_together(
         if name == OURS:
             assert isinstance(side, OnecardDPO)
             peaks = phase_peaks(side.watched, device)
-            peak, memory = peaks.above[WHOLE], []
-            if not case.mixed:
-                # Where others are in memory too, what is held is ours, added up.
-                alone = len(sides) == 1 and peaks.held is not None
-                own = held_bytes(side.model, side.optimizer, paged=device.type == "cpu")
-                memory = compared(plan_of(case, task.dtype, device), peaks.held if alone else own, peaks)
-            found = found_of(case, task.dtype, device, memory, side)
+            peak = peaks.above[WHOLE]
+            # Where others are in memory too, what is held is ours, added up.
+            own = held_bytes(side.model, side.optimizer, paged=device.type == "cpu")
+            between = peaks.held if len(sides) == 1 and peaks.held is not None else own
+            found = found_of(task, compared(task, between, peaks), side)
         else:
             peak = measure.peak_bytes(side, device)
         more: dict[str, Any] = dict(firsts[name])
@@ -345,19 +327,18 @@ def measure_together(
 # --- PPO
 
 
-def measure_ppo(
-    case: StepCase, folder: Path, device: torch.device, dtype: torch.dtype, timing: Timing, tell: Tell
-) -> tuple[list[Row], dict[str, Any]]:
+def measure_ppo(task: Task, timing: Timing, tell: Tell) -> tuple[list[Row], dict[str, Any]]:
     """Rows and findings of whole iterations, watched by phase, in turns with bare products."""
+    case, device = task.case, task.device
     tell(f"{case.name}: loading")
     iterations: ppo.PPORun | None = None
     length = case.prompt + case.response
     step = case.items * Flops.of(case.model, length, case.response).forward
-    bare = BareProducts(case, device, dtype, case.per_pass * length, step)
+    bare = BareProducts(case, device, task.dtype, case.per_pass * length, step)
     watches: list[PhaseTimer] = []
     counts: list[dict[str, tuple[int, int]]] = []
     try:
-        iterations = ppo.PPORun(case, folder, device, dtype)
+        iterations = ppo.PPORun(case, task.folder, device, task.dtype)
 
         def iterate() -> None:
             watches.append(PhaseTimer(device, timing.clock))
@@ -379,7 +360,7 @@ def measure_ppo(
         # A GPU's allocator has kept the peaks of the timed iterations, at no cost.
         peaks = highest(watches) if device.type == "cuda" else phase_peaks(iterations.run, device)
     except TOO_MUCH as error:
-        return [Row(WHOLE, "ours", one_line(error))], found_of(case, dtype, device, side=iterations)
+        return [Row(WHOLE, "ours", one_line(error))], found_of(task, side=iterations)
     rows = [
         Row(
             name,
@@ -393,5 +374,4 @@ def measure_ppo(
         for name in (*PHASES, WHOLE)
     ]
     rows.append(Row(GEMMS, LIMIT, seconds=tuple(times[GEMMS]), flops=(bare.flops,) * len(watches)))
-    memory = [] if case.mixed else compared(plan_of(case, dtype, device), peaks.held or held, peaks)
-    return rows, found_of(case, dtype, device, memory, iterations)
+    return rows, found_of(task, compared(task, peaks.held or held, peaks), iterations)

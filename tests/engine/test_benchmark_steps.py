@@ -12,13 +12,13 @@ pytest.importorskip("trl", reason="times TRL's own trainer")
 
 from benchmarks import cli, measure, profile_ppo, records, rollout, sharing
 from benchmarks.harness import Timing
-from benchmarks.profile_ppo import Digest, Operator, Phase
+from benchmarks.profile_ppo import Digest, Operator
 from benchmarks.records import OURS, WHOLE, Case
-from benchmarks.render import MOST_OFF, TRL, UNSHARED, off, plan_verdict, steps_verdict
+from benchmarks.render import MOST_OFF, TRL, UNSHARED, off
 from benchmarks.train_step import cases, phases, ppo, run, synthetic
 from benchmarks.train_step.__main__ import command as train_step
 from benchmarks.train_step.cases import RANK, TINY, Flops, StepCase, dpo_flops
-from benchmarks.train_step.dpo import SAME, OnecardDPO, held_bytes, no_bar
+from benchmarks.train_step.dpo import SAME, OnecardDPO, no_bar
 from benchmarks.train_step.synthetic import END, random_model, random_pairs, text, whole_words, write_folder
 
 CPU = torch.device("cpu")
@@ -40,16 +40,6 @@ def measured(case: StepCase) -> Case:
 
 
 # --- what both sides are given
-
-
-def test_random_weights_are_the_same_each_time_and_positions_are_computed(folder):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    first, second = (random_model(str(folder), dtype=torch.float32, device_map={"": CPU}) for _ in range(2))
-    assert all(torch.equal(one, other) for one, other in zip(first.parameters(), second.parameters(), strict=True))
-    computed = dict(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).named_buffers())
-    for name, buffer in first.named_buffers():
-        torch.testing.assert_close(buffer, computed[name])
 
 
 def test_pairs_have_their_lengths_and_their_text_is_their_tokens(folder):
@@ -84,21 +74,6 @@ def test_flops_are_what_pytorch_counts(folder):
     first = 2 * tokens * (d * d + 2 * d * kv) + 3 * 2 * tokens * RANK * d  # layer 0's inputs need no gradient
     assert backward.get_total_flops() == found.backward - 2 * found.attention + 2 * full - first
     assert dpo_flops(TINY, [(2, 1)], precomputed=False) > dpo_flops(TINY, [(2, 1)], precomputed=True)
-
-
-def test_held_bytes_are_weights_once_and_states():
-    model = torch.nn.Linear(8, 4, bias=False)
-    model.tied = model.weight
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(8)).sum().backward()
-    optimizer.step()
-    assert held_bytes(model, optimizer) == 3 * 4 * 32 + 4  # weight, two moments, a step counter
-
-
-def test_peaks_within_a_phase_by_hand():
-    changes = [(1, 100), (3, 50), (4, -50), (6, -100), (8, 30)]
-    spans = [("first", 2, 5), ("second", 5, 7), ("first", 7, 9), ("none", 9, 10)]
-    assert phases.peaks_within(changes, spans) == {"first": 150, "second": 100, "none": 30}
 
 
 # --- DPO
@@ -188,13 +163,6 @@ def test_the_plan_stands_beside_each_phase_and_is_right(case):
     assert len(found["learned"]) >= 2
 
 
-def test_verdicts_on_the_plan_and_the_steps():
-    memory = [{"phase": "a", "planned": 100, "measured": 104}, {"phase": "b", "planned": 110, "measured": 100}]
-    case = Case("dpo", "x", {}, "", about={"cap_gib": 5.0}, found={"memory": memory, "learned": [(0.7, 1.0)]})
-    assert plan_verdict(case) == "Plan within 5%: missed in b (+10.0%)."
-    assert "MISSED, expected 2" in steps_verdict(case)
-
-
 def test_on_a_gpu_peaks_are_above_what_was_held_when_the_step_began(monkeypatch):
     """A simulated allocator: 100 bytes are held, a phase takes 50 more, the next 30, the first one again 70."""
     peaks = iter([150, 130, 170])
@@ -226,15 +194,6 @@ def test_both_samplers_count_the_same_work(tmp_path):
     assert rollout.error_of_ours(task) < 1e-4
 
 
-def test_a_step_reads_all_weights_but_other_rows_of_the_embeddings(tmp_path):
-    causal = rollout.random_task(rollout.tiny(rollout.ON_CPU), tmp_path, torch.float32).roles.causal_model()
-    whole = sum(parameter.numel() for parameter in causal.parameters())
-    embeddings = causal.get_input_embeddings().weight.numel()
-    assert rollout.weight_bytes(causal) == 4 * (whole - embeddings)
-    cache = 2 * 4 * TINY.layers * TINY.hidden // TINY.heads * TINY.key_heads
-    assert rollout.step_bytes(causal, 3, 10) == 4 * (whole - embeddings) + 3 * 10 * cache
-
-
 def test_wrong_log_probabilities_are_not_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rollout, "error_of_ours", lambda task: 0.1)
     words = ["--smoke", "--case", "0.5B, bf16, 64 rows", "--output", str(tmp_path)]
@@ -247,14 +206,13 @@ def test_wrong_log_probabilities_are_not_timed(tmp_path, monkeypatch, capsys):
 
 def test_a_phase_s_seconds_and_costs_by_hand():
     # A CPU's profile of 4 s, of which 3 in operators, of a phase that takes 1 s twice without the profiler.
-    found = Digest({"aten::mm": Operator(2, 3, 10e9), "aten::cat": Operator(1, 1)}, 10e9, seconds=4.0)
-    phase = Phase("train", 2.0, 12 * 10**9, 1.0, found)
-    seconds = profile_ppo.by_kind(phase, "cpu")
-    assert sum(seconds.values()) == pytest.approx(2.0)
-    assert seconds["products"] == pytest.approx(1.0)
-    costs = {cost["what"]: cost["seconds"] for cost in profile_ppo.costs_of(phase, "cpu", rate=40e9)}
-    assert costs["products beyond the count: what is recomputed, or run on padding"] == pytest.approx(8 / 40)
-    assert costs["products slower than bare ones, or than the reading of weights"] == pytest.approx(1.0 - 20 / 40)
+    digest = Digest({"aten::mm": Operator(2, 3, 10e9), "aten::cat": Operator(1, 1)}, 10e9, seconds=4.0)
+    row, costs = profile_ppo.phase_row("train", 2.0, (1, 12 * 10**9), 1.0, digest, 40e9, on_gpu=False)
+    assert row.more["busy"] == 0.75
+    assert sum(each["seconds"] for each in row.more["operators"]) == pytest.approx(0.75 * 2.0)
+    assert costs[profile_ppo.WAITS[False]] == pytest.approx(0.25 * 2.0)
+    assert costs[profile_ppo.BEYOND] == pytest.approx(8 / 40)
+    assert costs[profile_ppo.SLOW] == pytest.approx(1.0 - 20 / 40)
 
 
 # --- the commands, at tiny sizes

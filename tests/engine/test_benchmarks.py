@@ -49,10 +49,6 @@ def test_times_are_interleaved_without_the_warmup_and_end_with_the_budget() -> N
         assert len(measure.interleave({"a": [lambda: None]}, seconds, repeats=9, budget=budget)["a"]) == rounds
 
 
-def test_spread_is_median_and_quartiles() -> None:
-    assert measure.spread([5.0, 1.0, 9.0, 3.0, 7.0]) == measure.Spread(5.0, 3.0, 7.0, 5)
-
-
 def test_peak_memory_of_known_allocations_is_exact() -> None:
     def work() -> torch.Tensor:
         first = torch.empty(1 << 20, dtype=torch.uint8)
