@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -393,8 +393,7 @@ of a size at which a run takes a minute on one processor: the table says that th
 of use gets. Settings and bars were chosen after trial runs on the same rows."""
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """A finished run with its metrics, and those of the run that it is compared with."""
 
     seed: int
@@ -403,13 +402,12 @@ class Run:
     other: Rows
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A task and its finished runs; `command` is seed 1's."""
 
     task: Task
     command: str
-    runs: tuple[Run, ...]
+    runs: list[Run]
 
 
 def found_of(jobs: Mapping[str, Sequence[Job]]) -> list[Found]:
@@ -417,12 +415,12 @@ def found_of(jobs: Mapping[str, Sequence[Job]]) -> list[Found]:
     found = []
     for own in jobs.values():
         others = jobs[own[0].task.against] if own[0].task.against else own
-        runs = []
-        for job, other in zip(own, others, strict=True):
-            record = finished(job)
-            if record is not None and finished(other) is not None:
-                runs.append(Run(job.seed, record, metrics_of(job), metrics_of(other)))
-        found.append(Found(own[0].task, own[0].command, tuple(runs)))
+        runs = [
+            Run(job.seed, record, metrics_of(job), metrics_of(other))
+            for job, other in zip(own, others, strict=True)
+            if (record := finished(job)) and finished(other)
+        ]
+        found.append(Found(own[0].task, own[0].command, runs))
     return found
 
 
