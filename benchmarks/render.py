@@ -307,11 +307,18 @@ def notes(case: Case) -> list[str]:
 
 
 def parts_of(case: Case, report: Report, *, aligned: bool = False) -> list[str]:
-    """A case: its heading, settings, table and notes."""
+    """A case: its heading, settings, table and notes; `aligned`: for a terminal."""
     parts = [f"### {heading(case, report)}", settings(case)]
     if case.refused is not None:
         return [*parts, f"REFUSED, nothing was timed: {case.refused}"]
-    return [*parts, table(*cells(case), aligned=aligned), *notes(case)] if case.rows else parts
+    if not case.rows:
+        return parts
+    headings, lines = cells(case)
+    if aligned:  # a reason in a cell would widen its column
+        reasons = [f"{row.name}: {row.reason}" for row in case.rows if row.reason is not None]
+        lines = [line for row, line in zip(case.rows, lines, strict=True) if row.reason is None]
+        return [*parts, table(headings, lines, aligned=True), *reasons, *notes(case)]
+    return [*parts, table(headings, lines), *notes(case)]
 
 
 # --- a report
