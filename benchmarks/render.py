@@ -432,7 +432,7 @@ C = TypeVar("C")
 def show(recorder: records.Recorder, case: Case, console: Console) -> None:
     """Put a case into the file and on the terminal."""
     recorder.add(case)
-    text = "\n\n".join(parts_of(case, recorder.report, aligned=True))
+    text = "\n\n".join([f"## {case.what}", *parts_of(case, recorder.report, aligned=True)])
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
