@@ -14,7 +14,7 @@ from torch import Tensor
 
 from onecard import reporting
 from onecard.models.roles import Roles
-from onecard.rollout import DecodeBatch
+from onecard.rollout import CachedBatch
 from onecard.training.trainer import Trainer
 from tests.e2e.ppo_material import GOOD, WORDS, error_line, no_report, same_policy, without_clock, write_rows
 
@@ -40,7 +40,7 @@ def room_for(limits: Limits, *, rows: float = 1e9, in_step: int | None = None) -
 
     Gives the numbers of tokens and rows that were too many.
     """
-    hidden, logits, apply = Roles.hidden, DecodeBatch.logits, Trainer.log_step
+    hidden, logits, apply = Roles.hidden, CachedBatch.logits, Trainer.log_step
     failed: list[int] = []
     steps = [0]
 
@@ -54,7 +54,7 @@ def room_for(limits: Limits, *, rows: float = 1e9, in_step: int | None = None) -
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return found
 
-    def small_logits(self: DecodeBatch) -> Tensor:
+    def small_logits(self: CachedBatch) -> Tensor:
         if short() and len(self.row_prompts) > rows:
             failed.append(len(self.row_prompts))
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -66,7 +66,7 @@ def room_for(limits: Limits, *, rows: float = 1e9, in_step: int | None = None) -
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Roles, "hidden", small_hidden)
-        patch.setattr(DecodeBatch, "logits", small_logits)
+        patch.setattr(CachedBatch, "logits", small_logits)
         patch.setattr(Trainer, "log_step", log_step)
         yield failed
 

@@ -30,7 +30,7 @@ from onecard.data.batches import LabelledSequence, PreferencePair, Ranking, Scor
 from onecard.data.example_arrays import all_lengths, all_numbers, all_tokens, as_examples
 from onecard.data.files import dataset_rows
 from onecard.data.templates import template_date
-from onecard.data.tokens import bare, encode_batch
+from onecard.data.tokens import encode, encode_batch
 from onecard.training.identity import examples_digest
 from onecard.utils.errors import OnecardError
 from tests.engine.data_material import CHATML, all_tokenizers, built, rows
@@ -87,7 +87,7 @@ RECORDS = {
 
 @pytest.mark.parametrize("tokenizer", all_tokenizers())
 def test_texts_have_the_same_tokens_together_and_alone(tokenizer: Callable[[], Any]) -> None:
-    assert encode_batch(TEXTS, tokenizer()) == [bare(text, tokenizer()) for text in TEXTS]
+    assert encode_batch(TEXTS, tokenizer()) == [encode(text, tokenizer()) for text in TEXTS]
 
 
 def test_a_tokenizer_that_changes_texts_itself_is_asked_itself() -> None:
@@ -96,13 +96,13 @@ def test_a_tokenizer_that_changes_texts_itself_is_asked_itself() -> None:
             return super().__call__(text.lower(), **settings)
 
     own = Lower(tokenizer_object=built().backend_tokenizer)
-    assert encode_batch(["Hello", "You"], own) == [bare("hello", built()), bare("you", built())]
+    assert encode_batch(["Hello", "You"], own) == [encode("hello", built()), encode("you", built())]
 
 
 def test_truncation_in_a_tokenizers_file_cuts_nothing() -> None:
     cutting = built("<s> $A").__class__(tokenizer_object=built("<s> $A").backend_tokenizer)
     cutting.backend_tokenizer.enable_truncation(2)
-    assert encode_batch(TEXTS, cutting) == [bare(text, built("<s> $A")) for text in TEXTS]
+    assert encode_batch(TEXTS, cutting) == [encode(text, built("<s> $A")) for text in TEXTS]
 
 
 @pytest.mark.parametrize("kind", KINDS)

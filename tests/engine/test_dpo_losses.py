@@ -240,7 +240,7 @@ BAD = {
 def test_what_cannot_work_is_one_line(case):
     settings, words = BAD[case]
     with pytest.raises(OnecardError) as caught:
-        dpo.loss_keywords(DPOConfig(**settings))
+        dpo.run(DPOConfig(**settings))
     message = str(caught.value)
     assert "\n" not in message
     for word in words:

@@ -23,7 +23,7 @@ from onecard.models.micro_batching import (
     run_micro_batches,
     unless_out_of_memory,
 )
-from onecard.rollout import DecodeBatch, Sampling, sampling_budget
+from onecard.rollout import CachedBatch, Sampling, sampling_budget
 from onecard.training.trainer import Objective, Trainer
 from onecard.utils.errors import OnecardError, is_out_of_memory
 from onecard_kernels import Loss
@@ -319,15 +319,15 @@ def test_a_training_command_s_passes_follow_micro_batch_tokens():
 
 def short_of_rows(monkeypatch, rows: int, after: int = 5) -> list[int]:
     """Sampling finds no memory for more than so many rows, once they have drawn a few tokens. The rows that failed."""
-    whole, failed = DecodeBatch.logits, []
+    whole, failed = CachedBatch.logits, []
 
-    def logits(self: DecodeBatch) -> Tensor:
+    def logits(self: CachedBatch) -> Tensor:
         if len(self.row_prompts) > rows and int(self.generated.max()) > after:
             failed.append(len(self.row_prompts))
             raise no_memory()
         return whole(self)
 
-    monkeypatch.setattr(DecodeBatch, "logits", logits)
+    monkeypatch.setattr(CachedBatch, "logits", logits)
     return failed
 
 

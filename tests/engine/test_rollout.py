@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onecard.rollout import DecodeBatch, Sampling, logits_warpers, sample_token
+from onecard.rollout import CachedBatch, Sampling, logits_warpers, sample_token
 from onecard.rollout.token_sampling import BLOCK, NOT_FINITE, first_beyond
 from onecard.utils.errors import OnecardError
 from tests.engine.rollout_material import (
@@ -160,14 +160,14 @@ def test_a_row_of_logits_that_are_not_finite_gets_no_token(bad, sampling):
 
 def test_logits_that_are_not_finite_are_one_line(player, monkeypatch):
     """From the third pass on, in one row of several: nothing goes on with what they gave."""
-    whole, calls = DecodeBatch.logits, []
+    whole, calls = CachedBatch.logits, []
 
-    def broken(self: DecodeBatch) -> torch.Tensor:
+    def broken(self: CachedBatch) -> torch.Tensor:
         calls.append(whole(self))
         calls[-1][-1, 2] = float("nan") if len(calls) == 2 else 0.0
         return calls[-1]
 
-    monkeypatch.setattr(DecodeBatch, "logits", broken)
+    monkeypatch.setattr(CachedBatch, "logits", broken)
     with pytest.raises(OnecardError, match="logits are not finite"):
         player.sample(Sampling(8), stop_tokens=())
     assert len(calls) == 2

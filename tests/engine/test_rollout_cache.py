@@ -19,7 +19,7 @@ from transformers import (
 from onecard.algorithms.ppo.sampling import make_sampler
 from onecard.config import PPOConfig
 from onecard.models.cache import cache_bytes
-from onecard.rollout import DecodeBatch, Sampling, sampling_budget
+from onecard.rollout import CachedBatch, Sampling, sampling_budget
 from tests.engine.rollout_material import Player, spied
 
 SMALL = {
@@ -72,14 +72,14 @@ def test_prompts_sampled_together_stay_within_the_budget(monkeypatch, player: Pl
     budget = rows * longest * per_token
     torch.manual_seed(0)
     sizes: list[int] = []
-    whole = DecodeBatch.logits
+    whole = CachedBatch.logits
 
-    def logits(self: DecodeBatch) -> torch.Tensor:
+    def logits(self: CachedBatch) -> torch.Tensor:
         found = whole(self)
         sizes.append(held(self.cache))
         return found
 
-    monkeypatch.setattr(DecodeBatch, "logits", logits)
+    monkeypatch.setattr(CachedBatch, "logits", logits)
     with spied(player.model) as shapes:
         player.sample(Sampling(new), prompts, stop_tokens=(), batch_size=sampling_budget(12, budget))
     incoming = [count for count, columns in shapes if columns > 1]

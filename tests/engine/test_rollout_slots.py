@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from onecard.models.attention import use_own_attention
 from onecard.models.roles import Roles
-from onecard.rollout import DecodeBatch, PaddedBatch, Sampling, cache_slots, sampler
+from onecard.rollout import CachedBatch, PaddedBatch, Sampling, cache_slots, sampler
 from onecard.rollout.cache_slots import GROWTH, CacheSlots, SlotLayer, takes_slots
 from onecard.rollout.cuda_graphs import cuda_graph, recorded_by, recorder_for
 from tests.engine.rollout_material import Player, common_ends, load, own_logprobs, spied
@@ -164,9 +164,9 @@ def test_few_come_in_beside_a_whole_cache(monkeypatch, player: Player):
 def test_a_row_that_has_ended_may_draw_nothing_finite(monkeypatch, player: Player):
     """It goes on unseen until it leaves, and what it draws is fed to the model."""
     monkeypatch.setattr(sampler, "COMPACTION_SHARE", 2.0)
-    whole = DecodeBatch.logits
+    whole = CachedBatch.logits
 
-    def broken(self: DecodeBatch) -> torch.Tensor:
+    def broken(self: CachedBatch) -> torch.Tensor:
         found = whole(self)
         ended = [row for row, index in enumerate(self.row_prompts) if index is None]
         found[ended] = torch.nan
@@ -178,7 +178,7 @@ def test_a_row_that_has_ended_may_draw_nothing_finite(monkeypatch, player: Playe
         ).responses
 
     plain = sampled()
-    monkeypatch.setattr(DecodeBatch, "logits", broken)
+    monkeypatch.setattr(CachedBatch, "logits", broken)
     assert [one.tokens for one in sampled()] == [one.tokens for one in plain]
 
 

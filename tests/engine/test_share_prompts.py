@@ -162,8 +162,8 @@ def test_a_loss_that_sorts_the_batch_is_not_cut():
     with pytest.raises(
         OnecardError, match="micro_batch_tokens is 64, expected 0 with loss_type aot, which sorts the wh"
     ):
-        dpo.make_recipe(DPOConfig(loss_type=["sigmoid", "aot"], micro_batch_tokens=64))
-    dpo.make_recipe(DPOConfig(loss_type=["sigmoid"], micro_batch_tokens=64))
+        DPOConfig(loss_type=["sigmoid", "aot"], micro_batch_tokens=64).validate()
+    DPOConfig(loss_type=["sigmoid"], micro_batch_tokens=64).validate()
 
 
 # --- reward models

@@ -12,6 +12,7 @@ from onecard import reporting
 from onecard.algorithms.samples import HeldoutSamples, heldout_samples
 from onecard.algorithms.supervised import Supervised
 from onecard.config import EvaluateConfig, PolicyTrainConfig, TrainConfig
+from onecard.config.base import NO_DATASET
 from onecard.data import Row, Tokenized, hold_out, open_rows, preference_examples
 from onecard.data.batches import LabelledSequence, PreferencePair, TokenSequence
 from onecard.data.example_arrays import all_lengths, all_tokens, lengths_of
@@ -138,7 +139,7 @@ def load_examples(
 ) -> tuple[Sequence[P], Sequence[P]]:
     """Training and held-out examples. Prints how many were cut, skipped or unusual."""
     if not config.dataset:
-        raise OnecardError("--dataset is missing: give a .jsonl, .json, .csv or .parquet file, or a hub dataset name.")
+        raise OnecardError(NO_DATASET)
     parts = [tokenize(open_rows(config.dataset, split=config.dataset_train_split))]
     if config.eval_dataset:
         parts.append(tokenize(open_rows(config.eval_dataset, split=config.dataset_test_split)))
@@ -171,8 +172,7 @@ def describe_adapter(roles: Roles, role: str, source: Path | None) -> str:
 
 
 def run_recipe(config: TrainConfig, recipe: Recipe[E, B]) -> Path:
-    """A training command from its settings to its exported weights. Nothing is written before all of it is loaded."""
-    config.validate()
+    """A training command from valid settings to its exported weights. Nothing is written before all of it is loaded."""
     config = with_folder(config, recipe.command)
     run = open_run(config)
     with head_chunks(config.head_chunk_tokens), template_date(run.date):

@@ -8,7 +8,7 @@ from typing import Any
 
 from onecard.config import PolicyTrainConfig
 from onecard.data.batches import LabelledSequence, PreferencePair, TokenSequence
-from onecard.data.tokens import spelled
+from onecard.data.tokens import decode
 from onecard.models.roles import Roles
 from onecard.models.trunk import context_of, trunk_of
 from onecard.rollout import Response, Sampling, end_tokens, sample_responses, text_before_end
@@ -66,7 +66,7 @@ class HeldoutSamples:
     def row(self, prompt: Sequence[int], response: Response) -> dict[str, str]:
         """Prompt and completion, which together read as their tokens do."""
         completion = text_before_end(self.tokenizer, prompt, response.tokens, finished=response.finished)
-        whole = spelled([*prompt, *response.body], self.tokenizer, skip_special_tokens=True)
+        whole = decode([*prompt, *response.body], self.tokenizer, skip_special_tokens=True)
         return {"prompt": whole.removesuffix(completion), "completion": completion}
 
 

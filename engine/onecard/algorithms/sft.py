@@ -50,4 +50,5 @@ def make_recipe(config: SFTConfig) -> Recipe[TokenSequence, TokenBatch]:
 
 def run(config: SFTConfig) -> Path:
     """`onecard sft`. Returns the folder of the trained policy."""
+    config.validate()
     return run_recipe(config, make_recipe(config))

@@ -23,7 +23,7 @@ from onecard.data import prompt_tokens
 from onecard.data.columns import BadRowError, Text
 from onecard.data.template_answers import as_content
 from onecard.data.templates import template_date, today
-from onecard.data.tokens import HALF, continuation_text
+from onecard.data.tokens import REPLACEMENT, continuation_text
 from onecard.models.build import load_player
 from onecard.models.load import context_length, load_tokenizer
 from onecard.models.roles import Roles
@@ -91,7 +91,7 @@ class AnswerStream:
     def on_token(self, token: int) -> None:
         """Append a token and write the text that it completes."""
         self.tokens.append(token)
-        self.write_new(self.text().rstrip(HALF))
+        self.write_new(self.text().rstrip(REPLACEMENT))
 
     def write_new(self, text: str) -> None:
         """Write the part of `text` that has not been written."""

@@ -68,8 +68,6 @@ def longest_prompt(config: EvaluateConfig, limit: int) -> int:
 
 def load_material(config: EvaluateConfig, tokenizer: Any) -> EvaluationData:
     """The prompts of the first `max_prompts` rows, and their responses in `completion` or `chosen`."""
-    if not config.dataset:
-        raise OnecardError("--dataset is missing: give a .jsonl, .json, .csv or .parquet file, or a hub dataset name.")
     rows = load_rows(config.dataset, split=config.dataset_split)
     rows = rows[: config.max_prompts or len(rows)]
     limit = longest_sequence(config)
@@ -266,6 +264,7 @@ def samples_of(
 
 def run(config: EvaluateConfig) -> Path | None:
     """`onecard evaluate`. Returns the output folder, or None without `output_dir`."""
+    config.validate()
     folder = output_folder(config.output_dir, written_before(Path(config.output_dir))) if config.output_dir else None
     with template_date(today()):
         evaluation = evaluate(config)

@@ -38,8 +38,6 @@ def mergeable(config: MergeConfig) -> Source:
             f"model: {source.adapter} is a reward adapter: its scalar head has a bias, and a plain model has no place "
             "for one; give the adapter itself to --reward_model_path."
         )
-    if config.load_in_4bit:
-        raise OnecardError("load_in_4bit: weights in 4 bit cannot take an adapter in; leave it out and give --dtype.")
     return source
 
 
@@ -110,6 +108,7 @@ def logprobs(model: Any) -> torch.Tensor:
 
 def run(config: MergeConfig) -> Path:
     """`onecard merge`. Returns the folder of the merged model."""
+    config.validate()
     source = mergeable(config)
     folder = output_folder(config.output_dir)
     tokenizer = load_tokenizer(config)

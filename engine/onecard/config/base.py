@@ -55,6 +55,9 @@ class ModelConfig:
         """Raise `OnecardError` if settings are out of range or contradict each other."""
 
 
+NO_DATASET = "--dataset is missing: give a .jsonl, .json, .csv or .parquet file, or a hub dataset name."
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(ModelConfig):
     """Settings of all training commands. A step is an optimizer step; in PPO, an iteration."""

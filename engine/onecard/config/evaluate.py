@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onecard.config.base import ModelConfig, ScoringConfig, option
+from onecard.config.base import NO_DATASET, ModelConfig, ScoringConfig, option, raise_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,3 +23,7 @@ class EvaluateConfig(ScoringConfig, ModelConfig):
     per_device_eval_batch_size: int = option(16, "Sequences in one pass without gradients.", least=1)
     local_rollout_forward_batch_size: int = option(64, "Prompts sampled together.", least=1)
     seed: int = option(42, "Seed of the sampling.")
+
+    def validate(self) -> None:
+        super().validate()
+        raise_first({NO_DATASET: not self.dataset})

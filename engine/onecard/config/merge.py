@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onecard.config.base import ModelConfig, option
+from onecard.config.base import ModelConfig, option, raise_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,3 +12,11 @@ class MergeConfig(ModelConfig):
     """An adapter and its base as one plain Hugging Face model."""
 
     output_dir: str = option("", "Folder of the merged model; it must not exist, or be empty.")
+
+    def validate(self) -> None:
+        super().validate()
+        raise_first({
+            "load_in_4bit: weights in 4 bit cannot take an adapter in; leave it out and give --dtype.": (
+                self.load_in_4bit
+            )
+        })  # fmt: skip

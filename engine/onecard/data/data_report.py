@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from onecard.data.files import Row
 from onecard.data.readers import MESSAGE_COLUMNS
 from onecard.data.template_answers import REASONING, opens_thought, thought_of
-from onecard.data.tokens import Fitted
+from onecard.data.tokens import TruncatedAnswer
 
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
@@ -45,7 +45,7 @@ class Tokenized(Generic[T_co]):
 
 
 @dataclass(frozen=True)
-class Made(Generic[T_co]):
+class BuiltExample(Generic[T_co]):
     """An example with its group, and what truncation did to its answers.
 
     `is_odd`: whether the note of its kind counts it, such as a pair with the same tokens on both sides.
@@ -53,14 +53,16 @@ class Made(Generic[T_co]):
 
     example: T_co
     group: bytes
-    answers: tuple[Fitted, ...] = ()
+    answers: tuple[TruncatedAnswer, ...] = ()
     prompt_cut: bool = False
     is_odd: bool = False
 
 
-def made(example: T, group: bytes, answers: Sequence[Fitted], *, is_odd: bool = False) -> Made[T]:
-    """`Made` of an example with these answers."""
-    return Made(example, group, tuple(answers), answers[0].prompt_cut, is_odd)
+def built_example(
+    example: T, group: bytes, answers: Sequence[TruncatedAnswer], *, is_odd: bool = False
+) -> BuiltExample[T]:
+    """An example whose prompt was cut if its first answer says so."""
+    return BuiltExample(example, group, tuple(answers), answers[0].prompt_cut, is_odd)
 
 
 class DataReport:
@@ -83,11 +85,11 @@ class DataReport:
         self.tools += self.leaves_out_tools and bool(row.values.get("tools"))
         self.thoughts += self.leaves_out_thoughts and has_thought(row)
 
-    def add(self, made: Made[Any]) -> None:
+    def add(self, built: BuiltExample[Any]) -> None:
         self.examples += 1
-        self.prompts_cut += made.prompt_cut
-        self.odd += made.is_odd
-        for answer in made.answers:
+        self.prompts_cut += built.prompt_cut
+        self.odd += built.is_odd
+        for answer in built.answers:
             self.responses += 1
             self.cut += answer.cut
             self.empty += answer.empty

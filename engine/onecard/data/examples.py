@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import combinations
 from typing import Any, TypeVar
 
 from onecard.config import Truncation
 from onecard.data.batches import LabelledSequence, PreferencePair, Ranking, ScoredSequence, TokenSequence
 from onecard.data.columns import BadRowError, Messages, Text, is_chat, must_match, template_arguments
-from onecard.data.data_report import DataReport, Made, Tokenized, count_note, made
+from onecard.data.data_report import BuiltExample, DataReport, Tokenized, built_example, count_note
 from onecard.data.example_arrays import all_numbers
 from onecard.data.files import Row
-from onecard.data.token_cache import GROUP_BYTES
+from onecard.data.token_cache import GROUP_BYTES, TokenizedExamples
 from onecard.data.tokenize_rows import (
     Pending,
     PendingExample,
@@ -24,16 +26,16 @@ from onecard.data.tokenize_rows import (
     with_progress,
 )
 from onecard.data.tokens import (
-    Fitted,
     Limit,
-    Masked,
+    MaskedTokens,
     Tokenizer,
     Transcript,
+    TruncatedAnswer,
     answer_transcript,
-    fitted,
-    fitted_prompt,
     prompt_transcript,
     sft_transcript,
+    truncate_answers,
+    truncate_prompt,
 )
 from onecard.data.typed_rows import (
     CompletionRow,
@@ -87,20 +89,42 @@ def sft_examples(
     """
     limit = Limit(max_length, truncation_mode)
 
-    def prepare(row: Row) -> PendingExample[Made[TokenSequence]]:
+    def prepare(row: Row) -> PendingExample[BuiltExample[TokenSequence]]:
         example = sft_row(row)
         learn_all = isinstance(example, CompletionRow) and not completion_only_loss
         arguments = template_arguments(row.values, group_texts(example)[1])
         text = sft_transcript(example, tokenizer, arguments, assistant_only_loss=assistant_only_loss)
 
-        def build(texts: list[Masked]) -> Made[TokenSequence]:
-            answers = fitted(texts, tokenizer, limit, learn_all=learn_all)
-            return made(answers[0].sequence, group_of(*group_texts(example)), answers)
+        def build(texts: list[MaskedTokens]) -> BuiltExample[TokenSequence]:
+            answers = truncate_answers(texts, tokenizer, limit, learn_all=learn_all)
+            return built_example(answers[0].sequence, group_of(*group_texts(example)), answers)
 
         return PendingExample([text], build)
 
     settings = {"completion_only_loss": completion_only_loss, "assistant_only_loss": assistant_only_loss}
     job = Tokenization(TokenSequence, rows, tokenizer, limit, skip_bad_rows, settings)
+    return job.examples(prepare)
+
+
+def answer_examples(
+    job: Tokenization[T], parse: Callable[[Row], tuple[Text, Sequence[Text], Callable[..., T]]]
+) -> TokenizedExamples[T]:
+    """One example for each row with answers to one prompt. Examples with two equal answers are `is_odd`.
+
+    `parse(row)`: the prompt, its answers, and the function that makes the example of the answers' sequences.
+    """
+
+    def prepare(row: Row) -> PendingExample[BuiltExample[T]]:
+        prompt, texts, example_of = parse(row)
+
+        def build(tokenized: list[MaskedTokens]) -> BuiltExample[T]:
+            answers = truncate_answers(tokenized, job.tokenizer, job.limit)
+            sequences = [answer.sequence for answer in answers]
+            equal = any(first == second for first, second in combinations(sequences, 2))
+            return built_example(example_of(*sequences), group_of(prompt, texts[0]), answers, is_odd=equal)
+
+        return PendingExample(answers_of(row, prompt, texts, job.tokenizer), build)
+
     return job.examples(prepare)
 
 
@@ -113,23 +137,13 @@ def preference_examples(
     skip_bad_rows: bool,
 ) -> Tokenized[PreferencePair]:
     """`prompt`, `chosen`, `rejected` rows (and `margin`) as pairs. `max_length` counts a prompt and one answer."""
-    limit = Limit(max_length, truncation_mode)
 
-    def prepare(row: Row) -> PendingExample[Made[PreferencePair]]:
-        example = preference_row(row)
+    def parse(row: Row) -> tuple[Text, Sequence[Text], Callable[..., PreferencePair]]:
+        pair = preference_row(row)
+        return pair.prompt, (pair.chosen, pair.rejected), partial(PreferencePair, margin=pair.margin)
 
-        def build(texts: list[Masked]) -> Made[PreferencePair]:
-            chosen, rejected = answers = fitted(texts, tokenizer, limit)
-            pair = PreferencePair(chosen.sequence, rejected.sequence, example.margin)
-            odd = pair.chosen == pair.rejected
-            return made(pair, group_of(example.prompt, example.chosen), answers, is_odd=odd)
-
-        return PendingExample(answers_of(row, example.prompt, [example.chosen, example.rejected], tokenizer), build)
-
-    job = Tokenization(
-        PreferencePair, rows, tokenizer, limit, skip_bad_rows, odd="pairs have the same tokens on both sides"
-    )
-    return job.examples(prepare)
+    limit, odd = Limit(max_length, truncation_mode), "pairs have the same tokens on both sides"
+    return answer_examples(Tokenization(PreferencePair, rows, tokenizer, limit, skip_bad_rows, odd=odd), parse)
 
 
 def scored_examples(
@@ -142,20 +156,13 @@ def scored_examples(
     bounds: tuple[float, float] | None = None,
 ) -> Tokenized[ScoredSequence]:
     """`prompt`, `completion`, `score` rows. A row with a score outside `bounds` is bad."""
-    limit = Limit(max_length, truncation_mode)
 
-    def prepare(row: Row) -> PendingExample[Made[ScoredSequence]]:
-        example = scored_row(row, bounds)
+    def parse(row: Row) -> tuple[Text, Sequence[Text], Callable[..., ScoredSequence]]:
+        answer = scored_row(row, bounds)
+        return answer.prompt, (answer.completion,), partial(ScoredSequence, score=answer.score)
 
-        def build(texts: list[Masked]) -> Made[ScoredSequence]:
-            answers = fitted(texts, tokenizer, limit)
-            scored = ScoredSequence(answers[0].sequence, example.score)
-            return made(scored, group_of(example.prompt, example.completion), answers)
-
-        return PendingExample(answers_of(row, example.prompt, [example.completion], tokenizer), build)
-
-    job = Tokenization(ScoredSequence, rows, tokenizer, limit, skip_bad_rows, {"bounds": bounds})
-    return job.examples(prepare)
+    limit, settings = Limit(max_length, truncation_mode), {"bounds": bounds}
+    return answer_examples(Tokenization(ScoredSequence, rows, tokenizer, limit, skip_bad_rows, settings), parse)
 
 
 def ranking_examples(
@@ -167,21 +174,13 @@ def ranking_examples(
     skip_bad_rows: bool,
 ) -> Tokenized[Ranking]:
     """`prompt`, `completions` rows: two or more answers, best first."""
-    limit = Limit(max_length, truncation_mode)
 
-    def prepare(row: Row) -> PendingExample[Made[Ranking]]:
-        example = ranking_row(row)
+    def parse(row: Row) -> tuple[Text, Sequence[Text], Callable[..., Ranking]]:
+        ranking = ranking_row(row)
+        return ranking.prompt, ranking.completions, lambda *sequences: Ranking(sequences)
 
-        def build(texts: list[Masked]) -> Made[Ranking]:
-            answers = fitted(texts, tokenizer, limit)
-            ranking = Ranking(tuple(answer.sequence for answer in answers))
-            odd = len(set(ranking.sequences)) < len(ranking.sequences)
-            return made(ranking, group_of(example.prompt, example.completions[0]), answers, is_odd=odd)
-
-        return PendingExample(answers_of(row, example.prompt, example.completions, tokenizer), build)
-
-    job = Tokenization(Ranking, rows, tokenizer, limit, skip_bad_rows, odd="rankings have answers with the same tokens")
-    return job.examples(prepare)
+    limit, odd = Limit(max_length, truncation_mode), "rankings have answers with the same tokens"
+    return answer_examples(Tokenization(Ranking, rows, tokenizer, limit, skip_bad_rows, odd=odd), parse)
 
 
 def labelled_examples(
@@ -202,26 +201,28 @@ def labelled_examples(
     limit = Limit(max_length, truncation_mode)
     lenient = replace(limit, truncation_mode="keep_start") if truncation_mode == "error" else limit
 
-    def own(row: Row) -> PendingExample[tuple[Row, LabelledRow, Fitted]]:
+    def own(row: Row) -> PendingExample[tuple[Row, LabelledRow, TruncatedAnswer]]:
         example = labelled_row(row)
         texts = answers_of(row, example.prompt, [example.completion], tokenizer)
-        return PendingExample(texts, lambda texts: (row, example, fitted(texts, tokenizer, limit)[0]))
+        return PendingExample(texts, lambda texts: (row, example, truncate_answers(texts, tokenizer, limit)[0]))
 
     def prepare(
-        row: Row, example: LabelledRow, answer: Fitted, other: LabelledRow
-    ) -> PendingExample[Made[LabelledSequence]]:
+        row: Row, example: LabelledRow, answer: TruncatedAnswer, other: LabelledRow
+    ) -> PendingExample[BuiltExample[LabelledSequence]]:
         if mismatched:
             must_match("the next row's completion", other.completion, "prompt", example.prompt)
 
-        def build(texts: list[Masked]) -> Made[LabelledSequence]:
-            mismatch = fitted(texts, tokenizer, lenient)[0].sequence if texts else TokenSequence((), ())
+        def build(texts: list[MaskedTokens]) -> BuiltExample[LabelledSequence]:
+            mismatch = truncate_answers(texts, tokenizer, lenient)[0].sequence if texts else TokenSequence((), ())
             labelled = LabelledSequence(answer.sequence, example.desirable, mismatch)
             side_by_side = mismatched and example.prompt == other.prompt
-            return made(labelled, group_of(example.prompt, example.completion), [answer], is_odd=side_by_side)
+            return built_example(labelled, group_of(example.prompt, example.completion), [answer], is_odd=side_by_side)
 
         return PendingExample(answers_of(row, example.prompt, [other.completion] * mismatched, tokenizer), build)
 
-    def with_mismatched(good: Iterable[tuple[Row, LabelledRow, Fitted]]) -> Pending[Made[LabelledSequence]]:
+    def with_mismatched(
+        good: Iterable[tuple[Row, LabelledRow, TruncatedAnswer]],
+    ) -> Pending[BuiltExample[LabelledSequence]]:
         for (row, example, answer), (after, other, _) in with_next(good):
             if mismatched and row is after:
                 raise OnecardError(
@@ -236,7 +237,7 @@ def labelled_examples(
         LabelledSequence, rows, tokenizer, limit, skip_bad_rows, {"mismatched": mismatched}, SIDE_BY_SIDE
     )
 
-    def make(rows: Iterable[Row], report: DataReport) -> Iterator[Made[LabelledSequence]]:
+    def make(rows: Iterable[Row], report: DataReport) -> Iterator[BuiltExample[LabelledSequence]]:
         return job.build(with_mismatched(job.build(pending_examples(rows, report, own), report)), report)
 
     tokenized = job.examples_from(make)
@@ -261,21 +262,21 @@ def prompt_examples(
     """
     names: dict[str, None] = {}
 
-    def prepare(row: Row) -> PendingExample[Made[Prompt]]:
+    def prepare(row: Row) -> PendingExample[BuiltExample[Prompt]]:
         prompt = prompt_row(row).prompt
         arguments = template_arguments(row.values, prompt)
         transcript = prompt_transcript(prompt, tokenizer, arguments)
         columns = {name: value for name, value in row.values.items() if name != "prompt"}
 
-        def build(texts: list[Masked]) -> Made[Prompt]:
+        def build(texts: list[MaskedTokens]) -> BuiltExample[Prompt]:
             tokens = kept = texts[0].tokens
             if not tokens:
                 raise BadRowError("prompt: it has no tokens, so there is nothing to go on from")
             if max_length is not None:
-                kept = fitted_prompt(tokens, tokenizer, Limit(max_length, truncation_mode))
+                kept = truncate_prompt(tokens, tokenizer, Limit(max_length, truncation_mode))
             messages = prompt if is_chat(prompt) else None
             example = Prompt(transcript.prefixes[0], tuple(kept), columns, messages, arguments)
-            return Made(example, group_of(prompt), prompt_cut=len(kept) < len(tokens))
+            return BuiltExample(example, group_of(prompt), prompt_cut=len(kept) < len(tokens))
 
         return PendingExample([transcript], build)
 

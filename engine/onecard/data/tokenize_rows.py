@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from onecard.data.columns import BadRowError, check_no_images
-from onecard.data.data_report import BadRow, DataReport, Made
+from onecard.data.data_report import BadRow, BuiltExample, DataReport
 from onecard.data.example_arrays import ExampleWriter
 from onecard.data.files import Row, Rows
 from onecard.data.token_cache import TokenizedExamples, cache_key, cached
-from onecard.data.tokens import Limit, Masked, Tokenizer, Transcript, tokenize_transcripts
+from onecard.data.tokens import Limit, MaskedTokens, Tokenizer, Transcript, tokenize_transcripts
 from onecard.utils.errors import OnecardError
 from onecard.utils.progress import progress
 
@@ -35,7 +35,7 @@ class PendingExample(Generic[T_co]):
     """A row before tokenization: its texts, and the function that builds the example from their token ids."""
 
     transcripts: Sequence[Transcript]
-    build: Callable[[list[Masked]], T_co]
+    build: Callable[[list[MaskedTokens]], T_co]
 
 
 Pending: TypeAlias = Iterable[tuple[Row, PendingExample[T] | Exception]]  # an exception for a row that cannot be used
@@ -91,7 +91,7 @@ class Tokenization(Generic[T]):
     settings: Mapping[str, Any] = field(default_factory=dict)
     odd: str = ""
 
-    def examples(self, prepare: Callable[[Row], PendingExample[Made[T]]]) -> TokenizedExamples[T]:
+    def examples(self, prepare: Callable[[Row], PendingExample[BuiltExample[T]]]) -> TokenizedExamples[T]:
         """One example for each row."""
         return self.examples_from(lambda rows, report: self.build(pending_examples(rows, report, prepare), report))
 
@@ -99,7 +99,9 @@ class Tokenization(Generic[T]):
         """`build_examples` with this tokenizer."""
         return build_examples(pending, self.tokenizer, report, skip=self.skip_bad_rows)
 
-    def examples_from(self, make: Callable[[Iterable[Row], DataReport], Iterator[Made[T]]]) -> TokenizedExamples[T]:
+    def examples_from(
+        self, make: Callable[[Iterable[Row], DataReport], Iterator[BuiltExample[T]]]
+    ) -> TokenizedExamples[T]:
         """The examples that `make` yields, or those that an earlier run wrote into the token cache."""
 
         def write(folder: Path | None) -> TokenizedExamples[T]:

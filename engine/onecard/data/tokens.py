@@ -54,7 +54,7 @@ class Transcript:
 
 
 @dataclass(frozen=True)
-class Masked:
+class MaskedTokens:
     """Token ids with their response mask, before truncation. `left_out` of its `answers` are not in the mask."""
 
     tokens: list[int]
@@ -72,7 +72,7 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Fitted:
+class TruncatedAnswer:
     """One text after truncation.
 
     `cut`: response tokens were lost. `prompt_cut`: the prompt's first tokens were lost. `empty`: the response is only
@@ -152,23 +152,23 @@ def chat_transcript(
     return Transcript(prefixes, (False, True) * len(learned), False, learned[-1].end, len(answers), left_out)
 
 
-def tokenize_transcripts(transcripts: Sequence[Transcript], tokenizer: Tokenizer) -> list[Masked]:
+def tokenize_transcripts(transcripts: Sequence[Transcript], tokenizer: Tokenizer) -> list[MaskedTokens]:
     """Token ids and response masks of transcripts. All texts are tokenized in one call."""
     texts = list(dict.fromkeys(text for transcript in transcripts for text in transcript.prefixes))
     ids = dict(zip(texts, encode_batch(texts, tokenizer), strict=True))
-    front = opening(tokenizer)
+    front = leading_special_tokens(tokenizer)
     eos = closing_token(tokenizer, chat=False) if any(item.plain and item.is_answer[-1] for item in transcripts) else -1
-    return [masked(transcript, ids, front, eos, tokenizer) for transcript in transcripts]
+    return [masked_tokens(transcript, ids, front, eos, tokenizer) for transcript in transcripts]
 
 
-def masked(
+def masked_tokens(
     transcript: Transcript, ids: Mapping[str, list[int]], front: Sequence[int], eos: int, tokenizer: Tokenizer
-) -> Masked:
+) -> MaskedTokens:
     """Token ids and mask of one transcript. `ids`: prefix -> its ids; `front`: special tokens before plain text."""
     text, tokens, mask = "", list[int](), list[bool]()
     for prefix, is_answer in zip(transcript.prefixes, transcript.is_answer, strict=True):
-        whole = with_front(front, ids[prefix]) if transcript.plain else ids[prefix]
-        piece = continued(tokens, whole, prefix[len(text) :], tokenizer)
+        whole = with_leading_tokens(front, ids[prefix]) if transcript.plain else ids[prefix]
+        piece = continuation_ids(tokens, whole, prefix[len(text) :], tokenizer)
         if transcript.plain and is_answer:
             kept = 0 if tokens else len(front)  # the BOS may be the same id as the EOS
             piece = piece[:kept] + with_eos(piece[kept:], eos, tokenizer)
@@ -177,21 +177,23 @@ def masked(
         mask += [is_answer] * len(piece)
     if transcript.is_answer[-1] and not transcript.plain and tokens[-1:] != [transcript.end]:
         tokens, mask = [*tokens, closing_token(tokenizer, chat=False)], [*mask, True]
-    return Masked(tokens, mask, transcript.answers, transcript.left_out)
+    return MaskedTokens(tokens, mask, transcript.answers, transcript.left_out)
 
 
-def fitted_prompt(tokens: list[int], tokenizer: Tokenizer, limit: Limit) -> list[int]:
+def truncate_prompt(tokens: list[int], tokenizer: Tokenizer, limit: Limit) -> list[int]:
     """Truncate a prompt: keep_end cuts its beginning; with any other mode, a prompt over the limit is a bad row."""
     over = len(tokens) - limit.max_length
     if over <= 0:
         return tokens
-    front = front_length(tokens, tokenizer)
+    front = leading_length(tokens, tokenizer)
     if limit.truncation_mode != "keep_end" or front >= limit.max_length:
         raise BadRowError(f"prompt: {len(tokens)} tokens, expected at most {limit.max_length} beside the response")
     return tokens[:front] + tokens[front + over :]
 
 
-def fitted(answers: Sequence[Masked], tokenizer: Tokenizer, limit: Limit, *, learn_all: bool = False) -> list[Fitted]:
+def truncate_answers(
+    answers: Sequence[MaskedTokens], tokenizer: Tokenizer, limit: Limit, *, learn_all: bool = False
+) -> list[TruncatedAnswer]:
     """Truncate answers to one prompt to `limit`, so that all keep the same prompt ids.
 
     keep_end cuts the beginning of the prompt first; the ends of the answers are cut last. Raises BadRowError if the
@@ -203,16 +205,18 @@ def fitted(answers: Sequence[Masked], tokenizer: Tokenizer, limit: Limit, *, lea
     if over > 0 and limit.truncation_mode == "error":
         raise BadRowError(f"{over + limit.max_length} tokens, expected at most {limit.max_length} (max_length)")
     if over > 0 and limit.truncation_mode == "keep_end":
-        front = front_length(answers[0].tokens[:before], tokenizer)
+        front = leading_length(answers[0].tokens[:before], tokenizer)
         lost = max(0, min(over, before - max(front, 1)))  # one is kept, because it predicts the first response token
     if before - lost >= limit.max_length:
         raise BadRowError(
             f"prompt longer than max_length: its {before} tokens leave no room for a response in {limit.max_length}"
         )
-    return [truncated(answer, front, lost, tokenizer, limit.max_length, learn_all) for answer in answers]
+    return [truncate_answer(answer, front, lost, tokenizer, limit.max_length, learn_all) for answer in answers]
 
 
-def truncated(item: Masked, front: int, lost: int, tokenizer: Tokenizer, max_length: int, learn_all: bool) -> Fitted:
+def truncate_answer(
+    item: MaskedTokens, front: int, lost: int, tokenizer: Tokenizer, max_length: int, learn_all: bool
+) -> TruncatedAnswer:
     """Cut `lost` tokens after the first `front`, and all tokens past `max_length`. `learn_all` sets the whole mask."""
     tokens, mask = item.tokens, item.mask
     if lost:
@@ -223,56 +227,58 @@ def truncated(item: Masked, front: int, lost: int, tokenizer: Tokenizer, max_len
         raise BadRowError("nothing to learn: no token of the response has one before it")
     empty = is_empty(tokens, mask, tokenizer)
     cut = any(mask[max_length:])
-    return Fitted(sequence, cut, prompt_cut=lost > 0, empty=empty, answers=item.answers, left_out=item.left_out)
+    return TruncatedAnswer(
+        sequence, cut, prompt_cut=lost > 0, empty=empty, answers=item.answers, left_out=item.left_out
+    )
 
 
 # --- tokenizer helpers ---
 
 
-def bare(text: str, tokenizer: Tokenizer) -> list[int]:
+def encode(text: str, tokenizer: Tokenizer) -> list[int]:
     """Ids of the text. No special tokens are added; those written in the text are kept."""
     # verbose=False: the tokenizer would warn about long texts, which `max_length` handles
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def encode_batch(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """`bare` of each text. In a command, a fast tokenizer encodes them on all cores.
+    """`encode` of each text. In a command, a fast tokenizer encodes them on all cores.
 
     `encode_batch_fast` of the tokenizers library takes half the time of `__call__`, which also computes offsets. The
     first text is encoded by both. If they differ (a subclass that changes texts), `__call__` encodes all texts.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if texts and backend is not None:
-        first = bare(texts[0], tokenizer)
+        first = encode(texts[0], tokenizer)
         with parallel_tokenizers():
             ids = [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         if ids[0] == first:
             return ids
-    return [bare(text, tokenizer) for text in texts]
+    return [encode(text, tokenizer) for text in texts]
 
 
-def opening(tokenizer: Tokenizer) -> list[int]:
+def leading_special_tokens(tokenizer: Tokenizer) -> list[int]:
     """The special tokens that the tokenizer adds before a text.
 
     Found by tokenizing a letter. The ids of an empty text would be ambiguous if BOS and EOS are the same id.
     """
-    inner, outer = bare("a", tokenizer), list(tokenizer("a")["input_ids"])
+    inner, outer = encode("a", tokenizer), list(tokenizer("a")["input_ids"])
     start = next((i for i in range(len(outer)) if outer[i : i + len(inner)] == inner), 0)
     return outer[:start]
 
 
-def front_length(tokens: Sequence[int], tokenizer: Tokenizer) -> int:
-    """The number of leading tokens that are `opening(tokenizer)`; these are not cut."""
-    front = opening(tokenizer)
+def leading_length(tokens: Sequence[int], tokenizer: Tokenizer) -> int:
+    """The number of leading tokens that are special tokens of the tokenizer; these are not cut."""
+    front = leading_special_tokens(tokenizer)
     return len(front) if list(tokens[: len(front)]) == front else 0
 
 
-def with_front(front: Sequence[int], ids: list[int]) -> list[int]:
+def with_leading_tokens(front: Sequence[int], ids: list[int]) -> list[int]:
     """Prepend the special tokens `front` to a text's ids, unless the ids begin with them."""
     return ids if ids[: len(front)] == front else [*front, *ids]
 
 
-def continued(before: list[int], whole: list[int], response: str, tokenizer: Tokenizer) -> list[int]:
+def continuation_ids(before: list[int], whole: list[int], response: str, tokenizer: Tokenizer) -> list[int]:
     """Ids of `response` after the ids `before`. `whole` are the ids of both texts tokenized together.
 
     They are the rest of `whole`, unless a token of `whole` spans the boundary; then the response is tokenized by
@@ -280,10 +286,10 @@ def continued(before: list[int], whole: list[int], response: str, tokenizer: Tok
     """
     if whole[: len(before)] == before:
         return whole[len(before) :]
-    return behind(before, response, spelled(whole, tokenizer), tokenizer)
+    return encode_after(before, response, decode(whole, tokenizer), tokenizer)
 
 
-def behind(before: list[int], response: str, expected: str, tokenizer: Tokenizer) -> list[int]:
+def encode_after(before: list[int], response: str, expected: str, tokenizer: Tokenizer) -> list[int]:
     """Ids of `response`, tokenized apart from the ids `before`, so that both together decode to `expected`.
 
     A sentencepiece tokenizer adds a space at the start of a text. It does not after another character, but that
@@ -291,11 +297,11 @@ def behind(before: list[int], response: str, expected: str, tokenizer: Tokenizer
     if none does, the ids of the response alone.
     """
     for character in ("", "\n", ".", "0"):
-        front, both = bare(character, tokenizer), bare(character + response, tokenizer)
+        front, both = encode(character, tokenizer), encode(character + response, tokenizer)
         ids = both[len(front) :]
-        if both[: len(front)] == front and spelled(before + ids, tokenizer) == expected:
+        if both[: len(front)] == front and decode(before + ids, tokenizer) == expected:
             return ids
-    return bare(response, tokenizer)
+    return encode(response, tokenizer)
 
 
 def is_empty(tokens: Sequence[int], mask: Sequence[bool], tokenizer: Tokenizer) -> bool:
@@ -309,7 +315,7 @@ def is_empty(tokens: Sequence[int], mask: Sequence[bool], tokenizer: Tokenizer) 
 def is_readable(token: int, tokenizer: Tokenizer) -> bool:
     """Whether a token by itself decodes to text other than white space."""
     text = tokenizer.decode([token], skip_special_tokens=True)
-    return bool(text.strip()) and HALF not in text
+    return bool(text.strip()) and REPLACEMENT not in text
 
 
 def with_eos(response: Sequence[int], eos: int, tokenizer: Tokenizer) -> list[int]:
@@ -317,19 +323,19 @@ def with_eos(response: Sequence[int], eos: int, tokenizer: Tokenizer) -> list[in
     if eos not in response:
         return [*response, eos]
     end = max(stop for stop, token in enumerate(response, start=1) if token == eos)
-    ids = list(response if spelled(response[end:], tokenizer).strip() else response[:end])
+    ids = list(response if decode(response[end:], tokenizer).strip() else response[:end])
     while ids and ids[-1] == eos:
         ids.pop()
     return [*ids, eos]
 
 
-def spelled(ids: Iterable[int], tokenizer: Tokenizer, *, skip_special_tokens: bool = False) -> str:
+def decode(ids: Iterable[int], tokenizer: Tokenizer, *, skip_special_tokens: bool = False) -> str:
     """Decode ids without cleaning up spaces."""
     text = tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
     return str(text)
 
 
-HALF = "\ufffd"  # the decoded text of an incomplete character
+REPLACEMENT = "\ufffd"  # the decoded text of an incomplete character
 
 
 def continuation_text(
@@ -341,16 +347,16 @@ def continuation_text(
     `before` and ends in `after` is part of the result.
     """
 
-    def decode(before: Sequence[int]) -> tuple[str, str]:
+    def start_and_whole(before: Sequence[int]) -> tuple[str, str]:
         both = ([*before], [*before, *after])
-        start, whole = (spelled(ids, tokenizer, skip_special_tokens=skip_special_tokens) for ids in both)
+        start, whole = (decode(ids, tokenizer, skip_special_tokens=skip_special_tokens) for ids in both)
         return start, whole
 
-    start, whole = decode(before)
-    if not whole.startswith(start) and not start.endswith(HALF):
+    start, whole = start_and_whole(before)
+    if not whole.startswith(start) and not start.endswith(REPLACEMENT):
         # The first bytes of `after` are not a valid character, and make the bytes before them invalid too: use a letter
         # in place of `before`.
-        start, whole = decode(bare("a", tokenizer))
+        start, whole = start_and_whole(encode("a", tokenizer))
     while not whole.startswith(start):  # the incomplete character at the end of `before` is complete now
         start = start[:-1]
     return whole[len(start) :]

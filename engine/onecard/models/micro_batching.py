@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 
 from onecard.config import TrainConfig
-from onecard.data.batches import like_lengths
+from onecard.data.batches import longest_first
 from onecard.utils.errors import OnecardError, is_out_of_memory
 from onecard.utils.progress import say
 
@@ -48,7 +48,7 @@ class MicroBatchSize:
         """
         order = list(range(len(sizes)))
         if self.sort_by_length or self.tokens:
-            order = [index for group in like_lengths(sizes, 1) for index in group]
+            order = longest_first(sizes)
         indices: list[int] = []
         total = longest = 0  # sizes of the items in `indices`
         for index in order:

@@ -8,7 +8,7 @@ from onecard.data import Prompt
 from onecard.data.columns import BadRowError
 from onecard.data.template_answers import as_content
 from onecard.data.templates import rendered
-from onecard.data.tokens import opening
+from onecard.data.tokens import leading_special_tokens
 from onecard.models.classifier import Classifier
 from onecard.rewards.answers import RewardInput
 from onecard.utils.errors import OnecardError
@@ -21,7 +21,7 @@ class ClassifierReward:
     def __init__(self, classifier: Classifier, setting: str) -> None:
         self.classifier, self.setting = classifier, setting
         # The special tokens that the tokenizer puts before any text. A chat template may have written them already.
-        self.prefix = "".join(classifier.tokenizer.convert_ids_to_tokens(opening(classifier.tokenizer)))
+        self.prefix = "".join(classifier.tokenizer.convert_ids_to_tokens(leading_special_tokens(classifier.tokenizer)))
         self.warned = False  # about texts that are cut
 
     def __call__(self, inputs: RewardInput) -> list[float]:

@@ -14,7 +14,7 @@ policy is sampled as it is, at the temperature that is set. Padding is found by 
 may be the EOS, the EOS may be the BOS, and all of them may occur inside a prompt. There is no beam search.
 """
 
-from onecard.rollout.decode_batch import DecodeBatch, PaddedBatch, UncachedBatch
+from onecard.rollout.decode_batch import CachedBatch, DecodeBatch, PaddedBatch
 from onecard.rollout.sampler import (
     Response,
     Rollout,
@@ -29,13 +29,13 @@ from onecard.rollout.stop_tokens import StopStrings, end_tokens, stop_ids, text_
 from onecard.rollout.token_sampling import Sampling, logits_warpers, sample_token, uniforms_of
 
 __all__ = [
+    "CachedBatch",
     "DecodeBatch",
     "PaddedBatch",
     "Response",
     "Rollout",
     "Sampling",
     "StopStrings",
-    "UncachedBatch",
     "decoding_modes",
     "end_tokens",
     "generate",

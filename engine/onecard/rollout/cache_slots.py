@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from onecard.models.attention import has_own_attention, windows_of
 from onecard.models.trunk import rotation_limit, trunk_of
 from onecard.rollout.cuda_graphs import Replayed, recorder_for
-from onecard.rollout.decode_batch import DecodeBatch, padded
+from onecard.rollout.decode_batch import CachedBatch, padded
 
 # Prompts are prefilled when at least this share of the rows is free. A prefill is a forward pass of its own, however
 # few prompts it has; a free row costs its share of every decoding step.
@@ -119,7 +119,7 @@ class SlotLayer(DynamicLayer):
         self.values = self.values.index_select(0, beam_idx)
 
 
-class CacheSlots(DecodeBatch):
+class CacheSlots(CachedBatch):
     """A decode batch with continuous batching: rows of at most `max_columns` columns each.
 
     `lengths` int64 [rows] is the number of cached tokens of each row; `host_lengths` is the same on the host.

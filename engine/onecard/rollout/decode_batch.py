@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def ignore_cache(cache: Any) -> None:
-    """Default of `DecodeBatch.on_new_cache`: does nothing."""
+    """Default of `CachedBatch.on_new_cache`: does nothing."""
 
 
 class DecodeBatch(ABC):
@@ -35,20 +35,8 @@ class DecodeBatch(ABC):
         self.model, self.size, self.device = model, size, device
         self.prompt_indices = self.generated = torch.zeros(0, dtype=torch.int64, device=device)
         self.row_prompts: list[int | None] = []
-        self.cache: Any = None
-        self.on_new_cache: Callable[[Any], None] = ignore_cache
         parameters = inspect.signature(model.forward).parameters
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-        self.takes_positions = "position_ids" in parameters  # false where attention computes distances itself (ALiBi)
-        self.cache_argument = cache_argument(model)
-
-    def new_cache(self) -> Any:
-        """An empty cache. `on_new_cache` is called with it; the memory planner uses this to track allocations."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=self.model.config)
-        self.on_new_cache(cache)
-        return cache
 
     @abstractmethod
     def free_rows(self, waiting: int) -> list[int]:
@@ -62,19 +50,49 @@ class DecodeBatch(ABC):
     def append(self, tokens: Tensor, rows: Sequence[int] | None = None) -> None:
         """Append one token to each of these rows (None: all)."""
 
+    @abstractmethod
+    def logits(self) -> Tensor:
+        """One decoding step over all rows: fp32 logits [rows, V] of the next tokens."""
+
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows."""
         index = torch.tensor(rows, device=self.device)
         self.prompt_indices, self.generated = self.prompt_indices[index], self.generated[index]
         self.row_prompts = [self.row_prompts[row] for row in rows]
-        self.cache.reorder_cache(index)  # unlike `batch_select_indices`, every kind of cache layer has it
+
+
+class CachedBatch(DecodeBatch):
+    """A decode batch that keeps the keys and values of its rows: a decoding step runs the newest tokens alone.
+
+    `on_new_cache` is called with each new cache; the memory planner uses this to track allocations.
+    """
+
+    def __init__(self, model: Any, size: int, device: torch.device) -> None:
+        super().__init__(model, size, device)
+        self.cache: Any = None
+        self.on_new_cache: Callable[[Any], None] = ignore_cache
+        self.cache_argument = cache_argument(model)
+        # false where attention computes distances itself (ALiBi)
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+
+    def new_cache(self) -> Any:
+        """An empty cache."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        self.on_new_cache(cache)
+        return cache
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        super().select_rows(rows)
+        # unlike `batch_select_indices`, every kind of cache layer has it
+        self.cache.reorder_cache(torch.tensor(rows, device=self.device))
 
     @abstractmethod
     def inputs(self) -> dict[str, Tensor]:
         """The model's inputs for the newest tokens: ids, mask and positions."""
 
     def logits(self) -> Tensor:
-        """One decoding step over the newest tokens of all rows: fp32 logits [rows, V] of the next tokens."""
         return self.step(self.inputs())
 
     def step(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -107,7 +125,7 @@ def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
     return torch.tensor(tokens, device=device), mask, (mask.cumsum(1) - 1).clamp(min=0)
 
 
-class PaddedBatch(DecodeBatch):
+class PaddedBatch(CachedBatch):
     """A left-padded batch of prompts. The next prompts are prefilled when all of its responses have ended.
 
     It works with any model that has a cache: the model only has to respect a mask and positions.
@@ -181,13 +199,8 @@ class UncachedBatch(DecodeBatch):
         self.generated[torch.tensor(appended, device=self.device)] += 1
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        index = torch.tensor(rows, device=self.device)
-        self.prompt_indices, self.generated = self.prompt_indices[index], self.generated[index]
-        self.row_prompts = [self.row_prompts[row] for row in rows]
+        super().select_rows(rows)
         self.row_tokens = [self.row_tokens[row] for row in rows]
-
-    def inputs(self) -> dict[str, Tensor]:
-        raise NotImplementedError("rows that are run whole have no newest tokens")
 
     def logits(self) -> Tensor:
         """One forward pass for each row that is not free; the logits of free rows are 0."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from onecard.data import Prompt
-from onecard.data.batches import Episode, TokenSequence, like_lengths
+from onecard.data.batches import Episode, TokenSequence, longest_first
 from onecard.models.attention import chooses_keys
 from onecard.models.cache import cache_bytes
 from onecard.models.micro_batching import MicroBatchSize, RetryMessages, TokenBudget, run_with_retry
@@ -229,7 +229,7 @@ def sample_responses(
     started = time.perf_counter()
     lengths = [len(prompt) + sampling.max_new_tokens for prompt in prompts]
     # Longest first: a batch has similar lengths, and a later prompt fits into the row of an earlier one.
-    order = [index for group in like_lengths(lengths, 1) for index in group]
+    order = longest_first(lengths)
     counts: dict[int, int] = {}  # tokens of each response that the progress bar has counted
 
     def sample(rows: int) -> dict[int, Response]:

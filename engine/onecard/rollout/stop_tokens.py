@@ -8,7 +8,7 @@ from typing import Any
 
 from onecard.data.columns import BadRowError, unicode
 from onecard.data.templates import answer_ends
-from onecard.data.tokens import HALF, bare, behind, continuation_text, spelled
+from onecard.data.tokens import REPLACEMENT, continuation_text, decode, encode, encode_after
 from onecard.models.roles import Roles
 from onecard.utils.errors import OnecardError
 
@@ -40,12 +40,12 @@ def stop_ids(text: str, tokenizer: Any) -> set[int]:
         unicode(text, "stop_token")  # command line arguments may be invalid UTF-8
     except BadRowError as error:
         raise OnecardError(f"{error}.") from None
-    letter, alone, both = (bare(piece, tokenizer) for piece in ("a", text, f"a{text}"))
+    letter, alone, both = (encode(piece, tokenizer) for piece in ("a", text, f"a{text}"))
     special = special_ids(tokenizer) - {tokenizer.unk_token_id}
     if special.intersection(both) and len(both) > len(letter) + 1:
         raise OnecardError(f"stop_token: {text!r} has a special token beside other text, expected one or the other.")
     # Characters that are not in the vocabulary become the unknown token, or are dropped.
-    written = spelled(both, tokenizer) == f"a{text}" or spelled(alone, tokenizer) == text
+    written = decode(both, tokenizer) == f"a{text}" or decode(alone, tokenizer) == text
     named = tokenizer.get_vocab().get(text)
     if named is not None and (not written or BYTE_NAME.fullmatch(text)):
         return {named}
@@ -57,8 +57,8 @@ def stop_ids(text: str, tokenizer: Any) -> set[int]:
 
 def is_text(token: int, text: str, tokenizer: Any) -> bool:
     """Whether a token decodes to `text` after other text, with or without a space before it."""
-    letter = bare("a", tokenizer)
-    decoded = spelled([*letter, token], tokenizer).removeprefix(spelled(letter, tokenizer))
+    letter = encode("a", tokenizer)
+    decoded = decode([*letter, token], tokenizer).removeprefix(decode(letter, tokenizer))
     return decoded in (text, f" {text}")
 
 
@@ -104,8 +104,8 @@ class StopStrings:
     def can_end(self, token: int) -> bool:
         """Whether a token may contain the last character of a stop string, or some bytes of it."""
         if token not in self.may_end:
-            text = continuation_text(bare("a", self.tokenizer), [token], self.tokenizer)
-            self.may_end[token] = HALF in text or any(string[-1] in text for string in self.strings)
+            text = continuation_text(encode("a", self.tokenizer), [token], self.tokenizer)
+            self.may_end[token] = REPLACEMENT in text or any(string[-1] in text for string in self.strings)
         return self.may_end[token]
 
     def first(self, text: str) -> str:
@@ -118,8 +118,8 @@ class StopStrings:
         if start <= 0:
             return continuation_text(prompt, response, self.tokenizer)
         for first in range(start, max(start - 4, 0), -1):  # do not start inside a character
-            text = spelled(response[first:], self.tokenizer, skip_special_tokens=True)
-            if not text.startswith(HALF):
+            text = decode(response[first:], self.tokenizer, skip_special_tokens=True)
+            if not text.startswith(REPLACEMENT):
                 return text
         return continuation_text(prompt, response, self.tokenizer)
 
@@ -153,5 +153,5 @@ def tokens_before_end(
         start = continuation_text(prompt, kept, tokenizer)
         if text.startswith(start):
             rest, before = text[len(start) :], [*prompt, *kept]
-            return kept + behind(before, rest, spelled(before, tokenizer) + rest, tokenizer)
-    return bare(text, tokenizer)
+            return kept + encode_after(before, rest, decode(before, tokenizer) + rest, tokenizer)
+    return encode(text, tokenizer)

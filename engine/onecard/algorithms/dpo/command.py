@@ -98,4 +98,5 @@ def reference_pass(config: DPOConfig, variant: Variant, collate: Collate) -> Pre
 
 def run(config: DPOConfig) -> Path:
     """`onecard dpo`. Returns the folder of the trained policy."""
+    config.validate()
     return run_recipe(config, make_recipe(config))

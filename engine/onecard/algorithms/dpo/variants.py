@@ -77,8 +77,7 @@ def pick_variant(config: DPOConfig) -> Variant:
 
 
 def loss_keywords(config: DPOConfig) -> Keywords:
-    """The keyword arguments of the kernel that are settings."""
-    config.validate()
+    """The keyword arguments of the kernel that are settings. Raises for those that the kernel does not take."""
     variant = pick_variant(config)
     keywords = {name: getattr(config, setting) for name, setting in variant.keywords.items()}
     if "loss_weights" in keywords:

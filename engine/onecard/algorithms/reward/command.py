@@ -90,4 +90,5 @@ def make_recipe(config: RewardConfig) -> Recipe[Any, Any]:
 
 def run(config: RewardConfig) -> Path:
     """`onecard reward`. Returns the folder of the reward adapter."""
+    config.validate()
     return run_recipe(config, make_recipe(config))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.rollout import DecodeBatch, Sampling, UncachedBatch, sample_token
+from onecard.rollout import CachedBatch, DecodeBatch, Sampling, sample_token
 
 CacheMemory = Callable[[], AbstractContextManager[None]]  # tensors that are created inside count as KV cache
 
@@ -23,7 +23,7 @@ def sample_longest(
     `prompt`: tokens of each prompt; `total`: tokens of prompt and response; `waiting`: number of prompts that take the
     slots of finished sequences.
     """
-    if isinstance(batch, UncachedBatch):  # every step runs the whole sequence, so the last step is the largest
+    if not isinstance(batch, CachedBatch):  # every step runs the whole sequence, so the last step is the largest
         sample_token(batch.prefill([(0,) * (total - 1)], [0], [0]), sampling, [])
         return
     batch.on_new_cache = partial(tag_cache_updates, cache_memory)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, TypeVar
@@ -175,16 +175,13 @@ def last_rows(batch: TokenBatch) -> Tensor:
     return batch.cu_seqlens[1:].to(torch.int64) - 1
 
 
-def like_lengths(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Batches of at most `size` indices of items with similar lengths, so that padding is small.
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """Indices by falling length: neighbours need little padding, and memory runs out at the start if it does.
 
-    The longest come first: if memory runs out, it does so at the start.
-
-    >>> list(like_lengths([3, 9, 4], 2))
-    [[1, 2], [0]]
+    >>> longest_first([3, 9, 4])
+    [1, 2, 0]
     """
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    yield from (order[start : start + size] for start in range(0, len(order), size))
+    return sorted(range(len(lengths)), key=lambda index: -lengths[index])
 
 
 def to_device(record: T, device: torch.device) -> T:
