@@ -275,24 +275,14 @@ def operators(row: Row) -> list[str]:
     return parts
 
 
-def cost_table(case: Case) -> str:
-    whole = case.row(WHOLE)
-    assert whole is not None
-    lines = [
-        [each["what"], each["phase"], milliseconds(each["seconds"]), f"{each['seconds'] / whole.seconds[0]:.1%}"]
-        for each in case.found["costs"]
-    ]
-    return table(["avoidable cost", "phase", "ms", "of the iteration"], lines)
-
-
-def notes(case: Case) -> list[str]:
-    """What stands below a case's table."""
+def notes(case: Case, *, aligned: bool = False) -> list[str]:
+    """What stands below a case's table. The operators of a profile are left out on a terminal."""
     found, parts = case.found, []
     if "learned" in found:
         if found.get("memory"):
             headings = ["peak, MiB", "planned", "measured", "difference", "above what stays: planned", "measured",
                         "difference"]  # fmt: skip
-            parts.append(table(headings, memory_lines(found["memory"])))
+            parts.append(table(headings, memory_lines(found["memory"]), aligned=aligned))
         parts.append(f"{plan_verdict(case)} {steps_verdict(case)}")
     if found.get("step"):
         parts.append(rollout_note(case))
@@ -301,8 +291,14 @@ def notes(case: Case) -> list[str]:
             f"Profiled, the iteration took {found['profiled_seconds']:.3g} s. Bare products: "
             f"{found['rate'] / 1e12:.3g} TFLOP/s, a plain copy: {found['bandwidth'] / 1e9:.3g} GB/s."
         )
-        parts.append(cost_table(case))
-        parts += [part for row in case.rows if "operators" in row.more for part in operators(row)]
+        whole = sum(case.rows[-1].seconds)  # the last row is the whole iteration
+        lines = [
+            [each["what"], each["phase"], milliseconds(each["seconds"]), f"{each['seconds'] / whole:.1%}"]
+            for each in found["costs"]
+        ]
+        parts.append(table(["avoidable cost", "phase", "ms", "of the iteration"], lines, aligned=aligned))
+        profiled = [row for row in case.rows if "operators" in row.more and not aligned]
+        parts += [part for row in profiled for part in operators(row)]
     return parts
 
 
@@ -317,7 +313,7 @@ def parts_of(case: Case, report: Report, *, aligned: bool = False) -> list[str]:
     if aligned:  # a reason in a cell would widen its column
         reasons = [f"{row.name}: {row.reason}" for row in case.rows if row.reason is not None]
         lines = [line for row, line in zip(case.rows, lines, strict=True) if row.reason is None]
-        return [*parts, table(headings, lines, aligned=True), *reasons, *notes(case)]
+        return [*parts, table(headings, lines, aligned=True), *reasons, *notes(case, aligned=True)]
     return [*parts, table(headings, lines), *notes(case)]
 
 
