@@ -151,21 +151,20 @@ def tokens() -> Iterator[Configuration]:
     """PPO's policy and value losses of tokens, the sums of their programs, and their gradients."""
     from onecard_kernels.ppo import triton as launches
 
-    def gradient(of: launches.Terms, dtype: torch.dtype, normalizer: float | Tensor | None) -> None:
-        done = launches.finish(of.sums, normalizer)
-        launches.scale(torch.empty_like(done.loss), done.divisor, of.slope, of.entropy_slope, dtype, dtype)
+    def gradient(of: launches.Terms, dtype: torch.dtype) -> None:
+        launches.scale(torch.empty_like(of.loss), of.divisor, of.slope, of.entropy_slope, dtype, dtype)
 
     def policy(shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any], _: Capability) -> None:
         x, mask = meta(*shape, dtype=dtype), meta(*shape, dtype=options.get("mask", torch.bool))
         entropy, given = policy_arguments(options, x, mask)
-        terms = launches.policy_tokens(x, entropy, *given, needs_slope=options.get("needs_slope", True))
-        gradient(terms, dtype, options.get("normalizer"))
+        normalizer, slope = options.get("normalizer"), options.get("needs_slope", True)
+        gradient(launches.policy_terms(x, entropy, *given, normalizer=normalizer, needs_slope=slope), dtype)
 
     def value(shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any], _: Capability) -> None:
         x, mask = meta(*shape, dtype=dtype), meta(*shape, dtype=torch.bool)
         weights = x if options.get("weights") else None
         clip, slope = options.get("clip"), options.get("needs_slope", True)
-        gradient(launches.value_tokens(x, x, x, mask, clip=clip, weights=weights, needs_slope=slope), dtype, None)
+        gradient(launches.value_terms(x, x, x, mask, clip=clip, weights=weights, needs_slope=slope), dtype)
 
     of_policy = {
         **POLICY,

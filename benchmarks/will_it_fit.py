@@ -9,7 +9,9 @@ into README.md between its markers.
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -41,6 +43,7 @@ LEVELS: dict[str, dict[str, Any]] = {
     "4 bit": {"load_in_4bit": True},
     "least": {"micro_batch_tokens": PROMPT + RESPONSE, "adapter_dtype": "bfloat16"},
 }
+GIB_OF_CELL = re.compile(r"\d+\.\d")
 ROLLOUT = {"16 bit": 8, "4 bit": 8, "least": 1}
 
 
@@ -99,13 +102,23 @@ def cell(rows: Sequence[Mapping[str, Any]], card: int, marks: Marks) -> str:
 
 
 def table(plans: Mapping[str, Any], marks: Marks) -> str:
-    """The Markdown table of a file of plans."""
+    """The Markdown table of a file of plans. Algorithms with the same settings on every card share a row; its GiB are
+    the largest of theirs.
+    """
     heads = [f"{card} GB" for card in CARDS]
     lines = [f"| model | | {' | '.join(heads)} |", f"|---|---|{'---|' * len(CARDS)}"]
-    for model, algorithm in product(MODELS, ALGORITHMS):
-        rows = [row for row in plans["rows"] if (row["model"], row["algorithm"]) == (model, algorithm)]
-        cells = [cell(rows, card, marks) for card in CARDS]
-        lines.append(f"| {model if algorithm == 'sft' else ''} | {algorithm} | {' | '.join(cells)} |")
+    for model in MODELS:
+        rows_with: dict[tuple[str, ...], dict[str, list[str]]] = defaultdict(dict)  # settings -> algorithm -> cells
+        for algorithm in ALGORITHMS:
+            rows = [row for row in plans["rows"] if (row["model"], row["algorithm"]) == (model, algorithm)]
+            cells = [cell(rows, card, marks) for card in CARDS]
+            rows_with[tuple(GIB_OF_CELL.sub("", each) for each in cells)][algorithm] = cells
+        for index, found in enumerate(rows_with.values()):
+            largest = [
+                max(cells, key=lambda each: [float(gib) for gib in GIB_OF_CELL.findall(each)])
+                for cells in zip(*found.values(), strict=True)
+            ]
+            lines.append(f"| {'' if index else model} | {', '.join(found)} | {' | '.join(largest)} |")
     dirty = " with changes" if plans["dirty"] else ""
     lines += ["", f"GiB of the card. Plans of commit {plans['commit'][:7]}{dirty}: `python -m benchmarks.will_it_fit`."]
     return "\n".join(lines)

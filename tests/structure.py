@@ -122,7 +122,7 @@ def way_to_the_clip(backend: str) -> list[CodeType]:
     from tests.tiny import write_tiny_model
 
     def reached(frame: FrameType) -> bool:
-        name = "policy_sums" if backend == "torch" else "policy_kernel"
+        name = "policy_terms" if backend == "torch" else "policy_kernel"
         return frame.f_code.co_name == name
 
     with tempfile.TemporaryDirectory() as name:

@@ -29,9 +29,9 @@ TABLE: dict[str, dict[str, str]] = {
         "torch": "onecard_kernels.ppo.torch_losses:logits_ppo_loss",
         "triton": "onecard_kernels.ppo.triton_ops:logits_ppo_loss",
     },
-    "policy_sums": {  # of linear_ppo_loss
-        "torch": "onecard_kernels.ppo.torch_losses:policy_sums",
-        "triton": "onecard_kernels.ppo.triton:policy_sums",
+    "policy_terms": {  # of linear_ppo_loss
+        "torch": "onecard_kernels.ppo.torch_losses:policy_terms",
+        "triton": "onecard_kernels.ppo.triton:policy_terms",
     },
     "ppo_loss": {
         "torch": "onecard_kernels.ppo.torch_losses:ppo_loss",

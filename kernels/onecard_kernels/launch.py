@@ -1,4 +1,4 @@
-"""Launch of Triton kernels: `launch` runs a kernel, or records the launch inside `recording()`.
+"""Whether Triton kernels can run on a device, and a context that records their launches instead of running them.
 
 Recording serves to compile kernels for GPUs that are not present: a launching function is called with tensors on the
 `meta` device at real sizes, and its launches, with their dtypes, block sizes and warps, are compiled ahead of time.
@@ -7,7 +7,7 @@ Recording serves to compile kernels for GPUs that are not present: a launching f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -29,18 +29,31 @@ class Launch:
     num_stages: int
 
 
-_recorders: list[list[Launch]] = []
-
-
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
     """Record launches in the list that is yielded, instead of running them."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
     launches: list[Launch] = []
-    _recorders.append(launches)
+
+    def record(
+        kernel: Any,
+        *args: Any,
+        grid: tuple[int, ...],
+        warmup: bool,
+        num_warps: int = 4,
+        num_stages: int = 2,
+        **rest: Any,
+    ) -> None:
+        launches.append(Launch(kernel, grid, args, rest, num_warps, num_stages))
+
+    before = JITFunction.run, InterpretedFunction.run
+    JITFunction.run = InterpretedFunction.run = record
     try:
         yield launches
     finally:
-        _recorders.pop()
+        JITFunction.run, InterpretedFunction.run = before
 
 
 def constant_in_graphs(function: F) -> F:
@@ -75,15 +88,3 @@ def why_not(device: torch.device) -> str | None:
     if device.type in ("cuda", "meta") or interpreted():
         return None
     return f"the tensors are on {device}: a GPU is needed (to test, set TRITON_INTERPRET=1 before triton is imported)"
-
-
-def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 2, **constexprs: Any
-) -> None:
-    """Start `kernel` on `grid` programs, on the device of the first tensor among `args`."""
-    if _recorders:
-        _recorders[-1].append(Launch(kernel, grid, args, constexprs, num_warps, num_stages))
-        return
-    device = next(a.device for a in args if isinstance(a, torch.Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constexprs)

@@ -28,6 +28,16 @@ def test_a_cell_is_the_first_level_that_the_card_holds():
     assert will_it_fit.needed({"peak_gib": 10.0}, 12) == pytest.approx(Card("", 12 * GIB).needed(10 * GIB) / GIB)
 
 
+def test_algorithms_with_the_same_settings_share_a_row(monkeypatch):
+    """sft and dpo both fit in 16 bit: one row, with the larger 9.5 + 0.5 + 0.475 GiB. ppo needs 4 bit."""
+    monkeypatch.setattr(will_it_fit, "MODELS", ("A",))
+    monkeypatch.setattr(will_it_fit, "CARDS", (12,))
+    peaks = {"sft": (9.4, 8.0, 6.0), "dpo": (9.5, 8.0, 6.0), "ppo": (20.0, 8.0, 6.0)}
+    found = [{**row, "algorithm": algorithm} for algorithm, each in peaks.items() for row in rows(*each)]
+    text = will_it_fit.table({"rows": found, "dirty": False, "commit": "c0ffee00"}, set())
+    assert text.splitlines()[2:4] == ["| A | sft, dpo | 16 bit 10.5 |", "|  | ppo | 4 bit 8.9 |"]
+
+
 def test_steps_that_ran_under_a_card_s_cap_are_marked(tmp_path):
     def case(kind: str, cap: float, seconds: tuple[float, ...] = (1.0,), refused: str | None = None) -> Case:
         about = {"model": "Llama-3.1-8B", "cap_gib": cap, "settings": {"load_in_4bit": cap < 20}}

@@ -102,8 +102,9 @@ def test_the_table_of_losses_is_the_table_in_the_code():
 
 
 def test_the_losses_with_divergences_are_named():
-    sentence = next(line for line in (DOCS / "dpo.md").read_text().splitlines() if line.startswith("`--f_divergence"))
-    named = set(names(sentence.partition("alone:")[2]))
+    paragraphs = (DOCS / "dpo.md").read_text(encoding="utf-8").split("\n\n")
+    paragraph = next(each for each in paragraphs if each.startswith("`--f_divergence"))
+    named = set(names(paragraph.partition("two answers:")[2]))
     assert named == ANY_DIVERGENCE - {"sft"}  # whose value does not depend on it
 
 

@@ -211,7 +211,7 @@ def test_bytes_of_optimizer_states_per_trained_number(optim, adapters, each):
 def test_the_page_names_every_lever_and_no_other():
     """Each option that docs/memory.md offers is a setting; each setting that is there for memory is offered."""
     page = (Path(__file__).parents[2] / "docs" / "memory.md").read_text(encoding="utf-8")
-    table = page[page.index("## The levers") :]
+    table = page[page.index("## The options") :]
     table = table[: table.index("\n## ", 5)]
     named = set(re.findall(r"`--([a-z_0-9]+)", table))
     settings = {field.name for kind in (TrainConfig, DPOConfig) for field in fields(kind)}

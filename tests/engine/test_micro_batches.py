@@ -16,7 +16,7 @@ from onecard import reporting
 from onecard.algorithms.common import Recipe, Sharing
 from onecard.algorithms.dpo.command import make_recipe
 from onecard.algorithms.ppo.experience import compute_model_outputs, make_experiences, shape_rewards
-from onecard.algorithms.ppo.losses import ppo_objective
+from onecard.algorithms.ppo.job import ppo_objective
 from onecard.algorithms.reward.kinds import collate, collate_sharing, reward_loss, rows, tokenize
 from onecard.algorithms.sft import count_tokens, sft_loss
 from onecard.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from onecard.algorithms.ppo.experience import compute_model_outputs, make_experiences, shape_rewards
-from onecard.algorithms.ppo.losses import critic_loss, ppo_losses, ppo_objective
+from onecard.algorithms.ppo.job import critic_loss, ppo_losses, ppo_objective
 from onecard.config import PPOConfig, RewardConfig
 from onecard.data.batches import Episode, Experience, ExperienceBatch, TokenSequence, pack_experience
 from onecard.models.build import load_ppo_roles, load_roles

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import chain
 from types import SimpleNamespace
 
@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from onecard.algorithms.ppo.experience import compute_model_outputs, make_experiences, shape_rewards
-from onecard.algorithms.ppo.job import learn, minibatches
-from onecard.algorithms.ppo.losses import ppo_objective
+from onecard.algorithms.ppo.job import PPO, Collected, Controls, minibatches, ppo_objective
 from onecard.config import PPOConfig, RewardConfig
 from onecard.data import Prompt, stream_indices
 from onecard.data.batches import Episode, Experience, TokenSequence, pack
@@ -21,8 +20,10 @@ from onecard.models.load import load_tokenizer
 from onecard.models.micro_batching import MicroBatchSize
 from onecard.rewards.functions import RewardFunction
 from onecard.rewards.scorer import Scorer, load_scorer, make_answers, response_text
+from onecard.rollout import Rollout
 from onecard.training.metrics import add_up
 from onecard.training.trainer import micro_batches
+from onecard.utils.progress import progress
 
 
 def episode(index: int, prompt: int, response: int, finished: bool = True) -> Episode:
@@ -140,6 +141,8 @@ def test_prompts_come_in_a_stream_of_shuffled_epochs():
 class FakeTrainer:
     """Gives the KLs that it was made with, and counts."""
 
+    step = num_tokens = 0
+
     def __init__(self, kls: list[float]) -> None:
         self.kls, self.applied, self.discarded = iter(kls), 0, 0
 
@@ -154,17 +157,29 @@ class FakeTrainer:
         self.discarded += 1
 
 
+def learned(trainer: FakeTrainer, target_kl: float) -> dict[str, float]:
+    """The row of an iteration with four minibatches, whose samples are given."""
+    config = PPOConfig(target_kl=target_kl, num_ppo_epochs=4, num_mini_batches=1)
+    metrics, experience = {"objective/kl": 0.0}, Experience(*[None] * len(fields(Experience)))
+    collected = Collected([experience], metrics, [], Rollout((), 1.0))
+    job = SimpleNamespace(
+        config=config, objective=None, constraint=None, controls=Controls(0.1, 0.0), collect=lambda *given: collected
+    )
+    with progress("ppo", 1) as bar:
+        return PPO.step(job, trainer, [0], bar)
+
+
 def test_learning_stops_at_the_minibatch_that_passes_target_kl():
     """KLs 0, 1, 4, ...: with a limit of 2 the third minibatch's gradient is thrown away and nothing follows it."""
     trainer = FakeTrainer([0.0, 1.0, 4.0, 0.0])
-    row = learn(trainer, None, iter([[]] * 4), 2.0)
+    row = learned(trainer, target_kl=2.0)
     assert (trainer.applied, trainer.discarded) == (2, 1)
     assert row["policy/updates"] == 2.0
     assert row["policy/approxkl_avg"] == pytest.approx(5 / 3)
     assert row["val/ratio"] == pytest.approx(1 + 5 / 3)
     assert row["val/ratio_var"] == pytest.approx((25 / 9 + 4 / 9 + 49 / 9) / 3)
     free = FakeTrainer([0.0, 1.0, 4.0, 0.0])
-    assert learn(free, None, iter([[]] * 4), 0.0)["policy/updates"] == 4.0
+    assert learned(free, target_kl=0.0)["policy/updates"] == 4.0
     assert (free.applied, free.discarded) == (4, 0)
 
 

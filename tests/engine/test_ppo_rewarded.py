@@ -15,7 +15,7 @@ from onecard.algorithms.ppo.experience import (
     objective_metrics,
     shape_rewards,
 )
-from onecard.algorithms.ppo.job import Controls, learn, next_controls
+from onecard.algorithms.ppo.job import Controls, next_controls, update_metrics
 from onecard.algorithms.ppo.scores import Scale, ScoredAnswers, measure_scale, score_metrics
 from onecard.config import PPOConfig
 from onecard.data import Prompt
@@ -200,7 +200,7 @@ def test_where_nothing_is_left_no_update_is_made():
     row = objective_metrics(EPISODES, PASSES, shaped, torch.zeros(2), 0.1)
     assert "val/explained_variance" not in row
     assert all(map(math.isfinite, row.values()))
-    assert learn(None, None, iter([]), 0.0) == {"policy/updates": 0.0}
+    assert update_metrics([], 0) == {"policy/updates": 0.0}
 
 
 def test_what_is_maximised_is_less_what_a_constraint_takes():

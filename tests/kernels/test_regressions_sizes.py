@@ -115,10 +115,9 @@ def tokens_on_meta() -> None:
     from onecard_kernels.ppo.options import PolicyOptions, PolicyTokens
 
     x, mask = meta(N * 1024), meta(N * 1024, dtype=torch.bool)
-    launches.value_tokens(x, x, x, mask, clip=0.2, weights=None)
+    launches.value_terms(x, x, x, mask, clip=0.2, weights=None)
     options = PolicyOptions(0.2, 0.2, None, 0.1, 0.0, "k3")
-    tokens = launches.policy_tokens(x, x, PolicyTokens(x, x, mask), options)
-    launches.finish(tokens.sums, None)
+    tokens = launches.policy_terms(x, x, PolicyTokens(x, x, mask), options)
     launches.scale(meta(), meta(), tokens.slope, tokens.entropy_slope, torch.float32, torch.float32)
     launch_gae(meta(N, 4), meta(N, 4), meta(N, 4, dtype=torch.bool), None, 1.0, 0.95)
 

@@ -137,7 +137,9 @@ def test_mixed_dtypes() -> None:
 def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two forward, one backward, also with the entropy's gradient; without a gradient its memory is not written."""
     count = []
-    monkeypatch.setattr(launches, "launch", lambda *a, **kw: (count.append(kw), launch.launch(*a, **kw)))
+    kind = type(launches.policy_kernel)
+    run = kind.run
+    monkeypatch.setattr(kind, "run", lambda *args, **given: (count.append(given), run(*args, **given)))
     mask = torch.ones(4, device=DEVICE)
     batch = tokens((4,), torch.bfloat16)
     batch["logprobs"].requires_grad_()
@@ -167,9 +169,8 @@ def test_real_sizes_are_recorded_without_a_card() -> None:
     mask = torch.empty(64, 4096, device="meta", dtype=torch.bool)
     options = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "entropy_coef": 0.1, "kl_coef": 0.1}
     with launch.recording() as recorded:
-        done = launches.policy_tokens(**records(**batch, mask=mask, **options, kl_estimator="k3"))
-        finished = launches.finish(done.sums, None)
-        launches.scale(finished.loss, finished.divisor, done.slope, done.entropy_slope, torch.bfloat16, torch.bfloat16)
+        done = launches.policy_terms(**records(**batch, mask=mask, **options, kl_estimator="k3"))
+        launches.scale(done.loss, done.divisor, done.slope, done.entropy_slope, torch.bfloat16, torch.bfloat16)
     assert [r.grid for r in recorded] == [(256,), (1,), (256,)]
     assert recorded[0].constexprs["BLOCK"] == 1024
 
@@ -178,12 +179,13 @@ def test_terms_are_sums_of_the_reference() -> None:
     batch, mask = tokens((3, 7), torch.float64), masks((3, 7))["holes"]
     options = {k: v for k, v in OPTIONS["all"].items() if k != "normalizer"} | {"clip_high": 0.2, "kl_estimator": "k3"}
     truth = run_policy(batch, mask=mask, normalizer=1.0, backend="torch", **options)
-    sums, slope, entropy_slope = launches.policy_sums(**records(**batch, mask=mask, **options))
+    _, sums, _, slope, entropy_slope = launches.policy_terms(**records(**batch, mask=mask, **options))
     expected = torch.stack([*list(truth.values())[:6], mask.sum().double()])
     torch.testing.assert_close(sums, expected, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(slope, truth["dlogprobs"], rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(entropy_slope, truth["dentropy"], rtol=1e-13, atol=1e-13)
-    assert launches.policy_sums(**records(**batch, mask=mask, **{**options, "entropy_coef": 0.0}))[2] is None
+    no_entropy = launches.policy_terms(**records(**batch, mask=mask, **{**options, "entropy_coef": 0.0}))
+    assert no_entropy.entropy_slope.numel() == 0
 
 
 @triton.jit
@@ -221,7 +223,7 @@ def test_token_terms_take_one_token_too() -> None:
     batch = {name: x.masked_fill(~mask, NAN) for name, x in batch.items()}
     out = torch.empty(6, 9, dtype=torch.float64, device=DEVICE)
     tensors = [batch[name] for name in ("logprobs", "old_logprobs", "advantages", "ref_logprobs")]
-    launch.launch(one_row_a_program, (9,), *tensors, mask.view(torch.uint8), out, 0.2, 0.3, 1.4)
+    one_row_a_program[(9,)](*tensors, mask.view(torch.uint8), out, 0.2, 0.3, 1.4)
     options = {"clip_high": 0.3, "dual_clip": 1.4, "kl_coef": 0.3, "normalizer": 1.0, "backend": "torch"}
     truth = run(ppo_loss, ("logprobs",), batch, mask=mask, **options)
     names = ("loss", "policy/approxkl", "policy/clipfrac", "val/ratio", "policy/kl")

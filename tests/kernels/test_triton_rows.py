@@ -204,9 +204,9 @@ def test_a_row_beyond_two_to_the_31() -> None:
     logprobs, stats, grad = torch.full((count,), -1.0), torch.full((rows.STATS, count), -1.0), torch.randn(count)
     forward, backward = launches
     args = (parts[0], targets, targets, logprobs, logprobs, stats, *forward.args[6:])
-    launch.launch(forward.kernel, forward.grid, *args, num_warps=forward.num_warps, **forward.constexprs)
+    forward.kernel[forward.grid](*args, num_warps=forward.num_warps, **forward.constexprs)
     args = (parts[0], parts[0], targets, targets, stats, grad, stats, stats, stats, *backward.args[9:])
-    launch.launch(backward.kernel, backward.grid, *args, num_warps=backward.num_warps, **backward.constexprs)
+    backward.kernel[backward.grid](*args, num_warps=backward.num_warps, **backward.constexprs)
     truth, true_grad = run(oracle.selective_log_softmax, values.double(), targets, grad)
     assert_within(logprobs, truth.logprobs, 2e-5)
     assert_within(torch.stack(parts), true_grad, 2.0**-7 * float(true_grad.abs().max()))

@@ -130,7 +130,7 @@ def longest_sequence(config: TrainConfig | EvaluateConfig) -> int:
     limit = context_length(config)
     if limit is None or config.max_length <= limit:
         return config.max_length
-    say(f"max_length: {limit} instead of {config.max_length}, which is all that the model was made for.")
+    say(f"max_length: {limit} instead of {config.max_length}: the model's context has no more.")
     return limit
 
 

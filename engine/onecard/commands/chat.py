@@ -236,7 +236,7 @@ def run(config: ChatConfig) -> None:
         with suppress(ImportError):  # Windows has no readline
             importlib.import_module("readline")  # gives `input` a history of lines
     if not tokenizer.chat_template:
-        say("The tokenizer has no chat template: the model goes on with the text, lines and answers alike.")
+        say("The tokenizer has no chat template: the model continues the text of all lines and answers.")
     say("/reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer.")
     torch.manual_seed(config.seed)
     with template_date(today()):

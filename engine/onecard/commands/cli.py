@@ -15,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -88,6 +89,9 @@ class FiniteFloat(click.FloatRange):
             self.fail(f"{number:g} is beyond {LARGEST:g}.", param, ctx)
         return number
 
+    def _describe_range(self) -> str:
+        return "" if self.min is None else super()._describe_range()  # click writes "x<=None" where there is no limit
+
 
 class Integer(click.IntRange):
     """An integer of 64 bits, with or without a sign: torch takes no other as a seed."""
@@ -101,6 +105,9 @@ class Integer(click.IntRange):
         if not -(2**63) <= number < 2**64:
             self.fail(f"{number} does not fit into 64 bits.", param, ctx)
         return number
+
+    def _describe_range(self) -> str:
+        return "" if self.min is None else super()._describe_range()
 
 
 SCALARS: dict[Any, click.ParamType] = {str: click.STRING, int: Integer(), float: FiniteFloat()}
@@ -263,21 +270,20 @@ class FitCommand(click.Command):
 
 
 def make_command(name: str, settings: type, target: str, example: str) -> click.Command:
-    """A click command with a flag for each field of `settings`."""
+    """A click command with a flag for each field of `settings`. Its value is a function that runs the command."""
     params = [config_option(), *options_of(settings)]
     kind = FitCommand if settings is config.FitConfig else click.Command
 
-    def run(**values: Any) -> None:
+    def parse(**values: Any) -> Callable[[], object]:
         check_trust(click.get_current_context())
         module, function = target.split(":")
-        entry: Callable[..., object] = getattr(importlib.import_module(module), function)
+        run: Callable[..., object] = getattr(importlib.import_module(module), function)
         if settings is config.FitConfig:
-            entry(given(settings, values), given(COMMANDS[values["algorithm"]][0], values))
-        else:
-            entry(given(settings, values))
+            return partial(run, given(settings, values), given(COMMANDS[values["algorithm"]][0], values))
+        return partial(run, given(settings, values))
 
     summary = (settings.__doc__ or "").strip()
-    return kind(name, params=params, callback=run, help=f"{summary}\n\n\b\nExample:\n  {example}")
+    return kind(name, params=params, callback=parse, help=f"{summary}\n\n\b\nExample:\n  {example}")
 
 
 class Commands(click.Group):
@@ -297,7 +303,7 @@ def make_cli() -> click.Group:
     group = Commands(
         "onecard",
         context_settings=settings,
-        help="SFT, reward models, DPO and PPO for language models on one card. Start with: onecard demo",
+        help="SFT, reward models, DPO and PPO for language models on one GPU. Start with: onecard demo",
     )
     for name, (config_class, target, example) in COMMANDS.items():
         group.add_command(make_command(name, config_class, target, example))
@@ -319,8 +325,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Advice from one library to another about its next major release is of no use to who runs a command.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
+    code = 0
     try:
-        code = make_cli().main(args=arguments, prog_name="onecard", standalone_mode=False)
+        run = make_cli().main(args=arguments, prog_name="onecard", standalone_mode=False)
+        if callable(run):  # else the exit code of --help or --version
+            run()
     except OnecardError as error:
         code = fail(str(error))
     except click.exceptions.NoArgsIsHelpError as error:
@@ -337,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Interrupted as error:
         click.echo(visible(f"onecard: {error}"), err=True)
         code = 130
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, EOFError, KeyboardInterrupt):
         click.echo(
             "onecard: interrupted. A training run goes on from its last checkpoint with the same command and --resume.",
             err=True,
@@ -351,4 +360,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "helps: --load_in_4bit, --optim paged_adamw_8bit, a smaller --lora_r, a smaller model. `onecard fit` says "
             "beforehand what fits; a training run then starts anew, for these are its settings."
         )
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(code)

@@ -41,10 +41,11 @@ class ModelConfig:
     model: str = option("", "Hugging Face model: a hub name, a folder, or an adapter folder that onecard wrote.")
     dtype: Dtype = option(
         "auto",
-        "Weights' type. auto: float32 on CPU and where all weights are trained, else bfloat16 (float16 without it).",
+        "Data type of the weights. auto: float32 on a CPU and if all weights are trained, else bfloat16 (or float16 on "
+        "a GPU without bfloat16).",
     )
     load_in_4bit: bool = option(
-        False, "Hold the base in NF4 with double quantization (head and embeddings stay 16-bit)."
+        False, "Load the base in NF4 with double quantization (head and embeddings stay in 16 bit)."
     )
     attn_implementation: str = option(
         "auto", "sdpa, eager or flash_attention_2. auto: flash-attn on a GPU where it is installed, else sdpa."
@@ -71,22 +72,22 @@ class TrainConfig(ModelConfig):
     test_size: float = option(
         0.05, "Rows to hold out when there is no eval_dataset: a share below 1, or a count; 0: none.", least=0
     )
-    skip_bad_rows: bool = option(False, "Count and list bad rows and go on, instead of stopping at the first.")
+    skip_bad_rows: bool = option(False, "Count and list bad rows and continue, instead of stopping at the first.")
     max_length: int = option(1024, "Longest sequence in tokens, prompt and response together.", least=2)
     truncation_mode: Truncation = option(
-        "keep_start", "What is cut beyond max_length: keep_start the response's end, keep_end the prompt's beginning; "
-        "error: nothing, such a row is bad.",
+        "keep_start", "What is cut from a sequence longer than max_length. keep_start: the response's end; keep_end: "
+        "the prompt's beginning; error: nothing, such a row is a bad row.",
     )  # fmt: skip
-    padding_free: bool = option(True, "Pack sequences end to end. Off: pad to the longest of the micro-batch.")
+    padding_free: bool = option(True, "Pack sequences end to end. Off: pad to the micro-batch's longest.")
 
     output_dir: str = option("", "Run folder. Empty: runs/<command>.")
     resume: bool = option(
-        False, "Go on from the newest whole checkpoint in output_dir; from the start if there is none."
+        False, "Continue from the newest complete checkpoint in output_dir; start anew if there is none."
     )
     overwrite: bool = option(False, "Replace a run that output_dir already holds.")
     dry_run: bool = option(
         False,
-        "Show the settings, each role's parameters and the first example with its mask; train nothing.",
+        "Print the settings, each role's parameters and the first example with its mask; train nothing.",
     )
     seed: int = option(42, "Seed of the data order and of every new weight.")
 
@@ -94,42 +95,44 @@ class TrainConfig(ModelConfig):
     lora_r: int = option(16, "Rank of the adapter.", least=1)
     lora_alpha: int = option(32, "Scale of the adapter: its output is multiplied by lora_alpha / lora_r.", least=1)
     adapter_dtype: AdapterDtype = option(
-        "float32", "Adapters' type. bfloat16: faster, with smaller activations; the optimizer keeps float32 copies."
+        "float32",
+        "Data type of the adapters. bfloat16: faster, with smaller activations; the optimizer keeps float32 copies.",
     )
     lora_target_modules: list[str] = option(
-        ["all-linear"], "Layers that get an adapter; all-linear: all but the head and a mixture's experts."
+        ["all-linear"],
+        "Layers that get an adapter. all-linear: all linear layers except the head, experts and routers.",
     )
 
     optim: Optim = option("adamw_torch", "Optimizer: adamw_torch, or bitsandbytes' 8-bit AdamW, plain or paged.")
     learning_rate: float = option(1e-4, "Peak learning rate.", least=0)
-    lr_scheduler_type: Scheduler = option("linear", "How the learning rate falls after the warm-up.")
+    lr_scheduler_type: Scheduler = option("linear", "Schedule of the learning rate after the warm-up.")
     warmup_steps: float = option(0.0, "Steps of linear warm-up; below 1: that share of all steps.", least=0)
     weight_decay: float = option(0.0, "Decoupled weight decay.", least=0)
-    adam_beta1: float = option(0.9, "Decay of the first moment.", least=0)
-    adam_beta2: float = option(0.999, "Decay of the second moment.", least=0)
-    adam_epsilon: float = option(1e-8, "Term in the denominator of Adam.", least=0)
-    max_grad_norm: float = option(1.0, "Gradient norm is clipped to this; 0: not clipped.", least=0)
+    adam_beta1: float = option(0.9, "Decay of Adam's first moment.", least=0)
+    adam_beta2: float = option(0.999, "Decay of Adam's second moment.", least=0)
+    adam_epsilon: float = option(1e-8, "Added to Adam's denominator.", least=0)
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; 0: no clipping.", least=0)
     num_train_epochs: float = option(1.0, "Passes over the training rows.", least=0)
-    max_steps: int = option(-1, "Steps; overrides num_train_epochs when above 0.")
+    max_steps: int = option(-1, "Number of steps; overrides num_train_epochs if above 0.")
     per_device_train_batch_size: int = option(
-        8, "Sequences (pairs for reward and dpo) in one micro-batch; with micro_batch_tokens, only in a step's count.",
-        least=1,
+        8, "Sequences (for reward and dpo: pairs) in one micro-batch. With micro_batch_tokens, only a factor of a "
+        "step's size.", least=1,
     )  # fmt: skip
     gradient_accumulation_steps: int = option(1, "Micro-batches in one optimizer step.", least=1)
     per_device_eval_batch_size: int = option(16, "Sequences (pairs) in one evaluation micro-batch.", least=1)
     micro_batch_tokens: int = option(
-        0, "Tokens in one pass over the model: how a step's sequences are cut for memory, with the same result "
-        "(but for kto, whose KL is each micro-batch's own). 0: per_device_train_batch_size sequences.", least=0,
+        0, "Tokens in one micro-batch. It limits memory and does not change the result (except with kto, which "
+        "estimates its KL in each micro-batch). 0: per_device_train_batch_size sequences.", least=0,
     )  # fmt: skip
     head_chunk_tokens: int = option(
-        0, "Tokens whose logits are held at a time; fewer take less memory and more time. 0: what suits the device.",
-        least=0,
+        0, "Tokens whose logits are in memory at a time; fewer take less memory and more time. 0: chosen for the "
+        "device.", least=0,
     )  # fmt: skip
     gradient_checkpointing: bool = option(
-        False, "Recompute activations in the backward pass: less memory, a third slower."
+        False, "Recompute activations in the backward pass: less memory, about a third slower."
     )
     activation_offloading: bool = option(
-        False, "Hold what the backward pass needs in host memory, copied while the GPU computes."
+        False, "Keep activations in host memory until the backward pass; they are copied while the GPU computes."
     )
 
     logging_steps: int = option(1, "Steps between rows of metrics.jsonl.", least=1)
@@ -176,7 +179,7 @@ class PolicyTrainConfig(TrainConfig):
 class ReferenceConfig:
     """The reference model of the commands that have one."""
 
-    ref_adapter: str = option("", "Adapter folder that is the reference. Empty: the policy as it starts.")
+    ref_adapter: str = option("", "Folder of the adapter that is the reference. Empty: the policy as it starts.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,18 +189,20 @@ class ScoringConfig:
     reward_model_path: str = option(
         "", "Reward adapter that `onecard reward` trained on the same base, or any Hugging Face sequence classifier."
     )
-    reward_label: str = option("", "Which label of a classifier with several is the reward, by name or number.")
+    reward_label: str = option("", "Label, by name or number, that is the reward of a classifier with several labels.")
     reward_funcs: list[str] = option(
         [], "fluency, relevance, diversity, length, exact_answer, regex:PATTERN, or a Python function: module:function "
         "or file.py:function. May be given several times, or as one line: '0.5*fluency + 2*judge.py:polite'.",
     )  # fmt: skip
     reward_weights: list[float] = option(
-        [], "A weight for each reward, the reward model first, then reward_funcs in order; empty: those in "
-        "reward_funcs, or 1 each.",
+        [], "One weight for each reward: the reward model's first, then those of reward_funcs in order. Empty: the "
+        "weights in reward_funcs, or 1 each.",
     )  # fmt: skip
-    missing_eos_penalty: float = option(0.0, "Taken from the score of a response that does not end by itself.", least=0)
+    missing_eos_penalty: float = option(
+        0.0, "Subtracted from the score of a response that was cut before its end.", least=0
+    )
     reward_timeout: float = option(
-        60.0, "Seconds after which a reward function that still runs is named; it is not stopped. 0: never.", least=0
+        60.0, "Report a reward function that runs longer than this many seconds; it is not stopped. 0: never.", least=0
     )
 
 
@@ -207,8 +212,8 @@ class SamplingConfig(ModelConfig):
 
     max_new_tokens: int = option(128, "Longest response in tokens.", least=1)
     temperature: float = option(1.0, "Divides the logits; 0: the likeliest token each time.", least=0)
-    top_p: float = option(1.0, "Sample from the smallest set of tokens with this much probability.", least=0)
-    top_k: int = option(0, "Sample from this many likeliest tokens; 0: all.", least=0)
+    top_p: float = option(1.0, "Sample from the smallest set of tokens with this total probability.", least=0)
+    top_k: int = option(0, "Sample from this number of the likeliest tokens; 0: all.", least=0)
     seed: int = option(42, "Seed of the sampling.")
 
     def validate(self) -> None:

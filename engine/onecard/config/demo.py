@@ -9,8 +9,8 @@ from onecard.config.base import option
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """The main job with nothing to download: a tiny model, from its first step to PPO."""
+    """Train a tiny model from nothing: SFT, reward model, DPO and PPO; downloads nothing."""
 
     output_dir: str = option("runs/demo", "Folder of the demo's runs and its report.html.")
     seed: int = option(4, "Seed of the corpus, the data order and every new weight.")
-    fresh: bool = option(False, "Start over. Otherwise finished stages are taken from output_dir.")
+    fresh: bool = option(False, "Start over. Off: reuse the finished stages in output_dir.")

@@ -31,16 +31,16 @@ Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_diverge
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig(ReferenceConfig, PolicyTrainConfig):
-    """Direct preference optimization from `prompt`, `chosen`, `rejected` rows; kto: `prompt`, `completion`, `label`."""
+    """DPO and its family from `prompt`, `chosen`, `rejected` rows; KTO from `prompt`, `completion`, `label` rows."""
 
     INPUTS: ClassVar[tuple[str, ...]] = (*TrainConfig.INPUTS, "ref_adapter")
 
     learning_rate: float = option(5e-5, "Peak learning rate.", least=0)
-    beta: float = option(0.1, "Strength of the pull towards the reference; larger stays closer.", least=0)
+    beta: float = option(0.1, "Weight of the reference; a larger beta keeps the policy closer to it.", least=0)
     loss_type: list[str] = option(
         ["sigmoid"], "sigmoid, ipo, hinge, discopop, robust, exo_pair, nca_pair, bco_pair, sppo_hard, aot, "
-        "aot_unpaired, apo_zero, apo_down, sigmoid_norm or sft; several are added up with loss_weights. Without a "
-        "reference: simpo, orpo, cpo. From labelled answers: kto, apo_zero_unpaired. These five stand alone.",
+        "aot_unpaired, apo_zero, apo_down, sigmoid_norm or sft; several are summed with loss_weights. Without a "
+        "reference: simpo, orpo, cpo. From labelled answers: kto, apo_zero_unpaired. These five cannot be summed.",
     )  # fmt: skip
     loss_weights: list[float] = option([], "One weight for each loss_type; empty: 1 each.")
     label_smoothing: float = option(
@@ -55,7 +55,7 @@ class DPOConfig(ReferenceConfig, PolicyTrainConfig):
     cpo_alpha: float = option(1.0, "Weight of the likelihood of the chosen answer in cpo.", least=0)
     desirable_weight: float = option(1.0, "Weight of the desirable answers in kto and apo_zero_unpaired.", least=0)
     undesirable_weight: float = option(1.0, "Weight of the undesirable answers in kto and apo_zero_unpaired.", least=0)
-    share_prompts: bool = option(True, "Run a prompt once for all its answers: same to rounding. Needs padding_free.")
+    share_prompts: bool = option(True, "Run a prompt once for all its answers; equal to rounding. Needs padding_free.")
     precompute_ref_log_probs: bool = option(
         False, "Compute the reference's log-probs once, before training, and keep them on disk for other runs."
     )

@@ -9,17 +9,17 @@ from onecard.config.base import NO_DATASET, ModelConfig, ScoringConfig, option, 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(ScoringConfig, ModelConfig):
-    """How good a policy's answers are: rewards, win rate over a baseline, KL to the reference, length, variety."""
+    """Evaluate a policy's answers: rewards, win rate over a baseline, KL to the reference, length, diversity."""
 
-    dataset: str = option("", "Rows with a `prompt` column; perplexity is of `completion` or `chosen`.")
+    dataset: str = option("", "Rows with `prompt`; perplexity is measured on `completion` or `chosen`.")
     dataset_split: str = option("test", "Split to use when dataset is a folder or a hub dataset.")
-    baseline: str = option("", "Another model, run or adapter on the same base, whose answers are compared.")
+    baseline: str = option("", "Model, run or adapter whose answers the policy's are compared with.")
     ref_adapter: str = option("", "Adapter that KL is measured to. Empty: the base.")
     output_dir: str = option("", "Folder of evaluation.json, evaluation.md and samples.jsonl. Empty: only print.")
     max_prompts: int = option(128, "Prompts to use, from the first on; 0: all.", least=0)
     max_length: int = option(1024, "Longest sequence in tokens, prompt and response together.", least=2)
     response_length: int = option(64, "Longest response in tokens.", least=1)
-    temperature: float = option(1.0, "Divides the logits wherever a policy is asked.", least=0)
+    temperature: float = option(1.0, "Divides the logits in sampling and in log-probs.", least=0)
     per_device_eval_batch_size: int = option(16, "Sequences in one pass without gradients.", least=1)
     local_rollout_forward_batch_size: int = option(64, "Prompts sampled together.", least=1)
     seed: int = option(42, "Seed of the sampling.")

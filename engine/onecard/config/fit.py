@@ -13,14 +13,16 @@ Target = Literal["cuda", "cpu"]
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
-    """Whether a training run fits on a card, and which settings make it fit: planned without weights and without a GPU.
+    """Plan whether a training run fits on a GPU, and which settings make it fit; needs no weights and no GPU.
 
-    Beside these it takes every setting of the command that it plans, and that command's config.yaml as --config.
+    It also takes every setting of the command that it plans, and that command's config.yaml as --config.
     """
 
     algorithm: Algorithm = option("ppo", "The command that is planned: sft, reward, dpo or ppo.")
-    card: str = option("", "Memory of the card, such as 12GB, or a card's name, such as 'RTX 3060'. Empty: only plan.")
+    card: str = option(
+        "", "Memory of the card, such as 12GB, or a card's name, such as 'RTX 3060'. Empty: print only the plan."
+    )
     device: Target = option("cuda", "What the run is planned for. cpu: for comparison with what a CPU run allocates.")
     prompt_length: int = option(0, "Tokens of a prompt; 0: what max_length leaves beside the response.", least=0)
-    response_length: int = option(0, "Tokens of a response; 0: half of max_length. In ppo its own setting.", least=0)
+    response_length: int = option(0, "Tokens of a response; 0: half of max_length. With ppo: its setting.", least=0)
     json: bool = option(False, "Print the answer as JSON.")

@@ -9,7 +9,7 @@ from onecard.config.base import SamplingConfig, option, raise_first
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(SamplingConfig):
-    """Responses to prompts, sampled from the model itself."""
+    """Sample responses to prompts."""
 
     prompt: list[str] = option([], "A prompt; may be given several times.")
     dataset: str = option("", "Rows with a `prompt` column, instead of --prompt.")

@@ -9,7 +9,7 @@ from onecard.config.base import ModelConfig, option, raise_first
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig(ModelConfig):
-    """An adapter and its base as one plain Hugging Face model."""
+    """Merge an adapter into its base and write one plain Hugging Face model."""
 
     output_dir: str = option("", "Folder of the merged model; it must not exist, or be empty.")
 

@@ -18,9 +18,9 @@ ConstraintMode = Literal["skip", "lagrangian"]
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig(ReferenceConfig, ScoringConfig, TrainConfig):
-    """Proximal policy optimization from `prompt` rows: the policy answers, rewards judge, the policy learns.
+    """PPO, RLOO, GRPO, REINFORCE or A2C from `prompt` rows: sample responses, score them, train policy and critic.
 
-    A step is one iteration: batch_size responses are sampled and scored, then learned from num_ppo_epochs times.
+    A step is one iteration: batch_size responses are sampled and scored, then trained on for num_ppo_epochs passes.
     """
 
     INPUTS: ClassVar[tuple[str, ...]] = (
@@ -30,16 +30,16 @@ class PPOConfig(ReferenceConfig, ScoringConfig, TrainConfig):
     normalize_reward: bool = option(
         False, "Shift and scale scores so that the starting policy's answers have mean 0 and standard deviation 1."
     )
-    constraint_model_path: str = option("", "Cost of each answer: what reward_model_path may be.")
-    constraint_label: str = option("", "Which label of that is the cost, if it is a classifier with several.")
-    constraint_funcs: list[str] = option([], "Cost of each answer: as reward_funcs; all costs are added up.")
+    constraint_model_path: str = option("", "Model of each answer's cost; takes the same values as reward_model_path.")
+    constraint_label: str = option("", "Label that is the cost of a classifier with several labels.")
+    constraint_funcs: list[str] = option([], "Functions of each answer's cost, as in reward_funcs; costs are summed.")
     constraint_threshold: float = option(0.0, "An answer that costs more violates the constraint.")
     constraint_mode: ConstraintMode = option(
-        "skip", "skip: an answer that violates the constraint gives no gradient. lagrangian: its cost is taken from "
-        "the score, times a multiplier that is learned so that the mean cost comes to the threshold.",
+        "skip", "skip: an answer that violates the constraint gives no gradient. lagrangian: its cost times a "
+        "multiplier is subtracted from its score. The multiplier is adapted: the mean cost approaches the threshold.",
     )  # fmt: skip
-    constraint_lambda: float = option(1.0, "The multiplier at the start of lagrangian.", least=0)
-    constraint_lambda_lr: float = option(0.1, "How fast the multiplier follows the mean cost.", least=0)
+    constraint_lambda: float = option(1.0, "First multiplier of lagrangian.", least=0)
+    constraint_lambda_lr: float = option(0.1, "Step size of the multiplier's adaptation.", least=0)
 
     total_episodes: int = option(
         0, "Responses to sample in all; 0: num_train_epochs over the prompts. max_steps overrides both.", least=0
@@ -49,24 +49,24 @@ class PPOConfig(ReferenceConfig, ScoringConfig, TrainConfig):
         "* gradient_accumulation_steps.", least=0,
     )  # fmt: skip
     num_mini_batches: int = option(
-        4, "Minibatches, each an optimizer step, in an iteration; not used where batch_size is given.", least=1
+        4, "Minibatches, each an optimizer step, in an iteration; not used if batch_size is given.", least=1
     )
     num_ppo_epochs: int = option(4, "Passes over an iteration's responses.", least=1)
     num_generations: int = option(1, "Responses to each prompt; batch_size counts all of them.", least=1)
     response_length: int = option(64, "Longest response in tokens.", least=1)
     stop_token: list[str] = option([], "Text that ends a response, besides its end tokens; may be given several times.")
-    temperature: float = option(1.0, "Divides the logits wherever the policy or the reference is asked.", least=0)
+    temperature: float = option(1.0, "Divides the logits in sampling and in all log-probs.", least=0)
     per_device_eval_batch_size: int = option(
         16, "Sequences in one pass without gradients: old and reference log-probs, values, scores.", least=1
     )
     local_rollout_forward_batch_size: int = option(64, "Prompts sampled together, at most.", least=1)
     rollout_cache_gib: float = option(
-        0.0, "Memory for the keys and values of prompts that are sampled together, in GiB; 0: no limit.", least=0
+        0.0, "Limit in GiB for the keys and values of prompts that are sampled together; 0: no limit.", least=0
     )
 
     kl_coef: float = option(0.05, "Weight of the KL to the reference in each token's reward.", least=0)
-    kl_estimator: KLEstimator = option("k1", "Estimate of that KL from the sampled token.")
-    adap_kl_ctrl: bool = option(False, "Adapt kl_coef, so that objective/kl comes to adap_kl_target.")
+    kl_estimator: KLEstimator = option("k1", "Estimator of that KL from the sampled token.")
+    adap_kl_ctrl: bool = option(False, "Adapt kl_coef, so that objective/kl approaches adap_kl_target.")
     adap_kl_target: float = option(6.0, "The KL per response, in nats, that adap_kl_ctrl aims at.", least=0)
     adap_kl_horizon: int = option(10000, "Episodes over which adap_kl_ctrl adapts; smaller is faster.", least=1)
     target_kl: float = option(
@@ -77,9 +77,11 @@ class PPOConfig(ReferenceConfig, ScoringConfig, TrainConfig):
         "gae", "gae and a2c use a critic; reinforce, rloo and grpo do not. rloo and grpo compare num_generations "
         "answers to a prompt. reinforce and a2c pass over an iteration's answers once and do not clip.",
     )  # fmt: skip
-    critic: Critic = option("adapter", "adapter: the critic has weights of its own; shared: a head on the policy.")
+    critic: Critic = option(
+        "adapter", "adapter: the critic has its own adapter; shared: it is a scalar head on the policy."
+    )
     bootstrap_truncated: bool = option(
-        False, "The return of an answer that was cut goes on with the critic's value instead of ending."
+        False, "Add the critic's value after the last token to the return of an answer that was cut."
     )
     gamma: float = option(1.0, "Discount of later rewards, per token.", least=0)
     lam: float = option(0.95, "lambda of GAE: 1 is Monte-Carlo, 0 is one step ahead.", least=0)
@@ -87,12 +89,14 @@ class PPOConfig(ReferenceConfig, ScoringConfig, TrainConfig):
         False, "Scale the rewards of an iteration to standard deviation 1, keeping their mean."
     )
     cliprange: float = option(0.2, "The policy's ratio is clipped to 1 - cliprange .. 1 + cliprange.", least=0)
-    cliprange_high: float = option(0.0, "Upper range where it differs from cliprange (DAPO's clip-higher).", least=0)
-    dual_clip: float = option(0.0, "Bounds the loss of tokens with a negative advantage; above 1, 0: off.", least=0)
+    cliprange_high: float = option(0.0, "Upper clip range (DAPO's clip-higher); 0: the same as cliprange.", least=0)
+    dual_clip: float = option(
+        0.0, "Limits the loss of tokens with a negative advantage; above 1, or 0 for off.", least=0
+    )
     cliprange_value: float = option(0.2, "Values move at most this far from the old ones; 0: not clipped.", least=0)
     vf_coef: float = option(0.1, "Weight of the value loss.", least=0)
     entropy_coef: float = option(0.0, "Weight of the entropy bonus.", least=0)
-    value_init: ValueInit = option("reward", "Critic starts as the reward model (where there is one), or at zero.")
+    value_init: ValueInit = option("reward", "The critic starts as the reward model (if there is one), or at zero.")
 
     @property
     def minibatch_size(self) -> int:

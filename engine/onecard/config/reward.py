@@ -12,16 +12,16 @@ Activation = Literal["none", "sigmoid"]
 
 @dataclass(frozen=True, kw_only=True)
 class RewardConfig(TrainConfig):
-    """A reward adapter with a scalar head, from pairs (`chosen`, `rejected`, maybe `margin`), scores (`completion`,
-    `score`) or rankings (`completions`, the best first), each with `prompt`.
+    """Reward model (an adapter with a scalar head) from pairs (`chosen`, `rejected`, optionally `margin`), scores
+    (`completion`, `score`) or rankings (`completions`, best first), each with `prompt`.
     """
 
     center_rewards_coefficient: float = option(
-        0.0, "Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0; pairs and rankings.", least=0
+        0.0, "Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0; for pairs and rankings.", least=0
     )
-    share_prompts: bool = option(True, "Run a prompt once for all its answers: same to rounding. Needs padding_free.")
+    share_prompts: bool = option(True, "Run a prompt once for all its answers; equal to rounding. Needs padding_free.")
     score_activation: Activation = option(
-        "none", "sigmoid: scores are fitted by the sigmoid of the head, for scores from 0 to 1."
+        "none", "sigmoid: the sigmoid of the head's output is fitted to the scores, which must be from 0 to 1."
     )
     normalize_scores: bool = option(
         False, "Shift and scale the trained head so that training rows' scores have mean 0 and standard deviation 1."

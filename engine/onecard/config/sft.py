@@ -11,5 +11,5 @@ from onecard.config.base import PolicyTrainConfig, option
 class SFTConfig(PolicyTrainConfig):
     """Supervised fine-tuning on `text`, `messages`, or `prompt` + `completion` rows."""
 
-    completion_only_loss: bool = option(True, "With prompt + completion rows, learn the completion only.")
-    assistant_only_loss: bool = option(True, "With messages, learn the assistant's turns only.")
+    completion_only_loss: bool = option(True, "With prompt + completion rows, train only on the completion.")
+    assistant_only_loss: bool = option(True, "With messages, train only on the assistant's turns.")

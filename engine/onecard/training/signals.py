@@ -63,7 +63,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     def ask(number: int, _: FrameType | None) -> None:
         asked.append(number)
         restore()
-        say("stopping after this step, with a checkpoint. Once more stops at once, at the last checkpoint.")
+        say("stopping after this step, with a checkpoint. A second Ctrl-C stops at once; the last checkpoint remains.")
 
     for number in before:
         signal.signal(number, ask)

@@ -257,9 +257,9 @@ def with_shorter_texts(check: Callable[[int], None], longest: int) -> None:
     while unless_out_of_memory(partial(check, longest)) is None:
         longest //= 2
         if longest < LEAST:
-            say("out of memory: the startup check is left out.")  # the run itself says what would help
+            say("out of memory: the startup check is skipped.")  # the run itself says what would help
             return
-        say(f"out of memory: the startup check goes on with texts of at most {longest} tokens.")
+        say(f"out of memory: the startup check continues with texts of at most {longest} tokens.")
 
 
 @torch.no_grad()

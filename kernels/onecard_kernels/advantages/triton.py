@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..double_backward import no_forward_ad
-from ..launch import launch
 from ..records import Advantages, result_dtype
 
 # Positions that one program scans at once; a longer row takes several turns.
@@ -103,27 +102,27 @@ def launch_gae(
     mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
     last = rewards if last_values is None else last_values
     block = min(LARGEST_BLOCK, triton.next_power_of_2(length))
-    launch(
-        _gae_kernel,
-        (rows,),
-        rewards,
-        values,
-        mask,
-        last,
-        advantages,
-        returns,
-        length,
-        *rewards.stride(),
-        *values.stride(),
-        *mask.stride(),
-        last.stride(0),
-        gamma,
-        gamma * lam,
-        gamma - gamma * lam,
-        num_warps=min(16, max(1, block * dtype.itemsize // (32 * 4 * PER_THREAD))),
-        HAS_LAST=last_values is not None,
-        BLOCK=block,
-    )
+    with torch.cuda.device_of(rewards):
+        _gae_kernel[(rows,)](
+            rewards,
+            values,
+            mask,
+            last,
+            advantages,
+            returns,
+            length,
+            *rewards.stride(),
+            *values.stride(),
+            *mask.stride(),
+            last.stride(0),
+            gamma,
+            gamma * lam,
+            gamma - gamma * lam,
+            num_warps=min(16, max(1, block * dtype.itemsize // (32 * 4 * PER_THREAD))),
+            num_stages=2,
+            HAS_LAST=last_values is not None,
+            BLOCK=block,
+        )
     return advantages, returns
 
 

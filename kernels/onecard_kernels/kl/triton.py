@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
 from ..logprob.triton_math import log
 from ..logprob.triton_tiled import NEVER, alive, flags, scales, transform
 from ..records import Head
@@ -55,29 +54,29 @@ def kl_pass_(z: Tensor, r: Tensor, head: Head, *, ref_bias: Tensor | None = None
     # A softcap by itself spills on Blackwell in whole blocks (`python -m benchmarks.cards --kernel kl`).
     most = BLOCK // 2 if head.softcap is not None and head.forbidden is None else BLOCK
     block = min(most, triton.next_power_of_2(v))
-    launch(
-        _kl_kernel,
-        (n,),
-        z,
-        r,
-        into,
-        kl,
-        kl if head.bias is None else head.bias.contiguous(),
-        kl if ref_bias is None else ref_bias.contiguous(),
-        kl if head.forbidden is None else head.forbidden.contiguous().view(torch.uint8),
-        z.stride(0),
-        r.stride(0),
-        into.stride(0),
-        inner,
-        outer,
-        head.factor,
-        v,
-        num_warps=max(1, min(WARPS, block // 256)),
-        BLOCK=block,
-        WRITE=out is not None,
-        REF_BIAS=ref_bias is not None,
-        **flags(head),
-    )
+    with torch.cuda.device_of(z):
+        _kl_kernel[(n,)](
+            z,
+            r,
+            into,
+            kl,
+            kl if head.bias is None else head.bias.contiguous(),
+            kl if ref_bias is None else ref_bias.contiguous(),
+            kl if head.forbidden is None else head.forbidden.contiguous().view(torch.uint8),
+            z.stride(0),
+            r.stride(0),
+            into.stride(0),
+            inner,
+            outer,
+            head.factor,
+            v,
+            num_warps=max(1, min(WARPS, block // 256)),
+            num_stages=2,
+            BLOCK=block,
+            WRITE=out is not None,
+            REF_BIAS=ref_bias is not None,
+            **flags(head),
+        )
     return kl
 
 

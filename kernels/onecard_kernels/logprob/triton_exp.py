@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import launch
 from ..records import Head
 from . import online_softmax as slots
 from .online_softmax import TileOutputs
@@ -256,33 +255,33 @@ def exp_tile(
     fuller = sum(extras) - (sum(extras) > 1 and block.vector > 1)
     before = head.factor if cap is None else head.logit_scale / cap
     half = torch.float16 in (out.dtype, z.dtype if entropy_term is None else entropy_term.dtype)
-    launch.launch(
-        _exp_kernel,
-        (rows,),
-        z,
-        out,
-        z if entropy_term is None else entropy_term,
-        per_row(y),
-        state,
-        z if head.bias is None else head.bias,
-        z if head.forbidden is None else head.forbidden,
-        first,
-        columns,
-        z.stride(0),
-        out.stride(0),
-        0 if entropy_term is None else entropy_term.stride(0),
-        state.stride(0),
-        before,
-        0.0 if cap is None else cap / head.temperature,
-        LIMIT_FP16 if half else LIMIT,
-        num_warps=block.warps,
-        BIAS=head.bias is not None,
-        CAP=cap is not None,
-        FORBIDDEN=head.forbidden is not None,
-        WRITE=outputs.direction,
-        ENTROPY_TERM=entropy_term is not None,
-        IN_PLACE=in_place,
-        UNROLL=max(1, block.unroll >> fuller),
-        THREADS=block.threads,
-        VECTOR=block.vector,
-    )
+    with torch.cuda.device_of(z):
+        _exp_kernel[(rows,)](
+            z,
+            out,
+            z if entropy_term is None else entropy_term,
+            per_row(y),
+            state,
+            z if head.bias is None else head.bias,
+            z if head.forbidden is None else head.forbidden,
+            first,
+            columns,
+            z.stride(0),
+            out.stride(0),
+            0 if entropy_term is None else entropy_term.stride(0),
+            state.stride(0),
+            before,
+            0.0 if cap is None else cap / head.temperature,
+            LIMIT_FP16 if half else LIMIT,
+            num_warps=block.warps,
+            num_stages=2,
+            BIAS=head.bias is not None,
+            CAP=cap is not None,
+            FORBIDDEN=head.forbidden is not None,
+            WRITE=outputs.direction,
+            ENTROPY_TERM=entropy_term is not None,
+            IN_PLACE=in_place,
+            UNROLL=max(1, block.unroll >> fuller),
+            THREADS=block.threads,
+            VECTOR=block.vector,
+        )

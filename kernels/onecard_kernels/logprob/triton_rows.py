@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import launch
 from ..records import result_dtype
 from .torch_rows import STATS
 from .triton_row_parts import (
@@ -172,27 +171,27 @@ def forward(
     logits, strides = with_strides(logits)
     block = block_for(columns, logits.element_size(), strides.outer_stride, strides.inner_stride, cut=FORWARD)
     targets = per_row(targets)
-    launch.launch(
-        _forward_kernel,
-        (count,),
-        logits,
-        targets,
-        targets if mask is None else per_row(mask),
-        logprobs,
-        entropies if entropy else logprobs,
-        stats,
-        count,
-        columns,
-        *strides,
-        LOG2E / temperature,
-        num_warps=block.warps,
-        MASKED=mask is not None,
-        WITH_ENTROPY=entropy,
-        DTYPE=accumulator(logits.dtype),
-        UNROLL=block.unroll,
-        THREADS=block.threads,
-        VECTOR=block.vector,
-    )
+    with torch.cuda.device_of(logits):
+        _forward_kernel[(count,)](
+            logits,
+            targets,
+            targets if mask is None else per_row(mask),
+            logprobs,
+            entropies if entropy else logprobs,
+            stats,
+            count,
+            columns,
+            *strides,
+            LOG2E / temperature,
+            num_warps=block.warps,
+            num_stages=2,
+            MASKED=mask is not None,
+            WITH_ENTROPY=entropy,
+            DTYPE=accumulator(logits.dtype),
+            UNROLL=block.unroll,
+            THREADS=block.threads,
+            VECTOR=block.vector,
+        )
     return logprobs, entropies, stats
 
 
@@ -224,31 +223,31 @@ def backward(
         written, out_strides = out, strides
     block = block_for(columns, logits.element_size(), strides.outer_stride, strides.inner_stride, cut=BACKWARD)
     targets = per_row(targets)
-    launch.launch(
-        _backward_kernel,
-        (count,),
-        source,
-        written,
-        targets,
-        targets if mask is None else per_row(mask),
-        stats,
-        stats if on_logprobs is None else per_row(on_logprobs),
-        stats if on_entropies is None else per_row(on_entropies),
-        stats if scale is None else scale[0],
-        stats if scale is None else scale[1],
-        count,
-        columns,
-        *strides,
-        *out_strides[1:],
-        LOG2E / temperature,
-        num_warps=block.warps,
-        MASKED=mask is not None,
-        ON_LOGPROB=on_logprobs is not None,
-        ON_ENTROPY=on_entropies is not None,
-        SCALED=scale is not None,
-        DTYPE=accumulator(logits.dtype),
-        BLOCK=block.unroll * block.threads * block.vector,
-    )
+    with torch.cuda.device_of(source):
+        _backward_kernel[(count,)](
+            source,
+            written,
+            targets,
+            targets if mask is None else per_row(mask),
+            stats,
+            stats if on_logprobs is None else per_row(on_logprobs),
+            stats if on_entropies is None else per_row(on_entropies),
+            stats if scale is None else scale[0],
+            stats if scale is None else scale[1],
+            count,
+            columns,
+            *strides,
+            *out_strides[1:],
+            LOG2E / temperature,
+            num_warps=block.warps,
+            num_stages=2,
+            MASKED=mask is not None,
+            ON_LOGPROB=on_logprobs is not None,
+            ON_ENTROPY=on_entropies is not None,
+            SCALED=scale is not None,
+            DTYPE=accumulator(logits.dtype),
+            BLOCK=block.unroll * block.threads * block.vector,
+        )
     if written is not into:
         into.copy_(written)
     elif out is not None:

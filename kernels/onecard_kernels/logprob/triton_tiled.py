@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import interpreted, launch
+from ..launch import interpreted
 from ..records import Head
 from .triton_math import log, log1p, tanh
 from .tuning import TileConfig, config_for, config_on, tiles_per_program
@@ -80,57 +80,56 @@ def tiled_statistics(
     partials = hidden.new_empty(2 + entropy + sum_sq, splits, n, dtype=torch.float32)
     target_logits = hidden.new_empty(n, dtype=torch.float32)
     inner, outer = scales(head)
-    launch(
-        _tiles_kernel,
-        (row_blocks * splits,),
-        hidden,
-        weight,
-        targets,
-        targets if head.bias is None else head.bias.contiguous(),
-        targets if head.forbidden is None else head.forbidden.contiguous().view(torch.uint8),
-        partials,
-        target_logits,
-        inner,
-        outer,
-        n,
-        v,
-        splits,
-        per_split,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        D=d,
-        H_ROW=hidden.stride(0),
-        H_COL=hidden.stride(1),
-        W_ROW=weight.stride(0),
-        W_COL=weight.stride(1),
-        ROWS=config.rows,
-        COLUMNS=config.columns,
-        DEPTH=config.depth,
-        GROUP=config.group,
-        ENTROPY=entropy,
-        SUM_SQ=sum_sq,
-        UPCAST=interpreted(),
-        **flags(head),
-    )
+    with torch.cuda.device_of(hidden):
+        _tiles_kernel[(row_blocks * splits,)](
+            hidden,
+            weight,
+            targets,
+            targets if head.bias is None else head.bias.contiguous(),
+            targets if head.forbidden is None else head.forbidden.contiguous().view(torch.uint8),
+            partials,
+            target_logits,
+            inner,
+            outer,
+            n,
+            v,
+            splits,
+            per_split,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            D=d,
+            H_ROW=hidden.stride(0),
+            H_COL=hidden.stride(1),
+            W_ROW=weight.stride(0),
+            W_COL=weight.stride(1),
+            ROWS=config.rows,
+            COLUMNS=config.columns,
+            DEPTH=config.depth,
+            GROUP=config.group,
+            ENTROPY=entropy,
+            SUM_SQ=sum_sq,
+            UPCAST=interpreted(),
+            **flags(head),
+        )
     shares, rows = triton.next_power_of_2(splits), COMBINED
-    launch(
-        _combine_kernel,
-        (triton.cdiv(n, rows),),
-        partials,
-        target_logits,
-        targets,
-        logprobs,
-        logprobs if h is None else h,
-        logprobs if lssp is None else lssp,
-        n,
-        v,
-        splits,
-        num_warps=max(1, min(8, shares * rows // 512)),
-        ROWS=rows,
-        SHARES=shares,
-        ENTROPY=entropy,
-        SUM_SQ=sum_sq,
-    )
+    with torch.cuda.device_of(partials):
+        _combine_kernel[(triton.cdiv(n, rows),)](
+            partials,
+            target_logits,
+            targets,
+            logprobs,
+            logprobs if h is None else h,
+            logprobs if lssp is None else lssp,
+            n,
+            v,
+            splits,
+            num_warps=max(1, min(8, shares * rows // 512)),
+            num_stages=2,
+            ROWS=rows,
+            SHARES=shares,
+            ENTROPY=entropy,
+            SUM_SQ=sum_sq,
+        )
     return logprobs, h, lssp
 
 

@@ -1,4 +1,4 @@
-"""The operator of linear_ppo_loss: loss and gradients in one sweep over the tiles of logits.
+"""`linear_ppo_loss` and its operator: loss and gradients in one sweep over the tiles of logits.
 
 A token's coefficient is known as soon as its log-probability is. So the gradients are formed in the forward, from the
 same tile of logits, and the backward scales them. That takes two products with the head, three with a trained one.
@@ -23,12 +23,96 @@ from ..logprob.rows import Rows, blocks
 from ..logprob.tile_bytes import IDS, STATISTICS, TileBytes, block_bytes
 from ..logprob.tiles import Gradients, HeadTiles
 from ..logprob.tuning import CHUNKED, choose
-from ..records import Head, result_dtype
-from .options import OPTIONS_SCHEMA, SUMS, PolicyOptions, PolicyTokens, dtype_of
+from ..records import Head, Loss, divisor_of, result_dtype
+from .options import (
+    OPTIONS_SCHEMA,
+    SUMS,
+    PolicyOptions,
+    PolicyTokens,
+    dtype_of,
+    metrics_of,
+    policy_options,
+)
 
 # A row of logits is copied at the price of a fraction of its product; below this share of idle rows nothing is gained.
 WORTH_SKIPPING = 1 / 8
 OPTIONS = len(PolicyOptions._fields)
+
+
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    forbidden: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    backend: str = "auto",
+    chunk_tokens: int | None = None,
+) -> Loss:
+    """Clipped policy loss from hidden states, without the `[tokens, V]` logits: `ppo_loss` of `linear_logprobs`.
+
+    z = head(hidden);  logp_t = z_t[y_t] - log sum_v exp(z_t[v]);  entropy_t = -sum_v p_t[v] log p_t[v]
+
+    "Proximal Policy Optimization Algorithms", https://arxiv.org/abs/1707.06347.
+
+    Args:
+        hidden: `[..., D]`, `[B, T, D]` or packed `[tokens, D]`.
+        weight: `[V, D]`. Autocast acts on both as in `linear_logprobs`.
+        targets: `[...]`, integer ids; `targets[t]` is the token that `hidden[t]` predicts. Anything (-100) where mask
+            is 0.
+        old_logprobs, advantages, mask: `[...]`, see `ppo_loss`.
+        bias, temperature, logit_scale, softcap, forbidden: the head, see `linear_logprobs`.
+        clip_low ... normalizer: see `ppo_loss`. The entropy has a gradient only if entropy_coef is not 0; that costs
+            one more GEMM in low memory, none in chunks (`logprob.tuning`).
+        backend: "auto", "triton" or "torch".
+        chunk_tokens: see `linear_logprobs`.
+
+    Returns:
+        Loss, fp32 (fp64 if any floating point input is), with `ppo_loss`'s metrics, policy/entropy always among them.
+        Gradients are formed in the forward: two GEMMs with a frozen head, three with a trained one, and one for tokens
+        whose advantage or weight is 0 (in chunks also for clipped ones).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+    """
+    options = policy_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
+    tokens = PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights)
+    head = checks.plain_head(bias, temperature, logit_scale, softcap, forbidden)
+    differentiable = {"hidden": hidden, "weight": weight, "bias": bias}
+    checks.reverse_mode("linear_ppo_loss", **differentiable, **tokens._asdict(), normalizer=normalizer)
+    normalizer = checks.normalizer(normalizer)
+    checks.integer("targets", targets)
+    tokens.check("targets", targets, options)
+    checks.linear(hidden, weight, targets, head, mask)
+    chunk_tokens = checks.chunk_tokens(chunk_tokens)
+    dispatch.resolve("linear_logprobs", backend, hidden.device)
+    hidden, weight = matmul.under_autocast(hidden, weight)
+    learns = torch.is_grad_enabled()
+    total, sums, *_ = linear_ppo(
+        *(hidden, weight, targets, *tokens.detached()),
+        *(head.bias, head.forbidden, head.temperature, head.logit_scale, head.softcap),
+        *options,
+        [learns and x is not None and x.requires_grad for x in (hidden, weight, bias)],
+        *(backend, chunk_tokens),
+    )
+    divisor = divisor_of(normalizer, sums[-1].detach().clamp(min=1.0), total.dtype)
+    metrics = metrics_of(sums.detach() / divisor, entropy=True, kl=ref_logprobs is not None)
+    return Loss(total / divisor, metrics)
 
 
 @torch.library.custom_op(
@@ -101,7 +185,7 @@ def _sweep_rows(
     direction, with_entropy = any(needed) and not trained, any(needed) and options.entropy_in_loss
     tiles = HeadTiles(hidden, weight, head, rows.count, sizes, backend, direction=direction, entropy_term=with_entropy)
     assert tiles.whole or not trained
-    policy_sums = dispatch.implementation("policy_sums", backend, hidden.device)
+    policy_terms = dispatch.implementation("policy_terms", backend, hidden.device)
     grads = Gradients(hidden, weight, rows, needed, dtype, kept_dtype(hidden.dtype))
     outputs = TileOutputs(moment=True, direction=any(needed))
     total = None
@@ -109,15 +193,14 @@ def _sweep_rows(
         h = rows.take(hidden, piece).to(tiles.operand)
         learns = any(needed) and piece.start < busy
         of, of_exp, of_term = tiles.sweep(h, y[piece], outputs, sums=direction and learns and not tiles.whole)
-        sums, on_logprobs, on_entropy = policy_sums(of.logprobs, of.entropy, tokens.part(piece), options)
-        total = sums if total is None else total + sums
+        terms = policy_terms(of.logprobs, of.entropy, tokens.part(piece), options)
+        total = terms.totals if total is None else total + terms.totals
         if not learns:
             continue
-        factors = logprob_factors(of, on_logprobs.to(dtype))
-        idle = on_logprobs == 0.0
-        if on_entropy is not None:
-            factors = added(factors, entropy_factors(of, on_entropy.to(dtype)))
-            idle &= on_entropy == 0.0
+        factors, idle = logprob_factors(of, terms.slope.to(dtype)), terms.slope == 0.0
+        if options.entropy_in_loss:
+            factors = added(factors, entropy_factors(of, terms.entropy_slope.to(dtype)))
+            idle &= terms.entropy_slope == 0.0
         if of_exp is not None:
             grads.write(piece, tiles.gradient_by_hidden_(of_exp, of_term, factors, y[piece]))
         elif trained:

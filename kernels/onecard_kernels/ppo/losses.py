@@ -1,15 +1,12 @@
-"""PPO's losses: the policy's from log-probabilities, logits or hidden states, and the value function's."""
+"""PPO's losses: the policy's from log-probabilities or logits (from hidden states: `linear`), and the value's."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import checks, dispatch
-from ..logprob.matmul import under_autocast
-from ..records import Loss, divisor_of
-from .linear import linear_ppo
-from .options import PolicyTokens, metrics_of, policy_options
+from ..records import Loss
+from .options import PolicyTokens, policy_options
 
 
 def ppo_loss(
@@ -139,82 +136,6 @@ def logits_ppo_loss(
     run = dispatch.implementation("logits_ppo_loss", backend, logits.device)
     result: Loss = run(logits, targets, tokens, options, temperature, normalizer)
     return result
-
-
-def linear_ppo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    old_logprobs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    forbidden: Tensor | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    entropy_coef: float = 0.0,
-    ref_logprobs: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
-    weights: Tensor | None = None,
-    normalizer: float | Tensor | None = None,
-    backend: str = "auto",
-    chunk_tokens: int | None = None,
-) -> Loss:
-    """Clipped policy loss from hidden states, without the `[tokens, V]` logits: `ppo_loss` of `linear_logprobs`.
-
-    z = head(hidden);  logp_t = z_t[y_t] - log sum_v exp(z_t[v]);  entropy_t = -sum_v p_t[v] log p_t[v]
-
-    "Proximal Policy Optimization Algorithms", https://arxiv.org/abs/1707.06347.
-
-    Args:
-        hidden: `[..., D]`, `[B, T, D]` or packed `[tokens, D]`.
-        weight: `[V, D]`. Autocast acts on both as in `linear_logprobs`.
-        targets: `[...]`, integer ids; `targets[t]` is the token that `hidden[t]` predicts. Anything (-100) where mask
-            is 0.
-        old_logprobs, advantages, mask: `[...]`, see `ppo_loss`.
-        bias, temperature, logit_scale, softcap, forbidden: the head, see `linear_logprobs`.
-        clip_low ... normalizer: see `ppo_loss`. The entropy has a gradient only if entropy_coef is not 0; that costs
-            one more GEMM in low memory, none in chunks (`logprob.tuning`).
-        backend: "auto", "triton" or "torch".
-        chunk_tokens: see `linear_logprobs`.
-
-    Returns:
-        Loss, fp32 (fp64 if any floating point input is), with `ppo_loss`'s metrics, policy/entropy always among them.
-        Gradients are formed in the forward: two GEMMs with a frozen head, three with a trained one, and one for tokens
-        whose advantage or weight is 0 (in chunks also for clipped ones).
-
-    Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
-    """
-    options = policy_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
-    tokens = PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights)
-    head = checks.plain_head(bias, temperature, logit_scale, softcap, forbidden)
-    differentiable = {"hidden": hidden, "weight": weight, "bias": bias}
-    checks.reverse_mode("linear_ppo_loss", **differentiable, **tokens._asdict(), normalizer=normalizer)
-    normalizer = checks.normalizer(normalizer)
-    checks.integer("targets", targets)
-    tokens.check("targets", targets, options)
-    checks.linear(hidden, weight, targets, head, mask)
-    chunk_tokens = checks.chunk_tokens(chunk_tokens)
-    dispatch.resolve("linear_logprobs", backend, hidden.device)
-    hidden, weight = under_autocast(hidden, weight)
-    learns = torch.is_grad_enabled()
-    total, sums, *_ = linear_ppo(
-        *(hidden, weight, targets, *tokens.detached()),
-        *(head.bias, head.forbidden, head.temperature, head.logit_scale, head.softcap),
-        *options,
-        [learns and x is not None and x.requires_grad for x in (hidden, weight, bias)],
-        *(backend, chunk_tokens),
-    )
-    divisor = divisor_of(normalizer, sums[-1].detach().clamp(min=1.0), total.dtype)
-    metrics = metrics_of(sums.detach() / divisor, entropy=True, kl=ref_logprobs is not None)
-    return Loss(total / divisor, metrics)
 
 
 def value_loss(

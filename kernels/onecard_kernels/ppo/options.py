@@ -94,6 +94,17 @@ class PolicyTokens(NamedTuple):
         return PolicyTokens(old, change(self.advantages), mask, ref, weights)
 
 
+class PolicyTerms(NamedTuple):
+    """All sums (`SUMS`) over the divisor, and the derivatives of the undivided loss by logprobs and by entropy.
+
+    Derivatives that are not asked for are empty.
+    """
+
+    totals: Tensor
+    slope: Tensor
+    entropy_slope: Tensor
+
+
 def dtype_of(*given: Tensor | None) -> torch.dtype:
     """The result's dtype; absent inputs are None."""
     return result_dtype(*(x.dtype for x in given if x is not None))

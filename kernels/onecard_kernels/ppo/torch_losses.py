@@ -7,20 +7,24 @@ from torch import Tensor
 
 from ..kl.token_kl import ESTIMATORS, LOG_RATIO_LIMIT, SLOPES, log_ratio
 from ..records import Loss, divisor_of
-from .options import PolicyOptions, PolicyTokens, dtype_of, metrics_of
+from .options import PolicyOptions, PolicyTerms, PolicyTokens, dtype_of, metrics_of
 
 
-def policy_sums(
-    logprobs: Tensor, entropy: Tensor | None, tokens: PolicyTokens, options: PolicyOptions, *, slopes: bool = True
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The clipped policy loss, summed over tokens: `ppo_loss` before the division.
+def policy_terms(
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    tokens: PolicyTokens,
+    options: PolicyOptions,
+    *,
+    normalizer: float | Tensor | None = 1.0,
+    needs_slope: bool = True,
+) -> PolicyTerms:
+    """The clipped policy loss, its metrics and, for callers that form gradients in their forward, its derivatives.
 
     Masked tokens may hold NaN, and NaN * 0 is NaN in the value and in the gradient: they are replaced before any
     arithmetic, not multiplied away after it. A term that is off is left out: times 0, an infinite KL would be NaN.
 
-    Returns:
-        The sums in the order of SUMS, differentiable by autograd; with `slopes` also dloss/dlogp and dloss/dentropy
-        per token, written out, for callers that form gradients in their forward.
+    The totals are differentiable by autograd; the derivatives are written out.
     """
     dtype, valid = tokens.dtype_with(logprobs, entropy), tokens.mask.bool()
 
@@ -48,7 +52,7 @@ def policy_sums(
         losses = losses - options.entropy_coef * keep(entropy)
     weights = None if tokens.weights is None else constant(tokens.weights)
     zero = logp.new_zeros(())
-    sums = (
+    sums = torch.stack((
         (losses if weights is None else losses * weights).sum(),
         keep(0.5 * d.detach().square()).sum(),
         keep(clipped > free).sum(),
@@ -56,9 +60,10 @@ def policy_sums(
         zero if entropy is None else constant(entropy).sum(),
         zero if kl is None else constant(kl).sum(),
         valid.sum().to(dtype),
-    )
-    slope = on_entropy = None
-    if slopes:
+    ))  # fmt: skip
+    totals = sums / divisor_of(normalizer, sums[-1].detach().clamp(min=1.0), dtype)
+    slope = entropy_slope = logp.new_empty(0)
+    if needs_slope:
         slope = torch.where((clipped <= free) & (raw.abs() <= LOG_RATIO_LIMIT), free, 0.0)
         if options.dual_clip is not None:
             slope = torch.where((a < 0) & (surrogate > -options.dual_clip * a), 0.0, slope)
@@ -68,8 +73,8 @@ def policy_sums(
         factor = torch.where(valid, 1.0, 0.0).to(dtype) if weights is None else weights
         slope = slope * factor
         if entropy is not None and options.entropy_in_loss:
-            on_entropy = -options.entropy_coef * factor
-    return torch.stack(sums), slope, on_entropy
+            entropy_slope = -options.entropy_coef * factor
+    return PolicyTerms(totals, slope, entropy_slope)
 
 
 def ppo_loss(
@@ -79,8 +84,7 @@ def ppo_loss(
     options: PolicyOptions,
     normalizer: float | Tensor | None,
 ) -> Loss:
-    sums, _, _ = policy_sums(logprobs, entropy, tokens, options, slopes=False)
-    totals = sums / divisor_of(normalizer, sums[-1].detach().clamp(min=1.0), sums.dtype)
+    totals = policy_terms(logprobs, entropy, tokens, options, normalizer=normalizer, needs_slope=False).totals
     kl = tokens.ref_logprobs is not None
     return Loss(totals[0], metrics_of(totals[1:].detach(), entropy=entropy is not None, kl=kl))
 

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
 from .options import SUMS, VALUE_SUMS, PolicyOptions, PolicyTokens, dtype_of
 
 BLOCK = 1024  # tokens of one program
@@ -345,19 +344,16 @@ def scale_kernel(
 
 
 class Terms(NamedTuple):
-    """`[sums, programs]` after the launch over the tokens, and derivatives of the summed loss, empty if not needed."""
+    """0-d loss, all sums (the loss and the count too) over the divisor, the 0-d divisor, and the derivatives.
 
-    sums: Tensor
-    slope: Tensor
-    entropy_slope: Tensor
-
-
-class Finished(NamedTuple):
-    """0-d loss, all sums (the loss and the count too) over the divisor, and the 0-d divisor."""
+    The derivatives are those of the undivided loss, empty if not needed.
+    """
 
     loss: Tensor
     totals: Tensor
     divisor: Tensor
+    slope: Tensor
+    entropy_slope: Tensor
 
 
 def _blocks(n: int) -> tuple[int, int]:
@@ -393,12 +389,13 @@ def policy_choices(tokens: PolicyTokens, options: PolicyOptions) -> dict[str, An
     }
 
 
-def policy_tokens(
+def policy_terms(
     logprobs: Tensor,
     entropy: Tensor | None,
     tokens: PolicyTokens,
     options: PolicyOptions,
     *,
+    normalizer: float | Tensor | None = 1.0,
     needs_slope: bool = True,
     needs_entropy_slope: bool = True,
 ) -> Terms:
@@ -408,34 +405,35 @@ def policy_tokens(
     programs, block = _blocks(n)
     entropy_in_loss = entropy is not None and options.entropy_in_loss
     needs_entropy_slope = needs_entropy_slope and entropy_in_loss
-    terms = Terms(
-        logp.new_empty((len(SUMS), programs), dtype=dtype),
-        logp.new_empty(logp.shape if needs_slope else (0,), dtype=dtype),
-        logp.new_empty(logp.shape if needs_entropy_slope else (0,), dtype=dtype),
+    sums = logp.new_empty((len(SUMS), programs), dtype=dtype)
+    slope, entropy_slope = (
+        logp.new_empty(logp.shape if needed else (0,), dtype=dtype) for needed in (needs_slope, needs_entropy_slope)
     )
-    launch(
-        policy_kernel,
-        (programs,),
-        logp,
-        logp if tokens.old_logprobs is None else tokens.old_logprobs.contiguous(),
-        tokens.advantages.contiguous(),
-        as_loadable(tokens.mask),
-        *(logp if x is None else x.contiguous() for x in (entropy, tokens.ref_logprobs, tokens.weights)),
-        *terms,
-        n,
-        *policy_numbers(options),
-        num_warps=_warps(block),
-        HAS_ENTROPY=entropy is not None,
-        ENTROPY_IN_LOSS=entropy_in_loss,
-        SLOPE=needs_slope,
-        ENTROPY_SLOPE=needs_entropy_slope,
-        BLOCK=block,
-        **policy_choices(tokens, options),
-    )
-    return terms
+    with torch.cuda.device_of(logp):
+        policy_kernel[(programs,)](
+            logp,
+            logp if tokens.old_logprobs is None else tokens.old_logprobs.contiguous(),
+            tokens.advantages.contiguous(),
+            as_loadable(tokens.mask),
+            *(logp if x is None else x.contiguous() for x in (entropy, tokens.ref_logprobs, tokens.weights)),
+            sums,
+            slope,
+            entropy_slope,
+            n,
+            *policy_numbers(options),
+            num_warps=_warps(block),
+            num_stages=2,
+            HAS_ENTROPY=entropy is not None,
+            ENTROPY_IN_LOSS=entropy_in_loss,
+            SLOPE=needs_slope,
+            ENTROPY_SLOPE=needs_entropy_slope,
+            BLOCK=block,
+            **policy_choices(tokens, options),
+        )
+    return Terms(*finish(sums, normalizer), slope, entropy_slope)
 
 
-def value_tokens(
+def value_terms(
     values: Tensor,
     old_values: Tensor | None,
     returns: Tensor,
@@ -443,6 +441,7 @@ def value_tokens(
     *,
     clip: float | None,
     weights: Tensor | None,
+    normalizer: float | Tensor | None = None,
     needs_slope: bool = True,
 ) -> Terms:
     dtype = dtype_of(values, old_values, returns, weights)
@@ -451,46 +450,46 @@ def value_tokens(
     programs, block = _blocks(n)
     sums = v.new_empty((len(VALUE_SUMS), programs), dtype=dtype)
     slope = v.new_empty(v.shape if needs_slope else (0,), dtype=dtype)
-    launch(
-        value_kernel,
-        (programs,),
-        v,
-        v if old_values is None else old_values.contiguous(),
-        returns.contiguous(),
-        as_loadable(mask),
-        v if weights is None else weights.contiguous(),
-        sums,
-        slope,
-        n,
-        0.0 if clip is None else clip,
-        num_warps=_warps(block),
-        HAS_CLIP=clip is not None,
-        HAS_WEIGHTS=weights is not None,
-        SLOPE=needs_slope,
-        BLOCK=block,
-    )
-    return Terms(sums, slope, v.new_empty((0,), dtype=dtype))
+    with torch.cuda.device_of(v):
+        value_kernel[(programs,)](
+            v,
+            v if old_values is None else old_values.contiguous(),
+            returns.contiguous(),
+            as_loadable(mask),
+            v if weights is None else weights.contiguous(),
+            sums,
+            slope,
+            n,
+            0.0 if clip is None else clip,
+            num_warps=_warps(block),
+            num_stages=2,
+            HAS_CLIP=clip is not None,
+            HAS_WEIGHTS=weights is not None,
+            SLOPE=needs_slope,
+            BLOCK=block,
+        )
+    return Terms(*finish(sums, normalizer), slope, v.new_empty((0,), dtype=dtype))
 
 
-def finish(sums: Tensor, normalizer: float | Tensor | None) -> Finished:
-    """Add up the programs' sums `[sums, programs]` and divide them; the last one is the number of valid tokens."""
+def finish(sums: Tensor, normalizer: float | Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, totals, divisor) of the programs' sums `[sums, programs]`; the last one is the number of valid tokens."""
     rows, programs = sums.shape
     columns = min(COLUMNS, triton.next_power_of_2(programs))
-    result = Finished(sums.new_empty(()), sums.new_empty((rows,)), sums.new_empty(()))
-    launch(
-        finish_kernel,
-        (1,),
-        sums,
-        normalizer.to(sums.device) if isinstance(normalizer, Tensor) else sums,
-        *result,
-        programs,
-        0.0 if normalizer is None or isinstance(normalizer, Tensor) else float(normalizer),
-        num_warps=8 if columns > 256 else 4,
-        NORMALIZER="tensor" if isinstance(normalizer, Tensor) else "count" if normalizer is None else "number",
-        SUMS=rows,
-        ROWS=triton.next_power_of_2(rows),
-        COLUMNS=columns,
-    )
+    result = (sums.new_empty(()), sums.new_empty((rows,)), sums.new_empty(()))
+    with torch.cuda.device_of(sums):
+        finish_kernel[(1,)](
+            sums,
+            normalizer.to(sums.device) if isinstance(normalizer, Tensor) else sums,
+            *result,
+            programs,
+            0.0 if normalizer is None or isinstance(normalizer, Tensor) else float(normalizer),
+            num_warps=8 if columns > 256 else 4,
+            num_stages=2,
+            NORMALIZER="tensor" if isinstance(normalizer, Tensor) else "count" if normalizer is None else "number",
+            SUMS=rows,
+            ROWS=triton.next_power_of_2(rows),
+            COLUMNS=columns,
+        )
     return result
 
 
@@ -503,30 +502,18 @@ def scale(
     if n == 0:
         return outs
     programs, block = _blocks(n)
-    launch(
-        scale_kernel,
-        (programs,),
-        grad,
-        divisor,
-        slope,
-        entropy_slope,
-        *outs,
-        n,
-        num_warps=_warps(block),
-        FIRST=slope.numel() > 0,
-        SECOND=entropy_slope.numel() > 0,
-        BLOCK=block,
-    )
+    with torch.cuda.device_of(grad):
+        scale_kernel[(programs,)](
+            grad,
+            divisor,
+            slope,
+            entropy_slope,
+            *outs,
+            n,
+            num_warps=_warps(block),
+            num_stages=2,
+            FIRST=slope.numel() > 0,
+            SECOND=entropy_slope.numel() > 0,
+            BLOCK=block,
+        )
     return outs
-
-
-def policy_sums(
-    logprobs: Tensor, entropy: Tensor | None, tokens: PolicyTokens, options: PolicyOptions
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sums over the valid tokens, in the order of SUMS, and the derivatives of the first by logprobs and by entropy.
-
-    The last is None if the entropy is not in the loss. No autograd.
-    """
-    terms = policy_tokens(logprobs, entropy, tokens, options)
-    in_loss = entropy is not None and options.entropy_in_loss
-    return finish(terms.sums, 1.0).totals, terms.slope, terms.entropy_slope if in_loss else None

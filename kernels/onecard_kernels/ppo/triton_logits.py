@@ -7,11 +7,11 @@ derivatives are zero (clipped, masked) are not read again.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import launch
 from ..logprob import triton_rows as rows
 from ..logprob.triton_row_parts import Cut, checked_target, row_address, row_statistics, store_statistics
 from ..records import result_dtype
@@ -138,30 +138,30 @@ def forward(
     logits, strides = rows.with_strides(logits)
     block = rows.block_for(columns, logits.element_size(), strides.outer_stride, strides.inner_stride, cut=CUT)
     per_token = (targets, tokens.mask, tokens.advantages if tokens.old_logprobs is None else tokens.old_logprobs)
-    launch(
-        _forward_kernel,
-        (count,),
-        logits,
-        *map(rows.per_row, (*per_token, tokens.advantages)),
-        *(stats if x is None else rows.per_row(x) for x in (tokens.ref_logprobs, tokens.weights)),
-        stats,
-        sums,
-        slope,
-        entropy_slope,
-        count,
-        columns,
-        *strides,
-        rows.LOG2E / temperature,
-        *policy_numbers(options),
-        num_warps=block.warps,
-        HAS_OLD=tokens.old_logprobs is not None,
-        ENTROPY_IN_LOSS=options.entropy_in_loss,
-        DTYPE=rows.accumulator(logits.dtype),
-        UNROLL=block.unroll,
-        THREADS=block.threads,
-        VECTOR=block.vector,
-        **policy_choices(tokens, options),
-    )
+    with torch.cuda.device_of(logits):
+        _forward_kernel[(count,)](
+            logits,
+            *map(rows.per_row, (*per_token, tokens.advantages)),
+            *(stats if x is None else rows.per_row(x) for x in (tokens.ref_logprobs, tokens.weights)),
+            stats,
+            sums,
+            slope,
+            entropy_slope,
+            count,
+            columns,
+            *strides,
+            rows.LOG2E / temperature,
+            *policy_numbers(options),
+            num_warps=block.warps,
+            num_stages=2,
+            HAS_OLD=tokens.old_logprobs is not None,
+            ENTROPY_IN_LOSS=options.entropy_in_loss,
+            DTYPE=rows.accumulator(logits.dtype),
+            UNROLL=block.unroll,
+            THREADS=block.threads,
+            VECTOR=block.vector,
+            **policy_choices(tokens, options),
+        )
     return *finish(sums, normalizer), stats, slope, entropy_slope
 
 

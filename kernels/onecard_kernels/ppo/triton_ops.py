@@ -55,17 +55,16 @@ def _policy(
     *rest: Any,
 ) -> Results:
     *options, needs_slope, needs_entropy_slope = rest
-    kernels = _kernels()
-    terms = kernels.policy_tokens(
+    terms: Results = _kernels().policy_terms(
         logprobs,
         entropy,
         PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights),
         PolicyOptions(*options),
+        normalizer=number if normalizer is None else normalizer,
         needs_slope=needs_slope,
         needs_entropy_slope=needs_entropy_slope,
     )
-    done = kernels.finish(terms.sums, number if normalizer is None else normalizer)
-    return *done, terms.slope, terms.entropy_slope
+    return terms
 
 
 @_policy.register_fake
@@ -100,10 +99,11 @@ def _value(
     clip: float | None,
     needs_slope: bool,
 ) -> Results:
-    kernels = _kernels()
-    terms = kernels.value_tokens(values, old_values, returns, mask, clip=clip, weights=weights, needs_slope=needs_slope)
-    done = kernels.finish(terms.sums, number if normalizer is None else normalizer)
-    return *done, terms.slope, terms.entropy_slope
+    divisor = number if normalizer is None else normalizer
+    terms: Results = _kernels().value_terms(
+        values, old_values, returns, mask, clip=clip, weights=weights, normalizer=divisor, needs_slope=needs_slope
+    )
+    return terms
 
 
 @_value.register_fake

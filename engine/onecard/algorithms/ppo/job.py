@@ -1,4 +1,4 @@
-"""One iteration of PPO: sample responses, score them, compute advantages, make the optimizer steps."""
+"""PPO: sample responses, score them, compute advantages, make optimizer steps on the clipped losses."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from onecard.algorithms.ppo.constraint import apply_constraint, next_multiplier
 from onecard.algorithms.ppo.evaluation import evaluate_policy
 from onecard.algorithms.ppo.experience import (
@@ -18,20 +21,23 @@ from onecard.algorithms.ppo.experience import (
     objective_metrics,
     shape_rewards,
 )
-from onecard.algorithms.ppo.losses import ppo_objective
 from onecard.algorithms.ppo.sampling import Sampler
 from onecard.algorithms.ppo.scores import Scale, ScoredAnswers, score_metrics
 from onecard.config import PPOConfig
 from onecard.data import Prompt, stream_indices
-from onecard.data.batches import Episode, Experience, ExperienceBatch
+from onecard.data.batches import Episode, Experience, ExperienceBatch, pack_experience
 from onecard.models.micro_batching import TokenBudget, forward_budget
 from onecard.models.roles import Roles
 from onecard.rewards.scorer import Scorer
+from onecard.rollout import Rollout
 from onecard.training import run_folder
 from onecard.training.metrics import phase_memory
 from onecard.training.trainer import Objective, Trainer
 from onecard.utils.progress import Bar
 from onecard.utils.rng import seeded_rng
+from onecard_kernels import Loss, linear_ppo_loss, value_loss
+
+NO_CLIP = (1.0, 1e12)  # low, high; the kernels bound a ratio to e^20, so it never comes there
 
 # Logged as means over the updates of an iteration, under TRL's names.
 UPDATE_METRICS = {
@@ -57,33 +63,87 @@ def minibatches(experiences: Sequence[Experience], config: PPOConfig, step: int)
             yield [experiences[index] for index in order[start : start + size]]
 
 
-def learn(
-    trainer: Trainer,
-    objective: Objective[Experience, ExperienceBatch],
-    batches: Iterator[list[Experience]],
-    limit: float,
-) -> dict[str, float]:
-    """One optimizer step for each minibatch, until policy/approxkl exceeds `limit` (0: no limit).
+def ppo_losses(roles: Roles, batch: ExperienceBatch, config: PPOConfig, normalizer: int) -> Iterator[Loss]:
+    """The policy's clipped surrogate, and vf_coef times the critic's clipped squared error where there is a critic.
 
-    The gradient of that minibatch is discarded: the policy is too far from the one that sampled.
+    An estimator that passes over the responses once does not clip. A critic with an adapter of its own is a second
+    loss: the trainer runs the policy's backward first, so only one role's activations are held. A critic on the
+    policy's trunk is added to the policy's loss: both have one forward pass.
     """
-    rows: list[dict[str, float]] = []
-    updates = 0
-    for minibatch in batches:
-        rows.append(trainer.gradients(objective, minibatch))
-        if limit and rows[-1]["policy/approxkl"] > limit:
-            trainer.discard()
-            break
-        trainer.apply()
-        updates += 1
+    targets = batch.sequences.targets
+    hidden, head = roles.hidden(batch.sequences, targets.rows), roles.head()
+    clip = (config.cliprange, config.cliprange_high or config.cliprange)
+    low, high = NO_CLIP if config.is_single_pass else clip
+    policy = linear_ppo_loss(
+        hidden,
+        head.weight,
+        targets.targets,
+        batch.old_logprobs,
+        batch.advantages,
+        torch.ones_like(targets.targets, dtype=torch.bool),
+        **head.keywords(),
+        temperature=config.temperature,
+        clip_low=low,
+        clip_high=high,
+        dual_clip=config.dual_clip or None,
+        entropy_coef=config.entropy_coef,
+        normalizer=normalizer,
+    )
+    policy = Loss(policy.loss, {**policy.metrics, "loss/policy": policy.loss.detach()})
+    if "value" in roles.adapters and not roles.has_own_weights("value"):
+        critic = critic_loss(roles.scalars_of(hidden, "value"), batch, config, normalizer)
+        yield Loss(policy.loss + critic.loss, {**policy.metrics, **critic.metrics})
+        return
+    yield policy
+    del policy, hidden  # the critic's pass starts without the policy's tensors
+    if "value" in roles.adapters:
+        with roles.active("value"):
+            yield critic_loss(roles.scalars(batch.sequences, targets.rows), batch, config, normalizer)
+
+
+def critic_loss(values: Tensor, batch: ExperienceBatch, config: PPOConfig, normalizer: int) -> Loss:
+    """The clipped squared error of the critic's values, times vf_coef."""
+    if batch.old_values is None:
+        raise ValueError("old_values is None, expected the critic's")
+    loss = value_loss(
+        values,
+        batch.old_values,
+        batch.returns,
+        torch.ones_like(values, dtype=torch.bool),
+        clip=None if config.is_single_pass else config.cliprange_value or None,
+        normalizer=normalizer,
+    )
+    return Loss(config.vf_coef * loss.loss, {**loss.metrics, "loss/value": loss.loss.detach()})
+
+
+def ppo_objective(roles: Roles, config: PPOConfig) -> Objective[Experience, ExperienceBatch]:
+    """What each optimizer step of PPO minimises, per response token."""
+    return Objective(
+        collate=pack_experience,
+        count=lambda experiences: sum(experience.num_response_tokens for experience in experiences),
+        losses=lambda batch, normalizer: ppo_losses(roles, batch, config, normalizer),
+    )
+
+
+def update_metrics(rows: Sequence[dict[str, float]], updates: int) -> dict[str, float]:
+    """Means over the minibatches of an iteration, `updates` of which ended in an optimizer step."""
     if not rows:  # a constraint has left no answer to learn from
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # the schedule goes on all the same
         return {"policy/updates": 0.0}
     means = {
         logged: sum(row[name] for row in rows) / len(rows) for name, logged in UPDATE_METRICS.items() if name in rows[0]
     }
     ratio_var = sum((row["val/ratio"] - means["val/ratio"]) ** 2 for row in rows) / len(rows)
     return {**means, "val/ratio_var": ratio_var, "policy/updates": float(updates)}
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The experiences of an iteration, and the metrics of its sampling and scoring."""
+
+    experiences: list[Experience]
+    metrics: dict[str, float]
+    episodes: Sequence[Episode]
+    rollout: Rollout
 
 
 @dataclass(frozen=True)
@@ -146,20 +206,20 @@ class PPO:
         scores, *costs = [each.scores(self.roles, self.sampler.tokenizer, prompts, episodes) for each in scorers]
         return ScoredAnswers(self.controls.scale.of(scores), costs[0].sums if costs else None)
 
-    def step(self, trainer: Trainer, indices: Sequence[int], bar: Bar) -> dict[str, float]:
-        began = time.perf_counter()
+    def collect(self, step: int, indices: Sequence[int], bar: Bar) -> Collected:
+        """Sample responses to these prompts, score them, and compute their advantages."""
         config, roles, controls = self.config, self.roles, self.controls
         row: dict[str, float] = {}
-        places = [index for index in indices for _ in range(config.num_generations)]
-        prompts = [self.prompts[index] for index in places]
+        indices = [index for index in indices for _ in range(config.num_generations)]
+        prompts = [self.prompts[index] for index in indices]
         with (
-            bar.part("sample", len(places)) as part,
+            bar.part("sample", len(indices)) as part,
             phase_memory(row, "memory/rollout_gib"),
-            seeded_rng(roles.device, config.seed, trainer.step, "sample"),
+            seeded_rng(roles.device, config.seed, step, "sample"),
         ):
-            sampled = self.sampler.sample(roles, prompts, places, part)
+            sampled = self.sampler.sample(roles, prompts, indices, part)
         episodes = sampled.episodes
-        with seeded_rng(roles.device, config.seed, trainer.step, "judge"):
+        with seeded_rng(roles.device, config.seed, step, "judge"):
             scored = self.score(prompts, episodes)
         constrained = apply_constraint(scored.scores.total, scored.costs, controls.multiplier, config)
         passes = compute_model_outputs(roles, episodes, config, self.budget)
@@ -169,21 +229,40 @@ class PPO:
         paid = float((scored.scores.total - constrained.scores).mean())
         row |= objective_metrics(episodes, passes, shaped, scored.scores.sums, controls.kl_coef, paid)
         row |= score_metrics(scored, config)
-        experiences = make_experiences(episodes, passes, shaped)
-        updates = -(-len(experiences) // config.minibatch_size) * config.num_ppo_epochs
-        with bar.part("learn", updates) as part, phase_memory(row, "memory/learn_gib"):
-            counted = advancing(minibatches(experiences, config, trainer.step), part)
-            row |= learn(trainer, self.objective, counted, config.target_kl)
+        return Collected(make_experiences(episodes, passes, shaped), row, episodes, sampled.rollout)
+
+    def step(self, trainer: Trainer, indices: Sequence[int], bar: Bar) -> dict[str, float]:
+        """One iteration. When a minibatch's policy/approxkl exceeds `target_kl`, its gradient is discarded.
+
+        The policy is then too far from the one that sampled, and the iteration ends.
+        """
+        began = time.perf_counter()
+        config = self.config
+        collected = self.collect(trainer.step, indices, bar)
+        row, rows, updates = dict(collected.metrics), list[dict[str, float]](), 0
+        planned = -(-len(collected.experiences) // config.minibatch_size) * config.num_ppo_epochs
+        with bar.part("learn", planned) as part, phase_memory(row, "memory/learn_gib"):
+            for minibatch in minibatches(collected.experiences, config, trainer.step):
+                rows.append(trainer.gradients(self.objective, minibatch))
+                part.advance()
+                if config.target_kl and rows[-1]["policy/approxkl"] > config.target_kl:
+                    trainer.discard()
+                    break
+                trainer.apply()
+                updates += 1
+        if not updates:  # the schedule continues without an optimizer step
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        row |= update_metrics(rows, updates)
         if self.constraint is not None and config.constraint_mode == "lagrangian":
-            row["constraint/lambda"] = controls.multiplier
-        self.controls = next_controls(controls, row, len(episodes), config)
-        tokens = sum(map(len, episodes))
+            row["constraint/lambda"] = self.controls.multiplier
+        self.controls = next_controls(self.controls, row, len(collected.episodes), config)
+        tokens = sum(map(len, collected.episodes))
         trainer.num_tokens += tokens
         seconds = time.perf_counter() - began
         return {
             **row,
-            "time/rollout_tokens_per_second": sampled.rollout.tokens_per_second,
-            "time/rollout_share": sampled.rollout.seconds / seconds,
+            "time/rollout_tokens_per_second": collected.rollout.tokens_per_second,
+            "time/rollout_share": collected.rollout.seconds / seconds,
             "time/tokens_per_second": tokens / seconds,
         }
 
@@ -212,10 +291,3 @@ class PPO:
     def budgets(self) -> dict[str, TokenBudget]:
         """Token budgets that may have been halved during the run."""
         return {"passes": self.budget, "rollout": self.sampler.budget}
-
-
-def advancing(batches: Iterator[list[Experience]], bar: Bar) -> Iterator[list[Experience]]:
-    """The same minibatches; the progress bar advances after each."""
-    for batch in batches:
-        yield batch
-        bar.advance()

@@ -83,7 +83,7 @@ def answer(fit: FitConfig, config: TrainConfig) -> Answer:
 
     if card.holds(plan.peak):
         return replace(base_answer, fits=True, tokens=tokens_of(config))
-    say(f"fit: {plan.peak / GIB:.2f} GiB is too much for {card.name}; looking for settings that are not.")
+    say(f"fit: {plan.peak / GIB:.2f} GiB is too much for {card.name}; looking for settings that fit.")
     fitting = make_fit(config, plan_of, card, rows)
     if fitting.config is None:
         raise OnecardError(too_little(card, fitting))
@@ -98,7 +98,7 @@ def planner(model: PlannedModel, lengths: Lengths, target: torch.device) -> Call
         key = repr(config)
         if key not in plans:
             try:
-                plans[key] = plan_memory(model.config, config, lengths, target, own_reference=model.adapter)
+                plans[key] = plan_memory(model.config, config, lengths, target, from_adapter=model.adapter)
             except OnecardError:
                 raise
             except Exception as error:  # model code may raise any exception on meta tensors, which have no values

@@ -61,13 +61,13 @@ def print_answer(result: Answer) -> None:
         soft_wrap=True,
     )
     if plan.paged:
-        console.print(f"not among it: {format_gib(plan.paged)} of paged optimizer states, which may leave the card")
+        console.print(f"not included: {format_gib(plan.paged)} GiB of paged optimizer states, which may leave the card")
     if card is None:
         return
     if result.fits:
-        console.print(f"yes: {card.name} has {format_gib(card.usable)} GiB to give.", style="bold")
+        console.print(f"yes: {format_gib(card.usable)} GiB of {card.name} can be used.", style="bold")
     else:
-        console.print(f"no: {card.name} has {format_gib(card.usable)} GiB to give.", style="bold")
+        console.print(f"no: {format_gib(card.usable)} GiB of {card.name} can be used.", style="bold")
     if result.fitting is not None:
         needed = card.needed(result.fitting.plan.peak)
         console.print(f"It fits with {flags(result.fitting.changed)}: {format_gib(needed)} GiB.", soft_wrap=True)
