@@ -1,29 +1,23 @@
-"""What the commands share: options, clocks, one-line errors, and the loop over cases."""
+"""What the commands share: options, clocks and one-line errors."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import click
 import torch
 
-from benchmarks.records import Case
-
-C = TypeVar("C")
+from benchmarks.records import Recorder
 
 CLOCKS = {False: (time.perf_counter, "wall time"), True: (time.process_time, "processor time of one thread")}
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
-DEVICE = click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="cpu: fp32; cuda: bf16."
-)
-BUSY = click.option(
-    "--busy", is_flag=True, help="For a machine that others use (cpu only): one thread, its processor time."
-)
 OUT = click.option(
     "--out",
     "--output",
@@ -31,9 +25,63 @@ OUT = click.option(
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of the JSON, the Markdown and the plots. Default: benchmarks/results/<device>.",
 )
+ONLY_PRINT = click.option("--print", "only_print", is_flag=True, help="Leave the page of the docs as it is.")
+DEVICE = click.option(
+    "--device",
+    "name",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="cpu: fp32; cuda: bf16.",
+)
 DATA_ONLY = click.option("--data-only", is_flag=True, help="Write the JSON alone; benchmarks.render makes the rest.")
-MINUTES = click.option("--minutes", type=click.FloatRange(min=0), help="Begin no case after so many minutes.")
-REPEATS = click.option("--repeats", type=click.IntRange(1), help="Timed rounds of each case. Default: the device's.")
+SOME = {
+    "minutes": click.option("--minutes", type=click.FloatRange(min=0), help="Begin no case after so many minutes."),
+    "repeats": click.option("--repeats", type=click.IntRange(1), help="Timed rounds of a case. Default: the device's."),
+    "busy": click.option("--busy", is_flag=True, help="On a machine that others use (cpu only): one thread's time."),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every benchmark can be told."""
+
+    device: torch.device
+    clock: Callable[[], float]
+    clock_name: str
+    repeats: int | None
+    minutes: float | None
+    out: Path | None
+    data_only: bool
+
+    def recorder(self, benchmark: str, repeats: int, *, quick: bool = False, name: str = "") -> Recorder:
+        return Recorder(
+            benchmark, self.device, clock=self.clock_name, repeats=repeats, quick=quick, out=self.out, name=name
+        )
+
+
+def options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command --device, --out, --data-only and these of the others, as one record before its own options."""
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def with_options(
+            name: str, out: Path | None, data_only: bool, minutes: float | None = None, repeats: int | None = None,
+            busy: bool = False, **own: Any,
+        ) -> None:  # fmt: skip
+            device = ready_device(name)
+            if busy and name == "cuda":
+                raise click.UsageError("--busy counts processor time, which says nothing of a GPU; leave it out.")
+            if busy:
+                torch.set_num_threads(1)  # threads that wait for a preempted one would count their waiting
+            command(Options(device, *CLOCKS[busy], repeats, minutes, out, data_only), **own)
+
+        made = with_options
+        for option in (DATA_ONLY, OUT, *(SOME[name] for name in reversed(names)), DEVICE):
+            made = option(made)
+        return made
+
+    return add
 
 
 class Refused(Exception):
@@ -48,37 +96,10 @@ def ready_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def engine_device(name: str) -> torch.device:
-    """Of benchmarks that run the engine, which takes the GPU that is there."""
-    if name == "cpu" and torch.cuda.is_available():
+def refuse_unused_gpu(device: torch.device) -> None:
+    """For benchmarks that run the engine, which takes the GPU that is there."""
+    if device.type == "cpu" and torch.cuda.is_available():
         raise click.UsageError("--device cpu: the engine takes the GPU that is here; set CUDA_VISIBLE_DEVICES= for it.")
-    return ready_device(name)
-
-
-def pick_clock(device: str, *, busy: bool) -> tuple[Callable[[], float], str]:
-    """The clock and its name. On a busy machine it counts the processor time of one thread."""
-    if busy and device == "cuda":
-        raise click.UsageError("--busy counts processor time, which says nothing of a GPU; leave it out.")
-    if busy:
-        torch.set_num_threads(1)  # threads that wait for a preempted one would count their waiting
-    return CLOCKS[busy]
-
-
-def until(cases: Sequence[C], minutes: float | None) -> Iterator[C]:
-    """The cases that begin within so many minutes."""
-    began = time.monotonic()
-    for index, case in enumerate(cases):
-        if minutes is not None and time.monotonic() - began > 60 * minutes:
-            click.echo(f"{len(cases) - index} cases were not begun after {minutes:g} minutes.")
-            return
-        yield case
-
-
-def refuse(cases: Iterable[Case]) -> None:
-    """Raise Refused for cases with nothing to time."""
-    refused = [f"{case.name}: {case.refused}" for case in cases if case.refused]
-    if refused:
-        raise Refused(" ".join(refused))
 
 
 def main(entry: click.Command, arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,6 @@ in turns with each other and with the limits: bare matrix products and a copy.
 
 from __future__ import annotations
 
-import gc
 import importlib
 import math
 import time
@@ -29,7 +28,6 @@ Function = Callable[[Inputs], tuple[Tensor, ...]]  # the outputs of a mode, in i
 
 EAGER, COMPILE = "eager", "torch.compile"
 LONG_START = "compiles for long: timed at the first shape alone (--all-shapes: everywhere)"
-PART = 1 << 26  # numbers compared in fp64 at a time
 
 
 class Unavailable(Exception):
@@ -86,7 +84,6 @@ class Candidate:
     slow_start: bool = False  # compiles for a while: left out of --quick, and of all shapes but the first
     around: Callable[[], AbstractContextManager[object]] = nullcontext  # settings in which it runs
     prepare: Callable[[Inputs], Inputs] | None = None  # before each call, outside of its time and memory
-    timed: bool = True  # or only checked, as the yardstick of gradients
 
 
 @dataclass(frozen=True)
@@ -159,64 +156,42 @@ def errors_of(outputs: Outputs, expected: Mapping[str, Expected], bars: Mapping[
     return {name: bars[name].error(compared(name, value), expected[name].value) for name, value in outputs.items()}
 
 
-def difference(benchmark: Benchmark, found: Outputs, other: Outputs) -> Errors:
-    """The largest difference of each result in all rows, as its bar takes it."""
-    errors = {}
-    for name, value in found.items():
-        rows = max(1, PART // max(1, value[0].numel())) if value.dim() else 1
-        pairs = zip(value.split(rows), other[name].split(rows), strict=True) if value.dim() else [(value, other[name])]
-        worst = [benchmark.bars[name].error(one, two.double()) for one, two in pairs]
-        errors[name] = math.nan if any(map(math.isnan, worst)) else max(worst)
-    return errors
-
-
 class Check:
-    """Compares candidates with fp64; a setting also with the default, in all rows."""
+    """Compares candidates with fp64."""
 
     def __init__(self, benchmark: Benchmark, mode: str, inputs: Inputs, expected: Mapping[str, Expected]) -> None:
         self.benchmark, self.mode, self.inputs, self.expected = benchmark, mode, inputs, expected
         self.device = next(iter(inputs.values())).device
         self.eager: Errors = {}
-        self.default: Outputs | None = None
 
-    def objections(self, errors: Errors, times: float = 1.0, what: str = "against fp64") -> list[str]:
-        """Why ours is wrong; empty when it is right. NaN is never within a bar."""
-        dtype = self.benchmark.dtypes[self.device.type]
-        bars = {name: times * self.benchmark.bars[name].of_ours(self.eager.get(name), dtype) for name in errors}
-        return [
-            f"{name}: error {value:.2g} {what}, bar {bars[name]:.2g}"
-            for name, value in errors.items()
-            if not value <= bars[name]
-        ]
+    def bar(self, candidate: Candidate, name: str) -> float:
+        bar = self.benchmark.bars[name]
+        if candidate.role == "peer":
+            return bar.peer
+        return bar.of_ours(self.eager.get(name), self.benchmark.dtypes[self.device.type])
 
-    def __call__(self, candidate: Candidate, *, settings: bool = False) -> tuple[Function, Errors]:
+    def __call__(self, candidate: Candidate) -> tuple[Function, Errors]:
         """Run a candidate once at full size. Raises Unavailable with the reason for its row, or Refused for ours."""
         try:
             function = candidate.load(self.device)
             job = Job(candidate, function, self.inputs, self.benchmark.modes[self.mode])
             job.ready()
-            outputs = job()
-            errors = errors_of(outputs, self.expected, self.benchmark.bars)
-            wrong = [] if candidate.role == "peer" else self.objections(errors)
-            if candidate.role == "setting" and self.default is not None:
-                # Two results that are both right may lie so far apart.
-                wrong += self.objections(difference(self.benchmark, outputs, self.default), 2.0, "from the default")
+            errors = errors_of(job(), self.expected, self.benchmark.bars)
         except Unavailable:
             raise
         except Exception as error:  # whatever a peer raises is the reason in its row
             raise Unavailable(one_line(error)) from error
         if candidate.name == EAGER:
             self.eager = errors
-        if candidate.name == OURS and settings:
-            self.default = outputs
-        if candidate.role == "peer":
-            for name, value in errors.items():
-                if not value <= self.benchmark.bars[name].peer:
-                    raise Unavailable(f"wrong here ({name} off by {value:.2g}): not timed")
+        wrong = "; ".join(
+            f"{name}: error {value:.2g} against fp64, bar {self.bar(candidate, name):.2g}"
+            for name, value in errors.items()
+            if not value <= self.bar(candidate, name)  # NaN is never within a bar
+        )
         if wrong and candidate.role == "ours":
-            raise Refused(f"{candidate.name} is wrong in {self.benchmark.name}, mode {self.mode}: {'; '.join(wrong)}.")
+            raise Refused(f"{candidate.name} is wrong in {self.benchmark.name}, mode {self.mode}: {wrong}.")
         if wrong:
-            raise Unavailable(f"WRONG, not timed: {'; '.join(wrong)}")
+            raise Unavailable(f"WRONG, not timed: {wrong}")
         return function, errors
 
 
@@ -224,14 +199,15 @@ def limits(
     benchmark: Benchmark, sets: Sequence[Inputs], work: Work, device: torch.device
 ) -> dict[str, tuple[Row, list[measure.Work], int]]:
     """name -> (row without times, works, FLOPs or bytes of one call): bare GEMMs where there are any, and a copy."""
-    found: dict[str, tuple[Row, list[measure.Work], int]] = {}
-    if work.products is not None:
-        of, name = work.products, f"bare GEMMs, {work.products.count}u"
-        bare = [measure.gemm_work(s["hidden"], s["weight"], of.logits, of.hidden, of.head) for s in sets]
-        found[name] = (Row(name, LIMIT, gemms=of.count), list(bare), work.flops)
     copy, moved = measure.copy_work(device)
-    found["copy"] = (Row("copy", LIMIT), [copy], moved)
-    return found
+    found: dict[str, tuple[Row, list[measure.Work], int]] = {"copy": (Row("copy", LIMIT), [copy], moved)}
+    if work.products is None:
+        return found
+    of, name = work.products, f"bare GEMMs, {work.products.count}u"
+    bare: list[measure.Work] = [
+        measure.gemm_work(s["hidden"], s["weight"], of.logits, of.hidden, of.head) for s in sets
+    ]
+    return {name: (Row(name, LIMIT, gemms=of.count), bare, work.flops), **found}
 
 
 def measure_case(
@@ -244,50 +220,35 @@ def measure_case(
     timing: Timing,
     *,
     main: bool = True,
-    replay: Callable[[Job], measure.Work] | None = None,
-    calls: int = 1,
     tick: Callable[[str], None] = lambda name: None,
 ) -> tuple[Row, ...]:
-    """Check all candidates, take their memory, time them in turns. `main`: also time what compiles for long.
-
-    `replay` makes of a job a work that calls it `calls` times (a CUDA graph).
-    """
+    """Check all candidates, take their memory, time them in turns. `main`: also time what compiles for long."""
     device = next(iter(sets[0].values())).device
     taking_part = [
         c for c in candidates if mode in (c.modes or (mode,)) and device.type in (c.devices or (device.type,))
     ]
     check = Check(benchmark, mode, sets[0], expected)
-    settings = any(c.role == "setting" for c in taking_part)
     rows: dict[str, Row] = {}
     works: dict[str, list[measure.Work]] = {}
-    # Eager comes first: its error is the yardstick of our gradients. Then the default. The table keeps the given order.
-    for candidate in sorted(taking_part, key=lambda c: (c.name != EAGER, c.name != OURS)):
+    # Eager comes first: its error is the yardstick of our gradients. The table keeps the given order.
+    for candidate in sorted(taking_part, key=lambda c: c.name != EAGER):
         tick(candidate.name)
         row = Row(candidate.name, "ours" if candidate.role == "setting" else candidate.role)
         try:
             if candidate.slow_start and not main:
                 raise Unavailable(LONG_START)
-            function, errors = check(candidate, settings=settings)
-            if not candidate.timed:
-                continue
+            function, errors = check(candidate)
             jobs = [Job(candidate, function, inputs, benchmark.modes[mode]) for inputs in sets]
             peak = measure.peak_bytes(jobs[0], device)
-            works[candidate.name] = [replay(job) for job in jobs] if replay else list(jobs)
-        except Refused:
-            raise
-        except Exception as error:
-            if not isinstance(error, Unavailable) and candidate.role != "setting":
-                raise
-            reason = str(error) if isinstance(error, Unavailable) else one_line(error)
+        except Unavailable as error:
             if candidate.name == OURS:
-                raise Refused(f"{benchmark.name} does not run in mode {mode} at {shape}: {reason}") from error
-            if candidate.timed:
-                rows[candidate.name] = replace(row, reason=reason)
-            free(device)  # an allocation that failed leaves fragments
+                raise Refused(f"{benchmark.name} does not run in mode {mode} at {shape}: {error}") from error
+            rows[candidate.name] = replace(row, reason=str(error))
+            measure.free_memory()  # an allocation that failed leaves fragments
             continue
         launches = measure.launches(jobs[0], device) if benchmark.launches else None
         rows[candidate.name] = replace(row, errors=errors, peak_bytes=peak, launches=launches)
-    check.default = None
+        works[candidate.name] = list(jobs)
     work = benchmark.modes[mode].work(shape, benchmark.dtypes[device.type].itemsize)
     bare = limits(benchmark, sets, work, device)
     for _, made, _ in bare.values():
@@ -301,11 +262,7 @@ def measure_case(
         budget=timing.budget,
         tick=tick,
     )
-    done = [
-        replace(rows[c.name], seconds=tuple(taken / calls for taken in times.get(c.name, ())))
-        for c in taking_part
-        if c.name in rows
-    ]
+    done = [replace(rows[c.name], seconds=tuple(times.get(c.name, ()))) for c in taking_part if c.name in rows]
     for name, (row, _, units) in bare.items():
         done.append(replace(row, seconds=tuple(times[name]), rate=units / measure.spread(times[name]).median))
     return with_share(done, work)
@@ -318,12 +275,6 @@ def with_share(rows: Sequence[Row], work: Work) -> tuple[Row, ...]:
         replace(row, of_limit=least / row.time.median) if row.time is not None and row.name != "copy" else row
         for row in rows
     )
-
-
-def free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # or the next candidate pays for the last one's fragments
 
 
 # --- candidates of several operations. They import in `load`: a peer that is not installed costs its row alone.

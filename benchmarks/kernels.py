@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import click
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-from benchmarks import cli, harness, render, targets
+from benchmarks import cli, harness, render
 from benchmarks.cli import Refused
-from benchmarks.harness import Benchmark, Timing, free, measure_case
-from benchmarks.records import OURS, Case, Recorder
+from benchmarks.harness import Benchmark, Timing, measure_case
+from benchmarks.measure import free_memory
+from benchmarks.records import Case, Recorder
 from benchmarks.shapes import Shape
 from benchmarks.suite import BENCHMARKS
 
@@ -24,36 +23,28 @@ REPEATS = {"cpu": 7, "cuda": 30}
 BUDGET = {"cpu": 20.0, "cuda": 3.0}  # seconds of timed rounds a case, so that a run ends: 15 and 8 minutes
 QUICK_REPEATS, QUICK_BUDGET = 5, 1.0
 WARMUP = {"cpu": 0, "cuda": 3}  # on top of the check and the memory pass, which run every candidate in full
-PEERS = sorted({c.name for benchmark in BENCHMARKS.values() for c in benchmark.candidates} - {OURS})
 MODES = list(dict.fromkeys(mode for benchmark in BENCHMARKS.values() for mode in benchmark.modes))
 
 
-@dataclass(frozen=True)
-class Part:
-    """What a run takes of one operation."""
-
-    benchmark: Benchmark
-    shapes: tuple[Shape, ...]
-    modes: tuple[str, ...]
+Part = tuple[Benchmark, tuple[Shape, ...], tuple[str, ...]]  # what a run takes of one operation: shapes and modes
 
 
 def parts_of(
     device: str, names: Sequence[str], shapes: Sequence[str], modes: Sequence[str], *, quick: bool, every: bool
 ) -> list[Part]:
     """Operations that have any of the shapes and modes asked for."""
-    picked = [benchmark for name, benchmark in BENCHMARKS.items() if not names or name in names]
-    # A shape that is named need not be among the usual ones.
-    tables = {b.name: b.shapes[device].of(quick=quick, every=every or bool(shapes)) for b in picked}
-    known = list(dict.fromkeys(shape.name for table in tables.values() for shape in table))
+    parts, known = list[Part](), dict[str, None]()
+    for benchmark in (benchmark for name, benchmark in BENCHMARKS.items() if not names or name in names):
+        # A shape that is named need not be among the usual ones.
+        table = benchmark.shapes[device].of(quick=quick, every=every or bool(shapes))
+        known |= dict.fromkeys(shape.name for shape in table)
+        chosen = tuple(shape for shape in table if not shapes or shape.name in shapes)
+        wanted = tuple(mode for mode in benchmark.modes if not modes or mode in modes)
+        if chosen and wanted:
+            parts.append((benchmark, chosen, wanted))
     unknown = [name for name in shapes if name not in known]
     if unknown:
         raise click.UsageError(f"--shape {unknown[0]}: not among the shapes of {device}: {', '.join(known)}.")
-    parts = []
-    for benchmark in picked:
-        chosen = tuple(shape for shape in tables[benchmark.name] if not shapes or shape.name in shapes)
-        wanted = tuple(mode for mode in benchmark.modes if not modes or mode in modes)
-        if chosen and wanted:
-            parts.append(Part(benchmark, chosen, wanted))
     if not parts:
         raise click.UsageError("--benchmark, --shape and --mode: no benchmark has them all.")
     return parts
@@ -65,64 +56,47 @@ def blank(benchmark: Benchmark, shape: Shape, mode: str, device: torch.device) -
     return Case(benchmark.name, shape.name, dict(shape.sizes), dtype, mode, about=about)
 
 
-def measure(part: Part, recorder: Recorder, timing: Timing, device: torch.device, progress: Progress, console: Console,
-            *, without: Sequence[str], quick: bool, every: bool) -> None:  # fmt: skip
+def measure(
+    part: Part, recorder: Recorder, timing: Timing, device: torch.device, console: Console, *, quick: bool, every: bool
+) -> None:
     """All cases of an operation. Once ours is wrong nothing of it stays."""
-    benchmark, task = part.benchmark, progress.task_ids[0]
-    chosen = [c for c in benchmark.candidates if c.name not in without and not (quick and c.slow_start)]
-    wanted = {name for mode in part.modes for name in benchmark.modes[mode].results}
+    benchmark, shapes, modes = part
+    chosen = [c for c in benchmark.candidates if not (quick and c.slow_start)]
+    wanted = {name for mode in modes for name in benchmark.modes[mode].results}
     before = recorder.report.cases
-    for shape in part.shapes:
-        progress.update(task, description=f"{benchmark.name} {shape}  inputs and fp64 oracle")
-        sets = harness.input_sets(benchmark, shape, device)
-        expected = benchmark.expected(sets[0], wanted)
-        main = every or shape == part.shapes[0]
-        for mode in part.modes:
-            label = f"{benchmark.name} {shape} {mode}"
+    with console.status("") as status:
+        for shape in shapes:
+            status.update(f"{benchmark.name} {shape}  inputs and fp64 oracle")
+            sets = harness.input_sets(benchmark, shape, device)
+            expected = benchmark.expected(sets[0], wanted)
+            main = every or shape == shapes[0]
+            for mode in modes:
 
-            def tick(name: str, label: str = label) -> None:
-                progress.update(task, description=f"{label}  {name}")
+                def tick(name: str, label: str = f"{benchmark.name} {shape} {mode}") -> None:
+                    status.update(f"{label}  {name}")
 
-            case = blank(benchmark, shape, mode, device)
-            try:
-                rows = measure_case(benchmark, shape, mode, sets, expected, chosen, timing, main=main, tick=tick)
-            except Refused as error:
-                recorder.put((*before, replace(case, refused=str(error))))
-                raise
-            case = replace(case, rows=rows)
-            recorder.add(case)
-            console.print(render.terminal(case))
-            progress.advance(task)
-            free(device)
-        del sets, expected
-        free(device)
+                case = blank(benchmark, shape, mode, device)
+                try:
+                    rows = measure_case(benchmark, shape, mode, sets, expected, chosen, timing, main=main, tick=tick)
+                except Refused as error:
+                    recorder.put((*before, replace(case, refused=str(error))))
+                    raise
+                render.show(recorder, replace(case, rows=rows), console)
+                free_memory()
+            del sets, expected
 
 
 @click.command(context_settings=cli.SETTINGS)
-@cli.DEVICE
 @click.option("--quick", is_flag=True, help="Small shapes, few calls, no torch.compile: shows that everything runs.")
 @click.option("--benchmark", "names", multiple=True, type=click.Choice(list(BENCHMARKS)), help="Only this operation.")
 @click.option("--shape", "shapes", multiple=True, help="Only this shape, by its name in benchmarks/shapes.py.")
 @click.option("--mode", "modes", multiple=True, type=click.Choice(MODES), help="Only this mode.")
 @click.option("--all-shapes", "every", is_flag=True, help="Every shape, and torch.compile at every shape. Hours.")
-@click.option("--without", multiple=True, type=click.Choice(PEERS), help="Leave out a candidate.")
-@cli.REPEATS
-@cli.BUSY
-@cli.OUT
-@cli.DATA_ONLY
+@cli.options("repeats", "busy")
 def command(
-    device: str,
-    quick: bool,
-    names: tuple[str, ...],
-    shapes: tuple[str, ...],
-    modes: tuple[str, ...],
+    options: cli.Options, quick: bool, names: tuple[str, ...], shapes: tuple[str, ...], modes: tuple[str, ...],
     every: bool,
-    without: tuple[str, ...],
-    repeats: int | None,
-    busy: bool,
-    out: Path | None,
-    data_only: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Time the kernel library against eager PyTorch, torch.compile, TRL, Liger and cut-cross-entropy.
 
     Every candidate gets the same tensors in the same process, is first compared with fp64, and is then timed in turns
@@ -135,27 +109,20 @@ def command(
     python -m benchmarks.kernels --device cuda                the GPU tables (about eight minutes on an H200)
     python -m benchmarks.kernels --device cuda --benchmark linear_logprobs --shape llama3-8b-8k --mode frozen
     """
-    where = cli.ready_device(device)
+    device = options.device.type
     parts = parts_of(device, names, shapes, modes, quick=quick, every=every)
-    clock, clock_name = cli.pick_clock(device, busy=busy)
-    budget = math.inf if repeats else QUICK_BUDGET if quick else BUDGET[device]
-    repeats = repeats or (QUICK_REPEATS if quick else REPEATS[device])
-    recorder = Recorder("kernels", where, clock=clock_name, repeats=repeats, quick=quick, out=out)
-    console = Console()
+    repeats = options.repeats or (QUICK_REPEATS if quick else REPEATS[device])
+    budget = math.inf if options.repeats else QUICK_BUDGET if quick else BUDGET[device]
+    timing = Timing(repeats, WARMUP[device], budget, options.clock)
+    recorder, console = options.recorder("kernels", repeats, quick=quick), Console()
     console.print(recorder.opening(), highlight=False)
-    timing = Timing(repeats, WARMUP[device], budget, clock)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     refused = []
-    with Progress(*columns, console=console, transient=True) as progress:
-        progress.add_task("", total=sum(len(part.shapes) * len(part.modes) for part in parts))
-        for part in parts:
-            try:
-                measure(part, recorder, timing, where, progress, console, without=without, quick=quick, every=every)
-            except Refused as error:
-                refused.append(str(error))
-    for line in targets.verdicts(recorder.report):
-        console.print(": ".join(line), highlight=False)
-    render.finish(recorder, data_only=data_only)
+    for part in parts:
+        try:
+            measure(part, recorder, timing, options.device, console, quick=quick, every=every)
+        except Refused as error:
+            refused.append(str(error))
+    render.finish(recorder, data_only=options.data_only)
     if refused:
         raise Refused(" ".join(refused))
 

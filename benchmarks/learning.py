@@ -7,23 +7,20 @@ A task is an `onecard` command, a metric of its held-out rows, and bars that eve
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import os
+import runpy
 import shlex
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import cli, records
 from benchmarks.cli import Refused
@@ -39,48 +36,28 @@ JOY, LABELLED = f"{MADE}/joy.jsonl", f"{MADE}/labelled.jsonl"
 SST2 = {"train": f"{MADE}/sst2-train.jsonl", "dev": f"{MADE}/sst2-dev.jsonl"}
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    records.write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-def write_joy(path: Path) -> None:
-    """Beginnings of stories, by the example of docs/ppo.md."""
-    spec = importlib.util.spec_from_file_location("joy", records.ROOT / "docs" / "examples" / "joy.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.data(str(records.ROOT / STORIES), str(path))
-
-
-def write_labelled(path: Path) -> None:
-    """One answer of each pair with its label, the chosen and the rejected one alternately."""
-    pairs = [json.loads(line) for line in (records.ROOT / POLITENESS).read_text(encoding="utf-8").splitlines()]
-    rows = [
+def make_data() -> None:
+    """Write all derived data; the rows are the same every time."""
+    root, rows = records.ROOT, dict[str, list[dict[str, Any]]]()
+    (root / MADE).mkdir(parents=True, exist_ok=True)
+    # Beginnings of stories, by the example of docs/ppo.md
+    joy = runpy.run_path(str(root / "docs" / "examples" / "joy.py"))
+    joy["data"](str(root / STORIES), str(root / JOY))
+    # One answer of each pair with its label, the chosen and the rejected one alternately
+    pairs = [json.loads(line) for line in (root / POLITENESS).read_text(encoding="utf-8").splitlines()]
+    rows[LABELLED] = [
         {"prompt": pair["prompt"], "completion": pair["rejected" if i % 2 else "chosen"], "label": not i % 2}
         for i, pair in enumerate(pairs)
     ]
-    write_rows(path, rows)
-
-
-def write_sst2(path: Path, part: str) -> None:
-    """Sentences of SST-2 with score 1 (positive) or 0."""
-    source = records.ROOT / SHARED / "sentiment" / f"openai_{part}_binary_sent.csv"
-    with open(source, encoding="utf-8", newline="") as file:
-        rows = [
-            {"prompt": "Review: ", "completion": row["sentence"], "score": float(row["label"])}
-            for row in csv.DictReader(file)
-        ]
-    write_rows(path, rows)
-
-
-def make_data() -> None:
-    """Write all derived data; the rows are the same every time."""
-    (records.ROOT / MADE).mkdir(parents=True, exist_ok=True)
-    write_joy(records.ROOT / JOY)
-    write_labelled(records.ROOT / LABELLED)
-    for part, name in SST2.items():
-        write_sst2(records.ROOT / name, part)
+    for part, name in SST2.items():  # sentences with score 1 (positive) or 0
+        source = root / SHARED / "sentiment" / f"openai_{part}_binary_sent.csv"
+        with open(source, encoding="utf-8", newline="") as file:
+            rows[name] = [
+                {"prompt": "Review: ", "completion": row["sentence"], "score": float(row["label"])}
+                for row in csv.DictReader(file)
+            ]
+    for name, found in rows.items():
+        records.write_atomically(root / name, "".join(json.dumps(row) + "\n" for row in found).encode())
 
 
 # --- tasks
@@ -133,15 +110,6 @@ def after(metric: str) -> Value:
     return lambda rows, other: before_and_after(rows, metric)[1]
 
 
-def gain(metric: str, over: str) -> Value:
-    """How far one metric is above another after training."""
-    return lambda rows, other: before_and_after(rows, metric)[1] - before_and_after(rows, over)[1]
-
-
-def drop(metric: str) -> Value:
-    return lambda rows, other: before_and_after(rows, metric)[0] - before_and_after(rows, metric)[1]
-
-
 def deviations(rows: Rows, other: Rows) -> float:
     """Rise of the mean score, in standard deviations of the starting policy's scores."""
     first, last = before_and_after(rows, SCORE)
@@ -151,6 +119,16 @@ def deviations(rows: Rows, other: Rows) -> float:
 def ratio(metric: str) -> Value:
     """The metric after training over the same of the run that is compared with."""
     return lambda rows, other: before_and_after(rows, metric)[1] / before_and_after(other, metric)[1]
+
+
+def drop_of_the_loss(rows: Rows, other: Rows) -> float:
+    first, last = before_and_after(rows, "eval_loss")
+    return first - last
+
+
+def over_the_majority(rows: Rows, other: Rows) -> float:
+    labels, majority = (before_and_after(rows, f"eval_{name}")[1] for name in ("label_accuracy", "majority_class"))
+    return labels - majority
 
 
 TINY = "TinyStories-656K"
@@ -251,7 +229,7 @@ TASKS: dict[str, Task] = {
             "--num_train_epochs 3 --eval_steps 10",
             "eval_loss",
             "held-out loss, nats per token",
-            Bar("drop of the loss", drop("eval_loss"), 0.15),
+            Bar("drop of the loss", drop_of_the_loss, 0.15),
         ),
         task(
             "reward-pairs",
@@ -274,7 +252,7 @@ TASKS: dict[str, Task] = {
             "share of (positive, negative) held-out sentences in the right order",
             Bar("in the right order", after("eval_accuracy"), 0.7),
             Bar("correlation with the labels", after("eval_pearson"), 0.35),
-            Bar("accuracy over the majority class's", gain("eval_label_accuracy", "eval_majority_class"), 0.1),
+            Bar("accuracy over the majority class's", over_the_majority, 0.1),
             note="A score that is the same for all sentences, the majority's label say, orders none of them; chance is "
             "0.5. One seed, for a run takes two minutes.",
             most_seeds=1,
@@ -359,7 +337,7 @@ def metrics_of(job: Job) -> Rows:
     return [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def run(job: Job, origin: Mapping[str, Any], running: dict[str, subprocess.Popen[bytes]]) -> str:
+def run(job: Job, origin: Mapping[str, Any]) -> str:
     """Run one job and write its record; returns "", or why it failed."""
     name, log = job.folder.name, job.output / f"{job.folder.name}.log"
     (job.folder / RECORD).unlink(missing_ok=True)
@@ -367,14 +345,10 @@ def run(job: Job, origin: Mapping[str, Any], running: dict[str, subprocess.Popen
     sources = [str(records.ROOT / part) for part in ("engine", "kernels")] + [os.environ.get("PYTHONPATH", "")]
     own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sources))}
     command, began = [sys.executable, "-m", "onecard", *job.arguments, "--overwrite"], time.monotonic()
-    with open(log, "wb") as file:  # in a session of its own: Ctrl-C reaches this process alone, which ends the runs
-        process = subprocess.Popen(
-            command, cwd=records.ROOT, env={**os.environ, **own}, stdout=file, stderr=file, start_new_session=True
-        )
-    running[name] = process
-    _, status, usage = os.wait4(process.pid, 0)
+    with open(log, "wb") as file:
+        process = subprocess.Popen(command, cwd=records.ROOT, env={**os.environ, **own}, stdout=file, stderr=file)
+        _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    del running[name]
     if process.returncode:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return f"{name}: exit status {process.returncode}: {lines[-1] if lines else 'no output'} ({log})"
@@ -384,28 +358,22 @@ def run(job: Job, origin: Mapping[str, Any], running: dict[str, subprocess.Popen
     return ""
 
 
-def run_all(
-    jobs: Sequence[Job], at_a_time: int, shown: Callable[[Sequence[str], int], None] = lambda names, done: None
-) -> list[str]:
-    """Run what is not finished yet; returns the reason of each failure. `shown(names of running jobs, jobs done)`."""
+def run_all(jobs: Sequence[Job], at_a_time: int) -> list[str]:
+    """Run what is not finished yet; returns the reason of each failure."""
     head, dirty = records.commit()
     origin = {"commit": head, "dirty": dirty, "versions": records.versions(), "processor": records.processor()}
     waiting = [job for job in jobs if finished(job) is None]
     if waiting:
         make_data()
-    running: dict[str, subprocess.Popen[bytes]] = {}
     failures: list[str] = []
     with ThreadPoolExecutor(at_a_time) as pool:
-        futures = [pool.submit(run, job, origin, running) for job in waiting]
+        futures = {pool.submit(run, job, origin): job for job in waiting}
         try:
-            for done, future in enumerate(as_completed(futures), start=len(jobs) - len(waiting) + 1):
+            for done, future in enumerate(as_completed(futures), start=1):
                 failures += filter(None, [future.result()])
-                shown(list(running), done)
-        finally:
-            for future in futures:
-                future.cancel()
-            for process in list(running.values()):
-                os.kill(process.pid, signal.SIGTERM)
+                click.echo(f"{done} of {len(waiting)}: {futures[future].folder.name}", err=True)
+        finally:  # the runs themselves end by the same Ctrl-C
+            pool.shutdown(cancel_futures=True)
     return failures
 
 
@@ -425,8 +393,7 @@ of a size at which a run takes a minute on one processor: the table says that th
 of use gets. Settings and bars were chosen after trial runs on the same rows."""
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """A finished run with its metrics, and those of the run that it is compared with."""
 
     seed: int
@@ -435,24 +402,12 @@ class Run:
     other: Rows
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A task and its finished runs; `command` is seed 1's."""
 
     task: Task
     command: str
-    runs: tuple[Run, ...]
-
-
-class Verdict(NamedTuple):
-    """A bar with a number for each seed."""
-
-    bar: Bar
-    values: tuple[float, ...]
-
-    @property
-    def met(self) -> bool:
-        return self.bar.met(self.values)
+    runs: list[Run]
 
 
 def found_of(jobs: Mapping[str, Sequence[Job]]) -> list[Found]:
@@ -460,17 +415,18 @@ def found_of(jobs: Mapping[str, Sequence[Job]]) -> list[Found]:
     found = []
     for own in jobs.values():
         others = jobs[own[0].task.against] if own[0].task.against else own
-        runs = []
-        for job, other in zip(own, others, strict=True):
-            record = finished(job)
-            if record is not None and finished(other) is not None:
-                runs.append(Run(job.seed, record, metrics_of(job), metrics_of(other)))
-        found.append(Found(own[0].task, own[0].command, tuple(runs)))
+        runs = [
+            Run(job.seed, record, metrics_of(job), metrics_of(other))
+            for job, other in zip(own, others, strict=True)
+            if (record := finished(job)) and finished(other)
+        ]
+        found.append(Found(own[0].task, own[0].command, runs))
     return found
 
 
-def verdicts(found: Found) -> list[Verdict]:
-    return [Verdict(bar, tuple(bar.value(run.rows, run.other) for run in found.runs)) for bar in found.task.bars]
+def verdicts(found: Found) -> list[tuple[Bar, list[float]]]:
+    """Each bar with a number for each seed."""
+    return [(bar, [bar.value(run.rows, run.other) for run in found.runs]) for bar in found.task.bars]
 
 
 def number(value: float) -> str:
@@ -483,10 +439,9 @@ def spread(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({number(min(values))}..{number(max(values))})"
 
 
-def bar_cell(verdict: Verdict) -> str:
-    bar = verdict.bar
-    values = spread(verdict.values) if verdict.values else NONE
-    return f"{bar.name} {'at most' if bar.at_most else 'at least'} {bar.limit:g}: {values}"
+def bar_cell(bar: Bar, values: Sequence[float]) -> str:
+    shown = spread(values) if values else NONE
+    return f"{bar.name} {'at most' if bar.at_most else 'at least'} {bar.limit:g}: {shown}"
 
 
 def table(found: Sequence[Found]) -> list[str]:
@@ -505,27 +460,10 @@ def table(found: Sequence[Found]) -> list[str]:
             str(len(each.runs)) if each.runs else "not run",
             before,
             after,
-            "<br>".join(map(bar_cell, judged)),
-            "<br>".join(NONE if not verdict.values else "yes" if verdict.met else "**no**" for verdict in judged),
+            "<br>".join(bar_cell(bar, values) for bar, values in judged),
+            "<br>".join(NONE if not values else "yes" if bar.met(values) else "**no**" for bar, values in judged),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def notes(found: Sequence[Found]) -> list[str]:
-    """Each note once, with the tasks that have it."""
-    names: dict[str, list[str]] = {}
-    for each in found:
-        if each.task.note:
-            names.setdefault(each.task.note, []).append(f"`{each.task.name}`")
-    return [f"- {', '.join(tasks)}: {note}" for note, tasks in names.items()]
-
-
-def commands(found: Sequence[Found]) -> list[str]:
-    lines = []
-    for each in found:
-        lines += ["<details>", f"<summary>{each.task.name}: {each.task.title}</summary>", ""]
-        lines += ["```bash", each.command, "```", "", "</details>"]
     return lines
 
 
@@ -548,18 +486,27 @@ def sources(found: Sequence[Found]) -> str:
 
 
 def page(found: Sequence[Found], picture: str) -> str:
-    judged = [verdict for each in found for verdict in verdicts(each) if verdict.values]
+    judged = [bar.met(values) for each in found for bar, values in verdicts(each) if values]
+    notes: dict[str, list[str]] = {}  # each once, with the tasks that have it
+    for each in found:
+        if each.task.note:
+            notes.setdefault(each.task.note, []).append(f"`{each.task.name}`")
+    commands = [
+        f"<details>\n<summary>{each.task.name}: {each.task.title}</summary>\n\n"
+        f"```bash\n{each.command}\n```\n\n</details>"
+        for each in found
+    ]
     parts = [
         "# Does it learn?",
         INTRODUCTION,
         sources(found),
-        f"Bars met: {sum(verdict.met for verdict in judged)} of the {len(judged)} that were tried.",
+        f"Bars met: {sum(judged)} of the {len(judged)} that were tried.",
         "\n".join(table(found)),
-        "\n".join(notes(found)),
+        "\n".join(f"- {', '.join(tasks)}: {note}" for note, tasks in notes.items()),
         f"![Held-out curves of all tasks, a line for each seed]({picture})",
         "## The commands",
         "As they were run for seed 1, from the repository's root; the others differ in `--seed` and the folder.",
-        "\n".join(commands(found)),
+        "\n".join(commands),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -622,7 +569,6 @@ def command(only: tuple[str, ...], seeds: int, jobs: int, output: str, target: s
     python -m benchmarks.learning --only sft --seeds 1        one run
     python -m benchmarks.learning --render                    the page again
     """
-    console = Console(stderr=True)
     all_jobs = jobs_of(Path(output), seeds)
     failures: list[str] = []
     if not render:
@@ -630,15 +576,9 @@ def command(only: tuple[str, ...], seeds: int, jobs: int, output: str, target: s
             raise click.UsageError(f"needs models and data in {SHARED} beside the repository, which is not there.")
         wanted = {name for name in TASKS if not only or name in only}
         wanted |= {TASKS[name].against for name in wanted} - {""}
-        chosen = [job for name in TASKS if name in wanted for job in all_jobs[name]]
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console) as progress:
-            line = progress.add_task("learning", total=len(chosen))
-            failures = run_all(
-                chosen, jobs, lambda names, done: progress.update(line, completed=done, description=" ".join(names))
-            )
+        failures = run_all([job for name in TASKS if name in wanted for job in all_jobs[name]], jobs)
     for path in write_page(Path(target), found_of(all_jobs)):
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        click.echo(f"wrote {path}")
     if failures:
         raise Refused("; ".join(failures))
 

@@ -80,18 +80,19 @@ def interleave(
     repeats: int,
     warmup: int = 0,
     budget: float = math.inf,
+    least: int = LEAST_ROUNDS,
     tick: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[float]]:
     """Time A B C A B C ..., so that a slow minute of the machine falls on all and ratios within a round hold.
 
     A work comes as its variants (one per set of inputs). Every call takes another variant than the call before it, so
     that no work finds its inputs in a cache that its neighbour warmed. Once the calls have taken `budget` seconds, no
-    further round is begun after the third.
+    further round is begun after the `least`.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
     spent = 0.0
     for turn in range(-warmup, repeats):
-        if turn >= LEAST_ROUNDS and spent > budget:
+        if turn >= least and spent > budget:
             break
         for position, (name, variants) in enumerate(works.items()):
             tick(name)
@@ -121,12 +122,22 @@ def peak_bytes(work: Work, device: torch.device) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = work()
         del result
-    changes = [
+    total = peak = 0
+    for _, change in allocations(profile):
+        total += change
+        peak = max(peak, total)
+    return peak
+
+
+def allocations(profile: torch.profiler.profile) -> list[tuple[int, int]]:
+    """(when, bytes) of what was allocated and freed on the CPU, in order."""
+    events = profile.profiler.kineto_results.events()
+    found = (
         (event.start_ns(), event.nbytes())
-        for event in profile.profiler.kineto_results.events()
+        for event in events
         if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
-    ]
-    return highest([change for _, change in sorted(changes, key=lambda item: item[0])])
+    )
+    return sorted(found, key=lambda change: change[0])
 
 
 def launches(work: Work, device: torch.device) -> int | None:
@@ -145,13 +156,11 @@ def launches(work: Work, device: torch.device) -> int | None:
     return sum(not getattr(event, "is_user_annotation", False) for event in on_gpu) or None
 
 
-def highest(changes: Sequence[int]) -> int:
-    """The peak of a running sum that starts at zero."""
-    total = peak = 0
-    for change in changes:
-        total += change
-        peak = max(peak, total)
-    return peak
+def free_memory() -> None:
+    """Return freed and cached memory, or the next case pays for the last one's fragments."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 COPY_BYTES = 512 << 20  # read and written together; far more than most caches hold

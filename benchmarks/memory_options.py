@@ -8,36 +8,33 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from rich.console import Console
 
 from benchmarks import cli, measure, records, render
-from benchmarks.train_step.dpo import example, held_bytes
-from benchmarks.train_step.synthetic import Model, random_pairs, random_weights, write_folder
-from onecard.algorithms.dpo.command import make_recipe
-from onecard.algorithms.supervised import Supervised
-from onecard.config import DPOConfig
-from onecard.models.build import load_roles
+from benchmarks.records import Case, Row
+from benchmarks.train_step.cases import StepCase
+from benchmarks.train_step.dpo import OnecardDPO, Task, held_bytes
+from benchmarks.train_step.synthetic import Model, random_pairs, write_folder
 from onecard.models.memory_options import head_chunks
-from onecard.models.roles import Roles
-from onecard.training.run_folder import Run
-from onecard.training.trainer import Trainer
-from onecard.utils.progress import Bar, progress
+from onecard.utils.progress import progress
 
 PAGE = records.ROOT / "docs" / "memory.md"
-MARK = "memory-options"
-PAIRS, PROMPT, RESPONSE = 4, 128, 64
+PAIRS, PROMPT, RESPONSE, REPEATS = 4, 128, 64, 5
 MODELS = {
-    "cpu": Model("", hidden=256, layers=4, heads=8, key_heads=2, inner=704, vocab=8192, tied=True),
-    "cuda": Model("", hidden=2048, layers=16, heads=32, key_heads=8, inner=8192, vocab=128256, tied=True),
+    "cpu": Model("random Llama", hidden=256, layers=4, heads=8, key_heads=2, inner=704, vocab=8192, tied=True),
+    "cuda": Model("random Llama", hidden=2048, layers=16, heads=32, key_heads=8, inner=8192, vocab=128256, tied=True),
 }
 TOKENS = 2 * (PROMPT + RESPONSE)
+ALL = "all of these"
+PLAIN: dict[str, Any] = {"share_prompts": False, "adapter_dtype": "float32"}
 OPTIONS: dict[str, dict[str, Any]] = {
-    "none": {},
+    render.NO_OPTION: {},
     "--load_in_4bit": {"load_in_4bit": True},
     "--gradient_checkpointing": {"gradient_checkpointing": True},
     "--activation_offloading": {"activation_offloading": True},
@@ -50,97 +47,50 @@ OPTIONS: dict[str, dict[str, Any]] = {
 GPU_ONLY = ("--activation_offloading",)
 
 
-@dataclass(frozen=True)
-class Row:
-    """An option: bytes between steps, the peak above those within one, and the time of a step over that without any."""
-
-    option: str
-    held: int
-    peak: int
-    ratio: measure.Spread
-
-
-class Step:
+class Step(OnecardDPO):
     """Training with some options, of which a call makes the next optimizer step."""
-
-    def __init__(self, model: Path, settings: dict[str, Any], bar: Bar) -> None:
-        plain = DPOConfig(model=str(model), dtype="bfloat16", per_device_train_batch_size=PAIRS, share_prompts=False)
-        config = replace(plain, **settings)
-        self.config, self.bar = config, bar
-        with random_weights():
-            self.roles: Roles = load_roles(config, trained="policy", reference=True).train()
-        vocabulary = self.roles.head().weight.shape[0]
-        pairs = [example(pair) for pair in random_pairs(PAIRS, PROMPT, RESPONSE, vocabulary, mixed=False)]
-        self.job: Supervised[Any, Any] = Supervised(config, "dpo", make_recipe(config).objective(self.roles), pairs, [])
-        self.trainer = Trainer(config, self.job, self.roles, Run(model, None, ()))
 
     def __call__(self) -> None:
         with head_chunks(self.config.head_chunk_tokens):
-            self.job.step(self.trainer, list(range(PAIRS)), self.bar)
-
-    def held(self) -> int:
-        """Bytes of the weights and of what the optimizer keeps."""
-        return held_bytes(self.roles, self.trainer.optimizer)
+            super().__call__()
 
 
-def measured(device: torch.device, repeats: int, *, busy: bool = False) -> list[Row]:
+def measured(device: torch.device, repeats: int, clock: Callable[[], float]) -> Case:
     """A row for each option that does something on `device`, and for all of them at once."""
+    model = MODELS[device.type]
     chosen = {name: option for name, option in OPTIONS.items() if device.type == "cuda" or name not in GPU_ONLY}
-    chosen["all of these"] = {name: value for option in chosen.values() for name, value in option.items()}
+    chosen[ALL] = {name: value for option in chosen.values() for name, value in option.items()}
+    case = StepCase("memory options", "dpo", model, PROMPT, RESPONSE, items=PAIRS, per_pass=PAIRS)
+    pairs = tuple(random_pairs(PAIRS, PROMPT, RESPONSE, model.vocab, mixed=False))
     with tempfile.TemporaryDirectory() as folder, progress("memory options", len(chosen)) as bar:
-        write_folder(MODELS[device.type], Path(folder))
-        steps = {name: Step(Path(folder), settings, bar) for name, settings in chosen.items()}
+        task = Task(case, write_folder(model, Path(folder)), torch.bfloat16, device, pairs)
+        steps = {name: Step(task, **{**PLAIN, **option}) for name, option in chosen.items()}
         peaks = {}
         for name, step in steps.items():
             step()  # the optimizer's states are made
             peaks[name] = measure.peak_bytes(step, device)
             bar.advance()
-        works = {name: [step] for name, step in steps.items()}
-        times = measure.interleave(works, measure.stopwatch(device, cli.CLOCKS[busy][0]), repeats=repeats)
-        base = times["none"]
-        return [
-            Row(name, step.held(), peaks[name], measure.spread([t / b for t, b in zip(times[name], base, strict=True)]))
+        works: dict[str, list[measure.Work]] = {name: [step] for name, step in steps.items()}
+        times = measure.interleave(works, measure.stopwatch(device, clock), repeats=repeats)
+        rows = tuple(
+            Row(name, "ours", seconds=tuple(times[name]), peak_bytes=peaks[name],
+                held_bytes=held_bytes(step.model, step.optimizer))
             for name, step in steps.items()
-        ]
-
-
-def table(rows: list[Row], device: torch.device, repeats: int, *, busy: bool) -> str:
-    """The part of the page between its marks."""
-    model = MODELS[device.type]
-    head, dirty = records.commit()
-    versions = records.versions()
-    lines = [
-        "| option | held between steps, MiB | peak of a step above that, MiB | time of a step |",
-        "|---|---:|---:|---:|",
-    ]
-    for row in rows:
-        name = f"`{row.option}`" if row.option.startswith("--") else row.option
-        time = f"{row.ratio.median:.2f}x ({row.ratio.q1:.2f} .. {row.ratio.q3:.2f})"
-        lines.append(f"| {name} | {row.held / 2**20:.1f} | {row.peak / 2**20:.1f} | {time} |")
-    about = (
-        f"A DPO step of {PAIRS} pairs, prompts of {PROMPT} and answers of {RESPONSE} tokens, on a random Llama of "
-        f"{model.layers} layers of {model.hidden} and a vocabulary of {model.vocab}, "
-        f"bfloat16 base, LoRA of rank {DPOConfig().lora_r}. Time ({cli.CLOCKS[busy][1]}): median and quartiles of "
-        f"{repeats} steps that take turns, over the step without an option beside it. {records.machine(device)[0]}; "
-        f"commit {head[:12]}{' with changes' if dirty else ''}; torch {versions['torch']}; {records.now()}; made by "
-        f"`python -m benchmarks.memory_options{' --busy' if busy else ''}`."
-    )
-    return "\n".join([*lines, "", about])
+        )  # fmt: skip
+    sizes = {"pairs": PAIRS, "prompt": PROMPT, "response": RESPONSE}
+    about = {"model": model.name, "layers": model.layers, "hidden size": model.hidden, "vocabulary": model.vocab}
+    return Case("memory-options", "a DPO step with LoRA", sizes, "bfloat16", rows=rows, about=about)
 
 
 @click.command(context_settings=cli.SETTINGS)
-@cli.DEVICE
-@click.option("--repeats", type=click.IntRange(2), default=5, show_default=True, help="Timed steps of each option.")
-@cli.BUSY
-@click.option("--print", "only_print", is_flag=True, help="Print the table and leave the page as it is.")
-def command(device: str, repeats: int, busy: bool, only_print: bool) -> None:
+@cli.ONLY_PRINT
+@cli.options("repeats", "busy")
+def command(options: cli.Options, only_print: bool) -> None:
     """Measure what each memory option saves and costs, into docs/memory.md."""
-    where = cli.ready_device(device)
-    cli.pick_clock(device, busy=busy)
-    text = table(measured(where, repeats, busy=busy), where, repeats, busy=busy)
-    click.echo(text)
-    if not only_print:
-        render.update(PAGE, {MARK: text})
+    repeats = options.repeats or REPEATS
+    recorder = options.recorder("memory-options", repeats)
+    render.show(recorder, measured(options.device, repeats, options.clock), Console())
+    render.finish(recorder, data_only=options.data_only, page=None if only_print else PAGE)
 
 
 if __name__ == "__main__":

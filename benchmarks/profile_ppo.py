@@ -13,13 +13,12 @@ steps read all weights for one token a row, products need the time of that readi
 
 from __future__ import annotations
 
-import random
 import re
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,23 +28,20 @@ from unittest import mock
 
 import click
 import torch
-from rich.console import Console
 
 from benchmarks import cli, measure, render
 from benchmarks.harness import one_line
-from benchmarks.records import WHOLE, Case, Recorder, Row
+from benchmarks.records import WHOLE, Case, Row
 from benchmarks.rollout import bandwidth, weight_bytes
 from benchmarks.train_step.cases import Flops, StepCase, picked
 from benchmarks.train_step.dpo import quiet
 from benchmarks.train_step.phases import MARK, PHASES, ROLLOUT, PhaseTimer
 from benchmarks.train_step.ppo import PPORun
 from benchmarks.train_step.run import TOO_MUCH, BareProducts, blank, capped
-from benchmarks.train_step.synthetic import FIRST_WORD, write_folder
-from onecard.data import Prompt
+from benchmarks.train_step.synthetic import write_folder
 
 TOP = 12  # operators of a phase, and costs of an iteration
-LONGEST = 64  # tokens of an answer up to which a whole rollout is profiled; of longer ones so many in their middle:
-WINDOW = 24
+LONGEST = 64  # tokens of an answer in the profiled rollout
 
 # --- a profile in numbers
 
@@ -61,10 +57,8 @@ class Operator:
     count: float = 0
     flops: float = 0
 
-    def plus(self, other: Operator, sign: int = 1) -> Operator:
-        return Operator(
-            self.seconds + sign * other.seconds, self.count + sign * other.count, self.flops + sign * other.flops
-        )
+    def plus(self, seconds: float, count: float, flops: float) -> Operator:
+        return Operator(self.seconds + seconds, self.count + count, self.flops + flops)
 
 
 @dataclass(frozen=True)
@@ -76,18 +70,6 @@ class Digest:
     launches: int = 0
     synchronisations: int = 0
     seconds: float = 0.0
-
-    @property
-    def busy(self) -> float:
-        """Seconds in operators, or in kernels on a GPU."""
-        return sum(each.seconds for each in self.operators.values())
-
-    def beyond(self, other: Digest) -> Digest:
-        """The difference to a smaller piece of work."""
-        found = {name: each.plus(other.operators.get(name, Operator()), -1) for name, each in self.operators.items()}
-        names = ("flops", "launches", "synchronisations", "seconds")
-        rest = {name: max(getattr(self, name) - getattr(other, name), 0) for name in names}
-        return Digest({name: each for name, each in found.items() if each.seconds > 0}, **rest)
 
 
 def profiled(work: Callable[[], Any], device: torch.device) -> Digest:
@@ -113,7 +95,7 @@ def profiled(work: Callable[[], Any], device: torch.device) -> Digest:
         if is_kernel == on_gpu:
             own = row.self_device_time_total if on_gpu else row.self_cpu_time_total
             name = short(row.key) if on_gpu else row.key.removeprefix("autograd::engine::evaluate_function: ")
-            operators[name] = operators.get(name, Operator()).plus(Operator(own / 1e6, row.count, row.flops))
+            operators[name] = operators.get(name, Operator()).plus(own / 1e6, row.count, row.flops)
     return Digest(operators, flops, *counts.values(), seconds)
 
 
@@ -150,89 +132,55 @@ RULES = tuple(
     )
 )
 OTHER = "elementwise and other operators"
-WAITS = {"cpu": "outside of any operator: Python", "cuda": "the GPU waits for its next kernel: launches and Python"}
-NEEDED = ("attention", "products")
+WAITS = {False: "outside of any operator: Python", True: "the GPU waits for its next kernel: launches and Python"}
+BEYOND = "products beyond the count: what is recomputed, or run on padding"
+SLOW = "products slower than bare ones, or than the reading of weights"
 
 
 def kind(operator: str) -> str:
     return next((name for name, pattern in RULES if pattern.search(operator)), OTHER)
 
 
-@dataclass(frozen=True)
-class Phase:
-    """A phase of the timed iteration, and a digest of it or of a part of it.
+def phase_row(
+    name: str, seconds: float, count: tuple[int, int], part: float, digest: Digest, rate: float, *, on_gpu: bool,
+    reading: float = 0.0,
+) -> tuple[Row, dict[str, float]]:  # fmt: skip
+    """A phase by the stopwatch with its operators, and the seconds of its avoidable costs.
 
-    `part_seconds`: what that part takes without the profiler. `flops`: what the phase cannot do without.
+    `count`: tokens, and FLOPs that it cannot do without. `digest` is of a part that takes `part` seconds without the
+    profiler, in which the part's weights can be read in `reading`. `rate`: FLOP/s of bare products.
     """
-
-    name: str
-    seconds: float
-    flops: int
-    part_seconds: float
-    digest: Digest
-    reading: float = 0.0  # seconds in which the part's weights can be read: no product is done before
-
-    @property
-    def scale(self) -> float:
-        """From what was profiled to the timed phase: of calls and FLOPs."""
-        return self.seconds / self.part_seconds if self.part_seconds else 0.0
-
-    def busy(self, device: str) -> float:
-        """The share of the time in which an operator ran, or a kernel on a GPU.
-
-        A profiler slows the host down, operators and what is between them alike, and not a GPU's kernels: those are
-        held against the seconds without it.
-        """
-        whole = self.part_seconds if device == "cuda" else self.digest.seconds
-        return min(self.digest.busy / whole, 1.0) if whole else 0.0
-
-    def seconds_of(self, operator: float, device: str) -> float:
-        """An operator's profiled seconds as seconds of the timed phase."""
-        total = self.digest.busy
-        return operator / total * self.busy(device) * self.seconds if total else 0.0
-
-
-def by_kind(phase: Phase, device: str) -> dict[str, float]:
-    """Seconds of the timed phase by what they went into, waiting included."""
-    found: dict[str, float] = {}
-    for name, operator in phase.digest.operators.items():
-        found[kind(name)] = found.get(kind(name), 0.0) + phase.seconds_of(operator.seconds, device)
-    return {**found, WAITS[device]: (1 - phase.busy(device)) * phase.seconds}
-
-
-def costs_of(phase: Phase, device: str, rate: float) -> list[dict[str, Any]]:
-    """A phase's; `rate`: FLOP/s of bare products."""
-    seconds = by_kind(phase, device)
-    found = {what: taken for what, taken in seconds.items() if what not in NEEDED}
-    done = phase.digest.flops * phase.scale
-    beyond = 0.0 if phase.reading else max(done - phase.flops, 0.0) / rate
-    slow = seconds.get("products", 0.0) - max(done / rate, phase.reading * phase.scale)
-    found["products beyond the count: what is recomputed, or run on padding"] = beyond
-    found["products slower than bare ones, or than the reading of weights"] = slow
-    return [{"phase": phase.name, "what": what, "seconds": taken} for what, taken in found.items() if taken > 0]
-
-
-def largest(phases: Sequence[Phase], device: str, rate: float) -> list[dict[str, Any]]:
-    """The costs of all phases, the largest first."""
-    found = [cost for phase in phases for cost in costs_of(phase, device, rate)]
-    return sorted(found, key=lambda cost: -cost["seconds"])[:TOP]
+    tokens, flops = count
+    scale = seconds / part if part else 0.0  # from what was profiled to the timed phase
+    total = sum(each.seconds for each in digest.operators.values())
+    # A profiler slows the host down, operators and what is between them alike, and not a GPU's kernels: those are held
+    # against the seconds without it.
+    whole = part if on_gpu else digest.seconds
+    busy = min(total / whole, 1.0) if whole else 0.0
+    factor = busy * seconds / total if total else 0.0  # from an operator's profiled seconds to those of the phase
+    costs: dict[str, float] = {}
+    for operator, each in digest.operators.items():
+        costs[kind(operator)] = costs.get(kind(operator), 0.0) + each.seconds * factor
+    products, done = costs.pop("products", 0.0), digest.flops * scale
+    costs.pop("attention", None)
+    costs[WAITS[on_gpu]] = (1 - busy) * seconds
+    costs[BEYOND] = 0.0 if reading else max(done - flops, 0.0) / rate
+    costs[SLOW] = products - max(done / rate, reading * scale)
+    top = sorted(digest.operators.items(), key=lambda item: -item[1].seconds)[:TOP]
+    operators = [
+        {"name": operator, "kind": kind(operator), "seconds": each.seconds * factor, "count": each.count * scale,
+         "flops": each.flops * scale}
+        for operator, each in top
+    ]  # fmt: skip
+    more = {"busy": busy, "profiled": part / seconds, "operators": operators}
+    if on_gpu:
+        more |= {"launches": digest.launches * scale, "synchronisations": digest.synchronisations * scale}
+    share = flops / seconds / rate if flops else None
+    row = Row(name, "ours", seconds=(seconds,), tokens=(tokens,), flops=(flops,), of_limit=share, more=more)
+    return row, {what: taken for what, taken in costs.items() if taken > 0}
 
 
 # --- an iteration
-
-
-@dataclass
-class FirstPhaseTimer(PhaseTimer):
-    """Keeps the seconds of each phase's first occurrence, which is the one that is profiled."""
-
-    first: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        before = self.seconds.get(name, 0.0)
-        with super().phase(name):
-            yield
-        self.first.setdefault(name, self.seconds[name] - before)
 
 
 @dataclass
@@ -259,70 +207,54 @@ class PhaseProfiler(PhaseTimer):
 
 
 def measured(case: StepCase, device: torch.device, dtype: torch.dtype, tell: Callable[[str], None]) -> Case:
-    """Warm up, time an iteration, then profile one."""
+    """Warm up, time an iteration, then profile one; of the rollout, one with answers of at most LONGEST tokens."""
     with tempfile.TemporaryDirectory() as folder, capped(case.cap_gib, device):
         write_folder(case.model, Path(folder))
         tell("loading")
         iterations = PPORun(case, Path(folder), device, dtype)
-        tell("a first iteration, which is not timed")
-        sampler = iterations.job.sampler  # warm after short answers
+        sampler = iterations.job.sampler
         few = replace(sampler, sampling=replace(sampler.sampling, max_new_tokens=min(case.response, LONGEST)))
-        with mock.patch.object(iterations.job, "sampler", few):
+        short = mock.patch.object(iterations.job, "sampler", few)
+        tell("a first iteration, which is not timed")
+        with short:
             iterations.run(PhaseTimer(device))
         tell("the stopwatch")
-        timer = FirstPhaseTimer(device)
+        timer, short_timer = PhaseTimer(device), PhaseTimer(device)
         iterations.run(timer)
-        counts, batches = iterations.counts(), decode_steps(iterations)
+        counts = iterations.counts()
         rate, copies = product_rate(case, device, dtype), bandwidth(device)
         tell("the profiler")
-        whole = case.response <= LONGEST
-        profiler = PhaseProfiler(device, wanted=PHASES if whole else tuple(name for name in PHASES if name != ROLLOUT))
-        began = time.perf_counter()
+        profiler = PhaseProfiler(device, wanted=tuple(name for name in PHASES if name != ROLLOUT))
+        start = time.perf_counter()
         iterations.run(profiler, again=True)
-        taken = time.perf_counter() - began
-        again = iterations.counts()
-        model, length = iterations.roles.causal_model(), case.prompt + case.response // 2
-        a_step = weight_bytes(model) / copies
-        phases = []
-        for name, digest in profiler.found.items():
-            # after another update a few sampled tokens may differ
-            share = again[name][0] / counts[name][0]
-            part = timer.first[name] * share
-            reading = batches * share * a_step if name == ROLLOUT else 0.0
-            phases.append(Phase(name, timer.seconds[name], counts[name][1], part, digest, reading))
-        if not whole:
-            tell(f"the profiler: {WINDOW} tokens in the middle of answers")
-            part, digest = window(iterations, length, device)
-            phases.insert(0, Phase(ROLLOUT, timer.seconds[ROLLOUT], counts[ROLLOUT][1], part, digest, WINDOW * a_step))
-    phases.sort(key=lambda phase: PHASES.index(phase.name))
-    rows = [row_of(phase, counts[phase.name][0], rate, device.type) for phase in phases]
+        again, profiled_seconds = iterations.counts(), time.perf_counter() - start
+        # After another update a few sampled tokens may differ.
+        parts = {name: timer.first[name] * again[name][0] / counts[name][0] for name in profiler.found}
+        tell("the profiler: the rollout")
+        profiler.wanted = (ROLLOUT,)
+        with short:
+            iterations.run(short_timer, again=True)
+            iterations.run(profiler, again=True)
+        parts[ROLLOUT] = short_timer.first[ROLLOUT]
+        reading = decode_steps(iterations) * weight_bytes(iterations.roles.causal_model()) / copies
+    rows, costs = [], []
+    for name in PHASES:
+        row, found = phase_row(
+            name, timer.seconds[name], counts[name], parts[name], profiler.found[name], rate,
+            on_gpu=device.type == "cuda", reading=reading if name == ROLLOUT else 0.0,
+        )  # fmt: skip
+        rows.append(row)
+        costs += [{"phase": name, "what": what, "seconds": taken} for what, taken in found.items()]
     return replace(
         blank(case, dtype),
         rows=(*rows, Row(WHOLE, "ours", seconds=(timer.seconds[WHOLE],))),
         found={
-            "profiled_seconds": taken,
+            "profiled_seconds": profiled_seconds,
             "rate": rate,  # FLOP/s of bare products
             "bandwidth": copies,  # bytes/s of a plain copy
-            "costs": largest(phases, device.type, rate),
+            "costs": sorted(costs, key=lambda cost: -cost["seconds"])[:TOP],
         },
     )
-
-
-def row_of(phase: Phase, tokens: int, rate: float, device: str) -> Row:
-    """A phase by the stopwatch, with its operators scaled to it."""
-    digest, scale = phase.digest, phase.scale
-    top = sorted(digest.operators.items(), key=lambda item: -item[1].seconds)[:TOP]
-    operators = [
-        {"name": name, "kind": kind(name), "seconds": phase.seconds_of(each.seconds, device),
-         "count": each.count * scale, "flops": each.flops * scale}
-        for name, each in top
-    ]  # fmt: skip
-    more = {"busy": phase.busy(device), "profiled": phase.part_seconds / phase.seconds, "operators": operators}
-    if device == "cuda":
-        more |= {"launches": digest.launches * scale, "synchronisations": digest.synchronisations * scale}
-    share = phase.flops / phase.seconds / rate if phase.flops else None
-    return Row(phase.name, "ours", seconds=(phase.seconds,), tokens=(tokens,), flops=(phase.flops,), of_limit=share,
-               more=more)  # fmt: skip
 
 
 def decode_steps(iterations: PPORun) -> int:
@@ -341,54 +273,25 @@ def product_rate(case: StepCase, device: torch.device, dtype: torch.dtype) -> fl
     return bare.flops / statistics.median(seconds(bare) for _ in range(5))
 
 
-def window(iterations: PPORun, length: int, device: torch.device) -> tuple[float, Digest]:
-    """Seconds and digest of WINDOW tokens that follow prompts of so many: those of more tokens less those of one.
-
-    No token ends an answer there. The seconds are those of calls without the profiler.
-    """
-    job, roles = iterations.job, iterations.roles
-    draw = random.Random(length)
-    words = tuple(draw.randrange(FIRST_WORD, iterations.case.model.vocab) for _ in range(length))
-    prompts = [Prompt("", words[place % 2 :]) for place in range(iterations.case.items)]
-
-    def sample(tokens: int) -> None:
-        sampling = replace(job.sampler.sampling, max_new_tokens=tokens)
-        replace(job.sampler, sampling=sampling, ends=frozenset()).sample(roles, prompts, range(len(prompts)), None)
-
-    seconds = measure.stopwatch(device)
-    sample(1 + WINDOW)  # the first call allocates and compiles
-    taken = [seconds(lambda: sample(1 + WINDOW)) - seconds(lambda: sample(1)) for _ in range(3)]
-    digest = profiled(lambda: sample(1 + WINDOW), device).beyond(profiled(lambda: sample(1), device))
-    return max(statistics.median(taken), 1e-9), digest
-
-
 @click.command(context_settings=cli.SETTINGS)
-@cli.DEVICE
-@click.option("--case", "name", default="", help="A PPO case of benchmarks.train_step, by name. Default: the first.")
+@click.option("--case", "case_name", default="", help="A PPO case of benchmarks.train_step. Default: the first.")
 @click.option("--smoke", is_flag=True, help="A GPU's case at tiny sizes: shows that it runs, and measures nothing.")
-@cli.OUT
-def command(device: str, name: str, smoke: bool, out: Path | None) -> None:
+@cli.options()
+def command(options: cli.Options, case_name: str, smoke: bool) -> None:
     """One warmed-up PPO iteration by the stopwatch, and one under the profiler.
 
     Seconds are the stopwatch's. The profiler says what they went into: operators by their own time, on a GPU kernels,
     how long the GPU was idle, and which costs are avoidable by rule.
     """
-    where = cli.ready_device(device)
-    case = picked(device, ["ppo"], [name] if name else [], smoke=smoke)[0]
+    device = options.device
+    case = picked(device.type, ["ppo"], [case_name] if case_name else [], smoke=smoke)[0]
     quiet()
-    dtype = torch.bfloat16 if smoke or device == "cuda" else torch.float32
-    recorder = Recorder("ppo-profile", where, quick=smoke, out=out, name=case.name)
-    console = Console()
-    console.print(recorder.opening(), highlight=False)
+    dtype = torch.bfloat16 if smoke or device.type == "cuda" else torch.float32
+    recorder = options.recorder("ppo-profile", 1, quick=smoke, name=case.name)
     try:
-        with console.status("") as status:
-            result = measured(case, where, dtype, lambda words: status.update(f"{case.name}: {words}"))
+        render.run(recorder, [case], lambda case, tell: measured(case, device, dtype, tell), options)
     except TOO_MUCH as error:
         raise click.ClickException(f"--case {case.name!r}: {one_line(error)}") from None
-    recorder.add(result)
-    console.print(render.terminal(result))
-    click.echo(render.cost_table(result))
-    render.finish(recorder)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import subprocess
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
@@ -28,7 +27,7 @@ SCHEMA = 4
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "peft", "accelerate",
-            "bitsandbytes")  # fmt: skip
+            "bitsandbytes", "datasets")  # fmt: skip
 OURS = "onecard"
 WHOLE = "the whole iteration"  # the row of a training step's sum
 LIMIT = "limit"  # the role of bare GEMMs and copies; candidates are "ours" or "peer"
@@ -201,17 +200,9 @@ def now() -> str:
 def write_atomically(path: Path, data: bytes) -> None:
     """Whole or not at all: no reader and no run that is cut off sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's files are private
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
 
 
 def load(path: Path) -> Report:

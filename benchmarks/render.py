@@ -8,15 +8,15 @@ from __future__ import annotations
 import io
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import matplotlib
-from rich.box import SIMPLE
-from rich.table import Table
+from rich.console import Console
 
 from benchmarks import cli, records, targets
 from benchmarks.measure import Spread
@@ -27,7 +27,6 @@ from matplotlib import pyplot
 
 NONE = "–"
 COLOURS = {"ours": "#1b7837", "peer": "#9e9e9e", LIMIT: "#d9d9d9"}
-STYLES = {"ours": "bold green", LIMIT: "dim"}
 ROLLOUT_TARGET = 2.0  # times the tokens per second of generate, on mixed lengths
 MOST_OFF = 0.05  # of a measured peak, by which the memory plan may be off
 LEAST_STEPS = 2  # whole ones, of a case under a memory cap
@@ -74,11 +73,14 @@ def named(row: Row) -> str:
     return f"{row.name} ({row.rate / scale:.3g} {unit})"
 
 
-def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    def line(values: Sequence[str]) -> str:
-        return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
-
-    return "\n".join([line(headings), line(["---", *["---:"] * (len(headings) - 1)]), *map(line, lines)])
+def table(headings: Sequence[str], lines: Iterable[Sequence[str]], *, aligned: bool = False) -> str:
+    """A Markdown table; `aligned`: with columns as wide as their cells, for a terminal."""
+    rows = [[value.replace("|", "\\|") for value in row] for row in (headings, *lines)]
+    rows.insert(1, ["---", *["---:"] * (len(headings) - 1)])
+    if aligned:
+        widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(headings))]
+        rows = [[f"{x:{'>' if i else '<'}{widths[i]}}" for i, x in enumerate(row)] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 # --- a case
@@ -273,24 +275,14 @@ def operators(row: Row) -> list[str]:
     return parts
 
 
-def cost_table(case: Case) -> str:
-    whole = case.row(WHOLE)
-    assert whole is not None
-    lines = [
-        [each["what"], each["phase"], milliseconds(each["seconds"]), f"{each['seconds'] / whole.seconds[0]:.1%}"]
-        for each in case.found["costs"]
-    ]
-    return table(["avoidable cost", "phase", "ms", "of the iteration"], lines)
-
-
-def notes(case: Case) -> list[str]:
-    """What stands below a case's table."""
+def notes(case: Case, *, aligned: bool = False) -> list[str]:
+    """What stands below a case's table. The operators of a profile are left out on a terminal."""
     found, parts = case.found, []
     if "learned" in found:
         if found.get("memory"):
             headings = ["peak, MiB", "planned", "measured", "difference", "above what stays: planned", "measured",
                         "difference"]  # fmt: skip
-            parts.append(table(headings, memory_lines(found["memory"])))
+            parts.append(table(headings, memory_lines(found["memory"]), aligned=aligned))
         parts.append(f"{plan_verdict(case)} {steps_verdict(case)}")
     if found.get("step"):
         parts.append(rollout_note(case))
@@ -299,28 +291,30 @@ def notes(case: Case) -> list[str]:
             f"Profiled, the iteration took {found['profiled_seconds']:.3g} s. Bare products: "
             f"{found['rate'] / 1e12:.3g} TFLOP/s, a plain copy: {found['bandwidth'] / 1e9:.3g} GB/s."
         )
-        parts.append(cost_table(case))
-        parts += [part for row in case.rows if "operators" in row.more for part in operators(row)]
+        whole = sum(case.rows[-1].seconds)  # the last row is the whole iteration
+        lines = [
+            [each["what"], each["phase"], milliseconds(each["seconds"]), f"{each['seconds'] / whole:.1%}"]
+            for each in found["costs"]
+        ]
+        parts.append(table(["avoidable cost", "phase", "ms", "of the iteration"], lines, aligned=aligned))
+        profiled = [row for row in case.rows if "operators" in row.more and not aligned]
+        parts += [part for row in profiled for part in operators(row)]
     return parts
 
 
-def terminal(case: Case) -> Table | str:
-    """A case on the terminal."""
+def parts_of(case: Case, report: Report, *, aligned: bool = False) -> list[str]:
+    """A case: its heading, settings, table and notes; `aligned`: for a terminal."""
+    parts = [f"### {heading(case, report)}", settings(case)]
     if case.refused is not None:
-        return f"{case.what} {case.name}: REFUSED, {case.refused}"
+        return [*parts, f"REFUSED, nothing was timed: {case.refused}"]
+    if not case.rows:
+        return parts
     headings, lines = cells(case)
-    shown = [index for index, name in enumerate(headings) if name != "quartiles"]
-    reasons = [f"{row.name}: {row.reason}" for row in case.rows if row.reason is not None]
-    below = [note for note in notes(case) if not note.startswith(("|", "#", "Profiled: "))]
-    heads = " ".join(filter(None, (case.what, case.name, case.mode, size(case) if case.mode else "")))
-    made = Table(title=heads, caption="\n".join([*reasons, *below]), box=SIMPLE, title_justify="left",
-                 caption_justify="left")  # fmt: skip
-    for index in shown:
-        made.add_column(headings[index], justify="right" if index else "left", no_wrap=not index)
-    for row, line in zip(case.rows, lines, strict=True):
-        if row.reason is None:  # one number a cell, for a terminal of 80 columns
-            made.add_row(*(line[i].split(" (")[0] if i else line[i] for i in shown), style=STYLES.get(row.role))
-    return made
+    if aligned:  # a reason in a cell would widen its column
+        reasons = [f"{row.name}: {row.reason}" for row in case.rows if row.reason is not None]
+        lines = [line for row, line in zip(case.rows, lines, strict=True) if row.reason is None]
+        return [*parts, table(headings, lines, aligned=True), *reasons, *notes(case, aligned=True)]
+    return [*parts, table(headings, lines), *notes(case)]
 
 
 # --- a report
@@ -354,6 +348,16 @@ def provenance(report: Report) -> str:
     return ". ".join([*warnings, facts]) + "."
 
 
+def conclusions(report: Report) -> list[str]:
+    """What a run met of the targets, or proposes."""
+    if report.benchmark == "tune":
+        from benchmarks import tune
+
+        return ["## Proposal", tune.proposals(report)]
+    judged = targets.verdicts(report)
+    return ["## Targets", table(("target", "bar", "figure", ""), judged)] if judged else []
+
+
 def markdown(report: Report, name: str) -> str:
     """All of a report."""
     parts = [
@@ -361,21 +365,9 @@ def markdown(report: Report, name: str) -> str:
         provenance(report),
         f"Made from {name} by `python -m benchmarks.render`; how to read it: the README of `benchmarks/`.",
     ]
-    judged = targets.verdicts(report)
-    if judged:
-        parts += ["## Targets", table(("target", "bar", "figure", ""), judged)]
-    if report.benchmark == "tune":
-        from benchmarks import tune
-
-        parts += ["## Proposal", tune.proposals(report)]
+    parts += conclusions(report)
     for what, cases in report.kinds.items():
-        parts.append(f"## {what}")
-        for case in cases:
-            parts += [f"### {heading(case, report)}", settings(case)]
-            if case.refused is not None:
-                parts.append(f"REFUSED, nothing was timed: {case.refused}")
-                continue
-            parts += [table(*cells(case)), *notes(case)] if case.rows else []
+        parts += [f"## {what}", *(part for case in cases for part in parts_of(case, report))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -430,14 +422,56 @@ def render(path: Path) -> list[Path]:
     return made
 
 
-def finish(recorder: records.Recorder, *, complete: bool = True, data_only: bool = False) -> None:
-    """Write a report for the last time, and its Markdown and plots unless the data alone is asked for."""
+C = TypeVar("C")
+
+
+def show(recorder: records.Recorder, case: Case, console: Console) -> None:
+    """Put a case into the file and on the terminal."""
+    recorder.add(case)
+    text = "\n\n".join([f"## {case.what}", *parts_of(case, recorder.report, aligned=True)])
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def run(
+    recorder: records.Recorder,
+    cases: Sequence[C],
+    measure: Callable[[C, Callable[[str], None]], Case],
+    options: cli.Options,
+) -> None:
+    """Measure the cases that begin within the minutes that there are, and write the report after each.
+
+    `measure` gets a case and a function that shows what it does. Raises Refused at the end if a case was refused.
+    """
+    console, began = Console(), time.monotonic()
+    console.print(recorder.opening(), highlight=False)
+    for index, case in enumerate(cases):
+        if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
+            click.echo(f"{len(cases) - index} cases were not begun after {options.minutes:g} minutes.")
+            break
+        with console.status("") as status:
+            result = measure(case, status.update)
+        show(recorder, result, console)
+    finish(recorder, complete=len(recorder.report.cases) == len(cases), data_only=options.data_only)
+    refused = [f"{case.name}: {case.refused}" for case in recorder.report.cases if case.refused]
+    if refused:
+        raise cli.Refused(" ".join(refused))
+
+
+def finish(
+    recorder: records.Recorder, *, complete: bool = True, data_only: bool = False, page: Path | None = None
+) -> None:
+    """Write a report for the last time, its Markdown and plots unless the data alone is asked for, and its tables into
+    a page if there is one.
+    """
     if not recorder.report.cases:
         return
     recorder.put(recorder.report.cases, complete=complete)
-    if recorder.path.exists():
-        for made in (recorder.path, *([] if data_only else render(recorder.path))):
-            click.echo(f"wrote {made}")
+    for part in conclusions(recorder.report):
+        click.echo(part)
+    for made in (recorder.path, *([] if data_only else render(recorder.path))):
+        click.echo(f"wrote {made}")
+    if page is not None:
+        update(page, summaries(recorder.report, recorder.path.name))
 
 
 # --- summaries: the tables of READMEs and pages
@@ -514,6 +548,33 @@ def rollout_summary(cases: Sequence[Case], source: str) -> str:
     return f"{table(('rollout', 'onecard, tokens/s', 'generate, tokens/s', 'faster by'), lines)}\n\n{source}"
 
 
+NO_OPTION = "none"  # the row that times of memory options are relative to
+
+
+def memory_summary(cases: Sequence[Case], source: str) -> str:
+    (case,) = cases
+    base = case.row(NO_OPTION)
+    assert base is not None
+    lines = [
+        [f"`{row.name}`" if row.name.startswith("--") else row.name, mebibytes(row.held_bytes),
+         mebibytes(row.peak_bytes), factor(records.ratio(row, base))]
+        for row in case.rows
+    ]  # fmt: skip
+    headings = ("option", "held between steps, MiB", "peak of a step above that, MiB", "time of a step")
+    about = f"{settings(case)[:-1]}, {case.name}. Time over the step without an option, round by round."
+    return f"{table(headings, lines)}\n\n{about} {source}"
+
+
+def scale_summary(cases: Sequence[Case], source: str) -> str:
+    lines = [
+        [row.name, f"{row.seconds[0]:.0f} s", f"{(row.peak_bytes or 0) / 2**30:.2f} GiB"]
+        for case in cases
+        for row in case.rows
+    ]
+    made = table(("", "wall time", "peak resident memory"), lines)
+    return f"{made}\n\nEach row is one process from its start to its end, imports and all. {source}"
+
+
 def summaries(report: Report, name: str) -> dict[str, str]:
     """By the name of a marked region."""
     source = f"{provenance(report)} From `{name}`."
@@ -521,12 +582,14 @@ def summaries(report: Report, name: str) -> dict[str, str]:
     kinds = {what: cases for what, cases in kinds.items() if cases}
     if report.benchmark == "kernels":
         return {what: kernel_summary(cases, source) for what, cases in kinds.items()}
-    if report.benchmark == "train-step":
-        made = {"dpo": partial(dpo_summary, report), "ppo": partial(ppo_summary, report)}
-        return {f"train-step-{what}": made[what](cases, source) for what, cases in kinds.items()}
-    if report.benchmark == "rollout":
-        return {"rollout": rollout_summary(report.cases, source)}
-    return {}
+    made: dict[str, Callable[[Sequence[Case], str], str]] = {
+        "dpo": partial(dpo_summary, report), "ppo": partial(ppo_summary, report), "rollout": rollout_summary,
+        "memory-options": memory_summary, "scale": scale_summary,
+    }  # fmt: skip
+    prefix = "train-step-" if report.benchmark == "train-step" else ""
+    known = ("train-step", "rollout", "memory-options", "scale")
+    found = kinds.items() if report.benchmark in known else ()
+    return {f"{prefix}{what}": made[what](cases, source) for what, cases in found}
 
 
 OPENING, CLOSING = "<!-- benchmark:{} -->", "<!-- /benchmark -->"

@@ -13,20 +13,19 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from rich.console import Console
 
 from benchmarks import cli, measure, render
-from benchmarks.records import OURS, Case, Recorder, Row
+from benchmarks.measure import free_memory
+from benchmarks.records import OURS, Case, Row
 from benchmarks.train_step.cases import LLAMA_8B, QWEN_0_5B, QWEN_1_5B, TINY
-from benchmarks.train_step.dpo import free_memory, held_bytes, quiet, randomize_adapters
+from benchmarks.train_step.dpo import held_bytes, quantization_of, quiet, randomize_adapters, stored_bytes
 from benchmarks.train_step.synthetic import DTYPES, FIRST_WORD, PAD, SEED, Model, random_weights, write_folder
 from onecard.config import ModelConfig, SFTConfig
 from onecard.data import load_rows
@@ -84,26 +83,22 @@ class Task:
     batch_size: int
 
 
-def small() -> RolloutCase:
-    """The case of a CPU, which takes seconds."""
-    return RolloutCase(RANDOM, SMALL, prompts=64, batch_size=32, least=4, most=64, max_new_tokens=128, mean=32)
-
-
 def of_shape(shape: str, *, load_in_4bit: bool, batch_size: int = 16) -> RolloutCase:
     """A real model's sizes, and two batches of prompts, as a PPO iteration has."""
     name = f"{shape}, {'NF4' if load_in_4bit else 'bf16'}, {batch_size} rows"
     return RolloutCase(name, SHAPES[shape], 2 * batch_size, batch_size, 64, 512, 192, 64, load_in_4bit)
 
 
-def on_a_gpu() -> list[RolloutCase]:
-    """The table: the README's claim first, then smaller models, then more rows."""
-    return [
-        of_shape("8B", load_in_4bit=True),
-        of_shape("1.5B", load_in_4bit=False, batch_size=32),
-        of_shape("8B", load_in_4bit=False),
-        of_shape("0.5B", load_in_4bit=False, batch_size=64),
-        of_shape("8B", load_in_4bit=True, batch_size=64),
-    ]
+# The case of a CPU, which takes seconds
+ON_CPU = RolloutCase(RANDOM, SMALL, prompts=64, batch_size=32, least=4, most=64, max_new_tokens=128, mean=32)
+# The table of a GPU: the README's claim first, then smaller models, then more rows.
+ON_A_GPU = (
+    of_shape("8B", load_in_4bit=True),
+    of_shape("1.5B", load_in_4bit=False, batch_size=32),
+    of_shape("8B", load_in_4bit=False),
+    of_shape("0.5B", load_in_4bit=False, batch_size=64),
+    of_shape("8B", load_in_4bit=True, batch_size=64),
+)
 
 
 def tiny(case: RolloutCase) -> RolloutCase:
@@ -153,26 +148,16 @@ def model_task(case: RolloutCase, model: str, file: str) -> Task:
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of weights that a decoding step reads: all but the embeddings' other rows and idle adapters, with the
-    statistics of quantized weights.
-    """
-    head = model.get_output_embeddings().weight
+    """Bytes that a decoding step reads of the weights: all but other rows of the embeddings and idle adapters."""
     embeddings = model.get_input_embeddings().weight
-    skipped = set() if embeddings is head else {id(embeddings)}
-    found: dict[int, int] = {}
+    skipped = set() if embeddings is model.get_output_embeddings().weight else {embeddings}
     for module in model.modules():
-        active = getattr(module, "active_adapters", None)
-        for name, parameter in module.named_parameters(recurse=False):
-            found.setdefault(id(parameter), parameter.numel() * parameter.element_size())
-            state = getattr(parameter, "quant_state", None)
-            if name == "weight" and state is not None:
-                extra = [state.absmax, *([state.state2.absmax] if state.nested else [])]
-                found[id(state)] = sum(each.numel() * each.element_size() for each in extra)
-        if isinstance(active, list):
-            for part in ("lora_A", "lora_B"):
-                idle = [one for key, one in getattr(module, part, {}).items() if key not in active]
-                skipped |= {id(parameter) for one in idle for parameter in one.parameters()}
-    return sum(size for key, size in found.items() if key not in skipped)
+        if isinstance(active := getattr(module, "active_adapters", None), list):
+            parts = (getattr(module, name, {}) for name in ("lora_A", "lora_B"))
+            idle = (one for part in parts for name, one in part.items() if name not in active)
+            skipped.update(parameter for one in idle for parameter in one.parameters())
+    read = [parameter for parameter in model.parameters() if parameter not in skipped]
+    return stored_bytes([*read, *quantization_of(model)])
 
 
 def step_bytes(model: Any, rows: int, length: int) -> int:
@@ -186,17 +171,6 @@ def bandwidth(device: torch.device, repeats: int = 5) -> float:
     seconds = measure.stopwatch(device)
     copy()
     return size / statistics.median(seconds(copy) for _ in range(repeats))
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of decoding: so many rows with so many tokens each in the cache."""
-
-    rows: int
-    length: int
-    seconds: dict[str, float]  # by sampler
-    bytes_read: int  # that it cannot do without: weights and cache
-    bandwidth: float  # bytes/s of a plain copy, in the same run
 
 
 # --- the samplers
@@ -238,6 +212,7 @@ def peer(task: Task) -> int:
     return total
 
 
+Clock = Callable[[], float]
 Samplers = dict[str, tuple[str, Callable[[Task], int]]]
 SAMPLERS: dict[str, Samplers] = {
     "cpu": {OURS: ("ours", ours), PEER: ("peer", peer)},
@@ -287,124 +262,93 @@ class Work:
             self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.device) - self.before)
 
 
-def take_turns(
-    task: Task,
-    device: torch.device,
-    repeats: int,
-    *,
-    budget: float = float("inf"),
-    warmup: int = 1,
-    clock: Callable[[], float] = time.perf_counter,
-) -> tuple[Row, ...]:
-    """All samplers, timed in turns on the same seeds; no round is begun once they have taken `budget` seconds."""
+def take_turns(task: Task, device: torch.device, repeats: int, clock: Clock) -> tuple[Row, ...]:
+    """All samplers, timed in turns on the same seeds."""
     samplers = SAMPLERS[device.type]
     works = {name: Work(task, sampler, device) for name, (_, sampler) in samplers.items()}
-    seconds_of = measure.stopwatch(device, clock)
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(-warmup, repeats):
-        if turn > 0 and sum(map(sum, times.values())) > budget:
-            break
-        for name, work in works.items():
-            taken = seconds_of(work)
-            if turn >= 0:
-                times[name].append(taken)
+    turns: dict[str, list[measure.Work]] = {name: [work] for name, work in works.items()}
+    seconds_of, budget = measure.stopwatch(device, clock), BUDGET[device.type]
+    times = measure.interleave(turns, seconds_of, repeats=repeats, warmup=1, budget=budget, least=1)
 
     def row(name: str) -> Row:
         peak = works[name].peak if device.type == "cuda" else measure.peak_bytes(works[name], device)
-        tokens, seconds = tuple(works[name].tokens[warmup : warmup + len(times[name])]), tuple(times[name])
-        return Row(name, samplers[name][0], seconds=seconds, tokens=tokens, peak_bytes=peak)
+        tokens = tuple(works[name].tokens[1 : 1 + len(times[name])])
+        return Row(name, samplers[name][0], seconds=tuple(times[name]), tokens=tokens, peak_bytes=peak)
 
     return tuple(map(row, samplers))
 
 
-def time_a_step(
-    task: Task, device: torch.device, bandwidth: float, clock: Callable[[], float] = time.perf_counter
-) -> Step:
-    """Seconds of one step over a full batch in which nothing ends, in the middle of the longest answers.
+def time_a_step(task: Task, device: torch.device, clock: Clock) -> dict[str, Any]:
+    """One step over a full batch in which nothing ends, in the middle of the longest answers.
 
-    What more tokens take beyond one, over their number: so the pass over the prompts does not count, and nothing needs
-    to be known of how a sampler steps.
+    Its seconds by sampler are what more tokens take beyond one, over their number: so the pass over the prompts does
+    not count, and nothing needs to be known of how a sampler steps. `bytes_read`: weights and cache. `bandwidth`: of a
+    plain copy in the same run, bytes/s.
     """
     tokens = min(WINDOW, max(1, task.sampling.max_new_tokens // 2))
-    length = max(map(len, task.prompts)) + task.sampling.max_new_tokens // 2 - tokens // 2
+    length = max(map(len, task.prompts)) + task.sampling.max_new_tokens // 2
     words = [word for prompt in task.prompts for word in prompt]
     draw = random.Random(0)
     # of one length no mask would be needed, and real batches need one
-    prompts = tuple(tuple(draw.choices(words, k=max(1, length - row % 2))) for row in range(task.batch_size))
+    shortest = length - tokens // 2
+    prompts = tuple(tuple(draw.choices(words, k=max(1, shortest - row % 2))) for row in range(task.batch_size))
 
     def of(count: int) -> Task:
         return replace(task, prompts=prompts, ends=frozenset(), sampling=Sampling(count, task.sampling.temperature))
 
-    seconds_of, samplers = measure.stopwatch(device, clock), SAMPLERS[device.type]
-    found: dict[str, list[float]] = {name: [] for name in samplers}
-    for turn in range(-1, STEP_REPEATS):
-        for name, (_, sampler) in samplers.items():
-            many, one = (seconds_of(Work(of(count), sampler, device)) for count in (1 + tokens, 1))
-            if turn >= 0:
-                found[name].append((many - one) / tokens)
-    length += tokens // 2
+    samplers = SAMPLERS[device.type]
+    works: dict[str, list[measure.Work]] = {
+        f"{name} {count}": [Work(of(count), sampler, device)]
+        for name, (_, sampler) in samplers.items()
+        for count in (1 + tokens, 1)
+    }
+    times = measure.interleave(works, measure.stopwatch(device, clock), repeats=STEP_REPEATS, warmup=1)
+    seconds = {
+        name: statistics.median(
+            (many - one) / tokens for many, one in zip(times[f"{name} {1 + tokens}"], times[f"{name} 1"], strict=True)
+        )
+        for name in samplers
+    }
     size = step_bytes(task.roles.causal_model(), task.batch_size, length)
-    seconds = {name: statistics.median(each) for name, each in found.items()}
-    return Step(task.batch_size, length, seconds, size, bandwidth)
+    return {"rows": task.batch_size, "length": length, "seconds": seconds, "bytes_read": size,
+            "bandwidth": bandwidth(device)}  # fmt: skip
 
 
 # --- the command
 
 
-def measured(result: Case, case: RolloutCase, task: Task, repeats: int, clock: Callable[[], float]) -> Case:
+def measured(case: RolloutCase, task: Task, device: torch.device, repeats: int, clock: Clock) -> Case:
     """Log-probabilities are checked first; then a step is timed, then whole rollouts in turns."""
-    causal, device = task.roles.causal_model(), task.roles.device
-    lengths = [len(prompt) for prompt in task.prompts]
-    result = replace(
-        result,
-        sizes={**result.sizes, "shortest": min(lengths), "longest": max(lengths)},
-        dtype=str(causal.dtype).removeprefix("torch."),
-        about={**result.about, "parameters": sum(each.numel() for each in causal.parameters())},
-    )
+    causal, lengths = task.roles.causal_model(), [len(prompt) for prompt in task.prompts]
+    sizes = {"prompts": case.prompts, "shortest": min(lengths), "longest": max(lengths), "batch_size": case.batch_size,
+             "max_new_tokens": case.max_new_tokens}  # fmt: skip
+    about = {"model": case.model.name, "load_in_4bit": case.load_in_4bit, "temperature": case.temperature,
+             "parameters": sum(each.numel() for each in causal.parameters())}  # fmt: skip
+    result = Case("rollout", case.name, sizes, str(causal.dtype).removeprefix("torch."), about=about)
     error = error_of_ours(task)
     if not error <= BAR.get(causal.dtype, 0.5):
         return replace(result, refused=f"log-probabilities as sampled are off by {error:.3g} nat")
-    step = time_a_step(task, device, bandwidth(device), clock)
-    rows = take_turns(task, device, repeats, budget=BUDGET[device.type], clock=clock)
+    step = time_a_step(task, device, clock)
     held = held_bytes(causal, torch.optim.SGD(causal.parameters()))
+    rows = tuple(replace(row, held_bytes=held) for row in take_turns(task, device, repeats, clock))
     mean = sum(rows[0].tokens) / len(rows[0].tokens) / len(task.prompts)
-    return replace(
-        result,
-        rows=tuple(replace(row, held_bytes=held) for row in rows),
-        found={"mean_response": mean, "error_logprobs": error, "step": asdict(step)},
-    )
+    return replace(result, rows=rows, found={"mean_response": mean, "error_logprobs": error, "step": step})
 
 
-def measure_case(
-    case: RolloutCase, model: str, prompts: str, device: torch.device, repeats: int, clock: Callable[[], float]
-) -> Case:
+def measure_case(case: RolloutCase, model: str, prompts: str, device: torch.device, repeats: int, clock: Clock) -> Case:
     """One case; one that does not fit is reported with the reason."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    sizes = {"prompts": case.prompts, "shortest": case.least, "longest": case.most, "batch_size": case.batch_size,
-             "max_new_tokens": case.max_new_tokens}  # fmt: skip
-    about = {"model": case.model.name, "load_in_4bit": case.load_in_4bit, "temperature": case.temperature}
-    result = Case("rollout", case.name, sizes, str(dtype).removeprefix("torch."), about=about)
     with tempfile.TemporaryDirectory() as folder:
         try:
             task = model_task(case, model, prompts) if model else random_task(case, Path(folder), dtype)
-            return measured(result, case, task, repeats, clock)
+            return measured(case, task, device, repeats, clock)
         except torch.OutOfMemoryError as error:
-            return replace(result, refused=f"out of memory: {str(error).splitlines()[0][:160]}")
+            refused = f"out of memory: {str(error).splitlines()[0][:160]}"
+            return Case("rollout", case.name, {"prompts": case.prompts}, DTYPES[dtype], refused=refused)
         except OnecardError as error:
             raise click.UsageError(str(error)) from None
         finally:
             free_memory()
-
-
-def chosen(names: Sequence[str], *, table: bool, smoke: bool) -> list[RolloutCase]:
-    """The cases that are asked for."""
-    if not (table or names or smoke):
-        return [small()]
-    found = on_a_gpu()
-    unknown = sorted(set(names) - {case.name for case in found})
-    if unknown:
-        raise click.UsageError(f"--case {unknown[0]!r}: expected one of {', '.join(repr(c.name) for c in found)}.")
-    return [tiny(case) if smoke else case for case in found if not names or case.name in names]
 
 
 @click.command(context_settings=cli.SETTINGS)
@@ -413,27 +357,8 @@ def chosen(names: Sequence[str], *, table: bool, smoke: bool) -> list[RolloutCas
 @click.option("--table", is_flag=True, help="The cases of a GPU, most telling first.")
 @click.option("--case", "names", multiple=True, help="Only this case of the table, by name.")
 @click.option("--smoke", is_flag=True, help="The table at tiny sizes: shows that it runs, and measures nothing.")
-@cli.DEVICE
-@click.option("--max-new-tokens", type=click.IntRange(1), help="Longest answer. Default: the case's.")
-@cli.MINUTES
-@cli.REPEATS
-@cli.BUSY
-@cli.OUT
-@cli.DATA_ONLY
-def command(
-    model: str,
-    prompts: str,
-    table: bool,
-    names: tuple[str, ...],
-    smoke: bool,
-    device: str,
-    max_new_tokens: int | None,
-    minutes: float | None,
-    repeats: int | None,
-    busy: bool,
-    out: Path | None,
-    data_only: bool,
-) -> None:
+@cli.options("minutes", "repeats", "busy")
+def command(options: cli.Options, model: str, prompts: str, table: bool, names: tuple[str, ...], smoke: bool) -> None:
     """Time onecard's sampler against transformers' generate, in response tokens per second.
 
     Before anything is timed, the log-probabilities that ours keeps are compared with a pass over the finished
@@ -443,25 +368,25 @@ def command(
         raise click.UsageError("--model and --prompts: give both, or none for random weights and prompts.")
     if model and (table or names or smoke):
         raise click.UsageError("--model is a case of its own; leave out --table, --case and --smoke.")
-    found = chosen(names, table=table, smoke=smoke)
-    found = [replace(case, max_new_tokens=max_new_tokens or case.max_new_tokens) for case in found]
+    found = [ON_CPU]
+    if table or names or smoke:
+        unknown = sorted(set(names) - {case.name for case in ON_A_GPU})
+        if unknown:
+            known = ", ".join(repr(case.name) for case in ON_A_GPU)
+            raise click.UsageError(f"--case {unknown[0]!r}: expected one of {known}.")
+        found = [tiny(case) if smoke else case for case in ON_A_GPU if not names or case.name in names]
     if model:
-        found = [
-            replace(case, name=Path(model).name, model=replace(case.model, name=Path(model).name)) for case in found
-        ]
-    where = cli.engine_device(device)
-    clock, clock_name = cli.pick_clock(device, busy=busy)
+        name = Path(model).name
+        found = [replace(case, name=name, model=replace(case.model, name=name)) for case in found]
+    cli.refuse_unused_gpu(options.device)
     quiet()
-    rounds = repeats or (2 if smoke else REPEATS[device])
+    repeats = options.repeats or (2 if smoke else REPEATS[options.device.type])
     name = found[0].name if len(found) == 1 else "table"
-    recorder = Recorder("rollout", where, clock=clock_name, repeats=rounds, quick=smoke, out=out, name=name)
-    click.echo(recorder.opening())
-    for case in cli.until(found, minutes):
-        result = measure_case(case, model, prompts, where, rounds, clock)
-        recorder.add(result)
-        Console().print(render.terminal(result))
-    render.finish(recorder, complete=len(recorder.report.cases) == len(found), data_only=data_only)
-    cli.refuse(recorder.report.cases)
+    recorder = options.recorder("rollout", repeats, quick=smoke, name=name)
+    render.run(
+        recorder, found,
+        lambda case, _: measure_case(case, model, prompts, options.device, repeats, options.clock), options,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

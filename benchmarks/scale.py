@@ -10,13 +10,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import torch
+from rich.console import Console
 
 from benchmarks import cli, records, render
+from benchmarks.records import Case, Recorder, Row
 from onecard.commands.demo.tiny import make_tiny_model
 
 PAGE = records.ROOT / "docs" / "data.md"
@@ -35,15 +36,6 @@ def tokenize(rows):
 rows = datasets.load_dataset("json", data_files=sys.argv[1], split="train")
 print(len(rows.map(tokenize, batched=True, remove_columns=rows.column_names)))
 """
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One process: its wall time in seconds, and the most memory that it had resident, in bytes."""
-
-    what: str
-    seconds: float
-    peak: int
 
 
 def words(count: int) -> list[str]:
@@ -77,8 +69,8 @@ def write_metrics(path: Path, count: int) -> None:
             file.write(json.dumps({"step": step, "loss": 1 / step, **row}) + "\n")
 
 
-def measured(what: str, command: Sequence[str], environment: Mapping[str, str]) -> Measured:
-    """Run a command to its end."""
+def measured(what: str, role: str, command: Sequence[str], environment: Mapping[str, str]) -> Row:
+    """Run a command to its end: its wall time, and the most memory that it had resident."""
     with tempfile.TemporaryFile() as output:
         began = time.perf_counter()
         process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **environment})
@@ -88,10 +80,10 @@ def measured(what: str, command: Sequence[str], environment: Mapping[str, str]) 
         if process.returncode:
             output.seek(0)
             raise click.ClickException(f"{what}: exit code {process.returncode}: {output.read().decode()[-400:]}")
-    return Measured(what, seconds, usage.ru_maxrss << 10)
+    return Row(what, role, seconds=(seconds,), peak_bytes=usage.ru_maxrss << 10)
 
 
-def all_measured(rows: int, report_rows: int) -> list[Measured]:
+def measure_case(rows: int, report_rows: int) -> Case:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data, model, run = folder / "pairs.jsonl", folder / "model", folder / "run"
@@ -105,45 +97,27 @@ def all_measured(rows: int, report_rows: int) -> list[Measured]:
         ours = [sys.executable, "-m", "onecard", "dpo", "--model", str(model), "--dataset", str(data), "--max_length",
                 "256", "--output_dir", str(folder / "out"), "--dry_run"]  # fmt: skip
         peer = [sys.executable, "-c", PEER, str(data), str(model)]
-        return [
-            measured(f"{size}: `onecard dpo --dry_run`", ours, kept),
-            measured(f"{size}: `datasets`, `load_dataset` and `map` with `batched=True`", peer, kept),
-            measured("the same, the second time: `onecard dpo --dry_run`", ours, kept),
-            measured("the same, the second time: `datasets`", peer, kept),
-            measured(
-                f"the report of {report_rows:,} rows of {METRICS} metrics", [sys.executable, "-c", REPORT, str(run)], {}
-            ),
-        ]
-
-
-def table(rows: Sequence[Measured]) -> str:
-    (head, dirty), (machine, _) = records.commit(), records.machine(torch.device("cpu"))
-    lines = [f"| {row.what} | {row.seconds:.0f} s | {row.peak / 2**30:.2f} GiB |" for row in rows]
-    import datasets
-
-    return "\n".join(
-        [
-            "| | wall time | peak resident memory |",
-            "|---|---|---|",
-            *lines,
-            "",
-            f"Each row is one process from its start to its end, imports and all. {machine}; commit "
-            f"{head[:12]}{' (dirty)' if dirty else ''}; datasets {datasets.__version__}, transformers "
-            f"{records.versions()['transformers']}; {records.now()}; made by `python -m benchmarks.scale`.",
-        ]
-    )
+        report = [sys.executable, "-c", REPORT, str(run)]
+        found = (
+            measured(f"{size}: `onecard dpo --dry_run`", "ours", ours, kept),
+            measured(f"{size}: `datasets`, `load_dataset` and `map` with `batched=True`", "peer", peer, kept),
+            measured("the same, the second time: `onecard dpo --dry_run`", "ours", ours, kept),
+            measured("the same, the second time: `datasets`", "peer", peer, kept),
+            measured(f"the report of {report_rows:,} rows of {METRICS} metrics", "ours", report, {}),
+        )
+    return Case("scale", "whole processes", {"rows": rows, "report_rows": report_rows}, "", rows=found)
 
 
 @click.command(context_settings=cli.SETTINGS)
 @click.option("--rows", type=click.IntRange(1), default=200_000, show_default=True, help="Pairs to tokenize.")
 @click.option("--report_rows", type=click.IntRange(1), default=100_000, show_default=True, help="Rows of the report.")
-@click.option("--print", "only_print", is_flag=True, help="Print the table and leave the page as it is.")
-def command(rows: int, report_rows: int, only_print: bool) -> None:
+@cli.OUT
+@cli.ONLY_PRINT
+def command(rows: int, report_rows: int, out: Path | None, only_print: bool) -> None:
     """Time a start over many rows twice, `datasets` beside it, and the report of a long run (five minutes)."""
-    text = table(all_measured(rows, report_rows))
-    click.echo(text)
-    if not only_print:
-        render.update(PAGE, {"scale": text})
+    recorder = Recorder("scale", torch.device("cpu"), out=out)
+    render.show(recorder, measure_case(rows, report_rows), Console())
+    render.finish(recorder, page=None if only_print else PAGE)
 
 
 if __name__ == "__main__":

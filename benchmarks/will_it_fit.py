@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -124,14 +124,6 @@ def table(plans: Mapping[str, Any], marks: Marks) -> str:
     return "\n".join(lines)
 
 
-def plans_of(pairs: Sequence[tuple[str, Algorithm]]) -> Iterator[dict[str, Any]]:
-    """All levels of each model and algorithm."""
-    with progress("plan", len(pairs) * len(LEVELS)) as bar:
-        for (model, algorithm), level in product(pairs, LEVELS):
-            yield plan(algorithm, model, level)
-            bar.advance()
-
-
 @click.command(context_settings=cli.SETTINGS)
 @click.option("--out", type=click.Path(path_type=Path), default=PLANS, help="The file of plans.")
 @click.option("--readme", type=click.Path(path_type=Path), default=README, help="Where the table goes.")
@@ -140,7 +132,11 @@ def command(out: Path, readme: Path, render: bool) -> None:
     """Plan every cell (a few minutes on two cores, no GPU), and put the table into README.md."""
     if not render:
         commit, dirty = records.commit()
-        rows = list(plans_of(list(product(MODELS, ALGORITHMS))))
+        rows, todo = [], list(product(MODELS, ALGORITHMS, LEVELS))
+        with progress("plan", len(todo)) as bar:
+            for model, algorithm, level in todo:
+                rows.append(plan(algorithm, model, level))
+                bar.advance()
         found = {"commit": commit, "dirty": dirty, "versions": records.versions(), "rows": rows}
         out.parent.mkdir(parents=True, exist_ok=True)
         records.write_atomically(out, (json.dumps(found, indent=1) + "\n").encode())

@@ -1,18 +1,18 @@
 """The table of benchmarks, in the order of a run: what the library stands for comes first."""
 
 from benchmarks.harness import Benchmark
-from benchmarks.suite import gae, linear_dpo, linear_kl, linear_logprobs, linear_ppo, selective, tokens
+from benchmarks.suite import gae, linear_kl, linear_logprobs, linear_losses, selective, tokens
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
         linear_logprobs.BENCHMARK,
-        linear_ppo.BENCHMARK,
+        linear_losses.PPO,
         selective.BENCHMARK,
         tokens.PPO_LOSS,
         tokens.VALUE_LOSS,
         gae.BENCHMARK,
-        linear_dpo.BENCHMARK,
+        linear_losses.DPO,
         linear_kl.BENCHMARK,
     )
 }

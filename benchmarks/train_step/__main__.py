@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from pathlib import Path
 
 import click
 import torch
-from rich.console import Console
 
 from benchmarks import cli, render
 from benchmarks.harness import Timing
-from benchmarks.records import Recorder
 from benchmarks.train_step.cases import picked
 from benchmarks.train_step.dpo import quiet
 from benchmarks.train_step.run import measure_case
@@ -23,55 +20,30 @@ WARMUP = {"cpu": 1, "cuda": 2}
 
 
 @click.command(context_settings=cli.SETTINGS)
-@cli.DEVICE
 @click.option("--quick", is_flag=True, help="The first DPO and the first PPO case, few rounds.")
 @click.option("--smoke", is_flag=True, help="A GPU's cases at tiny sizes: shows that they run, measures nothing.")
 @click.option("--only", "kinds", multiple=True, type=click.Choice(["dpo", "ppo"]), help="Only this algorithm.")
 @click.option("--case", "names", multiple=True, help="Only this case, by name.")
-@cli.MINUTES
-@cli.REPEATS
-@cli.BUSY
-@cli.OUT
-@cli.DATA_ONLY
-def command(
-    device: str,
-    quick: bool,
-    smoke: bool,
-    kinds: tuple[str, ...],
-    names: tuple[str, ...],
-    minutes: float | None,
-    repeats: int | None,
-    busy: bool,
-    out: Path | None,
-    data_only: bool,
-) -> None:
+@cli.options("minutes", "repeats", "busy")
+def command(options: cli.Options, quick: bool, smoke: bool, kinds: tuple[str, ...], names: tuple[str, ...]) -> None:
     """Time whole training steps: DPO against TRL's DPOTrainer, PPO by phases.
 
     Both DPO trainers get the same weights, adapters, pairs and settings. A case in which loss, rewards and gradient
     norm of the first step do not agree is not timed, and the exit status is 1. The file is written after every case.
     """
-    where = cli.engine_device(device)
+    device, few = options.device.type, quick or smoke
+    cli.refuse_unused_gpu(options.device)
     chosen = picked(device, kinds, names, quick=quick, smoke=smoke)
-    clock, clock_name = cli.pick_clock(device, busy=busy)
-    few = quick or smoke
     timing = Timing(
-        repeats=repeats or (3 if few else REPEATS[device]),
+        repeats=options.repeats or (3 if few else REPEATS[device]),
         warmup=0 if few else WARMUP[device],
-        budget=math.inf if repeats else 0.0 if few else BUDGET[device],
-        clock=clock,
+        budget=math.inf if options.repeats else 0.0 if few else BUDGET[device],
+        clock=options.clock,
     )
     quiet()
-    recorder = Recorder("train-step", where, clock=clock_name, repeats=timing.repeats, quick=few, out=out)
-    console = Console()
-    console.print(recorder.opening(), highlight=False)
+    recorder = options.recorder("train-step", timing.repeats, quick=few)
     dtype = torch.bfloat16 if smoke or device == "cuda" else torch.float32
-    for case in cli.until(chosen, minutes):
-        with console.status("") as status:
-            result = measure_case(case, where, dtype, timing, status.update)
-        recorder.add(result)
-        console.print(render.terminal(result))
-    render.finish(recorder, complete=len(recorder.report.cases) == len(chosen), data_only=data_only)
-    cli.refuse(recorder.report.cases)
+    render.run(recorder, chosen, lambda case, tell: measure_case(case, options.device, dtype, timing, tell), options)
 
 
 if __name__ == "__main__":

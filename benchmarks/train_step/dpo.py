@@ -7,14 +7,14 @@ clipping and the optimizer of transformers' loop. TRL's collator runs before its
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,6 +31,7 @@ from onecard.algorithms.supervised import Supervised
 from onecard.config import DPOConfig
 from onecard.data.batches import PreferencePair, TokenSequence
 from onecard.models.build import load_roles
+from onecard.models.four_bit import nf4_settings
 from onecard.training.run_folder import Run
 from onecard.training.trainer import Trainer
 from onecard.utils.progress import Bar
@@ -59,8 +60,11 @@ class Task:
         return sum(self.pairs[index].tokens for index in self.indices(step))
 
 
-class DPOStepper:
-    """A trainer that takes one optimizer step on the next pairs each time it is called."""
+class DPOStepper(ABC):
+    """A trainer that takes one optimizer step on the next pairs each time it is called.
+
+    A method `ready`, if there is one, does what is outside of a step's time.
+    """
 
     model: Any
     optimizer: Any
@@ -70,12 +74,9 @@ class DPOStepper:
         self.row: dict[str, float] = {}
         self.learned: list[tuple[float, float]] = []  # loss and gradient norm of each step
 
-    def ready(self) -> None:
-        """What is outside of a step's time."""
-
+    @abstractmethod
     def step(self, indices: Sequence[int]) -> dict[str, float]:
         """One optimizer step on these pairs; its row."""
-        raise NotImplementedError
 
     def __call__(self) -> None:
         self.row = self.step(self.task.indices(self.done))
@@ -83,10 +84,10 @@ class DPOStepper:
         self.done += 1
 
 
-def config_of(task: Task, *, share_prompts: bool = True) -> DPOConfig:
+def config_of(task: Task, **changes: Any) -> DPOConfig:
     """onecard's settings. TRL counts pairs instead of tokens, and has no other dtype for adapters."""
     case = task.case
-    return DPOConfig(
+    config = DPOConfig(
         model=str(task.folder),
         dtype=DTYPES[task.dtype],
         adapter_dtype=DTYPES[task.dtype],
@@ -94,10 +95,10 @@ def config_of(task: Task, *, share_prompts: bool = True) -> DPOConfig:
         per_device_train_batch_size=case.per_pass,
         gradient_accumulation_steps=case.items // case.per_pass,
         max_steps=1 << 30,
-        share_prompts=share_prompts,
         lr_scheduler_type="constant",
         **case.settings,
     )
+    return replace(config, **changes)
 
 
 def no_bar() -> Bar:
@@ -106,11 +107,11 @@ def no_bar() -> Bar:
 
 
 class OnecardDPO(DPOStepper):
-    """`onecard dpo`, with prompts shared or not."""
+    """`onecard dpo`, with changes to the settings of the task."""
 
-    def __init__(self, task: Task, *, share_prompts: bool = True) -> None:
+    def __init__(self, task: Task, **changes: Any) -> None:
         super().__init__(task)
-        config = config_of(task, share_prompts=share_prompts)
+        self.config = config = config_of(task, **changes)
         self.examples = [example(pair) for pair in task.pairs]
         with random_weights():
             self.roles = load_roles(config, trained="policy", reference=True)
@@ -167,7 +168,7 @@ class TrlDPO(DPOStepper):
                 str(task.folder),
                 dtype=task.dtype,
                 device_map={"": task.device},
-                quantization_config=nf4(task.dtype) if task.case.load_in_4bit else None,
+                quantization_config=nf4_settings(task.dtype) if task.case.load_in_4bit else None,
             )
         settings = TheirConfig(
             output_dir=str(task.folder / "trl"),
@@ -222,7 +223,9 @@ class TrlDPO(DPOStepper):
         self.batches = [self.trainer.data_collator(rows[at : at + size]) for at in range(0, len(rows), size)]
 
     def step(self, indices: Sequence[int]) -> dict[str, float]:
-        with mock.patch("trl.trainer.utils._use_triton", on_any_device) if self.answers_alone else nullcontext():
+        # Without Triton, TRL's head also sees prompts and padding, unless its check says that Triton is there.
+        patch = mock.patch("trl.trainer.utils._use_triton", return_value=True)
+        with patch if self.answers_alone else nullcontext():
             return self.whole_step()
 
     def whole_step(self) -> dict[str, float]:
@@ -248,20 +251,6 @@ def use_liger(model: Any) -> None:
         apply_liger_kernel(model, LIGER)
     finally:
         module.update(before)
-
-
-def on_any_device(_: torch.device) -> bool:
-    """Replaces TRL's check for Triton, without which its head also sees prompts and padding."""
-    return True
-
-
-def nf4(dtype: torch.dtype) -> Any:
-    """The 4-bit settings that `load_in_4bit` means in our engine."""
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
 
 
 def check_same_tokens(rows: Any, pairs: Sequence[Pair]) -> None:
@@ -297,6 +286,19 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def stored_bytes(tensors: Iterable[Any]) -> int:
+    """Bytes of memory behind tensors, each once."""
+    storages = (tensor.untyped_storage() for tensor in tensors if torch.is_tensor(tensor))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def quantization_of(model: Any) -> list[torch.Tensor]:
+    """The statistics of quantized weights."""
+    states = [state for weight in model.parameters() if (state := getattr(weight, "quant_state", None)) is not None]
+    states += [state.state2 for state in states if state.nested]
+    return [tensor for state in states for tensor in (state.absmax, state.code)]
+
+
 def held_bytes(model: Any, optimizer: Any, *, paged: bool = True) -> int:
     """Bytes of weights, quantization statistics, buffers, optimizer states and float32 copies of weights.
 
@@ -304,24 +306,5 @@ def held_bytes(model: Any, optimizer: Any, *, paged: bool = True) -> int:
     """
     states = [value for state in optimizer.state.values() for value in state.values()]
     states += [updated for group in optimizer.param_groups for updated in group["params"]]
-    quantized = [
-        value
-        for parameter in model.parameters()
-        for each in (getattr(parameter, "quant_state", None),)
-        if each is not None
-        for value in (each.absmax, each.code, *((each.state2.absmax, each.state2.code) if each.nested else ()))
-    ]
-    tensors = [*model.parameters(), *model.buffers(), *states, *quantized]
-    storages = {
-        each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
-        for each in tensors
-        if torch.is_tensor(each) and (paged or not getattr(each, "is_paged", False))
-    }
-    return sum(storages.values())
-
-
-def free_memory() -> None:
-    """Return freed and cached memory."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    kept = [value for value in states if paged or not getattr(value, "is_paged", False)]
+    return stored_bytes([*model.parameters(), *model.buffers(), *quantization_of(model), *kept])

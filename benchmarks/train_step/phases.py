@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import measure
 from benchmarks.records import WHOLE
 
 ROLLOUT, REWARD, OLD, REFERENCE, VALUES = "rollout", "reward", "old log-probs", "reference log-probs", "values"
@@ -26,6 +27,7 @@ class PhaseTimer:
     device: torch.device
     clock: Callable[[], float] = time.perf_counter
     seconds: dict[str, float] = field(default_factory=dict)
+    first: dict[str, float] = field(default_factory=dict)  # seconds of each phase's first occurrence
     peaks: dict[str, int] = field(default_factory=dict)  # on a GPU: all that was allocated at once
     held: int = 0  # on a GPU: what was allocated when the step began
 
@@ -42,7 +44,9 @@ class PhaseTimer:
         if on_gpu:
             torch.cuda.synchronize(self.device)
             self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated(self.device))
-        self.seconds[name] = self.seconds.get(name, 0.0) + self.clock() - began
+        taken = self.clock() - began
+        self.first.setdefault(name, taken)
+        self.seconds[name] = self.seconds.get(name, 0.0) + taken
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -68,10 +72,6 @@ class PhaseTimer:
 
         return watched
 
-    def above(self) -> dict[str, int]:
-        """Each phase's peak above what was held when the step began; on a GPU."""
-        return {name: peak - self.held for name, peak in self.peaks.items()}
-
 
 @dataclass(frozen=True)
 class Peaks:
@@ -83,7 +83,7 @@ class Peaks:
 
 def highest(watches: list[PhaseTimer]) -> Peaks:
     """Of several steps on a GPU: each phase's highest."""
-    found = [timer.above() for timer in watches]
+    found = [{name: peak - timer.held for name, peak in timer.peaks.items()} for timer in watches]
     return Peaks(max(timer.held for timer in watches), {name: max(each[name] for each in found) for name in found[0]})
 
 
@@ -98,22 +98,20 @@ def phase_peaks(work: Callable[[PhaseTimer], Any], device: torch.device) -> Peak
         return highest([timer])
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work(PhaseTimer(device))
-    changes, spans = [], []
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU:
-            changes.append((event.start_ns(), event.nbytes()))
-        elif event.name().startswith(MARK):
-            spans.append((event.name().removeprefix(MARK), event.start_ns(), event.start_ns() + event.duration_ns()))
-    return Peaks(None, peaks_within(changes, spans))
+    spans = [
+        (event.name().removeprefix(MARK), event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in profile.profiler.kineto_results.events()
+        if event.name().startswith(MARK)
+    ]
+    return Peaks(None, peaks_within(measure.allocations(profile), spans))
 
 
 def peaks_within(changes: list[tuple[int, int]], spans: list[tuple[str, int, int]]) -> dict[str, int]:
     """The highest running sum of `(when, bytes)` within each `(name, from, to)`, with what was there when it began."""
     peaks: dict[str, int] = {}
-    ordered = sorted(changes, key=lambda change: change[0])
     for name, start, stop in spans:
         total, peak = 0, None
-        for when, size in ordered:
+        for when, size in changes:
             if when > stop:
                 break
             if when >= start and peak is None:

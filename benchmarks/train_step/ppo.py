@@ -10,9 +10,10 @@ from unittest import mock
 
 import torch
 
+from benchmarks.measure import free_memory
 from benchmarks.records import WHOLE
 from benchmarks.train_step.cases import Flops, StepCase
-from benchmarks.train_step.dpo import free_memory, no_bar
+from benchmarks.train_step.dpo import no_bar
 from benchmarks.train_step.phases import OLD, OPTIMIZER, PHASES, REFERENCE, REWARD, ROLLOUT, TRAIN, VALUES, PhaseTimer
 from benchmarks.train_step.synthetic import DTYPES, FIRST_WORD, SEED, random_pairs, random_weights, text
 from onecard.algorithms.ppo import experience

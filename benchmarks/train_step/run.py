@@ -6,7 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,26 +14,15 @@ from typing import Any
 import torch
 
 from benchmarks import measure
+from benchmarks.cli import Refused
 from benchmarks.harness import Timing, one_line
+from benchmarks.measure import free_memory
 from benchmarks.records import LIMIT, OURS, WHOLE, Case, Row
 from benchmarks.render import TRL, UNSHARED
-from benchmarks.train_step import dpo, ppo
+from benchmarks.train_step import dpo, phases, ppo
 from benchmarks.train_step.cases import Flops, StepCase, dpo_flops
-from benchmarks.train_step.dpo import SAME, DPOStepper, OnecardDPO, Task, TrlDPO, free_memory, held_bytes
-from benchmarks.train_step.phases import (
-    OLD,
-    OPTIMIZER,
-    PHASES,
-    REFERENCE,
-    REWARD,
-    ROLLOUT,
-    TRAIN,
-    VALUES,
-    Peaks,
-    PhaseTimer,
-    highest,
-    phase_peaks,
-)
+from benchmarks.train_step.dpo import SAME, DPOStepper, OnecardDPO, Task, TrlDPO, held_bytes
+from benchmarks.train_step.phases import PHASES, Peaks, PhaseTimer, highest, phase_peaks
 from benchmarks.train_step.synthetic import random_pairs, write_folder
 from onecard.commands.fit.phases import Lengths
 from onecard.commands.fit.plan import MemoryPlan, plan_memory
@@ -42,7 +31,6 @@ from onecard.utils.errors import OnecardError
 
 TRL_ANSWERS, TRL_LIGER, GEMMS = "TRL, head on answers alone", "TRL + Liger's layers", "bare GEMMs"
 STEPS = 8  # of different pairs, which then repeat
-LONG = 15.0  # seconds of a PPO iteration from which one round is enough, instead of three
 GEMM_FLOPS = {"cpu": 2e10, "cuda": 2e13}  # of bare products: enough to be timed, and little beside a step
 TOO_MUCH = (torch.OutOfMemoryError, OnecardError)  # ours may not fit; any other error is a bug
 # By which loss, rewards and gradient norm of the first step may differ: (absolute, relative). In bf16, log-probs of
@@ -51,13 +39,13 @@ CLOSE = {torch.float32: (2e-3, 1e-3), torch.bfloat16: (0.25, 0.25)}
 MIXED = "lengths are drawn, and the plan is of the longest"
 # `onecard fit`'s phases by their names there
 PHASE_OF = {
-    "rollout": ROLLOUT,
-    "reward pass": REWARD,
-    "policy pass": OLD,
-    "reference pass": REFERENCE,
-    "value pass": VALUES,
-    "train": TRAIN,
-    "optimizer step": OPTIMIZER,
+    "rollout": phases.ROLLOUT,
+    "reward pass": phases.REWARD,
+    "policy pass": phases.OLD,
+    "reference pass": phases.REFERENCE,
+    "value pass": phases.VALUES,
+    "train": phases.TRAIN,
+    "optimizer step": phases.OPTIMIZER,
 }
 Tell = Callable[[str], None]
 Build = Callable[[Task], DPOStepper]
@@ -110,19 +98,6 @@ def capped(gib: float, device: torch.device) -> Iterator[None]:
 # --- the memory plan beside what is measured
 
 
-@dataclass(frozen=True)
-class Memory:
-    """A phase's peak in bytes as `onecard fit` plans it and as measured (None: not measured): all at once, and above
-    what stays between steps.
-    """
-
-    phase: str
-    planned: int
-    planned_above: int
-    measured: int | None = None
-    measured_above: int | None = None
-
-
 def config_of(case: StepCase, dtype: torch.dtype) -> TrainConfig:
     """The settings that the case trains with, of a folder that is not read."""
     nowhere = Path("no-weights")
@@ -155,20 +130,31 @@ def too_large(case: StepCase, dtype: torch.dtype) -> str | None:
     return f"the plan has {need}, expected at most the cap of {case.cap_gib:g} GiB"
 
 
-def compared(plan: MemoryPlan, held: int | None = None, peaks: Peaks | None = None) -> list[Memory]:
-    """A record for each phase that is watched, and for the whole. `held`: bytes between steps, measured."""
-    phases = {PHASE_OF[phase.name]: phase for phase in plan.phases if phase.name in PHASE_OF}
+def compared(task: Task, held: int | None = None, peaks: Peaks | None = None) -> list[dict[str, Any]]:
+    """Peaks in bytes of each watched phase and of the whole, as planned and as measured (None: not measured).
+
+    All at once, and above what stays between steps. `held`: bytes between steps, measured. Empty for mixed lengths.
+    """
+    if task.case.mixed:
+        return []
+    plan = plan_of(task.case, task.dtype, task.device)
+    known = {PHASE_OF[phase.name]: phase for phase in plan.phases if phase.name in PHASE_OF}
     if peaks is not None:
-        phases = {name: phase for name, phase in phases.items() if name in peaks.above}
-    between = min(phase.before for phase in phases.values())
-    planned = {name: phase.peak for name, phase in phases.items()}
+        known = {name: phase for name, phase in known.items() if name in peaks.above}
+    between = min(phase.before for phase in known.values())
+    planned = {name: phase.peak for name, phase in known.items()}
     planned[WHOLE] = max(planned.values())
-
-    def measured(name: str) -> tuple[int | None, int | None]:
-        above = None if peaks is None else peaks.above[name]
-        return (None if above is None or held is None else held + above), above
-
-    return [Memory(name, peak, peak - between, *measured(name)) for name, peak in planned.items()]
+    above = {} if peaks is None else peaks.above
+    return [
+        {
+            "phase": name,
+            "planned": peak,
+            "planned_above": peak - between,
+            "measured": held + above[name] if held is not None and above else None,
+            "measured_above": above.get(name),
+        }
+        for name, peak in planned.items()
+    ]
 
 
 # --- a case
@@ -196,38 +182,43 @@ def blank(case: StepCase, dtype: torch.dtype) -> Case:
     )
 
 
-def measure_case(case: StepCase, device: torch.device, dtype: torch.dtype, timing: Timing, tell: Tell) -> Case:
-    """All of a case. One whose plan is above its cap is refused before it begins."""
+def measure_case(
+    case: StepCase, device: torch.device, dtype: torch.dtype, timing: Timing, tell: Tell, names: Sequence[str] = ()
+) -> Case:
+    """All of a case, or of DPO these candidates. One whose plan is above its cap is refused before it begins."""
     result = blank(case, dtype)
     wrong = too_large(case, dtype)
     if wrong:
         return replace(result, refused=wrong)
-    with tempfile.TemporaryDirectory() as folder, capped(case.cap_gib, device):
-        write_folder(case.model, Path(folder))
-        measured = {"dpo": measure_dpo, "ppo": measure_ppo}[case.kind]
+    with tempfile.TemporaryDirectory() as name, capped(case.cap_gib, device):
+        task = task_of(case, write_folder(case.model, Path(name)), device, dtype)
         try:
-            result = measured(result, case, Path(folder), device, dtype, timing, tell)
+            if case.kind == "dpo":
+                rows, found = measure_dpo(task, names or list(candidates(device)), timing, tell)
+            else:
+                rows, found = measure_ppo(task, timing, tell)
+        except Refused as error:
+            return replace(result, refused=str(error), found={"learned": []})
         finally:
             free_memory()
-    wrong = next((pair for pair in result.found["learned"] if not all(map(math.isfinite, pair))), None)
+    wrong = next((pair for pair in found["learned"] if not all(map(math.isfinite, pair))), None)
     if wrong:  # nothing measured of such a run means anything
         refused = f"loss and gradient norm of a step are {wrong}"
-        return replace(result, rows=(), found={"learned": []}, refused=refused)
-    return result
+        return replace(result, found={"learned": []}, refused=refused)
+    return replace(result, rows=tuple(rows), found=found)
 
 
-def found_of(
-    case: StepCase, dtype: torch.dtype, device: torch.device, memory: Sequence[Memory], side: Any
-) -> dict[str, Any]:
+def found_of(task: Task, memory: Sequence[Mapping[str, Any]] = (), side: Any = None) -> dict[str, Any]:
     """What is reported beside the rows: the plan, also where nothing was measured, and what the steps learned."""
-    if not case.mixed and not memory:
-        memory = compared(plan_of(case, dtype, device))
     return {
-        "memory": [] if case.mixed else [asdict(each) for each in memory],
-        "unplanned": MIXED if case.mixed else None,
+        "memory": list(memory) or compared(task),
+        "unplanned": MIXED if task.case.mixed else None,
         "learned": [] if side is None else list(side.learned),
         "shrunk": side is not None and side.cuts() != side.first_cuts,
     }
+
+
+# --- DPO
 
 
 def candidates(device: torch.device) -> dict[str, tuple[str, Build]]:
@@ -247,165 +238,140 @@ def task_of(case: StepCase, folder: Path, device: torch.device, dtype: torch.dty
     return Task(case, folder, dtype, device, tuple(pairs))
 
 
-def disagreement(mine: Mapping[str, float], theirs: Mapping[str, float], dtype: torch.dtype) -> str | None:
-    """What of a first step is not the same, if anything."""
+def check_first_steps(firsts: Mapping[str, Mapping[str, float]], dtype: torch.dtype) -> None:
+    """Raise Refused where a candidate's first step is not ours."""
     absolute, relative = CLOSE[dtype]
-    for name in SAME:
-        if not math.isclose(mine[name], theirs[name], rel_tol=relative, abs_tol=absolute):
-            return f"{name} of the first step is {mine[name]:.6g}, and {theirs[name]:.6g} in"
-    return None
+    mine = firsts.get(OURS, {})
+    for other, theirs in firsts.items():
+        for name, value in mine.items():
+            if not math.isclose(value, theirs[name], rel_tol=relative, abs_tol=absolute):
+                raise Refused(f"{name} of the first step is {value:.6g}, and {theirs[name]:.6g} in {other}")
 
 
-def step_flops(case: StepCase, task: Task, step: int) -> int:
+def step_flops(task: Task, step: int) -> int:
     """What a step cannot do without."""
     sequences = [
         (len(pair.prompt) + len(answer), len(answer))
         for pair in (task.pairs[index] for index in task.indices(step))
         for answer in (pair.chosen, pair.rejected)
     ]
-    return dpo_flops(case.model, sequences, precomputed=case.precompute_ref_log_probs)
+    return dpo_flops(task.case.model, sequences, precomputed=task.case.precompute_ref_log_probs)
 
 
-def measure_dpo(
-    result: Case, case: StepCase, folder: Path, device: torch.device, dtype: torch.dtype, timing: Timing, tell: Tell
-) -> Case:
-    """All candidates in turns, or one after the other where they cannot be held at once."""
-    task = task_of(case, folder, device, dtype)
-    names = list(candidates(device))
+def measure_dpo(task: Task, names: Sequence[str], timing: Timing, tell: Tell) -> tuple[list[Row], dict[str, Any]]:
+    """Rows and findings of candidates, in turns, or one after the other where they cannot be held at once."""
     rows: list[Row] = []
-    found: dict[str, Any] = found_of(case, dtype, device, (), None)
-    for group in [names] if case.in_turns else [[name] for name in names]:
-        more, memory, ours = measure_sides(case, task, group, timing, tell)
-        rows += more
-        if ours is not None:
-            found = found_of(case, dtype, device, memory, ours)
-        del ours
+    found = found_of(task)
+    firsts: dict[str, dict[str, float]] = {}
+    for group in [names] if task.case.in_turns else [[name] for name in names]:
+        more, about = measure_together(task, group, firsts, timing, tell)
+        rows, found = rows + more, about or found
         free_memory()
-    firsts = {row.name: row.more for row in rows if row.more}
-    for name, first in firsts.items():
-        wrong = OURS in firsts and disagreement(firsts[OURS], first, dtype)
-        if wrong:
-            return replace(result, found={**found, "memory": []}, refused=f"{wrong} {name}")
-    return replace(result, rows=tuple(rows), found=found)
+    return rows, found
 
 
-def first_steps(task: Task, builds: Mapping[str, Build]) -> tuple[dict[str, DPOStepper], dict[str, str]]:
-    """Each side after its first step; or why there is none."""
+def measure_together(
+    task: Task, names: Sequence[str], firsts: dict[str, dict[str, float]], timing: Timing, tell: Tell
+) -> tuple[list[Row], dict[str, Any] | None]:
+    """First step, rounds and memory of candidates that are in memory together. `firsts` gets their first steps."""
+    case, device, known = task.case, task.device, candidates(task.device)
     sides: dict[str, DPOStepper] = {}
     reasons: dict[str, str] = {}
-    for name, build in builds.items():
+    tell(f"{case.name}: first step")
+    for name in names:
+        role, build = known[name]
         try:
             side = build(task)
-            side.ready()
+            measure.ready(side)
             side()
-            sides[name] = side
+            sides[name], firsts[name] = side, {key: side.row[key] for key in SAME}
         except Exception as error:  # a peer that cannot run stands in the table with the reason
-            if getattr(build, "func", build) is OnecardDPO and not isinstance(error, TOO_MUCH):
+            if role == "ours" and not isinstance(error, TOO_MUCH):
                 raise
             reasons[name] = one_line(error)
-    return sides, reasons
-
-
-def measure_sides(
-    case: StepCase, task: Task, names: Sequence[str], timing: Timing, tell: Tell
-) -> tuple[list[Row], list[Memory], OnecardDPO | None]:
-    """First step, rounds, memory, of candidates that are in memory together. Rows, our memory by phase, and ours."""
-    known = candidates(task.device)
-    tell(f"{case.name}: first step")
-    sides, reasons = first_steps(task, {name: known[name][1] for name in names})
-    firsts = {name: {key: side.row[key] for key in SAME} for name, side in sides.items()}
-    ours = sides.get(OURS)
-    assert ours is None or isinstance(ours, OnecardDPO)
-    if ours is not None and any(disagreement(firsts[OURS], found, task.dtype) for found in firsts.values()):
-        return [Row(name, known[name][0], more=firsts[name]) for name in sides], [], ours  # the caller refuses
-    bare = BareProducts(
-        case, task.device, task.dtype, max(pair.tokens for pair in task.pairs), step_flops(case, task, 0)
-    )
-    works: dict[str, list[measure.Work]] = {**{name: [side] for name, side in sides.items()}, GEMMS: [bare]}
+    check_first_steps(firsts, task.dtype)
+    longest = max(pair.tokens for pair in task.pairs)
+    bare = BareProducts(case, device, task.dtype, longest, step_flops(task, 0))
     times = measure.interleave(
-        works,
-        measure.stopwatch(task.device, timing.clock),
+        {**{name: [side] for name, side in sides.items()}, GEMMS: [bare]},
+        measure.stopwatch(device, timing.clock),
         repeats=timing.repeats,
         warmup=timing.warmup,
         budget=timing.budget,
         tick=lambda name: tell(f"{case.name}: {name}"),
     )
-    begun, rounds = 1 + timing.warmup, len(times[GEMMS])
-    flops = tuple(step_flops(case, task, step) for step in range(begun, begun + rounds))
-    tokens = tuple(task.tokens(step) for step in range(begun, begun + rounds))
-    rows: list[Row] = []
-    memory: list[Memory] = []
-    for name in names:
-        if name in reasons:
-            rows.append(Row(name, known[name][0], reasons[name]))
-            continue
+    timed = range(1 + timing.warmup, 1 + timing.warmup + len(times[GEMMS]))
+    flops = tuple(step_flops(task, step) for step in timed)
+    tokens = tuple(task.tokens(step) for step in timed)
+    rows = [Row(name, known[name][0], reason) for name, reason in reasons.items()]
+    found = None
+    for name, side in sides.items():
         tell(f"{case.name}: memory of {name}")
-        side = sides[name]
         held = held_bytes(side.model, side.optimizer)
-        if side is ours:
-            peaks = phase_peaks(ours.watched, task.device)
+        if name == OURS:
+            assert isinstance(side, OnecardDPO)
+            peaks = phase_peaks(side.watched, device)
             peak = peaks.above[WHOLE]
-            if not case.mixed:
-                # Where others are in memory too, what is held is ours, added up.
-                alone = len(sides) == 1 and peaks.held is not None
-                own = held_bytes(side.model, side.optimizer, paged=task.device.type == "cpu")
-                memory = compared(plan_of(case, task.dtype, task.device), peaks.held if alone else own, peaks)
+            # Where others are in memory too, what is held is ours, added up.
+            own = held_bytes(side.model, side.optimizer, paged=device.type == "cpu")
+            between = peaks.held if len(sides) == 1 and peaks.held is not None else own
+            found = found_of(task, compared(task, between, peaks), side)
         else:
-            peak = measure.peak_bytes(side, task.device)
-        rows.append(Row(name, known[name][0], None, tuple(times[name]), tokens, flops, peak, held, more=firsts[name]))
-    rows.append(Row(GEMMS, LIMIT, seconds=tuple(times[GEMMS]), flops=(bare.flops,) * rounds))
-    return rows, memory, ours
+            peak = measure.peak_bytes(side, device)
+        more: dict[str, Any] = dict(firsts[name])
+        rows.append(Row(name, known[name][0], None, tuple(times[name]), tokens, flops, peak, held, more=more))
+    rows.sort(key=lambda row: names.index(row.name))
+    return [*rows, Row(GEMMS, LIMIT, seconds=tuple(times[GEMMS]), flops=(bare.flops,) * len(times[GEMMS]))], found
 
 
-def measure_ppo(
-    result: Case, case: StepCase, folder: Path, device: torch.device, dtype: torch.dtype, timing: Timing, tell: Tell
-) -> Case:
-    """Whole iterations, watched by phase, in turns with bare products."""
+# --- PPO
+
+
+def measure_ppo(task: Task, timing: Timing, tell: Tell) -> tuple[list[Row], dict[str, Any]]:
+    """Rows and findings of whole iterations, watched by phase, in turns with bare products."""
+    case, device = task.case, task.device
     tell(f"{case.name}: loading")
     iterations: ppo.PPORun | None = None
     length = case.prompt + case.response
     step = case.items * Flops.of(case.model, length, case.response).forward
-    bare = BareProducts(case, device, dtype, case.per_pass * length, step)
-    seconds_of = measure.stopwatch(device, timing.clock)
-    limits: list[float] = []
+    bare = BareProducts(case, device, task.dtype, case.per_pass * length, step)
     watches: list[PhaseTimer] = []
     counts: list[dict[str, tuple[int, int]]] = []
     try:
-        iterations = ppo.PPORun(case, folder, device, dtype)
-        for turn in range(-1, timing.repeats):  # the first one warms up, and makes the optimizer's states
-            tell(f"{case.name}: iteration {max(turn, 0) + 1}")
-            timer = PhaseTimer(device, timing.clock)
-            iterations.run(timer)
-            taken = seconds_of(bare)
-            if turn < 0:
-                continue
-            limits.append(taken)
-            watches.append(timer)
+        iterations = ppo.PPORun(case, task.folder, device, task.dtype)
+
+        def iterate() -> None:
+            watches.append(PhaseTimer(device, timing.clock))
+            iterations.run(watches[-1])
             counts.append(iterations.counts())
-            spent = sum(each.seconds[WHOLE] for each in watches)
-            least = measure.LEAST_ROUNDS if spent < LONG * len(watches) else 1
-            if len(watches) >= least and spent > timing.budget:
-                break
+
+        times = measure.interleave(
+            {WHOLE: [iterate], GEMMS: [bare]},
+            measure.stopwatch(device, timing.clock),
+            repeats=timing.repeats,
+            warmup=1,  # it makes the optimizer's states
+            budget=timing.budget,
+            least=1,  # an iteration of a large model takes a minute
+            tick=lambda name: tell(f"{case.name}: {name}"),
+        )
         tell(f"{case.name}: memory")
+        del watches[0], counts[0]
         held = held_bytes(iterations.roles, iterations.trainer.optimizer)
         # A GPU's allocator has kept the peaks of the timed iterations, at no cost.
         peaks = highest(watches) if device.type == "cuda" else phase_peaks(iterations.run, device)
     except TOO_MUCH as error:
-        found = found_of(case, dtype, device, (), iterations)
-        return replace(result, rows=(Row(WHOLE, "ours", one_line(error)),), found=found)
+        return [Row(WHOLE, "ours", one_line(error))], found_of(task, side=iterations)
     rows = [
         Row(
             name,
             "ours",
-            None,
-            tuple(timer.seconds[name] for timer in watches),
-            tuple(count[name][0] for count in counts),
-            tuple(count[name][1] for count in counts),
-            peaks.above[name],
-            held,
+            seconds=tuple(timer.seconds[name] for timer in watches),
+            tokens=tuple(count[name][0] for count in counts),
+            flops=tuple(count[name][1] for count in counts),
+            peak_bytes=peaks.above[name],
+            held_bytes=held,
         )
         for name in (*PHASES, WHOLE)
     ]
-    limit = Row(GEMMS, LIMIT, seconds=tuple(limits), flops=(bare.flops,) * len(limits))
-    memory = [] if case.mixed else compared(plan_of(case, dtype, device), peaks.held or held, peaks)
-    return replace(result, rows=(*rows, limit), found=found_of(case, dtype, device, memory, iterations))
+    rows.append(Row(GEMMS, LIMIT, seconds=tuple(times[GEMMS]), flops=(bare.flops,) * len(watches)))
+    return rows, found_of(task, compared(task, peaks.held or held, peaks), iterations)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from benchmarks.render import updated
-from benchmarks.scale import PAGE, all_measured, table
+from benchmarks import cli, records, render, scale
 
 
 @pytest.mark.long
-def test_every_row_is_a_process_that_ends() -> None:
-    found = all_measured(300, 50)
-    assert len(found) == 5
-    assert all(row.seconds > 0 and row.peak > 1 << 20 for row in found)
-    text = table(found)
-    assert text in updated(PAGE.read_text(), {"scale": text})
+def test_every_row_is_a_process_that_ends(tmp_path: Path) -> None:
+    words = ["--rows", "300", "--report_rows", "50", "--print", "--out", str(tmp_path)]
+    assert cli.main(scale.command, words) == 0
+    [path] = tmp_path.glob("scale-*.json")
+    report = records.load(path)
+    [case] = report.cases
+    assert len(case.rows) == 5
+    assert all(row.seconds[0] > 0 and row.peak_bytes > 1 << 20 for row in case.rows)
+    text = render.summaries(report, path.name)["scale"]
+    assert text in render.updated(scale.PAGE.read_text(), {"scale": text})

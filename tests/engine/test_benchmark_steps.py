@@ -10,15 +10,15 @@ import torch
 
 pytest.importorskip("trl", reason="times TRL's own trainer")
 
-from benchmarks import cli, profile_ppo, records, rollout, sharing
+from benchmarks import cli, measure, profile_ppo, records, rollout, sharing
 from benchmarks.harness import Timing
-from benchmarks.profile_ppo import Digest, Operator, Phase
+from benchmarks.profile_ppo import Digest, Operator
 from benchmarks.records import OURS, WHOLE, Case
-from benchmarks.render import MOST_OFF, TRL, UNSHARED, off, plan_verdict, steps_verdict
+from benchmarks.render import MOST_OFF, TRL, UNSHARED, off
 from benchmarks.train_step import cases, phases, ppo, run, synthetic
 from benchmarks.train_step.__main__ import command as train_step
 from benchmarks.train_step.cases import RANK, TINY, Flops, StepCase, dpo_flops
-from benchmarks.train_step.dpo import SAME, OnecardDPO, held_bytes, no_bar
+from benchmarks.train_step.dpo import SAME, OnecardDPO, no_bar
 from benchmarks.train_step.synthetic import END, random_model, random_pairs, text, whole_words, write_folder
 
 CPU = torch.device("cpu")
@@ -40,16 +40,6 @@ def measured(case: StepCase) -> Case:
 
 
 # --- what both sides are given
-
-
-def test_random_weights_are_the_same_each_time_and_positions_are_computed(folder):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    first, second = (random_model(str(folder), dtype=torch.float32, device_map={"": CPU}) for _ in range(2))
-    assert all(torch.equal(one, other) for one, other in zip(first.parameters(), second.parameters(), strict=True))
-    computed = dict(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).named_buffers())
-    for name, buffer in first.named_buffers():
-        torch.testing.assert_close(buffer, computed[name])
 
 
 def test_pairs_have_their_lengths_and_their_text_is_their_tokens(folder):
@@ -86,21 +76,6 @@ def test_flops_are_what_pytorch_counts(folder):
     assert dpo_flops(TINY, [(2, 1)], precomputed=False) > dpo_flops(TINY, [(2, 1)], precomputed=True)
 
 
-def test_held_bytes_are_weights_once_and_states():
-    model = torch.nn.Linear(8, 4, bias=False)
-    model.tied = model.weight
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(8)).sum().backward()
-    optimizer.step()
-    assert held_bytes(model, optimizer) == 3 * 4 * 32 + 4  # weight, two moments, a step counter
-
-
-def test_peaks_within_a_phase_by_hand():
-    changes = [(1, 100), (3, 50), (4, -50), (6, -100), (8, 30)]
-    spans = [("first", 2, 5), ("second", 5, 7), ("first", 7, 9), ("none", 9, 10)]
-    assert phases.peaks_within(changes, spans) == {"first": 150, "second": 100, "none": 30}
-
-
 # --- DPO
 
 
@@ -112,7 +87,7 @@ def test_all_candidates_take_the_same_steps(folder):
     sides = {each: builds[each][1](task) for each in (OURS, UNSHARED, TRL, run.TRL_ANSWERS)}
     for _ in range(2):
         for side in sides.values():
-            side.ready()
+            measure.ready(side)
             side()
         for each, side in sides.items():
             for key in SAME:
@@ -188,13 +163,6 @@ def test_the_plan_stands_beside_each_phase_and_is_right(case):
     assert len(found["learned"]) >= 2
 
 
-def test_verdicts_on_the_plan_and_the_steps():
-    memory = [{"phase": "a", "planned": 100, "measured": 104}, {"phase": "b", "planned": 110, "measured": 100}]
-    case = Case("dpo", "x", {}, "", about={"cap_gib": 5.0}, found={"memory": memory, "learned": [(0.7, 1.0)]})
-    assert plan_verdict(case) == "Plan within 5%: missed in b (+10.0%)."
-    assert "MISSED, expected 2" in steps_verdict(case)
-
-
 def test_on_a_gpu_peaks_are_above_what_was_held_when_the_step_began(monkeypatch):
     """A simulated allocator: 100 bytes are held, a phase takes 50 more, the next 30, the first one again 70."""
     peaks = iter([150, 130, 170])
@@ -216,7 +184,7 @@ def test_on_a_gpu_peaks_are_above_what_was_held_when_the_step_began(monkeypatch)
 def test_both_samplers_count_the_same_work(tmp_path):
     """Every token of random weights ends with the same probability: both draw lengths of the same distribution."""
     assert rollout.ended_length([5, 6, 2, 0, 0, 2], {2, 9}) == 3
-    case = replace(rollout.small(), prompts=96, batch_size=48, max_new_tokens=64)
+    case = replace(rollout.ON_CPU, prompts=96, batch_size=48, max_new_tokens=64)
     task = rollout.random_task(case, tmp_path, torch.float32)
     share = 1 / case.mean
     expected, spread = 96 * (1 - (1 - share) ** 64) / share, 96**0.5 / share
@@ -224,15 +192,6 @@ def test_both_samplers_count_the_same_work(tmp_path):
     for count in (rollout.ours(task), rollout.peer(task)):
         assert abs(count - expected) < 4 * spread
     assert rollout.error_of_ours(task) < 1e-4
-
-
-def test_a_step_reads_all_weights_but_other_rows_of_the_embeddings(tmp_path):
-    causal = rollout.random_task(rollout.tiny(rollout.small()), tmp_path, torch.float32).roles.causal_model()
-    whole = sum(parameter.numel() for parameter in causal.parameters())
-    embeddings = causal.get_input_embeddings().weight.numel()
-    assert rollout.weight_bytes(causal) == 4 * (whole - embeddings)
-    cache = 2 * 4 * TINY.layers * TINY.hidden // TINY.heads * TINY.key_heads
-    assert rollout.step_bytes(causal, 3, 10) == 4 * (whole - embeddings) + 3 * 10 * cache
 
 
 def test_wrong_log_probabilities_are_not_timed(tmp_path, monkeypatch, capsys):
@@ -247,14 +206,13 @@ def test_wrong_log_probabilities_are_not_timed(tmp_path, monkeypatch, capsys):
 
 def test_a_phase_s_seconds_and_costs_by_hand():
     # A CPU's profile of 4 s, of which 3 in operators, of a phase that takes 1 s twice without the profiler.
-    found = Digest({"aten::mm": Operator(2, 3, 10e9), "aten::cat": Operator(1, 1)}, 10e9, seconds=4.0)
-    phase = Phase("train", 2.0, 12 * 10**9, 1.0, found)
-    seconds = profile_ppo.by_kind(phase, "cpu")
-    assert sum(seconds.values()) == pytest.approx(2.0)
-    assert seconds["products"] == pytest.approx(1.0)
-    costs = {cost["what"]: cost["seconds"] for cost in profile_ppo.costs_of(phase, "cpu", rate=40e9)}
-    assert costs["products beyond the count: what is recomputed, or run on padding"] == pytest.approx(8 / 40)
-    assert costs["products slower than bare ones, or than the reading of weights"] == pytest.approx(1.0 - 20 / 40)
+    digest = Digest({"aten::mm": Operator(2, 3, 10e9), "aten::cat": Operator(1, 1)}, 10e9, seconds=4.0)
+    row, costs = profile_ppo.phase_row("train", 2.0, (1, 12 * 10**9), 1.0, digest, 40e9, on_gpu=False)
+    assert row.more["busy"] == 0.75
+    assert sum(each["seconds"] for each in row.more["operators"]) == pytest.approx(0.75 * 2.0)
+    assert costs[profile_ppo.WAITS[False]] == pytest.approx(0.25 * 2.0)
+    assert costs[profile_ppo.BEYOND] == pytest.approx(8 / 40)
+    assert costs[profile_ppo.SLOW] == pytest.approx(1.0 - 20 / 40)
 
 
 # --- the commands, at tiny sizes
@@ -266,7 +224,7 @@ def test_a_phase_s_seconds_and_costs_by_hand():
         (train_step, ["--smoke", "--case", "1.5B, bf16"], [OURS, UNSHARED, TRL], "tokens/s | of limit | peak, MiB"),
         (rollout.command, ["--smoke", "--case", "0.5B, bf16, 64 rows"], [OURS, rollout.PEER], "ms a step"),
         (profile_ppo.command, ["--smoke", "--case", "1.5B, bf16"], [*phases.PHASES, WHOLE], "busy"),
-        (sharing.command, ["--quick", "--shape", "4/6", "--tokens", "60"], [sharing.SHARED, sharing.APART], "tokens/s"),
+        (sharing.command, ["--quick", "--shape", "4/6", "--tokens", "60"], [OURS, UNSHARED], "tokens/s"),
     ],
 )
 def test_a_command_runs_dry_and_its_table_has_the_columns(command, words, rows, heads, tmp_path, monkeypatch):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import memory_options
-from benchmarks.measure import peak_bytes, spread
-from benchmarks.render import updated
+from benchmarks import memory_options, render
+from benchmarks.measure import peak_bytes
+from benchmarks.records import Case, Row
 from onecard.config import DPOConfig, TrainConfig
 from onecard.data.batches import TokenSequence, pack
 from onecard.models.build import load_roles
@@ -209,11 +209,15 @@ def test_bytes_of_optimizer_states_per_trained_number(optim, adapters, each):
 
 
 def test_the_measured_table_has_every_option():
-    rows = [memory_options.Row("--x 1", 1 << 20, 0, spread([2.0]))]
-    text = memory_options.table(rows, torch.device("cpu"), 3, busy=True)
-    assert "| `--x 1` | 1.0 | 0.0 | 2.00x (2.00 .. 2.00) |" in text
+    base, other = (
+        Row(name, "ours", seconds=(1.0 + n,), peak_bytes=0, held_bytes=1 << 20)
+        for n, name in enumerate(("none", "--x 1"))
+    )
+    case = Case("memory-options", "", {"pairs": 4}, "bfloat16", rows=(base, other))
+    text = render.memory_summary([case], "From here.")
+    assert "| `--x 1` | 1.0 | 0.0 | 2.00x |" in text
     page = memory_options.PAGE.read_text(encoding="utf-8")
-    assert text in updated(page, {memory_options.MARK: text})
+    assert text in render.updated(page, {"memory-options": text})
     measured = page.split("<!-- benchmark:memory-options -->")[1].split("<!-- /benchmark -->")[0]
-    for option in (*memory_options.OPTIONS, "all of these"):
+    for option in (*memory_options.OPTIONS, memory_options.ALL):
         assert (f"| {option} |" in measured.replace("`", "")) == (option not in memory_options.GPU_ONLY), option

@@ -14,7 +14,7 @@ from onecard.models.attention import use_own_attention
 from onecard.models.roles import Roles
 from onecard.rollout import CachedBatch, PaddedBatch, Sampling, cache_slots, sampler
 from onecard.rollout.cache_slots import GROWTH, CacheSlots, SlotLayer, takes_slots
-from onecard.rollout.cuda_graphs import cuda_graph, recorded_by, recorder_for
+from onecard.rollout.cuda_graphs import cuda_graph, recorder_for, use_recorder
 from tests.engine.rollout_material import Player, common_ends, load, own_logprobs, spied
 
 SMALL = {
@@ -116,7 +116,7 @@ def test_recorded_passes_give_the_same_answers(monkeypatch, player: Player):
         return player.sample(Sampling(50), prompts, stop_tokens=ends, batch_size=6, seed=5).responses
 
     plain, recorder = sampled(), Kept()
-    with recorded_by(recorder), spied(player.model) as shapes:
+    with use_recorder(recorder), spied(player.model) as shapes:
         replayed = sampled()
     for one, other in zip(plain, replayed, strict=True):
         assert one.tokens == other.tokens
@@ -137,7 +137,7 @@ def test_after_all_rows_end_the_next_begin_with_new_memory(monkeypatch, player: 
         return prefill(self, prompts, *given)
 
     monkeypatch.setattr(CacheSlots, "prefill", watched)
-    with recorded_by(recorder):
+    with use_recorder(recorder):
         found = player.sample(Sampling(9), player.prompts * 2, stop_tokens=(), batch_size=4, seed=3).responses
     assert taken == [(4, True)] * 3
     assert len(recorder.shapes) == 3
@@ -203,7 +203,7 @@ def test_a_pass_that_cannot_be_recorded_is_run(capsys, player: Player):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     plain = player.sample(Sampling(9), batch_size=4, seed=2).responses
-    with recorded_by(refuses):
+    with use_recorder(refuses):
         found = player.sample(Sampling(9), batch_size=4, seed=2).responses
     assert [one.tokens for one in found] == [one.tokens for one in plain]
     assert len(tried) == 1
@@ -220,7 +220,7 @@ def test_memory_that_runs_out_while_recording_is_no_refusal(player: Player):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return run
 
-    with recorded_by(too_much):
+    with use_recorder(too_much):
         found = player.sample(Sampling(9), batch_size=4, seed=2).responses
     assert sizes[:2] == [4, 2]
     assert [one.tokens for one in found] == [
@@ -234,7 +234,7 @@ def test_passes_are_recorded_on_a_gpu_where_one_asks_for_it(monkeypatch):
     assert recorder_for(torch.device("cuda")) is cuda_graph
     assert recorder_for(torch.device("cpu")) is None
     assert recorder_for(torch.device("meta")) is None
-    with recorded_by(None):
+    with use_recorder(None):
         assert recorder_for(torch.device("cuda")) is None
 
 

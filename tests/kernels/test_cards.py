@@ -15,10 +15,9 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from rich.console import Console
 
-from benchmarks import ahead, cards
-from benchmarks.ahead import CARDS, Row
+from benchmarks import cards
+from benchmarks.cards import CARDS, Row
 from benchmarks.launches import LAUNCHES
 from onecard_kernels.launch import recording
 
@@ -135,7 +134,7 @@ def configured() -> set[str]:
     for configuration in (c for launches in LAUNCHES for c in launches()):
         with recording() as launches:
             configuration.launch((9, 0))
-        names |= set(map(ahead.name_of, launches))
+        names |= set(map(cards.name_of, launches))
     return names
 
 
@@ -197,7 +196,6 @@ TABLE = """
 import os, sys
 sys.path.insert(0, {folder!r})
 import known, torch
-from benchmarks import ahead
 from benchmarks.launches import Configuration, meta
 
 def on(kernel, *args, grid=(1,), **options):
@@ -205,8 +203,8 @@ def on(kernel, *args, grid=(1,), **options):
 
 half = lambda *shape: meta(*shape, dtype=torch.float16)
 big = meta(1 << 16)
-real = ahead.measured
-ahead.measured = lambda program: os._exit(7) if "fatal" in ahead.name_of(program.launch) else real(program)
+real = cards.measured
+cards.measured = lambda program: os._exit(7) if "fatal" in cards.name_of(program.launch) else real(program)
 cards.LAUNCHES = (lambda: iter([{launches}]),)
 """
 
@@ -292,12 +290,12 @@ ROW = Row("k", ("c", "d"), True, "sm_89", True, 4, 2, 1024, False, 20, 0, 0, 512
 
 def test_what_is_not_required_is_shown_and_breaks_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     shown = replace(ROW, card="gfx942", required=False, broken=("too slow",))
-    assert cards.show([ROW, shown], Console(width=120))
+    assert cards.show([ROW, shown])
     out = capsys.readouterr().out
     assert "shown only: k on gfx942, c: too slow" in out
     assert "c (and 1 more)" in out
     assert "0.5 / 1" in out
-    assert not cards.show([ROW, replace(shown, required=True)], Console(width=120))
+    assert not cards.show([ROW, replace(shown, required=True)])
 
 
 @pytest.mark.parametrize(
@@ -311,8 +309,8 @@ def test_what_is_not_required_is_shown_and_breaks_nothing(capsys: pytest.Capture
     ],
 )
 def test_bars(change: dict[str, Any], broken: list[str]) -> None:
-    assert list(ahead.broken_bars(replace(ROW, **change), (2**31 - 1, 65535, 65535), 512)) == broken
+    assert list(cards.broken_bars(replace(ROW, **change), (2**31 - 1, 65535, 65535), 512)) == broken
 
 
 def test_tensor_memory_has_a_bar() -> None:
-    assert list(ahead.broken_bars(ROW, (1,), 513)) == ["513 columns of tensor memory, the limit is 512"]
+    assert list(cards.broken_bars(ROW, (1,), 513)) == ["513 columns of tensor memory, the limit is 512"]

@@ -25,5 +25,5 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
 
 @pytest.mark.parametrize("name", list(TASKS))
 def test_it_learns(found: dict[str, Found], name: str) -> None:
-    for verdict in verdicts(found[name]):
-        assert verdict.met, bar_cell(verdict)
+    for bar, values in verdicts(found[name]):
+        assert bar.met(values), bar_cell(bar, values)

@@ -38,10 +38,10 @@ class StepSchedule:
         """`(epochs done after the step, example indices)` of each step from `first_step` (counted from 0) on."""
         order: list[list[int]] = []
         for step in range(first_step, self.total_steps):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            if not order or place == 0:
+            epoch, index = divmod(step, self.steps_per_epoch)
+            if not order or index == 0:
                 order = step_indices(self.num_examples, self.examples_per_step, seed=self.seed, epoch=epoch)
-            yield (step + 1) / self.steps_per_epoch, order[place]
+            yield (step + 1) / self.steps_per_epoch, order[index]
 
 
 def make_schedule(config: TrainConfig, num_examples: int) -> StepSchedule:
@@ -106,11 +106,11 @@ class Supervised(Generic[E, B]):
         normalizer = objective.count(heldout)
         with bar.part("evaluate", len(heldout)) as part:
 
-            def read(places: list[int]) -> list[Loss]:
-                batch = to_device(objective.collate([heldout[place] for place in places]), weights.device)
+            def read(indices: list[int]) -> list[Loss]:
+                batch = to_device(objective.collate([heldout[index] for index in indices]), weights.device)
                 with trainer.nan_means_diverged():
                     found = list(objective.losses(batch, normalizer))
-                part.advance(by=len(places))
+                part.advance(by=len(indices))
                 return found
 
             sizes = [objective.size(example) for example in heldout]

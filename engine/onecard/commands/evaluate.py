@@ -25,7 +25,7 @@ from onecard.data import Prompt, Row, load_rows, preference_examples, prompt_exa
 from onecard.data.batches import Episode, ResponseTargets, TokenBatch, TokenSequence
 from onecard.data.columns import TEMPLATE_COLUMNS, has
 from onecard.data.templates import template_date, today
-from onecard.models.build import check_speaks, load_players, read_scalar_head, reward_adapter, same_base
+from onecard.models.build import check_is_policy, load_players, read_scalar_head, reward_adapter, same_base
 from onecard.models.classifier import find_model_source
 from onecard.models.load import find_source, load_tokenizer
 from onecard.models.passes import per_token, sequence_passes
@@ -188,7 +188,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         raise OnecardError(f"ref_adapter: {config.ref_adapter} is no adapter on the policy's base, {policy.base}.")
     for setting, source in {"model": policy, "baseline": baseline, "ref_adapter": reference}.items():
         if source is not None:
-            check_speaks(source, setting)
+            check_is_policy(source, setting)
     scorer = load_scorer(config) if config.reward_model_path or config.reward_funcs else None
     reward = reward_adapter(config)
     tokenizer = load_tokenizer(config)

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -25,10 +25,13 @@ from onecard.models.adapters import add_adapter, read_adapter
 from onecard.models.classifier import is_classifier
 from onecard.models.load import Source, find_source, load_base, reason
 from onecard.models.memory_options import apply_memory_options
+from onecard.models.role_setup import RoleSetup, ppo_setup, supervised_setup
 from onecard.models.roles import HEAD_WEIGHTS, Roles
 from onecard.models.scalar import ScalarHead
 from onecard.models.targets import Targets, find_targets
 from onecard.utils.errors import OnecardError
+
+AdapterFolders: TypeAlias = dict[str, tuple[str, Path]]  # adapter -> the setting that names it, its folder
 
 
 def scalar_head(hidden_size: int, device: torch.device) -> ScalarHead:
@@ -63,32 +66,21 @@ def lora_config(config: TrainConfig, model: Any, targets: Targets, *, scalar: bo
 
 
 def add_adapters(
-    base: Any, config: TrainConfig, trained: str, targets: Targets | None, *, reference: bool, scalar: bool = False
-) -> tuple[Any, dict[str, str | None]]:
-    """`base` with its adapters, and the adapter of each role.
-
-    The trained role gets a new adapter on `targets`, or the one in the folder `config.model`. The reference is the
-    adapter that `ref_adapter` names; else a frozen copy of the adapter that training starts from; else the base.
-    """
-    source = find_source(config.model).adapter
-    frozen = (reference_adapter(config) or source) if reference else None
-    adapters: dict[str, str | None] = {trained: trained}
-    if source is None:
-        assert targets is not None
-        model = add_adapter(base, lora_config(config, base, targets, scalar=scalar), trained)
-    else:
-        model = read_adapter(base, source, trained)
-        head = base.get_output_embeddings()
-        if scalar and any(trained in getattr(head, parts, {}) for parts in ("lora_A", "modules_to_save")):
-            raise OnecardError(
-                f"model: adapter {source} has a part on the head of the language model, which a reward model does not "
-                "run, so it would never learn; merge the adapter (onecard merge), and give the merged model."
-            )
-    if frozen is not None:
-        model = read_adapter(model, frozen, "reference", "model" if frozen == source else "ref_adapter")
-    if reference:
-        adapters["reference"] = None if frozen is None else "reference"
-    return model, adapters
+    base: Any, config: TrainConfig, setup: RoleSetup, folders: AdapterFolders
+) -> tuple[Any, Targets | None]:
+    """`base` with the adapters of `setup`, and the layers of those that are new: adapters without a folder."""
+    # the names are checked even if training continues an adapter, which has its own target modules
+    targets = find_targets(base, config.lora_target_modules) if config.use_peft else None
+    torch.manual_seed(config.seed)  # new weights depend on the seed only, not on random numbers drawn while loading
+    model = base
+    for name, role in setup.roles_by_adapter().items():
+        if name in folders:
+            setting, folder = folders[name]
+            model = read_adapter(model, folder, name, setting)
+        else:
+            assert targets is not None
+            model = add_adapter(model, lora_config(config, base, targets, scalar=role in setup.scalar), name)
+    return model, targets
 
 
 def reference_adapter(config: TrainConfig) -> Path | None:
@@ -113,7 +105,7 @@ def reference_adapter(config: TrainConfig) -> Path | None:
             f"ref_adapter: {name} was trained on {source.base}, but the policy's base is {policy.base}; policy and "
             "reference share one base."
         )
-    check_speaks(source, "ref_adapter")
+    check_is_policy(source, "ref_adapter")
     return source.adapter
 
 
@@ -141,25 +133,15 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
     """
     source = find_source(config.model)
     if not scalar:
-        check_speaks(source)
+        check_is_policy(source)
     check_no_adapter(config, adapter=source.adapter is not None)
-    base = load_base(config, train_all=not config.use_peft)
-    adapters: dict[str, str | None] = {trained: None}
-    frozen = copy.deepcopy(base).requires_grad_(False) if reference and not config.use_peft else None
-    # The names are checked even if training continues an adapter, which has its own target modules.
-    targets = find_targets(base, config.lora_target_modules) if config.use_peft else None
-    torch.manual_seed(config.seed)  # new weights depend on the seed only, not on random numbers drawn while loading
-    model = base
-    if config.use_peft:
-        model, adapters = add_adapters(base, config, trained, targets, reference=reference, scalar=scalar)
-    roles = Roles(model, (trained,), adapters, "packed" if config.padding_free else "padded")
-    roles.left_out = targets.left_out if targets and source.adapter is None else ()
-    check_precision(roles)
-    apply_memory_options(roles, config)
-    if frozen is not None:
-        roles.copies["reference"] = frozen
-        roles.adapters["reference"] = None
+    setup = supervised_setup(
+        config, trained=trained, reference=reference, scalar=scalar, from_adapter=source.adapter is not None
+    )
+    roles = load_setup(config, setup, policy_folders(config, setup))
     if scalar:
+        if source.adapter is not None:
+            check_no_head_adapter(roles, trained, source.adapter)
         folder = source.adapter or Path(source.base)
         continued = (folder / HEAD_WEIGHTS).is_file()  # training continues a reward model
         head = read_scalar_head(roles, folder) if continued else scalar_head(*head_shape(roles))
@@ -172,6 +154,42 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
         head.activation = activation
         roles.heads[trained] = head
     return roles
+
+
+def policy_folders(config: TrainConfig, setup: RoleSetup) -> AdapterFolders:
+    """The folders of the adapters that training starts from, and of the reference."""
+    source, ref_adapter = find_source(config.model).adapter, reference_adapter(config)
+    folders: AdapterFolders = {}
+    if source is not None:
+        folders = {setup.trained[0]: ("model", source), "reference": ("model", source)}
+    if ref_adapter is not None:
+        folders["reference"] = ("ref_adapter", ref_adapter)
+    return folders
+
+
+def load_setup(config: TrainConfig, setup: RoleSetup, folders: AdapterFolders) -> Roles:
+    """The base and the adapters of `setup`, without scalar heads."""
+    base = load_base(config, train_all=not config.use_peft)
+    reference = copy.deepcopy(base).requires_grad_(False) if setup.reference_copy else None
+    model, targets = add_adapters(base, config, setup, folders)
+    roles = Roles(model, setup.trained, dict(setup.adapters), "packed" if config.padding_free else "padded")
+    is_new = bool(setup.roles_by_adapter().keys() - folders.keys())
+    roles.left_out = targets.left_out if targets and is_new else ()
+    check_precision(roles)
+    apply_memory_options(roles, config)
+    if reference is not None:
+        roles.copies["reference"] = reference
+    return roles
+
+
+def check_no_head_adapter(roles: Roles, role: str, folder: Path) -> None:
+    """Raise if the adapter that a reward run continues has a part on the language model head."""
+    head = roles.causal_model().get_output_embeddings()
+    if any(role in getattr(head, parts, {}) for parts in ("lora_A", "modules_to_save")):
+        raise OnecardError(
+            f"model: adapter {folder} has a part on the head of the language model, which a reward model does not "
+            "run, so it would never learn; merge the adapter (onecard merge), and give the merged model."
+        )
 
 
 def head_shape(roles: Roles) -> tuple[int, torch.device]:
@@ -196,30 +214,17 @@ def load_ppo_roles(config: PPOConfig) -> Roles:
     or with a new adapter and a zero head, so that the first advantages are the returns. A critic on the policy's trunk
     starts with a zero head: the reward head was trained on other hidden states.
     """
-    check_speaks(find_source(config.model))
+    source = find_source(config.model)
+    check_is_policy(source)
     scorers = {role: reward_adapter(config, setting) for role, setting in SCORER_SETTINGS.items()}
     frozen = {role: folder for role, folder in scorers.items() if folder is not None}
+    setup = ppo_setup(config, frozen, from_adapter=source.adapter is not None)
+    folders = policy_folders(config, setup) | {role: (SCORER_SETTINGS[role], frozen[role]) for role in frozen}
     separate_critic = config.has_critic and config.critic == "adapter"
     critic_init = frozen.get("reward") if separate_critic and config.value_init == "reward" else None
-    base = load_base(config)
-    new_critic = separate_critic and critic_init is None
-    needs_targets = new_critic or find_source(config.model).adapter is None
-    targets = find_targets(base, config.lora_target_modules) if needs_targets else None
-    torch.manual_seed(config.seed)
-    model, adapters = add_adapters(base, config, "policy", targets, reference=True)
-    if new_critic:
-        assert targets is not None
-        add_adapter(model, lora_config(config, base, targets, scalar=True), "value")
-    for role, folder in {**({"value": critic_init} if critic_init else {}), **frozen}.items():
-        read_adapter(model, folder, role, SCORER_SETTINGS.get(role, SCORER_SETTINGS["reward"]))
-    adapters |= {role: role for role in frozen}
-    if config.has_critic:
-        adapters["value"] = "value" if separate_critic else "policy"
-    trained = ("policy", "value") if config.has_critic else ("policy",)
-    roles = Roles(model, trained, adapters, "packed" if config.padding_free else "padded")
-    roles.left_out = targets.left_out if targets else ()
-    check_precision(roles)
-    apply_memory_options(roles, config)
+    if critic_init is not None:
+        folders["value"] = (SCORER_SETTINGS["reward"], critic_init)
+    roles = load_setup(config, setup, folders)
     for role, folder in frozen.items():
         roles.heads[role] = read_scalar_head(roles, folder).requires_grad_(False)
     if critic_init is not None:
@@ -273,7 +278,7 @@ def load_player(config: ModelConfig, *, role: str, head: bool = False) -> Roles:
     """
     source = find_source(config.model)
     if role == "policy":
-        check_speaks(source)
+        check_is_policy(source)
     roles = load_players(config, {role: source.adapter})
     if head:
         folder = source.adapter or Path(source.base)
@@ -283,7 +288,7 @@ def load_player(config: ModelConfig, *, role: str, head: bool = False) -> Roles:
     return roles
 
 
-def check_speaks(source: Source, setting: str = "model") -> None:
+def check_is_policy(source: Source, setting: str = "model") -> None:
     """Raise for a reward model where a policy is expected: it would load, but it was not trained to generate text."""
     for folder in filter(None, (source.adapter, Path(source.base))):
         if (folder / HEAD_WEIGHTS).is_file():

@@ -59,9 +59,9 @@ class Scorer:
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """Settings of a scorer. `what` is `reward` or `constraint`: the prefix of its settings, and its adapter's role."""
+    """Settings of a scorer. `role` is `reward` or `constraint`; the settings begin with it."""
 
-    what: str
+    role: str
     model_path: str
     label: str
     functions: Sequence[str]
@@ -71,16 +71,16 @@ class RewardSpec:
 
     @property
     def path_setting(self) -> str:
-        return f"{self.what}_model_path"
+        return f"{self.role}_model_path"
 
     @property
     def functions_setting(self) -> str:
-        return f"{self.what}_funcs"
+        return f"{self.role}_funcs"
 
     @property
     def part(self) -> str:
         """The name of the model's part."""
-        return f"{self.what}_model"
+        return f"{self.role}_model"
 
 
 def load_scorer(config: PPOConfig | EvaluateConfig, budget: TokenBudget | None = None) -> Scorer:
@@ -153,7 +153,7 @@ def part_weights(spec: RewardSpec, named: Mapping[str, Term]) -> dict[str, float
     written = next((term for term in named.values() if term.weight is not None), None)
     if spec.weights and written is not None:
         raise OnecardError(
-            f"{spec.what}_weights: given, and so is the weight of '{written.entry}' in {spec.functions_setting}; "
+            f"{spec.role}_weights: given, and so is the weight of '{written.entry}' in {spec.functions_setting}; "
             "expected one or the other."
         )
     if spec.weights:
@@ -173,11 +173,11 @@ def load_model(spec: RewardSpec, config: ModelConfig) -> ModelReward | None:
     """The model's part: a classifier, or an adapter that is loaded with the run's other roles; None without a path."""
     path, setting = spec.model_path, spec.path_setting
     if path and is_classifier(path, setting, trust_remote_code=config.trust_remote_code):
-        return ClassifierReward(load_classifier(path, setting, spec.label, f"{spec.what}_label", config), setting)
+        return ClassifierReward(load_classifier(path, setting, spec.label, f"{spec.role}_label", config), setting)
     if spec.label:
         what = f"{path} is none" if path else f"there is no {setting}"
-        raise OnecardError(f"{spec.what}_label: '{spec.label}' is a classifier's label, but {what}.")
-    return AdapterReward(spec.what) if path else None
+        raise OnecardError(f"{spec.role}_label: '{spec.label}' is a classifier's label, but {what}.")
+    return AdapterReward(spec.role) if path else None
 
 
 def response_text(tokenizer: Any, episode: Episode) -> str:

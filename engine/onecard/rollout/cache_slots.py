@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 
 from onecard.models.attention import has_own_attention, windows_of
 from onecard.models.trunk import rotation_limit, trunk_of
-from onecard.rollout.cuda_graphs import Replayed, recorder_for
+from onecard.rollout.cuda_graphs import RecordedPass, recorder_for
 from onecard.rollout.decode_batch import CachedBatch, padded
 
 # Prompts are prefilled when at least this share of the rows is free. A prefill is a forward pass of its own, however
@@ -131,7 +131,7 @@ class CacheSlots(CachedBatch):
         super().__init__(model, size, device)
         self.layout = SlotLayout(max_columns)
         recorder = recorder_for(device)
-        self.replayed = None if recorder is None else Replayed(recorder)
+        self.recorded_pass = None if recorder is None else RecordedPass(recorder)
         self.min_free_share = 0.0 if recorder is None else 0.5  # fewer rows need a new recording
         state = torch.zeros(4, size, dtype=torch.int64, device=device)
         self.prompt_indices, self.generated, self.lengths, self.tokens = state
@@ -157,8 +157,8 @@ class CacheSlots(CachedBatch):
         free = [row for row, index in enumerate(self.row_prompts) if index is None]
         if len(free) == self.size:  # the first prefill, or all rows have ended: nothing in the cache is needed
             self.cache, self.layout.capacity = None, 0
-            if self.replayed is not None:
-                self.replayed.forget()
+            if self.recorded_pass is not None:
+                self.recorded_pass.forget()
             return free[:waiting]
         return free[: min(waiting, self.refill_size)] if len(free) >= self.refill_size else []
 
@@ -190,7 +190,7 @@ class CacheSlots(CachedBatch):
         rows = zip(self.host_lengths, self.row_prompts, strict=True)
         longest = max(length for length, index in rows if index is not None)
         self.grow(longest + 1)
-        layout.read = longest + 1 if self.replayed is None else layout.capacity
+        layout.read = longest + 1 if self.recorded_pass is None else layout.capacity
         # a free row keeps writing to its last column until it is prefilled
         lengths = self.lengths.clamp(max=layout.read - 1)
         visible = torch.arange(layout.read, device=self.device) <= lengths.unsqueeze(1)
@@ -201,10 +201,10 @@ class CacheSlots(CachedBatch):
         }
 
     def step(self, inputs: dict[str, Tensor]) -> Tensor:
-        if self.replayed is None:
+        if self.recorded_pass is None:
             logits = self.forward_step(inputs)
         else:
-            logits = self.replayed(self.forward_step, inputs, (len(self.row_prompts), self.layout.capacity))
+            logits = self.recorded_pass(self.forward_step, inputs, (len(self.row_prompts), self.layout.capacity))
         self.lengths = self.lengths + 1
         self.host_lengths = [length + 1 for length in self.host_lengths]
         return logits

@@ -28,8 +28,8 @@ _recorders: list[Recorder | None] = []
 
 
 @contextmanager
-def recorded_by(recorder: Recorder | None) -> Iterator[None]:
-    """Context in which decoding passes are recorded by `recorder`; None: they are not recorded."""
+def use_recorder(recorder: Recorder | None) -> Iterator[None]:
+    """Context in which `recorder` records decoding passes; None: they are not recorded."""
     _recorders.append(recorder)
     try:
         yield
@@ -69,7 +69,7 @@ def cuda_graph(run: Pass, inputs: Inputs) -> Pass:
     return replay
 
 
-class Replayed:
+class RecordedPass:
     """Replays a recorded pass, and records it again whenever `shape` changes."""
 
     def __init__(self, recorder: Recorder) -> None:

@@ -74,9 +74,9 @@ class MasterOptimizer(torch.optim.Optimizer):
 
     def rounded(self) -> Iterator[tuple[int, nn.Parameter, nn.Parameter]]:
         """`(place, weight, master)` of each weight that has a master."""
-        for place, (weight, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
+        for index, (weight, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
             if weight is not master:
-                yield place, weight, master
+                yield index, weight, master
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -108,7 +108,7 @@ class MasterOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state, and the masters by index."""
-        masters = {place: master.detach() for place, _, master in self.rounded()}
+        masters = {index: master.detach() for index, _, master in self.rounded()}
         return {"inner": self.inner.state_dict(), "masters": masters}
 
     @torch.no_grad()
@@ -116,8 +116,8 @@ class MasterOptimizer(torch.optim.Optimizer):
         """Restore what `state_dict` returned."""
         self.inner.load_state_dict(state_dict["inner"])
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
-        for place, weight, master in self.rounded():
-            master.copy_(state_dict["masters"][place])
+        for index, weight, master in self.rounded():
+            master.copy_(state_dict["masters"][index])
             weight.copy_(master)
 
 

@@ -25,9 +25,9 @@ LIMIT_16_BIT = 0.05  # nat: the mean over a text in 16 bit, beside three times t
 ROUNDING_16_BIT = 0.1  # nat: the mean over a text by rounding, above which nothing can be told
 
 
-def text(vocabulary: int, length: int, place: int) -> tuple[int, ...]:
-    """Tokens spread over the vocabulary; each `place` gives another text."""
-    return tuple((7919 * index + 104729 * place + 13) % vocabulary for index in range(length))
+def text(vocabulary: int, length: int, variant: int) -> tuple[int, ...]:
+    """Tokens spread over the vocabulary; each `variant` gives another text."""
+    return tuple((7919 * index + 104729 * variant + 13) % vocabulary for index in range(length))
 
 
 def scored(tokens: tuple[int, ...], prompt: int = 1) -> TokenSequence:

@@ -301,7 +301,7 @@ def choose_decoding(roles: Roles, longest: int) -> None:
     """
     new = min(NEW, longest // 2)
     lengths = (longest - new, min(SHORT, longest - new), min(SHARED, longest - new))
-    prompts = [text(known_tokens(roles.causal_model()), length, place) for place, length in enumerate(lengths)]
+    prompts = [text(known_tokens(roles.causal_model()), length, index) for index, length in enumerate(lengths)]
     with errors_of(roles.causal_model()):
         plain_logprobs(roles, [scored(prompts[-1] + prompts[-1])])
     faults: list[str] = []

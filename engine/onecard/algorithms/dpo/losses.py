@@ -58,9 +58,9 @@ def response_lengths(targets: ResponseTargets, sequences: int) -> Tensor:
 def with_logps(loss: Loss, beta: float, reference: tuple[Tensor, Tensor] | None, normalizer: int) -> Loss:
     """The same loss with TRL's `logps/` metrics, which follow from its rewards, beta (logp - ref_logp)."""
     metrics = dict(loss.metrics)
-    for place, side in enumerate(("chosen", "rejected")):
+    for index, side in enumerate(("chosen", "rejected")):
         logps = metrics[f"rewards/{side}"] / beta
-        metrics[f"logps/{side}"] = logps if reference is None else logps + reference[place].sum() / normalizer
+        metrics[f"logps/{side}"] = logps if reference is None else logps + reference[index].sum() / normalizer
     return Loss(loss.loss, metrics)
 
 

@@ -114,13 +114,15 @@ def compute_table(
     sizes = [padded_rows(lengths) if padded else sum(lengths) for lengths in all_lengths(examples)]
     with progress("reference", len(examples)) as bar:
 
-        def read(places: list[int]) -> Tensor:
-            batch = to_device(collate([examples[place] for place in places]), roles.device)
+        def read(indices: list[int]) -> Tensor:
+            batch = to_device(collate([examples[index] for index in indices]), roles.device)
             found = reference(roles, batch).view(2, -1).T.float().cpu()
-            bar.advance(by=len(places))
+            bar.advance(by=len(indices))
             return found
 
-        return torch.stack(map_micro_batches(sizes, as_budget(size), lambda places: list(read(places)), padded=padded))
+        return torch.stack(
+            map_micro_batches(sizes, as_budget(size), lambda indices: list(read(indices)), padded=padded)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,11 +135,11 @@ class WithReference(Sequence[E]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
-            return WithReference(self.examples[place], self.table[place])
-        first, second = self.table[place].tolist()
-        return replace(self.examples[place], ref_logps=(first, second))
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return WithReference(self.examples[index], self.table[index])
+        first, second = self.table[index].tolist()
+        return replace(self.examples[index], ref_logps=(first, second))
 
 
 def with_reference(

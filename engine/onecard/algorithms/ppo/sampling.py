@@ -33,8 +33,8 @@ class Sampler:
     budget: TokenBudget
     stop_strings: StopStrings | None = None
 
-    def sample(self, roles: Roles, prompts: Sequence[Prompt], places: Sequence[int], bar: Bar | None) -> Sampled:
-        """One episode for each prompt. `places` are the prompts' indices in the dataset."""
+    def sample(self, roles: Roles, prompts: Sequence[Prompt], indices: Sequence[int], bar: Bar | None) -> Sampled:
+        """One episode for each prompt. `indices` are the prompts' indices in the dataset."""
         rollout = sample_responses(
             roles,
             [prompt.tokens for prompt in prompts],
@@ -45,8 +45,8 @@ class Sampler:
             bar=bar,
         )
         episodes = [
-            make_episode(prompt, place, response)
-            for prompt, place, response in zip(prompts, places, rollout.responses, strict=True)
+            make_episode(prompt, index, response)
+            for prompt, index, response in zip(prompts, indices, rollout.responses, strict=True)
         ]
         return Sampled(episodes, rollout)
 

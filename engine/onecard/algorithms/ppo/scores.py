@@ -59,10 +59,10 @@ def measure_scale(
     roles: Roles, sampler: Sampler, scorer: Scorer, training: Sequence[Prompt], config: PPOConfig
 ) -> Scale:
     """The scale, from one response to each of the first (at most 64) prompts of training."""
-    places = stream_indices(len(training), 0, min(SCALE_PROMPTS, len(training)), seed=config.seed)
-    prompts = [training[place] for place in places]
+    indices = stream_indices(len(training), 0, min(SCALE_PROMPTS, len(training)), seed=config.seed)
+    prompts = [training[index] for index in indices]
     with seeded_rng(roles.device, config.seed, "normalize_reward"):
-        episodes = sampler.sample(roles, prompts, places, None).episodes
+        episodes = sampler.sample(roles, prompts, indices, None).episodes
         sums = scorer.scores(roles, sampler.tokenizer, prompts, episodes).sums.double()
     if sums.min() == sums.max():
         raise OnecardError(

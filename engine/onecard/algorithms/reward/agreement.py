@@ -40,17 +40,17 @@ def ranks(values: Tensor) -> Tensor:
     >>> ranks(torch.tensor([3.0, 1.0, 3.0, 2.0]))
     tensor([3.5000, 1.0000, 3.5000, 2.0000], dtype=torch.float64)
     """
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
+    _, index, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[place]
+    return (last - (counts - 1) / 2)[index]
 
 
 def concordance(scores: Tensor, given: Tensor) -> float:
     """The share of pairs of rows with different given scores whose scores are in the same order."""
     right = total = 0
-    for place in range(1, len(given)):  # a row of the n x n table at a time
-        order = (given[:place] - given[place]).sign()
-        same = (scores[:place] - scores[place]).sign() == order
+    for index in range(1, len(given)):  # a row of the n x n table at a time
+        order = (given[:index] - given[index]).sign()
+        same = (scores[:index] - scores[index]).sign() == order
         right += int((same & (order != 0)).sum())
         total += int((order != 0).sum())
     return right / total

@@ -16,7 +16,7 @@ from onecard.commands.fit.phases import Lengths, is_uncut, rows_of
 from onecard.commands.fit.plan import MemoryPlan, plan_memory
 from onecard.commands.fit.search import Fitting, flags, largest_tokens, make_fit
 from onecard.config import FitConfig, PPOConfig, RewardConfig, TrainConfig
-from onecard.models.build import check_no_adapter, check_speaks
+from onecard.models.build import check_is_policy, check_no_adapter
 from onecard.models.folders import weights_folder
 from onecard.models.load import find_source, reason
 from onecard.models.trunk import context_of
@@ -65,7 +65,7 @@ def answer(fit: FitConfig, config: TrainConfig) -> Answer:
     card = find_card(fit.card) if fit.card else None
     model = find_model(config.model)
     if not isinstance(config, RewardConfig) and weights_folder(Path(config.model)).is_dir():
-        check_speaks(find_source(config.model))
+        check_is_policy(find_source(config.model))
     check_no_adapter(config, adapter=model.adapter)
     config.validate()
     if isinstance(config, PPOConfig):
@@ -98,7 +98,7 @@ def planner(model: PlannedModel, lengths: Lengths, target: torch.device) -> Call
         key = repr(config)
         if key not in plans:
             try:
-                plans[key] = plan_memory(model.config, config, lengths, target, own_reference=model.adapter)
+                plans[key] = plan_memory(model.config, config, lengths, target, from_adapter=model.adapter)
             except OnecardError:
                 raise
             except Exception as error:  # model code may raise any exception on meta tensors, which have no values

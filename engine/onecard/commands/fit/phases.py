@@ -34,8 +34,10 @@ from onecard.data.batches import (
     pack,
     to_device,
 )
+from onecard.models.build import SCORER_SETTINGS
 from onecard.models.cache import cache_bytes
 from onecard.models.micro_batching import MicroBatchSize, forward_budget
+from onecard.models.role_setup import RoleSetup, ppo_setup, supervised_setup
 from onecard.models.roles import Roles
 from onecard.models.trunk import evaluating
 from onecard.rollout import Sampling, decoding_modes, make_decode_batch
@@ -111,9 +113,15 @@ def example_of(config: TrainConfig, lengths: Lengths) -> Any:
     return replace(example, ref_logps=(0.0, 0.0)) if config.precompute_ref_log_probs else example
 
 
-def has_reference(config: TrainConfig) -> bool:
-    """Whether the run has a frozen reference model."""
-    return isinstance(config, PPOConfig) or recipe_of(config).reference
+def setup_of(config: TrainConfig, *, from_adapter: bool) -> RoleSetup:
+    """The run's roles. A scoring model that a setting names is planned as an adapter on the base."""
+    if isinstance(config, PPOConfig):
+        scorers = [role for role, setting in SCORER_SETTINGS.items() if getattr(config, setting)]
+        return ppo_setup(config, scorers, from_adapter=from_adapter)
+    recipe = recipe_of(config)
+    return supervised_setup(
+        config, trained=recipe.trained, reference=recipe.reference, scalar=recipe.scalar, from_adapter=from_adapter
+    )
 
 
 def is_uncut(config: TrainConfig) -> bool:

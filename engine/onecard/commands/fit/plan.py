@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from onecard.commands.fit.phases import Lengths, Rehearsal, has_reference
+from onecard.commands.fit.phases import Lengths, Rehearsal, setup_of
 from onecard.commands.fit.tracker import PAGED, Phase, Tracker
-from onecard.commands.fit.weights import META, load_peak, plan_base, plan_roles, role_setup
+from onecard.commands.fit.weights import META, load_peak, plan_base, plan_roles
 from onecard.commands.fit.workspaces import workspaces
 from onecard.config import PPOConfig, TrainConfig
 from onecard.models.attention import has_own_attention, planned_for
@@ -176,11 +176,11 @@ def plan_memory(
     lengths: Lengths,
     target: torch.device,
     *,
-    own_reference: bool = False,
+    from_adapter: bool = False,
 ) -> MemoryPlan:
     """The memory plan of a training command. `model`: transformers config of the base.
 
-    `own_reference`: the reference is an adapter of its own, because training starts from an adapter. A model whose
+    `from_adapter`: training starts from an adapter, so the reference is a second adapter. A model whose
     forward is a loop over tokens would take minutes to plan: it is planned for two short lengths, and the plan is
     extrapolated linearly.
     """
@@ -188,15 +188,14 @@ def plan_memory(
         say(f"fit: the model runs token by token; planned for {SHORT[0]} and {SHORT[1]} tokens, then extrapolated.")
         settings = [shortened(config, lengths, tokens) for tokens in SHORT]
         plans = [
-            plan_once(model, short_config, short, target, own_reference=own_reference)
-            for short_config, short in settings
+            plan_once(model, short_config, short, target, from_adapter=from_adapter) for short_config, short in settings
         ]
         return extrapolated(plans, lengths.total)
-    return plan_once(model, config, lengths, target, own_reference=own_reference)
+    return plan_once(model, config, lengths, target, from_adapter=from_adapter)
 
 
 def plan_once(
-    model: Any, config: TrainConfig, lengths: Lengths, target: torch.device, *, own_reference: bool = False
+    model: Any, config: TrainConfig, lengths: Lengths, target: torch.device, *, from_adapter: bool = False
 ) -> MemoryPlan:
     """The plan for sequences of these lengths, without extrapolation."""
     began = time.perf_counter()
@@ -206,9 +205,8 @@ def plan_once(
     with planning(target, tracker), head_chunks(config.head_chunk_tokens):
         with tracker.making(WEIGHTS):
             base = plan_base(model, config, target, train_all=not config.use_peft)
-            setup = role_setup(config, reference=has_reference(config), own_reference=own_reference)
-            copied = "reference" in setup.adapters and not config.use_peft
-            copy = plan_base(model, config, target, train_all=True) if copied else None
+            setup = setup_of(config, from_adapter=from_adapter)
+            copy = plan_base(model, config, target, train_all=True) if setup.reference_copy else None
         load = Phase("load", 0, tracker.current + load_peak(base), dict(tracker.by_kind), "quantization")
         parameters = tracker.by_kind[WEIGHTS]
         with tracker.making(ADAPTERS):

@@ -7,23 +7,23 @@ the same modules.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from onecard.config import ModelConfig, PPOConfig, ReferenceConfig, RewardConfig, TrainConfig
+from onecard.config import ModelConfig, TrainConfig
 from onecard.data.batches import TokenSequence, pack, to_device
 from onecard.models.adapters import ADAPTER_SETTINGS, add_adapter, as_modules, read_settings
 from onecard.models.attention import use_own_attention
-from onecard.models.build import SCORER_SETTINGS, head_shape, lora_config, scalar_head
+from onecard.models.build import head_shape, lora_config, scalar_head
 from onecard.models.folders import weights_folder
 from onecard.models.four_bit import check_packed, nf4_settings, read_directly, stack_parameters, unpack_in_passes
 from onecard.models.load import model_class, reason, without_dropout
 from onecard.models.memory_options import apply_memory_options
+from onecard.models.role_setup import RoleSetup
 from onecard.models.roles import Roles
 from onecard.models.targets import Targets, find_targets
 from onecard.models.trunk import context_of, trunk_of
@@ -130,54 +130,26 @@ def plan_base(settings: Any, config: ModelConfig, target: torch.device, *, train
     return model.requires_grad_(train_all)
 
 
-def lora(model: Any, config: TrainConfig, names: Mapping[str, bool], from_model: Collection[str] = ()) -> Any:
-    """`model` with adapters. `names`: adapter -> whether its role has a scalar head.
+def add_adapters(model: Any, config: TrainConfig, setup: RoleSetup) -> Any:
+    """`models.build.add_adapters` on meta.
 
-    Adapters in `from_model` have the settings of the adapter folder that `config.model` names, where it names one.
+    The adapters of the policy and of the reference have the settings of the adapter folder that `config.model` names,
+    if it names one. Other folders do not have to exist: their adapters are planned as new ones.
     """
+    names = setup.roles_by_adapter()
     targets = find_targets(model, config.lora_target_modules) if names else Targets(())
     if targets.parameters:
         raise OnecardError(f"lora_target_modules: adapters on experts ({targets.parameters[0]}) cannot be planned.")
     base, folder = model, weights_folder(Path(config.model))
     with META:
-        for name, scalar in names.items():
-            if name in from_model and (folder / ADAPTER_SETTINGS).is_file():
+        for name, role in names.items():
+            if name in (setup.trained[0], "reference") and (folder / ADAPTER_SETTINGS).is_file():
                 settings = read_settings(folder, "model")
                 as_modules(settings, model)
-                model = add_adapter(model, settings, name)
-                continue
-            model = add_adapter(model, lora_config(config, base, targets, scalar=scalar), name)
+            else:
+                settings = lora_config(config, base, targets, scalar=role in setup.scalar)
+            model = add_adapter(model, settings, name)
     return model
-
-
-@dataclass(frozen=True)
-class RoleSetup:
-    """The roles of a run: the trained ones, the adapter of each role (None: the base), and those with a scalar head."""
-
-    trained: tuple[str, ...]
-    adapters: dict[str, str | None]
-    scalar: tuple[str, ...] = ()
-
-
-def role_setup(config: TrainConfig, *, reference: bool, own_reference: bool) -> RoleSetup:
-    """The roles of a command.
-
-    `reference`: it has one; `own_reference`: as a second adapter, because training starts from an adapter.
-    """
-    own_reference |= isinstance(config, ReferenceConfig) and bool(config.ref_adapter)
-    ref_adapter = {"reference": "reference" if own_reference else None} if reference else {}
-    if isinstance(config, PPOConfig):
-        adapters: dict[str, str | None] = {"policy": "policy", **ref_adapter}
-        if config.has_critic:
-            adapters["value"] = "value" if config.critic == "adapter" else "policy"
-        scorers = [role for role, setting in SCORER_SETTINGS.items() if getattr(config, setting)]
-        adapters |= {role: role for role in scorers}
-        trained = tuple(role for role in ("policy", "value") if role in adapters)
-        return RoleSetup(trained, adapters, tuple(role for role in ("value", *scorers) if role in adapters))
-    role = "reward" if isinstance(config, RewardConfig) else "policy"
-    if not config.use_peft:
-        return RoleSetup((role,), {role: None, **dict.fromkeys(ref_adapter)}, (role,) if role == "reward" else ())
-    return RoleSetup((role,), {role: role, **ref_adapter}, (role,) if role == "reward" else ())
 
 
 @torch.no_grad()
@@ -199,9 +171,7 @@ def choose_layout(roles: Roles) -> None:
 
 def plan_roles(base: Any, copy: Any, config: TrainConfig, setup: RoleSetup) -> Roles:
     """`models.build.load_roles` and `load_ppo_roles` on meta. `copy`: full copy of the model as reference, or None."""
-    names = {name: role in setup.scalar for role, name in reversed(setup.adapters.items()) if name is not None}
-    from_model = (setup.trained[0], "reference")
-    model = lora(base, config, {name: names[name] for name in reversed(names)}, from_model)
+    model = add_adapters(base, config, setup)
     roles = Roles(model, setup.trained, dict(setup.adapters), "packed" if config.padding_free else "padded")
     choose_layout(roles)
     apply_memory_options(roles, config)
