@@ -38,12 +38,15 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """A command. After a kill it is run again, with the flag `goes_on` if the path `where` exists."""
+    """A command. After a kill it is run again, with the flag `goes_on` if the path `where` exists.
+
+    `goes_on` None: the command does not replace its output, which is complete once it exists.
+    """
 
     name: str
     words: tuple[str, ...]
     output: str  # below the folder that `{}` in the words stands for
-    goes_on: str
+    goes_on: str | None
     where: str
 
 
@@ -79,13 +82,13 @@ def cases(material: Path) -> dict[str, Case]:
     ppo = f"{score} --batch_size 8 --num_ppo_epochs 2 --response_length 8 {stop_strings}"
     adapter, prompts = f"--model {material / 'adapter' / 'policy'}", f"--dataset {material / 'prompts.jsonl'}"
     labels = f"--loss_type kto --dataset {material / 'labels.jsonl'}"
-    told = {
+    told: dict[str, tuple[str, str, str | None]] = {
         "sft": (f"sft {small} --dataset {material / 'sft.jsonl'} --output_dir {{}}/run", "run", "--resume"),
         "reward": (f"reward {small} --dataset {material / 'pairs.jsonl'} --output_dir {{}}/run", "run", "--resume"),
         "dpo": (f"dpo {small} --dataset {material / 'pairs.jsonl'} --output_dir {{}}/run", "run", "--resume"),
         "dpo, kto": (f"dpo {small} {labels} --output_dir {{}}/run", "run", "--resume"),
         "ppo": (f"ppo {small} {ppo} {prompts} --output_dir {{}}/run", "run", "--resume"),
-        "merge": (f"merge {adapter} --output_dir {{}}/merged", "merged", "--overwrite"),
+        "merge": (f"merge {adapter} --output_dir {{}}/merged", "merged", None),
         "evaluate": (
             f"evaluate {adapter} {score} {prompts} --response_length 4 --output_dir {{}}/evaluation", "evaluation", "",
         ),
@@ -188,9 +191,10 @@ def kill_once(case: Case, whole: Result, operations: int, seconds: float, draw: 
         shutil.rmtree(folder)
         folder.mkdir()
     going_on = case.goes_on if (folder / case.where).exists() else ""
-    code, *_ = run([*words, *going_on.split()], folder)
+    code = 0 if going_on is None else run([*words, *going_on.split()], folder)[0]
     equal = code == 0 and result_of(folder / case.output) == whole
-    return Kill(case.name, phase_of(path, folder / case.output), between, going_on or "the same command", equal)
+    shown = "nothing to do" if going_on is None else going_on or "the same command"
+    return Kill(case.name, phase_of(path, folder / case.output), between, shown, equal)
 
 
 def kill_all(
