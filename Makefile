@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt
 
-.PHONY: help demo test test-long lint bench clean
+.PHONY: help demo test test-all test-long lint bench clean
 help:
 	@echo "make demo   install into .venv, then SFT, reward model, DPO and PPO from nothing in a few minutes (runs/demo/report.html)"
-	@echo "make test   install into .venv with the test tools, then lint, types and all tests"
+	@echo "make test   install into .venv with the test tools, then lint, types and the tests"
+	@echo "make test-all   the same with the whole of every grid, as continuous integration runs it"
 	@echo "make test-long  the tests that 'make test' leaves out: every model family, learning runs held to bars (an hour; needs ../shared/data)"
 	@echo "make lint   ruff and mypy alone"
 	@echo "make bench  the CPU kernel benchmarks against their peers, a quarter of an hour (benchmarks/results/)"
@@ -39,6 +40,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 test: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long and not grid" tests
+
+test-all: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not long" tests
 
 test-long: $(VENV)/.installed-test

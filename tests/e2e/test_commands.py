@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 import torch
 import yaml
 
@@ -19,7 +18,6 @@ def first_and_last(folder: Path, name: str) -> tuple[float, float]:
     return values[0], values[-1]
 
 
-@pytest.mark.slow
 def test_sft_lowers_heldout_loss(onecard, tmp_path, stories260k, stories):
     result = onecard(
         "sft", "--model", stories260k, "--dataset", stories, "--output_dir", tmp_path / "run", "--max_length", 128,
@@ -31,7 +29,6 @@ def test_sft_lowers_heldout_loss(onecard, tmp_path, stories260k, stories):
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-@pytest.mark.slow
 def test_reward_learns_pairs_and_keeps_its_head(onecard, tmp_path, tinystories, politeness):
     result = onecard(
         "reward", "--model", tinystories, "--dataset", politeness, "--output_dir", tmp_path / "run", "--max_steps", 40,
@@ -43,7 +40,6 @@ def test_reward_learns_pairs_and_keeps_its_head(onecard, tmp_path, tinystories, 
     assert (tmp_path / "run" / "reward" / "head.safetensors").is_file()
 
 
-@pytest.mark.slow
 def test_dpo_raises_heldout_margin_and_peft_loads_the_policy(onecard, tmp_path, tinystories, politeness):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer

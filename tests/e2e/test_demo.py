@@ -31,7 +31,6 @@ def short(monkeypatch):
     return shorten
 
 
-@pytest.mark.slow
 def test_the_demo_reaches_its_bars_and_goes_on_or_starts_over(onecard, short, tmp_path):
     """What the README shows is what a person gets: all stages at their real length."""
     folder = tmp_path / "demo"

@@ -34,7 +34,7 @@ CONFIGS = {
 TRAINING = ("sft", "reward", "dpo", "ppo")
 LONGEST = 90  # seconds that one command may take
 # Each kind of input in so many tests, for the sake of workers.
-PARTS = [*range(5), *(pytest.param(part, marks=pytest.mark.long) for part in range(5, 10))]
+PARTS = [*range(5), *(pytest.param(part, marks=pytest.mark.grid) for part in range(5, 10))]
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -92,7 +92,6 @@ def test_in_the_last_step_there_is_nothing_left_to_stop(onecard, monkeypatch, tm
     assert (tmp_path / "run" / "policy").exists()
 
 
-@pytest.mark.slow
 def test_the_shown_command_goes_on_as_it_stands(tmp_path, tiny_model, pairs):
     """A real process, a real signal, and what it says typed into a shell."""
     words = [sys.executable, "-m", "onecard", "dpo", *arguments(tiny_model, pairs, tmp_path / "run"), "--overwrite"]

@@ -6,10 +6,7 @@ import os
 import subprocess
 import sys
 
-import pytest
 
-
-@pytest.mark.slow
 def test_twenty_kills_go_on_to_the_same() -> None:
     """In a process of its own, since its children are forked."""
     done = subprocess.run(

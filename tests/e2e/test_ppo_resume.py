@@ -222,7 +222,7 @@ KILLS, LEAST, KILLED_STEPS = 20, 5, 24
 PHASES = ("rollout", "training", "saving")
 
 
-@pytest.mark.long  # `make test` has the kills of test_kills.py
+@pytest.mark.grid  # `make test` has the kills of test_kills.py
 def test_killed_20_times_equals_uninterrupted(tmp_path, tiny_model, material):
     """Real SIGKILLs at random moments, at least 5 each while it samples, learns, and writes a checkpoint."""
     more = ["--max_steps", KILLED_STEPS, "--save_steps", 1, "--eval_steps", 8, "--num_generations", 2]

@@ -101,7 +101,7 @@ def check(line: str, command: str, name: str, parts: list[str]) -> None:
 def grid(commands: Iterable[str], kinds: Iterable[str], usual: Collection[str]) -> list[Any]:
     """Every command with every kind of wrong weights. `make test` has all kinds in generate and the usual in all."""
     return [
-        pytest.param(command, kind, marks=() if command == "generate" or kind in usual else pytest.mark.long)
+        pytest.param(command, kind, marks=() if command == "generate" or kind in usual else pytest.mark.grid)
         for command in commands
         for kind in kinds
     ]

@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 # --- tuning
 
 
-@pytest.mark.long
+@pytest.mark.grid
 @pytest.mark.skipif(launch.why_not(torch.device("cpu")) is not None, reason="triton does not run here")
 def test_every_knob_runs_dry_and_leaves_no_trace(tmp_path: Path) -> None:
     before = dict(tuning.TABLE)

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import cli, records, render, scale
 
 
-@pytest.mark.long
+@pytest.mark.grid
 def test_every_row_is_a_process_that_ends(tmp_path: Path) -> None:
     words = ["--rows", "300", "--report_rows", "50", "--print", "--out", str(tmp_path)]
     assert cli.main(scale.command, words) == 0

@@ -46,8 +46,8 @@ def planned(model: str, config) -> MemoryPlan:
     [
         ("Llama-3.1-8B", PPO, 9.5),
         ("Llama-3.1-8B", DPO, 8.5),
-        pytest.param("Qwen2.5-14B", PPO, 16.0, marks=pytest.mark.long),
-        pytest.param("Qwen2.5-1.5B", PPO, 4.0, marks=pytest.mark.long),
+        pytest.param("Qwen2.5-14B", PPO, 16.0, marks=pytest.mark.grid),
+        pytest.param("Qwen2.5-1.5B", PPO, 4.0, marks=pytest.mark.grid),
     ],
     ids=["8B ppo", "8B dpo", "14B ppo", "1.5B ppo"],
 )

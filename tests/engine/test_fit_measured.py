@@ -112,7 +112,7 @@ LONG = (  # as others are
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.long if case in LONG else ()) for case in CASES])
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.grid if case in LONG else ()) for case in CASES])
 def test_the_plan_is_what_the_profiler_sees(case, folders, request, tmp_path):
     model, kind, settings = CASES[case]
     folder = request.getfixturevalue(model) if model == "tinystories" else folders / model
@@ -138,7 +138,7 @@ def test_a_rollouts_cache_at_its_final_length(folders):
     assert phase.parts["kv cache"] > 0.7 * real
 
 
-@pytest.mark.parametrize("lengths", [Lengths(96, 64), pytest.param(Lengths(120, 130), marks=pytest.mark.long)], ids=str)
+@pytest.mark.parametrize("lengths", [Lengths(96, 64), pytest.param(Lengths(120, 130), marks=pytest.mark.grid)], ids=str)
 def test_a_rollout_with_prompts_coming_in_beside_a_full_cache(folders, lengths):
     """More episodes than rows. Answers end one after the other, so that the cache is full when the last ones come."""
     rows, more = 4, {"local_rollout_forward_batch_size": 4, "per_device_train_batch_size": 16}

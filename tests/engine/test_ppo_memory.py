@@ -76,8 +76,8 @@ def reward(tinystories, tmp_path_factory):
     [
         pytest.param(True, True, id="checkpointed, packed"),
         pytest.param(False, False, id="plain, padded"),
-        pytest.param(True, False, id="checkpointed, padded", marks=pytest.mark.long),
-        pytest.param(False, True, id="plain, packed", marks=pytest.mark.long),
+        pytest.param(True, False, id="checkpointed, padded", marks=pytest.mark.grid),
+        pytest.param(False, True, id="plain, packed", marks=pytest.mark.grid),
     ],
 )
 def test_a_ppo_step_takes_at_most_1_3_times_a_dpo_step_s_memory(tinystories, reward, padding_free, checkpointing):

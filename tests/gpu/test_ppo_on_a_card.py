@@ -49,7 +49,7 @@ VARIANTS = {
 
 
 # tests/e2e/test_ppo_variants.py has many more on the CPU
-DRY = [pytest.param("NF4, checkpointing, paged", marks=pytest.mark.slow)]
+DRY = [pytest.param("NF4, checkpointing, paged")]
 
 
 @pytest.mark.parametrize("variant", sized(list(VARIANTS), DRY))

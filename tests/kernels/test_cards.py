@@ -52,7 +52,6 @@ def broken(rows: list[dict[str, Any]]) -> list[str]:
 # --- the package's kernels
 
 
-@pytest.mark.slow
 def test_every_kernel_keeps_the_bars_on_every_card(tmp_path: Path) -> None:
     required = [name for name, card in CARDS.items() if card.required]
     names = [word for name in required for word in ("--card", name)]
@@ -68,7 +67,6 @@ def test_every_kernel_keeps_the_bars_on_every_card(tmp_path: Path) -> None:
     assert not [row for row in rows if row["dot"] and row["card"] == "sm_75"]
 
 
-@pytest.mark.slow
 def test_every_size_and_option_keeps_the_bars_on_a_4090(tmp_path: Path) -> None:
     done, rows = run("--card", "sm_89", "--json", str(tmp_path / "rows.json"))
     assert rows, done.stderr

@@ -259,7 +259,6 @@ def test_nothing_has_run_before_it_is_compiled(backend: str, monkeypatch: pytest
 @pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a C++ compiler"
 )
-@pytest.mark.slow
 def test_inductor() -> None:
     """The default backend: its C++ code between the operators."""
     trunk, plain = nn.Linear(D, D), train(linear_ppo, "torch")

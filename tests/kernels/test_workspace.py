@@ -70,15 +70,15 @@ def material(kind):
 
 
 def grid(plain: tuple, full: tuple) -> pytest.MarkDecorator:
-    """Every kind, plan and pair of options, most of them for `make test-long`.
+    """Every kind, plan and pair of options, most of them for `make test-all`.
 
     `make test` has the full options with every plan of mixed dtypes and with every dtype's own plan.
     """
 
     def marks(kind: str, plan: str, options: tuple) -> tuple:
         if options == full:
-            return () if kind == "mixed" or plan == "auto" else (pytest.mark.long,)
-        return () if (kind, plan) == ("mixed", "auto") else (pytest.mark.long,)
+            return () if kind == "mixed" or plan == "auto" else (pytest.mark.grid,)
+        return () if (kind, plan) == ("mixed", "auto") else (pytest.mark.grid,)
 
     cases = [(kind, plan, options) for kind in MATERIALS for plan in PLANS for options in (plain, full)]
     return pytest.mark.parametrize(

@@ -24,7 +24,6 @@ FAMILIES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_numbers_are_those_of_plain_transformers(name: str) -> None:
     row = make_row(name)
