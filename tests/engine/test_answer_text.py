@@ -16,7 +16,7 @@ from onecard.algorithms.samples import HeldoutSamples
 from onecard.config import SFTConfig
 from onecard.data import Prompt, prompt_examples
 from onecard.data.batches import Episode, TokenSequence
-from onecard.data.tokens import continuation_text, spelled
+from onecard.data.tokens import continuation_text, decode
 from onecard.rewards.scorer import make_answers
 from onecard.rollout import Response
 from tests.engine.data_material import built, real, rows, sft
@@ -69,7 +69,7 @@ def test_prompt_and_answer_read_as_the_whole_at_any_border(make: Any) -> None:
     for _ in range(300):
         ids = [rng.randrange(len(tokenizer)) for _ in range(24)]
         for border in range(1, 24):
-            before, whole = (spelled(part, tokenizer, skip_special_tokens=True) for part in (ids[:border], ids))
+            before, whole = (decode(part, tokenizer, skip_special_tokens=True) for part in (ids[:border], ids))
             if whole.startswith(before):
                 assert before + continuation_text(ids[:border], ids[border:], tokenizer) == whole
                 whole_prompts += 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from onecard.commands import chat as module
-from onecard.commands.chat import HALF, AnswerStream, Chat, Conversation, Turn
+from onecard.commands.chat import REPLACEMENT, AnswerStream, Chat, Conversation, Turn
 from onecard.config import ChatConfig
 from onecard.models.build import load_player
 from onecard.models.load import load_tokenizer
@@ -82,7 +82,7 @@ def test_characters_of_several_tokens_are_written_whole(request, model):
     voice = AnswerStream(tokenizer, prompt, pieces.append)
     for token in tokens:
         voice.on_token(token)
-        assert HALF not in "".join(pieces)
+        assert REPLACEMENT not in "".join(pieces)
     assert voice.end() == "".join(pieces) == expected
     assert len(pieces) > 5
 
@@ -95,7 +95,7 @@ def test_an_unfinished_character_is_written_at_the_end(tiny_model):
     for token in tokens[:-1]:
         voice.on_token(token)
     assert "".join(pieces) == "a"
-    assert voice.end() == "".join(pieces) == f"a{HALF}"
+    assert voice.end() == "".join(pieces) == f"a{REPLACEMENT}"
 
 
 def test_tokens_are_written_one_by_one_as_they_are_drawn(tinystories, monkeypatch):
