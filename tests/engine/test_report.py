@@ -188,6 +188,19 @@ def test_demo_report_is_self_contained_and_escaped(demo):
     assert "light-dark(" in html
 
 
+def test_demo_report_takes_the_pictures_of_the_runs_own_reports(tmp_path, monkeypatch):
+    stages = [Stage("DPO", write_metrics(tmp_path / "dpo", dpo_rows(), "name: DPO\n"))]
+
+    def plots(name):
+        folder = reporting.write_demo_report(tmp_path / name, stages, [], []).parent / "plots"
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    drawn_here = plots("before")
+    reporting.write_run_report(stages[0].run_dir)
+    monkeypatch.setattr(reporting, "picture", lambda *arguments: pytest.fail("a chart was drawn again"))
+    assert plots("after") == drawn_here
+
+
 def test_demo_report_names_the_stage_that_logged_nothing(tmp_path):
     with pytest.raises(OnecardError, match=r"dpo.*metrics\.jsonl"):
         reporting.write_demo_report(tmp_path / "demo", [Stage("DPO", tmp_path / "dpo")], [], [])

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onecard.reporting.charts import drawn, overview, picture, slug, unknown
+from onecard.reporting.charts import Chart, drawn, overview, picture, slug, unknown
 from onecard.reporting.page import Sample, Side, TableRow, write_page
-from onecard.reporting.plots import grid, png
+from onecard.reporting.plots import Metrics, grid, png
 from onecard.training.run_folder import CONFIG, METRICS, SAMPLES, write_folder
 from onecard.utils.errors import OnecardError
 
@@ -98,8 +98,8 @@ def write_demo_report(
     runs = [(stage.name, read_metrics(Path(stage.run_dir) / METRICS)) for stage in stages]
     plots = {"curves": png(grid(overview(runs)))}
     sections = [("All stages", _images(plots))]
-    for name, metrics in runs:
-        pictures = {f"{slug(name)}-{chart.file}": picture(metrics, chart) for chart in drawn(metrics)}
+    for stage, (name, metrics) in zip(stages, runs, strict=True):
+        pictures = {f"{slug(name)}-{chart.file}": _run_picture(stage, metrics, chart) for chart in drawn(metrics)}
         plots |= pictures
         sections.append((f"{name}: all curves", _images(pictures)))
     _write_plots(folder, plots)
@@ -113,6 +113,12 @@ def write_demo_report(
         folded=sections[1:],
         configs=_configs(stages),
     )
+
+
+def _run_picture(stage: Stage, metrics: Metrics, chart: Chart) -> bytes:
+    """A chart of a finished run as PNG: the file that the run's own report wrote if there is one, else drawn here."""
+    written = Path(stage.run_dir) / PLOTS / f"{chart.file}.png"
+    return written.read_bytes() if written.is_file() else picture(metrics, chart)
 
 
 def _images(pictures: Mapping[str, bytes]) -> list[tuple[str, str]]:
