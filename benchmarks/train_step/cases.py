@@ -1,4 +1,4 @@
-"""The cases: models, lengths and settings, the most important first; and the FLOPs that a step needs at least."""
+"""Benchmark cases: models, lengths and settings, the most important first; and the least FLOPs of a step."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import click
 from benchmarks.train_step.synthetic import Model
 from onecard.config import Optim
 
-RANK = 16  # of every adapter
+RANK = 16
 
 
 @dataclass(frozen=True)
 class StepCase:
-    """One setting of one algorithm. Lengths are in tokens; `mixed`: each is drawn from half of it to all of it.
+    """One setting of one algorithm.
 
-    A step is `items` pairs (DPO) or responses (PPO), with `per_pass` of them in a micro-batch. `cap_gib`: of a GPU's
-    memory, what the allocator may hold at most (0: all of it).
+    Lengths are in tokens. `mixed_lengths`: each length is drawn between half of it and all of it. `batch_size`: pairs
+    of a step (DPO) or responses of an iteration (PPO). `memory_cap_gib`: limit of the CUDA allocator; 0: no limit.
     """
 
     name: str
@@ -35,8 +35,8 @@ class StepCase:
     load_in_4bit: bool = False
     optim: Optim = "adamw_torch"
     cap_gib: float = 0.0
-    micro_batch_tokens: int = 0  # ours; TRL counts pairs
-    in_turns: bool = True  # candidates are in memory together; else one after the other, each alone
+    micro_batch_tokens: int = 0  # a setting of onecard; TRL sizes micro-batches in pairs
+    in_turns: bool = True  # all candidates are in memory and take turns; else one candidate at a time
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -56,7 +56,7 @@ QWEN_0_5B = Model("Qwen2.5-0.5B", 896, 24, 14, 2, 4864, 151936, kind="qwen2", ti
 
 
 def on_cpu() -> list[StepCase]:
-    """The cases of a CPU: fp32, small models; `deep` has most of its work in the trunk, as large models do."""
+    """Cases for a CPU: fp32, small models. `deep` has most of its FLOPs in the layers, as large models do."""
     base = StepCase("small", "dpo", SMALL, prompt=256, response=128, items=2, per_pass=2)
     ppo = StepCase("small", "ppo", SMALL, prompt=64, response=64, items=16, per_pass=4, mixed=True)
     deep = replace(base, name="deep", model=DEEP)
@@ -76,9 +76,9 @@ def on_cpu() -> list[StepCase]:
 
 
 def on_a_gpu() -> list[StepCase]:
-    """The cases of a GPU: bf16, real shapes. First the README's claims, then memory caps, then smaller models.
+    """Cases for a GPU: bf16, real model shapes. First the README's claims, then memory caps, then smaller models.
 
-    Lengths of a card's cases are not mixed: they show what the longest takes, and the plan is of that.
+    Cases with a memory cap have one length, the longest: the memory plan assumes it too.
     """
     dpo = StepCase(
         "8B, NF4", "dpo", LLAMA_8B, prompt=512, response=512, items=4, per_pass=1, gradient_checkpointing=True,
@@ -122,7 +122,7 @@ def tiny(case: StepCase) -> StepCase:
 def picked(
     device: str, kinds: Sequence[str] = (), names: Sequence[str] = (), *, quick: bool = False, smoke: bool = False
 ) -> list[StepCase]:
-    """The cases that are asked for, in their order. `quick`: the first of each kind; `smoke`: a GPU's, tiny."""
+    """The cases that the options select. `quick`: the first of each kind; `smoke`: GPU cases at tiny sizes."""
     found = on_a_gpu() if smoke or device == "cuda" else on_cpu()
     unknown = sorted(set(names) - {case.name for case in found})
     if unknown:
@@ -133,22 +133,22 @@ def picked(
     found = [tiny(case) if smoke else case for case in found]
     found = [case for case in found if (not kinds or case.kind in kinds) and (not names or case.name in names)]
     if not found:
-        raise click.UsageError("--only, --case and --quick: no case is all of them.")
+        raise click.UsageError("--only, --case and --quick: no case matches all of them.")
     return found
 
 
 def linears(model: Model) -> list[tuple[int, int]]:
-    """(in, out) of a layer's matrices: query, key, value, output; gate, up, down."""
+    """(in, out) of the linear layers of one transformer layer: query, key, value, output; gate, up, down."""
     d, kv = model.hidden, model.hidden // model.heads * model.key_heads
     return [(d, d), (d, kv), (d, kv), (d, d), (d, model.inner), (d, model.inner), (model.inner, d)]
 
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one sequence; a multiply-add counts two. Norms, softmax, rotations and the optimizer are not counted.
+    """FLOPs of one sequence. A multiply-add counts two. Norms, softmax, RoPE and the optimizer are not counted.
 
-    Nothing that a memory setting does twice is counted, and nothing that sharing prompts saves is left out: the same
-    step has one number, whoever does it.
+    Recomputation by gradient checkpointing is not counted, and a shared prompt is counted for each of its sequences.
+    So a step has the same number of FLOPs for every candidate.
     """
 
     trunk: int
@@ -158,13 +158,13 @@ class Flops:
 
     @classmethod
     def of(cls, model: Model, tokens: int, scored: int) -> Flops:
-        """`tokens` through the trunk, of which `scored` rows meet the head."""
+        """`tokens` go through the layers; `logit_rows` of them are multiplied with the head."""
         matrices = linears(model)
         return cls(
             trunk=2 * tokens * model.layers * sum(i * o for i, o in matrices),
-            # in -> RANK -> out beside each matrix
+            # each matrix has factors in -> LORA_RANK -> out
             adapters=2 * tokens * model.layers * sum(RANK * (i + o) for i, o in matrices),
-            # each query meets itself and what is before it, once for q k and once for the weights times v
+            # causal: each query has its own and all earlier keys, in two products (q k, and probabilities times v)
             attention=2 * 2 * model.hidden * model.layers * tokens * (tokens + 1) // 2,
             head=2 * scored * model.hidden * model.vocab,
         )
@@ -181,8 +181,7 @@ class Flops:
 
     @property
     def backward(self) -> int:
-        """Of frozen matrices the gradient of their inputs alone; of adapters that of their weights too; of attention's
-        two products four."""
+        """Frozen matrices have input gradients only, adapters weight gradients too; attention's 2 products have 4."""
         return self.trunk + self.head + 2 * self.adapters + 2 * self.attention
 
 

@@ -1,4 +1,4 @@
-"""What the README promises of memory, by the plan, at the settings that the promises are made for."""
+"""The README's memory claims, checked with the memory planner at the settings of each claim."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SETTINGS = {
     "lora_r": 16,
 }
 DPO = DPOConfig(**SETTINGS)
-# Policy, critic and reward: three adapters; eight prompts are sampled together.
+# Three adapters (policy, critic, reward); prompts are sampled in batches of eight.
 PPO = PPOConfig(
     **SETTINGS, reward_model_path="reward", response_length=512, batch_size=8, local_rollout_forward_batch_size=8
 )
 
-# By public knowledge, in billions; what a shape's sizes come to says that they are right.
+# Published parameter counts, in billions. They show that the shipped model configs are right.
 PARAMETERS = {
     "Llama-3.1-8B": 8.030,
     "Qwen2.5-0.5B": 0.494,
@@ -58,12 +58,12 @@ def test_allocated_peaks_are_as_promised(model, config, most):
 
 
 def test_an_8b_base_in_nf4_takes_what_arithmetic_says():
-    """Half a byte a weight, 1/64 for block statistics and 4/(64 * 256) for theirs; embeddings and head in 16 bit."""
+    """Per weight: 1/2 byte, 1/64 byte for block scales, 4/(64 * 256) for their scales. Embeddings and head: 16 bit."""
     model = find_model("Llama-3.1-8B").config
     linear = 32 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336)
     by_hand = linear * (1 / 2 + 1 / 64 + 4 / 64 / 256) + 2 * 128256 * 4096 * 2
     plan = plan_memory(model, DPO, Lengths(8, 8), torch.device("cuda"))
-    assert plan.parameters == pytest.approx(by_hand, rel=2e-3)  # norms, codes and the allocator's steps beside it
+    assert plan.parameters == pytest.approx(by_hand, rel=2e-3)  # the rest: norms, code tables, rounding of allocations
     assert plan.phases[-1].parts["adapters and heads"] == 41_943_040 * 4
 
 

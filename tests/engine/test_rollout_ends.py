@@ -1,4 +1,4 @@
-"""How responses end, and in which order they come back."""
+"""Stop tokens and stop strings, and the order of the responses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.engine.rollout_material import (
     spied,
 )
 
-# --- how responses end
+# --- stop tokens in the sampling loop
 
 
 def test_the_ending_token_is_kept_and_told_apart_from_the_body(player):
@@ -73,7 +73,7 @@ def test_any_of_several_ids_ends(player):
 
 
 def test_padding_is_masked_whatever_its_token_means(player):
-    """Token 0 pads. Here it ends responses too, and stands inside a prompt: masks decide."""
+    """Token 0 is the pad token, a stop token, and inside a prompt. Only masks identify padding."""
     prompts = [(*player.prompts[1][:4], 0, *player.prompts[1][4:]), *player.prompts]
     together = player.sample(Sampling(30, 0.0), prompts, stop_tokens={0}).responses
     for prompt, one in zip(prompts, together, strict=True):
@@ -83,7 +83,7 @@ def test_padding_is_masked_whatever_its_token_means(player):
 
 
 def test_ends_inside_a_prompt_are_only_text(stories260):
-    """Here BOS is EOS, and each prompt opens with it; one has it, and the pad, in its middle as well."""
+    """BOS is EOS, so each prompt begins with it. One prompt has EOS and the pad token in its middle too."""
     eos, pad = stories260.tokenizer.eos_token_id, stories260.tokenizer.pad_token_id
     assert stories260.prompts[0][0] == eos
     assert stories260.ends == {eos}
@@ -108,14 +108,14 @@ def test_responses_come_in_the_order_of_their_prompts(player):
 
 
 def test_the_longest_prompts_come_first(player):
-    """So a run whose longest batch does not fit into memory says so at once; and little is padded."""
+    """A batch that does not fit into memory fails first, and batches of similar lengths have little padding."""
     with spied(player.model) as shapes:
         player.sample(Sampling(2), batch_size=2)
     lengths = sorted(map(len, player.prompts), reverse=True)
     assert [columns for _, columns in shapes if columns > 1] == lengths[::2]
 
 
-# --- what ends a response
+# --- the stop tokens of a tokenizer, a generation config and the stop texts
 
 
 def test_end_tokens_of_tokenizer_generation_config_and_stops(tinystories):
@@ -148,13 +148,13 @@ def test_a_stop_text_is_taken_as_a_word_and_as_a_piece(stories260):
 
 
 def test_a_stop_text_is_found_as_it_stands_behind_other_text(stories260, player):
-    """A sentencepiece tokenizer puts a space before a text; white space is not stripped before it is compared."""
+    """SentencePiece adds a space before a text. White space is not stripped before texts are compared."""
     vocabulary = stories260.tokenizer.get_vocab()
     for text, piece in {"\n": "<0x0A>", "\t": "<0x09>", "{": "<0x7B>", "}": "<0x7D>", " ": "▁"}.items():
         assert stop_ids(text, stories260.tokenizer) == {vocabulary[piece]}
     assert stop_ids(" ", player.tokenizer) == {player.tokenizer.get_vocab()["▁"]}
     assert stop_ids("<|end_story|>", player.tokenizer) == {2}
-    assert stop_ids("<0x0A>", stories260.tokenizer) == {vocabulary["<0x0A>"]}  # its name in the vocabulary
+    assert stop_ids("<0x0A>", stories260.tokenizer) == {vocabulary["<0x0A>"]}  # the name of a vocabulary entry
     for text in ("\n\n", "zzqq", "\r\n", "### User:"):
         assert stop_ids(text, stories260.tokenizer) == set()
 
@@ -165,7 +165,7 @@ def test_white_space_is_no_other_white_space(player):
 
 
 def test_a_stop_text_that_cannot_be_written_is_one_clear_line(player, stories260):
-    for text in ("€", "\t", "{", "\r\n", "###"):  # this tokenizer drops them
+    for text in ("€", "\t", "{", "\r\n", "###"):  # this tokenizer has no tokens for them
         with pytest.raises(OnecardError, match="is not in the tokenizer's vocabulary"):
             end_tokens(player.roles, player.tokenizer, [text])
     with pytest.raises(OnecardError, match="stop_token: '' is 0 tokens, expected a text"):
@@ -184,7 +184,7 @@ def test_words_of_a_vocabulary_without_letters_can_be_stops():
 
 
 def merging(*merges: str) -> Any:
-    """Byte-level BPE with a token for each of the texts, beside those of all bytes."""
+    """A byte-level BPE tokenizer with a token for each byte, and one for each of the texts."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({letter: place for place, letter in enumerate(letters)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -204,12 +204,12 @@ def ids(tokenizer: Any, *texts: str) -> list[int]:
     [
         (["\n\n"], ["a", "\n", "\n"], "\n\n", "a", ["a"]),
         (["\n\n"], ["a", "\n\n"], "\n\n", "a", ["a"]),
-        (["\n\n"], ["a", ".\n", "\n"], "\n\n", "a.", ["a", "."]),  # half of a token is text
+        (["\n\n"], ["a", ".\n", "\n"], "\n\n", "a.", ["a", "."]),  # the stop string begins inside a token
         (["\n\n"], ["a", ".\n", "\n\n"], "\n\n", "a.", ["a", "."]),
         (["\n"], ["a", "\n\n"], "\n", "a", ["a"]),
         (["\n"], ["a", ".\n"], "\n", "a.", ["a", "."]),
         (["User:"], ["U", "ser: hi"], "User:", "", []),
-        (["User:", "r"], ["U", "ser: hi"], "User:", "", []),  # the one that begins first
+        (["User:", "r"], ["U", "ser: hi"], "User:", "", []),  # of two, the one that begins first
         (["</s>"], ["a", "</s>"], "</s>", "a", ["a"]),
         (["é"], ["a", "é"], "é", "a", ["a"]),
         (["."], ["a", "\n\n"], "", None, None),
@@ -219,7 +219,7 @@ def ids(tokenizer: Any, *texts: str) -> list[int]:
 def test_a_stop_string_is_found_across_tokens(stop_strings, tokens, stop, text, kept):
     tokenizer = merging("\n\n", ".\n", "ser: hi")
     sampled = [token for each in tokens for token in tokenizer.encode(each)]
-    prompt = tokenizer.encode("\nUser")  # what the prompt ends with is no part of an answer
+    prompt = tokenizer.encode("\nUser")  # a stop string must not begin in the prompt
     found = [StopStrings(tokenizer, stop_strings).found(prompt, sampled[:end]) for end in range(1, len(sampled) + 1)]
     assert found == [""] * (len(sampled) - 1) + [stop]
     if stop:
@@ -241,7 +241,7 @@ def test_a_token_without_text_of_its_own_stops_as_a_token(stories260):
 
 
 def test_a_stop_string_is_found_behind_a_long_run_of_bytes(stories260):
-    """This tokenizer decodes bytes together: a run that begins within a character is unreadable as a whole."""
+    """This tokenizer decodes a run of bytes as one. If it begins inside a character, all of it is undecodable."""
     tokenizer = stories260.tokenizer
     for text in ("漢" * 12 + "字", "漢" * 13 + "字。"):
         answer = tokenizer.encode(text, add_special_tokens=False)
@@ -252,7 +252,7 @@ def test_a_stop_string_is_found_behind_a_long_run_of_bytes(stories260):
 
 @pytest.mark.parametrize("name", ["stories260K", "TinyStories-656K", "bytes"])
 def test_stop_strings_are_found_where_the_text_first_has_one(name):
-    """Of random tokens, bytes of half characters among them: after each token the whole answer is decoded."""
+    """Compared with decoding the whole answer after each token; tokens are random, incomplete characters included."""
     tokenizer = merging("\n\n", ".\n", "漢", "字\n") if name == "bytes" else real(name)
     texts = [". ", "\n\n", "he", "ed.\n", "漢字"][: 5 if name == "bytes" else 4]
     if name == "stories260K":

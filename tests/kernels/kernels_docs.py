@@ -1,4 +1,4 @@
-"""docs/kernels.md, its blocks of code by name, and what most of them take for granted."""
+"""The code examples of docs/kernels.md by name, and the variables that most of them use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs of linear_ppo_loss, the loss and what it is composed of, and small tiles for either plan."""
+"""Inputs of linear_ppo_loss, the functions that it is compared with, and small tile sizes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEAD: dict[str, Any] = {"temperature": 0.7, "softcap": 5.0, "forbidden": torch.a
 
 @contextmanager
 def tiles(implementation: str) -> Iterator[None]:
-    """Several tiles with a remainder, each way, and several blocks of rows in each."""
+    """Tile sizes with several tiles and a remainder in tokens and vocabulary, and several blocks of rows per tile."""
     with pytest.MonkeyPatch.context() as patch, tuning.override(implementation=implementation, rows=7, columns=40):
         patch.setattr("onecard_kernels.logprob.rows.BLOCK_BYTES", 3 * 40 * 4)
         yield
@@ -32,7 +32,7 @@ chunked_alone = pytest.mark.parametrize("small_tiles", ["chunked"], indirect=Tru
 
 
 def batch(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Log-ratios away from the kinks by more than a half-precision head moves them; masked tokens hold NaN."""
+    """Random inputs. Half precision moves no log-ratio across a clip bound. Masked tokens are NaN."""
     mask = torch.arange(N) % 5 != 3
     hidden, weight, bias = torch.randn(N, D), torch.randn(V, D) * 0.5, torch.randn(V) * 0.3
     targets = torch.randint(1, V, (N,)).masked_fill(~mask, -100)
@@ -60,7 +60,7 @@ LEAVES = ("hidden", "weight", "bias")
 
 
 def composed(data: dict[str, Any], lp: Any = linear_logprobs, **kw: Any) -> Any:
-    """The two public functions, one after the other."""
+    """`linear_logprobs` (or another `logprobs_function`), then `ppo_loss`."""
     names = ("hidden", "weight", "targets")
     mask, entropy_coef = data["mask"], kw.get("entropy_coef", 0.0)
     policy = lp(

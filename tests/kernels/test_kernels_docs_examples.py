@@ -1,4 +1,4 @@
-"""docs/kernels.md: every block of code runs, and gives the loss and the gradients of the code that it replaces."""
+"""Every code example in docs/kernels.md runs, with the same loss and gradients as the code that it replaces."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tests.kernels.kernels_docs import EXAMPLES, PAGE, B, D, Leaves, Names, T, V
 
 KEEP = 5
 PEERS = ("trl",)
-TRUNK = ("q_proj", "v_proj")  # where an example has LoRA
+TRUNK = ("q_proj", "v_proj")  # LoRA target modules of the examples with adapters
 
 
 def parts(code: str) -> tuple[str, list[str]]:
-    """The code one has, and the ways to replace it."""
+    """Split an example into the code before, and its replacements: the parts below `# after` and `# or, ...`."""
     pieces = re.split(r"^# (?:before|after|or, .*)$", code, flags=re.MULTILINE)
     assert not pieces[0].strip(), "code above the first heading"
     return pieces[1], pieces[2:]
@@ -33,14 +33,14 @@ def as_fp64(code: str) -> str:
 
 
 def run(code: str, names: Names, leaves: Leaves, after: str = "") -> tuple[Tensor, list[Tensor]]:
-    """The loss that the code leaves in `loss`, and the gradients of the leaves."""
+    """Run an example's code. Returns its variable `loss`, and the gradients of `leaves`."""
     exec(compile(code + after, "docs/kernels.md", "exec"), names)
     loss = names["loss"]
     return loss.detach(), list(torch.autograd.grad(loss, list(leaves.values())))
 
 
 def model_of(kind: str, dtype: torch.dtype, lora: Sequence[str] = ()) -> tuple[Any, Leaves]:
-    """A random model of two layers whose logits are spread like a trained one's, and the weights that learn."""
+    """A random two-layer model and its trainable parameters. The head is scaled up to the logits of a trained model."""
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=V,
@@ -71,7 +71,7 @@ def model_of(kind: str, dtype: torch.dtype, lora: Sequence[str] = ()) -> tuple[A
     return model, {name: x for name, x in model.named_parameters() if x.requires_grad}
 
 
-# Arguments that make each model's logits its own: caps and scales small enough to matter.
+# Each architecture's own logit scale or softcap. The values are small enough that leaving one out changes the loss.
 MODELS: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Gemma2": {"final_logit_softcapping": 3.0},
@@ -117,7 +117,7 @@ def kept(dtype: torch.dtype) -> tuple[Names, Leaves]:
 CALL = """
 loss = (get_per_token_logps(model, input_ids, attention_mask, logits_to_keep, temperature) * coefficients).sum()
 """
-# The inputs of each example that has a "before", and what is to be run after either side.
+# Example with a `# before` block -> its inputs, and code that is run after each of its blocks.
 PAIRS: dict[str, tuple[Callable[[torch.dtype], tuple[Names, Leaves]], str]] = {
     "sft": (of_model, ""),
     "ppo": (lambda dtype: ({**tokens(dtype)[0], "torch": torch}, {}), ""),
@@ -135,7 +135,7 @@ def test_every_block_has_a_test() -> None:
 
 
 def built(make: Callable[[torch.dtype], tuple[Names, Leaves]], dtype: torch.dtype) -> tuple[Names, Leaves]:
-    """The same numbers in either dtype: all are drawn in fp32."""
+    """The inputs in a dtype. Those in fp64 are the fp32 ones, cast, so the numbers are the same."""
     torch.manual_seed(1)
     names, leaves = make(torch.float32)
     if not leaves:
@@ -150,7 +150,7 @@ def built(make: Callable[[torch.dtype], tuple[Names, Leaves]], dtype: torch.dtyp
 
 
 def compare(code: str, make: Callable[[torch.dtype], tuple[Names, Leaves]], after: str) -> None:
-    """Equal in fp64; in fp32 no further from that than the code that was replaced."""
+    """Replacements equal the code before in fp64. In fp32 their error is at most twice that of the code before."""
     before, ways = parts(code)
     assert ways
     names, leaves = built(make, torch.float64)

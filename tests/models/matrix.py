@@ -4,9 +4,9 @@
     python tests/models/matrix.py --write docs/models.md
     python tests/models/matrix.py llama mamba2           # some families
 
-`INTRODUCTION` says what the columns are. The truth is what a user of transformers and PEFT gets: the model loaded by
-its Auto class, one text a pass, no cache, evaluation mode. Texts are longer than windows, top-k attention and original
-contexts.
+`INTRODUCTION` describes the columns. Expected values are computed with transformers and PEFT alone: the model loaded by
+its Auto class, one text per forward pass, no KV cache, evaluation mode. Texts are longer than sliding windows, top-k
+attention and the original contexts of long-context RoPE.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, it is not the root that is searched
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's sys.path lacks the root
 
 from onecard.utils.errors import OnecardError, nearest
 from tests.models.checks import CHECKS, EXACT, REFUSED, Bench, Inexact, adapted
@@ -53,7 +53,7 @@ def write_data(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """A family's cells by column: `exact`, `refused: why`, or what is wrong; and how a run lays and samples it."""
+    """A family's cells by column: `exact`, `refused: why`, or what is wrong; and its batch layout and decoding mode."""
 
     name: str
     how: str
@@ -65,7 +65,7 @@ class Row:
 
 
 def how_it_runs(bench: Bench) -> str:
-    """The layout of batches and the way of sampling that the startup check takes."""
+    """The batch layout and decoding mode that the startup check chooses."""
     try:
         roles, _ = adapted(bench)
     except OnecardError:
@@ -74,7 +74,7 @@ def how_it_runs(bench: Bench) -> str:
 
 
 def make_row(name: str, columns: Sequence[str] = tuple(CHECKS)) -> Row:
-    """All of one family."""
+    """Run all checks on one family."""
     cells = {}
     with tempfile.TemporaryDirectory() as work, contextlib.redirect_stderr(io.StringIO()):
         bench = Bench(Path(work) / "model", Path(work) / "data", Path(work))
@@ -127,29 +127,31 @@ def page(rows: Sequence[Row]) -> str:
 
 INTRODUCTION = """# Models
 
-{count} families of causal language models, each as a tiny random model, through every command and
-against plain transformers: one text a pass, no cache, evaluation mode. `python tests/models/matrix.py
---write docs/models.md` makes this page ({versions}, on a CPU).
+{count} families of causal language models. A tiny random model of each runs through every command, and
+its numbers are compared with plain transformers: one text per forward pass, no KV cache, evaluation
+mode. `python tests/models/matrix.py --write docs/models.md` writes this page
+({versions}, on a CPU).
 
-A cell is `exact` or `refused`: then the command ends with exit code 2 and one line that says why, and
-nothing is written.
+A cell is `exact` or `refused`. A refused command ends with exit code 2 and one line that says why, and
+writes nothing. The lines are below the table.
 
-| column | what is equal |
+| column | what must be equal |
 |---|---|
-| log-probs | of texts as the run lays them (packed, padded, with a shared prompt), in training mode, with an adapter |
+| log-probs | log-probs of the run's batches (packed, padded, with a shared prompt), in training mode, with an adapter |
 | bf16 | the same in bfloat16: no farther from float32 than plain transformers in bfloat16 |
-| gradients | of a loss over these log-probs, by every trained parameter |
-| scores | a reward adapter's, read at each text's last token |
+| gradients | gradients of a loss over these log-probs, for every trained parameter |
+| scores | a reward adapter's scores, read at each text's last token |
 | greedy | tokens sampled at temperature 0 from prompts of different lengths in one batch |
-| sft, dpo, reward | the exported adapter's loss on held-out rows, as the run logged it |
-| ppo | the KL to the reference before the first step, which is 0; the startup checks; the exported adapter loads |
+| sft, dpo, reward | the exported adapter's loss on held-out rows, and the loss that the run logged |
+| ppo | the KL to the reference before the first step equals 0; the startup checks pass; the exported adapter loads |
 | generate | the text of the greedy answer |
 | merge | logits of the merged model, and of the base with the adapter |
 
-`batches, sampling`: what the startup check takes, the fastest that is right. Batches are `packed` (texts
-end to end, each with its own attention), `restarted` (the same by transformers' own masks), `padded`, or
-`single` (one text a pass). Prompts are sampled in `slots` (a row that ends takes the next prompt), in
-`padded` batches, one at a time (`single`), or `uncached` (the whole text again for each token).
+`batches, sampling`: the batch layout and the decoding mode that the startup check chooses, the fastest
+exact ones. Layouts: `packed` (texts concatenated, kept apart by onecard's attention), `restarted`
+(concatenated, kept apart by transformers' masks), `padded`, or `single` (one text per pass). Decoding:
+`slots` (continuous batching: a finished row takes the next prompt), `padded` (static batches), `single`
+(one prompt at a time), or `uncached` (no KV cache: each token runs the whole text again).
 """
 
 

@@ -1,4 +1,4 @@
-"""Builds the roles of a command: loads the base, adapters and heads that its settings name."""
+"""Build the roles of a command: load the base, adapters and heads that its settings name."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def scalar_head(hidden_size: int, device: torch.device) -> ScalarHead:
 def lora_config(config: TrainConfig, model: Any, targets: Targets, *, scalar: bool = False) -> Any:
     """The PEFT config of a new adapter. Dropout is 0, because with dropout old and new log-probs would differ.
 
-    `scalar`: the role has a scalar head. It does not run the language model head, so that head gets no adapter, which
-    would not be trained.
+    `scalar`: the role has a scalar head. It does not run the language model head, so an adapter there would get no
+    gradient, and none is added.
     """
     from peft import LoraConfig
 
@@ -54,7 +54,7 @@ def lora_config(config: TrainConfig, model: Any, targets: Targets, *, scalar: bo
         head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
         targets = targets.without(head)
         if not targets.modules and not targets.parameters:
-            raise OnecardError(f"lora_target_modules: {head} alone is nothing that a scalar head would learn with.")
+            raise OnecardError(f"lora_target_modules: {head} is not run with a scalar head, so nothing is trained.")
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
@@ -68,10 +68,10 @@ def lora_config(config: TrainConfig, model: Any, targets: Targets, *, scalar: bo
 def add_adapters(
     base: Any, config: TrainConfig, setup: RoleSetup, folders: AdapterFolders
 ) -> tuple[Any, Targets | None]:
-    """`base` with the adapters of `setup`, and the layers of those that are new: adapters without a folder."""
-    # the names are checked even if training continues an adapter, which has its own target modules
+    """Add the adapters of `setup` to `base`. Returns the model, and the layers of new adapters (without a folder)."""
+    # also if all adapters come from folders, which have their own target modules: a wrong name raises
     targets = find_targets(base, config.lora_target_modules) if config.use_peft else None
-    torch.manual_seed(config.seed)  # new weights depend on the seed only, not on random numbers drawn while loading
+    torch.manual_seed(config.seed)  # new weights depend on the seed alone
     model = base
     for name, role in setup.roles_by_adapter().items():
         if name in folders:
@@ -110,7 +110,7 @@ def reference_adapter(config: TrainConfig) -> Path | None:
 
 
 def check_no_adapter(config: TrainConfig, *, adapter: bool) -> None:
-    """Raise if all weights are to be trained but `config.model` is an adapter (`adapter`)."""
+    """Raise if all weights are to be trained, but `config.model` is an adapter (`adapter` is True)."""
     if adapter and not config.use_peft:
         name = find_source(config.model).adapter
         raise OnecardError(f"use_peft: all weights cannot be trained on the adapter {name}; leave --no_use_peft out.")
@@ -128,8 +128,8 @@ def check_precision(roles: Roles) -> None:
 
 
 def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, scalar: bool = False) -> Roles:
-    """The roles of sft, reward or dpo. `trained`: the trained role; `reference`, `scalar`: with a reference, with a
-    scalar head.
+    """The roles of sft, reward or dpo. `trained`: the trained role; `reference`: with a reference role; `scalar`: the
+    trained role has a scalar head.
     """
     source = find_source(config.model)
     if not scalar:
@@ -157,7 +157,7 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
 
 
 def policy_folders(config: TrainConfig, setup: RoleSetup) -> AdapterFolders:
-    """The folders of the adapters that training starts from, and of the reference."""
+    """The folders of the trained role's adapter and of the reference's, where settings name them."""
     source, ref_adapter = find_source(config.model).adapter, reference_adapter(config)
     folders: AdapterFolders = {}
     if source is not None:
@@ -183,7 +183,7 @@ def load_setup(config: TrainConfig, setup: RoleSetup, folders: AdapterFolders) -
 
 
 def check_no_head_adapter(roles: Roles, role: str, folder: Path) -> None:
-    """Raise if the adapter that a reward run continues has a part on the language model head."""
+    """Raise if the adapter that reward training starts from includes the language model head."""
     head = roles.causal_model().get_output_embeddings()
     if any(role in getattr(head, parts, {}) for parts in ("lora_A", "modules_to_save")):
         raise OnecardError(
@@ -193,8 +193,8 @@ def check_no_head_adapter(roles: Roles, role: str, folder: Path) -> None:
 
 
 def head_shape(roles: Roles) -> tuple[int, torch.device]:
-    """The arguments of `scalar_head` for a model: input width and device."""
-    return roles.head().weight.shape[1], roles.device  # not hidden_size: some models project hidden states first
+    """The arguments of `scalar_head` for a model: input size and device."""
+    return roles.head().weight.shape[1], roles.device  # not config.hidden_size: some models project before the head
 
 
 def read_scalar_head(roles: Roles, folder: Path) -> ScalarHead:
@@ -211,8 +211,8 @@ def load_ppo_roles(config: PPOConfig) -> Roles:
     """The roles of PPO on one base: policy, reference and, if configured, value, reward and constraint.
 
     Policy and value are trained. A critic with its own adapter starts as a copy of the reward model (adapter and head),
-    or with a new adapter and a zero head, so that the first advantages are the returns. A critic on the policy's trunk
-    starts with a zero head: the reward head was trained on other hidden states.
+    or with a new adapter and a zero head: its first values are 0. A critic on the policy's trunk starts with a zero
+    head, because the reward head was trained on the reward adapter's hidden states.
     """
     source = find_source(config.model)
     check_is_policy(source)
@@ -272,7 +272,7 @@ def same_base(first: Source, second: Source) -> bool:
 
 
 def load_player(config: ModelConfig, *, role: str, head: bool = False) -> Roles:
-    """A frozen role for generating or scoring, from the model or adapter that `config.model` names.
+    """One frozen role for generating or scoring, from the model or adapter that `config.model` names.
 
     `head`: with the scalar head in its folder.
     """

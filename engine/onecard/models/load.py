@@ -1,4 +1,4 @@
-"""Loads the tokenizer and the base model that a name or folder stands for. Failures raise a one-line `OnecardError`."""
+"""Load the tokenizer and the base model of a hub name or folder. Failures raise a one-line `OnecardError`."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class LoadReport(logging.Filter):
-    """Hides transformers' table of weights that do not match the model; they are errors here.
+    """Hides transformers' log message on weights that do not match the model; `check_weights` raises for them.
 
-    `unconverted`: weights in that table that could not be converted from the file's, such as stacked experts of which
-    one is missing. transformers does not report them elsewhere.
+    `unconverted`: weights of that message that could not be converted from the file's, such as stacked experts of which
+    one is missing. transformers reports them nowhere else.
     """
 
     unconverted: tuple[str, ...] = ()
@@ -73,7 +73,7 @@ def find_source(model: str) -> Source:
     path = weights_folder(Path(model))
     if (path / "adapter_config.json").is_file():
         base = base_of_adapter(path)
-        # Without this, a folder named like a hub repository would be looked up there.
+        # PEFT would look up a folder without these files on the hub.
         if not any((path / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
             raise OnecardError(f"model: adapter {path} has no adapter_model.safetensors.")
         return Source(base=find_source(base).base, adapter=path)
@@ -90,7 +90,7 @@ def find_source(model: str) -> Source:
 
 
 def base_of_adapter(path: Path) -> str:
-    """The base model that an adapter folder names. A base that is an adapter itself raises: it would be ignored."""
+    """The base model that an adapter folder names. Raises if that is an adapter too, which would be ignored."""
     try:
         base = json.loads((path / "adapter_config.json").read_text())["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):
@@ -136,7 +136,7 @@ def generation_eos(base: str, *, trust_remote_code: bool) -> frozenset[int]:
 
     try:
         config = GenerationConfig.from_pretrained(base)
-    except Exception:  # no such file
+    except Exception:  # the base has no generation_config.json
         try:
             config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code).get_text_config()
         except Exception as error:
@@ -184,23 +184,23 @@ def pick_attention(config: ModelConfig, dtype: torch.dtype) -> str | None:
     return "flash_attention_2" if can_flash else None
 
 
-# (model type, setting) that matters in evaluation mode too, so it is not set to 0: PhiMoE's routing depends on its
-# jitter value. The startup check detects the noise.
+# (model type, setting) pairs that `without_dropout` keeps, because evaluation mode reads them too: PhiMoE's routing
+# depends on its jitter value. The startup check detects the noise.
 READ_IN_EVALUATION = {("phimoe", "router_jitter_noise")}
 
 
 def is_dropout(name: object, value: object) -> bool:
-    """Whether a config entry makes training mode compute another function than evaluation mode.
+    """Whether a config entry makes results in training mode differ from those in evaluation mode.
 
-    These are dropout, skipped layers, router jitter, and RWKV's `rescale_every`, which divides weights in place in
-    evaluation mode, but not those of adapters.
+    These are dropout, skipped layers, router jitter, and RWKV's `rescale_every`: in evaluation mode it divides the
+    base's weights in place, but not the adapters'.
     """
     noise = isinstance(value, float) and any(word in str(name) for word in ("drop", "jitter"))
     return noise or name == "rescale_every"
 
 
 def without_dropout(model_config: Any) -> Any:
-    """Set every dropout in a config to 0, in place: with dropout, old and new log-probs of one policy would differ."""
+    """Set every `is_dropout` entry of a config to 0, in place: they would make old and new log-probs differ."""
     from transformers import PretrainedConfig
 
     for name, value in list(vars(model_config).items()):
@@ -227,7 +227,7 @@ def dropouts(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """Write a Hugging Face model folder. Its config gets back the dropout that training set to 0."""
+    """Write a Hugging Face model folder. Its config has the dropout of the original config again."""
     model.save_pretrained(str(folder))
     path = folder / "config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
@@ -245,7 +245,7 @@ def put_back(settings: dict[str, Any], values: Mapping[str, Any]) -> None:
 
 
 def keep_differentiable(model: Any) -> Any:
-    """Disable bitsandbytes' inference-only weight layout on CPU. Returns the model.
+    """Disable the inference-only weight layout of bitsandbytes on CPU. Returns the model.
 
     On a CPU with AVX512-BF16, a 4-bit layer that runs once in evaluation mode repacks its weights permanently. From
     then on it rounds its inputs to bf16 and returns no gradient.
@@ -270,7 +270,7 @@ def model_class(settings: Any) -> Any:
 
 
 def check_writes(settings: Any, where: str) -> None:
-    """Raise if a config is not that of a causal language model, even if some of its weights would load into one."""
+    """Raise if a config is not that of a causal LM. transformers may load some of its weights into one."""
     for name in settings.architectures or []:
         for ending, purpose in OTHER_MODELS.items():
             if name.endswith(ending):
@@ -280,7 +280,7 @@ def check_writes(settings: Any, where: str) -> None:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Join up to three names; the others are counted.
+    """Join the first three names, and count the others.
 
     >>> listed(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
@@ -290,7 +290,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def check_weights(model: Any, info: Mapping[str, Any], where: str) -> None:
-    """Raise unless the files have exactly the model's weights, with its shapes. `info`: transformers' loading info.
+    """Raise unless names and shapes in the files are exactly the model's. `info`: transformers' loading info.
 
     transformers initializes missing weights at random. Unexpected buffers that the model computes itself are ignored.
     """
@@ -328,12 +328,12 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
         raise OnecardError(f"{where} has weights that are NaN or infinite: {listed(wrong)}.")
 
 
-# Buffers in files of earlier versions of transformers: masks, rotary frequencies, and OPT's version.
+# Endings of buffers in files of earlier transformers versions: masks, rotary frequencies, OPT's version.
 OLD_BUFFERS = ("masked_bias", "causal_mask", "inv_freq", "decoder.version")
 
 
 def is_old_buffer(key: str, known: Collection[str], unexpected: Collection[str]) -> bool:
-    """Whether an unexpected weight is a buffer of an earlier version, which the model now computes itself.
+    """Whether an unexpected weight is a buffer of an earlier transformers version, which is now computed.
 
     The `bias` of an attention module without a `weight` is its causal mask.
     """
@@ -386,7 +386,7 @@ def load_base(config: ModelConfig, *, train_all: bool = False) -> Any:
             names = listed(load_report.unconverted)
             raise OnecardError(f"{where} has not all parts of {names}, or they differ in shape.") from error
         raise OnecardError(f"model: cannot load '{base}': {reason(error)}") from error
-    if getattr(model, "_hf_peft_config_loaded", False):  # transformers adds it to its base silently
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers has put the adapter on its base
         raise OnecardError(f"{where} is an adapter on the hub; download it (`hf download`) and give its folder.")
     check_weights(model, info, where)
     check_finite(dict(model.named_parameters()), where)

@@ -1,4 +1,4 @@
-"""Rewards from a sequence classifier with its own tokenizer: prompt and answer are tokenized again as text."""
+"""Rewards from a sequence classifier. Prompt and answer are decoded text, tokenized with the classifier's tokenizer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from onecard.utils.progress import say
 
 
 class ClassifierReward:
-    """The classifier's value of prompt and answer as one text; chats use its own chat template if it has one."""
+    """The classifier's score for prompt + answer. Chats are rendered with its own chat template if it has one."""
 
     def __init__(self, classifier: Classifier, setting: str) -> None:
         self.classifier, self.setting = classifier, setting
-        # The special tokens that the tokenizer puts before any text. A chat template may have written them already.
+        # Special tokens that the tokenizer adds before a text. A rendered prompt may begin with them already.
         self.prefix = "".join(classifier.tokenizer.convert_ids_to_tokens(leading_special_tokens(classifier.tokenizer)))
-        self.warned = False  # about texts that are cut
+        self.warned = False  # of truncated texts, once per run
 
     def __call__(self, inputs: RewardInput) -> list[float]:
         answers = inputs.answers.completions
@@ -31,19 +31,19 @@ class ClassifierReward:
             for prompt, answer in zip(inputs.prompts, answers, strict=True)
         ]
         limit = self.classifier.limit
-        cut = sum(text["cut"] for text in texts)
+        cut = sum(text["truncated"] for text in texts)
         if cut and not self.warned:
             self.warned = True
             say(
                 f"{self.setting}: {cut} of {len(texts)} texts are longer than the {limit} tokens that the classifier "
-                "reads, and lose their beginning; so will others."
+                "reads, so their beginning is cut off. Later ones are cut without a message."
             )
         return self.classifier.values([text["inputs"] for text in texts], inputs.batch_size)
 
     def tokenized(self, prompt: Prompt, answer: str, policy_tokenizer: Any = None) -> dict[str, Any]:
-        """`inputs`: the classifier's model inputs of one text; `cut`: whether its beginning was cut.
+        """`inputs`: the classifier's model inputs of one text; `truncated`: whether its beginning was cut off.
 
-        `policy_tokenizer` is the one whose chat template rendered the prompt. Raises OnecardError if there is no token.
+        `policy_tokenizer`: its chat template rendered the prompt. Raises OnecardError if the text has no token.
         """
         tokenizer, limit = self.classifier.tokenizer, self.classifier.limit
         templated = prompt.messages is not None and bool(tokenizer.chat_template)
@@ -52,14 +52,14 @@ class ClassifierReward:
             if templated
             else (prompt.text + answer).removeprefix(self.prefix)
         )
-        # verbose=False: the tokenizer would warn about long texts, which are cut below
+        # verbose=False: no warning about long texts, which are truncated below
         inputs = tokenizer(text, add_special_tokens=not templated, verbose=False)
         cut = limit is not None and len(inputs["input_ids"]) > limit
         if cut:
             inputs = tokenizer(text, add_special_tokens=not templated, truncation=True, max_length=limit)
         if not inputs["input_ids"]:
             raise OnecardError(f"{self.setting}: its tokenizer makes no token of {text[:80]!r}.")
-        return {"inputs": inputs, "cut": cut}
+        return {"inputs": inputs, "truncated": cut}
 
     def conversation(self, prompt: Prompt, answer: str, policy_tokenizer: Any = None) -> str:
         """The chat, rendered by the classifier's own template."""

@@ -1,6 +1,6 @@
-"""Sums and means of a step's metrics on their way to `metrics.jsonl`, and memory peaks.
+"""Reduce metrics over micro-batches and steps for `metrics.jsonl`; measure memory peaks.
 
-Every metric of a loss is already divided by the step's normaliser, so the micro-batches of a step add up.
+A loss and its metrics are already divided by the step's normaliser, so those of the micro-batches are summed.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ REDUCE = {"min_": torch.minimum, "max_": torch.maximum}
 
 
 def add_up(losses: Iterable[Loss]) -> dict[str, float]:
-    """Sum the loss and metrics of a step's micro-batches; of `min_...` and `max_...` take the extreme.
+    """Sum the loss and metrics of a step's micro-batches; `min_...` and `max_...` take the minimum and maximum.
 
-    The one place that waits for the device.
+    Reads the values from the device, and so waits for it.
     """
     total: dict[str, torch.Tensor] = {}
     for loss in losses:
@@ -35,9 +35,9 @@ SUM = "_sum"
 
 
 def per_kind(row: dict[str, float]) -> dict[str, float]:
-    """Replace the sums and counts of a kind of examples by means; a kind without examples gets none.
+    """Replace each `NAME/KIND_sum` and its `count/KIND` by the mean `NAME/KIND`; a count of 0 gives no mean.
 
-    Sums and counts of micro-batches and steps add up, which means over different numbers of examples do not.
+    Sums and counts can be added over micro-batches and steps. Means over different numbers of examples cannot.
 
     >>> per_kind({"rewards/chosen_sum": 3.0, "count/chosen": 2.0, "rewards/rejected_sum": 0.0, "count/rejected": 0.0})
     {'rewards/chosen': 1.5}
@@ -61,18 +61,18 @@ def peak_memory_gib() -> float:
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # Linux counts in KiB
 
 
-PHASES = [0.0]  # the highest peak of those that `phase_memory` has begun to count anew after
+PHASES = [0.0]  # GiB: the highest peak before `phase_memory` last reset the counter (a list, to be changed in place)
 
 
 @contextmanager
 def phase_memory(row: dict[str, float], name: str) -> Iterator[None]:
-    """Context that sets `row[name]` in GiB: the phase's peak on the GPU; resident memory at its end on CPU."""
+    """Context that sets `row[name]` to the phase's peak GPU memory in GiB, or on CPU to resident memory at its end."""
     if torch.cuda.is_available():
         PHASES[0] = peak_memory_gib()
         torch.cuda.reset_peak_memory_stats()
     yield
     row[name] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else resident_memory_gib()
-    if torch.cuda.is_available():  # the next phase has other sizes: what this one's were cut from would stay reserved
+    if torch.cuda.is_available():  # the next phase allocates other sizes, which do not fit into this phase's blocks
         torch.cuda.empty_cache()
 
 
@@ -86,11 +86,11 @@ def resident_memory_gib() -> float:
 
 
 class Window:
-    """Sums of per-step metrics since the last logged row. Goes into checkpoints, so that a resumed row is the same."""
+    """Sums of per-step metrics since the last logged row. Saved in checkpoints, so that a resumed run logs the same."""
 
     def __init__(self, sums: dict[str, float] | None = None, steps: dict[str, int] | None = None) -> None:
         self.sums = dict(sums or {})
-        self.steps = dict(steps or {})  # that had the metric: a step without an update has no loss
+        self.steps = dict(steps or {})  # number of steps with the metric; a PPO step without an update has no loss
 
     def add(self, row: dict[str, float]) -> None:
         for name, value in row.items():

@@ -1,4 +1,4 @@
-"""The run folder: what may be started in it, its `run.json`, its `config.yaml` and its `metrics.jsonl`.
+"""The run folder: whether a run may start in it, and its `run.json`, `config.yaml` and `metrics.jsonl`.
 
 A folder is a run folder if it has a `run.json`, which is written before all other files. A run replaces and removes
 only its own files: `FILES`, those that `run.json` lists, and those that the manifests of its checkpoints list.
@@ -30,14 +30,14 @@ from onecard.utils.files import TEMPORARY, listing, recover, remove_files, repla
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
-SAMPLES = "samples.jsonl"  # answers to held-out prompts, where a command makes some
+SAMPLES = "samples.jsonl"  # answers to held-out prompts
 IDENTITY = "run.json"
 REPORT = "report.html"
 LOGS = (METRICS, SAMPLES)
 FILES = (CONFIG, METRICS, SAMPLES, IDENTITY, REPORT)
 FOLDERS = ("plots", *TRAINED)
 OUTPUTS = (*FILES, *FOLDERS)
-# Settings that a resumed run may change: they decide when to look, not what is learned.
+# Settings that a resumed run may change: they do not change the training, only when it logs, evaluates and saves.
 FREE = {"output_dir", "resume", "overwrite", "dry_run", "save_steps", "save_total_limit"}
 FREE |= {"reward_timeout", "logging_steps", "eval_steps", "eval_samples", "eval_sample_length"}
 
@@ -46,9 +46,9 @@ C = TypeVar("C", bound=TrainConfig)
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What `run.json` says.
+    """The contents of `run.json`.
 
-    `date`: the day on which the run began; chat templates write it. `settings`: digest of the settings in
+    `date`: the day on which the run began, for chat templates that use it. `settings`: digest of the settings in
     `config.yaml`. `identity`: the command, and digests of the data and weights that it reads. `replaces`: ids of
     overwritten runs whose files are not all removed yet. `files`: file names in each exported folder.
     """
@@ -65,7 +65,7 @@ class RunInfo:
 class Run:
     """A folder that is ready for a run, the checkpoint to resume from, and notes for the user.
 
-    `before`: info of the run that the folder holds already; `damaged`: checkpoints that are not used.
+    `previous`: info of the run that is in the folder; `damaged`: checkpoints that are skipped.
     """
 
     folder: Path
@@ -119,16 +119,16 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings in a run's `config.yaml`. Raises if the file is not as the run wrote it."""
+    """The settings in a run's `config.yaml`. Raises if the file has been changed."""
     try:
         settings = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         settings = None
     info = read_info(folder)
     if not isinstance(settings, dict) or info is None:
-        raise OnecardError(f"{folder} holds a run but no readable {CONFIG} that says how it came about.")
+        raise OnecardError(f"{folder} holds a run but no readable {CONFIG} with its settings.")
     if settings_digest(settings) != info.settings:
-        raise OnecardError(f"{folder / CONFIG} is not what the run wrote: it was changed or cut.")
+        raise OnecardError(f"{folder / CONFIG} is not what the run wrote: it was changed or truncated.")
     return settings
 
 
@@ -150,11 +150,11 @@ def check_same_run(info: RunInfo, identity: Mapping[str, str], folder: Path) -> 
             raise OnecardError(f"--resume: the {name} of the run in {folder} was another one ({folder / IDENTITY}).")
 
 
-# --- what may be started
+# --- whether a run may start
 
 
 def open_run(config: TrainConfig) -> Run:
-    """Decide what a command may do in its folder. Writes nothing."""
+    """Decide whether a command starts, replaces or resumes a run in its folder. Writes nothing."""
     folder = Path(config.output_dir).absolute()
     if os.path.lexists(folder) and not folder.is_dir():
         what = "a link to nothing" if folder.is_symlink() else "a file"
@@ -198,7 +198,7 @@ def open_run(config: TrainConfig) -> Run:
 
 
 def check_no_foreign_files(folder: Path) -> None:
-    """Stop if a folder that holds no run holds files that one would replace."""
+    """Raise if a folder without a run has files that a run would replace."""
     taken = [folder / name for name in OUTPUTS if os.path.lexists(folder / name)]
     for path in [*taken, *checkpoint.checkpoint_folders(folder)]:
         raise OnecardError(
@@ -207,7 +207,7 @@ def check_no_foreign_files(folder: Path) -> None:
 
 
 def check_only_own_files(folder: Path, info: RunInfo) -> None:
-    """Stop if a link or another kind of file has the name of one of the run's files, or a folder holds other files."""
+    """Raise if a file of the run is not a regular file, or if a folder of the run has other files."""
     for name in (*FILES, lock.LOCK):
         path = folder / name
         if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
@@ -230,7 +230,7 @@ def check_only_own_files(folder: Path, info: RunInfo) -> None:
 
 
 def check_nothing_is_lost(config: TrainConfig, folder: Path) -> None:
-    """Stop if a new run reads what it would replace."""
+    """Raise if a new run would replace files that it reads."""
     removed = [
         path.resolve() for path in (*checkpoint.checkpoint_folders(folder), *(folder / name for name in OUTPUTS))
     ]
@@ -241,14 +241,14 @@ def check_nothing_is_lost(config: TrainConfig, folder: Path) -> None:
             )
 
 
-# --- what is written
+# --- writing
 
 
 @contextmanager
 def locked(run: Run) -> Iterator[None]:
-    """Context in which this process has the lock of the run's folder, which is as `open_run` found it.
+    """Context that holds the lock of the run's folder. Raises if a run was started there since `open_run`.
 
-    A folder that is made here and stays empty is removed.
+    A folder that is created here and stays empty is removed.
     """
     made = [path for path in (run.folder, *run.folder.parents) if not path.exists()]
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -266,8 +266,8 @@ def locked(run: Run) -> Iterator[None]:
 def begin(run: Run, config: TrainConfig, identity: dict[str, str]) -> None:
     """Write `run.json`, remove an overwritten run's files, write `config.yaml`, and cut the logs to the checkpoint.
 
-    `identity` says what the run is beyond its settings; a resumed run must have the same. If the process is killed in
-    between, `--resume` and `--overwrite` both take the folder.
+    `identity`: the command, and digests of the data and weights; a resumed run must have the same. After a kill at any
+    point of this function, `--resume` and `--overwrite` both work.
     """
     settings = {**asdict(config), "output_dir": str(run.folder), "resume": False, "overwrite": False}
     text = yaml.safe_dump(settings, sort_keys=False)
@@ -294,7 +294,7 @@ def begin(run: Run, config: TrainConfig, identity: dict[str, str]) -> None:
 
 
 def remove_run(folder: Path, ids: Sequence[str], files: Mapping[str, Sequence[str]]) -> None:
-    """Remove the files of earlier runs. A damaged checkpoint is set aside."""
+    """Remove the files of earlier runs. Damaged checkpoints are renamed."""
     for each in checkpoint.checkpoint_folders(folder):
         manifest = checkpoint.read_manifest(each)
         if manifest is not None and manifest.run in ids:
@@ -312,7 +312,7 @@ def remove_run(folder: Path, ids: Sequence[str], files: Mapping[str, Sequence[st
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove temporary files that killed processes left of the run's own files and folders."""
+    """Remove temporary files and folders of the run that killed processes left behind."""
     names = {found["name"] for path in folder.glob(".*") if (found := TEMPORARY.fullmatch(path.name))}
     for name in names:
         if name in OUTPUTS or checkpoint.NAME.fullmatch(name):
@@ -320,14 +320,14 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def keep_rows(path: Path, count: int) -> None:
-    """Keep the first `count` rows."""
+    """Truncate a log to its first `count` rows."""
     if path.exists():
         lines = path.read_bytes().splitlines(keepends=True)
         write_text(path, b"".join(lines[:count]).decode("utf-8"))
 
 
 def write_folder(folder: Path, name: str, write: Callable[[Path], None]) -> Path:
-    """Write `policy`, `reward` or `plots` of a run, whole or not at all, and list its files in `run.json`."""
+    """Write the folder `policy`, `reward` or `plots` of a run atomically, and list its files in `run.json`."""
 
     def fill(temporary: Path) -> None:
         write(temporary)
@@ -342,6 +342,6 @@ def write_folder(folder: Path, name: str, write: Callable[[Path], None]) -> Path
 
 
 def log(folder: Path, row: dict[str, Any], name: str = METRICS) -> None:
-    """Append one row to `metrics.jsonl`, or to another file of rows."""
+    """Append one row to `metrics.jsonl` or to another log."""
     with open(folder / name, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")

@@ -1,19 +1,19 @@
-"""Startup checks: the model's results in the run's layouts, dtype and modes are compared with the plain model's.
+"""Startup checks: compare the model in the run's layout, dtype and mode with the plain model.
 
-The plain model runs one text per forward pass, in evaluation mode, with the attention that transformers chose for it.
+The plain model runs one text per forward pass, in evaluation mode, with transformers' attention.
 
-| what is compared | if it differs |
+| what is compared | after a difference |
 |---|---|
-| log-probs from hidden states, with the model's own logits | refused |
-| log-probs of each layout, with the plain model's | the next layout is tried; the last one is the plain model's |
+| log-probs from hidden states, with those from the model's logits | refused |
+| log-probs in a layout, with the plain model's | the next layout is tried; the last one is the plain model |
 | the gradient of one text with respect to another text's embeddings, with 0 | the next layout is tried |
 | the gradient of a text's start with respect to the embeddings of its end, with 0 | refused: not causal |
-| log-probs in training mode, twice, with those in evaluation mode | the model is trained in evaluation mode |
-| the gradient of each adapter, with None | refused: the adapter would never learn |
-| log-probs of sampled tokens, with the plain model's | the next way of sampling is tried; the last one has no cache |
+| log-probs of two passes in training mode, with those in evaluation mode | the model is trained in evaluation mode |
+| whether each adapter has a gradient | refused: the adapter would never learn |
+| log-probs of sampled tokens, with the plain model's | the next decoding mode is tried; the last one has no KV cache |
 
-One text is as long as the run's longest: sliding windows, top-k attention and long-context RoPE change long texts only.
-In 16 bit the tolerance is the plain model's own rounding, which is measured.
+One text is as long as the run's longest: sliding windows, top-k attention and long-context RoPE affect long texts only.
+In 16 bit the tolerance is derived from the plain model's rounding error, which is measured.
 """
 
 from __future__ import annotations
@@ -58,21 +58,21 @@ from onecard.utils.errors import OnecardError, is_out_of_memory
 from onecard.utils.progress import say
 from onecard.utils.rng import seeded_rng
 
-NEW = 8  # tokens that are sampled behind each prompt
+NEW = 8  # sampled after each prompt
 WAYS = {
     "slots": "in rows that take one prompt after another",
     "padded": "in padded batches",
     "single": "one prompt at a time",
     "uncached": "one prompt at a time and without a cache, which is slow for long texts",
 }
-REPEATED, REPEATED_16_BIT = 1e-5, 1e-3  # nat: the mean over a text between two passes of the same
+REPEATED, REPEATED_16_BIT = 1e-5, 1e-3  # nat: mean difference of two passes over one text
 
 
 def input_gradients(roles: Roles, batch: TokenBatch, layout: str, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-    """For each set of tokens, the gradient of their hidden states with respect to every token's embedding [n, D].
+    """For each set of tokens, the gradient of their hidden states with respect to the embeddings of all tokens [n, D].
 
-    It is exactly 0, in every dtype, between texts that attention masks or separate rows separate. A state that carries
-    over from one text to the next (Mamba, linear attention, convolutions) makes it nonzero.
+    Between texts in separate rows, or separated by the attention mask, it is exactly 0 in every dtype. It is nonzero
+    where a state carries over from one text to the next (Mamba, linear attention, convolutions).
     """
     trunk = trunk_of(roles.causal_model())
     laid = LAYOUTS[layout](batch)
@@ -80,7 +80,7 @@ def input_gradients(roles: Roles, batch: TokenBatch, layout: str, rows: Sequence
 
     def leaf(module: torch.nn.Module, inputs: object, output: Tensor) -> Tensor:
         leaves.append(output.detach().requires_grad_())
-        return leaves[-1].clone()  # some models scale it in place
+        return leaves[-1].clone()  # some models scale embeddings in place
 
     hook = trunk.get_input_embeddings().register_forward_hook(leaf)
     try:
@@ -116,7 +116,7 @@ def check_causal(roles: Roles, example: TokenSequence) -> None:
 
 
 def layout_candidates(roles: Roles) -> Iterator[tuple[bool, str]]:
-    """Yield `(own attention, layout)` from the fastest to the plain model itself."""
+    """Yield `(with onecard's attention, layout)`, the fastest first, the plain model last."""
     model, wanted = roles.causal_model(), roles.layout
     own = has_own_attention(model)
     if chooses_keys(trunk_of(model).config):
@@ -134,14 +134,14 @@ def layout_candidates(roles: Roles) -> Iterator[tuple[bool, str]]:
 
 @dataclass(frozen=True)
 class ProbeSet:
-    """Texts of one batch, and the plain model's log-probs of them."""
+    """Texts of one batch, and their log-probs under the plain model."""
 
     texts: list[TokenSequence]
     plain: PlainLogprobs
 
 
 def layout_fault(roles: Roles, layout: str, trials: Sequence[ProbeSet], row: int) -> str:
-    """What is wrong with a layout, in words; empty if it is exact."""
+    """The reason why a layout cannot be used, for a message; empty if it is exact."""
     name, first = f"{layout} batches", trials[0].texts
     try:
         if mixes_sequences(roles, layout, [first[0], first[2]]):
@@ -165,9 +165,9 @@ def layout_fault(roles: Roles, layout: str, trials: Sequence[ProbeSet], row: int
 
 
 def choose_layout(roles: Roles, longest: int, row: int) -> None:
-    """Choose the fastest layout that equals the plain model, and print a line if it is not the one asked for.
+    """Choose the fastest layout whose results equal the plain model's. Prints a line if a faster one was rejected.
 
-    `row`: tokens of the longest row that the run makes of several texts; 0: of any.
+    `row`: tokens of the longest packed row of the run; 0: no limit.
     """
     texts = probe(roles, longest, row)
     check_causal(roles, texts[0])
@@ -187,7 +187,7 @@ def choose_layout(roles: Roles, longest: int, row: int) -> None:
 
 
 def check_training_mode(roles: Roles, longest: int, row: int) -> None:
-    """Train a model in evaluation mode if it draws noise in training mode (router jitter, skipped layers).
+    """Switch training to evaluation mode if training mode adds noise (router jitter, skipped layers).
 
     With noise, old and new log-probs of one policy would differ.
     """
@@ -217,7 +217,7 @@ def check_training_mode(roles: Roles, longest: int, row: int) -> None:
 
 
 def check_learning(roles: Roles, longest: int) -> None:
-    """Refuse adapters that would never learn: their layers get no text, or no gradient. Experts may be idle."""
+    """Refuse adapters that get no gradient, and so would never learn. Experts may get none: a router may skip them."""
     check_factors(roles)
     batch = to_device(pack(probe(roles, min(SHORT, longest))[:1]), roles.device)
     try:
@@ -264,10 +264,10 @@ def with_shorter_texts(check: Callable[[int], None], longest: int) -> None:
 
 @torch.no_grad()
 def check_model(roles: Roles, longest: int, row: int = 0, *, trains: bool = True) -> None:
-    """Refuse a model that would be computed wrongly, and choose the fastest exact layout.
+    """Refuse a model whose results would be wrong, and choose the fastest exact layout.
 
-    `longest`: tokens of the run's longest text; `row`: of the longest row that it makes of several texts (0: of any);
-    `trains`: passes run in training mode.
+    `longest`: tokens of the run's longest text; `row`: of its longest packed row (0: no limit); `trains`: the run
+    trains the model, so training mode and gradients are checked.
     """
     model = roles.causal_model()
     context = context_of(trunk_of(model).config) or longest
@@ -288,16 +288,16 @@ def check_model(roles: Roles, longest: int, row: int = 0, *, trains: bool = True
 def sampled_logprobs(
     roles: Roles, prompts: Sequence[tuple[int, ...]], new: int
 ) -> tuple[list[Tensor], list[TokenSequence]]:
-    """Log-probs of `new` tokens after each prompt as they were sampled, two prompts at a time, and the whole texts."""
+    """Sample `new` tokens after each prompt, two prompts at a time. Returns their log-probs and the whole texts."""
     responses = sample_responses(roles, prompts, Sampling(new), stop_tokens=(), batch_size=2, seed=0).responses
     texts = [scored(p + response.tokens, len(p)) for p, response in zip(prompts, responses, strict=True)]
     return [response.logprobs for response in responses], texts
 
 
 def choose_decoding(roles: Roles, longest: int) -> None:
-    """Choose the fastest way of sampling whose log-probs equal the plain model's.
+    """Choose the fastest decoding mode whose log-probs equal the plain model's.
 
-    Prints a line if it is not the fastest one that the model's structure allows.
+    Prints a line if a faster mode was rejected.
     """
     new = min(NEW, longest // 2)
     lengths = (longest - new, min(SHORT, longest - new), min(SHARED, longest - new))
@@ -326,8 +326,9 @@ def choose_decoding(roles: Roles, longest: int) -> None:
 
 @torch.no_grad()
 def check_decoding(roles: Roles, longest: int) -> None:
-    """Sample in the fastest way that is right. `longest`: tokens of the longest prompt with its response; one prompt of
-    the check is as long, two others are short.
+    """Choose the decoding mode. `longest`: tokens of the run's longest prompt with its response.
+
+    One text of the check is as long, two others are short.
     """
     context = context_of(trunk_of(roles.causal_model()).config) or longest
     with_shorter_texts(partial(choose_decoding, roles), max(2, min(longest, context)))

@@ -1,4 +1,4 @@
-"""The training loop. It knows no algorithm: a job defines the steps, and calls `gradients` and `apply` in each.
+"""The training loop of all algorithms. A job defines the steps, and calls `gradients` and `apply` in each.
 
     step -> examples -> micro-batches -> losses, backward -> clip -> optimizer step -> schedule -> row of metrics
 
@@ -39,27 +39,27 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 E = TypeVar("E", bound=Sized)  # one example; its length is its number of tokens
-B = TypeVar("B", bound="DataclassInstance")  # a record of several
+B = TypeVar("B", bound="DataclassInstance")  # a batch of examples
 
 
 @dataclass(frozen=True)
 class Objective(Generic[E, B]):
-    """What one optimizer step minimises.
+    """The loss of one optimizer step.
 
-    `count` is the normaliser: the number of pairs, or of response tokens, in all micro-batches of the step. `losses`
-    gets a batch and the normaliser. It may yield several losses, one for each role: the backward of one runs before
-    the forward of the next, so the activations of one role are held at a time.
+    `count` returns the normaliser: the number of pairs, or of response tokens, in all micro-batches of the step.
+    `losses` takes a batch and the normaliser. It may yield several losses, one for each role: the backward of one runs
+    before the forward of the next, so only one role's activations are held.
     """
 
     collate: Callable[[Sequence[E]], B]
     count: Callable[[Sequence[E]], int]
     losses: Callable[[B, int], Iterable[Loss]]
     size: Callable[[E], int] = len  # tokens that an example takes in a forward pass
-    uncut: str = ""  # the loss that needs the whole batch as one micro-batch (it sorts the batch), if there is one
+    uncut: str = ""  # name of a loss that cannot be split into micro-batches (it sorts the batch); empty: none
 
 
 class Weights(Protocol):
-    """The methods of the model that the trainer uses."""
+    """The model, as the trainer uses it (`Roles`)."""
 
     layout: str
 
@@ -72,18 +72,18 @@ class Weights(Protocol):
 
 
 class Job(Protocol):
-    """A training algorithm: its steps, and what is done in one."""
+    """A training algorithm, as the trainer uses it."""
 
     name: str
     total_steps: int
-    schedule_from: int  # where in the learning rate's schedule the first step stands
+    schedule_from: int  # step of the learning rate schedule at the run's first step
 
     def batches(self, first_step: int) -> Iterator[tuple[float, list[int]]]:
-        """`(epochs done after the step, example indices)` of each step from `first_step` (counted from 0) on."""
+        """Yield `(epochs completed after the step, example indices)` for each step from `first_step` (from 0) on."""
         ...
 
     def step(self, trainer: Trainer, indices: Sequence[int], bar: Bar) -> dict[str, float]:
-        """One step: one optimizer step or several, through `trainer.gradients` and `trainer.apply`. Gives its row."""
+        """Run a step (one or more optimizer steps, by `trainer.gradients` and `trainer.apply`). Returns its metrics."""
         ...
 
     def evaluate(self, trainer: Trainer, bar: Bar) -> dict[str, float]:
@@ -91,11 +91,11 @@ class Job(Protocol):
         ...
 
     def counts(self, step: int) -> dict[str, int]:
-        """Progress to log after `step`, beside steps and tokens (PPO: episodes)."""
+        """Counts to log after `step`, besides steps and tokens (PPO: episodes)."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """State for the checkpoint beyond weights, optimizer and random states; JSON values."""
+        """The job's own state for the checkpoint, as JSON values. The trainer saves weights, optimizer and schedule."""
         ...
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -114,7 +114,7 @@ def micro_batches(
 def accumulate(
     objective: Objective[E, B], examples: Sequence[E], size: MicroBatchSize, device: torch.device
 ) -> list[Loss]:
-    """Add the gradient of the examples' loss to the parameters'. Reads no value, so it runs on meta tensors too."""
+    """Add the loss's gradients to the parameters' `.grad`. Runs on meta tensors too: it reads no tensor values."""
     normalizer = objective.count(examples)
     found = []
     for batch in micro_batches(objective, examples, size, device):
@@ -142,7 +142,7 @@ class Trainer:
 
     @property
     def micro_batch_size(self) -> MicroBatchSize:
-        """How steps are split into micro-batches by now."""
+        """The current micro-batch size, which out-of-memory errors reduce."""
         return self.budget.size
 
     def restore(self) -> None:
@@ -158,7 +158,7 @@ class Trainer:
         self.job.restore(state["job"])
 
     def save(self) -> Path:
-        """Write a checkpoint of this step, unless its update has broken the weights."""
+        """Write a checkpoint of this step. Raises if a weight is NaN or infinite."""
         if not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
             raise self.diverged("weights that are no numbers")
         return checkpoint.write_checkpoint(
@@ -186,7 +186,7 @@ class Trainer:
 
     @contextmanager
     def nan_means_diverged(self) -> Iterator[None]:
-        """Context in which the kernels' error for NaN inputs is reported as a run that has diverged."""
+        """Context that turns the kernels' ValueError for NaN inputs into the error of a diverged run."""
         try:
             yield
         except ValueError as error:
@@ -195,10 +195,10 @@ class Trainer:
             raise
 
     def gradients(self, objective: Objective[E, B], examples: Sequence[E]) -> dict[str, float]:
-        """Leave the examples' clipped gradient in the parameters, and give the step's metrics.
+        """Compute the clipped gradients of the examples' loss. Returns the step's metrics.
 
-        The result does not depend on the micro-batch size. When memory runs out, the step starts again with a smaller
-        one.
+        The result does not depend on the micro-batch size. After an out-of-memory error the step is repeated with
+        smaller micro-batches.
         """
         while True:
             try:
@@ -232,7 +232,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def log_step(self, epoch: float, row: dict[str, float]) -> None:
-        """Add a step to the window; write the window's means every `logging_steps`."""
+        """Add a step's metrics to the window. Every `logging_steps`, log their means over the window."""
         self.window.add(row)
         if self.step % self.config.logging_steps == 0 or self.step == self.job.total_steps:
             self.log(
@@ -249,13 +249,13 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, bar: Bar) -> None:
-        """Write a row of the held-out examples, named `eval_...`, if anything is held out."""
+        """Log the metrics of the held-out examples as `eval_...`, if there are any."""
         row = self.job.evaluate(self, bar)
         if row:
             self.log({f"eval_{name}": value for name, value in row.items()})
 
     def is_due(self, every: int) -> bool:
-        """Whether an action that runs every `every` steps, and after the last step, runs now."""
+        """Whether this step is the last, or a multiple of `every` (0: the last step only)."""
         return self.step == self.job.total_steps or (every > 0 and self.step % every == 0)
 
     def train(self, identity: dict[str, str]) -> None:
@@ -282,8 +282,8 @@ class Trainer:
                 bar.advance(per_kind(row))
                 if self.is_due(self.config.eval_steps):
                     self.evaluate(bar)
-                stop_strings = stopping() and self.step < self.job.total_steps
-                if stop_strings or self.is_due(self.config.save_steps):
+                stop = stopping() and self.step < self.job.total_steps
+                if stop or self.is_due(self.config.save_steps):
                     saved = self.save()
-                if stop_strings:
+                if stop:
                     raise interrupted(saved)

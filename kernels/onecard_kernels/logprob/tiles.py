@@ -1,7 +1,7 @@
-"""Products with the head over tiles of tokens by vocabulary, with an online softmax between them.
+"""Matrix products with the head, tile by tile (tokens x vocabulary), with an online softmax over the tiles.
 
-With a frozen head, the tile of e_v = exp(z_v - shift) goes straight into the second product. The sums over the
-vocabulary, sum_v e_v W_v, then need only each token's own factors to become dlogp/dh or dH/dh.
+With a frozen head, e_v = exp(z_v - shift) of a tile is multiplied with the head at once. dlogp/dh and dH/dh are then
+the sum over the vocabulary, sum_v e_v W_v, times one factor per token, plus one for the target's row of the head.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .tuning import ALIGNED, TileSizes, columns_of
 
 
 class HeadTiles:
-    """The head in tiles, and memory for one tile, which every tile uses again.
+    """The head in tiles, and the buffers of one tile, which all tiles share.
 
     Args:
-        tokens: how many there are; a tile has no more rows.
-        direction: a second product takes the exponentials, in the operands' dtype.
-        entropy_term: the pass also keeps e_v (z_v - shift), which the entropy's gradient needs.
+        tokens: the number of tokens; a tile has no more rows.
+        exp_operand: the exponentials are an operand of a second product, and so in the operands' dtype.
+        entropy_term: also keep e_v (z_v - shift), for the gradient of the entropy.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class HeadTiles:
         entropy_term: bool,
     ) -> None:
         self.weight, self.head, self.vocabulary = weight, head, weight.shape[0]
-        self.dtype = result_dtype(hidden.dtype, weight.dtype)  # of logits, statistics and sums
+        self.dtype = result_dtype(hidden.dtype, weight.dtype)  # of logits, statistics and accumulated sums
         self.operand = matmul.operand_dtype(hidden.dtype, weight.dtype, self.dtype, weight.device)
         self.rows = max(1, min(sizes.rows, tokens))
         self.columns = columns_of(sizes, self.vocabulary, self.rows)
@@ -56,15 +56,15 @@ class HeadTiles:
         self.exp_tile: Callable[..., None] = dispatch.implementation("linear_logprobs", backend, weight.device)
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of the vocabulary, and these rows of the head."""
+        """Yield slices of the vocabulary, and these rows of the head."""
         for start in range(0, self.vocabulary, self.columns):
             part = slice(start, min(start + self.columns, self.vocabulary))
             yield part, self.weight[part]
 
     def buffers(self, n: int, c: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Memory `[n, c]` for the products, for their exponentials (the same if the dtype is) and the entropy term.
+        """Buffers `[n, c]` for the logits, for their exponentials (the same one if the dtype is) and the entropy term.
 
-        Every row is aligned: with an odd vocabulary all wide loads would be lost otherwise.
+        Each row is padded to a multiple of ALIGNED, so that wide loads work with a vocabulary of any size.
         """
         z, e, term = (
             None if x is None else x[: n * padded(c)].view(n, padded(c))[:, :c] for x in (self._z, self._e, self._term)
@@ -76,11 +76,11 @@ class HeadTiles:
     def sweep(
         self, h: Tensor, y: Tensor, outputs: TileOutputs, *, sums: bool
     ) -> tuple[Statistics, Tensor | None, Tensor | None]:
-        """Take the tokens h `[n, D]` (in the operands' dtype) with targets y through all tiles.
+        """Run hidden states h `[n, D]` (in the operands' dtype) with targets y over all tiles.
 
         Returns:
-            The statistics; with `sums` also sum_v e_v W_v and sum_v e_v (z_v - shift) W_v `[n, D]`, both without the
-            target, the second one where there is an entropy term. With one tile, its buffers still hold the results.
+            The statistics; with `sums` also sum_v e_v W_v and, with an entropy term, sum_v e_v (z_v - shift) W_v, both
+            `[n, D]` and without the target. The buffers keep the results of the last tile.
         """
         state = new_state(h.shape[0], self._z)
         of_exp = of_term = None
@@ -98,7 +98,7 @@ class HeadTiles:
         return statistics(state, self.head, outputs), of_exp, of_term
 
     def gradient_by_hidden_(self, of_exp: Tensor, of_term: Tensor | None, factors: Factors, y: Tensor) -> Tensor:
-        """dL/dh `[n, D]` of dL/dz in the form of `factors`, in the memory of `of_term` if used, else of `of_exp`."""
+        """dL/dh `[n, D]` from dL/dz as `factors`. Overwrites `sum_term` if used, else `sum_exp`."""
         if factors.of_term is not None and of_term is not None:
             total = of_term.mul_(factors.of_term.unsqueeze(1)).addcmul_(of_exp, factors.of_exp.unsqueeze(1))
         else:
@@ -109,7 +109,7 @@ class HeadTiles:
         return total.mul_(self.head.factor)
 
     def _head_rows(self, y: Tensor) -> Tensor:
-        """The head's rows of the targets. An id outside of the vocabulary reads no wild address."""
+        """The head's rows of the targets. Ids are clamped, so that none reads out of bounds."""
         return self.weight.index_select(0, y.clamp(0, self.vocabulary - 1)).to(self.dtype)
 
 
@@ -118,9 +118,9 @@ def padded(columns: int) -> int:
 
 
 class Gradients:
-    """Sums over tiles by hidden, weight and bias; only those that are `needed` exist.
+    """Gradients of hidden, weight and bias, summed over tiles; None where not `needed`.
 
-    Those by weight and bias are kept in the accumulation dtype, those by hidden in `dtype`.
+    Those of weight and bias have the dtype `accumulated`, that of hidden has `dtype`.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Gradients:
         self.bias = new(weight.shape[0], dtype=accumulated) if needed[2] else None
 
     def add(self, tiles: HeadTiles, part: slice, tile: Tensor, d: Tensor, h: Tensor) -> None:
-        """d: the loss's derivative by `h @ W.T` of one tile, in the accumulation dtype."""
+        """Add one tile's part. d: dL/d(h @ W.T) of the tile, in the dtype of accumulation."""
         if self.bias is not None:
             self.bias[part] += d.sum(0)
         d = d.to(tiles.operand)
@@ -149,7 +149,7 @@ class Gradients:
             matmul.outer(d, h, self.weight[part])
 
     def write(self, piece: slice | Tensor, of_piece: Tensor | None = None) -> None:
-        """Close a piece of the tokens: all tiles were added, or `of_piece` is their sum."""
+        """Write the hidden gradient of some tokens: `of_piece`, or the sum of the tiles that were added."""
         of_piece, self._of_piece = (self._of_piece if of_piece is None else of_piece), None
         if self.hidden is not None and of_piece is not None:
             self.hidden[piece] = of_piece.to(self.hidden.dtype)

@@ -1,9 +1,9 @@
-"""`linear_ppo_loss` and its operator: loss and gradients in one sweep over the tiles of logits.
+"""`linear_ppo_loss` and its operator: loss and gradients in one pass over the tiles of logits.
 
-A token's coefficient is known as soon as its log-probability is. So the gradients are formed in the forward, from the
-same tile of logits, and the backward scales them. That takes two products with the head, three with a trained one.
-Tokens without a coefficient take one: those without advantage or weight in any case, clipped ones where tiles have
-whole rows (chunked). With whole rows the entropy bonus needs no product of its own either.
+A token's coefficient, dL/dlogp, is known as soon as its log-probability is. So the forward computes the gradients too,
+from the same tile of logits, and the backward scales them: two products with a frozen head, three with a trained one.
+A token whose coefficient is 0 has one product: always if its advantage or weight is 0, and if it is clipped only where
+a tile has whole rows of logits (chunked). With whole rows the entropy bonus has no product of its own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .options import (
     policy_options,
 )
 
-# A row of logits is copied at the price of a fraction of its product; below this share of idle rows nothing is gained.
+# Skipping rows without a gradient copies the others. Below this share of such rows, the copy costs more than it saves.
 WORTH_SKIPPING = 1 / 8
 OPTIONS = len(PolicyOptions._fields)
 
@@ -73,8 +73,8 @@ def linear_ppo_loss(
     Args:
         hidden: `[..., D]`, `[B, T, D]` or packed `[tokens, D]`.
         weight: `[V, D]`. Autocast acts on both as in `linear_logprobs`.
-        targets: `[...]`, integer ids; `targets[t]` is the token that `hidden[t]` predicts. Anything (-100) where mask
-            is 0.
+        targets: `[...]`, integer ids; `targets[t]` is the token that `hidden[t]` predicts. Any value (such as -100)
+            where mask is 0.
         old_logprobs, advantages, mask: `[...]`, see `ppo_loss`.
         bias, temperature, logit_scale, softcap, forbidden: the head, see `linear_logprobs`.
         clip_low ... normalizer: see `ppo_loss`. The entropy has a gradient only if entropy_coef is not 0; that costs
@@ -83,9 +83,9 @@ def linear_ppo_loss(
         chunk_tokens: see `linear_logprobs`.
 
     Returns:
-        Loss, fp32 (fp64 if any floating point input is), with `ppo_loss`'s metrics, policy/entropy always among them.
-        Gradients are formed in the forward: two GEMMs with a frozen head, three with a trained one, and one for tokens
-        whose advantage or weight is 0 (in chunks also for clipped ones).
+        Loss, fp32 (fp64 if any floating point input is), with the metrics of `ppo_loss` and policy/entropy. Gradients
+        are computed in the forward: two GEMMs with a frozen head, three with a trained one, and one for tokens whose
+        advantage or weight is 0 (in chunks also for clipped ones).
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
@@ -139,9 +139,9 @@ def linear_ppo(
     softcap: float | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(summed loss, the other sums in the order of SUMS, and the gradients of the first by hidden, weight and bias)
+    """Returns the summed loss, the other sums in the order of SUMS, and gradients of the loss: hidden, weight, bias.
 
-    Nothing is divided by the normalizer yet. A gradient that is not needed is an empty tensor.
+    They are not divided by the normalizer. A gradient that is not needed is an empty tensor.
     """
     options, (needs, backend, *more) = PolicyOptions(*rest[:OPTIONS]), rest[OPTIONS:]
     with matmul.without_autocast(hidden):
@@ -176,12 +176,12 @@ def _sweep_rows(
     *,
     chunk_tokens: int | None,
 ) -> tuple[Tensor, Gradients]:
-    """`linear_ppo` of the valid tokens, which `tokens` has flat. Rows from `busy` on are known to have no gradient."""
+    """`linear_ppo` of the valid tokens; `tokens` has them flat. Rows from `num_active` on have no gradient."""
     trained = needed[1] or needed[2]
-    # A trained head's product needs each token's coefficient, and that is known where the rows are whole.
+    # The gradient of a trained head needs each token's coefficient: known only if a tile has whole rows of logits.
     dtype, only = result_dtype(hidden.dtype, weight.dtype), CHUNKED if trained else None
     sizes = choose(weight.shape[0], dtype, hidden.device, only=only, chunk_tokens=chunk_tokens)
-    # A trained head's derivative is summed over tokens in fp32; that of a frozen one is an operand of the product.
+    # With a trained head dL/dz is formed in fp32 and cast; with a frozen one the exponentials are the operand.
     direction, with_entropy = any(needed) and not trained, any(needed) and options.entropy_in_loss
     tiles = HeadTiles(hidden, weight, head, rows.count, sizes, backend, direction=direction, entropy_term=with_entropy)
     assert tiles.whole or not trained
@@ -214,7 +214,7 @@ def _sweep_rows(
 
 
 def _busy_first(rows: Rows, tokens: PolicyTokens, options: PolicyOptions) -> tuple[Rows, int]:
-    """The rows, those whose loss can have a gradient before those with no advantage or no weight, and how many."""
+    """Reorder the rows: first those that can have a gradient (advantage and weight not 0). Returns their number too."""
     busy = rows.pick(tokens.advantages) != 0.0
     if options.kl_in_loss or options.entropy_in_loss:
         busy = torch.ones_like(busy)
@@ -224,14 +224,14 @@ def _busy_first(rows: Rows, tokens: PolicyTokens, options: PolicyOptions) -> tup
 
 
 def kept_dtype(hidden: torch.dtype) -> torch.dtype:
-    """Dtype of the gradients by hidden until the backward scales them: undivided, they may be past fp16's range."""
+    """Dtype of the hidden gradient before the backward scales it: not yet divided, it may exceed fp16's range."""
     return torch.float32 if hidden == torch.float16 else hidden
 
 
 def _add_busy(
     grads: Gradients, piece: slice, tiles: HeadTiles, n: int, y: Tensor, factors: Factors, busy: Tensor
 ) -> None:
-    """The second product, of the tokens that have a coefficient. Their rows are moved up in the tile, in place."""
+    """The second product, for the `active` tokens alone: their rows are moved to the top of the tile, in place."""
     _, e, term = tiles.buffers(n, tiles.columns)
     index = busy.nonzero().squeeze(1)
     if index.numel() == 0:
@@ -239,7 +239,7 @@ def _add_busy(
     into: slice | Tensor = piece
     if index.numel() <= (1.0 - WORTH_SKIPPING) * n:
         for block in blocks(index.numel(), e.shape[1], e.element_size(), e.device):
-            # index is ascending, and never below its own place: no row is overwritten before it was read.
+            # index[i] >= i and ascending: no row is overwritten before it is read.
             e[block] = e.index_select(0, index[block])
             if term is not None:
                 term[block] = term.index_select(0, index[block])
@@ -248,7 +248,7 @@ def _add_busy(
         e, term = e[: index.numel()], None if term is None else term[: index.numel()]
         into = index + piece.start
     if term is not None and factors.of_term is not None:
-        # One product for both: the coefficients are known.
+        # The coefficients are known, so log-prob and entropy terms are added before one product.
         for block in blocks(e.shape[0], e.shape[1], e.element_size(), e.device):
             both = e[block] * factors.of_exp[block].unsqueeze(1)
             e[block] = both.addcmul_(term[block], factors.of_term[block].unsqueeze(1))
@@ -291,7 +291,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     hidden, weight, bias = inputs[0], inputs[1], inputs[8]
     ctx.shape, ctx.needs, ctx.inputs = hidden.shape, inputs[13 + OPTIONS], len(inputs)
     ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
-    # A parameter, to see whether it is still there; a weight that was computed is not held for that.
+    # The backward checks that ZeRO-3 has not emptied a parameter. A computed weight is not kept in memory for that.
     ctx.weight = weight if ctx.needs[1] and weight.is_leaf else None
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -327,7 +327,7 @@ def scale_linear_ppo(
     weight_dtype: torch.dtype,
     bias_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each gradient times the 0-d `by`, then rounded: the whole backward."""
+    """The backward: each gradient times the 0-d `by`, cast to its input's dtype."""
     hidden, weight, bias = (
         torch.mul(x, by, out=torch.empty_like(x, dtype=dtype))
         for x, dtype in ((hidden, hidden_dtype), (weight, weight_dtype), (bias, bias_dtype))
@@ -344,7 +344,7 @@ no_forward_ad("linear_ppo_loss", linear_ppo, scale_linear_ppo)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bytes that the operators hold inside (see `workspace`). `a` has an operator's arguments by name.
+# Peak bytes that the operators allocate inside (see `workspace`). `a` has an operator's arguments by name.
 
 
 @workspace.formula("onecard::linear_ppo")
@@ -372,10 +372,10 @@ def _linear_ppo_bytes(device: torch.device, a: SimpleNamespace) -> int:
     elif tiles.count == 1:
         size = tiles.logits * tiles.operand * with_entropy
         first = block_bytes(device, tiles.step, tiles.columns, tiles.operand) * with_entropy
-        last = size - first * (math.ceil(size / first) - 1) if size else 0  # lives on through the product
+        last = size - first * (math.ceil(size / first) - 1) if size else 0  # stays allocated during the product
         sweep = max(in_pass, first + min(first, size - first), last + sums + max(tiles.target_rows, written))
     else:
-        sums *= 1 + with_entropy  # those of the step before live on until the new ones are there
+        sums *= 1 + with_entropy  # the previous step's are freed only after the new ones are allocated
         sweep = sums * (1 + (count > tiles.step)) + max(in_pass, tiles.target_rows, written)
     inside = a.hidden.numel() * kept.itemsize * by_hidden
     per_token = (2 + (a.ref_logprobs is not None) + (a.weights is not None)) * 4 + 1 + 2 * IDS + 1
@@ -385,7 +385,7 @@ def _linear_ppo_bytes(device: torch.device, a: SimpleNamespace) -> int:
 
 @workspace.formula("onecard::scale_linear_ppo")
 def _scale_bytes(device: torch.device, a: SimpleNamespace) -> int:
-    """A CPU forms a product in the wider dtype before it is rounded."""
+    """On a CPU, `torch.mul` makes a temporary in the wider dtype before the cast."""
     if device.type != "cpu":
         return 0
     pairs = ((a.hidden, a.hidden_dtype), (a.weight, a.weight_dtype), (a.bias, a.bias_dtype))

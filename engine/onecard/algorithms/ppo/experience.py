@@ -1,4 +1,4 @@
-"""From sampled responses to experience: log-probs and values, rewards per token, advantages.
+"""Make experience of sampled responses: log-probs and values, per-token rewards, advantages.
 
     episodes -> old and reference log-probs, values -> -kl_coef * KL and dense reward per token, score on the last one
     -> (whitened rewards) -> the estimator's advantages -> Experience
@@ -29,8 +29,8 @@ from onecard_kernels import masked_whiten, token_kl
 class ModelOutputs:
     """Log-probs and values of each episode: fp32 [k], one entry per response token, on the CPU.
 
-    `values` are None without a critic. `last_values` fp32 [B]: of the state after the last token, where the answer was
-    cut and its return goes on (0 where it ended); None where it does not.
+    `values` is None without a critic. `last_values` fp32 [B]: the value of the state after the last token of a
+    truncated answer, 0 for a finished one; None without `bootstrap_truncated`.
     """
 
     logprobs: list[Tensor]
@@ -43,7 +43,7 @@ class ModelOutputs:
 class ShapedRewards:
     """Padded tensors [B, T]: KL, rewards, values, advantages and returns.
 
-    `mask` bool marks real tokens of answers that are learned from; other answers have none.
+    `mask` bool is True for tokens of answers in the loss, False for padding and for all tokens of other answers.
     """
 
     mask: Tensor
@@ -66,15 +66,15 @@ def logprobs_of(
 
 
 def state_values(roles: Roles, batch: TokenBatch) -> Tensor:
-    """Scalars of the current role for the states before each response token and after the last one."""
+    """The active role's scalars for the states before each response token and after the last one."""
     rows, _ = torch.cat([batch.targets.rows, last_rows(batch)]).sort()
     return roles.scalars(batch, rows)
 
 
 def values_of(roles: Roles, episodes: Sequence[Episode], budget: TokenBudget) -> list[Tensor]:
-    """The critic's k + 1 values of each episode: of the states before each token, and after the last one.
+    """The critic's k + 1 values of each episode: of the states before each response token and after the last one.
 
-    A state's value is read at the row that predicts the next token, so the state after the last one is its own row.
+    A state's value is read at the last token of that state, the row that predicts the next token.
     """
 
     def read(batch: TokenBatch, targets: ResponseTargets) -> Tensor:
@@ -88,7 +88,7 @@ def compute_model_outputs(
 ) -> ModelOutputs:
     """Forward passes of the policy, the reference, and the critic if there is one.
 
-    `budget`: the run's; by default one of its own. A role whose numbers are none any more is named.
+    `budget`: the run's token budget; by default a new one. Raises OnecardError if any result is NaN or infinite.
     """
     budget = budget or forward_budget(config)
     passes = {
@@ -113,7 +113,7 @@ def compute_model_outputs(
 
 
 def pad(pieces: Sequence[Tensor]) -> Tensor:
-    """Tensors [k] of different lengths as one [B, T], zeros after each end."""
+    """Tensors [k] of different lengths as one [B, T], padded with zeros."""
     return pad_sequence(list(pieces), batch_first=True)
 
 
@@ -131,11 +131,11 @@ def shape_rewards(
         reward_t = -kl_coef * KL_t + dense_t + [t is the last response token] * score
         A_t = sum_l (gamma lam)^l (reward_{t+l} + gamma V_{t+l+1} - V_{t+l}),  return_t = A_t + V_t    (gae)
 
-    `scores` fp32 [B]. The last response token is the one that ended the answer, where one did. `dense` fp32 [k] of each
-    answer. Rewards are whitened first and keep their mean. `kept` bool [B]: the answers that are learned from, by
-    default all; the others are in no mean and no baseline. If they were, and scored high, then each of the rest would
-    be worse than average, and learning from those alone would make the answers that are wanted less likely. Where
-    answers are compared in groups, one that is alone in its own is not learned from either.
+    `scores` fp32 [B]. The last response token is the stop token of a finished answer. `dense` fp32 [k] of each answer.
+    Whitening is before the advantages and keeps the mean of the rewards. `kept` bool [B]: the answers in the loss, by
+    default all. The others are in no mean and no baseline: if they scored high and were in one, all kept answers would
+    have negative advantages and become less likely. With groups, a kept answer without another one in its group is
+    left out too.
     """
     lengths = torch.tensor([len(piece) for piece in passes.logprobs])
     logprobs = pad(passes.logprobs)
@@ -159,7 +159,7 @@ def shape_rewards(
 
 
 def make_experiences(episodes: Sequence[Episode], passes: ModelOutputs, shaped: ShapedRewards) -> list[Experience]:
-    """One record for each episode that is learned from."""
+    """An `Experience` for each episode that is in the loss."""
     return [
         Experience(
             episode=episode,
@@ -202,7 +202,7 @@ def objective_metrics(
     kl_coef: float,
     penalty: float = 0.0,
 ) -> dict[str, float]:
-    """Metrics of an iteration's responses, by TRL's names. `penalty`: what a constraint takes from the mean score."""
+    """Metrics of an iteration's responses, by TRL's names. `penalty`: mean score subtracted by a constraint."""
     paid = -kl_coef * shaped.kl.sum(1).mean()
     row = {
         **answer_metrics(episodes, passes.logprobs, passes.ref_logprobs, scores),

@@ -37,7 +37,7 @@ from onecard.utils.progress import Bar
 from onecard.utils.rng import seeded_rng
 from onecard_kernels import Loss, linear_ppo_loss, value_loss
 
-NO_CLIP = (1.0, 1e12)  # low, high; the kernels bound a ratio to e^20, so it never comes there
+NO_CLIP = (1.0, 1e12)  # clip_low, clip_high that never clip: the ratio is above 0, and the kernels limit it to e^20
 
 # Logged as means over the updates of an iteration, under TRL's names.
 UPDATE_METRICS = {
@@ -66,9 +66,9 @@ def minibatches(experiences: Sequence[Experience], config: PPOConfig, step: int)
 def ppo_losses(roles: Roles, batch: ExperienceBatch, config: PPOConfig, normalizer: int) -> Iterator[Loss]:
     """The policy's clipped surrogate, and vf_coef times the critic's clipped squared error where there is a critic.
 
-    An estimator that passes over the responses once does not clip. A critic with an adapter of its own is a second
-    loss: the trainer runs the policy's backward first, so only one role's activations are held. A critic on the
-    policy's trunk is added to the policy's loss: both have one forward pass.
+    Estimators with one pass over the responses (a2c, reinforce) do not clip. A critic with its own adapter yields a
+    second loss: the trainer runs the policy's backward first, so only one role's activations are held. The loss of a
+    critic on the policy's trunk is added to the policy's loss, because both use the same forward pass.
     """
     targets = batch.sequences.targets
     hidden, head = roles.hidden(batch.sequences, targets.rows), roles.head()
@@ -95,7 +95,7 @@ def ppo_losses(roles: Roles, batch: ExperienceBatch, config: PPOConfig, normaliz
         yield Loss(policy.loss + critic.loss, {**policy.metrics, **critic.metrics})
         return
     yield policy
-    del policy, hidden  # the critic's pass starts without the policy's tensors
+    del policy, hidden  # free the policy's tensors before the critic's forward pass
     if "value" in roles.adapters:
         with roles.active("value"):
             yield critic_loss(roles.scalars(batch.sequences, targets.rows), batch, config, normalizer)
@@ -117,7 +117,7 @@ def critic_loss(values: Tensor, batch: ExperienceBatch, config: PPOConfig, norma
 
 
 def ppo_objective(roles: Roles, config: PPOConfig) -> Objective[Experience, ExperienceBatch]:
-    """What each optimizer step of PPO minimises, per response token."""
+    """The objective of each optimizer step of PPO, normalised by response tokens."""
     return Objective(
         collate=pack_experience,
         count=lambda experiences: sum(experience.num_response_tokens for experience in experiences),
@@ -126,8 +126,8 @@ def ppo_objective(roles: Roles, config: PPOConfig) -> Objective[Experience, Expe
 
 
 def update_metrics(rows: Sequence[dict[str, float]], updates: int) -> dict[str, float]:
-    """Means over the minibatches of an iteration, `updates` of which ended in an optimizer step."""
-    if not rows:  # a constraint has left no answer to learn from
+    """Means over the minibatches of an iteration. `updates`: the number of optimizer steps."""
+    if not rows:  # a constraint left out all responses
         return {"policy/updates": 0.0}
     means = {
         logged: sum(row[name] for row in rows) / len(rows) for name, logged in UPDATE_METRICS.items() if name in rows[0]
@@ -187,14 +187,14 @@ class PPO:
         self.config, self.roles, self.sampler = config, roles, sampler
         self.rewards, self.constraint = scorer, constraint
         self.prompts, self.heldout, self.total_steps = prompts, heldout, total_steps
-        # A warm-up begins at a rate of 0. An iteration is worth too much for that: this one begins a step later.
+        # Warm-up starts at a learning rate of 0, which would waste an iteration. The schedule starts one step later.
         self.schedule_from = 1 if config.warmup_steps else 0
         self.objective = ppo_objective(roles, config)
-        self.budget = budget or forward_budget(config)  # of passes without gradients, which judges may share
+        self.budget = budget or forward_budget(config)  # of passes without gradients
         self.controls = Controls(config.kl_coef, config.constraint_lambda, scale or Scale())
 
     def batches(self, first_step: int) -> Iterator[tuple[float, list[int]]]:
-        """The prompts of each iteration: a stream of shuffled epochs, cut every batch_size / num_generations."""
+        """The prompts of each iteration (episodes_per_step / num_generations), from a stream of shuffled epochs."""
         size = self.config.episodes_per_step // self.config.num_generations
         for step in range(first_step, self.total_steps):
             indices = stream_indices(len(self.prompts), step * size, size, seed=self.config.seed)
@@ -232,9 +232,9 @@ class PPO:
         return Collected(make_experiences(episodes, passes, shaped), row, episodes, sampled.rollout)
 
     def step(self, trainer: Trainer, indices: Sequence[int], bar: Bar) -> dict[str, float]:
-        """One iteration. When a minibatch's policy/approxkl exceeds `target_kl`, its gradient is discarded.
+        """One iteration. It ends early when a minibatch's policy/approxkl exceeds `target_kl`.
 
-        The policy is then too far from the one that sampled, and the iteration ends.
+        The gradient of that minibatch is discarded: the policy is too far from the one that sampled the responses.
         """
         began = time.perf_counter()
         config = self.config
@@ -250,7 +250,7 @@ class PPO:
                     break
                 trainer.apply()
                 updates += 1
-        if not updates:  # the schedule continues without an optimizer step
+        if not updates:  # the learning rate schedule makes a step even without an optimizer step
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
         row |= update_metrics(rows, updates)
         if self.constraint is not None and config.constraint_mode == "lagrangian":
@@ -289,5 +289,5 @@ class PPO:
             budget.size = replace(budget.size, tokens=state["tokens"][name])
 
     def budgets(self) -> dict[str, TokenBudget]:
-        """Token budgets that may have been halved during the run."""
+        """Token budgets, which out-of-memory errors may have reduced during the run."""
         return {"passes": self.budget, "rollout": self.sampler.budget}

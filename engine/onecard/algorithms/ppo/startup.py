@@ -1,13 +1,13 @@
-"""What has to hold before the first step, on a few sampled answers. Nothing has been written yet.
+"""PPO's checks before the first step, on a few sampled answers. Nothing has been written yet.
 
-A reward that fails on whatever it is given fails here. And log-probs that should be equal are compared; a run in which
-they are not would learn nonsense:
+Each reward scores the answers, so one that always fails stops the run here. Log-probs of the same tokens that must be
+equal are compared, because PPO's ratio would be wrong otherwise:
 
-| two log-probs of the same tokens | differ when |
-|---|---|
-| as drawn, and of the old pass | something changes the distribution that is sampled; masks or positions are off |
-| of the new pass (as in training), and of the old pass | dropout is on; the layouts or batches do not agree |
-| of the reference, and of the policy | the policy does not start as the reference, and is not meant not to |
+| log-probs | compared with | cause of a difference |
+|---|---|---|
+| returned by sampling | old log-probs | the sampled distribution was changed; masks or positions are wrong |
+| new log-probs, as in a minibatch | old log-probs | dropout; layouts that do not agree |
+| the reference's | old log-probs | the policy does not start as the reference |
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from onecard.utils.errors import OnecardError
 from onecard.utils.rng import seeded_rng
 
 CHECKED_PROMPTS = 8
-# (mean, largest) difference in nats. 16-bit passes of one model differ by their own rounding, most for unlikely tokens.
+# Largest allowed (mean, maximum) of differences in nats. In 16 bit they are rounding, largest for unlikely tokens.
 LIMITS = {torch.float32: (1e-4, 1e-3)}
 LIMITS_16_BIT = (0.05, 1.0)
 CHECKING = replace(TRAINING_MESSAGES, smaller="the check goes on in micro-batches of at most {size}.")
 
 
 def new_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfig) -> Tensor:
-    """Log-probs as the first minibatch computes them: in training mode, with gradients."""
+    """Log-probs computed as in a minibatch: in training mode, with gradients."""
     budget = TokenBudget(MicroBatchSize(config.per_device_train_batch_size, config.micro_batch_tokens), CHECKING)
 
     def read(batch: TokenBatch, targets: ResponseTargets) -> Tensor:
@@ -73,9 +73,9 @@ def check_start(
 
 
 def compare_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfig, budget: TokenBudget) -> None:
-    """The comparisons. Dropout makes all of them differ, so the one that shows it alone comes first.
+    """Compare log-probs. New with old comes first: dropout makes all pairs differ, and this one names the cause.
 
-    Where `ref_adapter` is another adapter than the policy starts as, those two are not equal, and not compared.
+    The policy is not compared with the reference if `ref_adapter` is not the adapter that the policy starts from.
     """
     roles.train()
     sampled = torch.cat([episode.sampling_logprobs for episode in episodes])
@@ -83,7 +83,7 @@ def compare_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfi
     reference = torch.cat(logprobs_of(roles, "reference", episodes, config, budget))
     new = new_logprobs(roles, episodes, config)
     mean, largest = LIMITS.get(roles.causal_model().dtype, LIMITS_16_BIT)
-    cold = min(1.0, config.temperature)  # dividing the logits by it magnifies their rounding
+    cold = min(1.0, config.temperature)  # a temperature below 1 magnifies the rounding of logits
     limits = (mean / cold, largest / cold)
     compare("the policy's log-probs in training and in the pass before it", new, old, limits)
     compare("the sampled tokens' log-probs, as drawn and of the policy's own pass,", sampled, old, limits)
@@ -92,7 +92,7 @@ def compare_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfi
 
 
 def starts_as_reference(config: PPOConfig) -> bool:
-    """Whether the policy and the reference are read from the same folder, or neither from one."""
+    """Whether the policy starts with the reference's weights: no `ref_adapter`, or the policy's own folder."""
     if not config.ref_adapter:
         return True
     policy, reference = (find_source(name).adapter for name in (config.model, config.ref_adapter))
@@ -100,7 +100,7 @@ def starts_as_reference(config: PPOConfig) -> bool:
 
 
 def compare(what: str, first: Tensor, second: Tensor, limits: tuple[float, float]) -> None:
-    """Two log-probs of the same tokens, within the limits."""
+    """Raise if two log-probs of the same tokens differ by more than `limits` (mean, maximum)."""
     difference = (first - second).abs()
     mean, largest = float(difference.mean()), float(difference.max())
     if not (mean <= limits[0] and largest <= limits[1]):

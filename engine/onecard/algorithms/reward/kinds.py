@@ -1,4 +1,4 @@
-"""The kinds of rows that a reward model is trained from: pairs, scores, rankings. Their columns decide the kind."""
+"""Dataset kinds of reward training: pairs, scores, rankings. The columns of a row decide its kind."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ from onecard_kernels import Loss
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of rows, recognised by `columns`. `example` and `record` are the types of an example and of a batch.
+    """A dataset kind, recognised by `columns`. `example_type` and `batch_type`: classes of an example and of a batch.
 
-    `loss(scores, batch, config, normalizer)`. `summary(scores, batch)`: metrics of held-out rows that are not sums.
-    `shares`: an example has several responses to one prompt, and `collate` takes `share_prompts`.
+    `loss(scores, batch, config, normalizer)`. `summary(scores, batch)`: evaluation metrics that need the scores of all
+    held-out rows at once. `shares_prompts`: an example has several responses to one prompt, and `collate` has the
+    argument `share_prompts`.
     """
 
     name: str
@@ -118,13 +119,13 @@ def collate(examples: Sequence[Any]) -> Any:
 
 
 def collate_sharing(examples: Sequence[Any]) -> Any:
-    """`collate` that runs a prompt once for all its responses, for kinds with several responses to a prompt."""
+    """`collate`, with the prompt of several responses only once in the batch."""
     kind = OF_EXAMPLE[type(examples[0])]
     return kind.collate(examples, share_prompts=True) if kind.shares else kind.collate(examples)
 
 
 def rows(example: Any) -> int:
-    """Tokens that an example takes in `collate_sharing`."""
+    """Tokens of an example in a batch of `collate_shared`."""
     return rows_sharing(example) if OF_EXAMPLE[type(example)].shares else len(example)
 
 
@@ -136,12 +137,12 @@ def loss_of(scores: Tensor, batch: Any, config: RewardConfig, normalizer: int) -
 
 
 def reward_loss(roles: Roles, batch: Any, config: RewardConfig, normalizer: int) -> Loss:
-    """The loss of a batch, from the scores of all its responses."""
+    """Score all responses of a batch, and compute its loss."""
     return loss_of(roles.scores(batch.sequences), batch, config, normalizer)
 
 
 def kind_of(row: Row) -> Kind | None:
-    """The first kind of which a row has all columns, or else any column."""
+    """The first kind whose columns the row all has, else the first with any of them; None if there is none."""
     for some in (all, any):
         for kind in KINDS:
             if some(has(row.values, column) for column in kind.columns):
@@ -150,9 +151,9 @@ def kind_of(row: Row) -> Kind | None:
 
 
 def of_one_kind(rows: Iterable[Row]) -> tuple[Kind, Rows]:
-    """The kind of the rows, and the rows. A row of another kind raises when it is read.
+    """Detect the kind of a dataset. Returns it and the rows; a row of another kind raises when it is read.
 
-    A row without any of the columns is left to be a bad row of the kind.
+    A row with no column of any kind is passed through: the tokenizer of the detected kind reports it as a bad row.
     """
     first, kind = next(((row, kind) for row in rows if (kind := kind_of(row)) is not None), (None, None))
     if first is None or kind is None:
@@ -175,7 +176,7 @@ def of_one_kind(rows: Iterable[Row]) -> tuple[Kind, Rows]:
 
 
 def tokenize(rows: Iterable[Row], tokenizer: Any, max_length: int, config: RewardConfig) -> Tokenized[Any]:
-    """Examples of the kind that the rows are."""
+    """Detect the kind of the rows, and tokenize them."""
     kind, rows = of_one_kind(rows)
     return kind.tokenize(rows, tokenizer, max_length, config)
 

@@ -148,7 +148,7 @@ def shared_tokens(first: TokenSequence, second: TokenSequence) -> int:
 
 
 def rows_sharing(example: PreferencePair | Ranking) -> int:
-    """The number of packed rows of an example whose answers share their prompt."""
+    """Tokens of an example in a packed batch in which its answers share their prompt."""
     first, *others = example.sequences
     return len(first) + sum(len(other) - shared_tokens(first, other) for other in others)
 
