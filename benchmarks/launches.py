@@ -216,11 +216,11 @@ def exponentials() -> Iterator[Configuration]:
         triton_exp.exp_tile(z, out, spread, meta(n, dtype=torch.int64), 0, state, HEADS[kind](v), wanted)
 
     uses = {
-        "frozen bf16, entropy": (BF16, True, TileOutputs(moment=True, direction=True)),
-        "frozen bf16": (BF16, False, TileOutputs(direction=True)),
-        "frozen fp16": (FP16, False, TileOutputs(direction=True)),
-        "trained, entropy": (None, True, TileOutputs(moment=True, direction=True)),
-        "trained": (None, False, TileOutputs(direction=True)),
+        "frozen bf16, entropy": (BF16, True, TileOutputs(moment=True, exponentials=True)),
+        "frozen bf16": (BF16, False, TileOutputs(exponentials=True)),
+        "frozen fp16": (FP16, False, TileOutputs(exponentials=True)),
+        "trained, entropy": (None, True, TileOutputs(moment=True, exponentials=True)),
+        "trained": (None, False, TileOutputs(exponentials=True)),
         "forward, entropy": (None, False, TileOutputs(moment=True, square=True)),
         "forward": (None, False, TileOutputs()),
     }

@@ -60,7 +60,7 @@ def measured(device: torch.device, repeats: int, clock: Callable[[], float]) -> 
     model = MODELS[device.type]
     chosen = {name: option for name, option in OPTIONS.items() if device.type == "cuda" or name not in GPU_ONLY}
     chosen[ALL] = {name: value for option in chosen.values() for name, value in option.items()}
-    case = StepCase("memory options", "dpo", model, PROMPT, RESPONSE, items=PAIRS, per_pass=PAIRS)
+    case = StepCase("memory options", "dpo", model, PROMPT, RESPONSE, batch_size=PAIRS, micro_batch_size=PAIRS)
     pairs = tuple(random_pairs(PAIRS, PROMPT, RESPONSE, model.vocab, mixed=False))
     with tempfile.TemporaryDirectory() as folder, progress("memory options", len(chosen)) as bar:
         task = Task(case, write_folder(model, Path(folder)), torch.bfloat16, device, pairs)

@@ -33,7 +33,7 @@ from benchmarks import cli, measure, render
 from benchmarks.harness import one_line
 from benchmarks.records import WHOLE, Case, Row
 from benchmarks.rollout import bandwidth, weight_bytes
-from benchmarks.train_step.cases import Flops, StepCase, picked
+from benchmarks.train_step.cases import Flops, StepCase, select_cases
 from benchmarks.train_step.dpo import quiet
 from benchmarks.train_step.phases import MARK, PHASES, ROLLOUT, PhaseTimer
 from benchmarks.train_step.ppo import PPORun
@@ -208,7 +208,7 @@ class PhaseProfiler(PhaseTimer):
 
 def measured(case: StepCase, device: torch.device, dtype: torch.dtype, tell: Callable[[str], None]) -> Case:
     """Warm up, time an iteration, then profile one; of the rollout, one with answers of at most LONGEST tokens."""
-    with tempfile.TemporaryDirectory() as folder, capped(case.cap_gib, device):
+    with tempfile.TemporaryDirectory() as folder, capped(case.memory_cap_gib, device):
         write_folder(case.model, Path(folder))
         tell("loading")
         iterations = PPORun(case, Path(folder), device, dtype)
@@ -267,8 +267,8 @@ def decode_steps(iterations: PPORun) -> int:
 def product_rate(case: StepCase, device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of bare products of a micro-batch's rows."""
     length = case.prompt + case.response
-    rows = max(case.per_pass * length, case.micro_batch_tokens)
-    step = case.items * Flops.of(case.model, length, case.response).forward
+    rows = max(case.micro_batch_size * length, case.micro_batch_tokens)
+    step = case.batch_size * Flops.of(case.model, length, case.response).forward
     bare, seconds = BareProducts(case, device, dtype, rows, step), measure.stopwatch(device)
     return bare.flops / statistics.median(seconds(bare) for _ in range(5))
 
@@ -284,7 +284,7 @@ def command(options: cli.Options, case_name: str, smoke: bool) -> None:
     how long the GPU was idle, and which costs are avoidable by rule.
     """
     device = options.device
-    case = picked(device.type, ["ppo"], [case_name] if case_name else [], smoke=smoke)[0]
+    case = select_cases(device.type, ["ppo"], [case_name] if case_name else [], smoke=smoke)[0]
     quiet()
     dtype = torch.bfloat16 if smoke or device.type == "cuda" else torch.float32
     recorder = options.recorder("ppo-profile", 1, quick=smoke, name=case.name)

@@ -30,11 +30,11 @@ from benchmarks.train_step.synthetic import DTYPES, FIRST_WORD, PAD, SEED, Model
 from onecard.config import ModelConfig, SFTConfig
 from onecard.data import load_rows
 from onecard.data.batches import TokenSequence, pack, to_device
-from onecard.models.build import load_player, load_roles
+from onecard.models.build import load_frozen_role, load_roles
 from onecard.models.cache import cache_bytes
 from onecard.models.load import load_tokenizer
 from onecard.models.roles import Roles
-from onecard.rollout import Sampling, end_tokens, sample_responses
+from onecard.rollout import Sampling, find_stop_tokens, sample_responses
 from onecard.rollout.cuda_graphs import cuda_graph, use_recorder
 from onecard.utils.errors import OnecardError
 
@@ -131,14 +131,14 @@ def random_task(case: RolloutCase, folder: Path, dtype: torch.dtype) -> Task:
 def model_task(case: RolloutCase, model: str, file: str) -> Task:
     """A pretrained model, and prompts that are the first words of a file's texts."""
     settings = ModelConfig(model=model, load_in_4bit=case.load_in_4bit)
-    tokenizer, roles = load_tokenizer(settings), load_player(settings, role="policy")
+    tokenizer, roles = load_tokenizer(settings), load_frozen_role(settings, role="policy")
     rows = load_rows(file, split="train")
     column = next((name for name in ("prompt", "text") if name in rows[0].values), None)
     if column is None:
         raise click.UsageError(f"--prompts: {file} has neither a `prompt` nor a `text` column.")
     texts = [tokenizer.encode(rows[index % len(rows)].values[column])[: case.most] for index in range(case.prompts)]
     prompts = tuple(tuple(text[:length]) for text, length in zip(texts, lengths(case), strict=True))
-    ends = end_tokens(roles, tokenizer)
+    ends = find_stop_tokens(roles, tokenizer)
     return Task(
         roles, prompts, ends, tokenizer.pad_token_id, Sampling(case.max_new_tokens, case.temperature), case.batch_size
     )

@@ -39,7 +39,7 @@ def case_of(shape: str, device: str, tokens: int) -> StepCase:
         raise click.UsageError(f"--shape {shape}: expected tokens of prompt and answer, such as 256/128.")
     prompt, response = map(int, shape.split("/"))
     pairs = max(2, tokens // (2 * (prompt + response)))
-    return StepCase(shape, "dpo", MODELS[device], prompt, response, items=pairs, per_pass=pairs)
+    return StepCase(shape, "dpo", MODELS[device], prompt, response, batch_size=pairs, micro_batch_size=pairs)
 
 
 @click.command(context_settings=cli.SETTINGS)

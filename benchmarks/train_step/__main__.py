@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import cli, render
 from benchmarks.harness import Timing
-from benchmarks.train_step.cases import picked
+from benchmarks.train_step.cases import select_cases
 from benchmarks.train_step.dpo import quiet
 from benchmarks.train_step.run import measure_case
 
@@ -33,7 +33,7 @@ def command(options: cli.Options, quick: bool, smoke: bool, kinds: tuple[str, ..
     """
     device, few = options.device.type, quick or smoke
     cli.refuse_unused_gpu(options.device)
-    chosen = picked(device, kinds, names, quick=quick, smoke=smoke)
+    chosen = select_cases(device, kinds, names, quick=quick, smoke=smoke)
     timing = Timing(
         repeats=options.repeats or (3 if few else REPEATS[device]),
         warmup=0 if few else WARMUP[device],

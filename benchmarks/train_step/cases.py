@@ -11,7 +11,7 @@ import click
 from benchmarks.train_step.synthetic import Model
 from onecard.config import Optim
 
-RANK = 16
+LORA_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,16 @@ class StepCase:
     model: Model
     prompt: int
     response: int
-    items: int
-    per_pass: int
-    mixed: bool = False
+    batch_size: int
+    micro_batch_size: int  # pairs or responses of a micro-batch
+    mixed_lengths: bool = False
     gradient_checkpointing: bool = False
     precompute_ref_log_probs: bool = False
     load_in_4bit: bool = False
     optim: Optim = "adamw_torch"
-    cap_gib: float = 0.0
+    memory_cap_gib: float = 0.0
     micro_batch_tokens: int = 0  # a setting of onecard; TRL sizes micro-batches in pairs
-    in_turns: bool = True  # all candidates are in memory and take turns; else one candidate at a time
+    interleaved: bool = True  # all candidates are in memory and take turns; else one candidate at a time
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -55,39 +55,39 @@ QWEN_1_5B = Model("Qwen2.5-1.5B", 1536, 28, 12, 2, 8960, 151936, kind="qwen2", t
 QWEN_0_5B = Model("Qwen2.5-0.5B", 896, 24, 14, 2, 4864, 151936, kind="qwen2", tied=True)
 
 
-def on_cpu() -> list[StepCase]:
+def cpu_cases() -> list[StepCase]:
     """Cases for a CPU: fp32, small models. `deep` has most of its FLOPs in the layers, as large models do."""
-    base = StepCase("small", "dpo", SMALL, prompt=256, response=128, items=2, per_pass=2)
-    ppo = StepCase("small", "ppo", SMALL, prompt=64, response=64, items=16, per_pass=4, mixed=True)
+    base = StepCase("small", "dpo", SMALL, prompt=256, response=128, batch_size=2, micro_batch_size=2)
+    ppo = StepCase("small", "ppo", SMALL, prompt=64, response=64, batch_size=16, micro_batch_size=4, mixed_lengths=True)
     deep = replace(base, name="deep", model=DEEP)
     return [
         base,
         deep,
         replace(deep, name="deep, checkpointed", gradient_checkpointing=True),
-        replace(deep, name="deep, mixed lengths", mixed=True),
+        replace(deep, name="deep, mixed lengths", mixed_lengths=True),
         ppo,
         replace(base, name="small, checkpointed", gradient_checkpointing=True),
-        replace(base, name="small, mixed lengths", mixed=True),
+        replace(base, name="small, mixed lengths", mixed_lengths=True),
         replace(deep, name="deep, reference precomputed", precompute_ref_log_probs=True),
-        replace(base, name="wide", model=WIDE, items=1, per_pass=1),
+        replace(base, name="wide", model=WIDE, batch_size=1, micro_batch_size=1),
         replace(ppo, name="deep", model=DEEP),
-        replace(ppo, name="small, one length", mixed=False),
+        replace(ppo, name="small, one length", mixed_lengths=False),
     ]
 
 
-def on_a_gpu() -> list[StepCase]:
+def gpu_cases() -> list[StepCase]:
     """Cases for a GPU: bf16, real model shapes. First the README's claims, then memory caps, then smaller models.
 
     Cases with a memory cap have one length, the longest: the memory plan assumes it too.
     """
     dpo = StepCase(
-        "8B, NF4", "dpo", LLAMA_8B, prompt=512, response=512, items=4, per_pass=1, gradient_checkpointing=True,
-        load_in_4bit=True, optim="paged_adamw_8bit", micro_batch_tokens=2048,
+        "8B, NF4", "dpo", LLAMA_8B, prompt=512, response=512, batch_size=4, micro_batch_size=1,
+        gradient_checkpointing=True, load_in_4bit=True, optim="paged_adamw_8bit", micro_batch_tokens=2048,
     )  # fmt: skip
-    ppo = replace(dpo, kind="ppo", items=16)
+    ppo = replace(dpo, kind="ppo", batch_size=16)
     small: dict[str, Any] = {"load_in_4bit": False, "optim": "adamw_torch"}
     cards = [
-        replace(case, name=name, cap_gib=cap, in_turns=False, **more)
+        replace(case, name=name, memory_cap_gib=cap, interleaved=False, **more)
         for name, cap, more in (
             ("8B, NF4, 12 GB card", 10.5, {}),
             ("1.5B, NF4, under 5 GiB", 5.0, {"model": QWEN_1_5B}),
@@ -99,14 +99,14 @@ def on_a_gpu() -> list[StepCase]:
     return [
         dpo,
         *cards[:4],
-        replace(ppo, mixed=True),
-        replace(dpo, name="8B, bf16", in_turns=False, **small),
+        replace(ppo, mixed_lengths=True),
+        replace(dpo, name="8B, bf16", interleaved=False, **small),
         *cards[4:],
-        replace(dpo, name="8B, NF4, mixed lengths", mixed=True),
+        replace(dpo, name="8B, NF4, mixed lengths", mixed_lengths=True),
         *(
             replace(case, name=name, model=model, gradient_checkpointing=False, **small)
             for name, model in (("1.5B, bf16", QWEN_1_5B), ("0.5B, bf16", QWEN_0_5B))
-            for case in (dpo, replace(ppo, mixed=True))
+            for case in (dpo, replace(ppo, mixed_lengths=True))
         ),
     ]
 
@@ -115,15 +115,21 @@ def tiny(case: StepCase) -> StepCase:
     """The same case at tiny sizes for a CPU, without a memory cap."""
     model = replace(TINY, kind=case.model.kind, tied=case.model.tied)
     return replace(
-        case, model=model, prompt=24, response=16, items=min(case.items, 4), micro_batch_tokens=80, cap_gib=0.0
+        case,
+        model=model,
+        prompt=24,
+        response=16,
+        batch_size=min(case.batch_size, 4),
+        micro_batch_tokens=80,
+        memory_cap_gib=0.0,
     )
 
 
-def picked(
+def select_cases(
     device: str, kinds: Sequence[str] = (), names: Sequence[str] = (), *, quick: bool = False, smoke: bool = False
 ) -> list[StepCase]:
     """The cases that the options select. `quick`: the first of each kind; `smoke`: GPU cases at tiny sizes."""
-    found = on_a_gpu() if smoke or device == "cuda" else on_cpu()
+    found = gpu_cases() if smoke or device == "cuda" else cpu_cases()
     unknown = sorted(set(names) - {case.name for case in found})
     if unknown:
         known = ", ".join(dict.fromkeys(repr(case.name) for case in found))
@@ -137,7 +143,7 @@ def picked(
     return found
 
 
-def linears(model: Model) -> list[tuple[int, int]]:
+def layer_matrices(model: Model) -> list[tuple[int, int]]:
     """(in, out) of the linear layers of one transformer layer: query, key, value, output; gate, up, down."""
     d, kv = model.hidden, model.hidden // model.heads * model.key_heads
     return [(d, d), (d, kv), (d, kv), (d, d), (d, model.inner), (d, model.inner), (model.inner, d)]
@@ -157,16 +163,16 @@ class Flops:
     head: int
 
     @classmethod
-    def of(cls, model: Model, tokens: int, scored: int) -> Flops:
+    def of(cls, model: Model, tokens: int, logit_rows: int) -> Flops:
         """`tokens` go through the layers; `logit_rows` of them are multiplied with the head."""
-        matrices = linears(model)
+        matrices = layer_matrices(model)
         return cls(
             trunk=2 * tokens * model.layers * sum(i * o for i, o in matrices),
             # each matrix has factors in -> LORA_RANK -> out
-            adapters=2 * tokens * model.layers * sum(RANK * (i + o) for i, o in matrices),
+            adapters=2 * tokens * model.layers * sum(LORA_RANK * (i + o) for i, o in matrices),
             # causal: each query has its own and all earlier keys, in two products (q k, and probabilities times v)
             attention=2 * 2 * model.hidden * model.layers * tokens * (tokens + 1) // 2,
-            head=2 * scored * model.hidden * model.vocab,
+            head=2 * logit_rows * model.hidden * model.vocab,
         )
 
     @property
@@ -187,5 +193,5 @@ class Flops:
 
 def dpo_flops(model: Model, sequences: Sequence[tuple[int, int]], *, precomputed: bool) -> int:
     """FLOPs of a step on sequences of (tokens, response tokens): reference and policy forward, policy backward."""
-    found = [Flops.of(model, tokens, scored) for tokens, scored in sequences]
+    found = [Flops.of(model, tokens, logit_rows) for tokens, logit_rows in sequences]
     return sum(each.forward + each.backward + (0 if precomputed else each.reference) for each in found)

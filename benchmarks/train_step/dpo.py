@@ -53,7 +53,7 @@ class Task:
 
     def indices(self, step: int) -> list[int]:
         """Which pairs a step learns from."""
-        return [(step * self.case.items + index) % len(self.pairs) for index in range(self.case.items)]
+        return [(step * self.case.batch_size + index) % len(self.pairs) for index in range(self.case.batch_size)]
 
     def tokens(self, step: int) -> int:
         """Real tokens of a step."""
@@ -92,8 +92,8 @@ def config_of(task: Task, **changes: Any) -> DPOConfig:
         dtype=DTYPES[task.dtype],
         adapter_dtype=DTYPES[task.dtype],
         micro_batch_tokens=case.micro_batch_tokens,
-        per_device_train_batch_size=case.per_pass,
-        gradient_accumulation_steps=case.items // case.per_pass,
+        per_device_train_batch_size=case.micro_batch_size,
+        gradient_accumulation_steps=case.batch_size // case.micro_batch_size,
         max_steps=1 << 30,
         lr_scheduler_type="constant",
         **case.settings,
@@ -174,8 +174,8 @@ class TrlDPO(DPOStepper):
             output_dir=str(task.folder / "trl"),
             use_cpu=task.device.type == "cpu",
             bf16=task.dtype == torch.bfloat16,
-            per_device_train_batch_size=task.case.per_pass,
-            gradient_accumulation_steps=task.case.items // task.case.per_pass,
+            per_device_train_batch_size=task.case.micro_batch_size,
+            gradient_accumulation_steps=task.case.batch_size // task.case.micro_batch_size,
             gradient_checkpointing=task.case.gradient_checkpointing,
             precompute_ref_log_probs=task.case.precompute_ref_log_probs,
             learning_rate=ours.learning_rate,
@@ -219,7 +219,7 @@ class TrlDPO(DPOStepper):
     def ready(self) -> None:
         """Collate the next step."""
         rows = [self.trainer.train_dataset[index] for index in self.task.indices(self.done)]
-        size = self.task.case.per_pass
+        size = self.task.case.micro_batch_size
         self.batches = [self.trainer.data_collator(rows[at : at + size]) for at in range(0, len(rows), size)]
 
     def step(self, indices: Sequence[int]) -> dict[str, float]:

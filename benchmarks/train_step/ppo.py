@@ -44,10 +44,10 @@ def config_of(case: StepCase, folder: Path, dtype: torch.dtype) -> PPOConfig:
         reward_model_path=str(folder / "reward"),
         max_length=case.prompt + case.response + 1,
         response_length=case.response,
-        batch_size=case.items,
-        per_device_train_batch_size=case.per_pass,
-        per_device_eval_batch_size=case.per_pass,
-        gradient_accumulation_steps=max(1, case.items // 2 // case.per_pass),
+        batch_size=case.batch_size,
+        per_device_train_batch_size=case.micro_batch_size,
+        per_device_eval_batch_size=case.micro_batch_size,
+        gradient_accumulation_steps=max(1, case.batch_size // 2 // case.micro_batch_size),
         micro_batch_tokens=case.micro_batch_tokens,
         num_ppo_epochs=1,
         max_steps=1 << 30,
@@ -70,11 +70,13 @@ class PPORun:
         # With random weights every token is equally likely: mixed answers are half as long on average. Otherwise no
         # token ends an answer, and each is as long as the memory plan assumes.
         ends = range(FIRST_WORD, case.model.vocab, max(2, case.response // 2))
-        sampler = replace(sampler, ends=sampler.ends | frozenset(ends) if case.mixed else frozenset())
+        sampler = replace(
+            sampler, stop_tokens=sampler.stop_tokens | frozenset(ends) if case.mixed_lengths else frozenset()
+        )
         budget = forward_budget(self.config)
-        pairs = random_pairs(4 * case.items, case.prompt, 2, case.model.vocab, mixed=case.mixed)
+        pairs = random_pairs(4 * case.batch_size, case.prompt, 2, case.model.vocab, mixed=case.mixed_lengths)
         # prompts of one length would need no mask, and the plan has one: every other prompt is a token shorter
-        lacks = [0 if case.mixed else place % 2 for place in range(len(pairs))]
+        lacks = [0 if case.mixed_lengths else place % 2 for place in range(len(pairs))]
         drawn = [pair.prompt[lack:] for pair, lack in zip(pairs, lacks, strict=True)]
         prompts = [Prompt(text(prompt), prompt) for prompt in drawn]
         self.job = PPO(
@@ -122,7 +124,7 @@ class PPORun:
                 (trainer, "apply", timer.wrap(OPTIMIZER, trainer.apply)),
             ):
                 stack.enter_context(mock.patch.object(target, name, changed))
-            for name, phase in (("logprobs_of", role_of), ("values_of", VALUES)):
+            for name, phase in (("response_logprobs", role_of), ("response_values", VALUES)):
                 changed = timer.wrap(phase, getattr(experience, name))
                 stack.enter_context(mock.patch.object(experience, name, changed))
             with timer.whole():

@@ -108,7 +108,9 @@ def config_of(case: StepCase, dtype: torch.dtype) -> TrainConfig:
 
 def plan_of(case: StepCase, dtype: torch.dtype, device: torch.device) -> MemoryPlan:
     """The plan of a case at its full lengths. Cases that differ in nothing that a plan depends on share one."""
-    return cached_plan(replace(case, name="", cap_gib=0.0, in_turns=True, mixed=False), dtype, device.type)
+    return cached_plan(
+        replace(case, name="", memory_cap_gib=0.0, interleaved=True, mixed_lengths=False), dtype, device.type
+    )
 
 
 @lru_cache
@@ -121,13 +123,13 @@ def cached_plan(case: StepCase, dtype: torch.dtype, device: str) -> MemoryPlan:
 
 def too_large(case: StepCase, dtype: torch.dtype) -> str | None:
     """Why a case cannot be expected to run under its cap, if so."""
-    if not case.cap_gib:
+    if not case.memory_cap_gib:
         return None
     plan = plan_of(case, dtype, torch.device("cuda"))
-    if plan.peak <= case.cap_gib * 2**30:
+    if plan.peak <= case.memory_cap_gib * 2**30:
         return None
     need = f"{plan.peak / 2**30:.2f} GiB in its {plan.highest.name}"
-    return f"the plan has {need}, expected at most the cap of {case.cap_gib:g} GiB"
+    return f"the plan has {need}, expected at most the cap of {case.memory_cap_gib:g} GiB"
 
 
 def compared(task: Task, held: int | None = None, peaks: Peaks | None = None) -> list[dict[str, Any]]:
@@ -135,7 +137,7 @@ def compared(task: Task, held: int | None = None, peaks: Peaks | None = None) ->
 
     All at once, and above what stays between steps. `held`: bytes between steps, measured. Empty for mixed lengths.
     """
-    if task.case.mixed:
+    if task.case.mixed_lengths:
         return []
     plan = plan_of(task.case, task.dtype, task.device)
     known = {PHASE_OF[phase.name]: phase for phase in plan.phases if phase.name in PHASE_OF}
@@ -169,14 +171,14 @@ def blank(case: StepCase, dtype: torch.dtype) -> Case:
     return Case(
         case.kind,
         case.name,
-        {"prompt": case.prompt, "response": case.response, "items": case.items, "per_pass": case.per_pass},
+        {"prompt": case.prompt, "response": case.response, "items": case.batch_size, "per_pass": case.micro_batch_size},
         str(dtype).removeprefix("torch."),
         about={
             "model": case.model.name,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "mixed": case.mixed,
-            "cap_gib": case.cap_gib,
-            "in_turns": case.in_turns,
+            "mixed": case.mixed_lengths,
+            "cap_gib": case.memory_cap_gib,
+            "in_turns": case.interleaved,
             "settings": case.settings,
         },
     )
@@ -190,7 +192,7 @@ def measure_case(
     wrong = too_large(case, dtype)
     if wrong:
         return replace(result, refused=wrong)
-    with tempfile.TemporaryDirectory() as name, capped(case.cap_gib, device):
+    with tempfile.TemporaryDirectory() as name, capped(case.memory_cap_gib, device):
         task = task_of(case, write_folder(case.model, Path(name)), device, dtype)
         try:
             if case.kind == "dpo":
@@ -212,7 +214,7 @@ def found_of(task: Task, memory: Sequence[Mapping[str, Any]] = (), side: Any = N
     """What is reported beside the rows: the plan, also where nothing was measured, and what the steps learned."""
     return {
         "memory": list(memory) or compared(task),
-        "unplanned": MIXED if task.case.mixed else None,
+        "unplanned": MIXED if task.case.mixed_lengths else None,
         "learned": [] if side is None else list(side.learned),
         "shrunk": side is not None and side.cuts() != side.first_cuts,
     }
@@ -234,7 +236,9 @@ def candidates(device: torch.device) -> dict[str, tuple[str, Build]]:
 
 
 def task_of(case: StepCase, folder: Path, device: torch.device, dtype: torch.dtype) -> Task:
-    pairs = random_pairs(STEPS * case.items, case.prompt, case.response, case.model.vocab, mixed=case.mixed)
+    pairs = random_pairs(
+        STEPS * case.batch_size, case.prompt, case.response, case.model.vocab, mixed=case.mixed_lengths
+    )
     return Task(case, folder, dtype, device, tuple(pairs))
 
 
@@ -263,7 +267,7 @@ def measure_dpo(task: Task, names: Sequence[str], timing: Timing, tell: Tell) ->
     rows: list[Row] = []
     found = found_of(task)
     firsts: dict[str, dict[str, float]] = {}
-    for group in [names] if task.case.in_turns else [[name] for name in names]:
+    for group in [names] if task.case.interleaved else [[name] for name in names]:
         more, about = measure_together(task, group, firsts, timing, tell)
         rows, found = rows + more, about or found
         free_memory()
@@ -333,8 +337,8 @@ def measure_ppo(task: Task, timing: Timing, tell: Tell) -> tuple[list[Row], dict
     tell(f"{case.name}: loading")
     iterations: ppo.PPORun | None = None
     length = case.prompt + case.response
-    step = case.items * Flops.of(case.model, length, case.response).forward
-    bare = BareProducts(case, device, task.dtype, case.per_pass * length, step)
+    step = case.batch_size * Flops.of(case.model, length, case.response).forward
+    bare = BareProducts(case, device, task.dtype, case.micro_batch_size * length, step)
     watches: list[PhaseTimer] = []
     counts: list[dict[str, tuple[int, int]]] = []
     try:

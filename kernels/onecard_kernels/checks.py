@@ -313,7 +313,7 @@ def chunk_tokens(value: int | None) -> int | None:
     return number
 
 
-def still_there(weight: Tensor) -> None:
+def not_emptied(weight: Tensor) -> None:
     """Raise in a backward whose weight is gone: ZeRO-3 empties it after the forward."""
     if weight.dim() != 2:
         raise ValueError(

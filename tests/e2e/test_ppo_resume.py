@@ -305,7 +305,7 @@ def child(words: list[str], pipe: int, log: Path) -> None:
         # A disk that is as slow as real ones, so that a kill may fall between two files.
         slowed(Roles, "write", 0.01)
         slowed(checkpoint, "digest", 0.004)
-        slowed(files, "sync", 0.002)
+        slowed(files, "fsync", 0.002)
         reporting.write_run_report = no_report
         cli.main(words)
     except SystemExit as stop:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from onecard.config import ModelConfig
 from onecard.data import load_rows, scored_examples
-from onecard.models.build import load_player
+from onecard.models.build import load_frozen_role
 from onecard.models.load import load_tokenizer
 from onecard.rewards.adapter import score, score_sequences
 from onecard.training import trainer
@@ -63,7 +63,7 @@ def about(folder: Path) -> dict[str, str]:
 def scores_of(folder: Path, kind: str = "scores") -> tuple[torch.Tensor, list[float]]:
     """What an exported reward model makes of its own rows, and the scores that those have."""
     config = ModelConfig(model=str(folder / "run" / "reward"))
-    roles, tokenizer = load_player(config, role="reward", head=True), load_tokenizer(config)
+    roles, tokenizer = load_frozen_role(config, role="reward", head=True), load_tokenizer(config)
     rows = load_rows(str(folder / f"{kind}.jsonl"), split="train")
     made = scored_examples(rows, tokenizer, max_length=64, skip_bad_rows=False).examples
     return torch.tensor(score_sequences(roles, [item.sequence for item in made], batch_size=8)), [i.score for i in made]
@@ -139,7 +139,7 @@ def test_a_sigmoid_goes_with_the_model(reward, onecard, tmp_path, tiny_model, ma
     assert about(folder) == {"score_activation": "sigmoid"}
     assert about(tmp_path / "run" / "checkpoint-4" / "reward") == {"score_activation": "sigmoid"}
     head = load_file(str(folder / "head.safetensors"))
-    roles = load_player(ModelConfig(model=str(folder)), role="reward", head=True)
+    roles = load_frozen_role(ModelConfig(model=str(folder)), role="reward", head=True)
     scores, _ = scores_of(tmp_path)
     assert 0 < scores.min() < scores.max() < 1
     tokenizer = load_tokenizer(ModelConfig(model=str(tiny_model)))

@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.rollout_material import Player, load
+from tests.engine.rollout_material import LoadedPolicy, load
 
 
 @pytest.fixture(scope="session")
-def stories656(tinystories: Path) -> Player:
+def stories656(tinystories: Path) -> LoadedPolicy:
     return load(tinystories)
 
 
 @pytest.fixture(scope="session")
-def stories260(stories260k: Path) -> Player:
+def stories260(stories260k: Path) -> LoadedPolicy:
     return load(stories260k)
 
 
 @pytest.fixture
-def player(stories656: Player) -> Player:
+def policy(stories656: LoadedPolicy) -> LoadedPolicy:
     return stories656

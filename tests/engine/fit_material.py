@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import peak_bytes
-from onecard.algorithms.ppo.experience import logprobs_of, values_of
+from onecard.algorithms.ppo.experience import response_logprobs, response_values
 from onecard.commands.fit.model import read_config
 from onecard.commands.fit.phases import Lengths, work_of
 from onecard.commands.fit.plan import MemoryPlan, plan_memory
@@ -130,7 +130,7 @@ def take_passes(config: PPOConfig, roles: Roles, take: Callable[[str, Callable[[
     budget = forward_budget(config)
     if "reward" in roles.adapters:
         take("reward pass", lambda: score_sequences(roles, sequences, batch_size=budget))
-    take("policy pass", lambda: logprobs_of(roles, "policy", episodes, config, budget))
-    take("reference pass", lambda: logprobs_of(roles, "reference", episodes, config, budget))
+    take("policy pass", lambda: response_logprobs(roles, "policy", episodes, config, budget))
+    take("reference pass", lambda: response_logprobs(roles, "reference", episodes, config, budget))
     if "value" in roles.adapters:
-        take("value pass", lambda: values_of(roles, episodes, budget))
+        take("value pass", lambda: response_values(roles, episodes, budget))

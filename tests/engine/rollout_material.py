@@ -1,4 +1,4 @@
-"""What the tests of the sampling loop share: models with their prompts, and judges of what was drawn."""
+"""Shared by the tests of the sampling loop: models with prompts, and expected tokens and log-probs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from onecard.config import ModelConfig
 from onecard.data.batches import TokenSequence, pack
-from onecard.models.build import load_player
+from onecard.models.build import load_frozen_role
 from onecard.models.load import load_tokenizer
 from onecard.models.roles import Roles
-from onecard.rollout import Response, Sampling, end_tokens, sample_responses
+from onecard.rollout import Response, Sampling, find_stop_tokens, sample_responses
 
 TEXTS = [
     "Lily",
@@ -29,33 +29,33 @@ TEXTS = [
 
 
 @dataclasses.dataclass(frozen=True)
-class Player:
+class LoadedPolicy:
     """A model with its tokenizer and the prompts of `TEXTS`."""
 
     roles: Roles
     tokenizer: Any
     prompts: tuple[tuple[int, ...], ...]
-    ends: frozenset[int]
+    stop_tokens: frozenset[int]
 
     @property
     def model(self) -> Any:
         return self.roles.causal_model()
 
     def sample(self, sampling: Sampling, prompts: Sequence[Sequence[int]] | None = None, **changes: Any) -> Any:
-        settings = {"stop_tokens": self.ends, "batch_size": 8, **changes}
+        settings = {"stop_tokens": self.stop_tokens, "batch_size": 8, **changes}
         return sample_responses(self.roles, self.prompts if prompts is None else prompts, sampling, **settings)
 
 
-def load(folder: Path, **settings: Any) -> Player:
+def load(folder: Path, **settings: Any) -> LoadedPolicy:
     config = ModelConfig(model=str(folder), **settings)
-    tokenizer, roles = load_tokenizer(config), load_player(config, role="policy")
+    tokenizer, roles = load_tokenizer(config), load_frozen_role(config, role="policy")
     prompts = tuple(tuple(tokenizer.encode(text)) for text in TEXTS)
-    return Player(roles, tokenizer, prompts, end_tokens(roles, tokenizer))
+    return LoadedPolicy(roles, tokenizer, prompts, find_stop_tokens(roles, tokenizer))
 
 
 @contextmanager
-def spied(model: Any) -> Iterator[list[tuple[int, int]]]:
-    """(rows, columns) of every pass."""
+def recorded_shapes(model: Any) -> Iterator[list[tuple[int, int]]]:
+    """Record (rows, columns) of the input ids of every forward pass."""
     shapes: list[tuple[int, int]] = []
     handle = model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
@@ -67,27 +67,27 @@ def spied(model: Any) -> Iterator[list[tuple[int, int]]]:
 
 
 @torch.no_grad()
-def own_logprobs(player: Player, prompt: Sequence[int], response: Response, temperature: float) -> Tensor:
-    """What the role itself says of a response, in one pass over the finished sequence."""
+def one_pass_logprobs(policy: LoadedPolicy, prompt: Sequence[int], response: Response, temperature: float) -> Tensor:
+    """Log-probs of a response in one pass over the finished sequence."""
     mask = (False,) * len(prompt) + (True,) * len(response.tokens)
     batch = pack([TokenSequence((*prompt, *response.tokens), mask)])
-    return player.roles.logprobs(batch, batch.targets, temperature=temperature)
+    return policy.roles.logprobs(batch, batch.targets, temperature=temperature)
 
 
 @torch.no_grad()
-def next_logits(player: Player, prompt: Sequence[int]) -> Tensor:
-    return player.model(input_ids=torch.tensor([list(prompt)]), use_cache=False).logits[0, -1].float()
+def next_logits(policy: LoadedPolicy, prompt: Sequence[int]) -> Tensor:
+    return policy.model(input_ids=torch.tensor([list(prompt)]), use_cache=False).logits[0, -1].float()
 
 
-def greedy_by_transformers(player: Player, prompt: Sequence[int], length: int) -> tuple[int, ...]:
+def greedy_by_transformers(policy: LoadedPolicy, prompt: Sequence[int], length: int) -> tuple[int, ...]:
     ids = torch.tensor([list(prompt)])
-    out = player.model.generate(
+    out = policy.model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False,
-        eos_token_id=sorted(player.ends), pad_token_id=0,
+        eos_token_id=sorted(policy.stop_tokens), pad_token_id=0,
     )  # fmt: skip
     return tuple(out[0, ids.shape[1] :].tolist())
 
 
-def common_ends(player: Player) -> frozenset[int]:
-    """EOS and every token with a full stop, so that responses end early and at several places."""
-    return player.ends | {token for piece, token in player.tokenizer.get_vocab().items() if "." in piece}
+def frequent_stop_tokens(policy: LoadedPolicy) -> frozenset[int]:
+    """EOS and every token with a full stop: responses end early, at different lengths."""
+    return policy.stop_tokens | {token for piece, token in policy.tokenizer.get_vocab().items() if "." in piece}

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from onecard.config import ModelConfig, PPOConfig, SFTConfig
 from onecard.models.adapters import adapter_tensors
-from onecard.models.build import load_players, load_ppo_roles, load_roles
+from onecard.models.build import load_frozen_roles, load_ppo_roles, load_roles
 from onecard.utils.errors import OnecardError
 from tests.engine.weights_material import by_role, by_transformers
 from tests.models.families import FAMILIES, random_model
@@ -61,12 +61,12 @@ def test_peft_s_adapters_compute_what_they_do_there(tmp_path, tinystories, kind)
     truth, base = by_transformers(model), by_transformers(AutoModelForCausalLM.from_pretrained(tinystories))
     assert (truth - base).abs().max() > 0.05
     config = ModelConfig(model=str(tmp_path / "theirs"))
-    roles = load_players(config, {"policy": tmp_path / "theirs", "reference": None})
+    roles = load_frozen_roles(config, {"policy": tmp_path / "theirs", "reference": None})
     for _ in range(2):
         close(by_role(roles, "policy"), truth)
         close(by_role(roles, "reference"), base)
     made_by_peft(tinystories, tmp_path / "plain", target_modules=["o_proj"])
-    second = load_players(config, {"policy": tmp_path / "plain", "other": tmp_path / "theirs"})
+    second = load_frozen_roles(config, {"policy": tmp_path / "plain", "other": tmp_path / "theirs"})
     before = by_role(second, "policy")
     close(by_role(second, "other"), truth)
     assert torch.equal(by_role(second, "policy"), before)
@@ -79,7 +79,7 @@ def test_peft_s_adapters_compute_what_they_do_there(tmp_path, tinystories, kind)
 def test_a_variant_on_the_head_is_refused(tmp_path, tinystories, settings):
     made_by_peft(tinystories, tmp_path, **settings)
     with pytest.raises(OnecardError, match="has DoraLinearVariant on the head; expected plain LoRA there"):
-        load_players(ModelConfig(model=str(tmp_path)), {"policy": tmp_path})
+        load_frozen_roles(ModelConfig(model=str(tmp_path)), {"policy": tmp_path})
 
 
 def test_pickled_weights_are_read_too(tmp_path, tinystories):
@@ -87,14 +87,14 @@ def test_pickled_weights_are_read_too(tmp_path, tinystories):
     path = tmp_path / "adapter_model.safetensors"
     torch.save(load_file(path), tmp_path / "adapter_model.bin")
     path.unlink()
-    close(by_role(load_players(ModelConfig(model=str(tmp_path)), {"policy": tmp_path}), "policy"), truth)
+    close(by_role(load_frozen_roles(ModelConfig(model=str(tmp_path)), {"policy": tmp_path}), "policy"), truth)
 
 
 def test_copies_of_the_base_s_weights_are_no_part_of_an_adapter(tmp_path, tinystories):
     """PEFT writes them where the embeddings or the head are adapted."""
     truth = by_transformers(made_by_peft(tinystories, tmp_path, target_modules=[Q, "lm_head"]))
     assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "adapter_model.safetensors")
-    close(by_role(load_players(ModelConfig(model=str(tmp_path)), {"policy": tmp_path}), "policy"), truth)
+    close(by_role(load_frozen_roles(ModelConfig(model=str(tmp_path)), {"policy": tmp_path}), "policy"), truth)
 
 
 def shaken(roles, role: str = "policy"):
@@ -118,7 +118,9 @@ def test_adapters_of_mixtures_come_back_here_and_in_peft(tmp_path, family, layer
     tensors, truth = adapter_tensors(roles.model, "policy"), by_role(roles, "policy")
     assert len(layers) == 1 or any(".experts." in name for name in tensors)
 
-    read = load_players(ModelConfig(model=str(tmp_path / "policy"), dtype="float32"), {"policy": tmp_path / "policy"})
+    read = load_frozen_roles(
+        ModelConfig(model=str(tmp_path / "policy"), dtype="float32"), {"policy": tmp_path / "policy"}
+    )
     back = adapter_tensors(read.model, "policy")
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
@@ -138,7 +140,7 @@ def test_a_layer_that_is_called_as_a_role_is_written_too(tmp_path):
     roles = shaken(load_ppo_roles(PPOConfig(model=str(tmp_path / "base"), reward_funcs=["length:8"])))
     roles.write("policy", tmp_path / "policy")
     truth = by_role(roles, "policy")
-    read = load_players(ModelConfig(model=str(tmp_path / "policy")), {"policy": tmp_path / "policy"})
+    read = load_frozen_roles(ModelConfig(model=str(tmp_path / "policy")), {"policy": tmp_path / "policy"})
     assert sum("attention.value.lora_" in name for name in adapter_tensors(read.model, "policy")) == 6
     assert torch.equal(by_role(read, "policy"), truth)
 

@@ -17,17 +17,17 @@ from benchmarks.records import OURS, WHOLE, Case
 from benchmarks.render import MOST_OFF, TRL, UNSHARED, off
 from benchmarks.train_step import cases, phases, ppo, run, synthetic
 from benchmarks.train_step.__main__ import command as train_step
-from benchmarks.train_step.cases import RANK, TINY, Flops, StepCase, dpo_flops
+from benchmarks.train_step.cases import LORA_RANK, TINY, Flops, StepCase, dpo_flops
 from benchmarks.train_step.dpo import SAME, OnecardDPO, no_bar
 from benchmarks.train_step.synthetic import END, random_model, random_pairs, text, whole_words, write_folder
 
 CPU = torch.device("cpu")
 TIMING = Timing(repeats=2, budget=0.0)
-DPO = StepCase("tiny", "dpo", TINY, prompt=20, response=12, items=4, per_pass=2, mixed=True)
-PPO = replace(DPO, kind="ppo", items=8, per_pass=2)
+DPO = StepCase("tiny", "dpo", TINY, prompt=20, response=12, batch_size=4, micro_batch_size=2, mixed_lengths=True)
+PPO = replace(DPO, kind="ppo", batch_size=8, micro_batch_size=2)
 SMALL = synthetic.Model("small", hidden=128, layers=3, heads=4, key_heads=2, inner=352, vocab=4096)
-PLANNED = StepCase("small", "dpo", SMALL, prompt=48, response=32, items=4, per_pass=2)
-CAPPED = [case for case in cases.on_a_gpu() if case.cap_gib]
+PLANNED = StepCase("small", "dpo", SMALL, prompt=48, response=32, batch_size=4, micro_batch_size=2)
+CAPPED = [case for case in cases.gpu_cases() if case.memory_cap_gib]
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_flops_are_what_pytorch_counts(folder):
 
     tokens, layers, d = 17, TINY.layers, TINY.hidden
     model = random_model(str(folder), dtype=torch.float32, device_map={"": CPU}, attn_implementation="eager").train()
-    tuned = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+    tuned = get_peft_model(model, LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
     with FlopCounterMode(display=False) as forward:
         out = tuned(input_ids=torch.arange(2, 2 + tokens).unsqueeze(0), use_cache=False).logits
     with FlopCounterMode(display=False) as backward:
@@ -71,7 +71,7 @@ def test_flops_are_what_pytorch_counts(folder):
     rotation = forward.get_total_flops() - (found.forward - found.attention + full)
     assert 0 <= rotation <= 2 * tokens * d  # positions times frequencies, computed as a product
     kv = d // TINY.heads * TINY.key_heads
-    first = 2 * tokens * (d * d + 2 * d * kv) + 3 * 2 * tokens * RANK * d  # layer 0's inputs need no gradient
+    first = 2 * tokens * (d * d + 2 * d * kv) + 3 * 2 * tokens * LORA_RANK * d  # layer 0's inputs need no gradient
     assert backward.get_total_flops() == found.backward - 2 * found.attention + 2 * full - first
     assert dpo_flops(TINY, [(2, 1)], precomputed=False) > dpo_flops(TINY, [(2, 1)], precomputed=True)
 
@@ -102,8 +102,8 @@ def test_all_candidates_take_the_same_steps(folder):
 def test_a_wrong_first_step_is_not_timed(monkeypatch):
     right = OnecardDPO.step
     monkeypatch.setattr(OnecardDPO, "step", lambda self, indices: {**right(self, indices), "grad_norm": 1e3})
-    for in_turns in (True, False):
-        result = measured(replace(DPO, in_turns=in_turns))
+    for interleaved in (True, False):
+        result = measured(replace(DPO, interleaved=interleaved))
         assert result.rows == ()
         assert "grad_norm of the first step is 1000" in result.refused
 
@@ -137,7 +137,7 @@ def test_watching_an_iteration_changes_nothing_and_counts_its_phases(tmp_path):
 # --- the memory plan
 
 
-@pytest.mark.grid  # `on_a_gpu.sh` plans each of them before it begins
+@pytest.mark.grid  # `gpu_cases.sh` plans each of them before it begins
 @pytest.mark.parametrize("case", CAPPED, ids=lambda case: f"{case.kind} {case.name}")
 def test_every_case_with_a_cap_is_planned_to_fit_under_it(case):
     pytest.importorskip("bitsandbytes")
@@ -145,13 +145,13 @@ def test_every_case_with_a_cap_is_planned_to_fit_under_it(case):
 
 
 def test_the_promised_caps_are_among_the_cases():
-    promised = {(case.kind, case.model.name, case.cap_gib, case.load_in_4bit) for case in CAPPED}
+    promised = {(case.kind, case.model.name, case.memory_cap_gib, case.load_in_4bit) for case in CAPPED}
     for kind in ("dpo", "ppo"):
         assert {(kind, "Llama-3.1-8B", 10.5, True), (kind, "Qwen2.5-1.5B", 5.0, True)} <= promised
-    assert "expected at most the cap of 0.001 GiB" in measured(replace(PLANNED, cap_gib=0.001)).refused
+    assert "expected at most the cap of 0.001 GiB" in measured(replace(PLANNED, memory_cap_gib=0.001)).refused
 
 
-@pytest.mark.parametrize("case", [PLANNED, replace(PLANNED, kind="ppo", items=8)], ids=["dpo", "ppo"])
+@pytest.mark.parametrize("case", [PLANNED, replace(PLANNED, kind="ppo", batch_size=8)], ids=["dpo", "ppo"])
 def test_the_plan_stands_beside_each_phase_and_is_right(case):
     found = measured(case).found
     wanted = {"dpo": {phases.TRAIN, phases.OPTIMIZER}, "ppo": set(phases.PHASES)}[case.kind]

@@ -12,7 +12,7 @@ import pytest
 from onecard.commands import chat as module
 from onecard.commands.chat import REPLACEMENT, AnswerStream, Chat, Conversation, Turn
 from onecard.config import ChatConfig
-from onecard.models.build import load_player
+from onecard.models.build import load_frozen_role
 from onecard.models.load import load_tokenizer
 from tests.e2e.ppo_material import error_line
 
@@ -44,7 +44,7 @@ def speaking(tmp_path, tiny_model) -> Path:
 
 def make(model: Path, room: int | None = None, **settings) -> Chat:
     config = ChatConfig(model=str(model), **settings)
-    return Chat(config, load_player(config, role="policy"), load_tokenizer(config), room)
+    return Chat(config, load_frozen_role(config, role="policy"), load_tokenizer(config), room)
 
 
 # --- what is written

@@ -153,7 +153,7 @@ def test_old_checkpoints_of_other_runs_and_files_of_others_stay(tmp_path):
     checkpoint.write_checkpoint(tmp_path, 1, run="b", save_weights=lambda _: None, training={}, state={}, keep=1)
     (write(tmp_path, 2) / "policy" / "notes.md").write_text("mine")
     write(tmp_path, 3, keep=1)
-    assert files.listing(tmp_path / "checkpoint-2") == ["policy/notes.md"]
+    assert files.list_files(tmp_path / "checkpoint-2") == ["policy/notes.md"]
     assert (tmp_path / "checkpoint-1" / "manifest.json").is_file()
 
 

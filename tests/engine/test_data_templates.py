@@ -26,7 +26,7 @@ from onecard.data import (
 from onecard.data.templates import answer_ends, closing_token, rendered, template_date, today
 from onecard.models.classifier import Classifier
 from onecard.rewards.classifier import ClassifierReward
-from onecard.rollout import end_tokens
+from onecard.rollout import find_stop_tokens
 from onecard.utils.errors import OnecardError
 from tests.engine.data_material import BOT, CHATML, USER, rows, say, sft, spelled, split
 from tests.engine.template_material import FAMILIES, IM, byte_tokenizer, marked, of_family, real_template
@@ -87,7 +87,7 @@ def test_generation_stops_where_answers_end(name: str) -> None:
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=sorted(tokenizer.generation_eos) or None))
     roles: Any = SimpleNamespace(causal_model=lambda: model)
     expected = {tokenizer.convert_tokens_to_ids(token) for token in (family.eos, *family.listed, family.end)}
-    assert end_tokens(roles, tokenizer) == expected == set(answer_ends(tokenizer).ids)
+    assert find_stop_tokens(roles, tokenizer) == expected == set(answer_ends(tokenizer).ids)
     assert closing_token(tokenizer, chat=True) == tokenizer.convert_tokens_to_ids(family.end)
     assert closing_token(tokenizer, chat=False) == tokenizer.eos_token_id
 

@@ -14,7 +14,7 @@ from onecard.config import DPOConfig
 from onecard.data import load_rows
 from onecard.data.batches import TokenSequence, pack, pack_labelled, pack_pairs, part
 from onecard.models.load import load_tokenizer
-from onecard.training.metrics import Window, add_up, per_kind
+from onecard.training.metrics import MetricsWindow, means_per_kind, sum_metrics
 from onecard.utils.errors import OnecardError
 from onecard_kernels import Loss
 from onecard_kernels.dpo.losses import LOSSES, WHOLE_BATCH
@@ -40,7 +40,7 @@ def test_every_loss_goes_through_the_engine(roles, loss_type):
     whole = dpo.preference_loss(roles, pack_pairs(PAIRS), keywords, 4)
     assert whole.loss.requires_grad
     cut = [dpo.preference_loss(roles, pack_pairs(part), keywords, 4) for part in (PAIRS[:1], PAIRS[1:])]
-    parts = add_up([Loss(part.loss.detach(), part.metrics) for part in cut])
+    parts = sum_metrics([Loss(part.loss.detach(), part.metrics) for part in cut])
     expected = {"loss": whole.loss.item(), **{name: value.item() for name, value in whole.metrics.items()}}
     if loss_type in WHOLE_BATCH:
         alone = [dpo.preference_loss(roles, pack_pairs(part), keywords, len(part)) for part in (PAIRS[:1], PAIRS[1:])]
@@ -55,8 +55,8 @@ def test_losses_without_a_reference_add_up_and_ask_no_reference(roles, loss_type
     assert not recipe.reference
     whole = recipe.loss(roles, pack_pairs(PAIRS), 4)
     cut = [recipe.loss(roles, pack_pairs(part), 4) for part in (PAIRS[:1], PAIRS[1:])]
-    parts = add_up([Loss(part.loss.detach(), part.metrics) for part in cut])
-    assert parts == pytest.approx(add_up([Loss(whole.loss.detach(), whole.metrics)]), rel=1e-5, abs=1e-6)
+    parts = sum_metrics([Loss(part.loss.detach(), part.metrics) for part in cut])
+    assert parts == pytest.approx(sum_metrics([Loss(whole.loss.detach(), whole.metrics)]), rel=1e-5, abs=1e-6)
 
 
 def test_labelled_metrics_are_means_over_their_kind_in_any_cut(roles):
@@ -66,7 +66,7 @@ def test_labelled_metrics_are_means_over_their_kind_in_any_cut(roles):
     kinds = [[one for one in examples if one.desirable is kind] for kind in (True, False)]
     assert [len(kind) for kind in kinds] == [3, 2]
     rows = [
-        per_kind(add_up([recipe.loss(roles, pack_labelled(part), 5) for part in parts]))
+        means_per_kind(sum_metrics([recipe.loss(roles, pack_labelled(part), 5) for part in parts]))
         for parts in ([examples], kinds, [examples[:1], examples[1:]])
     ]
     assert set(rows[0]) == {
@@ -74,7 +74,7 @@ def test_labelled_metrics_are_means_over_their_kind_in_any_cut(roles):
     }  # fmt: skip
     for row in rows[1:]:
         assert row == pytest.approx(rows[0], rel=1e-5, abs=1e-6)
-    alone = [per_kind(add_up([recipe.loss(roles, pack_labelled(kind), len(kind))])) for kind in kinds]
+    alone = [means_per_kind(sum_metrics([recipe.loss(roles, pack_labelled(kind), len(kind))])) for kind in kinds]
     for side, row in zip(("chosen", "rejected"), alone, strict=True):
         assert set(row) == {"loss", "kl", f"rewards/{side}", f"logps/{side}"}
         assert row[f"rewards/{side}"] == pytest.approx(rows[0][f"rewards/{side}"], rel=1e-5, abs=1e-6)
@@ -82,7 +82,7 @@ def test_labelled_metrics_are_means_over_their_kind_in_any_cut(roles):
 
 def test_a_window_of_several_steps_has_means_over_answers():
     """Two desirable answers in one step, one in the next, none in the third."""
-    window = Window()
+    window = MetricsWindow()
     for total, chosen, rejected in ((4.0, 1.0, 0.0), (1.0, 0.5, 0.5), (0.0, 0.0, 1.0)):
         window.add({"rewards/chosen_sum": total, "count/chosen": chosen, "count/rejected": rejected, "loss": 1.0})
     assert window.take() == {"rewards/chosen": pytest.approx(5.0 / 1.5), "loss": 1.0}
@@ -150,7 +150,7 @@ def test_labelled_answers_start_at_a_half(fresh, loss_type):
     recipe = dpo.make_recipe(DPOConfig(loss_type=[loss_type], desirable_weight=2.0))
     loss = recipe.loss(fresh, pack_labelled(LABELLED), 5)
     assert loss.loss.item() == pytest.approx((3 * 2.0 + 2 * 1.0) / 2 / 5, rel=1e-6)
-    row = per_kind(add_up([loss]))
+    row = means_per_kind(sum_metrics([loss]))
     assert (row["kl"], row["rewards/chosen"], row["rewards/rejected"], row["rewards/margins"]) == (0.0,) * 4
 
 

@@ -12,7 +12,7 @@ import torch
 from onecard.algorithms.dpo.losses import sequence_logps
 from onecard.config import DPOConfig, PPOConfig
 from onecard.data.batches import pack_pairs
-from onecard.models.build import load_player, load_ppo_roles, load_roles, reference_adapter
+from onecard.models.build import load_frozen_role, load_ppo_roles, load_roles, reference_adapter
 from onecard.utils.errors import OnecardError
 from tests.engine.dpo_material import PAIRS, load, moved
 
@@ -41,7 +41,7 @@ def logps(roles, role: str) -> torch.Tensor:
 @torch.no_grad()
 def alone(model: Path) -> torch.Tensor:
     """What a model or an adapter says when nothing else is loaded."""
-    return sequence_logps(load_player(DPOConfig(model=str(model)), role="policy"), BATCH)
+    return sequence_logps(load_frozen_role(DPOConfig(model=str(model)), role="policy"), BATCH)
 
 
 @pytest.mark.parametrize("start", ["base", "first", "second"])

@@ -70,7 +70,7 @@ def test_a_dry_run_is_shown_where_a_run_lies_and_leaves_it_alone(onecard, tmp_pa
 
 
 def test_a_dry_run_is_no_setting_of_a_run():
-    assert "dry_run" in run_folder.FREE
+    assert "dry_run" in run_folder.CHANGEABLE_SETTINGS
 
 
 # --- parameters

@@ -13,7 +13,7 @@ from onecard.commands.evaluate import evaluate
 from onecard.commands.statistics import distinct
 from onecard.config import DPOConfig, EvaluateConfig, ModelConfig, RewardConfig
 from onecard.data import Row, sft_examples
-from onecard.models.build import load_player, load_roles
+from onecard.models.build import load_frozen_role, load_roles
 from onecard.models.load import load_tokenizer
 from tests.e2e.ppo_material import error_line, tree
 
@@ -72,7 +72,7 @@ def settings(material: Path, **changes) -> EvaluateConfig:
 
 def transformers_logprobs(folder: Path | str, ids: list[int], start: int) -> torch.Tensor:
     """Of the tokens from `start` on, by transformers and PEFT alone."""
-    model = load_player(ModelConfig(model=str(folder)), role="policy").causal_model()
+    model = load_frozen_role(ModelConfig(model=str(folder)), role="policy").causal_model()
     tokens = torch.tensor([ids])
     with torch.no_grad():
         logits = model(input_ids=tokens, use_cache=False).logits[0].double().log_softmax(-1)
@@ -136,7 +136,7 @@ def test_kl_is_to_the_reference_at_sampling_s_temperature(material, tinystories)
         found = evaluate(settings(material, temperature=0.5, **plain)).measures["policy"]
     expected = []
     folders = (material / "first", tinystories)
-    models = [load_player(ModelConfig(model=str(folder)), role="policy").causal_model() for folder in folders]
+    models = [load_frozen_role(ModelConfig(model=str(folder)), role="policy").causal_model() for folder in folders]
     for prompt, response in seen:
         ids = torch.tensor([[*prompt, *response]])
         with torch.no_grad():

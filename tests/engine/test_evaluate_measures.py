@@ -11,7 +11,7 @@ import torch
 
 from onecard.commands.statistics import Z95, Estimate, distinct, estimate, win_rate
 from onecard.rollout import Sampling, sample_token, uniforms_of
-from tests.engine.rollout_material import common_ends
+from tests.engine.rollout_material import frequent_stop_tokens
 
 
 def test_the_standard_error_is_that_of_a_mean():
@@ -91,13 +91,13 @@ def test_chances_depend_on_seed_and_prompt_alone():
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 18])
-def test_each_prompt_has_its_own_draws_whatever_leaves_the_batch(player, batch_size):
+def test_each_prompt_has_its_own_draws_whatever_leaves_the_batch(policy, batch_size):
     """Answers of many lengths: rows leave, and those that stay keep their numbers."""
-    settings = {"stop_tokens": common_ends(player), "seed": 3}
-    prompts = player.prompts * 3
-    found = player.sample(Sampling(24), prompts, batch_size=batch_size, **settings).responses
+    settings = {"stop_tokens": frequent_stop_tokens(policy), "seed": 3}
+    prompts = policy.prompts * 3
+    found = policy.sample(Sampling(24), prompts, batch_size=batch_size, **settings).responses
     assert len({len(response.tokens) for response in found}) > 5
-    last = player.sample(Sampling(24), prompts, batch_size=7, **settings).responses
+    last = policy.sample(Sampling(24), prompts, batch_size=7, **settings).responses
     assert [response.tokens for response in found] == [response.tokens for response in last]
     assert len({response.tokens for response in found}) == len(prompts)
 

@@ -42,7 +42,7 @@ def planned(model: str, config) -> MemoryPlan:
 
 
 @pytest.mark.parametrize(
-    ("model", "config", "most"),
+    ("model", "config", "limit_gib"),
     [
         ("Llama-3.1-8B", PPO, 9.5),
         ("Llama-3.1-8B", DPO, 8.5),
@@ -51,13 +51,13 @@ def planned(model: str, config) -> MemoryPlan:
     ],
     ids=["8B ppo", "8B dpo", "14B ppo", "1.5B ppo"],
 )
-def test_allocated_peaks_are_as_promised(model, config, most):
+def test_peaks_are_within_the_readme_s_limits(model, config, limit_gib):
     plan = planned(model, config)
-    print(f"{model}: {plan.peak / GIB:.2f} GiB in {plan.highest.name}, promised {most}")
-    assert plan.peak <= most * GIB
+    print(f"{model}: {plan.peak / GIB:.2f} GiB in {plan.highest.name}, promised {limit_gib}")
+    assert plan.peak <= limit_gib * GIB
 
 
-def test_an_8b_base_in_nf4_takes_what_arithmetic_says():
+def test_size_of_an_8b_base_in_nf4_equals_hand_calculation():
     """Per weight: 1/2 byte, 1/64 byte for block scales, 4/(64 * 256) for their scales. Embeddings and head: 16 bit."""
     model = find_model("Llama-3.1-8B").config
     linear = 32 * (4096 * (4096 + 2 * 1024 + 4096) + 3 * 4096 * 14336)

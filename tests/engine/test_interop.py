@@ -9,7 +9,7 @@ import torch
 
 from onecard.config import ModelConfig
 from onecard.data.batches import TokenSequence, pack
-from onecard.models.build import load_player
+from onecard.models.build import load_frozen_role
 from tests.engine.weights_material import TOKENS, by_folder, by_transformers, random_adapter
 
 needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
@@ -44,7 +44,7 @@ def test_a_reward_is_the_adapters_last_state_and_the_head_file(tmp_path, tinysto
     with torch.no_grad():
         states = model.get_base_model().get_decoder()(input_ids=torch.tensor([TOKENS])).last_hidden_state
         theirs = states[0, -1] @ head["weight"][0] + head["bias"][0]
-        roles = load_player(ModelConfig(model=str(folder)), role="reward", head=True)
+        roles = load_frozen_role(ModelConfig(model=str(folder)), role="reward", head=True)
         ours = roles.scores(pack([TokenSequence(TOKENS, (False,) * len(TOKENS))]))
     torch.testing.assert_close(theirs.unsqueeze(0), ours, atol=1e-5, rtol=0)
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from onecard.config import DPOConfig, ModelConfig, RewardConfig
-from onecard.models.build import load_player, load_roles
+from onecard.models.build import load_frozen_role, load_roles
 from onecard.models.load import load_tokenizer
 from tests.e2e.ppo_material import error_line
 from tests.engine.weights_material import by_folder, by_transformers, random_adapter
@@ -24,7 +24,7 @@ def adapter(base: Path, folder: Path, **settings) -> Path:
     return random_adapter(base, folder / "policy", **settings).parent
 
 
-def own_logprobs(model: Path) -> torch.Tensor:
+def one_pass_logprobs(model: Path) -> torch.Tensor:
     """By transformers alone."""
     return by_transformers(AutoModelForCausalLM.from_pretrained(model))
 
@@ -39,7 +39,7 @@ def test_the_merged_model_gives_the_adapters_logprobs(onecard, tmp_path, tinysto
     assert result.code == 0, result.err
     # Sums of 128 products, of which those with the adapter are rounded once more or once less.
     torch.testing.assert_close(by_folder(tmp_path / "merged"), expected, atol=2e-5, rtol=0)
-    torch.testing.assert_close(own_logprobs(tmp_path / "merged"), expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(one_pass_logprobs(tmp_path / "merged"), expected, atol=2e-5, rtol=0)
     settings = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert settings["tie_word_embeddings"] == (layers == ["all-linear"])
     assert {"tokenizer.json", "generation_config.json", "model.safetensors"} <= {
@@ -50,7 +50,7 @@ def test_the_merged_model_gives_the_adapters_logprobs(onecard, tmp_path, tinysto
 def test_a_4bit_run_s_adapter_is_merged_into_the_stored_base(onecard, tmp_path, tinystories):
     run = adapter(tinystories, tmp_path / "run", load_in_4bit=True)
     assert onecard("merge", "--model", run, "--output_dir", tmp_path / "merged").code == 0
-    torch.testing.assert_close(own_logprobs(tmp_path / "merged"), by_folder(run), atol=2e-5, rtol=0)
+    torch.testing.assert_close(one_pass_logprobs(tmp_path / "merged"), by_folder(run), atol=2e-5, rtol=0)
 
 
 def test_dtype_is_that_of_the_files(onecard, tmp_path, tiny_model):
@@ -81,7 +81,10 @@ def test_a_written_model_keeps_the_dropout_that_it_came_with(onecard, tmp_path, 
     assert roles.model.config.attention_dropout == 0.0
     for folder in ("merged", "whole"):
         assert json.loads((tmp_path / folder / "config.json").read_text())["attention_dropout"] == 0.25
-        assert load_player(ModelConfig(model=str(tmp_path / folder)), role="policy").model.config.attention_dropout == 0
+        assert (
+            load_frozen_role(ModelConfig(model=str(tmp_path / folder)), role="policy").model.config.attention_dropout
+            == 0
+        )
 
 
 def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(onecard, tmp_path, tiny_model):
@@ -124,7 +127,7 @@ def test_a_stored_quantized_base_is_refused(onecard, tmp_path, tiny_model, monke
     from onecard.commands import merge
 
     run = adapter(tiny_model, tmp_path / "run")
-    loaded = load_player(ModelConfig(model=str(tiny_model), load_in_4bit=True), role="policy").model
+    loaded = load_frozen_role(ModelConfig(model=str(tiny_model), load_in_4bit=True), role="policy").model
     monkeypatch.setattr(merge, "load_base", lambda config: loaded)
     result = onecard("merge", "--model", run, "--output_dir", tmp_path / "merged")
     assert "is itself stored quantized" in error_line(result)

@@ -16,7 +16,7 @@ from onecard.algorithms.common import Recipe, Sharing
 from onecard.algorithms.dpo.command import make_recipe
 from onecard.algorithms.ppo.experience import compute_model_outputs, make_experiences, shape_rewards
 from onecard.algorithms.ppo.job import ppo_objective
-from onecard.algorithms.reward.kinds import collate, collate_sharing, reward_loss, rows, tokenize
+from onecard.algorithms.reward.kinds import collate, collate_shared, example_size, reward_loss, tokenize
 from onecard.algorithms.sft import count_tokens, sft_loss
 from onecard.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from onecard.data.batches import Episode, PreferencePair, TokenSequence, pack
@@ -83,7 +83,7 @@ def reward(model: str, texts: list[tuple[int, ...]], **settings: Any) -> Made:
     roles = moved(load_roles(config, trained="reward", scalar=True))
     recipe = Recipe(
         "reward", "reward", tokenize, collate, len, lambda roles, batch, n: reward_loss(roles, batch, config, n),
-        sharing=Sharing(collate_sharing, rows),
+        sharing=Sharing(collate_shared, example_size),
     )  # fmt: skip
     return roles, lambda: recipe.objective(roles), pairs_of(texts)
 

@@ -27,7 +27,7 @@ from onecard.rollout import CachedBatch, Sampling, sampling_budget
 from onecard.training.trainer import Objective, Trainer
 from onecard.utils.errors import OnecardError, is_out_of_memory
 from onecard_kernels import Loss
-from tests.engine.rollout_material import Player, spied
+from tests.engine.rollout_material import LoadedPolicy, recorded_shapes
 
 
 def no_memory() -> RuntimeError:
@@ -91,17 +91,17 @@ class Model:
             raise no_memory()
         yield Loss(other.sum() / normalizer, {})
 
-    def objective(self, uncut: str = "") -> Objective[Example, Numbers]:
+    def objective(self, unsplittable: str = "") -> Objective[Example, Numbers]:
         return Objective(
             collate=lambda examples: Numbers(torch.tensor([value for example in examples for value in example])),
             count=lambda examples: sum(map(len, examples)),
             losses=self.losses,
-            uncut=uncut,
+            unsplittable=unsplittable,
         )
 
 
 def trainer_of(model: Model, **settings: Any) -> Trainer:
-    job = SimpleNamespace(name="test", total_steps=1, schedule_from=0)
+    job = SimpleNamespace(name="test", total_steps=1, first_schedule_step=0)
     return Trainer(TrainConfig(learning_rate=0.1, max_grad_norm=0, **settings), job, model, None)
 
 
@@ -175,7 +175,7 @@ def test_a_loss_that_sorts_its_batch_is_never_cut():
     model = Model(20)
     trainer = trainer_of(model)
     with pytest.raises(OnecardError, match="out of memory: loss_type aot takes the 8 examples of a step together"):
-        trainer.gradients(model.objective(uncut="loss_type aot"), EXAMPLES)
+        trainer.gradients(model.objective(unsplittable="loss_type aot"), EXAMPLES)
     assert model.passes == [36]
     assert model.weights.grad is None
 
@@ -332,51 +332,51 @@ def short_of_rows(monkeypatch, rows: int, after: int = 5) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", [None, 7])
-def test_a_batch_of_prompts_is_drawn_again_from_where_it_began(monkeypatch, capsys, player: Player, seed):
+def test_a_batch_of_prompts_is_drawn_again_from_where_it_began(monkeypatch, capsys, policy: LoadedPolicy, seed):
     """As if it had been sampled in halves from the start: nothing that was drawn before the error is left."""
-    prompts = [player.prompts[1]] * 12
+    prompts = [policy.prompts[1]] * 12
     sampling, moves = Sampling(20), []
     bar = SimpleNamespace(advance=lambda row: moves.append(row))
     with monkeypatch.context() as patch:
         failed = short_of_rows(patch, 3)
         torch.manual_seed(5)
         budget = sampling_budget(6)
-        with spied(player.model) as shapes:
-            found = player.sample(sampling, prompts, stop_tokens=(), batch_size=budget, bar=bar, seed=seed)
+        with recorded_shapes(policy.model) as shapes:
+            found = policy.sample(sampling, prompts, stop_tokens=(), batch_size=budget, bar=bar, seed=seed)
         after = torch.get_rng_state()
     assert failed == [6]
     assert [rows for rows, columns in shapes if columns > 1] == [6, 3, 3, 3, 3]  # later batches are halved too
     assert len(moves) == 12
     torch.manual_seed(5)
-    halves = player.sample(sampling, prompts, stop_tokens=(), batch_size=3, seed=seed)
+    halves = policy.sample(sampling, prompts, stop_tokens=(), batch_size=3, seed=seed)
     assert [one.tokens for one in found.responses] == [one.tokens for one in halves.responses]
     assert torch.equal(torch.get_rng_state(), after)
     assert "prompts that are sampled together hold a cache of at most" in capsys.readouterr().err
 
 
-def test_answers_that_ended_before_the_error_are_drawn_again(monkeypatch, player: Player):
+def test_answers_that_ended_before_the_error_are_drawn_again(monkeypatch, policy: LoadedPolicy):
     """Kept, they would be the short ones; and the bar counts each prompt once."""
-    ends = player.ends | {
-        token for piece, token in player.tokenizer.get_vocab().items() if "." in piece or "," in piece
+    ends = policy.stop_tokens | {
+        token for piece, token in policy.tokenizer.get_vocab().items() if "." in piece or "," in piece
     }
     moves: list[Any] = []
     with monkeypatch.context() as patch:
         failed = short_of_rows(patch, 4, after=12)
         torch.manual_seed(3)
-        found = player.sample(
-            Sampling(40), [player.prompts[1]] * 16, stop_tokens=ends, batch_size=16,
+        found = policy.sample(
+            Sampling(40), [policy.prompts[1]] * 16, stop_tokens=ends, batch_size=16,
             bar=SimpleNamespace(advance=moves.append),
         )  # fmt: skip
     assert failed
     assert failed[0] < 16  # some had ended, and left
     torch.manual_seed(3)
     rows = 16 // 2 ** len(failed)
-    again = player.sample(Sampling(40), [player.prompts[1]] * 16, stop_tokens=ends, batch_size=rows)
+    again = policy.sample(Sampling(40), [policy.prompts[1]] * 16, stop_tokens=ends, batch_size=rows)
     assert [one.tokens for one in found.responses] == [one.tokens for one in again.responses]
     assert len(moves) == 16
 
 
-def test_one_prompt_that_is_too_much_stops_sampling(monkeypatch, player: Player):
+def test_one_prompt_that_is_too_much_stops_sampling(monkeypatch, policy: LoadedPolicy):
     short_of_rows(monkeypatch, 0)
     with pytest.raises(OnecardError, match=r"cache of one prompt and its answer, .* MiB, is too much"):
-        player.sample(Sampling(20), [player.prompts[1]] * 2, stop_tokens=())
+        policy.sample(Sampling(20), [policy.prompts[1]] * 2, stop_tokens=())

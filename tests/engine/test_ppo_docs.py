@@ -140,7 +140,7 @@ def test_the_gradient_is_clipped_over_all_trained_weights(limit, expected):
     weights = SimpleNamespace(
         device=torch.device("cpu"), layout="packed", trained_parameters=lambda: {"policy": policy, "value": value}
     )
-    job = SimpleNamespace(name="ppo", total_steps=1, schedule_from=0)
+    job = SimpleNamespace(name="ppo", total_steps=1, first_schedule_step=0)
     trainer = Trainer(TrainConfig(max_grad_norm=limit), job, weights, None)
     objective = Objective(
         collate=lambda examples: Nothing(),

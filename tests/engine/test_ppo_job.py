@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from onecard.algorithms.ppo.job import PPO, Collected, Controls, minibatches, ppo_objective
+from onecard.algorithms.ppo.job import PPO, AdaptiveState, Collected, minibatches, ppo_objective
 from onecard.config import PPOConfig, RewardConfig
 from onecard.data import Prompt, stream_indices
 from onecard.data.batches import Episode, Experience, TokenSequence, pack
@@ -20,7 +20,7 @@ from onecard.models.micro_batching import MicroBatchSize
 from onecard.rewards.functions import RewardFunction
 from onecard.rewards.scorer import Scorer, load_scorer, make_answers, response_text
 from onecard.rollout import Rollout
-from onecard.training.metrics import add_up
+from onecard.training.metrics import sum_metrics
 from onecard.training.trainer import micro_batches
 from onecard.utils.progress import progress
 from tests.engine.ppo_material import experiences, random_episode
@@ -58,7 +58,7 @@ def test_the_losses_are_those_of_plain_logits(tiny_model):
     for loss in objective.losses(record, objective.count(batch)):
         loss.loss.backward()
         losses.append(loss)
-    row = add_up(losses)
+    row = sum_metrics(losses)
     assert row["loss"] == pytest.approx(total.item(), rel=1e-5)
     assert row["loss/policy"] + 0.3 * row["loss/value"] == pytest.approx(row["loss"], rel=1e-6)
     assert 0 < row["policy/clipfrac"] < 1
@@ -81,7 +81,9 @@ def test_any_cut_into_micro_batches_gives_the_same_step(tiny_model):
             for loss in objective.losses(record, objective.count(batch)):
                 loss.loss.backward()
                 losses.append(loss)
-        results.append((add_up(losses), torch.cat([p.grad.flatten() for p in roles.trained_parameters().values()])))
+        results.append(
+            (sum_metrics(losses), torch.cat([p.grad.flatten() for p in roles.trained_parameters().values()]))
+        )
     for row, gradient in results[1:]:
         assert row == pytest.approx(results[0][0], rel=1e-5, abs=1e-6)
         assert (gradient - results[0][1]).abs().max() < 3e-6 * results[0][1].abs().max()
@@ -135,7 +137,11 @@ def learned(trainer: FakeTrainer, target_kl: float) -> dict[str, float]:
     metrics, experience = {"objective/kl": 0.0}, Experience(*[None] * len(fields(Experience)))
     collected = Collected([experience], metrics, [], Rollout((), 1.0))
     job = SimpleNamespace(
-        config=config, objective=None, constraint=None, controls=Controls(0.1, 0.0), collect=lambda *given: collected
+        config=config,
+        objective=None,
+        constraint=None,
+        adaptive=AdaptiveState(0.1, 0.0),
+        collect=lambda *given: collected,
     )
     with progress("ppo", 1) as bar:
         return PPO.step(job, trainer, [0], bar)

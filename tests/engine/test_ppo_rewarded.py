@@ -15,7 +15,7 @@ from onecard.algorithms.ppo.experience import (
     objective_metrics,
     shape_rewards,
 )
-from onecard.algorithms.ppo.job import Controls, next_controls, update_metrics
+from onecard.algorithms.ppo.job import AdaptiveState, next_adaptive_state, update_metrics
 from onecard.algorithms.ppo.scores import Scale, ScoredAnswers, measure_scale, score_metrics
 from onecard.config import PPOConfig
 from onecard.data import Prompt
@@ -136,11 +136,11 @@ def test_lambda_follows_the_mean_cost_and_never_falls_below_0():
 
 def test_lambda_moves_in_lagrangian_alone():
     config = PPOConfig(adap_kl_ctrl=True, adap_kl_target=6.0, adap_kl_horizon=1000, constraint_lambda_lr=0.1)
-    before = Controls(0.1, 1.0, Scale(2.0, 3.0))
+    before = AdaptiveState(0.1, 1.0, Scale(2.0, 3.0))
     row = {"objective/kl": 12.0, "constraint/cost": 2.0}
-    assert next_controls(before, row, 100, config) == Controls(pytest.approx(0.102), 1.0, Scale(2.0, 3.0))
-    after = next_controls(before, {**row, "constraint/lambda": 1.0}, 100, config)
-    assert after == Controls(pytest.approx(0.102), pytest.approx(1.2), Scale(2.0, 3.0))
+    assert next_adaptive_state(before, row, 100, config) == AdaptiveState(pytest.approx(0.102), 1.0, Scale(2.0, 3.0))
+    after = next_adaptive_state(before, {**row, "constraint/lambda": 1.0}, 100, config)
+    assert after == AdaptiveState(pytest.approx(0.102), pytest.approx(1.2), Scale(2.0, 3.0))
 
 
 def test_cost_metrics():
@@ -256,7 +256,7 @@ def test_each_phase_has_its_own_peak_and_the_run_the_highest(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0] * 2**30)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 1.0))
-    monkeypatch.setattr(metrics, "PHASES", [0.0])
+    monkeypatch.setattr(metrics, "EARLIER_PEAK", [0.0])
     row: dict[str, float] = {}
     with metrics.phase_memory(row, "memory/rollout_gib"):
         peak[0] = 3.0

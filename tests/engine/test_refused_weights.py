@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onecard.commands import merge
 from onecard.config import DPOConfig, MergeConfig, ModelConfig, RewardConfig, SFTConfig
-from onecard.models.build import load_player, load_roles
+from onecard.models.build import load_frozen_role, load_roles
 from onecard.models.load import Source, load_base
 from onecard.training.startup import check_model
 from onecard.utils.errors import OnecardError
@@ -73,7 +73,7 @@ def test_an_adapter_that_the_model_would_not_rescale_is_refused(tmp_path, tiny_m
     base = written("rwkv", tmp_path / "base", tiny_model)
     adapter = adapter_on(base, tmp_path / "adapter", target_modules=["output"])
     with pytest.raises(OnecardError, match="output, whose weights the model rescales in evaluation mode"):
-        load_player(ModelConfig(model=str(adapter)), role="policy")
+        load_frozen_role(ModelConfig(model=str(adapter)), role="policy")
 
 
 @pytest.mark.parametrize(
@@ -113,10 +113,10 @@ def test_a_copy_of_the_embeddings_in_another_precision_is_a_copy(tmp_path, tiny_
         name for name in weights if name.endswith("embed_tokens.base_layer.weight") or "embed_tokens.weight" in name
     )
     save_file({**weights, key: weights[key].bfloat16()}, adapter / "adapter_model.safetensors")
-    load_player(ModelConfig(model=str(adapter)), role="policy")
+    load_frozen_role(ModelConfig(model=str(adapter)), role="policy")
     save_file({**weights, key: weights[key].bfloat16() * 1.01}, adapter / "adapter_model.safetensors")
     with pytest.raises(OnecardError, match="holds other weights for"):
-        load_player(ModelConfig(model=str(adapter)), role="policy")
+        load_frozen_role(ModelConfig(model=str(adapter)), role="policy")
 
 
 def zero_alpha(adapter: Path) -> None:
@@ -163,7 +163,7 @@ def test_settings_of_another_type_are_refused(tmp_path, tiny_model, name, value)
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
     with pytest.raises(OnecardError, match=f"adapter has {name}: .*, which PEFT would not have written"):
-        load_player(ModelConfig(model=str(adapter)), role="policy")
+        load_frozen_role(ModelConfig(model=str(adapter)), role="policy")
 
 
 def test_names_of_targets_are_looked_at_where_an_adapter_goes_on(tmp_path, tiny_model):
@@ -181,7 +181,7 @@ def test_an_adapter_on_a_reward_model_is_no_policy(tmp_path, tiny_model):
     save_file({"weight": torch.zeros(1, 64), "bias": torch.zeros(1)}, tmp_path / "base" / "head.safetensors")
     adapter = adapter_on(tmp_path / "base", tmp_path / "adapter", target_modules=["q_proj"])
     with pytest.raises(OnecardError, match="base is a reward model, which scores texts and writes none"):
-        load_player(ModelConfig(model=str(adapter)), role="policy")
+        load_frozen_role(ModelConfig(model=str(adapter)), role="policy")
 
 
 def test_a_stored_quantized_base_has_no_weights_to_train_all_of(tmp_path, tiny_model):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from onecard.algorithms.reward.kinds import check_settings, collate, kind_of, of_one_kind, tokenize
+from onecard.algorithms.reward.kinds import check_settings, collate, detect_kind, kind_of, tokenize
 from onecard.config import RewardConfig
 from onecard.data.batches import PreferenceBatch, RankingBatch, ScoredBatch
 from onecard.utils.errors import OnecardError
@@ -22,7 +22,7 @@ RECORDS = {"pairs": (PAIR, PreferenceBatch), "scores": (SCORED, ScoredBatch), "r
 def test_the_columns_choose_the_kind(name: str) -> None:
     record, batch = RECORDS[name]
     found = rows(record, record)
-    assert of_one_kind(found)[0].name == name
+    assert detect_kind(found)[0].name == name
     made = tokenize(found, built("<s> $A"), 64, RewardConfig())
     assert isinstance(collate(made.examples), batch)
 
@@ -31,11 +31,11 @@ def test_the_columns_choose_the_kind(name: str) -> None:
 def test_null_columns_choose_no_kind(name: str) -> None:
     every = dict.fromkeys(["prompt", "chosen", "rejected", "margin", "completion", "score", "completions", "extra"])
     found = rows(every | RECORDS[name][0], RECORDS[name][0])
-    assert of_one_kind(found)[0].name == name
+    assert detect_kind(found)[0].name == name
     assert len(tokenize(found, built("<s> $A"), 64, RewardConfig()).examples) == 2
     assert kind_of(rows(every)[0]) is None
     with pytest.raises(OnecardError, match=r"or 'completions'; every column is null \(prompt, chosen, "):
-        of_one_kind(rows(every, every))
+        detect_kind(rows(every, every))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_row_that_lacks_a_column_is_of_the_kind_that_it_begins(record: dict[st
 
 def test_mixed_kinds_name_both_rows() -> None:
     with pytest.raises(OnecardError) as error:
-        list(of_one_kind(rows(SCORED, SCORED, RANKED))[1])
+        list(detect_kind(rows(SCORED, SCORED, RANKED))[1])
     assert str(error.value) == (
         "x.jsonl:3: a row of rankings, but x.jsonl:1 is one of scores; a reward model is trained from one kind of rows."
     )
@@ -64,7 +64,7 @@ def test_mixed_kinds_name_both_rows() -> None:
 
 def test_rows_of_no_kind() -> None:
     with pytest.raises(OnecardError) as error:
-        of_one_kind(rows({"prompt": "a", "chosn": "b"}))
+        detect_kind(rows({"prompt": "a", "chosn": "b"}))
     assert str(error.value) == (
         "x.jsonl:1: no column 'chosen' + 'rejected', or 'completion' + 'score', or 'completions'; there are prompt, "
         "chosn. Did you mean 'chosn'?"

@@ -17,7 +17,7 @@ from onecard.algorithms.reward.kinds import collate
 from onecard.config import RewardConfig
 from onecard.data.batches import PreferencePair, Ranking, ScoredSequence, TokenSequence, pack_pairs
 from onecard.models.build import load_roles
-from onecard.training.metrics import add_up
+from onecard.training.metrics import sum_metrics
 
 
 def text(length: int, seed: int) -> TokenSequence:
@@ -47,7 +47,7 @@ def test_a_ranking_of_two_is_a_pair():
     pairs = reward.bradley_terry_loss(scores[0::2], scores[1::2], torch.zeros(4), **keywords)
     rankings = reward.ranking_loss(scores, (2, 2, 2, 2), **keywords)
     assert rankings.loss.item() == pytest.approx(pairs.loss.item(), rel=1e-6)
-    assert add_up([rankings]) == pytest.approx(add_up([pairs]), rel=1e-6)
+    assert sum_metrics([rankings]) == pytest.approx(sum_metrics([pairs]), rel=1e-6)
 
 
 @pytest.mark.parametrize("counts", [(4,), (2, 5, 3), (6, 2)])
@@ -73,7 +73,7 @@ def test_rankings_against_instructgpt_in_float64(counts):
 def test_regression_by_hand():
     loss = reward.regression_loss(torch.tensor([1.0, 0.5]), torch.tensor([0.0, 2.0]), normalizer=4)
     assert loss.loss.item() == (1 + 2.25) / 4
-    assert add_up([loss]) == {"loss": 0.8125, "mse": 0.8125, "mean_reward": 0.375}
+    assert sum_metrics([loss]) == {"loss": 0.8125, "mse": 0.8125, "mean_reward": 0.375}
 
 
 # --- one normaliser for a step ---
@@ -99,7 +99,7 @@ def test_any_cut_gives_the_same_loss_metrics_and_gradient(tiny_model, kind, acti
             losses.append(loss)
             start += size
         gradient = torch.cat([parameter.grad.flatten() for parameter in roles.trained_parameters().values()])
-        results.append((add_up(losses), gradient))
+        results.append((sum_metrics(losses), gradient))
     first, first_gradient = results[0]
     assert first["min_reward"] < first["mean_reward"] < first["max_reward"]
     assert first_gradient.abs().max() > 0
@@ -151,7 +151,7 @@ def test_pairs_against_trls_reward_trainer(tiny_model, center):
     expected = RewardTrainer.compute_loss(trainer, theirs, inputs)
     expected.backward()
     assert loss.loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    ours = add_up([loss])
+    ours = sum_metrics([loss])
     for name in ("min_reward", "mean_reward", "max_reward", "accuracy", "margin"):
         [value] = trainer._metrics["train"][name]
         assert ours[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name

@@ -122,7 +122,7 @@ def test_the_constraint_s_adapter_plays_a_role_of_its_own(tiny_model, tmp_path, 
     (tmp_path / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{tiny_model}"}}')
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     spec = []
-    monkeypatch.setattr("onecard.rewards.adapter.end_tokens", lambda roles, tokenizer: {2})
+    monkeypatch.setattr("onecard.rewards.adapter.find_stop_tokens", lambda roles, tokenizer: {2})
 
     def score_sequences(roles, sequences, *, batch_size, role):
         spec.append((role, [sequence.tokens for sequence in sequences], batch_size))

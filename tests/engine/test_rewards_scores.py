@@ -12,7 +12,7 @@ import torch
 from onecard.config import ModelConfig, RewardConfig
 from onecard.data import Row, sft_examples
 from onecard.data.batches import TokenSequence
-from onecard.models.build import load_player, load_roles
+from onecard.models.build import load_frozen_role, load_roles
 from onecard.models.load import load_tokenizer
 from onecard.models.roles import Roles
 from onecard.rewards.adapter import score, score_sequences
@@ -35,7 +35,7 @@ def scorer(tinystories, tmp_path_factory):
                 parameter.add_(torch.randn_like(parameter) * 0.05)
     folder = tmp_path_factory.mktemp("reward")
     roles.export("reward", folder, tokenizer)
-    return load_player(ModelConfig(model=str(folder)), role="reward", head=True), tokenizer
+    return load_frozen_role(ModelConfig(model=str(folder)), role="reward", head=True), tokenizer
 
 
 def sequences_of(tokenizer) -> list[TokenSequence]:

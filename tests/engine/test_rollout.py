@@ -9,12 +9,12 @@ from onecard.rollout import CachedBatch, Sampling, logits_warpers, sample_token
 from onecard.rollout.token_sampling import BLOCK, NOT_FINITE, first_beyond
 from onecard.utils.errors import OnecardError
 from tests.engine.rollout_material import (
-    common_ends,
+    frequent_stop_tokens,
     greedy_by_transformers,
     load,
     next_logits,
-    own_logprobs,
-    spied,
+    one_pass_logprobs,
+    recorded_shapes,
 )
 
 # --- log-probs as drawn
@@ -24,12 +24,12 @@ from tests.engine.rollout_material import (
 @pytest.mark.parametrize("batch_size", [1, 3, 18])
 def test_logprobs_as_drawn_are_those_of_the_finished_sequences(request, model, temperature, batch_size):
     """Rows leave while others go on, and a wrong mask, position or cache row would show in what is drawn after that."""
-    player = request.getfixturevalue(model)
+    policy = request.getfixturevalue(model)
     torch.manual_seed(1)
-    prompts = player.prompts * 3
-    ends = common_ends(player)
-    with spied(player.model) as shapes:
-        found = player.sample(Sampling(40, temperature), prompts, stop_tokens=ends, batch_size=batch_size).responses
+    prompts = policy.prompts * 3
+    ends = frequent_stop_tokens(policy)
+    with recorded_shapes(policy.model) as shapes:
+        found = policy.sample(Sampling(40, temperature), prompts, stop_tokens=ends, batch_size=batch_size).responses
     assert len({len(response.tokens) for response in found}) > 5
     if batch_size == 18:
         sizes = [rows for rows, _ in shapes]
@@ -37,26 +37,26 @@ def test_logprobs_as_drawn_are_those_of_the_finished_sequences(request, model, t
     for prompt, response in zip(prompts, found, strict=True):
         assert response.logprobs.dtype == torch.float32
         assert response.logprobs.shape == (len(response.tokens),)
-        own = own_logprobs(player, prompt, response, temperature)
+        own = one_pass_logprobs(policy, prompt, response, temperature)
         torch.testing.assert_close(response.logprobs, own, atol=1e-4, rtol=0)
 
 
-def test_logprobs_at_temperature_0_are_of_undivided_logits(player):
-    for prompt, response in zip(player.prompts, player.sample(Sampling(20, 0.0)).responses, strict=True):
-        own = own_logprobs(player, prompt, response, 1.0)
+def test_logprobs_at_temperature_0_are_of_undivided_logits(policy):
+    for prompt, response in zip(policy.prompts, policy.sample(Sampling(20, 0.0)).responses, strict=True):
+        own = one_pass_logprobs(policy, prompt, response, 1.0)
         torch.testing.assert_close(response.logprobs, own, atol=1e-4, rtol=0)
 
 
-def test_logprobs_after_top_k_and_top_p_are_of_what_was_left(player):
+def test_logprobs_after_top_k_and_top_p_are_of_what_was_left(policy):
     """Of three tokens: the softmax over the three likeliest. Of top_p: the smallest set with that much probability."""
-    prompt, temperature = player.prompts[0], 0.8
-    probabilities, tokens = (next_logits(player, prompt) / temperature).softmax(-1).sort(descending=True)
+    prompt, temperature = policy.prompts[0], 0.8
+    probabilities, tokens = (next_logits(policy, prompt) / temperature).softmax(-1).sort(descending=True)
     place = {token: index for index, token in enumerate(tokens.tolist())}
     enough = int((probabilities.cumsum(0) < 0.6).sum()) + 1
     assert enough > 2
     for sampling, left in ((Sampling(1, temperature, top_k=3), 3), (Sampling(1, temperature, top_p=0.6), enough)):
         torch.manual_seed(0)
-        found = player.sample(sampling, [prompt] * 400, batch_size=400).responses
+        found = policy.sample(sampling, [prompt] * 400, batch_size=400).responses
         drawn = {place[response.tokens[0]] for response in found}
         assert drawn <= set(range(left))
         assert {0, 1, 2} <= drawn
@@ -68,12 +68,12 @@ def test_logprobs_after_top_k_and_top_p_are_of_what_was_left(player):
 # --- what is drawn
 
 
-def test_the_drawn_distribution_is_the_models_own(player):
+def test_the_drawn_distribution_is_the_models_own(policy):
     """Chi-square of 20,000 draws of one token against the model's softmax, at a temperature."""
     torch.manual_seed(5)
-    count, prompt, temperature = 20_000, player.prompts[0], 1.3
-    expected = (next_logits(player, prompt) / temperature).softmax(-1) * count
-    found = player.sample(Sampling(1, temperature), [prompt] * count, batch_size=5_000).responses
+    count, prompt, temperature = 20_000, policy.prompts[0], 1.3
+    expected = (next_logits(policy, prompt) / temperature).softmax(-1) * count
+    found = policy.sample(Sampling(1, temperature), [prompt] * count, batch_size=5_000).responses
     drawn = torch.bincount(torch.tensor([response.tokens[0] for response in found]), minlength=len(expected))
     often = expected >= 10
     rest = torch.stack([drawn[~often].sum(), expected[~often].sum()])
@@ -83,65 +83,65 @@ def test_the_drawn_distribution_is_the_models_own(player):
     assert chi < freedom + 4 * (2 * freedom) ** 0.5  # four standard deviations
 
 
-def test_rows_of_one_batch_are_drawn_independently(player):
+def test_rows_of_one_batch_are_drawn_independently(policy):
     torch.manual_seed(0)
-    found = player.sample(Sampling(12), [player.prompts[1]] * 32, batch_size=32).responses
+    found = policy.sample(Sampling(12), [policy.prompts[1]] * 32, batch_size=32).responses
     assert len({response.tokens for response in found}) > 25
 
 
-def test_the_same_seed_draws_the_same(player):
+def test_the_same_seed_draws_the_same(policy):
     def sampled(seed: int) -> list[tuple[int, ...]]:
         torch.manual_seed(seed)
-        return [response.tokens for response in player.sample(Sampling(24)).responses]
+        return [response.tokens for response in policy.sample(Sampling(24)).responses]
 
     assert sampled(3) == sampled(3)
     assert sampled(3) != sampled(4)
 
 
-def test_draws_come_from_the_global_generator_alone(player):
+def test_draws_come_from_the_global_generator_alone(policy):
     """A checkpoint keeps its state; sampling goes on from there as if nothing had been."""
     torch.manual_seed(9)
-    player.sample(Sampling(5))
+    policy.sample(Sampling(5))
     state = torch.get_rng_state()
-    first = [response.tokens for response in player.sample(Sampling(16)).responses]
+    first = [response.tokens for response in policy.sample(Sampling(16)).responses]
     torch.set_rng_state(state)
-    assert [response.tokens for response in player.sample(Sampling(16)).responses] == first
+    assert [response.tokens for response in policy.sample(Sampling(16)).responses] == first
 
 
 @pytest.mark.parametrize("model", ["stories656", "stories260"])
 def test_greedy_is_transformers_greedy_whatever_stands_beside_it(request, model):
-    player = request.getfixturevalue(model)
-    together = player.sample(Sampling(40, 0.0)).responses
-    for prompt, response in zip(player.prompts, together, strict=True):
-        assert response.tokens == greedy_by_transformers(player, prompt, 40)
-        assert player.sample(Sampling(40, 0.0), [prompt]).responses[0].tokens == response.tokens
+    policy = request.getfixturevalue(model)
+    together = policy.sample(Sampling(40, 0.0)).responses
+    for prompt, response in zip(policy.prompts, together, strict=True):
+        assert response.tokens == greedy_by_transformers(policy, prompt, 40)
+        assert policy.sample(Sampling(40, 0.0), [prompt]).responses[0].tokens == response.tokens
 
 
-def test_top_k_1_is_greedy_and_greedy_draws_nothing(player):
+def test_top_k_1_is_greedy_and_greedy_draws_nothing(policy):
     state = torch.get_rng_state()
-    filtered = player.sample(Sampling(24, 0.0, top_p=0.5, top_k=3)).responses
-    for response, plain in zip(filtered, player.sample(Sampling(24, 0.0)).responses, strict=True):
+    filtered = policy.sample(Sampling(24, 0.0, top_p=0.5, top_k=3)).responses
+    for response, plain in zip(filtered, policy.sample(Sampling(24, 0.0)).responses, strict=True):
         assert torch.equal(response.logprobs, plain.logprobs)  # of all tokens: nothing is left out at temperature 0
     greedy = [response.tokens for response in filtered]
     assert torch.equal(torch.get_rng_state(), state)
-    only = player.sample(Sampling(24, 1.0, top_k=1)).responses
+    only = policy.sample(Sampling(24, 1.0, top_k=1)).responses
     assert [response.tokens for response in only] == greedy
     assert all(response.logprobs.abs().max() == 0 for response in only)  # nothing else was left
 
 
 def test_the_models_own_generation_config_is_ignored(stories260k):
-    player = load(stories260k)
+    policy = load(stories260k)
 
     def sampled() -> list[tuple[int, ...]]:
         torch.manual_seed(0)
-        return [response.tokens for response in player.sample(Sampling(24)).responses]
+        return [response.tokens for response in policy.sample(Sampling(24)).responses]
 
     plain = sampled()
-    own = player.model.generation_config
+    own = policy.model.generation_config
     own.top_k, own.top_p, own.repetition_penalty, own.temperature, own.do_sample = 1, 0.1, 5.0, 0.1, True
     own.max_new_tokens, own.min_new_tokens, own.suppress_tokens, own.num_beams = 3, 2, [10, 11, 12], 4
     assert sampled() == plain
-    assert player.model.generation_config is own
+    assert policy.model.generation_config is own
 
 
 # --- sample_token
@@ -157,7 +157,7 @@ def test_a_row_of_logits_that_are_not_finite_gets_no_token(bad, sampling):
     assert (tokens[::2] >= 0).all()
 
 
-def test_logits_that_are_not_finite_are_one_line(player, monkeypatch):
+def test_logits_that_are_not_finite_are_one_line(policy, monkeypatch):
     """From the third pass on, in one row of several: nothing goes on with what they gave."""
     whole, calls = CachedBatch.logits, []
 
@@ -168,7 +168,7 @@ def test_logits_that_are_not_finite_are_one_line(player, monkeypatch):
 
     monkeypatch.setattr(CachedBatch, "logits", broken)
     with pytest.raises(OnecardError, match="logits are not finite"):
-        player.sample(Sampling(8), stop_tokens=())
+        policy.sample(Sampling(8), stop_tokens=())
     assert len(calls) == 2
 
 

@@ -20,7 +20,7 @@ from onecard.algorithms.ppo.sampling import make_sampler
 from onecard.config import PPOConfig
 from onecard.models.cache import cache_bytes
 from onecard.rollout import CachedBatch, Sampling, sampling_budget
-from tests.engine.rollout_material import Player, spied
+from tests.engine.rollout_material import LoadedPolicy, recorded_shapes
 
 SMALL = {
     "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -64,10 +64,10 @@ def test_bytes_per_token_by_hand():
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 18])
-def test_prompts_sampled_together_stay_within_the_budget(monkeypatch, player: Player, rows):
+def test_prompts_sampled_together_stay_within_the_budget(monkeypatch, policy: LoadedPolicy, rows):
     """As many rows as the budget has room for, each as long as the longest prompt and its answer."""
-    prompts, new = list(player.prompts * 3), 6
-    per_token = cache_bytes(player.model, 1)
+    prompts, new = list(policy.prompts * 3), 6
+    per_token = cache_bytes(policy.model, 1)
     longest = max(map(len, prompts)) + new
     budget = rows * longest * per_token
     torch.manual_seed(0)
@@ -80,8 +80,8 @@ def test_prompts_sampled_together_stay_within_the_budget(monkeypatch, player: Pl
         return found
 
     monkeypatch.setattr(CachedBatch, "logits", logits)
-    with spied(player.model) as shapes:
-        player.sample(Sampling(new), prompts, stop_tokens=(), batch_size=sampling_budget(12, budget))
+    with recorded_shapes(policy.model) as shapes:
+        policy.sample(Sampling(new), prompts, stop_tokens=(), batch_size=sampling_budget(12, budget))
     incoming = [count for count, columns in shapes if columns > 1]
     assert sum(incoming) == len(prompts)
     assert incoming[0] == min(rows, 12)
@@ -90,23 +90,23 @@ def test_prompts_sampled_together_stay_within_the_budget(monkeypatch, player: Pl
     assert rows > 12 or max(sizes) > budget - rows * 2 * per_token  # the last token has no keys
 
 
-def test_one_prompt_is_sampled_whatever_the_budget(player: Player):
-    with spied(player.model) as shapes:
-        player.sample(Sampling(2), player.prompts, stop_tokens=(), batch_size=sampling_budget(8, 1))
-    assert [count for count, columns in shapes if columns > 1] == [1] * len(player.prompts)
+def test_one_prompt_is_sampled_whatever_the_budget(policy: LoadedPolicy):
+    with recorded_shapes(policy.model) as shapes:
+        policy.sample(Sampling(2), policy.prompts, stop_tokens=(), batch_size=sampling_budget(8, 1))
+    assert [count for count, columns in shapes if columns > 1] == [1] * len(policy.prompts)
 
 
-def test_without_a_budget_batches_are_as_they_were(player: Player):
+def test_without_a_budget_batches_are_as_they_were(policy: LoadedPolicy):
     torch.manual_seed(4)
-    by_count = player.sample(Sampling(9), batch_size=4).responses
+    by_count = policy.sample(Sampling(9), batch_size=4).responses
     torch.manual_seed(4)
-    assert [one.tokens for one in player.sample(Sampling(9), batch_size=sampling_budget(4)).responses] == [
+    assert [one.tokens for one in policy.sample(Sampling(9), batch_size=sampling_budget(4)).responses] == [
         one.tokens for one in by_count
     ]
 
 
-def test_the_setting_counts_in_gib(player: Player):
+def test_the_setting_counts_in_gib(policy: LoadedPolicy):
     config = PPOConfig(rollout_cache_gib=0.25, local_rollout_forward_batch_size=7)
-    assert make_sampler(config, player.roles, player.tokenizer).budget.size.tokens == 2**28
-    assert make_sampler(config, player.roles, player.tokenizer).budget.size.max_items == 7
-    assert make_sampler(PPOConfig(), player.roles, player.tokenizer).budget.size.tokens == 0
+    assert make_sampler(config, policy.roles, policy.tokenizer).budget.size.tokens == 2**28
+    assert make_sampler(config, policy.roles, policy.tokenizer).budget.size.max_items == 7
+    assert make_sampler(PPOConfig(), policy.roles, policy.tokenizer).budget.size.tokens == 0

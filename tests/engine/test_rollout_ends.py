@@ -15,7 +15,7 @@ from onecard.data.tokens import continuation_text
 from onecard.rollout import (
     Sampling,
     StopStrings,
-    end_tokens,
+    find_stop_tokens,
     make_episode,
     stop_ids,
     text_before_end,
@@ -25,93 +25,93 @@ from onecard.rollout.stop_tokens import is_text
 from onecard.utils.errors import OnecardError
 from tests.engine.data_material import real
 from tests.engine.rollout_material import (
-    common_ends,
+    frequent_stop_tokens,
     greedy_by_transformers,
     load,
-    own_logprobs,
-    spied,
+    one_pass_logprobs,
+    recorded_shapes,
 )
 
 # --- stop tokens in the sampling loop
 
 
-def test_the_ending_token_is_kept_and_told_apart_from_the_body(player):
+def test_responses_include_their_stop_token_and_bodies_do_not(policy):
     torch.manual_seed(2)
-    ends = common_ends(player)
-    found = player.sample(Sampling(12), player.prompts * 4, stop_tokens=ends).responses
+    stop_tokens = frequent_stop_tokens(policy)
+    found = policy.sample(Sampling(12), policy.prompts * 4, stop_tokens=stop_tokens).responses
     assert {response.finished for response in found} == {True, False}
     for response in found:
-        assert not ends & set(response.body)
+        assert not stop_tokens & set(response.body)
         if response.finished:
             assert response.tokens == (*response.body, response.tokens[-1])
-            assert response.tokens[-1] in ends
+            assert response.tokens[-1] in stop_tokens
         else:
             assert response.tokens == response.body
             assert len(response.tokens) == 12
 
 
-def test_an_end_on_the_last_token_is_an_end(player):
-    longer = player.sample(Sampling(6, 0.0), [player.prompts[1]], stop_tokens=()).responses[0]
+def test_a_stop_token_at_the_length_limit_finishes_the_response(policy):
+    longer = policy.sample(Sampling(6, 0.0), [policy.prompts[1]], stop_tokens=()).responses[0]
     assert not longer.finished
     assert len(set(longer.tokens)) == 6
-    cut = player.sample(Sampling(6, 0.0), [player.prompts[1]], stop_tokens={longer.tokens[-1]}).responses[0]
+    cut = policy.sample(Sampling(6, 0.0), [policy.prompts[1]], stop_tokens={longer.tokens[-1]}).responses[0]
     assert cut.finished
     assert cut.tokens == longer.tokens
-    first = player.sample(Sampling(6, 0.0), [player.prompts[1]], stop_tokens={longer.tokens[0]}).responses[0]
+    first = policy.sample(Sampling(6, 0.0), [policy.prompts[1]], stop_tokens={longer.tokens[0]}).responses[0]
     assert first.tokens == longer.tokens[:1]
     assert first.finished
     assert first.body == ()
 
 
-def test_any_of_several_ids_ends(player):
-    plain = player.sample(Sampling(30, 0.0), stop_tokens=()).responses
-    ends = {plain[0].tokens[7], plain[1].tokens[3]}
-    for long, short in zip(plain, player.sample(Sampling(30, 0.0), stop_tokens=ends).responses, strict=True):
-        length = next((place for place, token in enumerate(long.tokens, 1) if token in ends), 30)
+def test_any_stop_token_ends_a_response(policy):
+    plain = policy.sample(Sampling(30, 0.0), stop_tokens=()).responses
+    stop_tokens = {plain[0].tokens[7], plain[1].tokens[3]}
+    for long, short in zip(plain, policy.sample(Sampling(30, 0.0), stop_tokens=stop_tokens).responses, strict=True):
+        length = next((place for place, token in enumerate(long.tokens, 1) if token in stop_tokens), 30)
         assert short.tokens == long.tokens[:length]
-        assert short.finished == (long.tokens[length - 1] in ends)
+        assert short.finished == (long.tokens[length - 1] in stop_tokens)
 
 
-def test_padding_is_masked_whatever_its_token_means(player):
+def test_padding_is_masked_if_its_token_is_a_stop_token(policy):
     """Token 0 is the pad token, a stop token, and inside a prompt. Only masks identify padding."""
-    prompts = [(*player.prompts[1][:4], 0, *player.prompts[1][4:]), *player.prompts]
-    together = player.sample(Sampling(30, 0.0), prompts, stop_tokens={0}).responses
+    prompts = [(*policy.prompts[1][:4], 0, *policy.prompts[1][4:]), *policy.prompts]
+    together = policy.sample(Sampling(30, 0.0), prompts, stop_tokens={0}).responses
     for prompt, one in zip(prompts, together, strict=True):
-        other = player.sample(Sampling(30, 0.0), [prompt], stop_tokens={0}).responses[0]
+        other = policy.sample(Sampling(30, 0.0), [prompt], stop_tokens={0}).responses[0]
         assert one.tokens == other.tokens
         torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-5, rtol=0)
 
 
-def test_ends_inside_a_prompt_are_only_text(stories260):
+def test_stop_tokens_inside_a_prompt_end_nothing(stories260):
     """BOS is EOS, so each prompt begins with it. One prompt has EOS and the pad token in its middle too."""
     eos, pad = stories260.tokenizer.eos_token_id, stories260.tokenizer.pad_token_id
     assert stories260.prompts[0][0] == eos
-    assert stories260.ends == {eos}
+    assert stories260.stop_tokens == {eos}
     middle = (*stories260.prompts[3][:9], eos, pad, *stories260.prompts[3][1:6])
     prompts = [stories260.prompts[0], middle, stories260.prompts[1]]
     found = stories260.sample(Sampling(30, 0.0), prompts).responses
     for prompt, response in zip(prompts, found, strict=True):
         assert response.tokens == greedy_by_transformers(stories260, prompt, 30)
         torch.testing.assert_close(
-            response.logprobs, own_logprobs(stories260, prompt, response, 1.0), atol=1e-4, rtol=0
+            response.logprobs, one_pass_logprobs(stories260, prompt, response, 1.0), atol=1e-4, rtol=0
         )
 
 
-def test_responses_come_in_the_order_of_their_prompts(player):
-    alone = [player.sample(Sampling(10, 0.0), [prompt]).responses[0].tokens for prompt in player.prompts]
+def test_responses_come_in_the_order_of_their_prompts(policy):
+    alone = [policy.sample(Sampling(10, 0.0), [prompt]).responses[0].tokens for prompt in policy.prompts]
     assert len(set(alone)) == len(alone)
     for batch_size in (1, 2, 4, 6, 100):
-        found = player.sample(Sampling(10, 0.0), batch_size=batch_size)
+        found = policy.sample(Sampling(10, 0.0), batch_size=batch_size)
         assert [response.tokens for response in found.responses] == alone
-    backwards = player.sample(Sampling(10, 0.0), player.prompts[::-1], batch_size=4)
+    backwards = policy.sample(Sampling(10, 0.0), policy.prompts[::-1], batch_size=4)
     assert [response.tokens for response in backwards.responses] == alone[::-1]
 
 
-def test_the_longest_prompts_come_first(player):
+def test_the_longest_prompts_come_first(policy):
     """A batch that does not fit into memory fails first, and batches of similar lengths have little padding."""
-    with spied(player.model) as shapes:
-        player.sample(Sampling(2), batch_size=2)
-    lengths = sorted(map(len, player.prompts), reverse=True)
+    with recorded_shapes(policy.model) as shapes:
+        policy.sample(Sampling(2), batch_size=2)
+    lengths = sorted(map(len, policy.prompts), reverse=True)
     assert [columns for _, columns in shapes if columns > 1] == lengths[::2]
 
 
@@ -119,20 +119,20 @@ def test_the_longest_prompts_come_first(player):
 
 
 def test_end_tokens_of_tokenizer_generation_config_and_stops(tinystories):
-    player = load(tinystories)
-    eos, vocabulary = player.tokenizer.eos_token_id, player.tokenizer.get_vocab()
-    assert end_tokens(player.roles, player.tokenizer) == {eos}
-    player.model.generation_config.eos_token_id = [5, 7]
-    assert end_tokens(player.roles, player.tokenizer) == {eos, 5, 7}
-    player.model.generation_config.eos_token_id = 9
-    assert end_tokens(player.roles, player.tokenizer, [".", "\n"]) == {eos, 9, vocabulary["."], vocabulary["\n"]}
-    player.model.generation_config.eos_token_id = None
-    assert end_tokens(player.roles, player.tokenizer) == {eos}
+    policy = load(tinystories)
+    eos, vocabulary = policy.tokenizer.eos_token_id, policy.tokenizer.get_vocab()
+    assert find_stop_tokens(policy.roles, policy.tokenizer) == {eos}
+    policy.model.generation_config.eos_token_id = [5, 7]
+    assert find_stop_tokens(policy.roles, policy.tokenizer) == {eos, 5, 7}
+    policy.model.generation_config.eos_token_id = 9
+    assert find_stop_tokens(policy.roles, policy.tokenizer, [".", "\n"]) == {eos, 9, vocabulary["."], vocabulary["\n"]}
+    policy.model.generation_config.eos_token_id = None
+    assert find_stop_tokens(policy.roles, policy.tokenizer) == {eos}
 
 
 def test_a_stop_text_ends_responses(stories260):
-    ends = end_tokens(stories260.roles, stories260.tokenizer, ["."])
-    found = stories260.sample(Sampling(30, 0.0), stop_tokens=ends).responses
+    stop_tokens = find_stop_tokens(stories260.roles, stories260.tokenizer, ["."])
+    found = stories260.sample(Sampling(30, 0.0), stop_tokens=stop_tokens).responses
     assert any(response.finished for response in found)
     for response in found:
         text = stories260.tokenizer.decode(response.tokens)
@@ -140,36 +140,39 @@ def test_a_stop_text_ends_responses(stories260):
         assert text.endswith(".") == response.finished
 
 
-def test_a_stop_text_is_taken_as_a_word_and_as_a_piece(stories260):
+def test_a_stop_text_matches_tokens_with_and_without_a_space(stories260):
     vocabulary = stories260.tokenizer.get_vocab()
-    assert end_tokens(stories260.roles, stories260.tokenizer, ["Once"]) == {*stories260.ends, vocabulary["▁Once"]}
-    both = end_tokens(stories260.roles, stories260.tokenizer, ["to"])
-    assert both == {*stories260.ends, vocabulary["▁to"], *({vocabulary["to"]} if "to" in vocabulary else ())}
+    assert find_stop_tokens(stories260.roles, stories260.tokenizer, ["Once"]) == {
+        *stories260.stop_tokens,
+        vocabulary["▁Once"],
+    }
+    both = find_stop_tokens(stories260.roles, stories260.tokenizer, ["to"])
+    assert both == {*stories260.stop_tokens, vocabulary["▁to"], *({vocabulary["to"]} if "to" in vocabulary else ())}
 
 
-def test_a_stop_text_is_found_as_it_stands_behind_other_text(stories260, player):
+def test_a_stop_text_is_found_as_it_stands_behind_other_text(stories260, policy):
     """SentencePiece adds a space before a text. White space is not stripped before texts are compared."""
     vocabulary = stories260.tokenizer.get_vocab()
     for text, piece in {"\n": "<0x0A>", "\t": "<0x09>", "{": "<0x7B>", "}": "<0x7D>", " ": "▁"}.items():
         assert stop_ids(text, stories260.tokenizer) == {vocabulary[piece]}
-    assert stop_ids(" ", player.tokenizer) == {player.tokenizer.get_vocab()["▁"]}
-    assert stop_ids("<|end_story|>", player.tokenizer) == {2}
+    assert stop_ids(" ", policy.tokenizer) == {policy.tokenizer.get_vocab()["▁"]}
+    assert stop_ids("<|end_story|>", policy.tokenizer) == {2}
     assert stop_ids("<0x0A>", stories260.tokenizer) == {vocabulary["<0x0A>"]}  # the name of a vocabulary entry
     for text in ("\n\n", "zzqq", "\r\n", "### User:"):
         assert stop_ids(text, stories260.tokenizer) == set()
 
 
-def test_white_space_is_no_other_white_space(player):
-    space = player.tokenizer.get_vocab()["▁"]
-    assert [is_text(space, text, player.tokenizer) for text in (" ", "\t", "\n")] == [True, False, False]
+def test_white_space_characters_are_told_apart(policy):
+    space = policy.tokenizer.get_vocab()["▁"]
+    assert [is_text(space, text, policy.tokenizer) for text in (" ", "\t", "\n")] == [True, False, False]
 
 
-def test_a_stop_text_that_cannot_be_written_is_one_clear_line(player, stories260):
+def test_a_stop_text_without_tokens_raises(policy, stories260):
     for text in ("€", "\t", "{", "\r\n", "###"):  # this tokenizer has no tokens for them
         with pytest.raises(OnecardError, match="is not in the tokenizer's vocabulary"):
-            end_tokens(player.roles, player.tokenizer, [text])
+            find_stop_tokens(policy.roles, policy.tokenizer, [text])
     with pytest.raises(OnecardError, match="stop_token: '' is 0 tokens, expected a text"):
-        end_tokens(stories260.roles, stories260.tokenizer, [""])
+        find_stop_tokens(stories260.roles, stories260.tokenizer, [""])
     with pytest.raises(OnecardError, match="stop_token: '<s>!' has a special token beside other text"):
         StopStrings(stories260.tokenizer, ["<s>!"])
 
@@ -183,7 +186,7 @@ def test_words_of_a_vocabulary_without_letters_can_be_stops():
 # --- stop strings
 
 
-def merging(*merges: str) -> Any:
+def bpe_tokenizer(*merges: str) -> Any:
     """A byte-level BPE tokenizer with a token for each byte, and one for each of the texts."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE({letter: place for place, letter in enumerate(letters)}, []))
@@ -217,15 +220,15 @@ def ids(tokenizer: Any, *texts: str) -> list[int]:
     ],
 )
 def test_a_stop_string_is_found_across_tokens(stop_strings, tokens, stop, text, kept):
-    tokenizer = merging("\n\n", ".\n", "ser: hi")
+    tokenizer = bpe_tokenizer("\n\n", ".\n", "ser: hi")
     sampled = [token for each in tokens for token in tokenizer.encode(each)]
     prompt = tokenizer.encode("\nUser")  # a stop string must not begin in the prompt
     found = [StopStrings(tokenizer, stop_strings).found(prompt, sampled[:end]) for end in range(1, len(sampled) + 1)]
     assert found == [""] * (len(sampled) - 1) + [stop]
     if stop:
-        how = {"finished": True, "stop": stop}
-        assert text_before_end(tokenizer, prompt, sampled, **how) == text
-        before = tokens_before_end(tokenizer, prompt, sampled, **how)
+        end_arguments = {"finished": True, "stop": stop}
+        assert text_before_end(tokenizer, prompt, sampled, **end_arguments) == text
+        before = tokens_before_end(tokenizer, prompt, sampled, **end_arguments)
         assert before == [token for each in kept for token in tokenizer.encode(each)]
 
 
@@ -253,22 +256,22 @@ def test_a_stop_string_is_found_behind_a_long_run_of_bytes(stories260):
 @pytest.mark.parametrize("name", ["stories260K", "TinyStories-656K", "bytes"])
 def test_stop_strings_are_found_where_the_text_first_has_one(name):
     """Compared with decoding the whole answer after each token; tokens are random, incomplete characters included."""
-    tokenizer = merging("\n\n", ".\n", "漢", "字\n") if name == "bytes" else real(name)
+    tokenizer = bpe_tokenizer("\n\n", ".\n", "漢", "字\n") if name == "bytes" else real(name)
     texts = [". ", "\n\n", "he", "ed.\n", "漢字"][: 5 if name == "bytes" else 4]
     if name == "stories260K":
         texts.append("字")
     stop_strings = StopStrings(tokenizer, texts)
     likely = [token for text in ("the red. He\n\nled.\n", "漢字漢字\n\n") for token in tokenizer.encode(text)]
-    rng, places = random.Random(0), []
+    rng, found_at = random.Random(0), []
     for _ in range(150):
         prompt = [rng.choice(likely) for _ in range(3)]
         answer = [rng.choice(likely) if rng.random() < 0.7 else rng.randrange(3, len(tokenizer)) for _ in range(60)]
-        wholes = [continuation_text(prompt, answer[:end], tokenizer) for end in range(1, 61)]
-        expected = next((end for end, whole in enumerate(wholes) if any(text in whole for text in texts)), None)
+        texts_so_far = [continuation_text(prompt, answer[:end], tokenizer) for end in range(1, 61)]
+        expected = next((end for end, whole in enumerate(texts_so_far) if any(text in whole for text in texts)), None)
         got = next((end for end in range(60) if stop_strings.found(prompt, answer[: end + 1])), None)
         assert got == expected
-        places.append(got)
-    assert 0 < places.count(None) < 150 or len(set(places)) > 10
+        found_at.append(got)
+    assert 0 < found_at.count(None) < 150 or len(set(found_at)) > 10
 
 
 def test_sampling_stops_where_the_text_first_has_a_stop_string(stories260):
@@ -278,12 +281,12 @@ def test_sampling_stops_where_the_text_first_has_a_stop_string(stories260):
     found = stories260.sample(Sampling(60, 0.0), stop_tokens=(), stop_strings=stop_strings).responses
     assert {response.finished for response in found} >= {True}
     for prompt, whole, response in zip(stories260.prompts, plain, found, strict=True):
-        said = [continuation_text(prompt, whole.tokens[:end], tokenizer) for end in range(1, 61)]
-        end = next((place for place, text in enumerate(said, 1) if any(stop in text for stop in texts)), 60)
+        texts_so_far = [continuation_text(prompt, whole.tokens[:end], tokenizer) for end in range(1, 61)]
+        end = next((place for place, text in enumerate(texts_so_far, 1) if any(stop in text for stop in texts)), 60)
         assert response.tokens == whole.tokens[:end]
-        assert response.finished == bool(response.stop) == any(stop in said[end - 1] for stop in texts)
+        assert response.finished == bool(response.stop) == any(stop in texts_so_far[end - 1] for stop in texts)
         text = text_before_end(tokenizer, prompt, response.tokens, finished=response.finished, stop=response.stop)
         assert not any(stop in text for stop in texts)
-        assert said[end - 1].startswith(text + response.stop)
+        assert texts_so_far[end - 1].startswith(text + response.stop)
         episode = make_episode(Prompt("", prompt), 0, response)
         assert (episode.stop, episode.response, episode.prompt_tokens) == (response.stop, response.tokens, prompt)

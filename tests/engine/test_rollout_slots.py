@@ -15,7 +15,7 @@ from onecard.models.roles import Roles
 from onecard.rollout import CachedBatch, PaddedBatch, Sampling, cache_slots, sampler
 from onecard.rollout.cache_slots import GROWTH, CacheSlots, SlotLayer, takes_slots
 from onecard.rollout.cuda_graphs import cuda_graph, recorder_for, use_recorder
-from tests.engine.rollout_material import Player, common_ends, load, own_logprobs, spied
+from tests.engine.rollout_material import LoadedPolicy, frequent_stop_tokens, load, one_pass_logprobs, recorded_shapes
 
 SMALL = {
     "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -29,12 +29,12 @@ def batched(roles: Roles, rows: int, columns: int) -> PaddedBatch:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("rows", [1, 3, 5, 18])
-def test_answers_are_those_of_batches(monkeypatch, player: Player, rows, temperature):
+def test_answers_are_those_of_batches(monkeypatch, policy: LoadedPolicy, rows, temperature):
     """Each prompt with draws of its own, so that nothing depends on what stands beside it."""
-    prompts, ends = player.prompts * 3, common_ends(player)
+    prompts, ends = policy.prompts * 3, frequent_stop_tokens(policy)
 
     def sampled() -> Any:
-        return player.sample(Sampling(40, temperature), prompts, stop_tokens=ends, batch_size=rows, seed=3).responses
+        return policy.sample(Sampling(40, temperature), prompts, stop_tokens=ends, batch_size=rows, seed=3).responses
 
     together = sampled()
     monkeypatch.setattr(sampler, "make_decode_batch", batched)
@@ -45,13 +45,13 @@ def test_answers_are_those_of_batches(monkeypatch, player: Player, rows, tempera
     assert len({len(response.tokens) for response in together}) > 5
 
 
-def test_a_row_that_ends_takes_the_next_prompt(monkeypatch, player: Player):
+def test_a_row_that_ends_takes_the_next_prompt(monkeypatch, policy: LoadedPolicy):
     """Passes over rows that are nearly full, and far fewer of them than batches take."""
-    prompts, ends = player.prompts * 16, common_ends(player)
+    prompts, ends = policy.prompts * 16, frequent_stop_tokens(policy)
 
     def passes() -> tuple[list[tuple[int, int]], int]:
-        with spied(player.model) as shapes:
-            found = player.sample(Sampling(60), prompts, stop_tokens=ends, batch_size=16, seed=1).responses
+        with recorded_shapes(policy.model) as shapes:
+            found = policy.sample(Sampling(60), prompts, stop_tokens=ends, batch_size=16, seed=1).responses
         return shapes, sum(len(response.tokens) for response in found)
 
     shapes, tokens = passes()
@@ -66,21 +66,21 @@ def test_a_row_that_ends_takes_the_next_prompt(monkeypatch, player: Player):
     assert len(shapes) < 0.75 * len(in_batches)
 
 
-def test_a_short_prompt_does_not_see_whose_place_it_takes(player: Player):
+def test_a_short_prompt_does_not_see_whose_place_it_takes(policy: LoadedPolicy):
     """The longest prompts come first, so that all others stand where something longer has been."""
     torch.manual_seed(0)
-    prompts = [player.prompts[3] * 3, *player.prompts]
-    found = player.sample(Sampling(30), prompts, stop_tokens=common_ends(player), batch_size=1).responses
+    prompts = [policy.prompts[3] * 3, *policy.prompts]
+    found = policy.sample(Sampling(30), prompts, stop_tokens=frequent_stop_tokens(policy), batch_size=1).responses
     for prompt, response in zip(prompts, found, strict=True):
-        own = own_logprobs(player, prompt, response, 1.0)
+        own = one_pass_logprobs(policy, prompt, response, 1.0)
         torch.testing.assert_close(response.logprobs, own, atol=1e-4, rtol=0)
 
 
-def test_no_row_leaves_while_a_prompt_waits(monkeypatch, player: Player):
+def test_no_row_leaves_while_a_prompt_waits(monkeypatch, policy: LoadedPolicy):
     """Where prompts come in by halves, free rows are kept for them."""
     monkeypatch.setattr(cache_slots, "REFILL_SHARE", 0.5)
-    with spied(player.model) as shapes:
-        player.sample(Sampling(40), player.prompts * 4, stop_tokens=common_ends(player), batch_size=8, seed=2)
+    with recorded_shapes(policy.model) as shapes:
+        policy.sample(Sampling(40), policy.prompts * 4, stop_tokens=frequent_stop_tokens(policy), batch_size=8, seed=2)
     incoming = [index for index, (_, columns) in enumerate(shapes) if columns > 1]
     assert len(incoming) > 3
     assert {rows for rows, columns in shapes[: incoming[-1]] if columns == 1} == {8}
@@ -107,16 +107,16 @@ class Kept:
         return replay
 
 
-def test_recorded_passes_give_the_same_answers(monkeypatch, player: Player):
+def test_recorded_passes_give_the_same_answers(monkeypatch, policy: LoadedPolicy):
     """Recorded anew when the cache grows and when rows leave, and at no other time."""
     monkeypatch.setattr(cache_slots, "GROWTH", 32)
-    prompts, ends = player.prompts * 4, common_ends(player)
+    prompts, ends = policy.prompts * 4, frequent_stop_tokens(policy)
 
     def sampled() -> Any:
-        return player.sample(Sampling(50), prompts, stop_tokens=ends, batch_size=6, seed=5).responses
+        return policy.sample(Sampling(50), prompts, stop_tokens=ends, batch_size=6, seed=5).responses
 
     plain, recorder = sampled(), Kept()
-    with use_recorder(recorder), spied(player.model) as shapes:
+    with use_recorder(recorder), recorded_shapes(policy.model) as shapes:
         replayed = sampled()
     for one, other in zip(plain, replayed, strict=True):
         assert one.tokens == other.tokens
@@ -127,7 +127,7 @@ def test_recorded_passes_give_the_same_answers(monkeypatch, player: Player):
     assert len(recorder.shapes) < len(shapes) / 5
 
 
-def test_after_all_rows_end_the_next_begin_with_new_memory(monkeypatch, player: Player):
+def test_after_all_rows_end_the_next_begin_with_new_memory(monkeypatch, policy: LoadedPolicy):
     """No pass over many prompts beside a whole cache; and nothing is replayed into memory that is gone."""
     recorder, taken = Kept(), []
     prefill = CacheSlots.prefill
@@ -138,14 +138,14 @@ def test_after_all_rows_end_the_next_begin_with_new_memory(monkeypatch, player: 
 
     monkeypatch.setattr(CacheSlots, "prefill", watched)
     with use_recorder(recorder):
-        found = player.sample(Sampling(9), player.prompts * 2, stop_tokens=(), batch_size=4, seed=3).responses
+        found = policy.sample(Sampling(9), policy.prompts * 2, stop_tokens=(), batch_size=4, seed=3).responses
     assert taken == [(4, True)] * 3
     assert len(recorder.shapes) == 3
-    plain = player.sample(Sampling(9), player.prompts * 2, stop_tokens=(), batch_size=1, seed=3).responses
+    plain = policy.sample(Sampling(9), policy.prompts * 2, stop_tokens=(), batch_size=1, seed=3).responses
     assert [one.tokens for one in found] == [one.tokens for one in plain]
 
 
-def test_few_come_in_beside_a_whole_cache(monkeypatch, player: Player):
+def test_few_come_in_beside_a_whole_cache(monkeypatch, policy: LoadedPolicy):
     """However many rows are free: a pass over all of them would be the largest of the rollout."""
     monkeypatch.setattr(cache_slots, "REFILL_SHARE", 0.25)
     sizes = []
@@ -156,12 +156,12 @@ def test_few_come_in_beside_a_whole_cache(monkeypatch, player: Player):
         return prefill(self, prompts, *given)
 
     monkeypatch.setattr(CacheSlots, "prefill", watched)
-    player.sample(Sampling(40), player.prompts * 6, stop_tokens=common_ends(player), batch_size=8, seed=4)
+    policy.sample(Sampling(40), policy.prompts * 6, stop_tokens=frequent_stop_tokens(policy), batch_size=8, seed=4)
     assert sizes[0] == (8, True)
     assert {count for count, fresh in sizes if not fresh} == {2}
 
 
-def test_a_row_that_has_ended_may_draw_nothing_finite(monkeypatch, player: Player):
+def test_a_row_that_has_ended_may_draw_nothing_finite(monkeypatch, policy: LoadedPolicy):
     """It goes on unseen until it leaves, and what it draws is fed to the model."""
     monkeypatch.setattr(sampler, "COMPACTION_SHARE", 2.0)
     whole = CachedBatch.logits
@@ -173,8 +173,8 @@ def test_a_row_that_has_ended_may_draw_nothing_finite(monkeypatch, player: Playe
         return found
 
     def sampled() -> Any:
-        return player.sample(
-            Sampling(40), player.prompts, stop_tokens=common_ends(player), batch_size=6, seed=6
+        return policy.sample(
+            Sampling(40), policy.prompts, stop_tokens=frequent_stop_tokens(policy), batch_size=6, seed=6
         ).responses
 
     plain = sampled()
@@ -182,9 +182,9 @@ def test_a_row_that_has_ended_may_draw_nothing_finite(monkeypatch, player: Playe
     assert [one.tokens for one in sampled()] == [one.tokens for one in plain]
 
 
-def test_what_an_ended_row_left_behind_is_wiped(player: Player):
+def test_what_an_ended_row_left_behind_is_wiped(policy: LoadedPolicy):
     """A newcomer's masked columns have no weight, but no weight times nan is nan."""
-    batch = CacheSlots(player.model, 2, 60, torch.device("cpu"))
+    batch = CacheSlots(policy.model, 2, 60, torch.device("cpu"))
     with torch.no_grad():
         batch.prefill([(5, 6, 7), (5, 6, 7)], [0, 1], [0, 1])
         for layer in batch.cache.layers:
@@ -195,22 +195,22 @@ def test_what_an_ended_row_left_behind_is_wiped(player: Player):
         assert batch.logits().isfinite().all()
 
 
-def test_a_pass_that_cannot_be_recorded_is_run(capsys, player: Player):
+def test_a_pass_that_cannot_be_recorded_is_run(capsys, policy: LoadedPolicy):
     tried = []
 
     def refuses(run: Any, inputs: Any) -> Any:
         tried.append(inputs)
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    plain = player.sample(Sampling(9), batch_size=4, seed=2).responses
+    plain = policy.sample(Sampling(9), batch_size=4, seed=2).responses
     with use_recorder(refuses):
-        found = player.sample(Sampling(9), batch_size=4, seed=2).responses
+        found = policy.sample(Sampling(9), batch_size=4, seed=2).responses
     assert [one.tokens for one in found] == [one.tokens for one in plain]
     assert len(tried) == 1
     assert "goes on without a recorded pass: operation not permitted" in capsys.readouterr().err
 
 
-def test_memory_that_runs_out_while_recording_is_no_refusal(player: Player):
+def test_memory_that_runs_out_while_recording_is_no_refusal(policy: LoadedPolicy):
     """It goes where all such errors go: fewer rows, from the beginning."""
     sizes = []
 
@@ -221,10 +221,10 @@ def test_memory_that_runs_out_while_recording_is_no_refusal(player: Player):
         return run
 
     with use_recorder(too_much):
-        found = player.sample(Sampling(9), batch_size=4, seed=2).responses
+        found = policy.sample(Sampling(9), batch_size=4, seed=2).responses
     assert sizes[:2] == [4, 2]
     assert [one.tokens for one in found] == [
-        one.tokens for one in player.sample(Sampling(9), batch_size=2, seed=2).responses
+        one.tokens for one in policy.sample(Sampling(9), batch_size=2, seed=2).responses
     ]
 
 
@@ -238,20 +238,20 @@ def test_passes_are_recorded_on_a_gpu_where_one_asks_for_it(monkeypatch):
         assert recorder_for(torch.device("cuda")) is None
 
 
-def test_memory_grows_no_further_than_the_longest_row_s_end(player: Player):
+def test_memory_grows_no_further_than_the_longest_row_s_end(policy: LoadedPolicy):
     length = GROWTH * 2 + 5
-    batch = CacheSlots(player.model, 2, length - 1, torch.device("cpu"))
+    batch = CacheSlots(policy.model, 2, length - 1, torch.device("cpu"))
     taken = []
-    for index, _ in zip(range(length - 1), run(batch, player, length), strict=False):
+    for index, _ in zip(range(length - 1), run(batch, policy, length), strict=False):
         taken.append((index, batch.cache.layers[0].keys.shape[2]))
     capacities = sorted({columns for _, columns in taken})
     assert capacities == [GROWTH, 2 * GROWTH, length - 1]
 
 
-def run(batch: CacheSlots, player: Player, length: int) -> Any:
+def run(batch: CacheSlots, policy: LoadedPolicy, length: int) -> Any:
     """Token after token of one row; the other one has no prompt."""
-    logits = batch.prefill([player.prompts[0]], [0], [0])
-    for _ in range(length - 1 - len(player.prompts[0])):  # a column each
+    logits = batch.prefill([policy.prompts[0]], [0], [0])
+    for _ in range(length - 1 - len(policy.prompts[0])):  # a column each
         batch.append(torch.tensor([5]) if len(logits) == 1 else torch.tensor([5, 6]), [0] if len(logits) == 1 else None)
         logits = batch.logits()
         assert logits.isfinite().all()
@@ -275,7 +275,7 @@ def test_what_was_never_written_is_zero():
     assert not again[:, :, GROWTH:].any()
 
 
-def test_the_cache_is_gone_when_sampling_is_over(monkeypatch, player: Player):
+def test_the_cache_is_gone_when_sampling_is_over(monkeypatch, policy: LoadedPolicy):
     """At once, without the collector: the next phase begins with all memory."""
     kept = []
     make = sampler.make_decode_batch
@@ -289,7 +289,7 @@ def test_the_cache_is_gone_when_sampling_is_over(monkeypatch, player: Player):
     monkeypatch.setattr(sampler, "make_decode_batch", watched)
     gc.disable()
     try:
-        player.sample(Sampling(5), batch_size=2)
+        policy.sample(Sampling(5), batch_size=2)
         assert kept[0]() is None
     finally:
         gc.enable()

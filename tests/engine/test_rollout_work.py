@@ -13,27 +13,27 @@ from onecard.data.batches import TokenSequence, pack
 from onecard.models.build import load_roles
 from onecard.models.load import load_tokenizer
 from onecard.models.roles import Roles
-from onecard.rollout import Response, Sampling, end_tokens, sample_responses, sampler
+from onecard.rollout import Response, Sampling, find_stop_tokens, sample_responses, sampler
 from onecard.utils.errors import OnecardError
 from tests.engine.rollout_material import (
     TEXTS,
-    Player,
-    common_ends,
+    LoadedPolicy,
+    frequent_stop_tokens,
     load,
-    own_logprobs,
-    spied,
+    one_pass_logprobs,
+    recorded_shapes,
 )
 
 # --- work
 
 
-def test_finished_rows_leave_and_a_batch_ends_with_its_last_row(player, monkeypatch):
-    ends = common_ends(player)
+def test_finished_rows_leave_and_a_batch_ends_with_its_last_row(policy, monkeypatch):
+    ends = frequent_stop_tokens(policy)
 
     def passes() -> tuple[list[int], list[Response]]:
         torch.manual_seed(0)
-        with spied(player.model) as shapes:
-            found = player.sample(Sampling(80, 0.0), player.prompts * 2, stop_tokens=ends, batch_size=12).responses
+        with recorded_shapes(policy.model) as shapes:
+            found = policy.sample(Sampling(80, 0.0), policy.prompts * 2, stop_tokens=ends, batch_size=12).responses
         return [rows for rows, _ in shapes], list(found)
 
     rows, found = passes()
@@ -49,33 +49,33 @@ def test_finished_rows_leave_and_a_batch_ends_with_its_last_row(player, monkeypa
     assert sum(rows) < 0.7 * sum(all_rows)
 
 
-def test_only_the_last_row_of_a_prompt_gets_logits(player):
+def test_only_the_last_row_of_a_prompt_gets_logits(policy):
     widths = []
-    head = player.model.get_output_embeddings()
+    head = policy.model.get_output_embeddings()
     handle = head.register_forward_hook(lambda module, args, output: widths.append(output.shape[1]))
-    player.sample(Sampling(4))
+    policy.sample(Sampling(4))
     handle.remove()
     assert set(widths) == {1}
 
 
-def test_no_prompts_are_no_responses(player):
-    empty = player.sample(Sampling(4), [])
+def test_no_prompts_are_no_responses(policy):
+    empty = policy.sample(Sampling(4), [])
     assert empty.responses == ()
     assert empty.tokens_per_second == 0
 
 
-def test_an_empty_prompt_is_named(player):
+def test_an_empty_prompt_is_named(policy):
     with pytest.raises(OnecardError, match="prompt 1 has no tokens"):
-        player.sample(Sampling(4), [(5, 6), ()])
+        policy.sample(Sampling(4), [(5, 6), ()])
 
 
-def test_tokens_per_second_count_response_tokens(player):
-    found = player.sample(Sampling(7), stop_tokens=())
+def test_tokens_per_second_count_response_tokens(policy):
+    found = policy.sample(Sampling(7), stop_tokens=())
     assert found.seconds > 0
-    assert found.tokens_per_second == pytest.approx(7 * len(player.prompts) / found.seconds)
+    assert found.tokens_per_second == pytest.approx(7 * len(policy.prompts) / found.seconds)
 
 
-def test_the_bar_moves_with_each_response(player, monkeypatch):
+def test_the_bar_moves_with_each_response(policy, monkeypatch):
     """By a clock that ticks when it is looked at: each response adds its 7 tokens and one second, over all batches."""
 
     class Counting:
@@ -88,30 +88,30 @@ def test_the_bar_moves_with_each_response(player, monkeypatch):
     bar.rows = []
     ticks = itertools.count()
     monkeypatch.setattr(sampler.time, "perf_counter", lambda: float(next(ticks)))
-    found = player.sample(Sampling(7), stop_tokens=(), batch_size=4, bar=bar)
-    assert len(bar.rows) == len(player.prompts)
-    assert bar.rows == [{"time/tokens_per_second": 7.0}] * len(player.prompts)
-    assert found.seconds == len(player.prompts) + 1
+    found = policy.sample(Sampling(7), stop_tokens=(), batch_size=4, bar=bar)
+    assert len(bar.rows) == len(policy.prompts)
+    assert bar.rows == [{"time/tokens_per_second": 7.0}] * len(policy.prompts)
+    assert found.seconds == len(policy.prompts) + 1
 
 
 # --- the model is left as it was
 
 
-def trained(folder: Path, **settings: Any) -> Player:
+def trained(folder: Path, **settings: Any) -> LoadedPolicy:
     from onecard.config import SFTConfig
 
     config = SFTConfig(model=str(folder), dtype="float32", **settings)
     roles = load_roles(config, trained="policy", reference=True)
     tokenizer = load_tokenizer(config)
     prompts = tuple(tuple(tokenizer.encode(text)) for text in TEXTS)
-    return Player(roles, tokenizer, prompts, end_tokens(roles, tokenizer))
+    return LoadedPolicy(roles, tokenizer, prompts, find_stop_tokens(roles, tokenizer))
 
 
 @pytest.mark.parametrize("load_in_4bit", [False, True])
 def test_a_policy_in_training_is_sampled_in_evaluation_mode(tinystories, load_in_4bit):
     """With checkpointed layers in training mode there would be no cache; a 4-bit base must pass gradients after it."""
-    player = trained(tinystories, gradient_checkpointing=True, load_in_4bit=load_in_4bit, lora_r=4)
-    roles = player.roles.train()
+    policy = trained(tinystories, gradient_checkpointing=True, load_in_4bit=load_in_4bit, lora_r=4)
+    roles = policy.roles.train()
     lora = [weight for name, weight in roles.trained_parameters().items() if "lora_B" in name]
     torch.manual_seed(0)
     for weight in lora:
@@ -119,44 +119,44 @@ def test_a_policy_in_training_is_sampled_in_evaluation_mode(tinystories, load_in
     odd = next(module for module in roles.modules() if isinstance(module, torch.nn.Embedding))
     odd.eval()
     before = [module.training for module in roles.modules()]
-    with spied(player.model) as shapes:
-        found = player.sample(Sampling(12), stop_tokens=common_ends(player)).responses
+    with recorded_shapes(policy.model) as shapes:
+        found = policy.sample(Sampling(12), stop_tokens=frequent_stop_tokens(policy)).responses
     assert [module.training for module in roles.modules()] == before
     assert not odd.training
     assert all(columns == 1 for _, columns in shapes[1:])  # the cache was there
-    for prompt, response in zip(player.prompts, found, strict=True):
+    for prompt, response in zip(policy.prompts, found, strict=True):
         assert not response.logprobs.requires_grad
         torch.testing.assert_close(
-            response.logprobs, own_logprobs(player, prompt, response, 1.0), atol=1e-4, rtol=0
+            response.logprobs, one_pass_logprobs(policy, prompt, response, 1.0), atol=1e-4, rtol=0
         )  # the adapter's, too
-    mask = (False,) * len(player.prompts[0]) + (True,) * len(found[0].tokens)
-    sequence = pack([TokenSequence((*player.prompts[0], *found[0].tokens), mask)])
+    mask = (False,) * len(policy.prompts[0]) + (True,) * len(found[0].tokens)
+    sequence = pack([TokenSequence((*policy.prompts[0], *found[0].tokens), mask)])
     roles.logprobs(sequence, sequence.targets).sum().backward()
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in lora)
 
 
 def test_the_current_role_is_sampled(tinystories):
-    player = trained(tinystories, lora_r=4)
+    policy = trained(tinystories, lora_r=4)
     torch.manual_seed(0)
-    for name, weight in player.roles.trained_parameters().items():
+    for name, weight in policy.roles.trained_parameters().items():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.3)
-    policy = player.sample(Sampling(16, 0.0)).responses
-    with player.roles.active("reference"):
-        reference = player.sample(Sampling(16, 0.0)).responses
+    policy_responses = policy.sample(Sampling(16, 0.0)).responses
+    with policy.roles.active("reference"):
+        reference = policy.sample(Sampling(16, 0.0)).responses
     base = load(tinystories, dtype="float32").sample(Sampling(16, 0.0)).responses
     assert [response.tokens for response in reference] == [response.tokens for response in base]
-    assert [response.tokens for response in policy] != [response.tokens for response in reference]
+    assert [response.tokens for response in policy_responses] != [response.tokens for response in reference]
 
 
-def test_training_mode_returns_after_an_error_too(player):
-    player.roles.train()
+def test_training_mode_returns_after_an_error_too(policy):
+    policy.roles.train()
     try:
         with pytest.raises(IndexError):
-            player.sample(Sampling(4), [(999_999_999,)])
-        assert player.model.training
+            policy.sample(Sampling(4), [(999_999_999,)])
+        assert policy.model.training
     finally:
-        player.roles.eval()
+        policy.roles.eval()
 
 
 # --- other models
@@ -211,7 +211,7 @@ def test_every_kind_of_model_is_sampled_rightly(make):
     model = make().requires_grad_(False)
     roles = Roles(model, ("policy",), {"policy": None}, "packed").eval()
     prompts = [torch.randint(1, 60, (length,)).tolist() for length in (3, 9, 5, 12, 4, 7)]
-    with spied(model) as shapes:
+    with recorded_shapes(model) as shapes:
         found = sample_responses(roles, prompts, Sampling(24), stop_tokens=range(5), batch_size=6).responses
     assert len({rows for rows, _ in shapes}) > 2
     for prompt, response in zip(prompts, found, strict=True):

@@ -62,7 +62,7 @@ def finished(config: DPOConfig) -> Path:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in files.listing(folder)}
+    return {name: (folder / name).read_bytes() for name in files.list_files(folder)}
 
 
 # --- kills between two file operations

@@ -39,8 +39,8 @@ def test_opening_writes_nothing_and_beginning_a_whole_config(config):
 
 
 def test_the_default_folder_is_named_after_the_command():
-    assert run_folder.with_folder(DPOConfig(), "dpo").output_dir == "runs/dpo"
-    assert run_folder.with_folder(DPOConfig(output_dir="x"), "dpo").output_dir == "x"
+    assert run_folder.with_output_dir(DPOConfig(), "dpo").output_dir == "runs/dpo"
+    assert run_folder.with_output_dir(DPOConfig(output_dir="x"), "dpo").output_dir == "x"
 
 
 def test_a_folder_with_a_run_is_not_started_over_unasked(config):

@@ -15,7 +15,7 @@ from onecard.algorithms.common import Recipe
 from onecard.algorithms.dpo import losses
 from onecard.algorithms.dpo.losses import pair_reference
 from onecard.algorithms.reward import command as reward_command
-from onecard.algorithms.reward.kinds import collate, collate_sharing, reward_loss, rows
+from onecard.algorithms.reward.kinds import collate, collate_shared, example_size, reward_loss
 from onecard.config import DPOConfig, RewardConfig
 from onecard.data.batches import (
     LEAST_SHARED,
@@ -24,12 +24,12 @@ from onecard.data.batches import (
     ScoredSequence,
     TokenSequence,
     pack_pairs,
-    rows_sharing,
+    size_when_sharing,
 )
 from onecard.models.build import load_roles
 from onecard.models.micro_batching import MicroBatchSize, forward_budget
 from onecard.models.roles import Roles
-from onecard.training.metrics import add_up
+from onecard.training.metrics import sum_metrics
 from onecard.training.trainer import Objective, accumulate, micro_batches
 from onecard.utils.errors import OnecardError
 from onecard.utils.progress import progress
@@ -63,7 +63,7 @@ def learned(
     found = accumulate(objective, examples, cut or MicroBatchSize(len(examples)), roles.device)
     slopes = [p.grad.flatten() for p in roles.trained_parameters().values() if p.grad is not None]
     roles.zero_grad(set_to_none=True)
-    return add_up(found), torch.cat(slopes)
+    return sum_metrics(found), torch.cat(slopes)
 
 
 def assert_same(one: tuple, two: tuple) -> None:
@@ -140,12 +140,12 @@ def test_padding_free_off_shares_nothing(tiny_model):
 
 
 def test_rows_that_a_pair_takes():
-    assert [rows_sharing(item) for item in PAIRS] == [30 + 6, 20 + 6, 6 + 5, 26 + 7]
+    assert [size_when_sharing(item) for item in PAIRS] == [30 + 6, 20 + 6, 6 + 5, 26 + 7]
     for item in PAIRS:
-        assert rows_sharing(item) == pack_pairs([item], share_prompts=True).sequences.num_tokens
+        assert size_when_sharing(item) == pack_pairs([item], share_prompts=True).sequences.num_tokens
     short, enough = (pair(LONG[:length], [1], [2]) for length in (LEAST_SHARED - 1, LEAST_SHARED))
-    assert rows_sharing(short) == len(short)
-    assert rows_sharing(enough) == len(enough) - LEAST_SHARED
+    assert size_when_sharing(short) == len(short)
+    assert size_when_sharing(enough) == len(enough) - LEAST_SHARED
 
 
 def test_a_budget_counts_the_rows_that_are_run(fresh):
@@ -180,7 +180,7 @@ SCORED = [ScoredSequence(answer(LONG[:place], [5, 6]), float(place)) for place i
 
 def reward_objective(roles: Any, config: RewardConfig, *, share: bool) -> Objective[Any, Any]:
     return Objective(
-        collate_sharing if share else collate, len, lambda batch, n: (reward_loss(roles, batch, config, n),)
+        collate_shared if share else collate, len, lambda batch, n: (reward_loss(roles, batch, config, n),)
     )
 
 
@@ -188,9 +188,9 @@ def reward_objective(roles: Any, config: RewardConfig, *, share: bool) -> Object
 def test_reward_models_learn_the_same(tiny_model, examples, saved):
     config = RewardConfig(model=str(tiny_model))
     roles = moved(load_roles(config, trained="reward", scalar=True))
-    apart, shared = collate(examples).sequences, collate_sharing(examples).sequences
+    apart, shared = collate(examples).sequences, collate_shared(examples).sequences
     assert shared.num_tokens == apart.num_tokens - saved
-    assert shared.num_tokens == sum(map(rows, examples))
+    assert shared.num_tokens == sum(map(example_size, examples))
     assert (shared.shared is None) == (saved == 0)
     found = learned(roles, reward_objective(roles, config, share=True), examples)
     assert found[1].norm() > 0
@@ -198,7 +198,7 @@ def test_reward_models_learn_the_same(tiny_model, examples, saved):
 
 
 def test_every_answer_of_a_ranking_goes_on_from_its_first(tiny_model):
-    record = collate_sharing(RANKINGS)
+    record = collate_shared(RANKINGS)
     assert record.counts == (3, 2, 4)
     assert record.sequences.shared.spans == ((0, 0), (0, 30), (0, 30), (0, 0), (38, 56), *((0, 0),) * 4)
     assert collate(RANKINGS).counts == record.counts
@@ -278,7 +278,7 @@ def test_a_prompt_is_shared_only_as_far_as_it_is_one():
     """Prompts that differ at the end (cut to fit beside a long answer), and answers that begin alike."""
     one = TokenSequence((*LONG, 1, 2), (False,) * 30 + (True,) * 2)
     cut = TokenSequence((*LONG[5:], 1, 2), (False,) * 25 + (True,) * 2)
-    assert rows_sharing(PreferencePair(one, cut)) == len(one) + len(cut)
+    assert size_when_sharing(PreferencePair(one, cut)) == len(one) + len(cut)
     changed = TokenSequence((*LONG[:20], 99, 98, 1, 2), (False,) * 22 + (True,) * 2)
-    assert rows_sharing(PreferencePair(one, changed)) == len(one) + 4
-    assert rows_sharing(PreferencePair(one, one)) == len(one) + 2
+    assert size_when_sharing(PreferencePair(one, changed)) == len(one) + 4
+    assert size_when_sharing(PreferencePair(one, one)) == len(one) + 2

@@ -14,7 +14,7 @@ import torch
 from onecard.algorithms import reward
 from onecard.algorithms.supervised import make_schedule
 from onecard.config import TrainConfig
-from onecard.training.metrics import Window, add_up
+from onecard.training.metrics import MetricsWindow, sum_metrics
 from onecard.training.optim import make_optimizer, make_scheduler
 from onecard.training.trainer import Trainer
 from onecard.utils.errors import OnecardError
@@ -86,10 +86,10 @@ def test_schedule_by_hand():
 
 def test_metrics_of_micro_batches_add_up_and_of_steps_average():
     losses = [Loss(torch.tensor(0.25), {"a": torch.tensor(1.0)}), Loss(torch.tensor(0.5), {"a": torch.tensor(2.0)})]
-    assert add_up(losses) == {"loss": 0.75, "a": 3.0}
-    window = Window()
+    assert sum_metrics(losses) == {"loss": 0.75, "a": 3.0}
+    window = MetricsWindow()
     window.add({"loss": 1.0})
-    again = Window(**window.state())
+    again = MetricsWindow(**window.state())
     again.add({"loss": 2.0})
     again.add({"time": 3.0})  # of a step that had no loss
     assert again.take() == {"loss": 1.5, "time": 3.0}

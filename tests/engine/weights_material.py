@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onecard.config import DPOConfig, ModelConfig, RewardConfig
 from onecard.data.batches import TokenSequence, pack
-from onecard.models.build import load_player, load_roles
+from onecard.models.build import load_frozen_role, load_roles
 from onecard.models.load import load_tokenizer
 from onecard.models.roles import Roles
 
@@ -33,7 +33,7 @@ def by_role(roles: Roles, role: str = "policy") -> Tensor:
 
 def by_folder(folder: Path) -> Tensor:
     """Of a model, an adapter or a run."""
-    return by_role(load_player(ModelConfig(model=str(folder)), role="anyone"), "anyone")
+    return by_role(load_frozen_role(ModelConfig(model=str(folder)), role="anyone"), "anyone")
 
 
 def random_adapter(base: Path, folder: Path, role: str = "policy", **settings: Any) -> Path:

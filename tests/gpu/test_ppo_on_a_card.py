@@ -10,7 +10,7 @@ import torch
 from onecard.config import PPOConfig
 from onecard.models.build import load_ppo_roles
 from onecard.models.load import load_tokenizer
-from onecard.rollout import Sampling, end_tokens, sample_responses
+from onecard.rollout import Sampling, find_stop_tokens, sample_responses
 from onecard_kernels import gae, linear_ppo_loss, masked_whiten, value_loss
 from tests.gpu.card import CARD, DEVICE, card_only, sized
 
@@ -81,7 +81,7 @@ def test_nothing_of_the_rollout_stays_allocated(tiny_model):
     prompts = [(1, 5 + i, 7) for i in range(32)]
 
     def sample() -> None:
-        sample_responses(roles, prompts, Sampling(64), stop_tokens=end_tokens(roles, tokenizer), batch_size=32)
+        sample_responses(roles, prompts, Sampling(64), stop_tokens=find_stop_tokens(roles, tokenizer), batch_size=32)
 
     sample()
     before = torch.cuda.memory_allocated()

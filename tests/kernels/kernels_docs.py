@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"<!-- example: (\w+) -->\n```python\n(.*?)```", PAGE, re.DOTALL))
 B, T, D, V = 4, 9, 32, 61
-Names = dict[str, Any]
+Namespace = dict[str, Any]
 Leaves = dict[str, Tensor]
 
 
-def tokens(dtype: torch.dtype) -> tuple[Names, Leaves]:
+def tokens(dtype: torch.dtype) -> tuple[Namespace, Leaves]:
     hidden = torch.randn(B, T, D, dtype=dtype, requires_grad=True)
     weight = torch.randn(V, D, dtype=dtype, requires_grad=True)
     mask = (torch.rand(B, T) < 0.7).to(dtype)

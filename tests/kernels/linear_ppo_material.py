@@ -21,14 +21,14 @@ HEAD: dict[str, Any] = {"temperature": 0.7, "softcap": 5.0, "forbidden": torch.a
 
 
 @contextmanager
-def tiles(implementation: str) -> Iterator[None]:
+def use_small_tiles(implementation: str) -> Iterator[None]:
     """Tile sizes with several tiles and a remainder in tokens and vocabulary, and several blocks of rows per tile."""
     with pytest.MonkeyPatch.context() as patch, tuning.override(implementation=implementation, rows=7, columns=40):
         patch.setattr("onecard_kernels.logprob.rows.BLOCK_BYTES", 3 * 40 * 4)
         yield
 
 
-chunked_alone = pytest.mark.parametrize("small_tiles", ["chunked"], indirect=True)
+chunked_only = pytest.mark.parametrize("small_tiles", ["chunked"], indirect=True)
 
 
 def batch(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -40,30 +40,30 @@ def batch(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     logp = oracle.linear_logprobs(
         hidden.double(), weight.double(), targets, bias=bias.double(), mask=mask, **HEAD
     ).logprobs
-    d = torch.tensor([-0.6, -0.05, 0.04, 0.09, 0.5, 1.2]).double()[torch.arange(N) % 6]
-    junk = torch.where(mask, 0.0, NAN)
+    log_ratio = torch.tensor([-0.6, -0.05, 0.04, 0.09, 0.5, 1.2]).double()[torch.arange(N) % 6]
+    nan_where_masked = torch.where(mask, 0.0, NAN)
     out = torch.float64 if dtype == torch.float64 else torch.float32
     return {
         "hidden": hidden,
         "weight": weight,
         "bias": bias,
         "targets": targets,
-        "old_logprobs": (logp - d + junk).to(out),
-        "advantages": (torch.randn(N) + junk).to(out),
+        "old_logprobs": (logp - log_ratio + nan_where_masked).to(out),
+        "advantages": (torch.randn(N) + nan_where_masked).to(out),
         "mask": mask,
-        "ref_logprobs": (logp - torch.randn(N) + junk).to(out),
-        "weights": (torch.rand(N) + junk).to(out),
+        "ref_logprobs": (logp - torch.randn(N) + nan_where_masked).to(out),
+        "weights": (torch.rand(N) + nan_where_masked).to(out),
     }
 
 
 LEAVES = ("hidden", "weight", "bias")
 
 
-def composed(data: dict[str, Any], lp: Any = linear_logprobs, **kw: Any) -> Any:
+def composed(data: dict[str, Any], logprobs_function: Any = linear_logprobs, **kw: Any) -> Any:
     """`linear_logprobs` (or another `logprobs_function`), then `ppo_loss`."""
     names = ("hidden", "weight", "targets")
     mask, entropy_coef = data["mask"], kw.get("entropy_coef", 0.0)
-    policy = lp(
+    policy = logprobs_function(
         *(data[name] for name in names),
         **{"bias": data["bias"], "mask": mask, **HEAD},
         return_entropy=True,
@@ -74,7 +74,7 @@ def composed(data: dict[str, Any], lp: Any = linear_logprobs, **kw: Any) -> Any:
     return ppo_loss(policy.logprobs, *rest, entropy=policy.entropy, **more, **kw)
 
 
-def local(data: dict[str, Any], **kw: Any) -> Any:
+def fused(data: dict[str, Any], **kw: Any) -> Any:
     return linear_ppo_loss(**data, **HEAD, **kw)
 
 
@@ -90,4 +90,4 @@ def to(dtype: torch.dtype, data: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def eager(data: dict[str, Any], **kw: Any) -> Any:
-    return composed(data, lp=oracle.linear_logprobs, **kw)
+    return composed(data, logprobs_function=oracle.linear_logprobs, **kw)

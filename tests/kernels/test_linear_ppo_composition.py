@@ -18,19 +18,19 @@ from tests.kernels.linear_ppo_material import (
     D,
     V,
     batch,
-    chunked_alone,
+    chunked_only,
     composed,
     eager,
-    local,
+    fused,
     run,
-    tiles,
     to,
+    use_small_tiles,
 )
 
 
 @pytest.fixture(autouse=True, params=["chunked", "low_memory"])
 def small_tiles(request: pytest.FixtureRequest) -> Iterator[str]:
-    with tiles(request.param):
+    with use_small_tiles(request.param):
         yield request.param
 
 
@@ -53,7 +53,7 @@ def test_it_is_the_composition(dtype: torch.dtype, name: str, train: tuple[str, 
     truth, true_grads = run(eager, to(torch.float64, data), train, **kw)
     _, eager_grads = run(eager, data, train, **kw)
     parts, _ = run(composed, data, train, **kw)
-    got, grads = run(local, data, train, **kw)
+    got, grads = run(fused, data, train, **kw)
     fp64 = dtype == torch.float64
     # log-probabilities to 1e-5 nat, ratios up to 3.4, advantages up to 3
     assert_within(got.loss, truth.loss, 1e-12 if fp64 else 1e-4, "loss")
@@ -72,13 +72,13 @@ def test_it_is_the_composition(dtype: torch.dtype, name: str, train: tuple[str, 
 
 @pytest.mark.parametrize("train", [("hidden",), LEAVES], ids=["frozen", "trained"])
 @needs_triton
-@chunked_alone
+@chunked_only
 def test_triton_s_terms_in_the_same_sweep(small_tiles: str, train: tuple[str, ...]) -> None:
     data, kw = batch(), OPTIONS["all"]
     truth, true_grads = run(eager, to(torch.float64, data), train, **kw)
     _, eager_grads = run(eager, data, train, **kw)
     with tuning.override(implementation="chunked", rows=16):
-        got, grads = run(local, data, train, **kw, backend="triton")
+        got, grads = run(fused, data, train, **kw, backend="triton")
     assert_within(got.loss, truth.loss, 1e-4)
     for key, value in truth.metrics.items():
         assert_within(got.metrics[key], value, 1e-4, key)
@@ -107,7 +107,7 @@ def test_fp16_gradients_under_a_scaled_loss() -> None:
     data["advantages"] = data["advantages"] * 1e-6
     _, true_grads = run(eager, to(torch.float64, data), LEAVES)
     data = {**data, **{name: data[name].detach().clone().requires_grad_() for name in LEAVES}}
-    for fn in (composed, local):
+    for fn in (composed, fused):
         grads = torch.autograd.grad(fn(data).loss * 2.0**16, [data[name] for name in LEAVES])
         for mine, (name, true) in zip(grads, true_grads.items(), strict=True):
             bar = 4 * torch.finfo(torch.float16).eps * float(true.abs().max()) * 2.0**16

@@ -14,12 +14,12 @@ from onecard_kernels import linear_logprobs, linear_ppo_loss, ppo_loss
 from onecard_kernels.logprob import matmul, tuning
 from tests.closeness import assert_within
 from tests.kernels import oracle
-from tests.kernels.linear_ppo_material import EPS, HEAD, LEAVES, D, V, batch, chunked_alone, local, tiles
+from tests.kernels.linear_ppo_material import EPS, HEAD, LEAVES, D, V, batch, chunked_only, fused, use_small_tiles
 
 
 @pytest.fixture(autouse=True, params=["chunked", "low_memory"])
 def small_tiles(request: pytest.FixtureRequest) -> Iterator[str]:
-    with tiles(request.param):
+    with use_small_tiles(request.param):
         yield request.param
 
 
@@ -55,7 +55,7 @@ def counted() -> Iterator[list[tuple[str, int]]]:
     ],
 )
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.3])
-@chunked_alone
+@chunked_only
 def test_number_of_products(small_tiles: str, train: tuple[str, ...], names: list[str], entropy_coef: float) -> None:
     """Two with a frozen head, three with a trained one, with the entropy bonus in them; none in the backward."""
     data = batch()
@@ -64,7 +64,7 @@ def test_number_of_products(small_tiles: str, train: tuple[str, ...], names: lis
     valid = int(data["mask"].sum())
     with tuning.override(implementation="chunked", rows=1000):
         with counted() as forward:
-            loss = local(data, entropy_coef=entropy_coef).loss
+            loss = fused(data, entropy_coef=entropy_coef).loss
         assert [name for name, _ in forward] == names
         assert forward[0] == ("project", valid)
         with counted() as backward:
@@ -72,7 +72,7 @@ def test_number_of_products(small_tiles: str, train: tuple[str, ...], names: lis
                 loss.backward()
         assert backward == []
         with counted() as silent, torch.no_grad():
-            local(data, entropy_coef=entropy_coef)
+            fused(data, entropy_coef=entropy_coef)
         assert silent == [("project", valid)]
 
 
@@ -81,7 +81,7 @@ def test_low_memory_adds_one_product_for_the_entropy() -> None:
     data["hidden"].requires_grad_()
     for entropy_coef, names in ((0.0, ["project", "back"]), (0.3, ["project", "back", "back"])):
         with tuning.override(implementation="low_memory", rows=19, columns=66), counted() as calls:
-            local(data, entropy_coef=entropy_coef)
+            fused(data, entropy_coef=entropy_coef)
         assert [name for name, _ in calls] == names * 2  # two tiles
 
 
@@ -109,7 +109,7 @@ def clipped_batch(clipped: int, tokens: int = 32) -> dict[str, Tensor]:
     ],
 )
 @pytest.mark.parametrize("entropy", [False, True])
-@chunked_alone
+@chunked_only
 def test_tokens_without_a_coefficient_skip_the_second_product(
     small_tiles: str, clipped: int, rows: list[int], entropy: bool
 ) -> None:
@@ -121,7 +121,7 @@ def test_tokens_without_a_coefficient_skip_the_second_product(
     def go(worth: float) -> tuple[Tensor, list[int]]:
         leaf = data["hidden"].clone().requires_grad_()
         with tuning.override(implementation="chunked", rows=1000), pytest.MonkeyPatch.context() as patch:
-            patch.setattr("onecard_kernels.ppo.linear.WORTH_SKIPPING", worth)
+            patch.setattr("onecard_kernels.ppo.linear.LEAST_SHARE_TO_SKIP", worth)
             with counted() as calls:
                 loss = linear_ppo_loss(**{**data, "hidden": leaf}, mask=ones, **kw).loss
         return torch.autograd.grad(loss, leaf)[0], [n for name, n in calls if name == "back"]
@@ -174,7 +174,7 @@ def test_tokens_without_advantage_or_weight_cost_one_product(
 
 
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.2])
-@chunked_alone
+@chunked_only
 def test_moved_rows_over_several_chunks_and_blocks(small_tiles: str, entropy_coef: float) -> None:
     """Chunks that are idle, half idle and busy; blocks of three rows inside each; some tokens masked."""
     data = clipped_batch(20, 40)

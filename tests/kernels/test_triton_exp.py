@@ -58,7 +58,7 @@ def sweep(
         out = tile if dtype is None else torch.full(tile.shape, NAN, dtype=dtype)
         beside = torch.full(tile.shape, NAN, dtype=dtype or torch.float32) if spread else None
         part = head.columns(slice(start, stop))
-        triton_exp.exp_tile(tile, out, beside, y, start, state, part, TileOutputs(direction=True))
+        triton_exp.exp_tile(tile, out, beside, y, start, state, part, TileOutputs(exponentials=True))
         factor = state[slots.RESCALE].double().unsqueeze(1)
         if beside is not None:
             spreads = [(s + e * factor.log()) * factor for s, e in zip(spreads, outs, strict=True)]
@@ -196,7 +196,7 @@ def test_rows_apart_in_memory() -> None:
     wide, out = torch.randn(ROWS, 2 * V), torch.full((ROWS, V + 9), NAN)
     wide[:, 5 : V + 5] = z
     state = fresh(2 * ROWS)[:, :ROWS]
-    triton_exp.exp_tile(wide[:, 5 : V + 5], out[:, :V], None, y, 0, state, Head(), TileOutputs(direction=True))
+    triton_exp.exp_tile(wide[:, 5 : V + 5], out[:, :V], None, y, 0, state, Head(), TileOutputs(exponentials=True))
     like, expected, _ = sweep(z, y, Head(), [0, V], torch.float32)
     assert torch.equal(state[:-1], like[:-1])
     assert torch.equal(out[:, :V].double(), expected)

@@ -25,7 +25,7 @@ from onecard.models.roles import Roles
 from onecard.models.vocabulary import check_tokens
 from onecard.training import dry_run, run_folder
 from onecard.training.identity import supervised_identity
-from onecard.training.run_folder import Run, open_run, with_folder
+from onecard.training.run_folder import Run, open_run, with_output_dir
 from onecard.training.startup import check_decoding, check_model
 from onecard.training.trainer import Objective, Trainer
 from onecard.utils.errors import OnecardError
@@ -93,7 +93,7 @@ class Recipe(Generic[E, B]):
         None  # runs before step 0
     )
     sharing: Sharing[E, B] | None = None  # for models that pack
-    uncut: str = ""  # `Objective.uncut`
+    unsplittable: str = ""  # `Objective.unsplittable`
 
     def objective(self, roles: Roles) -> Objective[E, B]:
         """What a step minimises. Prompts are shared if the model runs packed batches."""
@@ -106,7 +106,7 @@ class Recipe(Generic[E, B]):
             self.count,
             lambda batch, normalizer: (self.loss(roles, batch, normalizer),),
             packing.size,
-            self.uncut,
+            self.unsplittable,
         )
 
 
@@ -173,7 +173,7 @@ def describe_adapter(roles: Roles, role: str, source: Path | None) -> str:
 
 def run_recipe(config: TrainConfig, recipe: Recipe[E, B]) -> Path:
     """A training command from valid settings to its exported weights. Nothing is written before all of it is loaded."""
-    config = with_folder(config, recipe.command)
+    config = with_output_dir(config, recipe.command)
     run = open_run(config)
     with head_chunks(config.head_chunk_tokens), template_date(run.date):
         tokenizer = load_tokenizer(config)

@@ -11,7 +11,7 @@ from onecard.data.batches import LabelledSequence, PreferencePair, TokenSequence
 from onecard.data.tokens import decode
 from onecard.models.roles import Roles
 from onecard.models.trunk import context_of, trunk_of
-from onecard.rollout import Response, Sampling, end_tokens, sample_responses, text_before_end
+from onecard.rollout import Response, Sampling, find_stop_tokens, sample_responses, text_before_end
 from onecard.utils.progress import Bar
 from onecard.utils.rng import seeded_rng
 
@@ -57,7 +57,7 @@ class HeldoutSamples:
                 roles,
                 prompts,
                 Sampling(config.eval_sample_length),
-                stop_tokens=end_tokens(roles, self.tokenizer),
+                stop_tokens=find_stop_tokens(roles, self.tokenizer),
                 batch_size=config.per_device_eval_batch_size,
                 bar=part,
             )

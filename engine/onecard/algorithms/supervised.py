@@ -14,7 +14,7 @@ from onecard.data import step_indices
 from onecard.data.batches import to_device
 from onecard.models.micro_batching import MicroBatchSize, TokenBudget, run_micro_batches
 from onecard.training import run_folder
-from onecard.training.metrics import add_up, per_kind
+from onecard.training.metrics import means_per_kind, sum_metrics
 from onecard.training.trainer import B, E, Objective, Trainer
 from onecard.utils.errors import OnecardError
 from onecard.utils.progress import Bar
@@ -57,7 +57,7 @@ def make_schedule(config: TrainConfig, num_examples: int) -> StepSchedule:
 class Supervised(Generic[E, B]):
     """A `Job`: each step is one optimizer step on the next examples."""
 
-    schedule_from = 0
+    first_schedule_step = 0
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class Supervised(Generic[E, B]):
 
             def read(indices: list[int]) -> list[Loss]:
                 batch = to_device(objective.collate([heldout[index] for index in indices]), weights.device)
-                with trainer.nan_means_diverged():
+                with trainer.nan_as_divergence():
                     found = list(objective.losses(batch, normalizer))
                 part.advance(by=len(indices))
                 return found
@@ -118,7 +118,7 @@ class Supervised(Generic[E, B]):
         losses = [loss for _, found in passes for loss in found]
         for sample in self.samples(bar) if self.samples else []:
             run_folder.log(trainer.run.folder, {"step": trainer.step, **sample}, run_folder.SAMPLES)
-        return per_kind(add_up(losses))
+        return means_per_kind(sum_metrics(losses))
 
     def counts(self, step: int) -> dict[str, int]:
         return {}

@@ -24,11 +24,11 @@ from onecard.data.columns import BadRowError, Text
 from onecard.data.template_answers import as_content
 from onecard.data.templates import template_date, today
 from onecard.data.tokens import REPLACEMENT, continuation_text
-from onecard.models.build import load_player
+from onecard.models.build import load_frozen_role
 from onecard.models.load import context_length, load_tokenizer
 from onecard.models.roles import Roles
 from onecard.models.vocabulary import check_tokens
-from onecard.rollout import Sampling, end_tokens, sample_responses
+from onecard.rollout import Sampling, find_stop_tokens, sample_responses
 from onecard.training.startup import check_decoding
 from onecard.utils.errors import OnecardError, nearest, visible
 from onecard.utils.progress import say
@@ -112,7 +112,7 @@ class Chat:
     def __init__(self, config: ChatConfig, roles: Roles, tokenizer: Any, room: int | None) -> None:
         self.roles, self.tokenizer, self.room = roles, tokenizer, room
         self.sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
-        self.ends = end_tokens(roles, tokenizer)
+        self.stop_tokens = find_stop_tokens(roles, tokenizer)
         self.begin = self.conversation = Conversation(config.system, template=bool(tokenizer.chat_template))
 
     def reset(self) -> None:
@@ -152,9 +152,9 @@ class Chat:
                 self.roles,
                 [prompt],
                 self.sampling,
-                stop_tokens=self.ends,
+                stop_tokens=self.stop_tokens,
                 batch_size=1,
-                on_token=lambda token: None if token in self.ends else stream.on_token(token),
+                on_token=lambda token: None if token in self.stop_tokens else stream.on_token(token),
             )
         text, messages = stream.end(), conversation.prompt()
         self.conversation = conversation.answered(
@@ -228,7 +228,7 @@ def run(config: ChatConfig) -> None:
     if config.system and not tokenizer.chat_template:
         raise OnecardError("system: the model's tokenizer has no chat template, so it knows no system message.")
     room = longest_prompt(config)
-    roles = load_player(config, role="policy")
+    roles = load_frozen_role(config, role="policy")
     check_tokens(roles.causal_model(), tokenizer, [])
     check_decoding(roles, min(CHECKED_TOKENS, config.max_new_tokens + (room or CHECKED_TOKENS)))
     chat = Chat(config, roles, tokenizer, room)

@@ -25,14 +25,14 @@ from onecard.data import Prompt, Row, load_rows, preference_examples, prompt_exa
 from onecard.data.batches import Episode, ResponseTargets, TokenBatch, TokenSequence
 from onecard.data.columns import TEMPLATE_COLUMNS, has
 from onecard.data.templates import template_date, today
-from onecard.models.build import check_is_policy, load_players, read_scalar_head, reward_adapter, same_base
+from onecard.models.build import check_is_policy, load_frozen_roles, read_scalar_head, reward_adapter, same_base
 from onecard.models.classifier import find_model_source
 from onecard.models.load import find_source, load_tokenizer
 from onecard.models.passes import per_token, sequence_passes
 from onecard.models.roles import Roles
 from onecard.models.vocabulary import check_tokens
 from onecard.rewards.scorer import Scorer, load_scorer, response_text
-from onecard.rollout import Sampling, end_tokens, make_episode, sample_responses
+from onecard.rollout import Sampling, find_stop_tokens, make_episode, sample_responses
 from onecard.training.startup import check_decoding, check_model
 from onecard.utils.errors import OnecardError
 from onecard.utils.progress import Bar, progress, say
@@ -130,7 +130,7 @@ def measure_answers(
             roles,
             [prompt.tokens for prompt in prompts],
             Sampling(config.response_length, config.temperature),
-            stop_tokens=end_tokens(roles, tokenizer),
+            stop_tokens=find_stop_tokens(roles, tokenizer),
             batch_size=config.local_rollout_forward_batch_size,
             bar=part,
             seed=config.seed,
@@ -205,13 +205,13 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         other = None
         if baseline is not None and other_base:
             check_same_tokens(config, tokenizer)
-            baseline_roles = load_players(
+            baseline_roles = load_frozen_roles(
                 replace(config, model=config.baseline), {"baseline": baseline.adapter}, {"baseline": "baseline"}
             )
             check_start(config, baseline_roles, material)
             other = measure_answers(baseline_roles, "baseline", material, config, bar, kl=False)
             del baseline_roles
-        roles = load_players(config, adapters, SETTINGS)
+        roles = load_frozen_roles(config, adapters, SETTINGS)
         if reward is not None:
             roles.heads["reward"] = read_scalar_head(roles, reward).requires_grad_(False)
         check_start(config, roles, material)

@@ -11,7 +11,7 @@ from onecard.commands.outputs import output_file
 from onecard.config import GenerateConfig, SamplingConfig
 from onecard.data import load_rows, prompt_examples, prompt_rows
 from onecard.data.templates import template_date, today
-from onecard.models.build import load_player
+from onecard.models.build import load_frozen_role
 from onecard.models.load import context_length, load_tokenizer
 from onecard.models.vocabulary import check_tokens
 from onecard.rollout import Sampling, generate
@@ -42,7 +42,7 @@ def run(config: GenerateConfig) -> None:
     for note in tokenized.notes:
         say(f"data: {note}")
     prompts = [prompt for prompt in tokenized.examples for _ in range(config.num_generations)]
-    roles = load_player(config, role="policy")
+    roles = load_frozen_role(config, role="policy")
     check_tokens(roles.causal_model(), tokenizer, [prompt.tokens for prompt in prompts])
     check_decoding(roles, max(len(prompt.tokens) for prompt in prompts) + config.max_new_tokens)
     torch.manual_seed(config.seed)

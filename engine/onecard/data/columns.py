@@ -52,7 +52,7 @@ def check_no_images(values: Mapping[str, Any]) -> None:
 def column(values: Mapping[str, Any], name: str) -> Any:
     """A column's value. Raises BadRowError if the column is missing or null."""
     if name not in values:
-        raise BadRowError(f"no column '{name}'; {there_are(values)}{nearest(name, unused(values))}")
+        raise BadRowError(f"no column '{name}'; {columns_present(values)}{nearest(name, unused(values))}")
     if values[name] is None:
         raise BadRowError(f"{name} is null")
     return values[name]
@@ -216,7 +216,7 @@ def must_answer(name: str, text: Text) -> None:
         raise BadRowError(f"{name}: expected to open and end with the assistant's message, got {roles}")
 
 
-def there_are(values: Mapping[str, Any]) -> str:
+def columns_present(values: Mapping[str, Any]) -> str:
     """The columns that a row has, for error messages."""
     present = [str(name) for name in values if has(values, name)]
     if not present:

@@ -27,6 +27,7 @@ from onecard.data.columns import (
     Text,
     as_text,
     column,
+    columns_present,
     has,
     is_chat,
     must_answer,
@@ -34,7 +35,6 @@ from onecard.data.columns import (
     must_match,
     number,
     text_or_messages,
-    there_are,
     truth,
     unused,
 )
@@ -120,10 +120,10 @@ def sft_row(row: Row) -> SFTRow:
         return make(values)
     null = [name for columns in SFT_KINDS for name in columns if name in values]
     if null:
-        others = f"; {there_are(values)}" if any(has(values, str(name)) for name in values) else ""
+        others = f"; {columns_present(values)}" if any(has(values, str(name)) for name in values) else ""
         raise BadRowError(f"{', '.join(null)} {'is' if len(null) == 1 else 'are'} null{others}")
     near = next(filter(None, (nearest(name, unused(values)) for name in ("messages", "text"))), "")
-    raise BadRowError(f"no column 'messages', 'prompt' + 'completion', or 'text'; {there_are(values)}{near}")
+    raise BadRowError(f"no column 'messages', 'prompt' + 'completion', or 'text'; {columns_present(values)}{near}")
 
 
 def preference_row(row: Row) -> PreferenceRow:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from onecard.models.load import check_finite, listed
+from onecard.models.load import check_finite, join_names
 from onecard.utils.errors import OnecardError, reason
 
 ADAPTER_SETTINGS, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -248,8 +248,8 @@ def check_tensors(expected: Mapping[str, Tensor], stored: Mapping[str, Tensor], 
     """Raise unless a file has exactly the tensors of the model's adapter, with the same shapes."""
     missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
     if missing or unknown:
-        parts = [f"has no {listed(missing)}"] if missing else []
-        parts += [f"has {listed(unknown)}, which the model has no place for"] if unknown else []
+        parts = [f"has no {join_names(missing)}"] if missing else []
+        parts += [f"has {join_names(unknown)}, which the model has no place for"] if unknown else []
         raise OnecardError(f"{where} does not fit the model: it {', and it '.join(parts)}.")
     for key, tensor in expected.items():
         if tensor.shape != stored[key].shape:

@@ -109,14 +109,14 @@ def reference_adapter(config: TrainConfig) -> Path | None:
     return source.adapter
 
 
-def check_no_adapter(config: TrainConfig, *, adapter: bool) -> None:
+def check_full_training(config: TrainConfig, *, adapter: bool) -> None:
     """Raise if all weights are to be trained, but `config.model` is an adapter (`adapter` is True)."""
     if adapter and not config.use_peft:
         name = find_source(config.model).adapter
         raise OnecardError(f"use_peft: all weights cannot be trained on the adapter {name}; leave --no_use_peft out.")
 
 
-def check_precision(roles: Roles) -> None:
+def check_no_float16(roles: Roles) -> None:
     """Raise if trained weights are float16, as an adapter's `modules_to_save` may be."""
     parameters = roles.trained_parameters()
     name = next((name for name, parameter in parameters.items() if parameter.dtype == torch.float16), None)
@@ -134,17 +134,17 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
     source = find_source(config.model)
     if not scalar:
         check_is_policy(source)
-    check_no_adapter(config, adapter=source.adapter is not None)
+    check_full_training(config, adapter=source.adapter is not None)
     setup = supervised_setup(
         config, trained=trained, reference=reference, scalar=scalar, from_adapter=source.adapter is not None
     )
-    roles = load_setup(config, setup, policy_folders(config, setup))
+    roles = load_base_with_adapters(config, setup, adapter_folders(config, setup))
     if scalar:
         if source.adapter is not None:
             check_no_head_adapter(roles, trained, source.adapter)
         folder = source.adapter or Path(source.base)
         continued = (folder / HEAD_WEIGHTS).is_file()  # training continues a reward model
-        head = read_scalar_head(roles, folder) if continued else scalar_head(*head_shape(roles))
+        head = read_scalar_head(roles, folder) if continued else scalar_head(*head_arguments(roles))
         activation: Activation = config.score_activation if isinstance(config, RewardConfig) else "none"
         if continued and head.activation != activation:
             raise OnecardError(
@@ -156,7 +156,7 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
     return roles
 
 
-def policy_folders(config: TrainConfig, setup: RoleSetup) -> AdapterFolders:
+def adapter_folders(config: TrainConfig, setup: RoleSetup) -> AdapterFolders:
     """The folders of the trained role's adapter and of the reference's, where settings name them."""
     source, ref_adapter = find_source(config.model).adapter, reference_adapter(config)
     folders: AdapterFolders = {}
@@ -167,7 +167,7 @@ def policy_folders(config: TrainConfig, setup: RoleSetup) -> AdapterFolders:
     return folders
 
 
-def load_setup(config: TrainConfig, setup: RoleSetup, folders: AdapterFolders) -> Roles:
+def load_base_with_adapters(config: TrainConfig, setup: RoleSetup, folders: AdapterFolders) -> Roles:
     """The base and the adapters of `setup`, without scalar heads."""
     base = load_base(config, train_all=not config.use_peft)
     reference = copy.deepcopy(base).requires_grad_(False) if setup.reference_copy else None
@@ -175,7 +175,7 @@ def load_setup(config: TrainConfig, setup: RoleSetup, folders: AdapterFolders) -
     roles = Roles(model, setup.trained, dict(setup.adapters), "packed" if config.padding_free else "padded")
     is_new = bool(setup.roles_by_adapter().keys() - folders.keys())
     roles.left_out = targets.left_out if targets and is_new else ()
-    check_precision(roles)
+    check_no_float16(roles)
     apply_memory_options(roles, config)
     if reference is not None:
         roles.copies["reference"] = reference
@@ -192,14 +192,14 @@ def check_no_head_adapter(roles: Roles, role: str, folder: Path) -> None:
         )
 
 
-def head_shape(roles: Roles) -> tuple[int, torch.device]:
+def head_arguments(roles: Roles) -> tuple[int, torch.device]:
     """The arguments of `scalar_head` for a model: input size and device."""
     return roles.head().weight.shape[1], roles.device  # not config.hidden_size: some models project before the head
 
 
 def read_scalar_head(roles: Roles, folder: Path) -> ScalarHead:
     """The scalar head in a reward model's folder."""
-    head = scalar_head(*head_shape(roles))
+    head = scalar_head(*head_arguments(roles))
     try:
         head.read(folder / HEAD_WEIGHTS)
     except Exception as error:  # a damaged file: the parsers raise different exceptions
@@ -219,18 +219,18 @@ def load_ppo_roles(config: PPOConfig) -> Roles:
     scorers = {role: reward_adapter(config, setting) for role, setting in SCORER_SETTINGS.items()}
     frozen = {role: folder for role, folder in scorers.items() if folder is not None}
     setup = ppo_setup(config, frozen, from_adapter=source.adapter is not None)
-    folders = policy_folders(config, setup) | {role: (SCORER_SETTINGS[role], frozen[role]) for role in frozen}
+    folders = adapter_folders(config, setup) | {role: (SCORER_SETTINGS[role], frozen[role]) for role in frozen}
     separate_critic = config.has_critic and config.critic == "adapter"
     critic_init = frozen.get("reward") if separate_critic and config.value_init == "reward" else None
     if critic_init is not None:
         folders["value"] = (SCORER_SETTINGS["reward"], critic_init)
-    roles = load_setup(config, setup, folders)
+    roles = load_base_with_adapters(config, setup, folders)
     for role, folder in frozen.items():
         roles.heads[role] = read_scalar_head(roles, folder).requires_grad_(False)
     if critic_init is not None:
         roles.heads["value"] = read_scalar_head(roles, critic_init).as_critic()
     elif config.has_critic:
-        head = scalar_head(*head_shape(roles))
+        head = scalar_head(*head_arguments(roles))
         nn.init.zeros_(head.weight)
         roles.heads["value"] = head
     return roles
@@ -271,7 +271,7 @@ def same_base(first: Source, second: Source) -> bool:
     return os.path.realpath(first.base) == os.path.realpath(second.base)
 
 
-def load_player(config: ModelConfig, *, role: str, head: bool = False) -> Roles:
+def load_frozen_role(config: ModelConfig, *, role: str, head: bool = False) -> Roles:
     """One frozen role for generating or scoring, from the model or adapter that `config.model` names.
 
     `head`: with the scalar head in its folder.
@@ -279,7 +279,7 @@ def load_player(config: ModelConfig, *, role: str, head: bool = False) -> Roles:
     source = find_source(config.model)
     if role == "policy":
         check_is_policy(source)
-    roles = load_players(config, {role: source.adapter})
+    roles = load_frozen_roles(config, {role: source.adapter})
     if head:
         folder = source.adapter or Path(source.base)
         if not (folder / HEAD_WEIGHTS).is_file():
@@ -295,7 +295,7 @@ def check_is_policy(source: Source, setting: str = "model") -> None:
             raise OnecardError(f"{setting}: {folder} is a reward model, which scores texts and writes none.")
 
 
-def load_players(
+def load_frozen_roles(
     config: ModelConfig, adapters: Mapping[str, Path | None], settings: Mapping[str, str] | None = None
 ) -> Roles:
     """Frozen roles on the base of `config.model`. `adapters`: role -> its adapter folder, or None for the base.

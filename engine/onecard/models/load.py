@@ -46,7 +46,7 @@ class LoadReport(logging.Filter):
 load_report = LoadReport()
 logging.getLogger("transformers.modeling_utils").addFilter(load_report)
 # Endings of architecture names that are not causal language models -> what such a model does, for the error message
-OTHER_MODELS = {
+NON_CAUSAL_MODELS = {
     "ForSequenceClassification": "which classifies texts",
     "ForTokenClassification": "which classifies tokens",
     "ForQuestionAnswering": "which marks answers in texts",
@@ -54,7 +54,7 @@ OTHER_MODELS = {
     "ForMaskedLM": "which fills gaps in texts",
     "ForNextSentencePrediction": "which compares texts",
 }
-LISTED = 3  # number of weights named in an error message
+NUM_LISTED = 3  # number of weights named in an error message
 FULL_PRECISION = "full_precision"  # attribute of a 16-bit parameter: the float32 tensor that it was rounded from
 
 
@@ -186,7 +186,7 @@ def pick_attention(config: ModelConfig, dtype: torch.dtype) -> str | None:
 
 # (model type, setting) pairs that `without_dropout` keeps, because evaluation mode reads them too: PhiMoE's routing
 # depends on its jitter value. The startup check detects the noise.
-READ_IN_EVALUATION = {("phimoe", "router_jitter_noise")}
+KEPT_NOISE = {("phimoe", "router_jitter_noise")}
 
 
 def is_dropout(name: object, value: object) -> bool:
@@ -206,7 +206,7 @@ def without_dropout(model_config: Any) -> Any:
     for name, value in list(vars(model_config).items()):
         if isinstance(value, PretrainedConfig):
             without_dropout(value)
-        elif is_dropout(name, value) and (getattr(model_config, "model_type", ""), name) not in READ_IN_EVALUATION:
+        elif is_dropout(name, value) and (getattr(model_config, "model_type", ""), name) not in KEPT_NOISE:
             setattr(model_config, name, type(value)(0))
     return model_config
 
@@ -231,20 +231,20 @@ def save_model(model: Any, folder: Path) -> None:
     model.save_pretrained(str(folder))
     path = folder / "config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    put_back(settings, getattr(model, "dropouts", {}))
+    restore_settings(settings, getattr(model, "dropouts", {}))
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def put_back(settings: dict[str, Any], values: Mapping[str, Any]) -> None:
+def restore_settings(settings: dict[str, Any], values: Mapping[str, Any]) -> None:
     """Overwrite the entries of `settings` that `values` has too, including nested ones."""
     for name, value in values.items():
         if isinstance(value, Mapping) and isinstance(settings.get(name), dict):
-            put_back(settings[name], value)
+            restore_settings(settings[name], value)
         elif name in settings:
             settings[name] = value
 
 
-def keep_differentiable(model: Any) -> Any:
+def disable_cpu_repacking(model: Any) -> Any:
     """Disable the inference-only weight layout of bitsandbytes on CPU. Returns the model.
 
     On a CPU with AVX512-BF16, a 4-bit layer that runs once in evaluation mode repacks its weights permanently. From
@@ -269,24 +269,24 @@ def model_class(settings: Any) -> Any:
     return AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
 
 
-def check_writes(settings: Any, where: str) -> None:
+def check_causal_lm(settings: Any, where: str) -> None:
     """Raise if a config is not that of a causal LM. transformers may load some of its weights into one."""
     for name in settings.architectures or []:
-        for ending, purpose in OTHER_MODELS.items():
+        for ending, purpose in NON_CAUSAL_MODELS.items():
             if name.endswith(ending):
                 raise OnecardError(f"{where} is a {name}, {purpose}; expected a causal language model.")
     if getattr(settings, "is_encoder_decoder", False):
         raise OnecardError(f"{where} is an encoder with a decoder; expected a causal language model.")
 
 
-def listed(names: Sequence[str]) -> str:
+def join_names(names: Sequence[str]) -> str:
     """Join the first three names, and count the others.
 
     >>> listed(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
     """
-    shown = ", ".join(names[:LISTED])
-    return f"{shown} and {len(names) - LISTED} more" if len(names) > LISTED else shown
+    shown = ", ".join(names[:NUM_LISTED])
+    return f"{shown} and {len(names) - NUM_LISTED} more" if len(names) > NUM_LISTED else shown
 
 
 def check_weights(model: Any, info: Mapping[str, Any], where: str) -> None:
@@ -307,8 +307,8 @@ def check_weights(model: Any, info: Mapping[str, Any], where: str) -> None:
         name, stored, expected = shapes[0]
         raise OnecardError(f"{where}: its {name} is {list(stored)}, expected {list(expected)} by its config.")
     if missing or unexpected:
-        parts = [f"has no weights for {listed(missing)}"] if missing else []
-        parts += [f"has weights that its config has no place for: {listed(unexpected)}"] if unexpected else []
+        parts = [f"has no weights for {join_names(missing)}"] if missing else []
+        parts += [f"has weights that its config has no place for: {join_names(unexpected)}"] if unexpected else []
         raise OnecardError(f"{where} {', and '.join(parts)}.")
 
 
@@ -325,7 +325,7 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     finite = extremes.isfinite().view(-1, 2).all(1).tolist()
     wrong = [name for name, is_finite in zip(floating, finite, strict=True) if not is_finite]
     if wrong:
-        raise OnecardError(f"{where} has weights that are NaN or infinite: {listed(wrong)}.")
+        raise OnecardError(f"{where} has weights that are NaN or infinite: {join_names(wrong)}.")
 
 
 # Endings of buffers in files of earlier transformers versions: masks, rotary frequencies, OPT's version.
@@ -363,8 +363,8 @@ def load_base(config: ModelConfig, *, train_all: bool = False) -> Any:
     load_report.unconverted = ()
     try:
         settings = AutoConfig.from_pretrained(base, **remote)
-        check_writes(settings, where)
-        own_dropouts = dropouts(settings.to_dict())
+        check_causal_lm(settings, where)
+        original_dropouts = dropouts(settings.to_dict())
         with packing_experts(config.load_in_4bit) as faults:
             model, info = model_class(settings).from_pretrained(
                 base,
@@ -383,7 +383,7 @@ def load_base(config: ModelConfig, *, train_all: bool = False) -> Any:
         if is_out_of_memory(error):  # the command line adds advice
             raise
         if load_report.unconverted:
-            names = listed(load_report.unconverted)
+            names = join_names(load_report.unconverted)
             raise OnecardError(f"{where} has not all parts of {names}, or they differ in shape.") from error
         raise OnecardError(f"model: cannot load '{base}': {reason(error)}") from error
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers has put the adapter on its base
@@ -397,9 +397,9 @@ def load_base(config: ModelConfig, *, train_all: bool = False) -> Any:
         unpack_in_passes(model)
     if train_all and getattr(model, "quantization_method", None) is not None:
         raise OnecardError(f"use_peft: all weights cannot be trained, for {where} is stored quantized.")
-    model.dropouts = own_dropouts  # for `save_model`
+    model.dropouts = original_dropouts  # for `save_model`
     if train_all and dtype.itemsize < 4:
         keep_full_precision(model, base, settings, remote)
     if config.attn_implementation == "auto":
         use_own_attention(model)
-    return keep_differentiable(model).requires_grad_(train_all)
+    return disable_cpu_repacking(model).requires_grad_(train_all)

@@ -32,15 +32,15 @@ def per_token(
     episodes: Sequence[Episode],
     read: Callable[[TokenBatch, ResponseTargets], Tensor],
     size: int | TokenBudget,
-    beyond: int = 0,
+    extra: int = 0,
 ) -> list[Tensor]:
     """The results of `read` for each episode's response tokens under a role, on the CPU, in the episodes' order.
 
-    `read` returns one number per response token, then `beyond` more numbers, for each episode.
+    `read` returns one number per response token, then `extra` more numbers, for each episode.
     """
 
     def pieces(batch: TokenBatch) -> list[Tensor]:
-        lengths = [count + beyond for count in batch.num_targets]
+        lengths = [count + extra for count in batch.num_targets]
         # clone: a view would keep the tensor of the whole batch alive
         return [piece.clone() for piece in read(batch, batch.targets).cpu().split(lengths)]
 

@@ -13,7 +13,7 @@ from onecard.models.micro_batching import TokenBudget
 from onecard.models.passes import sequence_passes
 from onecard.models.roles import Roles
 from onecard.rewards.answers import RewardInput
-from onecard.rollout import end_tokens, tokens_before_end
+from onecard.rollout import find_stop_tokens, tokens_before_end
 
 
 def score(
@@ -53,13 +53,13 @@ class AdapterReward:
     role: str
 
     def __call__(self, inputs: RewardInput) -> list[float]:
-        ends = end_tokens(inputs.roles, inputs.tokenizer)
+        stop_tokens = find_stop_tokens(inputs.roles, inputs.tokenizer)
         answers = zip(inputs.prompts, inputs.episodes, strict=True)
-        sequences = [closed_answer(prompt, episode, inputs.tokenizer, ends) for prompt, episode in answers]
+        sequences = [closed_answer(prompt, episode, inputs.tokenizer, stop_tokens) for prompt, episode in answers]
         return score_sequences(inputs.roles, sequences, batch_size=inputs.batch_size, role=self.role)
 
 
-def closed_answer(prompt: Prompt, episode: Episode, tokenizer: Any, ends: Collection[int]) -> TokenSequence:
+def closed_answer(prompt: Prompt, episode: Episode, tokenizer: Any, stop_tokens: Collection[int]) -> TokenSequence:
     """Prompt and answer, ending with the closing token of the reward model's training answers.
 
     The reward model is trained to score at that token. An answer that was cut, or that another token ended, would be
@@ -70,7 +70,7 @@ def closed_answer(prompt: Prompt, episode: Episode, tokenizer: Any, ends: Collec
     last = episode.response[-1]
     if last == closing or (chat and last in answer_ends(tokenizer).chat):
         return episode.sequence
-    stopped = bool(episode.stop) or last in ends
+    stopped = bool(episode.stop) or last in stop_tokens
     body = tokens_before_end(tokenizer, episode.prompt_tokens, episode.response, finished=stopped, stop=episode.stop)
     tokens = (*episode.prompt_tokens, *body, closing)
     return TokenSequence(tokens, (False,) * len(episode.prompt_tokens) + (True,) * (len(body) + 1))

@@ -31,12 +31,12 @@ class ClassifierReward:
             for prompt, answer in zip(inputs.prompts, answers, strict=True)
         ]
         limit = self.classifier.limit
-        cut = sum(text["truncated"] for text in texts)
-        if cut and not self.warned:
+        truncated = sum(text["truncated"] for text in texts)
+        if truncated and not self.warned:
             self.warned = True
             say(
-                f"{self.setting}: {cut} of {len(texts)} texts are longer than the {limit} tokens that the classifier "
-                "reads, so their beginning is cut off. Later ones are cut without a message."
+                f"{self.setting}: {truncated} of {len(texts)} texts are longer than the {limit} tokens that the "
+                "classifier reads, so their beginning is cut off. Later ones are cut without a message."
             )
         return self.classifier.values([text["inputs"] for text in texts], inputs.batch_size)
 
@@ -46,22 +46,22 @@ class ClassifierReward:
         `policy_tokenizer`: its chat template rendered the prompt. Raises OnecardError if the text has no token.
         """
         tokenizer, limit = self.classifier.tokenizer, self.classifier.limit
-        templated = prompt.messages is not None and bool(tokenizer.chat_template)
+        uses_template = prompt.messages is not None and bool(tokenizer.chat_template)
         text = (
-            self.conversation(prompt, answer, policy_tokenizer)
-            if templated
+            self.rendered_chat(prompt, answer, policy_tokenizer)
+            if uses_template
             else (prompt.text + answer).removeprefix(self.prefix)
         )
         # verbose=False: no warning about long texts, which are truncated below
-        inputs = tokenizer(text, add_special_tokens=not templated, verbose=False)
-        cut = limit is not None and len(inputs["input_ids"]) > limit
-        if cut:
-            inputs = tokenizer(text, add_special_tokens=not templated, truncation=True, max_length=limit)
+        inputs = tokenizer(text, add_special_tokens=not uses_template, verbose=False)
+        truncated = limit is not None and len(inputs["input_ids"]) > limit
+        if truncated:
+            inputs = tokenizer(text, add_special_tokens=not uses_template, truncation=True, max_length=limit)
         if not inputs["input_ids"]:
             raise OnecardError(f"{self.setting}: its tokenizer makes no token of {text[:80]!r}.")
-        return {"inputs": inputs, "truncated": cut}
+        return {"inputs": inputs, "truncated": truncated}
 
-    def conversation(self, prompt: Prompt, answer: str, policy_tokenizer: Any = None) -> str:
+    def rendered_chat(self, prompt: Prompt, answer: str, policy_tokenizer: Any = None) -> str:
         """The chat, rendered by the classifier's own template."""
         content = as_content(answer, prompt.messages or (), policy_tokenizer, prompt.arguments)
         reply = {"role": "assistant", "content": content}

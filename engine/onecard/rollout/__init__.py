@@ -25,7 +25,7 @@ from onecard.rollout.sampler import (
     sample_responses,
     sampling_budget,
 )
-from onecard.rollout.stop_tokens import StopStrings, end_tokens, stop_ids, text_before_end, tokens_before_end
+from onecard.rollout.stop_tokens import StopStrings, find_stop_tokens, stop_ids, text_before_end, tokens_before_end
 from onecard.rollout.token_sampling import Sampling, logits_warpers, sample_token, uniforms_of
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
     "Sampling",
     "StopStrings",
     "decoding_modes",
-    "end_tokens",
+    "find_stop_tokens",
     "generate",
     "logits_warpers",
     "make_decode_batch",

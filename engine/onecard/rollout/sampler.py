@@ -19,7 +19,7 @@ from onecard.models.micro_batching import MicroBatchSize, RetryMessages, TokenBu
 from onecard.models.roles import Roles
 from onecard.models.trunk import evaluating, rotation_limit, trunk_of
 from onecard.rollout.decode_batch import DecodeBatch, PaddedBatch, UncachedBatch, cache_argument
-from onecard.rollout.stop_tokens import StopStrings, end_tokens, text_before_end
+from onecard.rollout.stop_tokens import StopStrings, find_stop_tokens, text_before_end
 from onecard.rollout.token_sampling import NOT_FINITE, Sampling, logits_warpers, sample_token, uniforms_of
 from onecard.utils.errors import OnecardError
 from onecard.utils.progress import Bar, progress
@@ -279,7 +279,7 @@ def generate(
             roles,
             [prompt.tokens for prompt in prompts],
             sampling,
-            stop_tokens=end_tokens(roles, tokenizer),
+            stop_tokens=find_stop_tokens(roles, tokenizer),
             batch_size=batch_size,
             bar=bar,
         )

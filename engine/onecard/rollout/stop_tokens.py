@@ -16,15 +16,15 @@ BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's name of a byte toke
 CONTEXT_TOKENS = 8  # decoded before the window that is searched: a decoder may change the first tokens of a text
 
 
-def end_tokens(roles: Roles, tokenizer: Any, stop: Sequence[str] = ()) -> frozenset[int]:
+def find_stop_tokens(roles: Roles, tokenizer: Any, stop: Sequence[str] = ()) -> frozenset[int]:
     """Every token id that ends a response.
 
     These are the tokenizer's EOS, the EOS ids of the model's generation config (chat models have several), the token
     with which the chat template closes answers, and the `stop` texts that are a single token.
     """
     eos_ids = getattr(getattr(roles.causal_model(), "generation_config", None), "eos_token_id", None)
-    ends = {*answer_ends(tokenizer).ids, *([eos_ids] if isinstance(eos_ids, int) else eos_ids or [])}
-    return frozenset(ends.union(*(stop_ids(text, tokenizer) for text in stop)))
+    stop_tokens = {*answer_ends(tokenizer).ids, *([eos_ids] if isinstance(eos_ids, int) else eos_ids or [])}
+    return frozenset(stop_tokens.union(*(stop_ids(text, tokenizer) for text in stop)))
 
 
 def stop_ids(text: str, tokenizer: Any) -> set[int]:

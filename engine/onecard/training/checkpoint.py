@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from onecard.utils.errors import OnecardError, reason
-from onecard.utils.files import digest, listing, remove_files, replace_folder
+from onecard.utils.files import digest, list_files, remove_files, replace_folder
 
 MANIFEST = "manifest.json"
 TRAINING = "training.pt"
@@ -88,7 +88,7 @@ def write_checkpoint(
             "run": run,
             "step": step,
             "rows": {name: first_rows(run_dir / name) for name in logs},
-            "files": {name: [(folder / name).stat().st_size, digest(folder / name)] for name in listing(folder)},
+            "files": {name: [(folder / name).stat().st_size, digest(folder / name)] for name in list_files(folder)},
         }
         (folder / MANIFEST).write_text(json.dumps(manifest))
 
@@ -105,7 +105,7 @@ def remove_old_checkpoints(run_dir: Path, step: int, *, run: str, keep: int) -> 
     for old in own[keep:]:
         remove_checkpoint(old)
     for folder in upto:
-        if folder.is_dir() and not listing(folder):
+        if folder.is_dir() and not list_files(folder):
             remove_files(folder, ())
 
 
@@ -165,7 +165,7 @@ def newest_checkpoint(run_dir: Path, run: str) -> tuple[Checkpoint | None, tuple
     for folder in checkpoint_folders(run_dir):
         manifest = read_manifest(folder)
         if manifest is None or not is_whole(folder, manifest):
-            damaged += [folder] if listing(folder) else []  # an empty one is left of a removal
+            damaged += [folder] if list_files(folder) else []  # an empty one is left of a removal
             continue
         if manifest.run != run:
             raise OnecardError(f"output_dir: {folder} is a checkpoint of another run; move it away.")

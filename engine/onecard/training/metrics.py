@@ -16,10 +16,10 @@ import torch
 
 from onecard_kernels import Loss
 
-REDUCE = {"min_": torch.minimum, "max_": torch.maximum}
+REDUCE_BY_PREFIX = {"min_": torch.minimum, "max_": torch.maximum}
 
 
-def add_up(losses: Iterable[Loss]) -> dict[str, float]:
+def sum_metrics(losses: Iterable[Loss]) -> dict[str, float]:
     """Sum the loss and metrics of a step's micro-batches; `min_...` and `max_...` take the minimum and maximum.
 
     Reads the values from the device, and so waits for it.
@@ -27,20 +27,20 @@ def add_up(losses: Iterable[Loss]) -> dict[str, float]:
     total: dict[str, torch.Tensor] = {}
     for loss in losses:
         for name, value in {"loss": loss.loss.detach(), **loss.metrics}.items():
-            total[name] = REDUCE.get(name[:4], torch.add)(total[name], value) if name in total else value
+            total[name] = REDUCE_BY_PREFIX.get(name[:4], torch.add)(total[name], value) if name in total else value
     return {name: float(value) for name, value in total.items()}
 
 
 SUM = "_sum"
 
 
-def per_kind(row: dict[str, float]) -> dict[str, float]:
+def means_per_kind(row: dict[str, float]) -> dict[str, float]:
     """Replace each `NAME/KIND_sum` and its `count/KIND` by the mean `NAME/KIND`; a count of 0 gives no mean.
 
     Sums and counts can be added over micro-batches and steps. Means over different numbers of examples cannot.
 
-    >>> per_kind({"rewards/chosen_sum": 3.0, "count/chosen": 2.0, "rewards/rejected_sum": 0.0, "count/rejected": 0.0})
-    {'rewards/chosen': 1.5}
+    >>> means_per_kind({"logps/chosen_sum": 3.0, "count/chosen": 2.0, "logps/rejected_sum": 0.0, "count/rejected": 0.0})
+    {'logps/chosen': 1.5}
     """
     means = {name: value for name, value in row.items() if not name.endswith(SUM) and not name.startswith("count/")}
     for name, value in row.items():
@@ -56,19 +56,21 @@ def per_kind(row: dict[str, float]) -> dict[str, float]:
 def peak_memory_gib() -> float:
     """Peak so far: allocated on the GPU where there is one, else the process's resident memory."""
     if torch.cuda.is_available():
-        return max(PHASES[0], torch.cuda.max_memory_allocated() / 2**30)
+        return max(EARLIER_PEAK[0], torch.cuda.max_memory_allocated() / 2**30)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # Linux counts in KiB
 
 
-PHASES = [0.0]  # GiB: the highest peak before `phase_memory` last reset the counter (a list, to be changed in place)
+EARLIER_PEAK = [
+    0.0
+]  # GiB: the highest peak before `phase_memory` last reset the counter (a list, to be changed in place)
 
 
 @contextmanager
 def phase_memory(row: dict[str, float], name: str) -> Iterator[None]:
     """Context that sets `row[name]` to the phase's peak GPU memory in GiB, or on CPU to resident memory at its end."""
     if torch.cuda.is_available():
-        PHASES[0] = peak_memory_gib()
+        EARLIER_PEAK[0] = peak_memory_gib()
         torch.cuda.reset_peak_memory_stats()
     yield
     row[name] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else resident_memory_gib()
@@ -85,7 +87,7 @@ def resident_memory_gib() -> float:
     return pages * resource.getpagesize() / 2**30
 
 
-class Window:
+class MetricsWindow:
     """Sums of per-step metrics since the last logged row. Saved in checkpoints, so that a resumed run logs the same."""
 
     def __init__(self, sums: dict[str, float] | None = None, steps: dict[str, int] | None = None) -> None:
@@ -101,7 +103,7 @@ class Window:
         """Return the means and reset."""
         means = {name: value / self.steps[name] for name, value in self.sums.items()}
         self.sums, self.steps = {}, {}
-        return per_kind(means)
+        return means_per_kind(means)
 
     def state(self) -> dict[str, Any]:
         return {"sums": self.sums, "steps": self.steps}

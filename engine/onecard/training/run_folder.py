@@ -26,20 +26,20 @@ from onecard.models.folders import TRAINED, weights_folder
 from onecard.training import checkpoint, lock
 from onecard.training.checkpoint import Checkpoint
 from onecard.utils.errors import OnecardError
-from onecard.utils.files import TEMPORARY, listing, recover, remove_files, replace_folder, set_aside, write_text
+from onecard.utils.files import TEMPORARY, list_files, mark_damaged, recover, remove_files, replace_folder, write_text
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"  # answers to held-out prompts
-IDENTITY = "run.json"
+RUN_JSON = "run.json"
 REPORT = "report.html"
 LOGS = (METRICS, SAMPLES)
-FILES = (CONFIG, METRICS, SAMPLES, IDENTITY, REPORT)
+FILES = (CONFIG, METRICS, SAMPLES, RUN_JSON, REPORT)
 FOLDERS = ("plots", *TRAINED)
-OUTPUTS = (*FILES, *FOLDERS)
+OWN_NAMES = (*FILES, *FOLDERS)
 # Settings that a resumed run may change: they do not change the training, only when it logs, evaluates and saves.
-FREE = {"output_dir", "resume", "overwrite", "dry_run", "save_steps", "save_total_limit"}
-FREE |= {"reward_timeout", "logging_steps", "eval_steps", "eval_samples", "eval_sample_length"}
+CHANGEABLE_SETTINGS = {"output_dir", "resume", "overwrite", "dry_run", "save_steps", "save_total_limit"}
+CHANGEABLE_SETTINGS |= {"reward_timeout", "logging_steps", "eval_steps", "eval_samples", "eval_sample_length"}
 
 C = TypeVar("C", bound=TrainConfig)
 
@@ -80,7 +80,7 @@ class Run:
         return self.info.date
 
 
-def with_folder(config: C, command: str) -> C:
+def with_output_dir(config: C, command: str) -> C:
     """The same settings with `output_dir` filled in."""
     return config if config.output_dir else replace(config, output_dir=f"runs/{command}")
 
@@ -91,7 +91,7 @@ def with_folder(config: C, command: str) -> C:
 def read_info(folder: Path) -> RunInfo | None:
     """The run.json of a folder; None if it is missing or belongs to another program."""
     try:
-        found = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
+        found = json.loads((folder / RUN_JSON).read_text(encoding="utf-8"))
         return RunInfo(
             id=str(found.pop("id")),
             date=datetime.fromisoformat(found.pop("date")).strftime("%Y-%m-%d"),
@@ -103,18 +103,18 @@ def read_info(folder: Path) -> RunInfo | None:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         return None
     except OSError as error:
-        raise checkpoint.unreadable(folder / IDENTITY, error) from error
+        raise checkpoint.unreadable(folder / RUN_JSON, error) from error
 
 
 def write_info(folder: Path, info: RunInfo) -> None:
     own = {"id": info.id, "date": info.date, "settings": info.settings, "replaces": info.replaces, "files": info.files}
     written = {**info.identity, **own}
-    write_text(folder / IDENTITY, json.dumps(written, indent=1) + "\n")
+    write_text(folder / RUN_JSON, json.dumps(written, indent=1) + "\n")
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:
     """SHA-256 of the settings that a resumed run must share."""
-    kept = {name: value for name, value in sorted(settings.items()) if name not in FREE}
+    kept = {name: value for name, value in sorted(settings.items()) if name not in CHANGEABLE_SETTINGS}
     return hashlib.sha256(json.dumps(kept, default=str).encode()).hexdigest()
 
 
@@ -136,7 +136,7 @@ def check_same_settings(config: TrainConfig, folder: Path) -> None:
     """Raise if a resumed run has other settings than the run in the folder."""
     before = read_settings(folder)
     for name, value in asdict(config).items():
-        if name not in FREE and name in before and before[name] != value:
+        if name not in CHANGEABLE_SETTINGS and name in before and before[name] != value:
             raise OnecardError(
                 f"--resume: {name} is {value!r} here and {before[name]!r} in {folder / CONFIG}; "
                 "go on with the same settings, or start anew in another output_dir."
@@ -147,7 +147,7 @@ def check_same_run(info: RunInfo, identity: Mapping[str, str], folder: Path) -> 
     """Raise if a resumed run is another command, or its data or weights have changed."""
     for name, value in identity.items():
         if info.identity.get(name) != value:
-            raise OnecardError(f"--resume: the {name} of the run in {folder} was another one ({folder / IDENTITY}).")
+            raise OnecardError(f"--resume: the {name} of the run in {folder} was another one ({folder / RUN_JSON}).")
 
 
 # --- whether a run may start
@@ -168,7 +168,7 @@ def open_run(config: TrainConfig) -> Run:
     lock.check_unlocked(folder)
     before = read_info(folder)
     if before is None:
-        check_nothing_is_lost(config, folder)
+        check_inputs_are_kept(config, folder)
         check_no_foreign_files(folder)
         return Run(folder, new)
     if not (config.overwrite or config.resume):
@@ -179,7 +179,7 @@ def open_run(config: TrainConfig) -> Run:
     check_only_own_files(folder, before)
     new = replace(new, replaces=(*before.replaces, before.id))
     if config.overwrite and not config.resume:
-        check_nothing_is_lost(config, folder)
+        check_inputs_are_kept(config, folder)
         return Run(folder, new, before=before)
     found, damaged = checkpoint.newest_checkpoint(folder, before.id) if not before.replaces else (None, ())
     if damaged and (found is None or any((folder / role).is_dir() for role in TRAINED)):
@@ -189,7 +189,7 @@ def open_run(config: TrainConfig) -> Run:
             "--overwrite starts anew, another output_dir as well."
         )
     if found is None:
-        check_nothing_is_lost(config, folder)
+        check_inputs_are_kept(config, folder)
         return Run(folder, new, notes=("no whole checkpoint to go on from: starting at step 0.",), before=before)
     check_same_settings(config, folder)
     notes = [f"{each.name} is torn (files are missing or damaged) and is passed over." for each in damaged]
@@ -199,8 +199,8 @@ def open_run(config: TrainConfig) -> Run:
 
 def check_no_foreign_files(folder: Path) -> None:
     """Raise if a folder without a run has files that a run would replace."""
-    taken = [folder / name for name in OUTPUTS if os.path.lexists(folder / name)]
-    for path in [*taken, *checkpoint.checkpoint_folders(folder)]:
+    existing = [folder / name for name in OWN_NAMES if os.path.lexists(folder / name)]
+    for path in [*existing, *checkpoint.checkpoint_folders(folder)]:
         raise OnecardError(
             f"output_dir: {folder} holds no run, but '{path.name}', which a run would replace; choose another folder."
         )
@@ -217,22 +217,22 @@ def check_only_own_files(folder: Path, info: RunInfo) -> None:
         manifest = checkpoint.read_manifest(each) if not each.is_symlink() else None
         if manifest is not None:
             known[each] = [*manifest.files, checkpoint.MANIFEST]
-        elif each.is_symlink() or not each.is_dir() or (listing(each) and not (each / checkpoint.STATE).is_file()):
+        elif each.is_symlink() or not each.is_dir() or (list_files(each) and not (each / checkpoint.STATE).is_file()):
             raise OnecardError(f"output_dir: {each} is not a checkpoint of the run; move it away.")
         if manifest is not None and manifest.run not in (info.id, *info.replaces):
             raise OnecardError(f"output_dir: {each} is a checkpoint of another run; move it away.")
     for path, names in known.items():
         if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
             raise OnecardError(f"output_dir: {path} is not a plain folder; move it away.")
-        other = sorted(set(listing(path)) - set(names)) if path.is_dir() else []
+        other = sorted(set(list_files(path)) - set(names)) if path.is_dir() else []
         if other:
             raise OnecardError(f"output_dir: {path / other[0]} is not a file of the run; move it away.")
 
 
-def check_nothing_is_lost(config: TrainConfig, folder: Path) -> None:
+def check_inputs_are_kept(config: TrainConfig, folder: Path) -> None:
     """Raise if a new run would replace files that it reads."""
     removed = [
-        path.resolve() for path in (*checkpoint.checkpoint_folders(folder), *(folder / name for name in OUTPUTS))
+        path.resolve() for path in (*checkpoint.checkpoint_folders(folder), *(folder / name for name in OWN_NAMES))
     ]
     for setting, value in config.input_paths().items():
         if any(weights_folder(Path(value)).resolve().is_relative_to(path) for path in removed):
@@ -250,7 +250,7 @@ def locked(run: Run) -> Iterator[None]:
 
     A folder that is created here and stays empty is removed.
     """
-    made = [path for path in (run.folder, *run.folder.parents) if not path.exists()]
+    created = [path for path in (run.folder, *run.folder.parents) if not path.exists()]
     run.folder.mkdir(parents=True, exist_ok=True)
     try:
         with lock.lock_folder(run.folder):
@@ -258,7 +258,7 @@ def locked(run: Run) -> Iterator[None]:
                 raise OnecardError(f"output_dir: another process has started a run in {run.folder}.")
             yield
     finally:
-        for path in made:
+        for path in created:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
 
@@ -276,10 +276,10 @@ def begin(run: Run, config: TrainConfig, identity: dict[str, str]) -> None:
         assert run.before is not None
         check_same_run(run.before, identity, run.folder)
         for each in run.damaged:
-            set_aside(each)
+            mark_damaged(each)
         remove_temporaries(run.folder)
         for name in LOGS:
-            keep_rows(run.folder / name, run.checkpoint.rows.get(name, 0))
+            truncate_log(run.folder / name, run.checkpoint.rows.get(name, 0))
         if digest == run.before.settings:  # another version of onecard may have more settings
             write_text(run.folder / CONFIG, text)
         return
@@ -299,15 +299,15 @@ def remove_run(folder: Path, ids: Sequence[str], files: Mapping[str, Sequence[st
         manifest = checkpoint.read_manifest(each)
         if manifest is not None and manifest.run in ids:
             checkpoint.remove_checkpoint(each)
-        elif listing(each):
-            set_aside(each)
+        elif list_files(each):
+            mark_damaged(each)
         else:
             remove_files(each, ())
     for name in FOLDERS:
         if (folder / name).is_dir():
             remove_files(folder / name, files.get(name, ()))
     for name in FILES:
-        if name != IDENTITY:
+        if name != RUN_JSON:
             (folder / name).unlink(missing_ok=True)
 
 
@@ -315,11 +315,11 @@ def remove_temporaries(folder: Path) -> None:
     """Remove temporary files and folders of the run that killed processes left behind."""
     names = {found["name"] for path in folder.glob(".*") if (found := TEMPORARY.fullmatch(path.name))}
     for name in names:
-        if name in OUTPUTS or checkpoint.NAME.fullmatch(name):
+        if name in OWN_NAMES or checkpoint.NAME.fullmatch(name):
             recover(folder / name)
 
 
-def keep_rows(path: Path, count: int) -> None:
+def truncate_log(path: Path, count: int) -> None:
     """Truncate a log to its first `count` rows."""
     if path.exists():
         lines = path.read_bytes().splitlines(keepends=True)
@@ -334,7 +334,7 @@ def write_folder(folder: Path, name: str, write: Callable[[Path], None]) -> Path
         info = read_info(folder)
         if info is not None:
             files = dict(info.files)
-            files[name] = tuple(sorted({*files.get(name, ()), *listing(temporary)}))
+            files[name] = tuple(sorted({*files.get(name, ()), *list_files(temporary)}))
             write_info(folder, replace(info, files=files))
 
     replace_folder(folder / name, fill)

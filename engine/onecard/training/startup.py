@@ -58,14 +58,14 @@ from onecard.utils.errors import OnecardError, is_out_of_memory
 from onecard.utils.progress import say
 from onecard.utils.rng import seeded_rng
 
-NEW = 8  # sampled after each prompt
-WAYS = {
+NEW_TOKENS = 8  # sampled after each prompt
+DECODING_DESCRIPTIONS = {
     "slots": "in rows that take one prompt after another",
     "padded": "in padded batches",
     "single": "one prompt at a time",
     "uncached": "one prompt at a time and without a cache, which is slow for long texts",
 }
-REPEATED, REPEATED_16_BIT = 1e-5, 1e-3  # nat: mean difference of two passes over one text
+NOISE_LIMIT, NOISE_LIMIT_16_BIT = 1e-5, 1e-3  # nat: mean difference of two passes over one text
 
 
 def input_gradients(roles: Roles, batch: TokenBatch, layout: str, rows: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -75,7 +75,7 @@ def input_gradients(roles: Roles, batch: TokenBatch, layout: str, rows: Sequence
     where a state carries over from one text to the next (Mamba, linear attention, convolutions).
     """
     trunk = trunk_of(roles.causal_model())
-    laid = LAYOUTS[layout](batch)
+    inputs_in_layout = LAYOUTS[layout](batch)
     leaves: list[Tensor] = []
 
     def leaf(module: torch.nn.Module, inputs: object, output: Tensor) -> Tensor:
@@ -85,13 +85,13 @@ def input_gradients(roles: Roles, batch: TokenBatch, layout: str, rows: Sequence
     hook = trunk.get_input_embeddings().register_forward_hook(leaf)
     try:
         with torch.enable_grad():
-            passes = [trunk(**inputs).last_hidden_state.flatten(0, 1) for inputs in laid.passes]
-            states = torch.cat(passes)[laid.rows].float()
+            passes = [trunk(**inputs).last_hidden_state.flatten(0, 1) for inputs in inputs_in_layout.passes]
+            states = torch.cat(passes)[inputs_in_layout.rows].float()
             sums = [states[list(each)].square().sum() for each in rows]
             found = [torch.autograd.grad(each, leaves[0], retain_graph=True)[0] for each in sums]
     finally:
         hook.remove()
-    return [each.flatten(0, 1)[laid.rows] for each in found]
+    return [each.flatten(0, 1)[inputs_in_layout.rows] for each in found]
 
 
 def mixes_sequences(roles: Roles, layout: str, texts: Sequence[TokenSequence]) -> bool:
@@ -118,15 +118,15 @@ def check_causal(roles: Roles, example: TokenSequence) -> None:
 def layout_candidates(roles: Roles) -> Iterator[tuple[bool, str]]:
     """Yield `(with onecard's attention, layout)`, the fastest first, the plain model last."""
     model, wanted = roles.causal_model(), roles.layout
-    own = has_own_attention(model)
+    own_attention = has_own_attention(model)
     if chooses_keys(trunk_of(model).config):
         yield False, "single"
         return
-    if wanted == "packed" and own and takes_segments(model):
+    if wanted == "packed" and own_attention and takes_segments(model):
         yield True, "packed"
     if wanted != "padded" and has_plain_attention(trunk_of(model).config):
         yield False, "restarted"
-    if wanted == "padded" and own:
+    if wanted == "padded" and own_attention:
         yield True, "padded"
     yield False, "padded"
     yield False, "single"
@@ -137,26 +137,26 @@ class ProbeSet:
     """Texts of one batch, and their log-probs under the plain model."""
 
     texts: list[TokenSequence]
-    plain: PlainLogprobs
+    expected: PlainLogprobs
 
 
-def layout_fault(roles: Roles, layout: str, trials: Sequence[ProbeSet], row: int) -> str:
+def layout_fault(roles: Roles, layout: str, probe_sets: Sequence[ProbeSet], row: int) -> str:
     """The reason why a layout cannot be used, for a message; empty if it is exact."""
-    name, first = f"{layout} batches", trials[0].texts
+    name, first = f"{layout} batches", probe_sets[0].texts
     try:
         if mixes_sequences(roles, layout, [first[0], first[2]]):
             return f"{name} mix texts up"
         missing = max(0, row - sum(map(len, first))) if layout == "restarted" else 0
-        filling = [first[0]] * -(-missing // len(first[0]))
-        passes: list[tuple[ProbeSet, Mapping[int, tuple[int, int]]]] = [(trial, {}) for trial in trials]
+        filler = [first[0]] * -(-missing // len(first[0]))
+        passes: list[tuple[ProbeSet, Mapping[int, tuple[int, int]]]] = [(probe_set, {}) for probe_set in probe_sets]
         if layout == "packed":
-            passes.append((trials[0], {2: (0, len(first[2]) - sum(first[2].response_mask))}))
+            passes.append((probe_sets[0], {2: (0, len(first[2]) - sum(first[2].response_mask))}))
         with evaluating(roles.causal_model()):
-            for trial, continued in passes:
-                batch = to_device(pack([*trial.texts, *filling], continued), roles.device)
-                off = trial.plain.difference(logprobs(roles, batch, layout)[: len(trial.texts)])
-                if off:
-                    return f"log-probs of {name} are {off}"
+            for probe_set, continued in passes:
+                batch = to_device(pack([*probe_set.texts, *filler], continued), roles.device)
+                fault = probe_set.expected.difference(logprobs(roles, batch, layout)[: len(probe_set.texts)])
+                if fault:
+                    return f"log-probs of {name} are {fault}"
     except Exception as error:  # as in `errors_of`
         if is_out_of_memory(error):
             raise
@@ -172,12 +172,12 @@ def choose_layout(roles: Roles, longest: int, row: int) -> None:
     texts = probe(roles, longest, row)
     check_causal(roles, texts[0])
     alone = [scored(text(known_tokens(roles.causal_model()), longest, 1))] if len(texts[1]) < longest else []
-    trials = [ProbeSet(each, plain_logprobs(roles, each)) for each in (texts, alone) if each]
+    probe_sets = [ProbeSet(each, plain_logprobs(roles, each)) for each in (texts, alone) if each]
     faults: list[str] = []
-    for own, layout in layout_candidates(roles):
-        if not own:
+    for own_attention, layout in layout_candidates(roles):
+        if not own_attention:
             roles.use_plain_attention()
-        found = "" if layout == "single" else layout_fault(roles, layout, trials, row)
+        found = "" if layout == "single" else layout_fault(roles, layout, probe_sets, row)
         if not found:
             roles.layout = layout
             break
@@ -193,22 +193,24 @@ def check_training_mode(roles: Roles, longest: int, row: int) -> None:
     """
     batch = to_device(pack(probe(roles, longest, row)), roles.device)
     with evaluating(roles.causal_model()):
-        still = PlainLogprobs(logprobs(roles, batch, roles.layout), 0.0 if is_16_bit(roles) else None)
-    repeated = REPEATED_16_BIT if is_16_bit(roles) else REPEATED
+        in_evaluation = PlainLogprobs(logprobs(roles, batch, roles.layout), 0.0 if is_16_bit(roles) else None)
+    repeated = NOISE_LIMIT_16_BIT if is_16_bit(roles) else NOISE_LIMIT
 
-    def differs() -> str:
+    def training_mode_fault() -> str:
         before = roles.training
         roles.train()
         with seeded_rng(roles.device, "startup check"):
             first, second = (logprobs(roles, batch, roles.layout) for _ in range(2))
         roles.train(before)
         noise = max(distance(one, other) for one, other in zip(first, second, strict=True))
-        return f"off by {noise:.3g} nat from one pass to the next" if noise > repeated else still.difference(first)
+        return (
+            f"off by {noise:.3g} nat from one pass to the next" if noise > repeated else in_evaluation.difference(first)
+        )
 
-    if found := differs():
+    if found := training_mode_fault():
         roles.trained_in_evaluation_mode = True
         name = type(roles.causal_model()).__name__
-        if differs():
+        if training_mode_fault():
             raise OnecardError(
                 f"model: log-probs of {name} in training mode are {found}, by noise in its layers that its config does "
                 "not name; it can be trained without --gradient_checkpointing, in evaluation mode."
@@ -230,10 +232,10 @@ def check_learning(roles: Roles, longest: int) -> None:
                 )
                 found.sum().backward()
         trained = roles.trained_parameters() if roles.has_adapters else {}
-        idle = {name.partition(".lora_")[0] for name, each in trained.items() if each.grad is None}
+        without_gradient = {name.partition(".lora_")[0] for name, each in trained.items() if each.grad is None}
     finally:
         roles.zero_grad(set_to_none=True)
-    names = sorted(name.rpartition("base_model.model.")[2] for name in idle if "expert" not in name)
+    names = sorted(name.rpartition("base_model.model.")[2] for name in without_gradient if "expert" not in name)
     if names:
         raise OnecardError(
             f"lora_target_modules: {len(names)} adapters would never learn, for texts do not go through their layers "
@@ -299,7 +301,7 @@ def choose_decoding(roles: Roles, longest: int) -> None:
 
     Prints a line if a faster mode was rejected.
     """
-    new = min(NEW, longest // 2)
+    new = min(NEW_TOKENS, longest // 2)
     lengths = (longest - new, min(SHORT, longest - new), min(SHARED, longest - new))
     prompts = [text(known_tokens(roles.causal_model()), length, index) for index, length in enumerate(lengths)]
     with errors_of(roles.causal_model()):
@@ -311,17 +313,17 @@ def choose_decoding(roles: Roles, longest: int) -> None:
             break
         try:
             found, texts = sampled_logprobs(roles, prompts, new)
-            off = plain_logprobs(roles, texts).difference([each.to(roles.device) for each in found])
+            fault = plain_logprobs(roles, texts).difference([each.to(roles.device) for each in found])
         except Exception as error:  # as in `errors_of`
             if is_out_of_memory(error):
                 raise
-            off = f"not to be had ({reason(error)})"
-        if not off:
+            fault = f"not to be had ({reason(error)})"
+        if not fault:
             break
-        faults.append(f"log-probs of tokens sampled {WAYS[decoding]} are {off}")
+        faults.append(f"log-probs of tokens sampled {DECODING_DESCRIPTIONS[decoding]} are {fault}")
     if faults:
         name = type(roles.causal_model()).__name__
-        say(f"model: {name}: {faults[-1]}, so they are sampled {WAYS[roles.decoding]}.")
+        say(f"model: {name}: {faults[-1]}, so they are sampled {DECODING_DESCRIPTIONS[roles.decoding]}.")
 
 
 @torch.no_grad()

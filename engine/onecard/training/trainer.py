@@ -27,7 +27,7 @@ from onecard.models.micro_batching import (
     free_memory,
 )
 from onecard.training import checkpoint, run_folder
-from onecard.training.metrics import Window, add_up, peak_memory_gib, per_kind
+from onecard.training.metrics import MetricsWindow, means_per_kind, peak_memory_gib, sum_metrics
 from onecard.training.optim import clip_grad_norm, make_optimizer, make_scheduler
 from onecard.training.run_folder import Run
 from onecard.training.signals import interrupted, stop_requests
@@ -55,10 +55,10 @@ class Objective(Generic[E, B]):
     count: Callable[[Sequence[E]], int]
     losses: Callable[[B, int], Iterable[Loss]]
     size: Callable[[E], int] = len  # tokens that an example takes in a forward pass
-    uncut: str = ""  # name of a loss that cannot be split into micro-batches (it sorts the batch); empty: none
+    unsplittable: str = ""  # name of a loss that cannot be split into micro-batches (it sorts the batch); empty: none
 
 
-class Weights(Protocol):
+class TrainedModel(Protocol):
     """The model, as the trainer uses it (`Roles`)."""
 
     layout: str
@@ -76,7 +76,7 @@ class Job(Protocol):
 
     name: str
     total_steps: int
-    schedule_from: int  # step of the learning rate schedule at the run's first step
+    first_schedule_step: int  # step of the learning rate schedule at the run's first step
 
     def batches(self, first_step: int) -> Iterator[tuple[float, list[int]]]:
         """Yield `(epochs completed after the step, example indices)` for each step from `first_step` (from 0) on."""
@@ -116,29 +116,29 @@ def accumulate(
 ) -> list[Loss]:
     """Add the loss's gradients to the parameters' `.grad`. Runs on meta tensors too: it reads no tensor values."""
     normalizer = objective.count(examples)
-    found = []
+    losses = []
     for batch in micro_batches(objective, examples, size, device):
         for loss in objective.losses(batch, normalizer):
             loss.loss.backward()
-            found.append(Loss(loss.loss.detach(), loss.metrics))
-    return found
+            losses.append(Loss(loss.loss.detach(), loss.metrics))
+    return losses
 
 
 class Trainer:
     """One run of one job: optimizer, schedule, running metrics, checkpoints."""
 
-    def __init__(self, config: TrainConfig, job: Job, weights: Weights, run: Run) -> None:
+    def __init__(self, config: TrainConfig, job: Job, weights: TrainedModel, run: Run) -> None:
         self.config, self.job, self.weights, self.run = config, job, weights, run
         self.parameters = list(weights.trained_parameters().values())
         self.optimizer = make_optimizer(config, self.parameters)
-        self.scheduler = make_scheduler(config, self.optimizer, job.total_steps, first=job.schedule_from)
-        cut = MicroBatchSize(
+        self.scheduler = make_scheduler(config, self.optimizer, job.total_steps, first=job.first_schedule_step)
+        size = MicroBatchSize(
             config.per_device_train_batch_size, config.micro_batch_tokens, padded=weights.layout == "padded"
         )
-        self.budget = TokenBudget(cut, TRAINING_MESSAGES)
+        self.budget = TokenBudget(size, TRAINING_MESSAGES)
         self.step = 0
         self.num_tokens = 0
-        self.window = Window()
+        self.window = MetricsWindow()
 
     @property
     def micro_batch_size(self) -> MicroBatchSize:
@@ -153,7 +153,7 @@ class Trainer:
         self.optimizer.load_state_dict(training["optimizer"])
         self.scheduler.load_state_dict(training["scheduler"])
         self.step, self.num_tokens = state["step"], state["num_tokens"]
-        self.window = Window(**state["window"])
+        self.window = MetricsWindow(**state["window"])
         self.budget.size = replace(self.micro_batch_size, tokens=state["micro_batch_tokens"])
         self.job.restore(state["job"])
 
@@ -185,7 +185,7 @@ class Trainer:
         )
 
     @contextmanager
-    def nan_means_diverged(self) -> Iterator[None]:
+    def nan_as_divergence(self) -> Iterator[None]:
         """Context that turns the kernels' ValueError for NaN inputs into the error of a diverged run."""
         try:
             yield
@@ -202,7 +202,7 @@ class Trainer:
         """
         while True:
             try:
-                with self.nan_means_diverged():
+                with self.nan_as_divergence():
                     losses = accumulate(objective, examples, self.micro_batch_size, self.weights.device)
                 break
             except RuntimeError as error:
@@ -210,14 +210,14 @@ class Trainer:
                     raise
             free_memory()
             self.discard()
-            if objective.uncut:
+            if objective.unsplittable:
                 raise OnecardError(
-                    f"out of memory: {objective.uncut} takes the {len(examples)} examples of a step together, so they "
-                    f"cannot be cut. Lower per_device_train_batch_size. {MEMORY_ADVICE}"
+                    f"out of memory: {objective.unsplittable} takes the {len(examples)} examples of a step together, "
+                    f"so they cannot be cut. Lower per_device_train_batch_size. {MEMORY_ADVICE}"
                 )
             self.budget.shrink([objective.size(example) for example in examples], padded=self.micro_batch_size.padded)
         norm = clip_grad_norm(self.parameters, self.config.max_grad_norm or math.inf)
-        row = {**add_up(losses), "grad_norm": float(norm)}
+        row = {**sum_metrics(losses), "grad_norm": float(norm)}
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             raise self.diverged(f"loss {row['loss']}, gradient norm {row['grad_norm']}")
         return row
@@ -279,7 +279,7 @@ class Trainer:
                 self.step += 1
                 row["memory/peak_gib"] = peak_memory_gib()
                 self.log_step(epoch, row)
-                bar.advance(per_kind(row))
+                bar.advance(means_per_kind(row))
                 if self.is_due(self.config.eval_steps):
                     self.evaluate(bar)
                 stop = stopping() and self.step < self.job.total_steps

@@ -41,7 +41,7 @@ def blocks(path: Path) -> Iterator[bytes]:
             yield block
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """`fsync` a file or the entries of a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -90,12 +90,12 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     try:
         write(new)
         for path in new.rglob("*"):
-            sync(path)
-        sync(new)
+            fsync(path)
+        fsync(new)
         if target.exists():
             os.replace(target, old)
         os.replace(new, target)
-        sync(target.parent)
+        fsync(target.parent)
         remove(old)
     except (OSError, RuntimeError, SafetensorError) as error:  # how Python, torch and safetensors report a full disk
         put_back(target, new, old)
@@ -125,14 +125,14 @@ def write_text(path: Path, text: str) -> None:
     new = temporary(path, "tmp")
     try:
         new.write_text(text, encoding="utf-8")
-        sync(new)
+        fsync(new)
         os.replace(new, path)
     except BaseException:
         new.unlink(missing_ok=True)
         raise
 
 
-def listing(folder: Path) -> list[str]:
+def list_files(folder: Path) -> list[str]:
     """Sorted relative paths of all files and links in a folder and its subfolders."""
     files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(path.relative_to(folder).as_posix() for path in files)
@@ -142,18 +142,18 @@ def remove_files(folder: Path, names: Iterable[str]) -> None:
     """Remove the named files of a folder, then all empty subfolders, and the folder itself if it is empty."""
     for name in names:
         (folder / name).unlink(missing_ok=True)
-    below = sorted((path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()), reverse=True)
-    for path in (*below, folder):
+    subfolders = sorted((path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink()), reverse=True)
+    for path in (*subfolders, folder):
         if path.exists() and not any(path.iterdir()):
             path.rmdir()
 
 
-def set_aside(path: Path) -> Path:
+def mark_damaged(path: Path) -> Path:
     """Rename `checkpoint-8` to `checkpoint-8.damaged`, or to `checkpoint-8.damaged-2` if that exists.
 
     Returns the new path.
     """
     names = (f"{path.name}.damaged{f'-{count}' if count > 1 else ''}" for count in range(1, 10_000))
-    free = next(aside for name in names if not os.path.lexists(aside := path.with_name(name)))
-    os.replace(path, free)
-    return free
+    unused_path = next(aside for name in names if not os.path.lexists(aside := path.with_name(name)))
+    os.replace(path, unused_path)
+    return unused_path

@@ -19,13 +19,13 @@ from . import matmul
 from .online_softmax import (
     SHIFT,
     SLOTS,
-    Factors,
+    LogitGrad,
     Statistics,
     TileOutputs,
-    added,
+    add_gradients,
     derivative_,
-    entropy_factors,
-    logprob_factors,
+    entropy_gradient,
+    logprob_gradient,
     new_state,
 )
 from .rows import Rows, blocks
@@ -179,27 +179,27 @@ def _forward_rows(
         return [*statistics, None, None], hidden.new_empty(0, dtype=dtype)
     entropy_direction = frozen and entropy_grad
     tiles = HeadTiles(
-        hidden, weight, head, rows.count, sizes, backend, direction=frozen, entropy_term=entropy_direction
+        hidden, weight, head, rows.count, sizes, backend, exp_operand=frozen, entropy_term=entropy_direction
     )
     results = [
         *(hidden.new_empty(rows.count, dtype=dtype) if x else None for x in (True, entropy, sum_sq)),
         *(hidden.new_empty(rows.count, hidden.shape[-1]) if x else None for x in (frozen, entropy_direction)),
     ]
     saved = hidden.new_empty(SAVED, rows.count, dtype=dtype)
-    outputs = TileOutputs(moment=entropy, square=sum_sq, direction=frozen)
+    outputs = TileOutputs(moment=entropy, square=sum_sq, exponentials=frozen)
     for piece in rows.chunks(tiles.rows):
         h = rows.take(hidden, piece).to(tiles.operand)
-        of, of_exp, of_term = tiles.sweep(h, y[piece], outputs, sums=frozen)
+        of, sum_exp, sum_term = tiles.sweep(h, y[piece], outputs, sums=frozen)
         for into, value in zip(results[:3], (of.logprobs, of.entropy, of.log_sum_sq_probs), strict=True):
             if into is not None and value is not None:
                 into[piece] = value
         entropies = torch.zeros_like(of.total) if of.entropy is None else of.entropy
         saved[:, piece] = torch.stack([of.shift, of.total, of.miss, of.slope, of.logprobs, entropies])
         # The entropy's first: each is formed over the sums that it is the last to need.
-        for into, factors_of in ((results[4], entropy_factors), (results[3], logprob_factors)):
-            if into is not None and of_exp is not None:
-                into[piece] = tiles.gradient_by_hidden_(of_exp, of_term, factors_of(of), y[piece])
-        del of, of_exp, of_term, entropies  # or they would live through the next sweep
+        for into, gradient_of in ((results[4], entropy_gradient), (results[3], logprob_gradient)):
+            if into is not None and sum_exp is not None:
+                into[piece] = tiles.hidden_grad_(sum_exp, sum_term, gradient_of(of), y[piece])
+        del of, sum_exp, sum_term, entropies  # or they would live through the next sweep
     return results, saved
 
 
@@ -307,7 +307,7 @@ def _recompute(
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by hidden, weight and bias with a trained head: the logits are computed again, a tile at a time."""
-    checks.still_there(weight)
+    checks.not_emptied(weight)
     with matmul.without_autocast(hidden):
         rows, head = Rows(targets.shape, mask), Head(bias, temperature, logit_scale, softcap, forbidden)
         grads = _recompute_rows(
@@ -347,33 +347,33 @@ def _recompute_rows(
     with_entropy = on_entropy is not None
     sizes = choose(weight.shape[0], saved.dtype, hidden.device, chunk_tokens=chunk_tokens)
     # The direction is scaled by each token's coefficient in fp32 and rounded only then.
-    tiles = HeadTiles(hidden, weight, head, rows.count, sizes, backend, direction=False, entropy_term=with_entropy)
+    tiles = HeadTiles(hidden, weight, head, rows.count, sizes, backend, exp_operand=False, entropy_term=with_entropy)
     grads = Gradients(hidden, weight, rows, needed, tiles.dtype, hidden.dtype)
     state = new_state(rows.count, saved)
     state[SHIFT] = saved[0]  # the last shift of the forward: no tile moves it again
-    outputs = TileOutputs(moment=with_entropy, direction=True)
+    outputs = TileOutputs(moment=with_entropy, exponentials=True)
     for piece in rows.chunks(tiles.rows):
         h = rows.take(hidden, piece).to(tiles.operand)
         of = Statistics._make((*saved[:, piece], None))
-        factors = _loss_factors(of, *(None if x is None else x[piece] for x in (on_logprobs, on_entropy)))
+        logit_grad = _loss_gradient(of, *(None if x is None else x[piece] for x in (on_logprobs, on_entropy)))
         for part, tile in tiles.tiles():
             z, e, term = tiles.buffers(h.shape[0], tile.shape[0])
             matmul.project(h, tile, z, tiles.scratch)
             of_tile = state[:, piece].contiguous()
             tiles.exp_tile(z, e, term, y[piece], part.start, of_tile, head.columns(part), outputs)
-            grads.add(tiles, part, tile, derivative_(e, term, factors, y[piece], part.start, head.factor), h)
+            grads.add(tiles, part, tile, derivative_(e, term, logit_grad, y[piece], part.start, head.factor), h)
         grads.write(piece)
     return grads
 
 
-def _loss_factors(of: Statistics, on_logprobs: Tensor | None, on_entropy: Tensor | None) -> Factors:
+def _loss_gradient(of: Statistics, on_logprobs: Tensor | None, on_entropy: Tensor | None) -> LogitGrad:
     zero = torch.zeros_like(of.total)
-    factors = Factors(zero, None, zero)
+    logit_grad = LogitGrad(zero, None, zero)
     if on_logprobs is not None:
-        factors = added(factors, logprob_factors(of, on_logprobs))
+        logit_grad = add_gradients(logit_grad, logprob_gradient(of, on_logprobs))
     if on_entropy is not None:
-        factors = added(factors, entropy_factors(of, on_entropy))
-    return factors
+        logit_grad = add_gradients(logit_grad, entropy_gradient(of, on_entropy))
+    return logit_grad
 
 
 @_recompute.register_fake
@@ -403,7 +403,7 @@ def _forward_bytes(device: torch.device, a: SimpleNamespace) -> int:
         a.weight,
         a.targets.numel(),
         chunk_tokens=a.chunk_tokens,
-        direction=sums > 0,
+        exp_operand=sums > 0,
         entropy_term=sums == 2,
     )
     kept_term = a.entropy and not (sums == 2 and tiles.operand == tiles.accumulated)
@@ -423,7 +423,7 @@ def _forward_bytes(device: torch.device, a: SimpleNamespace) -> int:
 def _recompute_bytes(device: torch.device, a: SimpleNamespace) -> int:
     count, masked, with_entropy = a.targets.numel(), a.mask is not None, a.on_entropy is not None
     tiles = TileBytes.of(
-        device, a.hidden, a.weight, count, chunk_tokens=a.chunk_tokens, direction=False, entropy_term=with_entropy
+        device, a.hidden, a.weight, count, chunk_tokens=a.chunk_tokens, exp_operand=False, entropy_term=with_entropy
     )
     given = (a.on_logprobs is not None) + with_entropy
     picked = (SAVED + given) * count * tiles.accumulated if masked else 0

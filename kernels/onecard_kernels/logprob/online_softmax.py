@@ -35,7 +35,7 @@ class TileOutputs(NamedTuple):
 
     moment: bool = False  # the sum for the entropy
     square: bool = False  # the sum of squares
-    direction: bool = False  # the exponentials themselves, for a second product with the head
+    exponentials: bool = False  # write them, for a second product with the head
 
 
 class Statistics(NamedTuple):
@@ -96,7 +96,7 @@ def _exp_block(
     outputs: TileOutputs,
     lazy: float,
 ) -> None:
-    slope = torch.empty_like(z) if outputs.direction and head.softcap is not None else None
+    slope = torch.empty_like(z) if outputs.exponentials and head.softcap is not None else None
     head.transform_(z, slope)
     inside, column = _target_column(y, first, z)
     found = z.gather(1, column)
@@ -146,15 +146,15 @@ def _target_column(y: Tensor, first: int, tile: Tensor) -> tuple[Tensor, Tensor]
     return inside, (y - first).clamp(0, tile.shape[1] - 1).unsqueeze(1)
 
 
-def rescale_sums_(of_exp: Tensor, of_term: Tensor | None, state: Tensor) -> None:
+def rescale_sums_(sum_exp: Tensor, sum_term: Tensor | None, state: Tensor) -> None:
     """Bring sums of e_v W_v and of e_v (z_v - shift) W_v over earlier tiles to the shift of the last tile."""
     rescale = state[RESCALE].unsqueeze(1)
     if rescale.is_cpu and bool((rescale == 1.0).all()):
         return
-    if of_term is not None:
+    if sum_term is not None:
         moved = torch.where(rescale > 0.0, rescale.log(), 0.0)
-        of_term.addcmul_(of_exp, moved).mul_(rescale)
-    of_exp.mul_(rescale)
+        sum_term.addcmul_(sum_exp, moved).mul_(rescale)
+    sum_exp.mul_(rescale)
 
 
 def statistics(state: Tensor, head: Head, outputs: TileOutputs) -> Statistics:
@@ -176,46 +176,48 @@ def statistics(state: Tensor, head: Head, outputs: TileOutputs) -> Statistics:
     return Statistics(shift.clone(), total, miss, head.slope_at(state[TARGET]), logprobs, entropy, lssp)
 
 
-class Factors(NamedTuple):
-    """A gradient by the logits: d = of_exp e + of_term e (z - shift) off the target, and at_target on it."""
+class LogitGrad(NamedTuple):
+    """dL/dz of a tile from numbers per token: exp_coef e + term_coef e (z - shift); target_coef at the target."""
 
-    of_exp: Tensor
-    of_term: Tensor | None
-    at_target: Tensor
+    exp_coef: Tensor
+    term_coef: Tensor | None
+    target_coef: Tensor
 
 
-def logprob_factors(of: Statistics, coefficient: Tensor | None = None) -> Factors:
+def logprob_gradient(of: Statistics, coefficient: Tensor | None = None) -> LogitGrad:
     """dlogp/dz_v = onehot - p_v, times the coefficient of each token."""
-    factors = Factors(-1.0 / of.total, None, of.miss * of.slope)
-    return factors if coefficient is None else _scaled(factors, coefficient.masked_fill(of.logprobs.isinf(), 0.0))
+    logit_grad = LogitGrad(-1.0 / of.total, None, of.miss * of.slope)
+    return logit_grad if coefficient is None else _scaled(logit_grad, coefficient.masked_fill(of.logprobs.isinf(), 0.0))
 
 
-def entropy_factors(of: Statistics, coefficient: Tensor | None = None) -> Factors:
+def entropy_gradient(of: Statistics, coefficient: Tensor | None = None) -> LogitGrad:
     """dH/dz_v = -p_v (log p_v + H), times the coefficient of each token."""
     assert of.entropy is not None
     p = of.logprobs.exp()
     at_target = torch.where(p > 0, -p * (of.logprobs + of.entropy), 0.0) * of.slope
-    factors = Factors((of.total.log() - of.entropy) / of.total, -1.0 / of.total, at_target)
-    return factors if coefficient is None else _scaled(factors, coefficient)
+    logit_grad = LogitGrad((of.total.log() - of.entropy) / of.total, -1.0 / of.total, at_target)
+    return logit_grad if coefficient is None else _scaled(logit_grad, coefficient)
 
 
-def _scaled(factors: Factors, by: Tensor) -> Factors:
-    of_term = None if factors.of_term is None else factors.of_term * by
-    return Factors(factors.of_exp * by, of_term, factors.at_target * by)
+def _scaled(logit_grad: LogitGrad, by: Tensor) -> LogitGrad:
+    term_coef = None if logit_grad.term_coef is None else logit_grad.term_coef * by
+    return LogitGrad(logit_grad.exp_coef * by, term_coef, logit_grad.target_coef * by)
 
 
-def added(a: Factors, b: Factors) -> Factors:
-    of_term = a.of_term if b.of_term is None else b.of_term if a.of_term is None else a.of_term + b.of_term
-    return Factors(a.of_exp + b.of_exp, of_term, a.at_target + b.at_target)
+def add_gradients(a: LogitGrad, b: LogitGrad) -> LogitGrad:
+    term_coef = (
+        a.term_coef if b.term_coef is None else b.term_coef if a.term_coef is None else a.term_coef + b.term_coef
+    )
+    return LogitGrad(a.exp_coef + b.exp_coef, term_coef, a.target_coef + b.target_coef)
 
 
 def derivative_(
-    e: Tensor, entropy_term: Tensor | None, factors: Factors, y: Tensor, first: int, factor: float
+    e: Tensor, entropy_term: Tensor | None, logit_grad: LogitGrad, y: Tensor, first: int, factor: float
 ) -> Tensor:
     """dL/d(h @ W.T) of one tile, in the memory of its exponentials `e [n, c]` (fp32 or fp64)."""
-    e.mul_((factors.of_exp * factor).unsqueeze(1))
-    if entropy_term is not None and factors.of_term is not None:
-        e.addcmul_(entropy_term, (factors.of_term * factor).unsqueeze(1))
+    e.mul_((logit_grad.exp_coef * factor).unsqueeze(1))
+    if entropy_term is not None and logit_grad.term_coef is not None:
+        e.addcmul_(entropy_term, (logit_grad.term_coef * factor).unsqueeze(1))
     inside, column = _target_column(y, first, e)
-    at_target = (factors.at_target * factor).unsqueeze(1)
+    at_target = (logit_grad.target_coef * factor).unsqueeze(1)
     return e.scatter_(1, column, torch.where(inside, at_target, e.gather(1, column)))

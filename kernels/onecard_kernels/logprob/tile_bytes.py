@@ -45,7 +45,7 @@ class TileBytes:
         tokens: int,
         *,
         chunk_tokens: int | None,
-        direction: bool,
+        exp_operand: bool,
         entropy_term: bool,
         only: str | None = None,
     ) -> TileBytes:
@@ -57,10 +57,10 @@ class TileBytes:
         columns = columns_of(sizes, vocabulary, most)
         size = most * padded(columns)
         buffers = size * dtype.itemsize
-        if direction and operand != dtype:
+        if exp_operand and operand != dtype:
             buffers += size * operand.itemsize
         if entropy_term:
-            buffers += size * (operand if direction else dtype).itemsize
+            buffers += size * (operand if exp_operand else dtype).itemsize
         if weight.dtype != operand:
             buffers += min(SCRATCH_ROWS, columns) * width * operand.itemsize
         return cls(

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import dispatch
 from ..records import Head, result_dtype
 from . import matmul
-from .online_softmax import Factors, Statistics, TileOutputs, new_state, rescale_sums_, statistics
+from .online_softmax import LogitGrad, Statistics, TileOutputs, new_state, rescale_sums_, statistics
 from .rows import Rows, blocks
 from .tuning import ALIGNED, TileSizes, columns_of
 
@@ -37,7 +37,7 @@ class HeadTiles:
         sizes: TileSizes,
         backend: str,
         *,
-        direction: bool,
+        exp_operand: bool,
         entropy_term: bool,
     ) -> None:
         self.weight, self.head, self.vocabulary = weight, head, weight.shape[0]
@@ -45,12 +45,12 @@ class HeadTiles:
         self.operand = matmul.operand_dtype(hidden.dtype, weight.dtype, self.dtype, weight.device)
         self.rows = max(1, min(sizes.rows, tokens))
         self.columns = columns_of(sizes, self.vocabulary, self.rows)
-        self.whole = self.columns == self.vocabulary  # one tile has all columns
+        self.has_whole_rows = self.columns == self.vocabulary  # one tile has all columns
         size = self.rows * padded(self.columns)
         self._z = weight.new_empty(size, dtype=self.dtype)
-        own = direction and self.operand != self.dtype
-        self._e = weight.new_empty(size, dtype=self.operand) if own else self._z
-        self._term = weight.new_empty(size, dtype=self.operand if direction else self.dtype) if entropy_term else None
+        separate = exp_operand and self.operand != self.dtype
+        self._e = weight.new_empty(size, dtype=self.operand) if separate else self._z
+        self._term = weight.new_empty(size, dtype=self.operand if exp_operand else self.dtype) if entropy_term else None
         self.scratch = matmul.scratch_for(weight, self.operand, self.columns)
         backend = "torch" if self.dtype == torch.float64 else backend
         self.exp_tile: Callable[..., None] = dispatch.implementation("linear_logprobs", backend, weight.device)
@@ -83,27 +83,27 @@ class HeadTiles:
             `[n, D]` and without the target. The buffers keep the results of the last tile.
         """
         state = new_state(h.shape[0], self._z)
-        of_exp = of_term = None
+        sum_exp = sum_term = None
         for part, tile in self.tiles():
             z, e, term = self.buffers(h.shape[0], tile.shape[0])
             matmul.project(h, tile, z, self.scratch)
             self.exp_tile(z, e, term, y, part.start, state, self.head.columns(part), outputs)
             if not sums:
                 continue
-            if of_exp is not None:
-                rescale_sums_(of_exp, of_term, state)
-            of_exp = matmul.back(e, tile, of_exp, self.dtype, self.scratch)
+            if sum_exp is not None:
+                rescale_sums_(sum_exp, sum_term, state)
+            sum_exp = matmul.back(e, tile, sum_exp, self.dtype, self.scratch)
             if term is not None:
-                of_term = matmul.back(term, tile, of_term, self.dtype, self.scratch)
-        return statistics(state, self.head, outputs), of_exp, of_term
+                sum_term = matmul.back(term, tile, sum_term, self.dtype, self.scratch)
+        return statistics(state, self.head, outputs), sum_exp, sum_term
 
-    def gradient_by_hidden_(self, of_exp: Tensor, of_term: Tensor | None, factors: Factors, y: Tensor) -> Tensor:
-        """dL/dh `[n, D]` from dL/dz as `factors`. Overwrites `sum_term` if used, else `sum_exp`."""
-        if factors.of_term is not None and of_term is not None:
-            total = of_term.mul_(factors.of_term.unsqueeze(1)).addcmul_(of_exp, factors.of_exp.unsqueeze(1))
+    def hidden_grad_(self, sum_exp: Tensor, sum_term: Tensor | None, logit_grad: LogitGrad, y: Tensor) -> Tensor:
+        """dL/dh `[n, D]` from dL/dz as `logit_grad`. Overwrites `sum_term` if used, else `sum_exp`."""
+        if logit_grad.term_coef is not None and sum_term is not None:
+            total = sum_term.mul_(logit_grad.term_coef.unsqueeze(1)).addcmul_(sum_exp, logit_grad.exp_coef.unsqueeze(1))
         else:
-            total = of_exp.mul_(factors.of_exp.unsqueeze(1))
-        at_target = factors.at_target.unsqueeze(1)
+            total = sum_exp.mul_(logit_grad.exp_coef.unsqueeze(1))
+        at_target = logit_grad.target_coef.unsqueeze(1)
         for rows in blocks(total.shape[0], total.shape[1], total.element_size()):
             total[rows].addcmul_(self._head_rows(y[rows]), at_target[rows])
         return total.mul_(self.head.factor)

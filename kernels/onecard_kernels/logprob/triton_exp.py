@@ -240,14 +240,14 @@ def exp_tile(
     """Add the columns from `first` on to `state`; write e_v to `out` and e_v (z_v - shift) to `entropy_term`.
 
     z: `[n, c]` fp32 products h @ W.T of one tile; kept, unless `out` is z. out: z, or `[n, c]` of another dtype,
-    written if `outputs.direction`. entropy_term: None, or `[n, c]` of any dtype. Both are 0 at the target and times the
-    softcap's slope. y: `[n]`, ids in the whole vocabulary. state: fp32 `[SLOTS, n]`. head: its bias and forbidden
+    written if `outputs.exponentials`. entropy_term: None, or `[n, c]` of any dtype. Both are 0 at the target and times
+    the softcap's slope. y: `[n]`, ids in the whole vocabulary. state: fp32 `[SLOTS, n]`. head: its bias and forbidden
     columns are the tile's. z, out and entropy_term have their columns side by side, and any row strides. No autograd.
     """
     rows, columns = z.shape
     if rows == 0:
         return
-    in_place = outputs.direction and out.dtype == z.dtype and out.data_ptr() == z.data_ptr()
+    in_place = outputs.exponentials and out.dtype == z.dtype and out.data_ptr() == z.data_ptr()
     cap = head.softcap
     block = block_for(columns, z.element_size(), z.stride(0), cut=CUT)
     # With more numbers per logit, fewer logits at a time: registers would run out.
@@ -278,7 +278,7 @@ def exp_tile(
             BIAS=head.bias is not None,
             CAP=cap is not None,
             FORBIDDEN=head.forbidden is not None,
-            WRITE=outputs.direction,
+            WRITE=outputs.exponentials,
             ENTROPY_TERM=entropy_term is not None,
             IN_PLACE=in_place,
             UNROLL=max(1, block.unroll >> fuller),

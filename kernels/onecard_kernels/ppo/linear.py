@@ -18,7 +18,14 @@ from torch import Tensor
 from .. import checks, dispatch, workspace
 from ..double_backward import no_double_backward, no_forward_ad
 from ..logprob import matmul
-from ..logprob.online_softmax import Factors, TileOutputs, added, derivative_, entropy_factors, logprob_factors
+from ..logprob.online_softmax import (
+    LogitGrad,
+    TileOutputs,
+    add_gradients,
+    derivative_,
+    entropy_gradient,
+    logprob_gradient,
+)
 from ..logprob.rows import Rows, blocks
 from ..logprob.tile_bytes import IDS, STATISTICS, TileBytes, block_bytes
 from ..logprob.tiles import Gradients, HeadTiles
@@ -35,7 +42,7 @@ from .options import (
 )
 
 # Skipping rows without a gradient copies the others. Below this share of such rows, the copy costs more than it saves.
-WORTH_SKIPPING = 1 / 8
+LEAST_SHARE_TO_SKIP = 1 / 8
 OPTIONS = len(PolicyOptions._fields)
 
 
@@ -121,7 +128,7 @@ def linear_ppo_loss(
     schema="(Tensor hidden, Tensor weight, Tensor targets, Tensor? old_logprobs, Tensor advantages, Tensor mask,"
     " Tensor? ref_logprobs, Tensor? weights, Tensor? bias, Tensor? forbidden, float temperature, float logit_scale,"
     f" float? softcap, {OPTIONS_SCHEMA}, bool[] needs, str backend, SymInt? chunk_tokens=None)"
-    " -> (Tensor loss, Tensor sums, Tensor by_hidden, Tensor by_weight, Tensor by_bias)",
+    " -> (Tensor loss, Tensor sums, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
 )
 def linear_ppo(
     hidden: Tensor,
@@ -147,19 +154,19 @@ def linear_ppo(
     with matmul.without_autocast(hidden):
         tokens = PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights)
         dtype = tokens.dtype_with(hidden, weight)
-        rows, busy = _busy_first(Rows(targets.shape, mask), tokens, options)
+        rows, active = _active_rows_first(Rows(targets.shape, mask), tokens, options)
         y = rows.pick(targets).long()
         checks.ids(y, weight.shape[0])
         head, needed = Head(bias, temperature, logit_scale, softcap, forbidden), (needs[0], needs[1], needs[2])
         sums, grads = _sweep_rows(
-            *(hidden, weight, y, rows, busy, head, tokens.picked(rows), options, needed, backend),
+            *(hidden, weight, y, rows, active, head, tokens.picked(rows), options, needed, backend),
             chunk_tokens=more[0] if more else None,
         )
-        by_hidden, by_weight, by_bias = (
+        grad_hidden, grad_weight, grad_bias = (
             hidden.new_empty(0) if x is None else x
             for x in (None if grads.hidden is None else rows.scatter(grads.hidden), grads.weight, grads.bias)
         )
-        return sums[0].to(dtype, copy=True), sums[1:].to(dtype, copy=True), by_hidden, by_weight, by_bias
+        return sums[0].to(dtype, copy=True), sums[1:].to(dtype, copy=True), grad_hidden, grad_weight, grad_bias
 
 
 def _sweep_rows(
@@ -167,7 +174,7 @@ def _sweep_rows(
     weight: Tensor,
     y: Tensor,
     rows: Rows,
-    busy: int,
+    active: int,
     head: Head,
     tokens: PolicyTokens,
     options: PolicyOptions,
@@ -176,85 +183,89 @@ def _sweep_rows(
     *,
     chunk_tokens: int | None,
 ) -> tuple[Tensor, Gradients]:
-    """`linear_ppo` of the valid tokens; `tokens` has them flat. Rows from `num_active` on have no gradient."""
+    """`linear_ppo` of the valid tokens; `tokens` has them flat. Rows from `active` on have no gradient."""
     trained = needed[1] or needed[2]
     # The gradient of a trained head needs each token's coefficient: known only if a tile has whole rows of logits.
     dtype, only = result_dtype(hidden.dtype, weight.dtype), CHUNKED if trained else None
     sizes = choose(weight.shape[0], dtype, hidden.device, only=only, chunk_tokens=chunk_tokens)
     # With a trained head dL/dz is formed in fp32 and cast; with a frozen one the exponentials are the operand.
-    direction, with_entropy = any(needed) and not trained, any(needed) and options.entropy_in_loss
-    tiles = HeadTiles(hidden, weight, head, rows.count, sizes, backend, direction=direction, entropy_term=with_entropy)
-    assert tiles.whole or not trained
+    exp_operand, with_entropy = any(needed) and not trained, any(needed) and options.entropy_in_loss
+    tiles = HeadTiles(
+        hidden, weight, head, rows.count, sizes, backend, exp_operand=exp_operand, entropy_term=with_entropy
+    )
+    assert tiles.has_whole_rows or not trained
     policy_terms = dispatch.implementation("policy_terms", backend, hidden.device)
-    grads = Gradients(hidden, weight, rows, needed, dtype, kept_dtype(hidden.dtype))
-    outputs = TileOutputs(moment=True, direction=any(needed))
+    grads = Gradients(hidden, weight, rows, needed, dtype, stored_gradient_dtype(hidden.dtype))
+    outputs = TileOutputs(moment=True, exponentials=any(needed))
     total = None
-    for piece in (*rows.chunks(tiles.rows, 0, busy), *rows.chunks(tiles.rows, busy)):
+    for piece in (*rows.chunks(tiles.rows, 0, active), *rows.chunks(tiles.rows, active)):
         h = rows.take(hidden, piece).to(tiles.operand)
-        learns = any(needed) and piece.start < busy
-        of, of_exp, of_term = tiles.sweep(h, y[piece], outputs, sums=direction and learns and not tiles.whole)
+        learns = any(needed) and piece.start < active
+        of, sum_exp, sum_term = tiles.sweep(
+            h, y[piece], outputs, sums=exp_operand and learns and not tiles.has_whole_rows
+        )
         terms = policy_terms(of.logprobs, of.entropy, tokens.part(piece), options)
         total = terms.totals if total is None else total + terms.totals
         if not learns:
             continue
-        factors, idle = logprob_factors(of, terms.slope.to(dtype)), terms.slope == 0.0
+        logit_grad, inactive = logprob_gradient(of, terms.slope.to(dtype)), terms.slope == 0.0
         if options.entropy_in_loss:
-            factors = added(factors, entropy_factors(of, terms.entropy_slope.to(dtype)))
-            idle &= terms.entropy_slope == 0.0
-        if of_exp is not None:
-            grads.write(piece, tiles.gradient_by_hidden_(of_exp, of_term, factors, y[piece]))
+            logit_grad = add_gradients(logit_grad, entropy_gradient(of, terms.entropy_slope.to(dtype)))
+            inactive &= terms.entropy_slope == 0.0
+        if sum_exp is not None:
+            grads.write(piece, tiles.hidden_grad_(sum_exp, sum_term, logit_grad, y[piece]))
         elif trained:
             _, e, term = tiles.buffers(h.shape[0], tiles.vocabulary)
-            d = derivative_(e, term, factors, y[piece], 0, head.factor)
+            d = derivative_(e, term, logit_grad, y[piece], 0, head.factor)
             grads.add(tiles, slice(0, tiles.vocabulary), weight, d, h)
             grads.write(piece)
         else:
-            _add_busy(grads, piece, tiles, h.shape[0], y[piece], factors, ~idle)
+            _add_active_rows(grads, piece, tiles, h.shape[0], y[piece], logit_grad, ~inactive)
     return hidden.new_zeros(len(SUMS), dtype=dtype) if total is None else total, grads
 
 
-def _busy_first(rows: Rows, tokens: PolicyTokens, options: PolicyOptions) -> tuple[Rows, int]:
+def _active_rows_first(rows: Rows, tokens: PolicyTokens, options: PolicyOptions) -> tuple[Rows, int]:
     """Reorder the rows: first those that can have a gradient (advantage and weight not 0). Returns their number too."""
-    busy = rows.pick(tokens.advantages) != 0.0
+    active = rows.pick(tokens.advantages) != 0.0
     if options.kl_in_loss or options.entropy_in_loss:
-        busy = torch.ones_like(busy)
+        active = torch.ones_like(active)
     if tokens.weights is not None:
-        busy &= rows.pick(tokens.weights) != 0.0
-    return (rows, rows.count) if bool(busy.all()) else rows.first(busy)
+        active &= rows.pick(tokens.weights) != 0.0
+    return (rows, rows.count) if bool(active.all()) else rows.first(active)
 
 
-def kept_dtype(hidden: torch.dtype) -> torch.dtype:
+def stored_gradient_dtype(hidden: torch.dtype) -> torch.dtype:
     """Dtype of the hidden gradient before the backward scales it: not yet divided, it may exceed fp16's range."""
     return torch.float32 if hidden == torch.float16 else hidden
 
 
-def _add_busy(
-    grads: Gradients, piece: slice, tiles: HeadTiles, n: int, y: Tensor, factors: Factors, busy: Tensor
+def _add_active_rows(
+    grads: Gradients, piece: slice, tiles: HeadTiles, n: int, y: Tensor, logit_grad: LogitGrad, active: Tensor
 ) -> None:
-    """The second product, for the `active` tokens alone: their rows are moved to the top of the tile, in place."""
+    """The second product, for `active` tokens alone: their rows are moved to the top of the tile, in place."""
     _, e, term = tiles.buffers(n, tiles.columns)
-    index = busy.nonzero().squeeze(1)
+    index = active.nonzero().squeeze(1)
     if index.numel() == 0:
         return
     into: slice | Tensor = piece
-    if index.numel() <= (1.0 - WORTH_SKIPPING) * n:
+    if index.numel() <= (1.0 - LEAST_SHARE_TO_SKIP) * n:
         for block in blocks(index.numel(), e.shape[1], e.element_size(), e.device):
             # index[i] >= i and ascending: no row is overwritten before it is read.
             e[block] = e.index_select(0, index[block])
             if term is not None:
                 term[block] = term.index_select(0, index[block])
-        of_term = None if factors.of_term is None else factors.of_term[index]
-        factors, y = Factors(factors.of_exp[index], of_term, factors.at_target[index]), y[index]
+        term_coef = None if logit_grad.term_coef is None else logit_grad.term_coef[index]
+        logit_grad, y = LogitGrad(logit_grad.exp_coef[index], term_coef, logit_grad.target_coef[index]), y[index]
         e, term = e[: index.numel()], None if term is None else term[: index.numel()]
         into = index + piece.start
-    if term is not None and factors.of_term is not None:
+    if term is not None and logit_grad.term_coef is not None:
         # The coefficients are known, so log-prob and entropy terms are added before one product.
         for block in blocks(e.shape[0], e.shape[1], e.element_size(), e.device):
-            both = e[block] * factors.of_exp[block].unsqueeze(1)
-            e[block] = both.addcmul_(term[block], factors.of_term[block].unsqueeze(1))
-        factors = factors._replace(of_exp=torch.ones_like(factors.of_exp), of_term=None)
-    of_exp = matmul.back(e, tiles.weight, None, tiles.dtype, tiles.scratch)
-    grads.write(into, tiles.gradient_by_hidden_(of_exp, None, factors, y))
+            both = e[block] * logit_grad.exp_coef[block].unsqueeze(1)
+            e[block] = both.addcmul_(term[block], logit_grad.term_coef[block].unsqueeze(1))
+        logit_grad = logit_grad._replace(exp_coef=torch.ones_like(logit_grad.exp_coef), term_coef=None)
+    sum_exp = matmul.back(e, tiles.weight, None, tiles.dtype, tiles.scratch)
+    grads.write(into, tiles.hidden_grad_(sum_exp, None, logit_grad, y))
 
 
 @linear_ppo.register_fake
@@ -275,7 +286,7 @@ def _(
     return (
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(len(SUMS) - 1, dtype=dtype),
-        hidden.new_empty((targets.numel(), hidden.shape[-1]), dtype=kept_dtype(hidden.dtype))
+        hidden.new_empty((targets.numel(), hidden.shape[-1]), dtype=stored_gradient_dtype(hidden.dtype))
         if needs[0]
         else hidden.new_empty(0),
         *(
@@ -303,13 +314,13 @@ def _backward(ctx: Any, grad: Tensor | None, *rest: Tensor | None) -> tuple[Tens
     if grad is None:
         return none
     if ctx.weight is not None:
-        checks.still_there(ctx.weight)
-    by_hidden, by_weight, by_bias = torch.ops.onecard.scale_linear_ppo(*ctx.saved_tensors, grad, *ctx.dtypes)
+        checks.not_emptied(ctx.weight)
+    grad_hidden, grad_weight, grad_bias = torch.ops.onecard.scale_linear_ppo(*ctx.saved_tensors, grad, *ctx.dtypes)
     return (
-        by_hidden.view(ctx.shape) if ctx.needs[0] else None,
-        by_weight if ctx.needs[1] else None,
+        grad_hidden.view(ctx.shape) if ctx.needs[0] else None,
+        grad_weight if ctx.needs[1] else None,
         *none[2:8],
-        by_bias if ctx.needs[2] else None,
+        grad_bias if ctx.needs[2] else None,
         *none[9:],
     )
 
@@ -349,26 +360,26 @@ no_forward_ad("linear_ppo_loss", linear_ppo, scale_linear_ppo)
 
 @workspace.formula("onecard::linear_ppo")
 def _linear_ppo_bytes(device: torch.device, a: SimpleNamespace) -> int:
-    by_hidden, by_weight, by_bias = a.needs
-    trained, learns, count = by_weight or by_bias, any(a.needs), a.targets.numel()
+    grad_hidden, grad_weight, grad_bias = a.needs
+    trained, learns, count = grad_weight or grad_bias, any(a.needs), a.targets.numel()
     with_entropy = learns and a.entropy_coef != 0.0
     tiles = TileBytes.of(
         *(device, a.hidden, a.weight, count),
         chunk_tokens=a.chunk_tokens,
-        direction=learns and not trained,
+        exp_operand=learns and not trained,
         entropy_term=with_entropy,
         only=CHUNKED if trained else None,
     )
     wide_term = with_entropy and (trained or tiles.operand == tiles.accumulated)
     in_pass = tiles.exp_pass(a.backend, entropy_term=not wide_term, slope=learns and a.softcap is not None)
     sums = tiles.hidden_rows * tiles.accumulated
-    kept = kept_dtype(a.hidden.dtype)
+    kept = stored_gradient_dtype(a.hidden.dtype)
     written = tiles.hidden_rows * kept.itemsize * (kept.itemsize != tiles.accumulated)
     if not learns:
         sweep = in_pass
     elif trained:
         narrow = tiles.logits * tiles.operand * (tiles.operand != tiles.accumulated)
-        sweep = max(in_pass, sums * by_hidden + max(narrow, written * by_hidden))
+        sweep = max(in_pass, sums * grad_hidden + max(narrow, written * grad_hidden))
     elif tiles.count == 1:
         size = tiles.logits * tiles.operand * with_entropy
         first = block_bytes(device, tiles.step, tiles.columns, tiles.operand) * with_entropy
@@ -377,7 +388,7 @@ def _linear_ppo_bytes(device: torch.device, a: SimpleNamespace) -> int:
     else:
         sums *= 1 + with_entropy  # the previous step's are freed only after the new ones are allocated
         sweep = sums * (1 + (count > tiles.step)) + max(in_pass, tiles.target_rows, written)
-    inside = a.hidden.numel() * kept.itemsize * by_hidden
+    inside = a.hidden.numel() * kept.itemsize * grad_hidden
     per_token = (2 + (a.ref_logprobs is not None) + (a.weights is not None)) * 4 + 1 + 2 * IDS + 1
     sweep += tiles.per_token(STATISTICS + 8)
     return count * per_token + max(tiles.buffers + tiles.taken(a.hidden, masked=True, sweep=sweep), inside)

@@ -14,7 +14,7 @@ from onecard.algorithms.dpo.reference import with_reference
 from onecard.algorithms.dpo.variants import Variant, loss_keywords, pick_variant
 from onecard.config import DPOConfig
 from onecard.data import Row, Tokenized, labelled_examples
-from onecard.data.batches import LabelledSequence, pack_labelled, pack_pairs, rows_sharing
+from onecard.data.batches import LabelledSequence, pack_labelled, pack_pairs, size_when_sharing
 from onecard.data.example_arrays import all_numbers
 from onecard.models.build import reference_adapter
 from onecard.models.roles import Roles
@@ -77,8 +77,8 @@ def make_recipe(config: DPOConfig) -> Recipe[Any, Any]:
         loss=lambda roles, batch, normalizer: loss(roles, batch, keywords, normalizer),
         reference=variant.reference is not None,
         prepare=reference_pass(config, variant, collate) if config.precompute_ref_log_probs else None,
-        sharing=Sharing(partial(pack_pairs, share_prompts=True), rows_sharing) if shares else None,
-        uncut=next((f"loss_type {name}" for name in config.loss_type if name in WHOLE_BATCH), ""),
+        sharing=Sharing(partial(pack_pairs, share_prompts=True), size_when_sharing) if shares else None,
+        unsplittable=next((f"loss_type {name}" for name in config.loss_type if name in WHOLE_BATCH), ""),
     )
 
 

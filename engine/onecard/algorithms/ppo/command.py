@@ -29,7 +29,7 @@ from onecard.models.vocabulary import check_tokens
 from onecard.rewards.scorer import load_constraint, load_scorer
 from onecard.training import dry_run
 from onecard.training.identity import ppo_identity
-from onecard.training.run_folder import Run, locked, open_run, with_folder
+from onecard.training.run_folder import Run, locked, open_run, with_output_dir
 from onecard.training.startup import check_decoding, check_model
 from onecard.training.trainer import Trainer
 from onecard.utils.errors import OnecardError
@@ -95,7 +95,7 @@ def run(config: PPOConfig) -> Path:
     """`onecard ppo`. Returns the folder of the trained policy."""
     config.validate()
     check_value_init(config)
-    config = with_passes(with_folder(config, "ppo"))
+    config = with_passes(with_output_dir(config, "ppo"))
     run = open_run(config)
     with head_chunks(config.head_chunk_tokens), template_date(run.date):
         job = prepare(config, run)

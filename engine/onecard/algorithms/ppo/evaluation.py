@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onecard.algorithms.ppo.experience import answer_metrics, logprobs_of
+from onecard.algorithms.ppo.experience import answer_metrics, response_logprobs
 from onecard.algorithms.ppo.sampling import Sampler
 from onecard.algorithms.ppo.scores import ScoredAnswers, score_metrics
 from onecard.config import PPOConfig
@@ -44,7 +44,9 @@ def evaluate_policy(
     with bar.part("evaluate", len(prompts)) as part, seeded_rng(roles.device, config.seed, "evaluate"):
         episodes = sampler.sample(roles, prompts, range(len(prompts)), part).episodes
         scored = score(prompts, episodes)
-    logprobs, ref_logprobs = (logprobs_of(roles, role, episodes, config, budget) for role in ("policy", "reference"))
+    logprobs, ref_logprobs = (
+        response_logprobs(roles, role, episodes, config, budget) for role in ("policy", "reference")
+    )
     scores = scored.scores.sums
     metrics = answer_metrics(episodes, logprobs, ref_logprobs, scores)
     metrics |= score_metrics(scored, config)

@@ -54,7 +54,7 @@ class ShapedRewards:
     returns: Tensor
 
 
-def logprobs_of(
+def response_logprobs(
     roles: Roles, role: str, episodes: Sequence[Episode], config: PPOConfig, budget: TokenBudget
 ) -> list[Tensor]:
     """Log-probs of the sampled tokens under a role, at the temperature they were sampled with."""
@@ -71,7 +71,7 @@ def state_values(roles: Roles, batch: TokenBatch) -> Tensor:
     return roles.scalars(batch, rows)
 
 
-def values_of(roles: Roles, episodes: Sequence[Episode], budget: TokenBudget) -> list[Tensor]:
+def response_values(roles: Roles, episodes: Sequence[Episode], budget: TokenBudget) -> list[Tensor]:
     """The critic's k + 1 values of each episode: of the states before each response token and after the last one.
 
     A state's value is read at the last token of that state, the row that predicts the next token.
@@ -80,7 +80,7 @@ def values_of(roles: Roles, episodes: Sequence[Episode], budget: TokenBudget) ->
     def read(batch: TokenBatch, targets: ResponseTargets) -> Tensor:
         return state_values(roles, batch)
 
-    return per_token(roles, "value", episodes, read, budget, beyond=1)
+    return per_token(roles, "value", episodes, read, budget, extra=1)
 
 
 def compute_model_outputs(
@@ -91,18 +91,18 @@ def compute_model_outputs(
     `budget`: the run's token budget; by default a new one. Raises OnecardError if any result is NaN or infinite.
     """
     budget = budget or forward_budget(config)
-    passes = {
-        "policy's log-probs": logprobs_of(roles, "policy", episodes, config, budget),
-        "reference's log-probs": logprobs_of(roles, "reference", episodes, config, budget),
-        "critic's values": values_of(roles, episodes, budget) if "value" in roles.adapters else [],
+    outputs = {
+        "policy's log-probs": response_logprobs(roles, "policy", episodes, config, budget),
+        "reference's log-probs": response_logprobs(roles, "reference", episodes, config, budget),
+        "critic's values": response_values(roles, episodes, budget) if "value" in roles.adapters else [],
     }
-    for what, pieces in passes.items():
+    for what, pieces in outputs.items():
         if not all(bool(piece.isfinite().all()) for piece in pieces):
             raise OnecardError(
                 f"ppo: the {what} of sampled answers are not finite: it has diverged, or its dtype overflows; a lower "
                 "learning_rate or another dtype usually helps. The last checkpoint is from before that."
             )
-    logprobs, ref_logprobs, values = passes.values()
+    logprobs, ref_logprobs, values = outputs.values()
     last = [0.0 if episode.finished else float(each[-1]) for episode, each in zip(episodes, values, strict=False)]
     return ModelOutputs(
         logprobs,
@@ -118,7 +118,7 @@ def pad(pieces: Sequence[Tensor]) -> Tensor:
 
 
 def shape_rewards(
-    passes: ModelOutputs,
+    outputs: ModelOutputs,
     scores: Tensor,
     kl_coef: float,
     config: PPOConfig,
@@ -137,10 +137,10 @@ def shape_rewards(
     have negative advantages and become less likely. With groups, a kept answer without another one in its group is
     left out too.
     """
-    lengths = torch.tensor([len(piece) for piece in passes.logprobs])
-    logprobs = pad(passes.logprobs)
+    lengths = torch.tensor([len(piece) for piece in outputs.logprobs])
+    logprobs = pad(outputs.logprobs)
     mask = torch.arange(logprobs.shape[1]) < lengths.unsqueeze(1)
-    kl = token_kl(logprobs, pad(passes.ref_logprobs), estimator=config.kl_estimator)
+    kl = token_kl(logprobs, pad(outputs.ref_logprobs), estimator=config.kl_estimator)
     rewards = -kl_coef * kl
     if dense is not None:
         rewards += pad(dense)
@@ -151,22 +151,22 @@ def shape_rewards(
         mask &= kept.unsqueeze(1)
     if config.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
-    values = None if passes.values is None else pad(passes.values)
-    found = ESTIMATORS[config.advantage_estimator](
-        AdvantageInput(rewards, mask, values, passes.last_values, config.gamma, config.lam, config.num_generations)
+    values = None if outputs.values is None else pad(outputs.values)
+    estimated = ESTIMATORS[config.advantage_estimator](
+        AdvantageInput(rewards, mask, values, outputs.last_values, config.gamma, config.lam, config.num_generations)
     )
-    return ShapedRewards(mask, kl, rewards, values, found.advantages, found.returns)
+    return ShapedRewards(mask, kl, rewards, values, estimated.advantages, estimated.returns)
 
 
-def make_experiences(episodes: Sequence[Episode], passes: ModelOutputs, shaped: ShapedRewards) -> list[Experience]:
+def make_experiences(episodes: Sequence[Episode], outputs: ModelOutputs, shaped: ShapedRewards) -> list[Experience]:
     """An `Experience` for each episode that is in the loss."""
     return [
         Experience(
             episode=episode,
-            old_logprobs=passes.logprobs[row],
-            old_values=None if passes.values is None else passes.values[row],
-            advantages=shaped.advantages[row, : len(passes.logprobs[row])].clone(),
-            returns=shaped.returns[row, : len(passes.logprobs[row])].clone(),
+            old_logprobs=outputs.logprobs[row],
+            old_values=None if outputs.values is None else outputs.values[row],
+            advantages=shaped.advantages[row, : len(outputs.logprobs[row])].clone(),
+            returns=shaped.returns[row, : len(outputs.logprobs[row])].clone(),
         )
         for row, episode in enumerate(episodes)
         if shaped.mask[row].any()
@@ -196,20 +196,20 @@ def answer_metrics(
 
 def objective_metrics(
     episodes: Sequence[Episode],
-    passes: ModelOutputs,
+    outputs: ModelOutputs,
     shaped: ShapedRewards,
     scores: Tensor,
     kl_coef: float,
     penalty: float = 0.0,
 ) -> dict[str, float]:
     """Metrics of an iteration's responses, by TRL's names. `penalty`: mean score subtracted by a constraint."""
-    paid = -kl_coef * shaped.kl.sum(1).mean()
+    kl_reward = -kl_coef * shaped.kl.sum(1).mean()
     row = {
-        **answer_metrics(episodes, passes.logprobs, passes.ref_logprobs, scores),
+        **answer_metrics(episodes, outputs.logprobs, outputs.ref_logprobs, scores),
         "objective/kl_coef": kl_coef,
-        "objective/non_score_reward": float(paid),
-        "objective/rlhf_reward": float(scores.mean() - penalty + paid),
-        "objective/entropy": float(-pad(passes.logprobs).sum(1).mean()),
+        "objective/non_score_reward": float(kl_reward),
+        "objective/rlhf_reward": float(scores.mean() - penalty + kl_reward),
+        "objective/entropy": float(-pad(outputs.logprobs).sum(1).mean()),
         "val/num_eos_tokens": float(sum(episode.finished for episode in episodes)),
     }
     if shaped.values is not None and shaped.mask.any():

@@ -147,7 +147,7 @@ class Collected:
 
 
 @dataclass(frozen=True)
-class Controls:
+class AdaptiveState:
     """Values that carry over between iterations and go into checkpoints."""
 
     kl_coef: float
@@ -155,13 +155,15 @@ class Controls:
     scale: Scale = field(default_factory=Scale)
 
 
-def next_controls(controls: Controls, row: dict[str, float], episodes: int, config: PPOConfig) -> Controls:
+def next_adaptive_state(
+    adaptive: AdaptiveState, row: dict[str, float], episodes: int, config: PPOConfig
+) -> AdaptiveState:
     """The values for the next iteration, from this iteration's metrics."""
-    kl_coef = next_kl_coef(controls.kl_coef, row["objective/kl"], episodes, config)
+    kl_coef = next_kl_coef(adaptive.kl_coef, row["objective/kl"], episodes, config)
     if "constraint/lambda" not in row:
-        return replace(controls, kl_coef=kl_coef)
+        return replace(adaptive, kl_coef=kl_coef)
     return replace(
-        controls, kl_coef=kl_coef, multiplier=next_multiplier(controls.multiplier, row["constraint/cost"], config)
+        adaptive, kl_coef=kl_coef, multiplier=next_multiplier(adaptive.multiplier, row["constraint/cost"], config)
     )
 
 
@@ -188,10 +190,10 @@ class PPO:
         self.rewards, self.constraint = scorer, constraint
         self.prompts, self.heldout, self.total_steps = prompts, heldout, total_steps
         # Warm-up starts at a learning rate of 0, which would waste an iteration. The schedule starts one step later.
-        self.schedule_from = 1 if config.warmup_steps else 0
+        self.first_schedule_step = 1 if config.warmup_steps else 0
         self.objective = ppo_objective(roles, config)
         self.budget = budget or forward_budget(config)  # of passes without gradients
-        self.controls = Controls(config.kl_coef, config.constraint_lambda, scale or Scale())
+        self.adaptive = AdaptiveState(config.kl_coef, config.constraint_lambda, scale or Scale())
 
     def batches(self, first_step: int) -> Iterator[tuple[float, list[int]]]:
         """The prompts of each iteration (episodes_per_step / num_generations), from a stream of shuffled epochs."""
@@ -204,11 +206,11 @@ class PPO:
         """Scores on the run's scale, and costs where there is a constraint."""
         scorers = [self.rewards, *([self.constraint] if self.constraint else [])]
         scores, *costs = [each.scores(self.roles, self.sampler.tokenizer, prompts, episodes) for each in scorers]
-        return ScoredAnswers(self.controls.scale.of(scores), costs[0].sums if costs else None)
+        return ScoredAnswers(self.adaptive.scale.of(scores), costs[0].sums if costs else None)
 
     def collect(self, step: int, indices: Sequence[int], bar: Bar) -> Collected:
         """Sample responses to these prompts, score them, and compute their advantages."""
-        config, roles, controls = self.config, self.roles, self.controls
+        config, roles, adaptive = self.config, self.roles, self.adaptive
         row: dict[str, float] = {}
         indices = [index for index in indices for _ in range(config.num_generations)]
         prompts = [self.prompts[index] for index in indices]
@@ -221,15 +223,15 @@ class PPO:
         episodes = sampled.episodes
         with seeded_rng(roles.device, config.seed, step, "judge"):
             scored = self.score(prompts, episodes)
-        constrained = apply_constraint(scored.scores.total, scored.costs, controls.multiplier, config)
-        passes = compute_model_outputs(roles, episodes, config, self.budget)
+        constrained = apply_constraint(scored.scores.total, scored.costs, adaptive.multiplier, config)
+        outputs = compute_model_outputs(roles, episodes, config, self.budget)
         shaped = shape_rewards(
-            passes, constrained.scores, controls.kl_coef, config, dense=scored.scores.dense, kept=constrained.kept
+            outputs, constrained.scores, adaptive.kl_coef, config, dense=scored.scores.dense, kept=constrained.kept
         )
-        paid = float((scored.scores.total - constrained.scores).mean())
-        row |= objective_metrics(episodes, passes, shaped, scored.scores.sums, controls.kl_coef, paid)
+        penalty = float((scored.scores.total - constrained.scores).mean())
+        row |= objective_metrics(episodes, outputs, shaped, scored.scores.sums, adaptive.kl_coef, penalty)
         row |= score_metrics(scored, config)
-        return Collected(make_experiences(episodes, passes, shaped), row, episodes, sampled.rollout)
+        return Collected(make_experiences(episodes, outputs, shaped), row, episodes, sampled.rollout)
 
     def step(self, trainer: Trainer, indices: Sequence[int], bar: Bar) -> dict[str, float]:
         """One iteration. It ends early when a minibatch's policy/approxkl exceeds `target_kl`.
@@ -254,8 +256,8 @@ class PPO:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
         row |= update_metrics(rows, updates)
         if self.constraint is not None and config.constraint_mode == "lagrangian":
-            row["constraint/lambda"] = self.controls.multiplier
-        self.controls = next_controls(self.controls, row, len(collected.episodes), config)
+            row["constraint/lambda"] = self.adaptive.multiplier
+        self.adaptive = next_adaptive_state(self.adaptive, row, len(collected.episodes), config)
         tokens = sum(map(len, collected.episodes))
         trainer.num_tokens += tokens
         seconds = time.perf_counter() - began
@@ -280,11 +282,11 @@ class PPO:
 
     def state(self) -> dict[str, Any]:
         tokens = {name: budget.size.tokens for name, budget in self.budgets().items()}
-        return {"controls": asdict(self.controls), "tokens": tokens}
+        return {"controls": asdict(self.adaptive), "tokens": tokens}
 
     def restore(self, state: dict[str, Any]) -> None:
-        controls = state["controls"]
-        self.controls = Controls(**{**controls, "scale": Scale(**controls["scale"])})
+        adaptive = state["controls"]
+        self.adaptive = AdaptiveState(**{**adaptive, "scale": Scale(**adaptive["scale"])})
         for name, budget in self.budgets().items():
             budget.size = replace(budget.size, tokens=state["tokens"][name])
 

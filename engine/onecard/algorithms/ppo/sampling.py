@@ -11,7 +11,15 @@ from onecard.data import Prompt
 from onecard.data.batches import Episode
 from onecard.models.micro_batching import TokenBudget
 from onecard.models.roles import Roles
-from onecard.rollout import Rollout, Sampling, StopStrings, end_tokens, make_episode, sample_responses, sampling_budget
+from onecard.rollout import (
+    Rollout,
+    Sampling,
+    StopStrings,
+    find_stop_tokens,
+    make_episode,
+    sample_responses,
+    sampling_budget,
+)
 from onecard.utils.progress import Bar
 
 
@@ -29,7 +37,7 @@ class Sampler:
 
     tokenizer: Any
     sampling: Sampling
-    ends: frozenset[int]
+    stop_tokens: frozenset[int]
     budget: TokenBudget
     stop_strings: StopStrings | None = None
 
@@ -39,7 +47,7 @@ class Sampler:
             roles,
             [prompt.tokens for prompt in prompts],
             self.sampling,
-            stop_tokens=self.ends,
+            stop_tokens=self.stop_tokens,
             stop_strings=self.stop_strings,
             batch_size=self.budget,
             bar=bar,
@@ -58,7 +66,7 @@ def rollout_budget(config: PPOConfig) -> TokenBudget:
 
 def make_sampler(config: PPOConfig, roles: Roles, tokenizer: Any) -> Sampler:
     """The sampler that the settings ask for."""
-    ends = end_tokens(roles, tokenizer, config.stop_token)
+    stop_tokens = find_stop_tokens(roles, tokenizer, config.stop_token)
     sampling = Sampling(config.response_length, config.temperature)
     stop_strings = StopStrings(tokenizer, config.stop_token) if config.stop_token else None
-    return Sampler(tokenizer, sampling, ends, rollout_budget(config), stop_strings)
+    return Sampler(tokenizer, sampling, stop_tokens, rollout_budget(config), stop_strings)

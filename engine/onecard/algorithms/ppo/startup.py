@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from onecard.algorithms.ppo.experience import logprobs_of
+from onecard.algorithms.ppo.experience import response_logprobs
 from onecard.algorithms.ppo.sampling import Sampler
 from onecard.config import PPOConfig
 from onecard.data import Prompt
@@ -33,14 +33,14 @@ from onecard.utils.rng import seeded_rng
 
 CHECKED_PROMPTS = 8
 # Largest allowed (mean, maximum) of differences in nats. In 16 bit they are rounding, largest for unlikely tokens.
-LIMITS = {torch.float32: (1e-4, 1e-3)}
-LIMITS_16_BIT = (0.05, 1.0)
-CHECKING = replace(TRAINING_MESSAGES, smaller="the check goes on in micro-batches of at most {size}.")
+TOLERANCES = {torch.float32: (1e-4, 1e-3)}
+TOLERANCES_16_BIT = (0.05, 1.0)
+CHECK_MESSAGES = replace(TRAINING_MESSAGES, smaller="the check goes on in micro-batches of at most {size}.")
 
 
 def new_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfig) -> Tensor:
     """Log-probs computed as in a minibatch: in training mode, with gradients."""
-    budget = TokenBudget(MicroBatchSize(config.per_device_train_batch_size, config.micro_batch_tokens), CHECKING)
+    budget = TokenBudget(MicroBatchSize(config.per_device_train_batch_size, config.micro_batch_tokens), CHECK_MESSAGES)
 
     def read(batch: TokenBatch, targets: ResponseTargets) -> Tensor:
         with torch.enable_grad():
@@ -59,7 +59,7 @@ def check_start(
     budget: TokenBudget,
 ) -> None:
     """Raise if a reward fails, or if log-probs that must be equal differ. Random states are left unchanged."""
-    before = roles.training
+    was_training = roles.training
     parts = [prompts[:CHECKED_PROMPTS] for prompts in (training, heldout) if prompts]
     episodes: list[Episode] = []
     with seeded_rng(roles.device, config.seed, "start"):
@@ -69,7 +69,7 @@ def check_start(
                 scorer.scores(roles, sampler.tokenizer, chosen, sampled)
             episodes += sampled
     compare_logprobs(roles, episodes, config, budget)
-    roles.train(before)
+    roles.train(was_training)
 
 
 def compare_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfig, budget: TokenBudget) -> None:
@@ -79,10 +79,10 @@ def compare_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfi
     """
     roles.train()
     sampled = torch.cat([episode.sampling_logprobs for episode in episodes])
-    old = torch.cat(logprobs_of(roles, "policy", episodes, config, budget))
-    reference = torch.cat(logprobs_of(roles, "reference", episodes, config, budget))
+    old = torch.cat(response_logprobs(roles, "policy", episodes, config, budget))
+    reference = torch.cat(response_logprobs(roles, "reference", episodes, config, budget))
     new = new_logprobs(roles, episodes, config)
-    mean, largest = LIMITS.get(roles.causal_model().dtype, LIMITS_16_BIT)
+    mean, largest = TOLERANCES.get(roles.causal_model().dtype, TOLERANCES_16_BIT)
     cold = min(1.0, config.temperature)  # a temperature below 1 magnifies the rounding of logits
     limits = (mean / cold, largest / cold)
     compare("the policy's log-probs in training and in the pass before it", new, old, limits)

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from onecard.algorithms.common import Recipe, Sharing, run_recipe
 from onecard.algorithms.reward.kinds import (
-    OF_EXAMPLE,
+    KIND_OF_EXAMPLE,
     check_settings,
     collate,
-    collate_sharing,
-    loss_of,
+    collate_shared,
+    example_size,
+    loss_from_scores,
     reward_loss,
-    rows,
     tokenize,
 )
 from onecard.config import RewardConfig
@@ -26,7 +26,7 @@ from onecard.data.batches import TokenBatch, unpack
 from onecard.models.micro_batching import TokenBudget, forward_budget
 from onecard.models.passes import sequence_passes
 from onecard.models.roles import Roles
-from onecard.training.metrics import add_up
+from onecard.training.metrics import sum_metrics
 from onecard.utils.errors import OnecardError
 from onecard.utils.progress import Bar, progress, say
 
@@ -51,9 +51,9 @@ def heldout_row(
     """Loss and metrics of all held-out examples together."""
     batch = collate(examples)
     scores = scores_of(roles, batch.sequences, budget, bar)
-    row = add_up([loss_of(scores, batch, config, len(examples))])
+    row = sum_metrics([loss_from_scores(scores, batch, config, len(examples))])
     spread = {"std_reward": float(scores.std())} if len(scores) > 1 else {}
-    return {**row, **spread, **OF_EXAMPLE[type(examples[0])].summary(scores, batch)}
+    return {**row, **spread, **KIND_OF_EXAMPLE[type(examples[0])].summary(scores, batch)}
 
 
 def normalize(roles: Roles, examples: Sequence[Any], config: RewardConfig) -> None:
@@ -83,7 +83,7 @@ def make_recipe(config: RewardConfig) -> Recipe[Any, Any]:
         scalar=True,
         heldout=lambda roles, examples, budget, bar: heldout_row(roles, examples, config, budget, bar),
         check=lambda examples: check_settings(examples, config),
-        sharing=Sharing(collate_sharing, rows) if config.share_prompts else None,
+        sharing=Sharing(collate_shared, example_size) if config.share_prompts else None,
         adjust=(lambda roles, examples: normalize(roles, examples, config)) if config.normalize_scores else None,
     )
 

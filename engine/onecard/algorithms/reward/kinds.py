@@ -23,9 +23,9 @@ from onecard.data.batches import (
     pack_pairs,
     pack_rankings,
     pack_scored,
-    rows_sharing,
+    size_when_sharing,
 )
-from onecard.data.columns import has, there_are
+from onecard.data.columns import columns_present, has
 from onecard.data.files import checked
 from onecard.models.roles import Roles
 from onecard.utils.errors import OnecardError, nearest
@@ -43,13 +43,13 @@ class Kind:
 
     name: str
     columns: tuple[str, ...]
-    example: type
-    record: type
+    example_type: type
+    batch_type: type
     tokenize: Callable[[Iterable[Row], Any, int, RewardConfig], Tokenized[Any]]
     collate: Callable[..., Any]
     loss: Callable[[Tensor, Any, RewardConfig, int], Loss]
-    summary: Callable[[Tensor, Any], dict[str, float]] = lambda scores, record: {}
-    shares: bool = True
+    summary: Callable[[Tensor, Any], dict[str, float]] = lambda scores, batch: {}
+    shares_prompts: bool = True
 
 
 def tokenize_pairs(rows: Iterable[Row], tokenizer: Any, max_length: int, config: RewardConfig) -> Tokenized[Any]:
@@ -105,52 +105,52 @@ KINDS = (
     Kind("pairs", ("chosen", "rejected"), PreferencePair, PreferenceBatch, tokenize_pairs, pack_pairs, pairs_loss),
     Kind(
         "scores", ("completion", "score"), ScoredSequence, ScoredBatch, tokenize_scores, pack_scored, scores_loss,
-        summary=lambda scores, batch: agreement(scores, batch.scores), shares=False,
+        summary=lambda scores, batch: agreement(scores, batch.scores), shares_prompts=False,
     ),
     Kind("rankings", ("completions",), Ranking, RankingBatch, tokenize_rankings, pack_rankings, rankings_loss),
 )  # fmt: skip
-OF_EXAMPLE = {kind.example: kind for kind in KINDS}
-OF_RECORD = {kind.record: kind for kind in KINDS}
+KIND_OF_EXAMPLE = {kind.example_type: kind for kind in KINDS}
+KIND_OF_BATCH = {kind.batch_type: kind for kind in KINDS}
 
 
 def collate(examples: Sequence[Any]) -> Any:
     """A batch of examples, which are all of one kind."""
-    return OF_EXAMPLE[type(examples[0])].collate(examples)
+    return KIND_OF_EXAMPLE[type(examples[0])].collate(examples)
 
 
-def collate_sharing(examples: Sequence[Any]) -> Any:
+def collate_shared(examples: Sequence[Any]) -> Any:
     """`collate`, with the prompt of several responses only once in the batch."""
-    kind = OF_EXAMPLE[type(examples[0])]
-    return kind.collate(examples, share_prompts=True) if kind.shares else kind.collate(examples)
+    kind = KIND_OF_EXAMPLE[type(examples[0])]
+    return kind.collate(examples, share_prompts=True) if kind.shares_prompts else kind.collate(examples)
 
 
-def rows(example: Any) -> int:
+def example_size(example: Any) -> int:
     """Tokens of an example in a batch of `collate_shared`."""
-    return rows_sharing(example) if OF_EXAMPLE[type(example)].shares else len(example)
+    return size_when_sharing(example) if KIND_OF_EXAMPLE[type(example)].shares_prompts else len(example)
 
 
-def loss_of(scores: Tensor, batch: Any, config: RewardConfig, normalizer: int) -> Loss:
+def loss_from_scores(scores: Tensor, batch: Any, config: RewardConfig, normalizer: int) -> Loss:
     """Loss and metrics of a batch's scores."""
-    loss = OF_RECORD[type(batch)].loss(scores, batch, config, normalizer)
-    ends = {"min_reward": scores.detach().min(), "max_reward": scores.detach().max()}
-    return Loss(loss.loss, {**loss.metrics, **ends})
+    loss = KIND_OF_BATCH[type(batch)].loss(scores, batch, config, normalizer)
+    extremes = {"min_reward": scores.detach().min(), "max_reward": scores.detach().max()}
+    return Loss(loss.loss, {**loss.metrics, **extremes})
 
 
 def reward_loss(roles: Roles, batch: Any, config: RewardConfig, normalizer: int) -> Loss:
     """Score all responses of a batch, and compute its loss."""
-    return loss_of(roles.scores(batch.sequences), batch, config, normalizer)
+    return loss_from_scores(roles.scores(batch.sequences), batch, config, normalizer)
 
 
 def kind_of(row: Row) -> Kind | None:
     """The first kind whose columns the row all has, else the first with any of them; None if there is none."""
-    for some in (all, any):
+    for matches in (all, any):
         for kind in KINDS:
-            if some(has(row.values, column) for column in kind.columns):
+            if matches(has(row.values, column) for column in kind.columns):
                 return kind
     return None
 
 
-def of_one_kind(rows: Iterable[Row]) -> tuple[Kind, Rows]:
+def detect_kind(rows: Iterable[Row]) -> tuple[Kind, Rows]:
     """Detect the kind of a dataset. Returns it and the rows; a row of another kind raises when it is read.
 
     A row with no column of any kind is passed through: the tokenizer of the detected kind reports it as a bad row.
@@ -161,15 +161,15 @@ def of_one_kind(rows: Iterable[Row]) -> tuple[Kind, Rows]:
         known = ", or ".join(" + ".join(f"'{column}'" for column in kind.columns) for kind in KINDS)
         names = [str(name) for name in first.values if has(first.values, name)]
         near = next(filter(None, (nearest(column, names) for kind in KINDS for column in kind.columns)), "")
-        raise OnecardError(f"{first}: no column {known}; {there_are(first.values)}{near}")
-    place, expected = str(first), kind
+        raise OnecardError(f"{first}: no column {known}; {columns_present(first.values)}{near}")
+    first_row, expected = str(first), kind
 
     def check(row: Row) -> None:
         found = kind_of(row)
         if found not in (None, expected):
             raise OnecardError(
-                f"{row}: a row of {found.name}, but {place} is one of {expected.name}; a reward model is trained from "
-                "one kind of rows."
+                f"{row}: a row of {found.name}, but {first_row} is one of {expected.name}; a reward model is trained "
+                "from one kind of rows."
             )
 
     return expected, checked(rows, check)
@@ -177,13 +177,13 @@ def of_one_kind(rows: Iterable[Row]) -> tuple[Kind, Rows]:
 
 def tokenize(rows: Iterable[Row], tokenizer: Any, max_length: int, config: RewardConfig) -> Tokenized[Any]:
     """Detect the kind of the rows, and tokenize them."""
-    kind, rows = of_one_kind(rows)
+    kind, rows = detect_kind(rows)
     return kind.tokenize(rows, tokenizer, max_length, config)
 
 
 def check_settings(examples: Sequence[Any], config: RewardConfig) -> None:
     """Raise for a setting that the training examples' kind does not use. Held-out rows may be of any kind."""
-    kind = OF_EXAMPLE[type(examples[0])]
+    kind = KIND_OF_EXAMPLE[type(examples[0])]
     complaints = {
         "score_activation: sigmoid is for rows with scores": (
             config.score_activation == "sigmoid" and kind.name != "scores"

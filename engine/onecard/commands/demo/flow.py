@@ -23,7 +23,7 @@ from onecard.commands.demo.corpus import CorpusPaths, flaws, write_corpus
 from onecard.commands.demo.tiny import make_tiny_model
 from onecard.config import DemoConfig, DPOConfig, ModelConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig
 from onecard.data import prompt_examples, prompt_rows
-from onecard.models.build import load_player
+from onecard.models.build import load_frozen_role
 from onecard.models.load import load_tokenizer
 from onecard.reporting import Sample, Side, Stage, TableRow, read_metrics, write_demo_report
 from onecard.rewards.adapter import score
@@ -127,11 +127,11 @@ def check_seed(folder: Path, seed: int) -> None:
 def answer(model: Path, reward_model: Path, prompts: list[str], seed: int) -> Answers:
     """One sampled response for each prompt, with its score by the reward adapter."""
     tokenizer = load_tokenizer(ModelConfig(model=str(model)))
-    policy = load_player(ModelConfig(model=str(model)), role="policy")
+    policy = load_frozen_role(ModelConfig(model=str(model)), role="policy")
     torch.manual_seed(seed)
     tokenized = prompt_examples(prompt_rows(prompts), tokenizer).examples
     texts = generate(policy, tokenizer, tokenized, Sampling(max_new_tokens=48), batch_size=64)
-    scorer = load_player(ModelConfig(model=str(reward_model)), role="reward", head=True)
+    scorer = load_frozen_role(ModelConfig(model=str(reward_model)), role="reward", head=True)
     rewards = score(scorer, tokenizer, prompts, texts, max_length=MAX_LENGTH, batch_size=64)
     return Answers(texts, rewards)
 

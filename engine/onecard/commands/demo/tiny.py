@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from onecard.utils.errors import OnecardError
-from onecard.utils.files import listing, replace_folder
+from onecard.utils.files import list_files, replace_folder
 
 VOCABULARY = 1024
 SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}  # ids 0, 1, 2, 3
@@ -73,7 +73,7 @@ def make_tiny_model(folder: str | os.PathLike[str], texts: Sequence[str], seed: 
     def write(temporary: Path) -> None:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        other = sorted(set(listing(target)) - set(listing(temporary)))
+        other = sorted(set(list_files(target)) - set(list_files(temporary)))
         if other:
             raise OnecardError(f"{target / other[0]} is not a file of the tiny model; move it away.")
 

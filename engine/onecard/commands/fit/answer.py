@@ -16,7 +16,7 @@ from onecard.commands.fit.phases import Lengths, is_uncut, rows_of
 from onecard.commands.fit.plan import MemoryPlan, plan_memory
 from onecard.commands.fit.search import Fitting, flags, largest_tokens, make_fit
 from onecard.config import FitConfig, PPOConfig, RewardConfig, TrainConfig
-from onecard.models.build import check_is_policy, check_no_adapter
+from onecard.models.build import check_full_training, check_is_policy
 from onecard.models.folders import weights_folder
 from onecard.models.load import find_source, reason
 from onecard.models.trunk import context_of
@@ -66,7 +66,7 @@ def answer(fit: FitConfig, config: TrainConfig) -> Answer:
     model = find_model(config.model)
     if not isinstance(config, RewardConfig) and weights_folder(Path(config.model)).is_dir():
         check_is_policy(find_source(config.model))
-    check_no_adapter(config, adapter=model.adapter)
+    check_full_training(config, adapter=model.adapter)
     config.validate()
     if isinstance(config, PPOConfig):
         check_value_init(config)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard.models.folders import weights_folder
-from onecard.models.load import check_writes, find_source, reason
+from onecard.models.load import check_causal_lm, find_source, reason
 from onecard.utils.errors import OnecardError, nearest
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -44,7 +44,7 @@ def find_model(name: str) -> PlannedModel:
         return PlannedModel(base.name, base.config, adapter=True)
     if path.is_dir():
         settings = read_config(path / "config.json")
-        check_writes(settings, f"model: {name}")
+        check_causal_lm(settings, f"model: {name}")
         return PlannedModel(path.name, settings)
     shipped = {key.lower(): file for key, file in shapes().items()}
     shape = shipped.get(name.rpartition("/")[2].lower().removesuffix("-instruct").removesuffix("-it"))

@@ -126,7 +126,7 @@ def setup_of(config: TrainConfig, *, from_adapter: bool) -> RoleSetup:
 
 def is_uncut(config: TrainConfig) -> bool:
     """Whether a step cannot be split into micro-batches, because the loss sorts the whole batch."""
-    return not isinstance(config, PPOConfig) and bool(recipe_of(config).uncut)
+    return not isinstance(config, PPOConfig) and bool(recipe_of(config).unsplittable)
 
 
 def work_of(config: TrainConfig, roles: Roles, lengths: Lengths) -> Work:
@@ -279,7 +279,7 @@ class Rehearsal:
         )
         examples = [work.example] * work.examples
         passes = list(micro_batch_size.split([work.objective.size(example) for example in examples]))
-        if work.objective.uncut:
+        if work.objective.unsplittable:
             passes = [list(range(len(examples)))]
         hooks = [
             parameter.register_post_accumulate_grad_hook(lambda trained: self.tracker.tag(GRADIENTS, [trained.grad]))

@@ -18,7 +18,7 @@ from onecard.config import ModelConfig, TrainConfig
 from onecard.data.batches import TokenSequence, pack, to_device
 from onecard.models.adapters import ADAPTER_SETTINGS, add_adapter, as_modules, read_settings
 from onecard.models.attention import use_own_attention
-from onecard.models.build import head_shape, lora_config, scalar_head
+from onecard.models.build import head_arguments, lora_config, scalar_head
 from onecard.models.folders import weights_folder
 from onecard.models.four_bit import check_packed, nf4_settings, read_directly, stack_parameters, unpack_in_passes
 from onecard.models.load import model_class, reason, without_dropout
@@ -178,5 +178,5 @@ def plan_roles(base: Any, copy: Any, config: TrainConfig, setup: RoleSetup) -> R
     if copy is not None:
         roles.copies["reference"] = copy.requires_grad_(False)
     for role in setup.scalar:
-        roles.heads[role] = scalar_head(*head_shape(roles)).requires_grad_(role in setup.trained)
+        roles.heads[role] = scalar_head(*head_arguments(roles)).requires_grad_(role in setup.trained)
     return roles

@@ -43,8 +43,8 @@ from onecard.data.batches.answers import (
     pack_pairs,
     pack_rankings,
     pack_scored,
-    rows_sharing,
     shared_tokens,
+    size_when_sharing,
 )
 from onecard.data.batches.episodes import Episode, Experience, ExperienceBatch, pack_experience
 from onecard.data.batches.tokens import (
@@ -89,8 +89,8 @@ __all__ = [
     "pack_scored",
     "part",
     "predicted_tokens",
-    "rows_sharing",
     "shared_tokens",
+    "size_when_sharing",
     "to_device",
     "unpack",
 ]

@@ -147,7 +147,7 @@ def shared_tokens(first: TokenSequence, second: TokenSequence) -> int:
     return head if head >= LEAST_SHARED else 0
 
 
-def rows_sharing(example: PreferencePair | Ranking) -> int:
+def size_when_sharing(example: PreferencePair | Ranking) -> int:
     """Tokens of an example in a packed batch in which its answers share their prompt."""
     first, *others = example.sequences
     return len(first) + sum(len(other) - shared_tokens(first, other) for other in others)
