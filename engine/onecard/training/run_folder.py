@@ -72,7 +72,7 @@ class Run:
     info: RunInfo
     checkpoint: Checkpoint | None = None
     notes: tuple[str, ...] = ()
-    before: RunInfo | None = None
+    previous: RunInfo | None = None
     damaged: tuple[Path, ...] = ()
 
     @property
@@ -134,11 +134,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def check_same_settings(config: TrainConfig, folder: Path) -> None:
     """Raise if a resumed run has other settings than the run in the folder."""
-    before = read_settings(folder)
+    previous = read_settings(folder)
     for name, value in asdict(config).items():
-        if name not in CHANGEABLE_SETTINGS and name in before and before[name] != value:
+        if name not in CHANGEABLE_SETTINGS and name in previous and previous[name] != value:
             raise OnecardError(
-                f"--resume: {name} is {value!r} here and {before[name]!r} in {folder / CONFIG}; "
+                f"--resume: {name} is {value!r} here and {previous[name]!r} in {folder / CONFIG}; "
                 "go on with the same settings, or start anew in another output_dir."
             )
 
@@ -166,8 +166,8 @@ def open_run(config: TrainConfig) -> Run:
     if config.dry_run:
         return Run(folder, new)
     lock.check_unlocked(folder)
-    before = read_info(folder)
-    if before is None:
+    previous = read_info(folder)
+    if previous is None:
         check_inputs_are_kept(config, folder)
         check_no_foreign_files(folder)
         return Run(folder, new)
@@ -176,12 +176,12 @@ def open_run(config: TrainConfig) -> Run:
             f"output_dir: {folder} holds a run already; add --resume to go on with it, "
             "--overwrite to replace it, or choose another folder."
         )
-    check_only_own_files(folder, before)
-    new = replace(new, replaces=(*before.replaces, before.id))
+    check_only_own_files(folder, previous)
+    new = replace(new, replaces=(*previous.replaces, previous.id))
     if config.overwrite and not config.resume:
         check_inputs_are_kept(config, folder)
-        return Run(folder, new, before=before)
-    found, damaged = checkpoint.newest_checkpoint(folder, before.id) if not before.replaces else (None, ())
+        return Run(folder, new, previous=previous)
+    found, damaged = checkpoint.newest_checkpoint(folder, previous.id) if not previous.replaces else (None, ())
     if damaged and (found is None or any((folder / role).is_dir() for role in TRAINED)):
         state = "no checkpoint is whole" if found is None else "the run has ended"
         raise OnecardError(
@@ -190,11 +190,11 @@ def open_run(config: TrainConfig) -> Run:
         )
     if found is None:
         check_inputs_are_kept(config, folder)
-        return Run(folder, new, notes=("no whole checkpoint to go on from: starting at step 0.",), before=before)
+        return Run(folder, new, notes=("no whole checkpoint to go on from: starting at step 0.",), previous=previous)
     check_same_settings(config, folder)
     notes = [f"{each.name} is torn (files are missing or damaged) and is passed over." for each in damaged]
     notes.append(f"going on from {found.folder}.")
-    return Run(folder, before, found, tuple(notes), before, damaged)
+    return Run(folder, previous, found, tuple(notes), previous, damaged)
 
 
 def check_no_foreign_files(folder: Path) -> None:
@@ -254,7 +254,7 @@ def locked(run: Run) -> Iterator[None]:
     run.folder.mkdir(parents=True, exist_ok=True)
     try:
         with lock.lock_folder(run.folder):
-            if read_info(run.folder) != run.before:
+            if read_info(run.folder) != run.previous:
                 raise OnecardError(f"output_dir: another process has started a run in {run.folder}.")
             yield
     finally:
@@ -273,17 +273,17 @@ def begin(run: Run, config: TrainConfig, identity: dict[str, str]) -> None:
     text = yaml.safe_dump(settings, sort_keys=False)
     digest = settings_digest(yaml.safe_load(text))
     if run.checkpoint is not None:
-        assert run.before is not None
-        check_same_run(run.before, identity, run.folder)
+        assert run.previous is not None
+        check_same_run(run.previous, identity, run.folder)
         for each in run.damaged:
             mark_damaged(each)
         remove_temporaries(run.folder)
         for name in LOGS:
             truncate_log(run.folder / name, run.checkpoint.rows.get(name, 0))
-        if digest == run.before.settings:  # another version of onecard may have more settings
+        if digest == run.previous.settings:  # another version of onecard may have more settings
             write_text(run.folder / CONFIG, text)
         return
-    files = run.before.files if run.before else {}
+    files = run.previous.files if run.previous else {}
     info = replace(run.info, settings=digest, identity=identity)
     write_info(run.folder, replace(info, files=files))
     remove_temporaries(run.folder)
