@@ -179,10 +179,11 @@ def result_of(output: Path) -> Result:
     return found
 
 
-def kill_once(case: Case, whole: Result, operations: int, seconds: float, draw: random.Random, folder: Path) -> Kill:
+def kill_once(
+    case: Case, whole: Result, operations: int, seconds: float, draw: random.Random, folder: Path, *, between: bool
+) -> Kill:
     """Kill a command once and resume it. A command that ended before its kill is run again."""
     words = [word.format(folder) for word in case.words]
-    between = draw.random() < 0.5
     while True:
         before, after = (draw.randrange(operations), 0.0) if between else (-1, draw.uniform(0.02, seconds))
         code, _, path = run(words, folder, before=before, after=after)
@@ -222,7 +223,8 @@ def kill_all(
             each = list(chosen)[number % len(chosen)]
             folder = Path(name) / f"kill-{number}"
             folder.mkdir()
-            kills.append(kill_once(chosen[each], *whole[each], draw, folder))
+            between = (number + number // len(chosen)) % 2 == 0
+            kills.append(kill_once(chosen[each], *whole[each], draw, folder, between=between))
             if told:
                 told(kills[-1])
             elif not kills[-1].equal:

@@ -16,4 +16,4 @@ def test_twenty_kills_go_on_to_the_same() -> None:
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     count, before, at_random, _, equal = (cell.strip() for cell in done.stdout.splitlines()[-1].split("|")[2:7])
     assert (count, equal) == ("20", "20")
-    assert min(int(before), int(at_random)) >= 5
+    assert int(before) == int(at_random) == 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from onecard.commands import merge
 from onecard.config import MergeConfig, ModelConfig, SFTConfig
 from onecard.models.build import load_roles
-from onecard.models.load import load_base
+from onecard.models.load import load_base, load_report
 from onecard.training.startup import check_model
 from onecard.utils.errors import OnecardError
 from tests.engine.weights_material import TOKENS, by_folder, by_role, by_transformers
@@ -49,12 +50,16 @@ def test_a_missing_expert_is_refused(tmp_path, four_bit):
         load_base(ModelConfig(model=str(tmp_path), load_in_4bit=four_bit))
 
 
-def test_an_expert_that_lacks_a_matrix_is_refused(tmp_path):
-    """transformers stacks a matrix of each expert and names no tensor where that fails."""
+def test_an_expert_that_lacks_a_matrix_is_refused(tmp_path, caplog):
+    """transformers stacks a matrix of each expert and names no tensor where that fails, but in its log."""
+    caplog.set_level(logging.ERROR, logger="transformers")
     random_model(FAMILIES["qwen3_moe"]).save_pretrained(tmp_path)
     change_weights(tmp_path, lambda found: {name: each for name, each in found.items() if ".3.gate_proj" not in name})
     with pytest.raises(OnecardError, match=r"has not all parts of .*experts.gate_up_proj.*, or they differ in shape"):
         load_base(ModelConfig(model=str(tmp_path)))
+    random_model(FAMILIES["qwen3_moe"]).save_pretrained(tmp_path / "whole")
+    load_base(ModelConfig(model=str(tmp_path / "whole")))
+    assert load_report.unconverted == ()
 
 
 @pytest.mark.parametrize("key", ["model.layers.1.self_attn.o_proj.weight", "model.norm.weight"])

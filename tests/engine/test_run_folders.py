@@ -48,7 +48,7 @@ def test_generate_says_the_same_from_the_run_and_from_its_policy(run, onecard):
 @pytest.mark.parametrize("command", ["chat", "generate", "merge", "evaluate"])
 def test_a_run_that_has_not_finished_is_named(run, onecard, command):
     message = "has neither config.json nor adapter_config.json, nor policy or reward, which a run writes at its end"
-    words = ["--prompt", "a"] if command == "generate" else []
+    words = {"generate": ["--prompt", "a"], "evaluate": ["--dataset", "rows.jsonl"]}.get(command, [])
     assert message in error_line(onecard(command, "--model", run.parent / "begun", *words))
 
 

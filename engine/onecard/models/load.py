@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,27 @@ from onecard.utils.errors import OnecardError, is_out_of_memory, reason
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+MODELING_LOGGER = logging.getLogger("transformers.modeling_utils")
+
+
 class LoadReport(logging.Filter):
     """Hides transformers' log message on weights that do not match the model; `check_weights` raises for them.
 
-    `unconverted`: weights of that message that could not be converted from the file's, such as stacked experts of which
-    one is missing. transformers reports them nowhere else.
+    `unconverted`: weights of the last load's message that could not be converted from the file's, such as stacked
+    experts of which one is missing. transformers reports them nowhere else.
     """
 
     unconverted: tuple[str, ...] = ()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Context of a load. The message is read whatever level of logging is set."""
+        self.unconverted, level = (), MODELING_LOGGER.level
+        MODELING_LOGGER.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            MODELING_LOGGER.setLevel(level)
 
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
@@ -44,7 +58,7 @@ class LoadReport(logging.Filter):
 
 
 load_report = LoadReport()
-logging.getLogger("transformers.modeling_utils").addFilter(load_report)
+MODELING_LOGGER.addFilter(load_report)
 # Endings of architecture names that are not causal language models -> what such a model does, for the error message
 NON_CAUSAL_MODELS = {
     "ForSequenceClassification": "which classifies texts",
@@ -365,7 +379,7 @@ def load_base(config: ModelConfig, *, train_all: bool = False) -> Any:
         settings = AutoConfig.from_pretrained(base, **remote)
         check_causal_lm(settings, where)
         original_dropouts = dropouts(settings.to_dict())
-        with packing_experts(config.load_in_4bit) as faults:
+        with packing_experts(config.load_in_4bit) as faults, load_report.recording():
             model, info = model_class(settings).from_pretrained(
                 base,
                 config=without_dropout(settings),
