@@ -90,8 +90,8 @@ class Supervised(Generic[E, B]):
     def step(self, trainer: Trainer, indices: Sequence[int], bar: Bar) -> dict[str, float]:
         began = time.perf_counter()
         examples = [self.training[index] for index in indices]
-        row = trainer.gradients(self.objective, examples)
-        trainer.apply()
+        row = trainer.compute_gradients(self.objective, examples)
+        trainer.optimizer_step()
         tokens = sum(map(len, examples))
         trainer.num_tokens += tokens
         return {**row, "time/tokens_per_second": tokens / (time.perf_counter() - began)}
@@ -102,7 +102,7 @@ class Supervised(Generic[E, B]):
             return {}
         if self.heldout_row is not None:
             return self.heldout_row(self.budget, bar)
-        objective, heldout, weights = self.objective, self.heldout, trainer.weights
+        objective, heldout, model = self.objective, self.heldout, trainer.model
         normalizer = objective.count(heldout)
         with bar.part("evaluate", len(heldout)) as part:
 

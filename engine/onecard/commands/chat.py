@@ -33,7 +33,7 @@ from onecard.training.startup import check_decoding
 from onecard.utils.errors import OnecardError, nearest, visible
 from onecard.utils.progress import say
 
-CHECKED_TOKENS = 512  # longest text of the startup check of decoding; the length of a conversation is not known
+CHECKED_TOKENS = 512  # limit on the text length of the startup check: a conversation's length is not known in advance
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class Conversation:
         return tuple(messages[:-1])
 
     def said(self, line: str) -> Conversation:
-        """The conversation with a new line of the user."""
+        """A copy of the conversation with a new line of the user."""
         return replace(self, turns=(*self.turns, Turn(line)))
 
     def answered(self, answer: str) -> Conversation:
-        """The conversation with the answer to the last line."""
+        """A copy of the conversation with the answer to the last line."""
         return replace(self, turns=(*self.turns[:-1], replace(self.turns[-1], answer=answer)))
 
     def without_oldest(self) -> Conversation:
@@ -107,7 +107,7 @@ class AnswerStream:
 
 
 class Chat:
-    """The model, its sampling settings, and the conversation. `room`: longest prompt in tokens, or None."""
+    """The model, its sampling settings, and the conversation. `max_prompt_tokens`: None for no limit."""
 
     def __init__(self, config: ChatConfig, roles: Roles, tokenizer: Any, room: int | None) -> None:
         self.roles, self.tokenizer, self.room = roles, tokenizer, room
@@ -165,7 +165,7 @@ class Chat:
 
 COMMANDS: dict[str, Callable[[Chat], None]] = {"/reset": Chat.reset}
 QUIT = "/quit"
-UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, by Python's surrogateescape
+UNDECODED = re.compile("[\udc80-\udcff]")  # how Python's surrogateescape decodes bytes that are not UTF-8
 
 
 def write(text: str) -> None:
@@ -226,7 +226,7 @@ def run(config: ChatConfig) -> None:
     config = with_room(config)
     tokenizer = load_tokenizer(config)
     if config.system and not tokenizer.chat_template:
-        raise OnecardError("system: the model's tokenizer has no chat template, so it knows no system message.")
+        raise OnecardError("system: the model's tokenizer has no chat template, so it has no place for a system message.")
     room = longest_prompt(config)
     roles = load_frozen_role(config, role="policy")
     check_tokens(roles.causal_model(), tokenizer, [])
@@ -237,7 +237,7 @@ def run(config: ChatConfig) -> None:
             importlib.import_module("readline")  # gives `input` a history of lines
     if not tokenizer.chat_template:
         say("The tokenizer has no chat template: the model continues the text of all lines and answers.")
-    say("/reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer.")
+    say("/reset starts a new conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer.")
     torch.manual_seed(config.seed)
     with template_date(today()):
         talk(chat)

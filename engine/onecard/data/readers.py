@@ -47,7 +47,7 @@ def suffixes(path: Path) -> tuple[str, str]:
 
 
 def read_file(path: Path) -> Numbered:
-    """(number, record) of each record of a file. The cells of a CSV file are text, or None if empty.
+    """Yield (number, record) for each record of a file. The cells of a CSV file are text, or None if empty.
 
     Raises OnecardError if the file does not exist, is empty, or cannot be read as its suffix says.
     """
@@ -117,7 +117,7 @@ def not_utf8(path: Path, line: int, byte: int, error: UnicodeDecodeError) -> One
 
 
 def is_utf8(path: Path) -> bool:
-    """Whether a file's first bytes are not those of UTF-16, UTF-32, a compressed file or an archive."""
+    """Whether a file can be read as UTF-8: its first bytes are not those of UTF-16, UTF-32, compression or an archive."""
     with open(path, "rb") as file:
         head = file.read(16)
     marks = [mark for mark, encoding in BYTE_ORDER_MARKS if encoding != "UTF-8"]
@@ -195,7 +195,7 @@ def parse(text: str, location: str) -> Any:
 
 
 def exact_float(text: str) -> float | Decimal:
-    """A JSON number as a float if that is exact, else as a Decimal: an answer may have more digits than a float."""
+    """Parse a JSON number: a float if it is exact, else a Decimal. A dataset's answer may have more digits than a float."""
     value = float(text)
     return value if math.isinf(value) or Decimal(repr(value)) == Decimal(text) else Decimal(text)
 
@@ -215,7 +215,7 @@ def read_csv(path: Path, content: bytes) -> Numbered:
 
 
 def read_tsv(path: Path, content: bytes) -> Numbered:
-    """The same, separated by tabs."""
+    """Tab-separated values, otherwise like `read_csv`."""
     return read_table(str(path), text_of(path, content), "\t")
 
 
@@ -231,7 +231,7 @@ def read_parquet(path: Path, content: bytes) -> Numbered:
         raise OnecardError(f"{path}: not a Parquet file: {reason(error)}.") from error
     duplicate = next((name for name in names if names.count(name) > 1), None)
     if duplicate is not None:
-        raise OnecardError(f"{path}: column '{duplicate}' is there twice.")
+        raise OnecardError(f"{path}: column '{duplicate}' occurs twice.")
 
     def records() -> Iterator[Any]:
         try:  # use_threads=False: Arrow's threads may abort a process that exits soon after

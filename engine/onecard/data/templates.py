@@ -25,7 +25,7 @@ from onecard.data.readers import reason
 from onecard.utils.errors import OnecardError
 
 NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
-QUESTION, ANSWER, CALL = "onecardquestion", "onecardanswer", "onecardcall"  # only letters, which no template changes
+QUESTION, ANSWER, CALL = "onecardquestion", "onecardanswer", "onecardcall"  # words that templates do not change, and that occur in no other text
 CALL_ID = "onecallid"  # nine letters: Mistral's templates require this length
 
 _date: ContextVar[datetime | None] = ContextVar("template_date", default=None)
@@ -43,7 +43,7 @@ def today() -> str:
 
 @contextmanager
 def template_date(date: str) -> Iterator[None]:
-    """Context in which chat templates that write the current date write `date` (YYYY-MM-DD)."""
+    """Context in which `date` (YYYY-MM-DD) is the current date for chat templates."""
     token = _date.set(datetime.fromisoformat(date))
     try:
         yield
@@ -194,15 +194,15 @@ def with_marker(call: dict[str, Any], key: str, marker: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Ends:
-    """The token ids that end an answer. `texts`: text -> id of these and of all special tokens.
+    """The token ids that end an answer. `ids_by_text`: text -> id of these and of all special tokens.
 
-    `turn`: the token with which the chat template closes an answer; None without a template, or if it writes none.
-    `chat`: all tokens with which the template may close an answer, such as another one after tool calls.
+    `closing`: the token with which the chat template closes an answer; None without a template, or if it writes none.
+    `chat_ids`: all tokens with which the template may close an answer, such as another one after tool calls.
     """
 
     ids: frozenset[int]
     turn: int | None = None
-    chat: frozenset[int] = frozenset()
+    chat_ids: frozenset[int] = frozenset()
     texts: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -228,18 +228,18 @@ def closing_token(tokenizer: Any, *, chat: bool) -> int:
 
 @lru_cache(maxsize=8)
 def find_ends(tokenizer: Any, template: str, listed: frozenset[int]) -> Ends:
-    """`answer_ends` of a tokenizer with a template. `template` and `listed` are arguments for the cache."""
+    """`answer_ends` of a tokenizer with a template. They depend on `template` and `eos_ids` too, which are parameters of the cache for that."""
     special = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     texts = special | {text: token_id for token_id in listed if (text := tokenizer.decode([token_id]))}
     turn = closing_turn(tokenizer, listed, texts)
     if turn is None:
         return Ends(listed, texts=texts)
-    chat = {turn} | {token_id for text, token_id in texts.items() if token_id in listed and text in template}
-    return Ends(listed | {turn}, turn, frozenset(chat), texts)
+    chat_ids = {turn} | {token_id for text, token_id in texts.items() if token_id in listed and text in template}
+    return Ends(listed | {turn}, turn, frozenset(chat_ids), texts)
 
 
 def closing_turn(tokenizer: Any, listed: frozenset[int], texts: Mapping[str, int]) -> int | None:
-    """The first token after an answer that is one of `listed`, or else the first special token; None if there is none.
+    """The first token after an answer that is one of `eos_ids`, or else the first special token; None if there is none.
 
     Some templates write more after the last answer than after others (Phi-3: EOS). Then only tokens written after both
     count.

@@ -2,8 +2,8 @@
 
 Four rules hold for text and for chat:
 
-- A prompt's ids are `prompt_tokens`, for training and for generation, so that a response is learned and scored after
-  the same ids that it would be sampled after.
+- A prompt's ids are `prompt_tokens`, for training and for generation, so that training and
+  scoring put the same ids before a response as sampling.
 - A response ends with exactly one end token, unless it was cut at `max_length`. For text it is the EOS; for chat
   messages it is the token with which the chat template closes an answer (`templates.closing_token`).
 - What a chat template writes after that token (ChatML: a line break) is not part of the answer, because generation
@@ -42,7 +42,7 @@ class Transcript:
 
     `prefixes[i]` extends `prefixes[i - 1]`; `is_answer[i]`: whether the part that it adds is an answer. `plain`: the
     text is not from a chat template. `end`: the token with which the template closes the last answer, or None.
-    `answers`: the number of the conversation's answers; `left_out` of them are not in the text.
+    `num_answers`: answers of the conversation; `num_left_out` of them are not in the text.
     """
 
     prefixes: tuple[str, ...]
@@ -55,7 +55,7 @@ class Transcript:
 
 @dataclass(frozen=True)
 class MaskedTokens:
-    """Token ids with their response mask, before truncation. `left_out` of its `answers` are not in the mask."""
+    """Token ids with their response mask, before truncation. `num_left_out` of `num_answers` answers are not in it."""
 
     tokens: list[int]
     mask: list[bool]
@@ -76,7 +76,7 @@ class TruncatedAnswer:
     """One text after truncation.
 
     `cut`: response tokens were lost. `prompt_cut`: the prompt's first tokens were lost. `empty`: the response is only
-    white space and special tokens. `left_out` of its `answers` are not learned.
+    white space and special tokens. `num_left_out` of the text's `num_answers` answers are not learned.
     """
 
     sequence: TokenSequence
@@ -164,20 +164,20 @@ def tokenize_transcripts(transcripts: Sequence[Transcript], tokenizer: Tokenizer
 def masked_tokens(
     transcript: Transcript, ids: Mapping[str, list[int]], front: Sequence[int], eos: int, tokenizer: Tokenizer
 ) -> MaskedTokens:
-    """Token ids and mask of one transcript. `ids`: prefix -> its ids; `front`: special tokens before plain text."""
+    """Token ids and mask of one transcript. `ids`: prefix -> its ids; `leading`: special tokens before plain text."""
     text, tokens, mask = "", list[int](), list[bool]()
     for prefix, is_answer in zip(transcript.prefixes, transcript.is_answer, strict=True):
         whole = with_leading_tokens(front, ids[prefix]) if transcript.plain else ids[prefix]
         piece = continuation_ids(tokens, whole, prefix[len(text) :], tokenizer)
         if transcript.plain and is_answer:
-            kept = 0 if tokens else len(front)  # the BOS may be the same id as the EOS
-            piece = piece[:kept] + with_eos(piece[kept:], eos, tokenizer)
+            start = 0 if tokens else len(front)  # after the BOS, which may be the same id as the EOS
+            piece = piece[:start] + with_eos(piece[start:], eos, tokenizer)
         text = prefix
         tokens += piece
         mask += [is_answer] * len(piece)
     if transcript.is_answer[-1] and not transcript.plain and tokens[-1:] != [transcript.end]:
         tokens, mask = [*tokens, closing_token(tokenizer, chat=False)], [*mask, True]
-    return MaskedTokens(tokens, mask, transcript.answers, transcript.left_out)
+    return MaskedTokens(tokens, mask, transcript.num_answers, transcript.num_left_out)
 
 
 def truncate_prompt(tokens: list[int], tokenizer: Tokenizer, limit: Limit) -> list[int]:
@@ -201,12 +201,12 @@ def truncate_answers(
     """
     before = min(answer.mask.index(True) for answer in answers)
     front, over = 0, max(len(answer.tokens) for answer in answers) - limit.max_length
-    lost = 0  # prompt tokens to cut, after the special tokens in front
+    lost = 0  # prompt tokens to cut, after the leading special tokens
     if over > 0 and limit.truncation_mode == "error":
         raise BadRowError(f"{over + limit.max_length} tokens, expected at most {limit.max_length} (max_length)")
     if over > 0 and limit.truncation_mode == "keep_end":
         front = leading_length(answers[0].tokens[:before], tokenizer)
-        lost = max(0, min(over, before - max(front, 1)))  # one is kept, because it predicts the first response token
+        lost = max(0, min(over, before - max(front, 1)))  # one is kept: it predicts the first response token
     if before - lost >= limit.max_length:
         raise BadRowError(
             f"prompt longer than max_length: its {before} tokens leave no room for a response in {limit.max_length}"
@@ -217,7 +217,7 @@ def truncate_answers(
 def truncate_answer(
     item: MaskedTokens, front: int, lost: int, tokenizer: Tokenizer, max_length: int, learn_all: bool
 ) -> TruncatedAnswer:
-    """Cut `lost` tokens after the first `front`, and all tokens past `max_length`. `learn_all` sets the whole mask."""
+    """Cut `num_cut` tokens after the first `num_leading`, and all tokens past `max_length`. `learn_all` sets the whole mask."""
     tokens, mask = item.tokens, item.mask
     if lost:
         tokens, mask = tokens[:front] + tokens[front + lost :], mask[lost:]
@@ -228,7 +228,7 @@ def truncate_answer(
     empty = is_empty(tokens, mask, tokenizer)
     cut = any(mask[max_length:])
     return TruncatedAnswer(
-        sequence, cut, prompt_cut=lost > 0, empty=empty, answers=item.answers, left_out=item.left_out
+        sequence, cut, prompt_cut=lost > 0, empty=empty, num_answers=item.num_answers, num_left_out=item.num_left_out
     )
 
 
@@ -274,7 +274,7 @@ def leading_length(tokens: Sequence[int], tokenizer: Tokenizer) -> int:
 
 
 def with_leading_tokens(front: Sequence[int], ids: list[int]) -> list[int]:
-    """Prepend the special tokens `front` to a text's ids, unless the ids begin with them."""
+    """Prepend the special tokens `leading` to a text's ids, unless the ids begin with them."""
     return ids if ids[: len(front)] == front else [*front, *ids]
 
 

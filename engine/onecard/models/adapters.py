@@ -40,7 +40,7 @@ SUPPORTED: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
     **dict.fromkeys(("modules_to_save", "target_parameters"), ((list, NoneType), (str,))),
     "layers_to_transform": ((int, list, NoneType), (int,)),
 }
-# `init_lora_weights` that leave the base as it is; all others (pissa, olora, corda, loftq, lora_ga) change its weights
+# Values of `init_lora_weights` that do not change the base; all others (pissa, olora, corda, loftq, lora_ga) change its weights
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -63,12 +63,12 @@ def read_settings(folder: Path, setting: str) -> Any:
         raise OnecardError(f"{where} was trained for {task}; expected CAUSAL_LM.")
     if (bias := values.get("bias", "none")) != "none":
         raise OnecardError(
-            f"{where} trained biases of the base (bias: {bias}), so with the adapter off the base would not be what it "
-            "was; merge it with PEFT, and give the merged model."
+            f"{where} trained biases of the base (bias: {bias}), so the base would be changed even with the adapter off; "
+            "merge it with PEFT, and use the merged model."
         )
     if values.get("init_lora_weights") not in PLAIN_INITS:
         raise OnecardError(
-            f"{where} was begun by {values['init_lora_weights']}, which changes the base's weights; convert it to "
+            f"{where} was initialized by {values['init_lora_weights']}, which changes the base's weights; convert it to "
             "plain LoRA with PEFT's path_initial_model_for_weight_conversion."
         )
     for name in SUPPORTED.keys() & values.keys():
@@ -108,9 +108,9 @@ def read_weights(folder: Path, setting: str) -> dict[str, Tensor]:
 
 @contextmanager
 def literal_names() -> Iterator[None]:
-    """Inside, PEFT uses the module names in a config as they are.
+    """Context in which PEFT does not rewrite the module names in a config.
 
-    For some mixture-of-experts models PEFT rewrites them: gate_proj, up_proj and down_proj, also those of a shared
+    PEFT does so for some mixture-of-experts models: gate_proj, up_proj and down_proj, also those of a shared
     expert or a dense layer, become the stacked parameters of all experts.
     """
     from peft.utils import transformers_weight_conversion as conversion
@@ -124,7 +124,7 @@ def literal_names() -> Iterator[None]:
 
 
 def add_adapter(model: Any, settings: Any, name: str) -> Any:
-    """`model` with one more adapter with initial weights. The first adapter wraps the model in a `PeftModel`."""
+    """`model` with a new adapter, which has initial weights. The first adapter wraps the model in a `PeftModel`."""
     from peft import PeftModelForCausalLM
 
     with literal_names():
@@ -324,7 +324,7 @@ def as_modules(settings: Any, model: Any) -> None:
 
 
 def portable(settings: Any, model: Any) -> Any:
-    """The config to write, such that PEFT without `literal_names` adapts the same layers.
+    """The config to write to an adapter folder, such that PEFT without `literal_names` adapts the same layers.
 
     Module names that PEFT would rewrite to experts are written as `target_parameters`, which PEFT does not rewrite.
     """

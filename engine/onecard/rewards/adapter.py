@@ -68,7 +68,7 @@ def closed_answer(prompt: Prompt, episode: Episode, tokenizer: Any, stop_tokens:
     chat = prompt.messages is not None
     closing = closing_token(tokenizer, chat=chat)
     last = episode.response[-1]
-    if last == closing or (chat and last in answer_ends(tokenizer).chat):
+    if last == closing or (chat and last in answer_ends(tokenizer).chat_ids):
         return episode.sequence
     stopped = bool(episode.stop) or last in stop_tokens
     body = tokens_before_end(tokenizer, episode.prompt_tokens, episode.response, finished=stopped, stop=episode.stop)

@@ -32,7 +32,7 @@ CARDS: dict[str, int] = {
 }
 
 # Memory that tensors cannot use: the driver and ECC reserve some, the CUDA context with its kernels takes some, and
-# PyTorch's caching allocator loses some to fragmentation. These are assumptions; every answer shows them separately.
+# PyTorch's caching allocator loses some to fragmentation. These are assumptions; the report lists them separately.
 RESERVED_SHARE = 0.04  # share of the card's memory: a 12 GB card reports about 11.6 GiB
 CONTEXT_GIB = 0.5
 FRAGMENTATION = 0.05  # share of the peak
@@ -47,15 +47,15 @@ class Card:
 
     @property
     def usable(self) -> int:
-        """Bytes left after what the driver reserves."""
+        """Bytes that the driver does not reserve."""
         return int(self.memory * (1 - RESERVED_SHARE))
 
     def needed(self, peak: int) -> int:
-        """Bytes of the card that a run needs whose tensors take at most `peak` bytes."""
+        """Card memory in bytes of a run whose tensors take `peak` bytes at most: with CUDA context and fragmentation."""
         return peak + context() + fragmentation(peak)
 
     def holds(self, peak: int) -> bool:
-        """Whether a run whose tensors take at most `peak` bytes fits."""
+        """Whether a run fits whose tensors take at most `peak` bytes."""
         return self.needed(peak) <= self.usable
 
 
@@ -96,6 +96,6 @@ def find_card(name: str) -> Card:
 
 
 def smallest(peak: int) -> Card | None:
-    """The card in `CARDS` with the least memory that holds a run; None if no card does."""
+    """The card in `CARDS` with the least memory on which a run fits; None if it fits on none."""
     fitting = [Card(name, size * GIB) for name, size in CARDS.items() if Card(name, size * GIB).holds(peak)]
     return min(fitting, key=lambda card: card.memory, default=None)
