@@ -24,7 +24,7 @@ from rich.progress import Progress
 
 from benchmarks.train_step.cases import StepCase
 from benchmarks.train_step.phases import OPTIMIZER, TRAIN, PhaseTimer
-from benchmarks.train_step.synthetic import DTYPES, Pair, random_weights, text, whole_words
+from benchmarks.train_step.synthetic import DTYPES, Pair, load_word_tokenizer, random_weights, text
 from onecard.algorithms.common import Recipe
 from onecard.algorithms.dpo.command import make_recipe
 from onecard.algorithms.supervised import Supervised
@@ -201,7 +201,7 @@ class TrlDPO(DPOStepper):
             args=settings,
             peft_config=adapter,
             train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=whole_words(task.folder),
+            processing_class=load_word_tokenizer(task.folder),
         )
         check_same_tokens(self.trainer.train_dataset, task.pairs)
         randomize_adapters(self.trainer.model)

@@ -25,7 +25,7 @@ SEED = 7
 END, PAD = 0, 1  # token ids; each answer ends with END
 FIRST_WORD = 2
 STD = 0.02  # of random weights
-NORMS_AND_BIASES = 2  # parameters with fewer dimensions are norm weights (set to 1) and biases (set to 0)
+MATRIX_DIM = 2  # parameters with fewer dimensions are norm weights (set to 1) and biases (set to 0)
 
 
 DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -104,8 +104,8 @@ def write_folder(model: Model, folder: Path) -> Path:
     return folder
 
 
-def whole_words(folder: Path) -> Any:
-    """The tokenizer of a folder. `AutoTokenizer` would choose a class by the `model_type`, which would split the words."""
+def load_word_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder. `AutoTokenizer` chooses a class by the `model_type`, which splits words."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(str(folder))
@@ -113,11 +113,11 @@ def whole_words(folder: Path) -> Any:
 
 def random_pairs(count: int, prompt: int, response: int, vocab: int, *, mixed: bool) -> list[Pair]:
     """Pairs of these lengths, or with each length drawn from half of it to all of it."""
-    draw = random.Random(f"{SEED} {count} {prompt} {response} {mixed}")
+    rng = random.Random(f"{SEED} {count} {prompt} {response} {mixed}")
 
     def tokens(longest: int) -> tuple[int, ...]:
-        length = draw.randint((longest + 1) // 2, longest) if mixed else longest
-        return tuple(draw.randrange(FIRST_WORD, vocab) for _ in range(length))
+        length = rng.randint((longest + 1) // 2, longest) if mixed else longest
+        return tuple(rng.randrange(FIRST_WORD, vocab) for _ in range(length))
 
     return [Pair(tokens(prompt), (*tokens(response)[:-1], END), (*tokens(response)[:-1], END)) for _ in range(count)]
 
@@ -142,7 +142,7 @@ def random_model(
     output_loading_info: bool = False,
     **_: Any,
 ) -> Any:
-    """A model as `from_pretrained` would give it, with weights N(0, STD) from one seed, sampled one matrix at a time."""
+    """A model as `from_pretrained` would give it, with weights N(0, STD) from one seed, sampled matrix by matrix."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     device = torch.device(device_map[""])
@@ -155,12 +155,12 @@ def random_model(
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             value = torch.empty(parameter.shape, dtype=dtype, device=device)
-            if parameter.dim() < NORMS_AND_BIASES:
+            if parameter.dim() < MATRIX_DIM:
                 value.fill_(0.0 if name == "bias" else 1.0)
             else:
                 value.normal_(std=STD, generator=generator)
             setattr(module, name, quantized(module, name, value, device))
-    rebuild_positions(model, device)
+    rebuild_rotary_embeddings(model, device)
     model.tie_weights()
     info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     return (model.eval(), info) if output_loading_info else model.eval()
@@ -173,7 +173,7 @@ def quantized(module: nn.Module, name: str, value: torch.Tensor, device: torch.d
     import bitsandbytes
 
     meta: Any = module.weight
-    fresh: Any = bitsandbytes.nn.Params4bit(
+    unquantized: Any = bitsandbytes.nn.Params4bit(
         value,
         requires_grad=False,
         compress_statistics=meta.compress_statistics,
@@ -181,8 +181,8 @@ def quantized(module: nn.Module, name: str, value: torch.Tensor, device: torch.d
         quant_storage=meta.quant_storage,
         module=module,
     )
-    made: nn.Parameter = fresh._quantize(device)
-    return made
+    parameter: nn.Parameter = unquantized._quantize(device)
+    return parameter
 
 
 def mark_quantized(model: Any, quantization_config: Any) -> None:
@@ -198,11 +198,11 @@ def mark_quantized(model: Any, quantization_config: Any) -> None:
     model.config.quantization_config = quantization_config
 
 
-def rebuild_positions(model: Any, device: torch.device) -> None:
+def rebuild_rotary_embeddings(model: Any, device: torch.device) -> None:
     """Rebuild rotary embeddings: their buffers are computed when they are constructed, and were constructed on meta."""
     for name, module in list(model.named_modules()):
         if name.endswith("rotary_emb"):
             owner, _, last = name.rpartition(".")
             setattr(model.get_submodule(owner), last, type(module)(config=module.config).to(device))
-    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
-    assert not left, f"buffers that were not computed: {left}"
+    uncomputed = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    assert not uncomputed, f"buffers that were not computed: {uncomputed}"

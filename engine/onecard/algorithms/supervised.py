@@ -107,14 +107,14 @@ class Supervised(Generic[E, B]):
         with bar.part("evaluate", len(heldout)) as part:
 
             def read(indices: list[int]) -> list[Loss]:
-                batch = to_device(objective.collate([heldout[index] for index in indices]), weights.device)
+                batch = to_device(objective.collate([heldout[index] for index in indices]), model.device)
                 with trainer.nan_as_divergence():
                     found = list(objective.losses(batch, normalizer))
                 part.advance(by=len(indices))
                 return found
 
             sizes = [objective.size(example) for example in heldout]
-            passes = run_micro_batches(sizes, self.budget, read, padded=weights.layout == "padded")
+            passes = run_micro_batches(sizes, self.budget, read, padded=model.layout == "padded")
         losses = [loss for _, found in passes for loss in found]
         for sample in self.samples(bar) if self.samples else []:
             run_folder.log(trainer.run.folder, {"step": trainer.step, **sample}, run_folder.SAMPLES)

@@ -1,7 +1,7 @@
 """The command line: `onecard sft | reward | dpo | ppo | generate | chat | evaluate | merge | fit | demo`.
 
-Each command's flags are the fields of its config dataclass. Torch and the models are imported only when a command runs, so
-`--help` is fast.
+Each command's flags are the fields of its config dataclass. Torch is imported only when a command runs, so `--help` is
+fast.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
 }
 
 
-LARGEST = 1e30  # of a float setting: products of larger ones overflow in float32
+LARGEST_FLOAT = 1e30  # of a float setting: products of larger ones overflow in float32
 
 
 class FiniteFloat(click.FloatRange):
@@ -85,8 +85,8 @@ class FiniteFloat(click.FloatRange):
             number = math.inf
         if isinstance(value, bool) or not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
-        if abs(number) > LARGEST:
-            self.fail(f"{number:g} is beyond {LARGEST:g}.", param, ctx)
+        if abs(number) > LARGEST_FLOAT:
+            self.fail(f"{number:g} is beyond {LARGEST_FLOAT:g}.", param, ctx)
         return number
 
     def _describe_range(self) -> str:
@@ -133,7 +133,7 @@ def field_option(item: Field[Any], hint: Any) -> click.Option:
     return click.Option([flag, item.name], type=kind, **common)
 
 
-def check_plain(text: str, path: str) -> None:
+def check_yaml(text: str, path: str) -> None:
     """Raise for YAML aliases, with which a few lines can expand to gigabytes, and for deep nesting."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -144,7 +144,7 @@ def check_plain(text: str, path: str) -> None:
             raise OnecardError(f"--config: {path} is nested deeper than settings are.")
 
 
-def check_trust(context: click.Context) -> None:
+def check_trust_remote_code(context: click.Context) -> None:
     """Raise if only a file sets `trust_remote_code`: the file may come from the model's author."""
     source = context.get_parameter_source("trust_remote_code")
     if context.params.get("trust_remote_code") and source is click.core.ParameterSource.DEFAULT_MAP:
@@ -158,7 +158,7 @@ def read_mapping(path: str) -> dict[Any, Any]:
     """A YAML mapping."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        check_plain(text, path)
+        check_yaml(text, path)
         values = yaml.safe_load(text)
     except OSError as error:
         raise OnecardError(f"--config: cannot read {path}: {error.strerror}.") from None
@@ -223,7 +223,7 @@ def config_option() -> click.Parameter:
     )
 
 
-def given(settings: type, values: dict[str, Any]) -> Any:
+def build_config(settings: type, values: dict[str, Any]) -> Any:
     """An instance of the config class `settings` from click's parsed values; values of other fields are ignored."""
     names = {item.name for item in fields(settings)}
     lists = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if key in names}
@@ -239,33 +239,33 @@ def command_of_run(config_path: str) -> str:
 
 
 class FitCommand(click.Command):
-    """`onecard fit`: its flags, and those of the command that it plans, which `--help` does not show."""
+    """`onecard fit`: its own flags, and those of the planned command, which `--help` does not show."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not {"-h", "--help"}.intersection(args):
             known = {param.name for param in self.params}
-            algorithm = self.algorithm_in(args)
+            algorithm = self.find_algorithm(args)
             planned = COMMANDS[algorithm][0]
-            theirs = {param.name: param for param in options_of(planned)}
+            planned_flags = {param.name: param for param in options_of(planned)}
             # of a name that both have (ppo has a response_length), the planned command's flag is used
-            own = [theirs.pop(param.name, param) for param in self.params]
-            self.params = own + [param for name, param in theirs.items() if name not in known]
-            next(param for param in own if param.name == "algorithm").default = algorithm
+            own_flags = [planned_flags.pop(param.name, param) for param in self.params]
+            self.params = own_flags + [param for name, param in planned_flags.items() if name not in known]
+            next(param for param in own_flags if param.name == "algorithm").default = algorithm
         return super().parse_args(ctx, args)
 
-    def algorithm_in(self, args: list[str]) -> str:
-        """The value of `--algorithm`, or that in the `--config` file, else the default. click reports unknown values."""
+    def find_algorithm(self, args: list[str]) -> str:
+        """The value of `--algorithm`, or that in the `--config` file, or the default. click reports unknown values."""
         default = config.FitConfig.algorithm
         names = [word.partition("=") for word in args]
         for flag in ("--algorithm", "--config"):
-            for place, (name, equals, value) in enumerate(names):
+            for position, (name, equals, value) in enumerate(names):
                 if name != flag:
                     continue
-                said = value if equals else args[place + 1] if place + 1 < len(args) else ""
+                found = value if equals else args[position + 1] if position + 1 < len(args) else ""
                 if flag == "--config":
-                    said = str(read_mapping(said).get("algorithm", "")) or command_of_run(said)
-                if said in get_args(config.Algorithm):
-                    return said
+                    found = str(read_mapping(found).get("algorithm", "")) or command_of_run(found)
+                if found in get_args(config.Algorithm):
+                    return found
         return default
 
 
@@ -275,12 +275,12 @@ def make_command(name: str, settings: type, target: str, example: str) -> click.
     kind = FitCommand if settings is config.FitConfig else click.Command
 
     def parse(**values: Any) -> Callable[[], object]:
-        check_trust(click.get_current_context())
+        check_trust_remote_code(click.get_current_context())
         module, function = target.split(":")
         run: Callable[..., object] = getattr(importlib.import_module(module), function)
         if settings is config.FitConfig:
-            return partial(run, given(settings, values), given(COMMANDS[values["algorithm"]][0], values))
-        return partial(run, given(settings, values))
+            return partial(run, build_config(settings, values), build_config(COMMANDS[values["algorithm"]][0], values))
+        return partial(run, build_config(settings, values))
 
     summary = (settings.__doc__ or "").strip()
     return kind(name, params=params, callback=parse, help=f"{summary}\n\n\b\nExample:\n  {example}")
@@ -336,8 +336,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         click.echo(error.format_message())
         code = 2
     except click.ClickException as error:
-        place = f"{error.ctx.command_path}: " if isinstance(error, click.UsageError) and error.ctx else ""
-        code = fail(f"{place}{' '.join(error.format_message().split())}")
+        command = f"{error.ctx.command_path}: " if isinstance(error, click.UsageError) and error.ctx else ""
+        code = fail(f"{command}{' '.join(error.format_message().split())}")
     except BrokenPipeError:  # `onecard ... | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0

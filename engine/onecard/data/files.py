@@ -18,8 +18,8 @@ from onecard.data.readers import (
     COMPRESSED,
     MESSAGE_COLUMNS,
     READERS,
-    Numbered,
-    kind,
+    NumberedRecords,
+    json_type,
     read_csv,
     read_file,
     read_jsonl,
@@ -35,7 +35,8 @@ from onecard.utils.files import blocks, digest
 # A file with one of these suffixes in a folder of data files raises an error.
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar", ".xz", ".lz4")
 NESTED_COLUMNS = (*MESSAGE_COLUMNS, *TEMPLATE_COLUMNS)
-LARGE_BYTES, LARGE_ROWS = 1 << 24, 20_000  # data of this size or larger is not kept in memory, and its tokens are cached
+# Data of this size or larger is not kept in memory, and its tokens are cached.
+LARGE_BYTES, LARGE_ROWS = 1 << 24, 20_000
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 
 
@@ -110,7 +111,7 @@ def dataset_rows(source: str, dataset: Any) -> Rows:
     total = len(dataset) if isinstance(dataset, Sized) else None
     large = total is not None and total >= LARGE_ROWS
     return Rows(
-        lambda: made_rows(source, enumerate(dataset, start=1), tabular=True),
+        lambda: rows_from_records(source, enumerate(dataset, start=1), tabular=True),
         total,
         f"{source} {dataset._fingerprint}" if large else "",
     )
@@ -121,7 +122,7 @@ def in_memory(rows: Sequence[Row]) -> Rows:
     return Rows(lambda: iter(rows), len(rows))
 
 
-def checked(rows: Iterable[Row], check: Callable[[Row], None]) -> Rows:
+def with_check(rows: Iterable[Row], check: Callable[[Row], None]) -> Rows:
     """The same rows. `check` is called with each when it is read, and may raise."""
 
     def read() -> Iterator[Row]:
@@ -146,11 +147,11 @@ def looks_like_file(source: str) -> bool:
     return source.count("/") > 1 or "\\" in source or ("/" not in source and Path(source).suffix[1:].isalpha())
 
 
-def made_rows(source: str, numbered: Numbered, *, tabular: bool = False) -> Iterator[Row]:
-    """Rows of (number, record) pairs. `tabular`: a null may stand for a missing key. Raises OnecardError for non-objects."""
-    for number, values in numbered:
+def rows_from_records(source: str, records: NumberedRecords, *, tabular: bool = False) -> Iterator[Row]:
+    """Rows of numbered records. `tabular`: a null may stand for a missing key. Raises OnecardError for non-objects."""
+    for number, values in records:
         if not isinstance(values, dict):
-            raise OnecardError(f"{source}:{number}: expected an object, got {kind(values)}.")
+            raise OnecardError(f"{source}:{number}: expected an object, got {json_type(values)}.")
         yield Row(source, number, without_added_nulls(values) if tabular else values)
 
 
@@ -177,7 +178,7 @@ def open_files(files: Mapping[str, Path]) -> Rows:
 
     def read() -> Iterator[Row]:
         for name, path in files.items():
-            yield from made_rows(name, read_file(path), tabular=readers[name] is read_parquet)
+            yield from rows_from_records(name, read_file(path), tabular=readers[name] is read_parquet)
 
     def read_with_tables() -> Iterator[Row]:
         rows = list(read())  # a column's type depends on all of its cells

@@ -65,7 +65,7 @@ class Rollout:
         return sum(len(response.tokens) for response in self.responses) / self.seconds
 
 
-SAMPLING = RetryMessages(
+SAMPLING_MESSAGES = RetryMessages(
     smaller="prompts that are sampled together hold a cache of at most {size} from here on; all are drawn again.",
     single="the cache of one prompt and its answer, {size}, does not fit beside the model. Lower the length of answers "
     "(response_length, or max_new_tokens), or add --load_in_4bit; `onecard fit` says beforehand what fits.",
@@ -75,7 +75,9 @@ SAMPLING = RetryMessages(
 
 def sampling_budget(batch_size: int, cache_bytes: int = 0) -> TokenBudget:
     """At most `batch_size` prompts sampled together, with a cache of at most `cache_bytes` bytes (0: no limit)."""
-    return TokenBudget(MicroBatchSize(batch_size, cache_bytes, sort_by_length=True, max_items=batch_size), SAMPLING)
+    return TokenBudget(
+        MicroBatchSize(batch_size, cache_bytes, sort_by_length=True, max_items=batch_size), SAMPLING_MESSAGES
+    )
 
 
 def decoding_modes(model: Any) -> list[str]:
@@ -95,7 +97,7 @@ def make_decode_batch(roles: Roles, rows: int, columns: int) -> DecodeBatch:
     | `slots` | continuous batching: the row of a finished response takes the next prompt |
     | `padded` | left-padded batches |
     | `single` | padded batches of one row |
-    | `uncached` | no cache: for models without one, and texts so long that their rotary embeddings depend on the length |
+    | `uncached` | no cache: for models without one, and texts whose length changes the rotary embeddings |
     """
     from onecard.rollout.cache_slots import CacheSlots
 
@@ -254,7 +256,7 @@ def sample_responses(
         return responses
 
     budget = batch_size if isinstance(batch_size, TokenBudget) else sampling_budget(batch_size)
-    sizes = [max(1, cache_bytes(model, length)) for length in lengths]  # `cache_bytes` is 0 for a model without a KV cache
+    sizes = [max(1, cache_bytes(model, length)) for length in lengths]  # cache_bytes: 0 without a KV cache
     with evaluating(model):
         responses = run_with_retry(sizes, budget, sample) if prompts else {}
     return Rollout(tuple(responses[index] for index in range(len(prompts))), time.perf_counter() - started)

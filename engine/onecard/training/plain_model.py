@@ -19,36 +19,38 @@ from onecard.models.trunk import context_of, evaluating, trunk_of
 from onecard.models.vocabulary import known_tokens
 
 # Numbers of tokens
-SHORT = 24  # of short texts
-SHARED = 12  # of the prefix that two short texts share
-TAIL = 7  # that are appended to a text to measure rounding
-LEAST = 8  # of the shortest texts that are checked
+SHORT_LENGTH = 24  # of short texts
+SHARED_LENGTH = 12  # of the prefix that two short texts share
+TAIL_LENGTH = 7  # that are appended to a text to measure rounding
+MIN_LENGTH = 8  # of the shortest texts that are checked
 LIMIT = 1e-3  # nat: largest difference of a token in float32
 LIMIT_16_BIT = 0.05  # nat: mean difference over a text in 16 bit, plus three times the plain model's own rounding
 ROUNDING_16_BIT = 0.1  # nat: mean rounding over a text in 16 bit, above which log-probs cannot be compared
 
 
-def text(vocabulary: int, length: int, variant: int) -> tuple[int, ...]:
+def made_up_tokens(vocabulary: int, length: int, variant: int) -> tuple[int, ...]:
     """Token ids of a made-up text, spread over the vocabulary; each `variant` is another text."""
     return tuple((7919 * index + 104729 * variant + 13) % vocabulary for index in range(length))
 
 
-def scored(tokens: tuple[int, ...], prompt: int = 1) -> TokenSequence:
+def scored_sequence(tokens: tuple[int, ...], prompt: int = 1) -> TokenSequence:
     """A text with a response mask on every token after the first `prompt` tokens."""
     return TokenSequence(tokens, (False,) * prompt + (True,) * (len(tokens) - prompt))
 
 
-def probe(roles: Roles, longest: int, row: int = 0) -> list[TokenSequence]:
-    """A short text, one of `longest` tokens, and a short one that begins as the first does; together at most `row`
-    tokens, unless it is 0.
+def probe_sequences(roles: Roles, longest: int, row_length: int = 0) -> list[TokenSequence]:
+    """A short text, one of `longest` tokens, and a short one that begins as the first does.
+
+    Together they have at most `row_length` tokens, unless it is 0.
     """
-    short = min(SHORT, longest, max(row // 3, 2) if row else SHORT)
-    middle = min(longest, max(row - 2 * short, 2) if row else longest)
+    short = min(SHORT_LENGTH, longest, max(row_length // 3, 2) if row_length else SHORT_LENGTH)
+    middle = min(longest, max(row_length - 2 * short, 2) if row_length else longest)
     first, long, last = (
-        text(known_tokens(roles.causal_model()), n, variant) for variant, n in enumerate((short, middle, short))
+        made_up_tokens(known_tokens(roles.causal_model()), n, variant)
+        for variant, n in enumerate((short, middle, short))
     )
-    shared = min(SHARED, short - 1)
-    return [scored(first), scored(long), scored(first[:shared] + last[shared:], shared)]
+    shared = min(SHARED_LENGTH, short - 1)
+    return [scored_sequence(first), scored_sequence(long), scored_sequence(first[:shared] + last[shared:], shared)]
 
 
 def logprobs(roles: Roles, batch: TokenBatch, layout: str) -> list[Tensor]:
@@ -66,7 +68,7 @@ def is_16_bit(roles: Roles) -> bool:
     return roles.causal_model().dtype in (torch.bfloat16, torch.float16)
 
 
-def distance(found: Tensor, truth: Tensor) -> float:
+def trimmed_mean_difference(found: Tensor, truth: Tensor) -> float:
     """Mean absolute difference in nats, without the eighth of the tokens that differ most: rounding can make a router
     choose other experts for a few tokens.
     """
@@ -76,7 +78,7 @@ def distance(found: Tensor, truth: Tensor) -> float:
 
 @dataclass(frozen=True)
 class PlainLogprobs:
-    """The plain model's log-probs of texts, and their mean difference by rounding alone (None: float32, not measured)."""
+    """The plain model's log-probs of texts, and their mean difference by rounding alone (None for float32)."""
 
     logprobs: list[Tensor]
     rounding: float | None
@@ -89,7 +91,7 @@ class PlainLogprobs:
             return "" if largest <= LIMIT else f"off by up to {largest:.3g} nat"
         if self.rounding > ROUNDING_16_BIT:
             return f"cannot be compared, because rounding alone changes them by {self.rounding:.3g} nat a token"
-        mean = max(distance(one, other) for one, other in pairs)
+        mean = max(trimmed_mean_difference(one, other) for one, other in pairs)
         return "" if mean <= LIMIT_16_BIT + 3 * self.rounding else f"off by {mean:.3g} nat a token"
 
 
@@ -102,18 +104,20 @@ def plain_logprobs(roles: Roles, texts: Sequence[TokenSequence]) -> PlainLogprob
     model = roles.causal_model()
     context = context_of(trunk_of(model).config) or math.inf
 
-    def computed(each: TokenSequence) -> Tensor:
-        return logprobs(roles, to_device(pack([each]), roles.device), "single")[0]
+    def computed(sequence: TokenSequence) -> Tensor:
+        return logprobs(roles, to_device(pack([sequence]), roles.device), "single")[0]
+
+    def with_tail(sequence: TokenSequence) -> TokenSequence:
+        tokens = sequence.tokens + sequence.tokens[:TAIL_LENGTH]
+        return scored_sequence(tokens, sequence.response_mask.index(True))
 
     with evaluating(model), plain_attention(model):
         truth = [computed(each) for each in texts]
         if not is_16_bit(roles):
             return PlainLogprobs(truth, None)
         rounding = [
-            distance(
-                computed(scored(each.tokens + each.tokens[:TAIL], each.response_mask.index(True)))[: len(own)], own
-            )
+            trimmed_mean_difference(computed(with_tail(each))[: len(own)], own)
             for each, own in zip(texts, truth, strict=True)
-            if len(each) + TAIL <= context
+            if len(each) + TAIL_LENGTH <= context
         ]
     return PlainLogprobs(truth, max(rounding, default=0.0))

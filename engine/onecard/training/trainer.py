@@ -1,4 +1,4 @@
-"""The training loop of all algorithms. A job defines the steps, and calls `compute_gradients` and `optimizer_step` in each.
+"""The training loop of all algorithms. A job's step calls `compute_gradients` and `optimizer_step`.
 
     step -> examples -> micro-batches -> losses, backward -> clip -> optimizer step -> schedule -> row of metrics
 
@@ -83,7 +83,7 @@ class Job(Protocol):
         ...
 
     def step(self, trainer: Trainer, indices: Sequence[int], bar: Bar) -> dict[str, float]:
-        """Run a step (one or more optimizer steps, by `trainer.compute_gradients`, `trainer.optimizer_step`). Returns metrics."""
+        """Run a step: `trainer.compute_gradients` and `trainer.optimizer_step`, once or more. Returns its metrics."""
         ...
 
     def evaluate(self, trainer: Trainer, bar: Bar) -> dict[str, float]:

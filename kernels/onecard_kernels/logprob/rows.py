@@ -1,4 +1,4 @@
-"""The rows that a loss runs on: the valid tokens of a batch, in chunks for matrix products and blocks for elementwise work."""
+"""The rows that a loss runs on: valid tokens, in chunks for matrix products or in blocks for elementwise work."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Rows:
         self.count = self.total if self.index is None else self.index.numel()  # valid tokens
 
     def chunks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[slice]:
-        """Slices of the valid rows (from `start` to `stop`) in pieces of at most `size`, of equal size so that none is tiny."""
+        """Slices of at most `size` valid rows, from `start` to `stop`. They have equal sizes, so that none is tiny."""
         stop = self.count if stop is None else stop
         if start >= stop:
             return
@@ -42,8 +42,8 @@ class Rows:
         step = -(-(stop - start) // pieces)
         yield from (slice(at, min(at + step, stop)) for at in range(start, stop, step))
 
-    def first(self, chosen: Tensor) -> tuple[Rows, int]:
-        """The valid rows reordered, with those that are `chosen` (bool [valid]) first, and the number of chosen rows."""
+    def chosen_first(self, chosen: Tensor) -> tuple[Rows, int]:
+        """The valid rows reordered, with the `chosen` ones (bool [valid]) first, and the number of these."""
         index = torch.arange(self.total, device=chosen.device) if self.index is None else self.index
         reordered = Rows(self.shape, None)
         reordered.index, reordered.count = index[chosen.logical_not().argsort(stable=True)], self.count
@@ -54,7 +54,7 @@ class Rows:
         flat = flat_view(source)
         if flat is not None:
             return flat[piece] if self.index is None else flat.index_select(0, self.index[piece])
-        return source[torch.unravel_index(self._at(piece, source), self.shape)]
+        return source[torch.unravel_index(self._indices(piece, source), self.shape)]
 
     def put(self, into: Tensor, piece: slice, values: Tensor) -> None:
         """Write rows `piece` of the valid rows of `into [..., K]`, cast to its dtype."""
@@ -63,11 +63,11 @@ class Rows:
         if flat is not None and self.index is None:
             flat[piece] = values
         elif flat is not None:
-            flat.index_copy_(0, self._at(piece, into), values)
+            flat.index_copy_(0, self._indices(piece, into), values)
         else:
-            into[torch.unravel_index(self._at(piece, into), self.shape)] = values
+            into[torch.unravel_index(self._indices(piece, into), self.shape)] = values
 
-    def pick(self, per_token: Tensor) -> Tensor:
+    def select_valid(self, per_token: Tensor) -> Tensor:
         """The valid entries of a per-token tensor, as one dimension."""
         flat = per_token.reshape(-1)
         return flat if self.index is None else flat.index_select(0, self.index)
@@ -78,7 +78,7 @@ class Rows:
             return values
         return values.new_zeros(self.total, *values.shape[1:]).index_copy_(0, self.index, values)
 
-    def _at(self, piece: slice, like: Tensor) -> Tensor:
+    def _indices(self, piece: slice, like: Tensor) -> Tensor:
         if self.index is None:
             return torch.arange(piece.start, piece.stop, device=like.device)
         return self.index[piece]

@@ -26,7 +26,7 @@ from onecard.data.batches import (
     size_when_sharing,
 )
 from onecard.data.columns import columns_present, has
-from onecard.data.files import checked
+from onecard.data.files import with_check
 from onecard.models.roles import Roles
 from onecard.utils.errors import OnecardError, nearest
 from onecard_kernels import Loss
@@ -172,7 +172,7 @@ def detect_kind(rows: Iterable[Row]) -> tuple[Kind, Rows]:
                 "from one kind of rows."
             )
 
-    return expected, checked(rows, check)
+    return expected, with_check(rows, check)
 
 
 def tokenize(rows: Iterable[Row], tokenizer: Any, max_length: int, config: RewardConfig) -> Tokenized[Any]:

@@ -34,7 +34,7 @@ def bradley_terry_loss(
     normalizer: int,
     weights: Tensor | float = 1.0,
 ) -> Loss:
-    """Loss and metrics of pairs, with scores fp32 [B]: sums over pairs weighted by `weights`, divided by `normalizer`."""
+    """Loss and metrics of pairs, with scores fp32 [B]: sums weighted by `weights`, divided by `normalizer`."""
     difference = chosen - rejected
     losses = -logsigmoid(difference - margins) + center_rewards_coefficient * (chosen + rejected).square()
     metrics = {
