@@ -146,7 +146,7 @@ def select_cases(
 def layer_matrices(model: Model) -> list[tuple[int, int]]:
     """(in, out) of the linear layers of one transformer layer: query, key, value, output; gate, up, down."""
     d, kv = model.hidden, model.hidden // model.heads * model.kv_heads
-    return [(d, d), (d, kv), (d, kv), (d, d), (d, model.inner), (d, model.inner), (model.inner, d)]
+    return [(d, d), (d, kv), (d, kv), (d, d), (d, model.intermediate), (d, model.intermediate), (model.intermediate, d)]
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,9 @@ def speaking(tmp_path, tiny_model) -> Path:
     return folder
 
 
-def make(model: Path, room: int | None = None, **settings) -> Chat:
+def make(model: Path, max_prompt_tokens: int | None = None, **settings) -> Chat:
     config = ChatConfig(model=str(model), **settings)
-    return Chat(config, load_frozen_role(config, role="policy"), load_tokenizer(config), room)
+    return Chat(config, load_frozen_role(config, role="policy"), load_tokenizer(config), max_prompt_tokens)
 
 
 # --- what is written

@@ -268,7 +268,7 @@ def test_tools_reach_rewards_and_a_classifier_s_template() -> None:
     [prompt] = prompt_examples(rows({"prompt": [USER], "tools": [TOOL]}), tokenizer).examples
     assert prompt.columns["tools"] == [TOOL]
     reward = ClassifierReward(Classifier(None, tokenizer, 0, None, None), "reward_model_path")
-    assert reward.conversation(prompt, "fine").startswith(DEFINED)
+    assert reward.rendered_chat(prompt, "fine").startswith(DEFINED)
 
 
 def test_tools_reach_the_template_of_a_perplexity_s_answers() -> None:

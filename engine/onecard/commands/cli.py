@@ -191,7 +191,7 @@ def load_config_file(context: click.Context, parameter: click.Parameter, path: s
     for name, value in values.items():
         option = known[name]
         if any(part is None or isinstance(part, dict) for part in (value if isinstance(value, list) else [value])):
-            raise OnecardError(f"--config: {path}: {name}: expected a plain value; leave {name} out for its default.")
+            raise OnecardError(f"--config: {path}: {name} has no plain value; leave it out for its default.")
         if option.multiple and not isinstance(value, list):
             values[name] = [value]
         if option.is_flag and not isinstance(value, bool):

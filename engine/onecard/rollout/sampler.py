@@ -67,7 +67,7 @@ class Rollout:
 
 SAMPLING_MESSAGES = RetryMessages(
     smaller="prompts that are sampled together hold a cache of at most {size} from here on; all are drawn again.",
-    single="the cache of one prompt and its answer, {size}, does not fit beside the model. Lower the length of answers "
+    single="the cache of one prompt and its answer, {size}, is too much beside the rest. Lower the length of answers "
     "(response_length, or max_new_tokens), or add --load_in_4bit; `onecard fit` says beforehand what fits.",
     format_size=lambda size: f"{size / 2**20:,.1f} MiB",
 )
