@@ -136,7 +136,7 @@ class OnecardDPO(DPOStepper):
     def watched(self, timer: PhaseTimer) -> None:
         """A step, timed by phase."""
         with ExitStack() as stack:
-            for phase, name in ((TRAIN, "gradients"), (OPTIMIZER, "apply")):
+            for phase, name in ((TRAIN, "compute_gradients"), (OPTIMIZER, "optimizer_step")):
                 changed = timer.wrap(phase, getattr(self.trainer, name))
                 stack.enter_context(mock.patch.object(self.trainer, name, changed))
             with timer.whole():
