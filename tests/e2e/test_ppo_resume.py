@@ -300,9 +300,8 @@ def child(words: list[str], pipe: int, log: Path) -> None:
 
         PPO.step = stepping
         told(tell, Sampler, "sample", "rollout", "between")
-        told(
-            tell, Trainer, "optimizer_step", "training", None
-        )  # and on, through the next gradients, to the last update
+        # "training" goes on through the gradients of the next update, to the last update.
+        told(tell, Trainer, "optimizer_step", "training", None)
         told(tell, checkpoint, "write_checkpoint", "saving", "between")
         # A disk that is as slow as real ones, so that a kill may fall between two files.
         slowed(Roles, "write", 0.01)
