@@ -27,8 +27,10 @@ from onecard.utils.progress import progress
 PAGE = records.ROOT / "docs" / "memory.md"
 PAIRS, PROMPT, RESPONSE, REPEATS = 4, 128, 64, 5
 MODELS = {
-    "cpu": Model("random Llama", hidden=256, layers=4, heads=8, key_heads=2, inner=704, vocab=8192, tied=True),
-    "cuda": Model("random Llama", hidden=2048, layers=16, heads=32, key_heads=8, inner=8192, vocab=128256, tied=True),
+    "cpu": Model("random Llama", hidden=256, layers=4, heads=8, kv_heads=2, intermediate=704, vocab=8192, tied=True),
+    "cuda": Model(
+        "random Llama", hidden=2048, layers=16, heads=32, kv_heads=8, intermediate=8192, vocab=128256, tied=True
+    ),
 }
 TOKENS = 2 * (PROMPT + RESPONSE)
 ALL = "all of these"

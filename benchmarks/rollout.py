@@ -49,7 +49,7 @@ NEVER = 1 << 30  # an id that no token has
 
 SHAPES = {"8B": LLAMA_8B, "1.5B": QWEN_1_5B, "0.5B": QWEN_0_5B}
 RANDOM = "random Llama"
-SMALL = Model(RANDOM, hidden=128, layers=2, heads=8, key_heads=4, inner=384, vocab=2048)
+SMALL = Model(RANDOM, hidden=128, layers=2, heads=8, kv_heads=4, intermediate=384, vocab=2048)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ ON_A_GPU = (
 
 def tiny(case: RolloutCase) -> RolloutCase:
     """The same case at tiny sizes for a CPU."""
-    model = replace(TINY, kind=case.model.kind, tied=case.model.tied)
+    model = replace(TINY, model_type=case.model.model_type, tied=case.model.tied)
     return replace(case, model=model, prompts=6, batch_size=3, least=2, most=10, max_new_tokens=8, mean=6)
 
 

@@ -29,8 +29,8 @@ QUICK_SHAPES = ("32/16", "8/16")
 TOKENS, QUICK_TOKENS = {"cpu": 3072, "cuda": 32768}, 256  # of the pairs of a step, laid apart
 REPEATS, QUICK_REPEATS = {"cpu": 15, "cuda": 20}, 3
 MODELS = {
-    "cpu": Model("sharing", hidden=256, layers=4, heads=8, key_heads=4, inner=704, vocab=2048),
-    "cuda": Model("sharing", hidden=2048, layers=16, heads=32, key_heads=8, inner=5632, vocab=32768),
+    "cpu": Model("sharing", hidden=256, layers=4, heads=8, kv_heads=4, intermediate=704, vocab=2048),
+    "cuda": Model("sharing", hidden=2048, layers=16, heads=32, kv_heads=8, intermediate=5632, vocab=32768),
 }
 
 

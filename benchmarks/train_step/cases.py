@@ -45,14 +45,14 @@ class StepCase:
         return {name: getattr(self, name) for name in names}
 
 
-SMALL = Model("small, 32k words", hidden=256, layers=6, heads=8, key_heads=4, inner=704, vocab=32000)
-DEEP = Model("deep, 8k words", hidden=512, layers=8, heads=8, key_heads=4, inner=1408, vocab=8192)
-WIDE = Model("wide, 128k words", hidden=256, layers=4, heads=8, key_heads=4, inner=704, vocab=128256)
-TINY = Model("tiny", hidden=32, layers=2, heads=4, key_heads=2, inner=64, vocab=128)
+SMALL = Model("small, 32k words", hidden=256, layers=6, heads=8, kv_heads=4, intermediate=704, vocab=32000)
+DEEP = Model("deep, 8k words", hidden=512, layers=8, heads=8, kv_heads=4, intermediate=1408, vocab=8192)
+WIDE = Model("wide, 128k words", hidden=256, layers=4, heads=8, kv_heads=4, intermediate=704, vocab=128256)
+TINY = Model("tiny", hidden=32, layers=2, heads=4, kv_heads=2, intermediate=64, vocab=128)
 
 LLAMA_8B = Model("Llama-3.1-8B", 4096, 32, 32, 8, 14336, 128256)
-QWEN_1_5B = Model("Qwen2.5-1.5B", 1536, 28, 12, 2, 8960, 151936, kind="qwen2", tied=True)
-QWEN_0_5B = Model("Qwen2.5-0.5B", 896, 24, 14, 2, 4864, 151936, kind="qwen2", tied=True)
+QWEN_1_5B = Model("Qwen2.5-1.5B", 1536, 28, 12, 2, 8960, 151936, model_type="qwen2", tied=True)
+QWEN_0_5B = Model("Qwen2.5-0.5B", 896, 24, 14, 2, 4864, 151936, model_type="qwen2", tied=True)
 
 
 def cpu_cases() -> list[StepCase]:
@@ -113,7 +113,7 @@ def gpu_cases() -> list[StepCase]:
 
 def tiny(case: StepCase) -> StepCase:
     """The same case at tiny sizes for a CPU, without a memory cap."""
-    model = replace(TINY, kind=case.model.kind, tied=case.model.tied)
+    model = replace(TINY, model_type=case.model.model_type, tied=case.model.tied)
     return replace(
         case,
         model=model,
@@ -145,8 +145,8 @@ def select_cases(
 
 def layer_matrices(model: Model) -> list[tuple[int, int]]:
     """(in, out) of the linear layers of one transformer layer: query, key, value, output; gate, up, down."""
-    d, kv = model.hidden, model.hidden // model.heads * model.key_heads
-    return [(d, d), (d, kv), (d, kv), (d, d), (d, model.inner), (d, model.inner), (model.inner, d)]
+    d, kv = model.hidden, model.hidden // model.heads * model.kv_heads
+    return [(d, d), (d, kv), (d, kv), (d, d), (d, model.intermediate), (d, model.intermediate), (model.intermediate, d)]
 
 
 @dataclass(frozen=True)

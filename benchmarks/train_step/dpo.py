@@ -24,7 +24,7 @@ from rich.progress import Progress
 
 from benchmarks.train_step.cases import StepCase
 from benchmarks.train_step.phases import OPTIMIZER, TRAIN, PhaseTimer
-from benchmarks.train_step.synthetic import DTYPES, Pair, random_weights, text, whole_words
+from benchmarks.train_step.synthetic import DTYPES, Pair, load_word_tokenizer, random_weights, text
 from onecard.algorithms.common import Recipe
 from onecard.algorithms.dpo.command import make_recipe
 from onecard.algorithms.supervised import Supervised
@@ -136,7 +136,7 @@ class OnecardDPO(DPOStepper):
     def watched(self, timer: PhaseTimer) -> None:
         """A step, timed by phase."""
         with ExitStack() as stack:
-            for phase, name in ((TRAIN, "gradients"), (OPTIMIZER, "apply")):
+            for phase, name in ((TRAIN, "compute_gradients"), (OPTIMIZER, "optimizer_step")):
                 changed = timer.wrap(phase, getattr(self.trainer, name))
                 stack.enter_context(mock.patch.object(self.trainer, name, changed))
             with timer.whole():
@@ -201,7 +201,7 @@ class TrlDPO(DPOStepper):
             args=settings,
             peft_config=adapter,
             train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=whole_words(task.folder),
+            processing_class=load_word_tokenizer(task.folder),
         )
         check_same_tokens(self.trainer.train_dataset, task.pairs)
         randomize_adapters(self.trainer.model)

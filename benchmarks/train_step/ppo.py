@@ -120,8 +120,8 @@ class PPORun:
             for target, name, changed in (
                 (job, "sampler", Sampler()),
                 (job, "score", timer.wrap(REWARD, job.score)),
-                (trainer, "gradients", timer.wrap(TRAIN, trainer.gradients)),
-                (trainer, "apply", timer.wrap(OPTIMIZER, trainer.apply)),
+                (trainer, "compute_gradients", timer.wrap(TRAIN, trainer.compute_gradients)),
+                (trainer, "optimizer_step", timer.wrap(OPTIMIZER, trainer.optimizer_step)),
             ):
                 stack.enter_context(mock.patch.object(target, name, changed))
             for name, phase in (("response_logprobs", role_of), ("response_values", VALUES)):

@@ -61,8 +61,8 @@ class BareProducts:
     """
 
     def __init__(self, case: StepCase, device: torch.device, dtype: torch.dtype, rows: int, step: float) -> None:
-        one = 2 * rows * case.model.hidden * case.model.inner
-        self.sizes, self.device, self.dtype = (rows, case.model.hidden, case.model.inner), device, dtype
+        one = 2 * rows * case.model.hidden * case.model.intermediate
+        self.sizes, self.device, self.dtype = (rows, case.model.hidden, case.model.intermediate), device, dtype
         self.times = max(1, int(min(GEMM_FLOPS[device.type], step) / one))
         self.flops = one * self.times
         self.operands: tuple[torch.Tensor, ...] = ()

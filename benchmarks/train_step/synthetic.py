@@ -1,8 +1,8 @@
-"""Synthetic models and pairs: random weights and tokens, the same each time. Nothing is downloaded.
+"""Synthetic models and pairs: random weights and tokens from a fixed seed. Nothing is downloaded.
 
-A model is a folder with a `config.json` and a tokenizer, but no weights. Where a library would read them, they are
-drawn on the device instead, and quantized layer by layer for NF4: a card that holds an 8B model after loading is
-enough.
+A model is a folder with a `config.json` and a tokenizer, but no weights. Where a library would load them, they
+are sampled on the device instead. For NF4 each layer is quantized as soon as it is sampled, so loading needs no more
+memory than the quantized model and one layer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SEED = 7
 END, PAD = 0, 1  # token ids; each answer ends with END
 FIRST_WORD = 2
 STD = 0.02  # of random weights
-NORMS_AND_BIASES = 2  # parameters with fewer dimensions are gains (1) and biases (0)
+MATRIX_DIM = 2  # parameters with fewer dimensions are norm weights (set to 1) and biases (set to 0)
 
 
 DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -33,29 +33,29 @@ DTYPES: dict[torch.dtype, Dtype] = {torch.float32: "float32", torch.bfloat16: "b
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder's sizes. `kind` is its `model_type`."""
+    """A decoder's sizes. Named as in `transformers` configs, without suffixes."""
 
     name: str
     hidden: int
     layers: int
     heads: int
-    key_heads: int
-    inner: int  # of the feed-forward part
+    kv_heads: int
+    intermediate: int
     vocab: int
-    kind: str = "llama"
+    model_type: str = "llama"
     tied: bool = False  # embeddings and head are one matrix
 
     @property
     def settings(self) -> dict[str, Any]:
         """The entries of a `config.json`."""
         return {
-            "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[self.kind]],
-            "model_type": self.kind,
+            "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[self.model_type]],
+            "model_type": self.model_type,
             "hidden_size": self.hidden,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
-            "num_key_value_heads": self.key_heads,
-            "intermediate_size": self.inner,
+            "num_key_value_heads": self.kv_heads,
+            "intermediate_size": self.intermediate,
             "vocab_size": self.vocab,
             "tie_word_embeddings": self.tied,
             "max_position_embeddings": 8192,
@@ -85,7 +85,7 @@ def word(token: int) -> str:
 
 
 def text(tokens: Sequence[int]) -> str:
-    """Words with a blank before each, so that a prompt's and an answer's can be put together."""
+    """Words with a space before each, so that the texts of a prompt and an answer can be concatenated."""
     return "".join(f" {word(token)}" for token in tokens)
 
 
@@ -104,8 +104,8 @@ def write_folder(model: Model, folder: Path) -> Path:
     return folder
 
 
-def whole_words(folder: Path) -> Any:
-    """The tokenizer of a folder. `AutoTokenizer` would go by the model's type, and split words as that does."""
+def load_word_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder. `AutoTokenizer` chooses a class by the `model_type`, which splits words."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(str(folder))
@@ -113,18 +113,18 @@ def whole_words(folder: Path) -> Any:
 
 def random_pairs(count: int, prompt: int, response: int, vocab: int, *, mixed: bool) -> list[Pair]:
     """Pairs of these lengths, or with each length drawn from half of it to all of it."""
-    draw = random.Random(f"{SEED} {count} {prompt} {response} {mixed}")
+    rng = random.Random(f"{SEED} {count} {prompt} {response} {mixed}")
 
     def tokens(longest: int) -> tuple[int, ...]:
-        length = draw.randint((longest + 1) // 2, longest) if mixed else longest
-        return tuple(draw.randrange(FIRST_WORD, vocab) for _ in range(length))
+        length = rng.randint((longest + 1) // 2, longest) if mixed else longest
+        return tuple(rng.randrange(FIRST_WORD, vocab) for _ in range(length))
 
     return [Pair(tokens(prompt), (*tokens(response)[:-1], END), (*tokens(response)[:-1], END)) for _ in range(count)]
 
 
 @contextmanager
 def random_weights() -> Iterator[None]:
-    """Inside, `AutoModelForCausalLM.from_pretrained` gives random weights."""
+    """Context in which `AutoModelForCausalLM.from_pretrained` returns a model with random weights."""
     from transformers import AutoModelForCausalLM
 
     with mock.patch.object(AutoModelForCausalLM, "from_pretrained", random_model):
@@ -142,7 +142,7 @@ def random_model(
     output_loading_info: bool = False,
     **_: Any,
 ) -> Any:
-    """A model as `from_pretrained` would give it, with weights N(0, STD) from one seed, made a matrix at a time."""
+    """A model as `from_pretrained` would give it, with weights N(0, STD) from one seed, sampled matrix by matrix."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     device = torch.device(device_map[""])
@@ -155,25 +155,25 @@ def random_model(
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             value = torch.empty(parameter.shape, dtype=dtype, device=device)
-            if parameter.dim() < NORMS_AND_BIASES:
+            if parameter.dim() < MATRIX_DIM:
                 value.fill_(0.0 if name == "bias" else 1.0)
             else:
                 value.normal_(std=STD, generator=generator)
             setattr(module, name, quantized(module, name, value, device))
-    rebuild_positions(model, device)
+    rebuild_rotary_embeddings(model, device)
     model.tie_weights()
     info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     return (model.eval(), info) if output_loading_info else model.eval()
 
 
 def quantized(module: nn.Module, name: str, value: torch.Tensor, device: torch.device) -> nn.Parameter:
-    """The parameter; the weight of a 4-bit layer is quantized at once."""
+    """The parameter; the weight of a 4-bit layer is quantized immediately."""
     if name != "weight" or type(module).__name__ != "Linear4bit":
         return nn.Parameter(value)
     import bitsandbytes
 
     meta: Any = module.weight
-    fresh: Any = bitsandbytes.nn.Params4bit(
+    unquantized: Any = bitsandbytes.nn.Params4bit(
         value,
         requires_grad=False,
         compress_statistics=meta.compress_statistics,
@@ -181,8 +181,8 @@ def quantized(module: nn.Module, name: str, value: torch.Tensor, device: torch.d
         quant_storage=meta.quant_storage,
         module=module,
     )
-    made: nn.Parameter = fresh._quantize(device)
-    return made
+    parameter: nn.Parameter = unquantized._quantize(device)
+    return parameter
 
 
 def mark_quantized(model: Any, quantization_config: Any) -> None:
@@ -198,11 +198,11 @@ def mark_quantized(model: Any, quantization_config: Any) -> None:
     model.config.quantization_config = quantization_config
 
 
-def rebuild_positions(model: Any, device: torch.device) -> None:
-    """Rotary embeddings hold computed tensors, which are empty after a construction on meta."""
+def rebuild_rotary_embeddings(model: Any, device: torch.device) -> None:
+    """Rebuild rotary embeddings: their buffers are computed when they are constructed, and were constructed on meta."""
     for name, module in list(model.named_modules()):
         if name.endswith("rotary_emb"):
             owner, _, last = name.rpartition(".")
             setattr(model.get_submodule(owner), last, type(module)(config=module.config).to(device))
-    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
-    assert not left, f"buffers that were not computed: {left}"
+    uncomputed = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    assert not uncomputed, f"buffers that were not computed: {uncomputed}"

@@ -35,14 +35,14 @@ def usual_handlers() -> Iterator[None]:
 
 def signal_at(monkeypatch: pytest.MonkeyPatch, step: int, *numbers: int) -> None:
     """Send this process signals in the middle of a step's first update."""
-    whole, left = Trainer.apply, list(numbers)
+    whole, left = Trainer.optimizer_step, list(numbers)
 
     def signalled(self):
         while left and self.step == step:
             os.kill(os.getpid(), left.pop())
         whole(self)
 
-    monkeypatch.setattr(Trainer, "apply", signalled)
+    monkeypatch.setattr(Trainer, "optimizer_step", signalled)
 
 
 @pytest.mark.parametrize("number", signals.SIGNALS)

@@ -75,7 +75,7 @@ def arguments(model: Path, material: Path, folder: Path, *more: object) -> list[
 
 def stop_in_update(patch: pytest.MonkeyPatch, step: int, update: int) -> None:
     """Interrupt iteration `step` before its update `update` (both counted from 0), gradients being there."""
-    whole = Trainer.apply
+    whole = Trainer.optimizer_step
     seen: Counter[int] = Counter()
 
     def interrupted(self):
@@ -84,7 +84,7 @@ def stop_in_update(patch: pytest.MonkeyPatch, step: int, update: int) -> None:
             raise KeyboardInterrupt
         whole(self)
 
-    patch.setattr(Trainer, "apply", interrupted)
+    patch.setattr(Trainer, "optimizer_step", interrupted)
 
 
 def stop_in_sampling(patch: pytest.MonkeyPatch, step: int, draws: int) -> None:
@@ -300,7 +300,8 @@ def child(words: list[str], pipe: int, log: Path) -> None:
 
         PPO.step = stepping
         told(tell, Sampler, "sample", "rollout", "between")
-        told(tell, Trainer, "apply", "training", None)  # and on, through the gradients of the next, to the last update
+        # "training" goes on through the gradients of the next update, to the last update.
+        told(tell, Trainer, "optimizer_step", "training", None)
         told(tell, checkpoint, "write_checkpoint", "saving", "between")
         # A disk that is as slow as real ones, so that a kill may fall between two files.
         slowed(Roles, "write", 0.01)

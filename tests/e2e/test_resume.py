@@ -42,14 +42,14 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Interrupt the run in the middle of optimizer step `step`, after its gradients and before its update."""
-    whole = trainer.Trainer.apply
+    whole = trainer.Trainer.optimizer_step
 
     def interrupted(self):
         if self.step == step:
             raise KeyboardInterrupt
         whole(self)
 
-    monkeypatch.setattr(trainer.Trainer, "apply", interrupted)
+    monkeypatch.setattr(trainer.Trainer, "optimizer_step", interrupted)
 
 
 VARIANTS = {

@@ -223,7 +223,7 @@ def test_scores_that_are_all_the_same_have_no_scale(reward, monkeypatch):
 def test_a_resumed_run_is_the_same_bit_for_bit(reward, tmp_path, monkeypatch, kind):
     more = ["--normalize_scores", "--save_steps", 2, "--logging_steps", 3, "--max_length", 64]
     reward(kind, *more, folder="whole")
-    apply, calls = trainer.Trainer.apply, []
+    apply, calls = trainer.Trainer.optimizer_step, []
 
     def interrupted(self):
         calls.append(self.step)
@@ -232,7 +232,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(reward, tmp_path, monkeypatch, ki
         apply(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "apply", interrupted)
+        patch.setattr(trainer.Trainer, "optimizer_step", interrupted)
         reward(kind, *more, code=130)
     reward(kind, *more, "--resume")
     assert without_clock(tmp_path / "run") == without_clock(tmp_path / "whole")

@@ -19,13 +19,13 @@ from benchmarks.train_step import cases, phases, ppo, run, synthetic
 from benchmarks.train_step.__main__ import command as train_step
 from benchmarks.train_step.cases import LORA_RANK, TINY, Flops, StepCase, dpo_flops
 from benchmarks.train_step.dpo import SAME, OnecardDPO, no_bar
-from benchmarks.train_step.synthetic import END, random_model, random_pairs, text, whole_words, write_folder
+from benchmarks.train_step.synthetic import END, load_word_tokenizer, random_model, random_pairs, text, write_folder
 
 CPU = torch.device("cpu")
 TIMING = Timing(repeats=2, budget=0.0)
 DPO = StepCase("tiny", "dpo", TINY, prompt=20, response=12, batch_size=4, micro_batch_size=2, mixed_lengths=True)
 PPO = replace(DPO, kind="ppo", batch_size=8, micro_batch_size=2)
-SMALL = synthetic.Model("small", hidden=128, layers=3, heads=4, key_heads=2, inner=352, vocab=4096)
+SMALL = synthetic.Model("small", hidden=128, layers=3, heads=4, kv_heads=2, intermediate=352, vocab=4096)
 PLANNED = StepCase("small", "dpo", SMALL, prompt=48, response=32, batch_size=4, micro_batch_size=2)
 CAPPED = [case for case in cases.gpu_cases() if case.memory_cap_gib]
 
@@ -43,7 +43,7 @@ def measured(case: StepCase) -> Case:
 
 
 def test_pairs_have_their_lengths_and_their_text_is_their_tokens(folder):
-    tokenizer = whole_words(folder)
+    tokenizer = load_word_tokenizer(folder)
     mixed = random_pairs(50, 20, 12, TINY.vocab, mixed=True)
     assert {len(p.prompt) for p in mixed} == set(range(10, 21))
     for pair in mixed[:5]:
@@ -70,7 +70,7 @@ def test_flops_are_what_pytorch_counts(folder):
     full = 2 * 2 * d * layers * tokens * tokens
     rotation = forward.get_total_flops() - (found.forward - found.attention + full)
     assert 0 <= rotation <= 2 * tokens * d  # positions times frequencies, computed as a product
-    kv = d // TINY.heads * TINY.key_heads
+    kv = d // TINY.heads * TINY.kv_heads
     first = 2 * tokens * (d * d + 2 * d * kv) + 3 * 2 * tokens * LORA_RANK * d  # layer 0's inputs need no gradient
     assert backward.get_total_flops() == found.backward - 2 * found.attention + 2 * full - first
     assert dpo_flops(TINY, [(2, 1)], precomputed=False) > dpo_flops(TINY, [(2, 1)], precomputed=True)

@@ -42,9 +42,9 @@ def speaking(tmp_path, tiny_model) -> Path:
     return folder
 
 
-def make(model: Path, room: int | None = None, **settings) -> Chat:
+def make(model: Path, max_prompt_tokens: int | None = None, **settings) -> Chat:
     config = ChatConfig(model=str(model), **settings)
-    return Chat(config, load_frozen_role(config, role="policy"), load_tokenizer(config), room)
+    return Chat(config, load_frozen_role(config, role="policy"), load_tokenizer(config), max_prompt_tokens)
 
 
 # --- what is written
@@ -125,7 +125,7 @@ def test_a_template_is_given_the_whole_conversation(speaking, monkeypatch):
     answer = talker.conversation.turns[0].answer
     talker.answer("so?")
     asked = talker.conversation
-    before = Conversation(asked.system, asked.turns[:1]).said("so?")
+    before = Conversation(asked.system, asked.turns[:1]).with_line("so?")
     text = talker.tokenizer.decode(talker.tokens_of(before))
     assert text == f"<system>be good</s><user>hi</s><assistant>{answer}</s><user>so?</s><assistant>"
     assert len(asked.turns) == 2
@@ -150,12 +150,12 @@ def test_the_oldest_turns_are_forgotten_when_the_context_is_full(says, tiny_mode
     assert result.code == 0, result.err
     assert result.err.count("no longer fit into the model's context and are forgotten") >= 1
 
-    talker = make(tiny_model, room=20)
+    talker = make(tiny_model, max_prompt_tokens=20)
     talker.conversation = Conversation("", (Turn("abcdefgh", "ijkl"), Turn("m", "n")), template=False)
-    kept, tokens = talker.fitting(talker.conversation.said("opqr"))  # a token for each character
+    kept, tokens = talker.drop_oldest_turns(talker.conversation.with_line("opqr"))  # a token for each character
     assert len(tokens) == 20
     assert [turn.line for turn in kept.turns] == ["abcdefgh", "m", "opqr"]
-    kept, tokens = talker.fitting(talker.conversation.said("opqrs"))
+    kept, tokens = talker.drop_oldest_turns(talker.conversation.with_line("opqrs"))
     assert [turn.line for turn in kept.turns] == ["m", "opqrs"]
     assert len(tokens) == 8
 

@@ -23,7 +23,7 @@ from onecard.data import (
     ranking_examples,
     scored_examples,
 )
-from onecard.data.templates import answer_ends, closing_token, rendered, template_date, today
+from onecard.data.templates import answer_end_tokens, closing_token, rendered, template_date, today
 from onecard.models.classifier import Classifier
 from onecard.rewards.classifier import ClassifierReward
 from onecard.rollout import find_stop_tokens
@@ -87,7 +87,7 @@ def test_generation_stops_where_answers_end(name: str) -> None:
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=sorted(tokenizer.generation_eos) or None))
     roles: Any = SimpleNamespace(causal_model=lambda: model)
     expected = {tokenizer.convert_tokens_to_ids(token) for token in (family.eos, *family.listed, family.end)}
-    assert find_stop_tokens(roles, tokenizer) == expected == set(answer_ends(tokenizer).ids)
+    assert find_stop_tokens(roles, tokenizer) == expected == set(answer_end_tokens(tokenizer).ids)
     assert closing_token(tokenizer, chat=True) == tokenizer.convert_tokens_to_ids(family.end)
     assert closing_token(tokenizer, chat=False) == tokenizer.eos_token_id
 
@@ -107,7 +107,10 @@ def test_a_content_that_ends_with_the_end_token_has_it_once() -> None:
 
 def test_a_template_that_wants_a_system_message_shows_its_end() -> None:
     strict = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
-    assert answer_ends(byte_tokenizer(strict, special=IM)).turn == answer_ends(byte_tokenizer(CHATML, special=IM)).turn
+    assert (
+        answer_end_tokens(byte_tokenizer(strict, special=IM)).closing
+        == answer_end_tokens(byte_tokenizer(CHATML, special=IM)).closing
+    )
 
 
 REAL = {  # of TRL's templates: special tokens, EOS, the learned parts of [Hi, Hello., Bye, See you.]
@@ -265,7 +268,7 @@ def test_tools_reach_rewards_and_a_classifier_s_template() -> None:
     [prompt] = prompt_examples(rows({"prompt": [USER], "tools": [TOOL]}), tokenizer).examples
     assert prompt.columns["tools"] == [TOOL]
     reward = ClassifierReward(Classifier(None, tokenizer, 0, None, None), "reward_model_path")
-    assert reward.conversation(prompt, "fine").startswith(DEFINED)
+    assert reward.rendered_chat(prompt, "fine").startswith(DEFINED)
 
 
 def test_tools_reach_the_template_of_a_perplexity_s_answers() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig
 
-from onecard.commands.fit.cards import CARDS, GIB, Card, find_card, smallest
+from onecard.commands.fit.cards import CARDS, GIB, Card, find_card, smallest_card
 from onecard.commands.fit.model import read_config
 from onecard.commands.fit.phases import Lengths, rows_of
 from onecard.commands.fit.plan import (
@@ -214,8 +214,8 @@ def test_a_12_gb_card_gives_a_run_about_11_gib():
     card = find_card("12GB")
     assert card.holds(int(10.4 * GIB))
     assert not card.holds(int(10.6 * GIB))
-    assert smallest(int(10.4 * GIB)).memory == 12 * GIB
-    assert smallest(int(1e12)) is None
+    assert smallest_card(int(10.4 * GIB)).memory == 12 * GIB
+    assert smallest_card(int(1e12)) is None
     assert max(CARDS.values()) == 80
 
 

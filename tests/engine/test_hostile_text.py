@@ -98,7 +98,7 @@ def test_standard_output_that_is_no_utf8_loses_nothing(monkeypatch, onecard, tin
 def test_a_line_of_chat_that_is_no_utf8_is_said_and_skipped(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\ntw\xff\nthree\n"), encoding="utf-8"))
     heard: list[str] = []
-    chat.talk(SimpleNamespace(answer=heard.append))  # type: ignore[arg-type]
+    chat.chat_loop(SimpleNamespace(answer=heard.append))  # type: ignore[arg-type]
     assert heard == ["one", "three"]
     assert "The line is not UTF-8 and was skipped." in capsys.readouterr().err
 

@@ -108,9 +108,9 @@ def trainer_of(model: Model, **settings: Any) -> Trainer:
 def one_step(model: Model, **settings: Any) -> tuple[dict[str, float], Tensor, Tensor]:
     """The row, the gradient and the weights after a step."""
     trainer = trainer_of(model, **settings)
-    row = trainer.gradients(model.objective(), EXAMPLES)
+    row = trainer.compute_gradients(model.objective(), EXAMPLES)
     gradient = model.weights.grad.clone()
-    trainer.apply()
+    trainer.optimizer_step()
     return row, gradient, model.weights.detach()
 
 
@@ -140,7 +140,7 @@ def test_what_was_accumulated_before_the_error_is_thrown_away():
     examples = [*EXAMPLES[:6], (9.0,) * 7, (8.0,) * 12, (7.0,) * 8]
     model, whole = Model(20), Model(10**6)
     for one in (model, whole):
-        trainer_of(one, per_device_train_batch_size=3).gradients(one.objective(), examples)
+        trainer_of(one, per_device_train_batch_size=3).compute_gradients(one.objective(), examples)
     assert model.passes[:3] == whole.passes == [6, 15, 27]
     assert max(model.passes[3:]) <= 13
     assert sum(model.passes[3:]) == 48
@@ -151,8 +151,8 @@ def test_the_smaller_cut_stays(capsys):
     model = Model(10)
     trainer = trainer_of(model)
     for _ in range(3):
-        trainer.gradients(model.objective(), EXAMPLES)
-        trainer.apply()
+        trainer.compute_gradients(model.objective(), EXAMPLES)
+        trainer.optimizer_step()
     assert capsys.readouterr().err.count("out of memory") == 2
     assert trainer.micro_batch_size == MicroBatchSize(8, tokens=9)
     assert model.passes.count(36) == 1
@@ -162,7 +162,7 @@ def test_one_example_that_is_too_much_stops_the_run(capsys):
     model = Model(7)
     trainer = trainer_of(model)
     with pytest.raises(OnecardError) as error:
-        trainer.gradients(model.objective(), EXAMPLES)
+        trainer.compute_gradients(model.objective(), EXAMPLES)
     assert str(error.value).startswith("out of memory: an example of 8 tokens is too much for a micro-batch of its own")
     for setting in ("max_length", "response_length", "gradient_checkpointing", "load_in_4bit", "head_chunk_tokens"):
         assert setting in str(error.value)
@@ -175,7 +175,7 @@ def test_a_loss_that_sorts_its_batch_is_never_cut():
     model = Model(20)
     trainer = trainer_of(model)
     with pytest.raises(OnecardError, match="out of memory: loss_type aot takes the 8 examples of a step together"):
-        trainer.gradients(model.objective(unsplittable="loss_type aot"), EXAMPLES)
+        trainer.compute_gradients(model.objective(unsplittable="loss_type aot"), EXAMPLES)
     assert model.passes == [36]
     assert model.weights.grad is None
 
@@ -183,14 +183,14 @@ def test_a_loss_that_sorts_its_batch_is_never_cut():
 def test_an_error_of_the_optimizer_is_not_taken_for_one(monkeypatch):
     model = Model(10**6)
     trainer = trainer_of(model)
-    trainer.gradients(model.objective(), EXAMPLES)
+    trainer.compute_gradients(model.objective(), EXAMPLES)
 
     def step() -> None:
         raise no_memory()
 
     monkeypatch.setattr(trainer.optimizer, "step", step)
     with pytest.raises(torch.OutOfMemoryError):
-        trainer.apply()
+        trainer.optimizer_step()
     assert model.passes == [36]
 
 

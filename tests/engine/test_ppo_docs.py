@@ -147,7 +147,7 @@ def test_the_gradient_is_clipped_over_all_trained_weights(limit, expected):
         count=len,
         losses=lambda batch, normalizer: (Loss((factor * w).sum(), {}) for factor, w in ((3, policy), (4, value))),
     )
-    assert trainer.gradients(objective, [[0]])["grad_norm"] == pytest.approx(5.0)
+    assert trainer.compute_gradients(objective, [[0]])["grad_norm"] == pytest.approx(5.0)
     assert [policy.grad.item(), value.grad.item()] == pytest.approx(expected, rel=1e-5)
 
 

@@ -120,14 +120,14 @@ class FakeTrainer:
     def __init__(self, kls: list[float]) -> None:
         self.kls, self.applied, self.discarded = iter(kls), 0, 0
 
-    def gradients(self, objective, examples):
+    def compute_gradients(self, objective, examples):
         kl = next(self.kls)
         return {"loss": 1.0, "policy/approxkl": kl, "val/ratio": 1.0 + kl, "grad_norm": 2.0}
 
-    def apply(self):
+    def optimizer_step(self):
         self.applied += 1
 
-    def discard(self):
+    def zero_grad(self):
         self.discarded += 1
 
 

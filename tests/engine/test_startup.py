@@ -12,7 +12,7 @@ from onecard.models.load import without_dropout
 from onecard.models.roles import Roles
 from onecard.rollout import Sampling, sample_responses
 from onecard.training import startup
-from onecard.training.startup import check_decoding, check_model, mixes_sequences, probe
+from onecard.training.startup import check_decoding, check_model, mixes_sequences, probe_sequences
 from onecard.utils.errors import OnecardError
 from tests.models.families import FAMILIES, Family, config_of, random_model
 
@@ -64,7 +64,7 @@ def laid(roles: Roles, sequences: list[TokenSequence]) -> torch.Tensor:
 def test_gradients_tell_whether_texts_mix(name, layout, mixed, dtype):
     """Exactly 0 or not, in every dtype: 16-bit rounding hides a state that crosses from one text to the next."""
     roles = roles_of(name, dtype)
-    assert mixes_sequences(roles, layout, probe(roles, 20)[::2]) == mixed
+    assert mixes_sequences(roles, layout, probe_sequences(roles, 20)[::2]) == mixed
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_each_model_is_laid_and_sampled_in_a_way_that_is_right(name, layout, dec
     check_model(roles, LONGEST, row=3 * LONGEST)
     check_decoding(roles, LONGEST)
     assert (roles.layout, roles.decoding) == (layout, decoding)
-    texts = probe(roles, LONGEST)
+    texts = probe_sequences(roles, LONGEST)
     assert (laid(roles, texts) - plain(name, texts)).abs().max() < EXACT
 
 
@@ -121,7 +121,7 @@ def test_a_model_that_sees_ahead_is_refused():
 def test_a_text_beyond_the_original_context_changes_no_other(layout):
     roles = roles_of("phi3, longrope", layout=layout)
     check_model(roles, LONGEST)
-    texts = probe(roles, LONGEST)
+    texts = probe_sequences(roles, LONGEST)
     assert len(texts[0]) < 32 < len(texts[1])
     truth = plain("phi3, longrope", texts)
     assert (laid(roles, texts) - truth).abs().max() < EXACT
@@ -132,7 +132,7 @@ def test_sampling_across_the_original_context_is_right():
     """A cache would hold keys rotated by the other factors; each token is drawn from the whole text so far."""
     roles = roles_of("phi3, longrope")
     check_decoding(roles, 40)
-    prompts = [startup.text(300, 26, 0), startup.text(300, 5, 1)]
+    prompts = [startup.made_up_tokens(300, 26, 0), startup.made_up_tokens(300, 5, 1)]
     found = sample_responses(roles, prompts, Sampling(12), stop_tokens=(), batch_size=2, seed=0).responses
     model = random_model(FAMILIES["phi3, longrope"])
     for prompt, response in zip(prompts, found, strict=True):
@@ -163,7 +163,7 @@ def test_noise_that_the_config_names_is_turned_off(name, settings, capsys):
     roles = Roles(model, ("policy",), {"policy": None}, "packed").eval()
     check_model(roles, 30)
     assert not roles.trained_in_evaluation_mode
-    texts = probe(roles, 30)
+    texts = probe_sequences(roles, 30)
     still = laid(roles, texts)
     assert torch.equal(laid(roles.train(), texts), still)
     assert "training mode" not in capsys.readouterr().err
@@ -192,7 +192,7 @@ def test_a_model_that_draws_noise_is_trained_in_evaluation_mode(checkpointing, c
         roles.checkpoint_activations()
     check_model(roles, 30)
     assert "so it is trained in evaluation mode" in capsys.readouterr().err
-    texts = probe(roles, 30)
+    texts = probe_sequences(roles, 30)
     assert (laid(roles.train(), texts) - plain("llama", texts)).abs().max() < EXACT
     layers = roles.model.model.layers
     assert [layer.training for layer in layers] == [checkpointing] * len(layers)

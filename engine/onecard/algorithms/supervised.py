@@ -90,8 +90,8 @@ class Supervised(Generic[E, B]):
     def step(self, trainer: Trainer, indices: Sequence[int], bar: Bar) -> dict[str, float]:
         began = time.perf_counter()
         examples = [self.training[index] for index in indices]
-        row = trainer.gradients(self.objective, examples)
-        trainer.apply()
+        row = trainer.compute_gradients(self.objective, examples)
+        trainer.optimizer_step()
         tokens = sum(map(len, examples))
         trainer.num_tokens += tokens
         return {**row, "time/tokens_per_second": tokens / (time.perf_counter() - began)}
@@ -102,19 +102,19 @@ class Supervised(Generic[E, B]):
             return {}
         if self.heldout_row is not None:
             return self.heldout_row(self.budget, bar)
-        objective, heldout, weights = self.objective, self.heldout, trainer.weights
+        objective, heldout, model = self.objective, self.heldout, trainer.model
         normalizer = objective.count(heldout)
         with bar.part("evaluate", len(heldout)) as part:
 
             def read(indices: list[int]) -> list[Loss]:
-                batch = to_device(objective.collate([heldout[index] for index in indices]), weights.device)
+                batch = to_device(objective.collate([heldout[index] for index in indices]), model.device)
                 with trainer.nan_as_divergence():
                     found = list(objective.losses(batch, normalizer))
                 part.advance(by=len(indices))
                 return found
 
             sizes = [objective.size(example) for example in heldout]
-            passes = run_micro_batches(sizes, self.budget, read, padded=weights.layout == "padded")
+            passes = run_micro_batches(sizes, self.budget, read, padded=model.layout == "padded")
         losses = [loss for _, found in passes for loss in found]
         for sample in self.samples(bar) if self.samples else []:
             run_folder.log(trainer.run.folder, {"step": trainer.step, **sample}, run_folder.SAMPLES)

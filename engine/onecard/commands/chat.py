@@ -33,7 +33,7 @@ from onecard.training.startup import check_decoding
 from onecard.utils.errors import OnecardError, nearest, visible
 from onecard.utils.progress import say
 
-CHECKED_TOKENS = 512  # longest text of the startup check of decoding; the length of a conversation is not known
+CHECKED_TOKENS = 512  # limit on the text length of the startup check: a conversation's length is not known in advance
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class Conversation:
             messages.append({"role": "assistant", "content": turn.answer})
         return tuple(messages[:-1])
 
-    def said(self, line: str) -> Conversation:
-        """The conversation with a new line of the user."""
+    def with_line(self, line: str) -> Conversation:
+        """A copy of the conversation with a new line of the user."""
         return replace(self, turns=(*self.turns, Turn(line)))
 
-    def answered(self, answer: str) -> Conversation:
-        """The conversation with the answer to the last line."""
+    def with_answer(self, answer: str) -> Conversation:
+        """A copy of the conversation with the answer to the last line."""
         return replace(self, turns=(*self.turns[:-1], replace(self.turns[-1], answer=answer)))
 
     def without_oldest(self) -> Conversation:
@@ -107,28 +107,32 @@ class AnswerStream:
 
 
 class Chat:
-    """The model, its sampling settings, and the conversation. `room`: longest prompt in tokens, or None."""
+    """The model, its sampling settings, and the conversation. `max_prompt_tokens`: None for no limit."""
 
-    def __init__(self, config: ChatConfig, roles: Roles, tokenizer: Any, room: int | None) -> None:
-        self.roles, self.tokenizer, self.room = roles, tokenizer, room
+    def __init__(self, config: ChatConfig, roles: Roles, tokenizer: Any, max_prompt_tokens: int | None) -> None:
+        self.roles, self.tokenizer, self.max_prompt_tokens = roles, tokenizer, max_prompt_tokens
         self.sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
         self.stop_tokens = find_stop_tokens(roles, tokenizer)
-        self.begin = self.conversation = Conversation(config.system, template=bool(tokenizer.chat_template))
+        self.empty_conversation = self.conversation = Conversation(
+            config.system, template=bool(tokenizer.chat_template)
+        )
 
     def reset(self) -> None:
         """Start a new conversation."""
-        self.conversation = self.begin
+        self.conversation = self.empty_conversation
         say("The conversation begins anew.")
 
-    def fitting(self, conversation: Conversation) -> tuple[Conversation, list[int]]:
+    def drop_oldest_turns(self, conversation: Conversation) -> tuple[Conversation, list[int]]:
         """The conversation, without its oldest turns if it is too long, and its tokens.
 
         A single line that is too long raises `OnecardError`.
         """
         dropped, tokens = 0, self.tokens_of(conversation)
-        while self.room is not None and len(tokens) > self.room:
+        while self.max_prompt_tokens is not None and len(tokens) > self.max_prompt_tokens:
             if len(conversation.turns) == 1:
-                raise OnecardError(f"that is {len(tokens)} tokens, and {self.room} are the most that fit; not taken.")
+                raise OnecardError(
+                    f"that is {len(tokens)} tokens, and {self.max_prompt_tokens} are the most that fit; not taken."
+                )
             conversation, dropped = conversation.without_oldest(), dropped + 1
             tokens = self.tokens_of(conversation)
         if dropped:
@@ -144,7 +148,7 @@ class Chat:
 
     def answer(self, line: str) -> None:
         """Add a line and stream the answer. Ctrl-C ends the answer; the part that was written is kept."""
-        conversation, prompt = self.fitting(self.conversation.said(line))
+        conversation, prompt = self.drop_oldest_turns(self.conversation.with_line(line))
         check_tokens(self.roles.causal_model(), self.tokenizer, [prompt])
         stream = AnswerStream(self.tokenizer, prompt, write)
         with suppress(KeyboardInterrupt):
@@ -157,7 +161,7 @@ class Chat:
                 on_token=lambda token: None if token in self.stop_tokens else stream.on_token(token),
             )
         text, messages = stream.end(), conversation.prompt()
-        self.conversation = conversation.answered(
+        self.conversation = conversation.with_answer(
             text if isinstance(messages, str) else as_content(text, messages, self.tokenizer)
         )
         write("\n")
@@ -165,7 +169,7 @@ class Chat:
 
 COMMANDS: dict[str, Callable[[Chat], None]] = {"/reset": Chat.reset}
 QUIT = "/quit"
-UNDECODED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, by Python's surrogateescape
+INVALID_UTF8 = re.compile("[\udc80-\udcff]")  # how Python's surrogateescape decodes bytes that are not UTF-8
 
 
 def write(text: str) -> None:
@@ -186,7 +190,7 @@ def read_line() -> str | None:
         return ""
 
 
-def talk(chat: Chat) -> None:
+def chat_loop(chat: Chat) -> None:
     """Answer line after line until the input ends or the user quits."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
@@ -194,7 +198,7 @@ def talk(chat: Chat) -> None:
         word = line.strip()
         if not word:
             continue
-        if UNDECODED.search(line):
+        if INVALID_UTF8.search(line):
             say("The line is not UTF-8 and was skipped.")
             continue
         try:
@@ -211,7 +215,7 @@ def talk(chat: Chat) -> None:
             say(str(error))
 
 
-def with_room(config: ChatConfig) -> ChatConfig:
+def limit_new_tokens(config: ChatConfig) -> ChatConfig:
     """The settings with `max_new_tokens` limited to half of the model's context; the prompt needs the rest."""
     limit = context_length(config)
     if limit is None or config.max_new_tokens <= limit // 2:
@@ -223,21 +227,23 @@ def with_room(config: ChatConfig) -> ChatConfig:
 def run(config: ChatConfig) -> None:
     """`onecard chat`."""
     config.validate()
-    config = with_room(config)
+    config = limit_new_tokens(config)
     tokenizer = load_tokenizer(config)
     if config.system and not tokenizer.chat_template:
-        raise OnecardError("system: the model's tokenizer has no chat template, so it knows no system message.")
-    room = longest_prompt(config)
+        raise OnecardError(
+            "system: the model's tokenizer has no chat template, so it has no place for a system message."
+        )
+    max_prompt_tokens = longest_prompt(config)
     roles = load_frozen_role(config, role="policy")
     check_tokens(roles.causal_model(), tokenizer, [])
-    check_decoding(roles, min(CHECKED_TOKENS, config.max_new_tokens + (room or CHECKED_TOKENS)))
-    chat = Chat(config, roles, tokenizer, room)
+    check_decoding(roles, min(CHECKED_TOKENS, config.max_new_tokens + (max_prompt_tokens or CHECKED_TOKENS)))
+    chat = Chat(config, roles, tokenizer, max_prompt_tokens)
     if sys.stdin.isatty():
         with suppress(ImportError):  # Windows has no readline
             importlib.import_module("readline")  # gives `input` a history of lines
     if not tokenizer.chat_template:
         say("The tokenizer has no chat template: the model continues the text of all lines and answers.")
-    say("/reset begins anew, /quit or Ctrl-D ends, Ctrl-C stops an answer.")
+    say("/reset starts a new conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer.")
     torch.manual_seed(config.seed)
     with template_date(today()):
-        talk(chat)
+        chat_loop(chat)

@@ -1,7 +1,7 @@
 """The command line: `onecard sft | reward | dpo | ppo | generate | chat | evaluate | merge | fit | demo`.
 
-Each command's flags are the fields of its config dataclass. Nothing heavy is imported before a command really runs, so
-`--help` answers at once.
+Each command's flags are the fields of its config dataclass. Torch is imported only when a command runs, so `--help` is
+fast.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from onecard import __version__, config
 from onecard.utils import threads
 from onecard.utils.errors import Interrupted, OnecardError, is_out_of_memory, nearest, visible
 
-MAX_DEPTH = 8  # nesting of lists and mappings in a file of settings
+MAX_DEPTH = 8  # nesting of lists and mappings in a --config file
 # command -> (config class, module:function that runs it, example shown under --help)
 COMMANDS: dict[str, tuple[type, str, str]] = {
     "sft": (
@@ -70,11 +70,11 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
 }
 
 
-LARGEST = 1e30  # of a setting: beyond it, products of two settings are no numbers in float32
+LARGEST_FLOAT = 1e30  # of a float setting: products of larger ones overflow in float32
 
 
 class FiniteFloat(click.FloatRange):
-    """A float that is a number: nan compares false with every bound and would pass them all."""
+    """A finite float. click's own range check accepts nan, which compares false with every bound."""
 
     name = "float"
 
@@ -85,8 +85,8 @@ class FiniteFloat(click.FloatRange):
             number = math.inf
         if isinstance(value, bool) or not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
-        if abs(number) > LARGEST:
-            self.fail(f"{number:g} is beyond {LARGEST:g}.", param, ctx)
+        if abs(number) > LARGEST_FLOAT:
+            self.fail(f"{number:g} is beyond {LARGEST_FLOAT:g}.", param, ctx)
         return number
 
     def _describe_range(self) -> str:
@@ -94,12 +94,12 @@ class FiniteFloat(click.FloatRange):
 
 
 class Integer(click.IntRange):
-    """An integer of 64 bits, with or without a sign: torch takes no other as a seed."""
+    """An integer that fits into 64 bits, signed or unsigned: torch accepts no other as a seed."""
 
     name = "integer"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, bool | float):  # of a file: True would be 1, and 1.7 too
+        if isinstance(value, bool | float):  # from a file; click would convert both True and 1.7 to 1
             self.fail(f"{value!r} is not a valid integer.", param, ctx)
         number = super().convert(value, param, ctx)
         if not -(2**63) <= number < 2**64:
@@ -133,8 +133,8 @@ def field_option(item: Field[Any], hint: Any) -> click.Option:
     return click.Option([flag, item.name], type=kind, **common)
 
 
-def check_plain(text: str, path: str) -> None:
-    """Refuse aliases, of which a few lines can stand for gigabytes, and deep nesting."""
+def check_yaml(text: str, path: str) -> None:
+    """Raise for YAML aliases, with which a few lines can expand to gigabytes, and for deep nesting."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
@@ -144,8 +144,8 @@ def check_plain(text: str, path: str) -> None:
             raise OnecardError(f"--config: {path} is nested deeper than settings are.")
 
 
-def check_trust(context: click.Context) -> None:
-    """Refuse `trust_remote_code` from a file alone, which may come with the model or hold text of a dataset."""
+def check_trust_remote_code(context: click.Context) -> None:
+    """Raise if only a file sets `trust_remote_code`: the file may come from the model's author."""
     source = context.get_parameter_source("trust_remote_code")
     if context.params.get("trust_remote_code") and source is click.core.ParameterSource.DEFAULT_MAP:
         raise OnecardError(
@@ -158,11 +158,11 @@ def read_mapping(path: str) -> dict[Any, Any]:
     """A YAML mapping."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        check_plain(text, path)
+        check_yaml(text, path)
         values = yaml.safe_load(text)
     except OSError as error:
         raise OnecardError(f"--config: cannot read {path}: {error.strerror}.") from None
-    except ValueError as error:  # a date that is none, bytes that are no text
+    except ValueError as error:  # an impossible date, or bytes that are not UTF-8
         raise OnecardError(f"--config: {path} is not YAML: {error}") from None
     except yaml.YAMLError as error:
         raise OnecardError(f"--config: {path} is not YAML: {error}") from None
@@ -196,7 +196,7 @@ def load_config_file(context: click.Context, parameter: click.Parameter, path: s
             values[name] = [value]
         if option.is_flag and not isinstance(value, bool):
             raise OnecardError(f"--config: {path}: {name}: {value!r}, expected true or false.")
-        try:  # a value of the wrong type is the file's fault, and the message should say so
+        try:  # click would not name the file in its message
             option.type_cast_value(context, values[name])
         except click.BadParameter as error:
             raise OnecardError(f"--config: {path}: {name}: {error.format_message()}") from None
@@ -223,15 +223,15 @@ def config_option() -> click.Parameter:
     )
 
 
-def given(settings: type, values: dict[str, Any]) -> Any:
-    """Settings from what click found for their flags."""
+def build_config(settings: type, values: dict[str, Any]) -> Any:
+    """An instance of the config class `settings` from click's parsed values; values of other fields are ignored."""
     names = {item.name for item in fields(settings)}
     lists = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if key in names}
     return settings(**lists)
 
 
 def command_of_run(config_path: str) -> str:
-    """The command whose run folder a config.yaml stands in; empty for other files."""
+    """The command that wrote the run folder in which a config.yaml lies; empty for other files."""
     try:
         return str(json.loads(Path(config_path).with_name("run.json").read_text(encoding="utf-8"))["command"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -239,48 +239,48 @@ def command_of_run(config_path: str) -> str:
 
 
 class FitCommand(click.Command):
-    """`onecard fit` takes the settings of the command that it plans beside its own; `--help` shows its own alone."""
+    """`onecard fit`: its own flags, and those of the planned command, which `--help` does not show."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not {"-h", "--help"}.intersection(args):
             known = {param.name for param in self.params}
-            algorithm = self.algorithm_in(args)
+            algorithm = self.find_algorithm(args)
             planned = COMMANDS[algorithm][0]
-            theirs = {param.name: param for param in options_of(planned)}
-            # where both have a setting of a name, as ppo has a response_length, it is the planned command's
-            own = [theirs.pop(param.name, param) for param in self.params]
-            self.params = own + [param for name, param in theirs.items() if name not in known]
-            next(param for param in own if param.name == "algorithm").default = algorithm
+            planned_flags = {param.name: param for param in options_of(planned)}
+            # of a name that both have (ppo has a response_length), the planned command's flag is used
+            own_flags = [planned_flags.pop(param.name, param) for param in self.params]
+            self.params = own_flags + [param for name, param in planned_flags.items() if name not in known]
+            next(param for param in own_flags if param.name == "algorithm").default = algorithm
         return super().parse_args(ctx, args)
 
-    def algorithm_in(self, args: list[str]) -> str:
-        """What `--algorithm` says, there or in the file that `--config` names. Other words are for click to refuse."""
+    def find_algorithm(self, args: list[str]) -> str:
+        """The value of `--algorithm`, or that in the `--config` file, or the default. click reports unknown values."""
         default = config.FitConfig.algorithm
         names = [word.partition("=") for word in args]
         for flag in ("--algorithm", "--config"):
-            for place, (name, equals, value) in enumerate(names):
+            for position, (name, equals, value) in enumerate(names):
                 if name != flag:
                     continue
-                said = value if equals else args[place + 1] if place + 1 < len(args) else ""
+                found = value if equals else args[position + 1] if position + 1 < len(args) else ""
                 if flag == "--config":
-                    said = str(read_mapping(said).get("algorithm", "")) or command_of_run(said)
-                if said in get_args(config.Algorithm):
-                    return said
+                    found = str(read_mapping(found).get("algorithm", "")) or command_of_run(found)
+                if found in get_args(config.Algorithm):
+                    return found
         return default
 
 
 def make_command(name: str, settings: type, target: str, example: str) -> click.Command:
-    """A click command with a flag for each field of `settings`. Its value is a function that runs the command."""
+    """A click command with a flag for each field of `settings`. It returns a function that runs the command."""
     params = [config_option(), *options_of(settings)]
     kind = FitCommand if settings is config.FitConfig else click.Command
 
     def parse(**values: Any) -> Callable[[], object]:
-        check_trust(click.get_current_context())
+        check_trust_remote_code(click.get_current_context())
         module, function = target.split(":")
         run: Callable[..., object] = getattr(importlib.import_module(module), function)
         if settings is config.FitConfig:
-            return partial(run, given(settings, values), given(COMMANDS[values["algorithm"]][0], values))
-        return partial(run, given(settings, values))
+            return partial(run, build_config(settings, values), build_config(COMMANDS[values["algorithm"]][0], values))
+        return partial(run, build_config(settings, values))
 
     summary = (settings.__doc__ or "").strip()
     return kind(name, params=params, callback=parse, help=f"{summary}\n\n\b\nExample:\n  {example}")
@@ -311,7 +311,7 @@ def make_cli() -> click.Group:
 
 
 def fail(message: str) -> int:
-    """One line on standard error; 2 is the exit code of whatever the user can put right."""
+    """Print an error on one line of standard error. Returns 2, the exit code of errors that the user can fix."""
     click.echo(visible(f"onecard: error: {message}", kept=""), err=True)
     return 2
 
@@ -319,11 +319,11 @@ def fail(message: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `onecard` command."""
     threads.configure()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what it cannot write is escaped, as standard error does
+    if isinstance(sys.stdout, io.TextIOWrapper):  # characters that it cannot encode are escaped, as on standard error
         sys.stdout.reconfigure(errors="backslashreplace")
-    if not sys.stderr.isatty():  # in a log file, the loaders' bars are lines of noise
+    if not sys.stderr.isatty():  # no progress bars of model loading in log files
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Advice from one library to another about its next major release is of no use to who runs a command.
+    # These warnings concern other libraries' code, not the user's settings.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft")
     code = 0
     try:
@@ -336,12 +336,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         click.echo(error.format_message())
         code = 2
     except click.ClickException as error:
-        place = f"{error.ctx.command_path}: " if isinstance(error, click.UsageError) and error.ctx else ""
-        code = fail(f"{place}{' '.join(error.format_message().split())}")
-    except BrokenPipeError:  # `onecard ... | head`: whoever read has gone, and nothing more can be said
+        command = f"{error.ctx.command_path}: " if isinstance(error, click.UsageError) and error.ctx else ""
+        code = fail(f"{command}{' '.join(error.format_message().split())}")
+    except BrokenPipeError:  # `onecard ... | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except OSError as error:  # a full disk, a folder that may not be written: the system names the file
+    except OSError as error:  # a full disk, a folder without write permission: the message names the file
         code = fail(" ".join(str(error).split()))
     except Interrupted as error:
         click.echo(visible(f"onecard: {error}"), err=True)
@@ -355,9 +355,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except RuntimeError as error:  # after click.Abort, which is one
         if not is_out_of_memory(error):
             raise
-        code = fail(  # passes over the model are cut smaller, and done again: this was something else
+        code = fail(  # out-of-memory errors in forward and backward passes are retried with smaller batches
             "out of memory where no batch can be made smaller: in loading weights, or in the optimizer's step. What "
             "helps: --load_in_4bit, --optim paged_adamw_8bit, a smaller --lora_r, a smaller model. `onecard fit` says "
-            "beforehand what fits; a training run then starts anew, for these are its settings."
+            "beforehand what fits. With other settings a training run cannot be resumed and starts anew."
         )
     sys.exit(code)

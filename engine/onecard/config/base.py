@@ -115,8 +115,8 @@ class TrainConfig(ModelConfig):
     num_train_epochs: float = option(1.0, "Passes over the training rows.", least=0)
     max_steps: int = option(-1, "Number of steps; overrides num_train_epochs if above 0.")
     per_device_train_batch_size: int = option(
-        8, "Sequences (for reward and dpo: pairs) in one micro-batch. With micro_batch_tokens, only a factor of a "
-        "step's size.", least=1,
+        8, "Sequences (for reward and dpo: pairs) in one micro-batch. With micro_batch_tokens, it does not "
+        "limit micro-batches, and only sets how many sequences a step has.", least=1,
     )  # fmt: skip
     gradient_accumulation_steps: int = option(1, "Micro-batches in one optimizer step.", least=1)
     per_device_eval_batch_size: int = option(16, "Sequences (pairs) in one evaluation micro-batch.", least=1)
@@ -199,7 +199,7 @@ class ScoringConfig:
         "weights in reward_funcs, or 1 each.",
     )  # fmt: skip
     missing_eos_penalty: float = option(
-        0.0, "Subtracted from the score of a response that was cut before its end.", least=0
+        0.0, "Subtracted from the score of a response that reached the length limit before it ended.", least=0
     )
     reward_timeout: float = option(
         60.0, "Report a reward function that runs longer than this many seconds; it is not stopped. 0: never.", least=0

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any, TypeAlias, TypeGuard
 
-from onecard.data.readers import kind, reason
+from onecard.data.readers import json_type, reason
 from onecard.utils.errors import nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -68,7 +68,7 @@ def as_text(value: object, name: str) -> Text:
     if isinstance(value, str):
         return unicode(value, name)
     if not isinstance(value, list):
-        raise BadRowError(f"{name}: expected text or a list of messages, got {kind(value)}")
+        raise BadRowError(f"{name}: expected text or a list of messages, got {json_type(value)}")
     if not value:
         raise BadRowError(f"{name}: the list of messages is empty")
     return tuple(message(item, f"{name}[{index}]") for index, item in enumerate(value))
@@ -80,7 +80,7 @@ def message(value: object, where: str) -> dict[str, Any]:
     An assistant's message with tool calls may have no content.
     """
     if not isinstance(value, dict):
-        raise BadRowError(f"{where}: expected an object with role and content, got {kind(value)}")
+        raise BadRowError(f"{where}: expected an object with role and content, got {json_type(value)}")
     kept = {key: item for key, item in value.items() if item is not None}
     if kept.get("function_call"):
         raise BadRowError(f"{where}: function_call is of an older protocol; expected a list in tool_calls")
@@ -94,7 +94,7 @@ def message(value: object, where: str) -> dict[str, Any]:
             )
             raise BadRowError(f"{where}: {state}")
         if not isinstance(kept[key], str):
-            raise BadRowError(f"{where}: {key}: expected text, got {kind(kept[key])}")
+            raise BadRowError(f"{where}: {key}: expected text, got {json_type(kept[key])}")
     if kept["role"] not in ROLES:
         role = kept["role"]
         raise BadRowError(
@@ -112,17 +112,19 @@ def tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
     if isinstance(value, str):
         value = from_json(value, where)
     if not isinstance(value, list):
-        raise BadRowError(f"{where}: expected a list of calls, got {kind(value)}")
+        raise BadRowError(f"{where}: expected a list of calls, got {json_type(value)}")
     calls = []
     for index, call in enumerate(value):
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRowError(f"{where}[{index}]: expected an object with the name of a function, got {kind(call)}")
+            raise BadRowError(
+                f"{where}[{index}]: expected an object with the name of a function, got {json_type(call)}"
+            )
         function = {key: item for key, item in function.items() if item is not None}
         if isinstance(function.get("arguments"), str):
             arguments = from_json(function["arguments"] or "{}", f"{where}[{index}]: arguments")
             if not isinstance(arguments, dict):
-                raise BadRowError(f"{where}[{index}]: arguments: expected an object, got {kind(arguments)}")
+                raise BadRowError(f"{where}[{index}]: arguments: expected an object, got {json_type(arguments)}")
             function["arguments"] = arguments
         calls.append({**call, "function": function} if "function" in call else function)
     return calls
@@ -146,7 +148,7 @@ def template_arguments(values: Mapping[str, Any], text: Text) -> dict[str, Any]:
     tools = parsed(values, "tools", list, "a list of tools")
     for index, tool in enumerate(tools or ()):
         if not isinstance(tool, dict):
-            raise BadRowError(f"tools[{index}]: expected an object (a JSON schema), got {kind(tool)}")
+            raise BadRowError(f"tools[{index}]: expected an object (a JSON schema), got {json_type(tool)}")
     variables = parsed(values, "chat_template_kwargs", dict, "an object") or {}
     reserved = next((name for name in variables if name in TEMPLATE_SETTINGS), None)
     if reserved is not None:
@@ -160,7 +162,7 @@ def parsed(values: Mapping[str, Any], name: str, expected: type, what: str) -> A
     if isinstance(value, str):
         value = from_json(value, name) if value.strip() else None
     if value is not None and not isinstance(value, expected):
-        raise BadRowError(f"{name}: expected {what}, or its JSON as text, got {kind(value)}")
+        raise BadRowError(f"{name}: expected {what}, or its JSON as text, got {json_type(value)}")
     return value
 
 
@@ -177,7 +179,7 @@ def number(values: Mapping[str, Any], name: str) -> float:
     """A column's finite number."""
     value = column(values, name)
     if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
-        raise BadRowError(f"{name}: expected a number, got {kind(value)}")
+        raise BadRowError(f"{name}: expected a number, got {json_type(value)}")
     try:
         result = float(value)
     except OverflowError:
@@ -191,7 +193,7 @@ def truth(values: Mapping[str, Any], name: str) -> bool:
     """A column's boolean; 1 and 0 are accepted."""
     value = column(values, name)
     if value not in (0, 1):  # True and False are 1 and 0
-        text = f"{value:g}" if isinstance(value, (int, float)) else kind(value)
+        text = f"{value:g}" if isinstance(value, (int, float)) else json_type(value)
         raise BadRowError(f"{name}: expected true or false (or 1 or 0), got {text}")
     return bool(value)
 

@@ -93,8 +93,8 @@ class DataReport:
             self.responses += 1
             self.cut += answer.cut
             self.empty += answer.empty
-            self.answers += answer.answers
-            self.left_out += answer.left_out
+            self.answers += answer.num_answers
+            self.left_out += answer.num_left_out
 
     def notes(self, max_length: int, odd: str = "") -> tuple[str, ...]:
         """A line for each count that is not 0. `odd`: the text for examples that are `is_odd`."""

@@ -26,7 +26,7 @@ from onecard.data.tokenize_rows import (
     with_progress,
 )
 from onecard.data.tokens import (
-    Limit,
+    LengthLimit,
     MaskedTokens,
     Tokenizer,
     Transcript,
@@ -87,7 +87,7 @@ def sft_examples(
     `completion_only_loss` learns the completion of prompt + completion rows, else the prompt too;
     `assistant_only_loss` learns the assistant's turns of `messages`, else the whole conversation.
     """
-    limit = Limit(max_length, truncation_mode)
+    limit = LengthLimit(max_length, truncation_mode)
 
     def prepare(row: Row) -> PendingExample[BuiltExample[TokenSequence]]:
         example = sft_row(row)
@@ -142,7 +142,7 @@ def preference_examples(
         pair = preference_row(row)
         return pair.prompt, (pair.chosen, pair.rejected), partial(PreferencePair, margin=pair.margin)
 
-    limit, odd = Limit(max_length, truncation_mode), "pairs have the same tokens on both sides"
+    limit, odd = LengthLimit(max_length, truncation_mode), "pairs have the same tokens on both sides"
     return answer_examples(Tokenization(PreferencePair, rows, tokenizer, limit, skip_bad_rows, odd=odd), parse)
 
 
@@ -161,7 +161,7 @@ def scored_examples(
         answer = scored_row(row, bounds)
         return answer.prompt, (answer.completion,), partial(ScoredSequence, score=answer.score)
 
-    limit, settings = Limit(max_length, truncation_mode), {"bounds": bounds}
+    limit, settings = LengthLimit(max_length, truncation_mode), {"bounds": bounds}
     return answer_examples(Tokenization(ScoredSequence, rows, tokenizer, limit, skip_bad_rows, settings), parse)
 
 
@@ -179,7 +179,7 @@ def ranking_examples(
         ranking = ranking_row(row)
         return ranking.prompt, ranking.completions, lambda *sequences: Ranking(sequences)
 
-    limit, odd = Limit(max_length, truncation_mode), "rankings have answers with the same tokens"
+    limit, odd = LengthLimit(max_length, truncation_mode), "rankings have answers with the same tokens"
     return answer_examples(Tokenization(Ranking, rows, tokenizer, limit, skip_bad_rows, odd=odd), parse)
 
 
@@ -198,7 +198,7 @@ def labelled_examples(
     first. The truncation of mismatched answers is not counted in the report. Raises OnecardError if `mismatched` and
     only one row can be used.
     """
-    limit = Limit(max_length, truncation_mode)
+    limit = LengthLimit(max_length, truncation_mode)
     lenient = replace(limit, truncation_mode="keep_start") if truncation_mode == "error" else limit
 
     def own(row: Row) -> PendingExample[tuple[Row, LabelledRow, TruncatedAnswer]]:
@@ -273,7 +273,7 @@ def prompt_examples(
             if not tokens:
                 raise BadRowError("prompt: it has no tokens, so there is nothing to go on from")
             if max_length is not None:
-                kept = truncate_prompt(tokens, tokenizer, Limit(max_length, truncation_mode))
+                kept = truncate_prompt(tokens, tokenizer, LengthLimit(max_length, truncation_mode))
             messages = prompt if is_chat(prompt) else None
             example = Prompt(transcript.prefixes[0], tuple(kept), columns, messages, arguments)
             return BuiltExample(example, group_of(prompt), prompt_cut=len(kept) < len(tokens))

@@ -18,8 +18,8 @@ from onecard.data.readers import (
     COMPRESSED,
     MESSAGE_COLUMNS,
     READERS,
-    Numbered,
-    kind,
+    NumberedRecords,
+    json_type,
     read_csv,
     read_file,
     read_jsonl,
@@ -32,10 +32,11 @@ from onecard.data.splits import data_files, files_by_split, has_settings
 from onecard.utils.errors import OnecardError, nearest
 from onecard.utils.files import blocks, digest
 
-# Suffixes that raise an error in a folder with data files.
+# A file with one of these suffixes in a folder of data files raises an error.
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar", ".xz", ".lz4")
 NESTED_COLUMNS = (*MESSAGE_COLUMNS, *TEMPLATE_COLUMNS)
-LARGE_BYTES, LARGE_ROWS = 1 << 24, 20_000  # from this size on, rows are not kept in memory and their tokens are cached
+# Data of this size or larger is not kept in memory, and its tokens are cached.
+LARGE_BYTES, LARGE_ROWS = 1 << 24, 20_000
 SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 
 
@@ -43,8 +44,8 @@ SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 class Row:
     """One record, and where it is from. `number` counts from 1.
 
-    It is the line of a JSONL file, the row of a CSV file as a spreadsheet shows it (the header is row 1), and else the
-    position.
+    It is the line of a JSONL file, the row of a CSV file as a spreadsheet shows it (the header is row 1), otherwise the
+    position in the file.
     """
 
     source: str
@@ -59,8 +60,8 @@ class Row:
 class Rows(Iterable[Row]):
     """Rows that are read again in each iteration. `total`: their number, if known.
 
-    `identity` is a string that changes when the rows do. It is empty for small data, and if nothing identifies the
-    rows.
+    `identity` is a string that changes when the rows do. It is empty for small data, and for rows without a digest
+    or fingerprint.
     """
 
     read: Callable[[], Iterator[Row]]
@@ -110,7 +111,7 @@ def dataset_rows(source: str, dataset: Any) -> Rows:
     total = len(dataset) if isinstance(dataset, Sized) else None
     large = total is not None and total >= LARGE_ROWS
     return Rows(
-        lambda: made_rows(source, enumerate(dataset, start=1), tabular=True),
+        lambda: rows_from_records(source, enumerate(dataset, start=1), tabular=True),
         total,
         f"{source} {dataset._fingerprint}" if large else "",
     )
@@ -121,7 +122,7 @@ def in_memory(rows: Sequence[Row]) -> Rows:
     return Rows(lambda: iter(rows), len(rows))
 
 
-def checked(rows: Iterable[Row], check: Callable[[Row], None]) -> Rows:
+def with_check(rows: Iterable[Row], check: Callable[[Row], None]) -> Rows:
     """The same rows. `check` is called with each when it is read, and may raise."""
 
     def read() -> Iterator[Row]:
@@ -146,11 +147,11 @@ def looks_like_file(source: str) -> bool:
     return source.count("/") > 1 or "\\" in source or ("/" not in source and Path(source).suffix[1:].isalpha())
 
 
-def made_rows(source: str, numbered: Numbered, *, tabular: bool = False) -> Iterator[Row]:
+def rows_from_records(source: str, records: NumberedRecords, *, tabular: bool = False) -> Iterator[Row]:
     """Rows of numbered records. `tabular`: a null may stand for a missing key. Raises OnecardError for non-objects."""
-    for number, values in numbered:
+    for number, values in records:
         if not isinstance(values, dict):
-            raise OnecardError(f"{source}:{number}: expected an object, got {kind(values)}.")
+            raise OnecardError(f"{source}:{number}: expected an object, got {json_type(values)}.")
         yield Row(source, number, without_added_nulls(values) if tabular else values)
 
 
@@ -172,12 +173,12 @@ def without_nulls(value: Any) -> Any:
 
 def open_files(files: Mapping[str, Path]) -> Rows:
     """Rows of files (name -> path), one file after the other. The names are the rows' sources."""
-    kinds = {name: READERS.get(suffixes(path)[0]) for name, path in files.items()}
-    tables = {name for name, reader in kinds.items() if reader in (read_csv, read_tsv)}
+    readers = {name: READERS.get(suffixes(path)[0]) for name, path in files.items()}
+    tables = {name for name, reader in readers.items() if reader in (read_csv, read_tsv)}
 
     def read() -> Iterator[Row]:
         for name, path in files.items():
-            yield from made_rows(name, read_file(path), tabular=kinds[name] is read_parquet)
+            yield from rows_from_records(name, read_file(path), tabular=readers[name] is read_parquet)
 
     def read_with_tables() -> Iterator[Row]:
         rows = list(read())  # a column's type depends on all of its cells
@@ -217,19 +218,19 @@ def open_folder(source: str, path: Path, split: str) -> Rows:
             raise OnecardError(f"{source}: no split '{split}'; there are {', '.join(splits)}.{nearest(split, splits)}")
         return open_chosen(files)
     parts = {name: list(open_chosen(chosen)) for name, chosen in (splits or {"train": files}).items()}
-    return in_memory(part_of(source, split, parts))
+    return in_memory(select_split(source, split, parts))
 
 
-def part_of(source: str, split: str, rows: Mapping[str, list[Row]]) -> list[Row]:
-    """The rows of a split expression such as `train[:100]+test[50%:]`, parsed by `datasets`."""
+def select_split(source: str, split: str, splits: Mapping[str, list[Row]]) -> list[Row]:
+    """The rows of a split expression such as `train[:100]+test[50%:]`, parsed by `datasets`. `splits`: name -> rows."""
     import datasets
 
-    spec = "+".join(rows) if split == "all" else split
+    spec = "+".join(splits) if split == "all" else split
     try:
-        parts = datasets.ReadInstruction.from_spec(spec).to_absolute({name: len(part) for name, part in rows.items()})
+        parts = datasets.ReadInstruction.from_spec(spec).to_absolute({name: len(rows) for name, rows in splits.items()})
     except (ValueError, AssertionError) as error:
         raise OnecardError(f"{source}: split '{split}': {reason(error)}.") from error
-    return [row for part in parts for row in rows[part.splitname][part.from_ : part.to]]
+    return [row for part in parts for row in splits[part.splitname][part.from_ : part.to]]
 
 
 def load_saved(path: Path, split: str) -> Any:

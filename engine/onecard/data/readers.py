@@ -19,7 +19,7 @@ from onecard.utils.errors import OnecardError, nearest
 
 MESSAGE_COLUMNS = ("messages", "prompt", "completion", "completions", "chosen", "rejected")
 
-Numbered = Iterator[tuple[int, Any]]
+NumberedRecords = Iterator[tuple[int, Any]]
 
 COMPRESSED: Mapping[str, str] = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}  # suffix -> pyarrow's codec
 SIGNATURES: Mapping[str, re.Pattern[bytes]] = {
@@ -46,8 +46,8 @@ def suffixes(path: Path) -> tuple[str, str]:
     return Path(path.stem).suffix.lower(), last
 
 
-def read_file(path: Path) -> Numbered:
-    """(number, record) of each record of a file. The cells of a CSV file are text, or None if empty.
+def read_file(path: Path) -> NumberedRecords:
+    """Yield (number, record) for each record of a file. The cells of a CSV file are text, or None if empty.
 
     Raises OnecardError if the file does not exist, is empty, or cannot be read as its suffix says.
     """
@@ -61,7 +61,7 @@ def read_file(path: Path) -> Numbered:
             f"or one of them with {', '.join(COMPRESSED)} behind it.{nearest(suffix, READERS)}"
         )
     try:
-        if READERS[suffix] is read_jsonl and not compression and is_utf8(path):
+        if READERS[suffix] is read_jsonl and not compression and is_utf8_readable(path):
             return stream_jsonl(path)
         content = path.read_bytes()
     except OSError as error:
@@ -92,7 +92,7 @@ def decompressed(path: Path, content: bytes, compression: str) -> bytes:
         raise OnecardError(f"{path}: cannot be decompressed as {compression}: {reason(error)}.") from error
 
 
-def text_of(path: Path, content: bytes) -> str:
+def decode_text(path: Path, content: bytes) -> str:
     """Decode a file, without its byte order mark. Raises OnecardError with the location of an invalid byte."""
     mark, encoding = next((pair for pair in BYTE_ORDER_MARKS if content.startswith(pair[0])), (b"", "UTF-8"))
     if not mark and b"\0" in content[:4]:
@@ -116,8 +116,8 @@ def not_utf8(path: Path, line: int, byte: int, error: UnicodeDecodeError) -> One
     )
 
 
-def is_utf8(path: Path) -> bool:
-    """Whether a file's first bytes are not those of UTF-16, UTF-32, a compressed file or an archive."""
+def is_utf8_readable(path: Path) -> bool:
+    """Whether a file may be UTF-8: it does not begin like UTF-16, UTF-32, a compressed file or an archive."""
     with open(path, "rb") as file:
         head = file.read(16)
     marks = [mark for mark, encoding in BYTE_ORDER_MARKS if encoding != "UTF-8"]
@@ -128,7 +128,7 @@ def is_utf8(path: Path) -> bool:
     )
 
 
-def stream_jsonl(path: Path) -> Numbered:
+def stream_jsonl(path: Path) -> NumberedRecords:
     """`read_jsonl` for a UTF-8 file, read line by line."""
     number, is_blank = 0, True
     try:
@@ -146,17 +146,17 @@ def stream_jsonl(path: Path) -> Numbered:
         raise OnecardError(f"{path}: the file is empty.")
 
 
-def read_jsonl(path: Path, content: bytes) -> Numbered:
+def read_jsonl(path: Path, content: bytes) -> NumberedRecords:
     """One object per line. Blank lines are skipped, but counted."""
     # Not `splitlines`: it also splits at separators that JSON allows inside a string.
-    for number, line in enumerate(text_of(path, content).split("\n"), start=1):
+    for number, line in enumerate(decode_text(path, content).split("\n"), start=1):
         if line.strip():
             yield number, parse(line, f"{path}:{number}")
 
 
-def read_json(path: Path, content: bytes) -> Numbered:
+def read_json(path: Path, content: bytes) -> NumberedRecords:
     """A list of objects, an object with one such list, a single row, or one object per line."""
-    text = text_of(path, content)
+    text = decode_text(path, content)
     first, _, rest = text.strip().partition("\n")
     if rest and is_object(first):
         yield from read_jsonl(path, content)
@@ -168,7 +168,9 @@ def read_json(path: Path, content: bytes) -> Numbered:
     elif isinstance(document, dict):
         document = [document]
     if not isinstance(document, list):
-        raise OnecardError(f"{path}: expected a list of objects, or an object with one list; got {kind(document)}.")
+        raise OnecardError(
+            f"{path}: expected a list of objects, or an object with one list; got {json_type(document)}."
+        )
     yield from enumerate(document, start=1)
 
 
@@ -183,7 +185,7 @@ def is_object(line: str) -> bool:
 def parse(text: str, location: str) -> Any:
     """Parse JSON. Raises OnecardError with `location` and the line and column."""
     try:
-        return json.loads(text, object_pairs_hook=unique_keys, parse_float=exact_float)
+        return json.loads(text, object_pairs_hook=unique_keys, parse_float=parse_number)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         raise OnecardError(f"{location}: not JSON: {error.msg.removesuffix(' at')} at {where}.") from error
@@ -194,8 +196,8 @@ def parse(text: str, location: str) -> Any:
         raise OnecardError(f"{location}: not JSON that can be read: {reason(error)}.") from error
 
 
-def exact_float(text: str) -> float | Decimal:
-    """A JSON number as a float if that is exact, else as a Decimal: an answer may have more digits than a float."""
+def parse_number(text: str) -> float | Decimal:
+    """Parse a JSON number: a float if it is exact, else a Decimal. A row's answer may have more digits than a float."""
     value = float(text)
     return value if math.isinf(value) or Decimal(repr(value)) == Decimal(text) else Decimal(text)
 
@@ -209,17 +211,17 @@ def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def read_csv(path: Path, content: bytes) -> Numbered:
+def read_csv(path: Path, content: bytes) -> NumberedRecords:
     """Comma-separated values with a header, quoted as in spreadsheets."""
-    return read_table(str(path), text_of(path, content), ",")
+    return read_table(str(path), decode_text(path, content), ",")
 
 
-def read_tsv(path: Path, content: bytes) -> Numbered:
-    """The same, separated by tabs."""
-    return read_table(str(path), text_of(path, content), "\t")
+def read_tsv(path: Path, content: bytes) -> NumberedRecords:
+    """Tab-separated values, otherwise like `read_csv`."""
+    return read_table(str(path), decode_text(path, content), "\t")
 
 
-def read_parquet(path: Path, content: bytes) -> Numbered:
+def read_parquet(path: Path, content: bytes) -> NumberedRecords:
     """The rows of a Parquet file."""
     import pyarrow
     import pyarrow.parquet
@@ -231,12 +233,12 @@ def read_parquet(path: Path, content: bytes) -> Numbered:
         raise OnecardError(f"{path}: not a Parquet file: {reason(error)}.") from error
     duplicate = next((name for name in names if names.count(name) > 1), None)
     if duplicate is not None:
-        raise OnecardError(f"{path}: column '{duplicate}' is there twice.")
+        raise OnecardError(f"{path}: column '{duplicate}' occurs twice.")
 
     def records() -> Iterator[Any]:
         try:  # use_threads=False: Arrow's threads may abort a process that exits soon after
             for batch in file.iter_batches(batch_size=1000, use_threads=False):
-                yield from widened(pyarrow.Table.from_batches([batch])).to_pylist()
+                yield from with_float64_columns(pyarrow.Table.from_batches([batch])).to_pylist()
         except OSError as error:
             raise OnecardError(f"{path}: not a Parquet file: {reason(error)}.") from error
         except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # invalid UTF-8, a date in the year 10000
@@ -245,7 +247,7 @@ def read_parquet(path: Path, content: bytes) -> Numbered:
     return enumerate(records(), start=1)
 
 
-def widened(table: Any) -> Any:
+def with_float64_columns(table: Any) -> Any:
     """Convert float16 and float32 columns to the float64 with the same decimal text: 0.1, not 0.10000000149."""
     import numpy as np
     import pyarrow
@@ -258,7 +260,7 @@ def widened(table: Any) -> Any:
     return table
 
 
-READERS: dict[str, Callable[[Path, bytes], Numbered]] = {
+READERS: dict[str, Callable[[Path, bytes], NumberedRecords]] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".json": read_json,
@@ -274,12 +276,12 @@ def reason(error: BaseException) -> str:
     return text.splitlines()[0][:200].rstrip(". ")
 
 
-KINDS = {"NoneType": "null", "str": "text", "bool": "true or false", "dict": "an object", "list": "a list"}
+JSON_TYPES = {"NoneType": "null", "str": "text", "bool": "true or false", "dict": "an object", "list": "a list"}
 
 
-def kind(value: object) -> str:
+def json_type(value: object) -> str:
     """The type of a value in the terms of JSON, not of Python."""
     if isinstance(value, float) and value != value:
         return "NaN"
     name = type(value).__name__
-    return "a number" if name in ("int", "float", "Decimal") else KINDS.get(name, name)
+    return "a number" if name in ("int", "float", "Decimal") else JSON_TYPES.get(name, name)

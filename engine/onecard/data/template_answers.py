@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from onecard.data.columns import BadRowError, Messages
-from onecard.data.templates import ANSWER, NO_ARGUMENTS, QUESTION, rendered, through_end
+from onecard.data.templates import ANSWER, NO_ARGUMENTS, QUESTION, cut_after_end_token, rendered
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the keys of a thought in transformers' messages
 # A thought at the end of a prompt: open (`<think>\n`) or empty (`<think>\n\n</think>\n\n`); also with [THINK].
@@ -58,7 +58,7 @@ def rendered_answer(messages: Messages, tokenizer: Any, arguments: Mapping[str, 
             text = own_text(messages, prompt, before) + after
     if text is None:
         raise inseparable(messages, prompt)
-    return RenderedAnswer(prompt, *through_end(text, tokenizer))
+    return RenderedAnswer(prompt, *cut_after_end_token(text, tokenizer))
 
 
 def as_content(answer: str, messages: Messages, tokenizer: Any, arguments: Mapping[str, Any] = NO_ARGUMENTS) -> str:

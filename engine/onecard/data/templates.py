@@ -25,7 +25,8 @@ from onecard.data.readers import reason
 from onecard.utils.errors import OnecardError
 
 NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
-QUESTION, ANSWER, CALL = "onecardquestion", "onecardanswer", "onecardcall"  # only letters, which no template changes
+# Words that templates do not change, and that occur in no other text
+QUESTION, ANSWER, CALL = "onecardquestion", "onecardanswer", "onecardcall"
 CALL_ID = "onecallid"  # nine letters: Mistral's templates require this length
 
 _date: ContextVar[datetime | None] = ContextVar("template_date", default=None)
@@ -43,7 +44,7 @@ def today() -> str:
 
 @contextmanager
 def template_date(date: str) -> Iterator[None]:
-    """Context in which chat templates that write the current date write `date` (YYYY-MM-DD)."""
+    """Context in which `date` (YYYY-MM-DD) is the current date for chat templates."""
     token = _date.set(datetime.fromisoformat(date))
     try:
         yield
@@ -104,9 +105,9 @@ def rendered(
             "model that was tuned for chat, put a chat_template.jinja beside its tokenizer, or give rows of plain text."
         )
 
-    def write(messages: Messages) -> str:
+    def render(messages: Messages) -> str:
         filled = tuple({"content": "", **item} for item in messages)
-        variants = (messages, filled, tuple(map(with_text_arguments, filled)))
+        variants = (messages, filled, tuple(map(with_json_arguments, filled)))
         errors = []
         for index, variant in enumerate(variants):
             if variant not in variants[:index]:
@@ -116,14 +117,14 @@ def rendered(
                     errors.append(error)
         raise errors[0]
 
-    text = write(messages)
+    text = render(messages)
     last = len(messages) - 1
     missing = [index for index, item in enumerate(messages) if item.get("content", "").strip() not in text]
-    check_written(messages, write, missing if answer_next else [index for index in missing if index == last])
+    check_written(messages, render, missing if answer_next else [index for index in missing if index == last])
     return unicode(text, "chat template")
 
 
-def with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+def with_json_arguments(message: dict[str, Any]) -> dict[str, Any]:
     """A message whose tool calls have their arguments as JSON strings."""
 
     def text(call: dict[str, Any]) -> dict[str, Any]:
@@ -155,7 +156,7 @@ def apply_template(
         raise BadRowError(f"chat template: {reason(error)}") from error
 
 
-def check_written(messages: Messages, write: Callable[[Messages], str], missing: Sequence[int]) -> None:
+def check_written(messages: Messages, render: Callable[[Messages], str], missing: Sequence[int]) -> None:
     """Raise BadRowError if the template leaves out a message's content, or tool calls.
 
     Otherwise an empty answer, or an answer to another question, would be learned. Contents and calls are replaced by
@@ -163,7 +164,7 @@ def check_written(messages: Messages, write: Callable[[Messages], str], missing:
     """
     for index in missing:
         marked = {**messages[index], "content": ANSWER}
-        if not marked.get("tool_calls") and ANSWER not in write((*messages[:index], marked, *messages[index + 1 :])):
+        if not marked.get("tool_calls") and ANSWER not in render((*messages[:index], marked, *messages[index + 1 :])):
             raise BadRowError(f"chat template: it does not write the content of messages[{index}]")
     calls = sum(len(message.get("tool_calls", ())) for message in messages)
     for key, marker in (("name", CALL), ("id", CALL_ID)) if calls else ():
@@ -173,7 +174,7 @@ def check_written(messages: Messages, write: Callable[[Messages], str], missing:
             else message
             for message in messages
         )
-        if write(marked_messages).count(marker) >= calls:
+        if render(marked_messages).count(marker) >= calls:
             return
     if calls:
         raise BadRowError("chat template: it does not write the tool calls of the messages")
@@ -193,70 +194,72 @@ def with_marker(call: dict[str, Any], key: str, marker: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Ends:
-    """The token ids that end an answer. `texts`: text -> id of these and of all special tokens.
+class EndTokens:
+    """The token ids that end an answer. `ids_by_text`: text -> id of these and of all special tokens.
 
-    `turn`: the token with which the chat template closes an answer; None without a template, or if it writes none.
-    `chat`: all tokens with which the template may close an answer, such as another one after tool calls.
+    `closing`: the token with which the chat template closes an answer; None without a template, or if it writes none.
+    `chat_ids`: all tokens with which the template may close an answer, such as another one after tool calls.
     """
 
     ids: frozenset[int]
-    turn: int | None = None
-    chat: frozenset[int] = frozenset()
-    texts: Mapping[str, int] = field(default_factory=dict)
+    closing: int | None = None
+    chat_ids: frozenset[int] = frozenset()
+    ids_by_text: Mapping[str, int] = field(default_factory=dict)
 
 
-def answer_ends(tokenizer: Any) -> Ends:
+def answer_end_tokens(tokenizer: Any) -> EndTokens:
     """The tokens that end an answer.
 
     These are the tokenizer's EOS, the EOS ids of the model's generation config (`load_tokenizer` stores them on the
     tokenizer as `generation_eos`), and the token with which the chat template closes an answer.
     """
     template = getattr(tokenizer, "chat_template", None)
-    listed = frozenset({tokenizer.eos_token_id, *getattr(tokenizer, "generation_eos", ())} - {None})
-    return find_ends(tokenizer, str(template), listed) if template else Ends(listed)
+    eos_ids = frozenset({tokenizer.eos_token_id, *getattr(tokenizer, "generation_eos", ())} - {None})
+    return template_end_tokens(tokenizer, str(template), eos_ids) if template else EndTokens(eos_ids)
 
 
 def closing_token(tokenizer: Any, *, chat: bool) -> int:
     """The last token of training answers: the chat template's for messages, else EOS. Raises OnecardError if none."""
-    turn = answer_ends(tokenizer).turn if chat else None
-    end = tokenizer.eos_token_id if turn is None else turn
+    closing = answer_end_tokens(tokenizer).closing if chat else None
+    end = tokenizer.eos_token_id if closing is None else closing
     if end is None:
         raise OnecardError(f"the tokenizer '{tokenizer.name_or_path}' has no EOS token, so no response could end.")
     return int(end)
 
 
 @lru_cache(maxsize=8)
-def find_ends(tokenizer: Any, template: str, listed: frozenset[int]) -> Ends:
-    """`answer_ends` of a tokenizer with a template. `template` and `listed` are arguments for the cache."""
+def template_end_tokens(tokenizer: Any, template: str, eos_ids: frozenset[int]) -> EndTokens:
+    """`answer_end_tokens` of a tokenizer with a template. `template` and `eos_ids` may change: they are cache keys."""
     special = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    texts = special | {text: token_id for token_id in listed if (text := tokenizer.decode([token_id]))}
-    turn = closing_turn(tokenizer, listed, texts)
-    if turn is None:
-        return Ends(listed, texts=texts)
-    chat = {turn} | {token_id for text, token_id in texts.items() if token_id in listed and text in template}
-    return Ends(listed | {turn}, turn, frozenset(chat), texts)
+    ids_by_text = special | {text: token_id for token_id in eos_ids if (text := tokenizer.decode([token_id]))}
+    closing = find_closing_token(tokenizer, eos_ids, ids_by_text)
+    if closing is None:
+        return EndTokens(eos_ids, ids_by_text=ids_by_text)
+    chat_ids = {closing} | {
+        token_id for text, token_id in ids_by_text.items() if token_id in eos_ids and text in template
+    }
+    return EndTokens(eos_ids | {closing}, closing, frozenset(chat_ids), ids_by_text)
 
 
-def closing_turn(tokenizer: Any, listed: frozenset[int], texts: Mapping[str, int]) -> int | None:
-    """The first token after an answer that is one of `listed`, or else the first special token; None if there is none.
+def find_closing_token(tokenizer: Any, eos_ids: frozenset[int], ids_by_text: Mapping[str, int]) -> int | None:
+    """The first token after an answer that is one of `eos_ids`, or else the first special token; None if there is none.
 
     Some templates write more after the last answer than after others (Phi-3: EOS). Then only tokens written after both
     count.
     """
     question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
     for opening in ((question,), ({**question, "role": "system"}, question)):
-        last = text_behind(ANSWER, (*opening, answer), tokenizer)
-        middle = text_behind(ANSWER, (*opening, answer, question), tokenizer) or ""
+        last = text_after(ANSWER, (*opening, answer), tokenizer)
+        middle = text_after(ANSWER, (*opening, answer, question), tokenizer) or ""
         if last is None:
             continue
-        tokens = leading_tokens(last, texts)
+        tokens = leading_tokens(last, ids_by_text)
         ends = [token for end, token in tokens if middle.startswith(last[:end])] or [token for _, token in tokens]
-        return next((token for token in ends if token in listed), ends[0] if ends else None)
+        return next((token for token in ends if token in eos_ids), ends[0] if ends else None)
     return None
 
 
-def text_behind(content: str, messages: Messages, tokenizer: Any) -> str | None:
+def text_after(content: str, messages: Messages, tokenizer: Any) -> str | None:
     """The text that the template writes after a message's content; None if it raises or leaves the content out."""
     try:
         _, marker, rest = rendered(messages, tokenizer).rpartition(content)
@@ -265,36 +268,36 @@ def text_behind(content: str, messages: Messages, tokenizer: Any) -> str | None:
     return rest if marker else None
 
 
-def leading_tokens(text: str, texts: Mapping[str, int]) -> list[tuple[int, int]]:
+def leading_tokens(text: str, ids_by_text: Mapping[str, int]) -> list[tuple[int, int]]:
     """(end offset, id) of each special token at the start of the text. White space may come between them."""
     tokens, offset = list[tuple[int, int]](), 0
     while offset < len(text):
-        match = max((token for token in texts if text.startswith(token, offset)), key=len, default="")
+        match = max((token for token in ids_by_text if text.startswith(token, offset)), key=len, default="")
         if match:
-            tokens.append((offset + len(match), texts[match]))
+            tokens.append((offset + len(match), ids_by_text[match]))
         elif not text[offset].isspace():
             break
         offset += max(len(match), 1)
     return tokens
 
 
-def trailing_tokens(text: str, texts: Mapping[str, int]) -> list[tuple[int, int]]:
+def trailing_tokens(text: str, ids_by_text: Mapping[str, int]) -> list[tuple[int, int]]:
     """(end offset, id) of each special token at the end of the text, in text order."""
-    tokens, offset, all_texts = list[tuple[int, int]](), len(text), tuple(texts)
+    tokens, offset, all_texts = list[tuple[int, int]](), len(text), tuple(ids_by_text)
     while offset:
         match = ""
         if text.endswith(all_texts, 0, offset):
-            match = max((token for token in texts if text.endswith(token, 0, offset)), key=len)
-            tokens.append((offset, texts[match]))
+            match = max((token for token in ids_by_text if text.endswith(token, 0, offset)), key=len)
+            tokens.append((offset, ids_by_text[match]))
         elif not text[offset - 1].isspace():
             break
         offset -= max(len(match), 1)
     return tokens[::-1]
 
 
-def through_end(text: str, tokenizer: Any) -> tuple[str, int | None]:
+def cut_after_end_token(text: str, tokenizer: Any) -> tuple[str, int | None]:
     """A rendered text up to the token that ends its last turn, and that token; the whole text and None without one."""
-    ends = answer_ends(tokenizer)
-    tail = trailing_tokens(text, ends.texts)
+    ends = answer_end_tokens(tokenizer)
+    tail = trailing_tokens(text, ends.ids_by_text)
     offset, end = next(((offset, token) for offset, token in tail if token in ends.ids), (len(text), None))
     return text[:offset], end

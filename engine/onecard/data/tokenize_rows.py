@@ -18,7 +18,7 @@ from onecard.data.data_report import BadRow, BuiltExample, DataReport
 from onecard.data.example_arrays import ExampleWriter
 from onecard.data.files import Row, Rows
 from onecard.data.token_cache import TokenizedExamples, cache_key, cached
-from onecard.data.tokens import Limit, MaskedTokens, Tokenizer, Transcript, tokenize_transcripts
+from onecard.data.tokens import LengthLimit, MaskedTokens, Tokenizer, Transcript, tokenize_transcripts
 from onecard.utils.errors import OnecardError
 from onecard.utils.progress import progress
 
@@ -86,7 +86,7 @@ class Tokenization(Generic[T]):
     kind: type[T]
     rows: Iterable[Row]
     tokenizer: Tokenizer
-    limit: Limit
+    limit: LengthLimit
     skip_bad_rows: bool
     settings: Mapping[str, Any] = field(default_factory=dict)
     odd: str = ""

@@ -2,8 +2,8 @@
 
 Four rules hold for text and for chat:
 
-- A prompt's ids are `prompt_tokens`, for training and for generation, so that a response is learned and scored after
-  the same ids that it would be sampled after.
+- A prompt's ids are `prompt_tokens`, for training and for generation, so that training and
+  scoring put the same ids before a response as sampling.
 - A response ends with exactly one end token, unless it was cut at `max_length`. For text it is the EOS; for chat
   messages it is the token with which the chat template closes an answer (`templates.closing_token`).
 - What a chat template writes after that token (ChatML: a line break) is not part of the answer, because generation
@@ -29,7 +29,7 @@ from onecard.config import Truncation
 from onecard.data.batches import TokenSequence
 from onecard.data.columns import BadRowError, Messages, Text, is_chat
 from onecard.data.template_answers import rendered_answer
-from onecard.data.templates import NO_ARGUMENTS, closing_token, rendered, through_end
+from onecard.data.templates import NO_ARGUMENTS, closing_token, cut_after_end_token, rendered
 from onecard.data.typed_rows import CompletionRow, MessagesRow, SFTRow
 from onecard.utils.threads import parallel_tokenizers
 
@@ -42,29 +42,29 @@ class Transcript:
 
     `prefixes[i]` extends `prefixes[i - 1]`; `is_answer[i]`: whether the part that it adds is an answer. `plain`: the
     text is not from a chat template. `end`: the token with which the template closes the last answer, or None.
-    `answers`: the number of the conversation's answers; `left_out` of them are not in the text.
+    `num_answers`: answers of the conversation; `num_left_out` of them are not in the text.
     """
 
     prefixes: tuple[str, ...]
     is_answer: tuple[bool, ...]
     plain: bool = False
     end: int | None = None
-    answers: int = 1
-    left_out: int = 0
+    num_answers: int = 1
+    num_left_out: int = 0
 
 
 @dataclass(frozen=True)
 class MaskedTokens:
-    """Token ids with their response mask, before truncation. `left_out` of its `answers` are not in the mask."""
+    """Token ids with their response mask, before truncation. `num_left_out` of `num_answers` answers are not in it."""
 
     tokens: list[int]
     mask: list[bool]
-    answers: int = 1
-    left_out: int = 0
+    num_answers: int = 1
+    num_left_out: int = 0
 
 
 @dataclass(frozen=True)
-class Limit:
+class LengthLimit:
     """The maximum length of a sequence in tokens, and how longer ones are truncated."""
 
     max_length: int
@@ -76,15 +76,15 @@ class TruncatedAnswer:
     """One text after truncation.
 
     `cut`: response tokens were lost. `prompt_cut`: the prompt's first tokens were lost. `empty`: the response is only
-    white space and special tokens. `left_out` of its `answers` are not learned.
+    white space and special tokens. `num_left_out` of the text's `num_answers` answers are not learned.
     """
 
     sequence: TokenSequence
     cut: bool
     prompt_cut: bool
     empty: bool
-    answers: int = 1
-    left_out: int = 0
+    num_answers: int = 1
+    num_left_out: int = 0
 
 
 def prompt_tokens(prompt: Text, tokenizer: Tokenizer, arguments: Mapping[str, Any] = NO_ARGUMENTS) -> list[int]:
@@ -127,7 +127,7 @@ def sft_transcript(
     if row.messages[-1]["role"] == "assistant" and len(row.messages) > 1:
         answer = chat_transcript(row.messages, len(row.messages) - 1, tokenizer, arguments)
         return replace(answer, is_answer=(True,) * len(answer.prefixes))
-    text, end = through_end(rendered(row.messages, tokenizer, arguments), tokenizer)
+    text, end = cut_after_end_token(rendered(row.messages, tokenizer, arguments), tokenizer)
     return Transcript((text,), (True,), end=end)
 
 
@@ -148,79 +148,81 @@ def chat_transcript(
     answers = [rendered_answer(messages[: turn + 1], tokenizer, arguments) for turn in turns]
     learned = [answer for answer in answers if answers[-1].whole.startswith(answer.whole)]
     prefixes = tuple(text for answer in learned for text in (answer.prompt, answer.whole))
-    left_out = len(answers) - len(learned)
-    return Transcript(prefixes, (False, True) * len(learned), False, learned[-1].end, len(answers), left_out)
+    num_left_out = len(answers) - len(learned)
+    return Transcript(prefixes, (False, True) * len(learned), False, learned[-1].end, len(answers), num_left_out)
 
 
 def tokenize_transcripts(transcripts: Sequence[Transcript], tokenizer: Tokenizer) -> list[MaskedTokens]:
     """Token ids and response masks of transcripts. All texts are tokenized in one call."""
     texts = list(dict.fromkeys(text for transcript in transcripts for text in transcript.prefixes))
     ids = dict(zip(texts, encode_batch(texts, tokenizer), strict=True))
-    front = leading_special_tokens(tokenizer)
+    leading = leading_special_tokens(tokenizer)
     eos = closing_token(tokenizer, chat=False) if any(item.plain and item.is_answer[-1] for item in transcripts) else -1
-    return [masked_tokens(transcript, ids, front, eos, tokenizer) for transcript in transcripts]
+    return [masked_tokens(transcript, ids, leading, eos, tokenizer) for transcript in transcripts]
 
 
 def masked_tokens(
-    transcript: Transcript, ids: Mapping[str, list[int]], front: Sequence[int], eos: int, tokenizer: Tokenizer
+    transcript: Transcript, ids: Mapping[str, list[int]], leading: Sequence[int], eos: int, tokenizer: Tokenizer
 ) -> MaskedTokens:
-    """Token ids and mask of one transcript. `ids`: prefix -> its ids; `front`: special tokens before plain text."""
+    """Token ids and mask of one transcript. `ids`: prefix -> its ids; `leading`: special tokens before plain text."""
     text, tokens, mask = "", list[int](), list[bool]()
     for prefix, is_answer in zip(transcript.prefixes, transcript.is_answer, strict=True):
-        whole = with_leading_tokens(front, ids[prefix]) if transcript.plain else ids[prefix]
+        whole = with_leading_tokens(leading, ids[prefix]) if transcript.plain else ids[prefix]
         piece = continuation_ids(tokens, whole, prefix[len(text) :], tokenizer)
         if transcript.plain and is_answer:
-            kept = 0 if tokens else len(front)  # the BOS may be the same id as the EOS
-            piece = piece[:kept] + with_eos(piece[kept:], eos, tokenizer)
+            start = 0 if tokens else len(leading)  # after the BOS, which may be the same id as the EOS
+            piece = piece[:start] + with_eos(piece[start:], eos, tokenizer)
         text = prefix
         tokens += piece
         mask += [is_answer] * len(piece)
     if transcript.is_answer[-1] and not transcript.plain and tokens[-1:] != [transcript.end]:
         tokens, mask = [*tokens, closing_token(tokenizer, chat=False)], [*mask, True]
-    return MaskedTokens(tokens, mask, transcript.answers, transcript.left_out)
+    return MaskedTokens(tokens, mask, transcript.num_answers, transcript.num_left_out)
 
 
-def truncate_prompt(tokens: list[int], tokenizer: Tokenizer, limit: Limit) -> list[int]:
+def truncate_prompt(tokens: list[int], tokenizer: Tokenizer, limit: LengthLimit) -> list[int]:
     """Truncate a prompt: keep_end cuts its beginning; with any other mode, a prompt over the limit is a bad row."""
-    over = len(tokens) - limit.max_length
-    if over <= 0:
+    excess = len(tokens) - limit.max_length
+    if excess <= 0:
         return tokens
-    front = leading_length(tokens, tokenizer)
-    if limit.truncation_mode != "keep_end" or front >= limit.max_length:
+    num_leading = leading_length(tokens, tokenizer)
+    if limit.truncation_mode != "keep_end" or num_leading >= limit.max_length:
         raise BadRowError(f"prompt: {len(tokens)} tokens, expected at most {limit.max_length} beside the response")
-    return tokens[:front] + tokens[front + over :]
+    return tokens[:num_leading] + tokens[num_leading + excess :]
 
 
 def truncate_answers(
-    answers: Sequence[MaskedTokens], tokenizer: Tokenizer, limit: Limit, *, learn_all: bool = False
+    answers: Sequence[MaskedTokens], tokenizer: Tokenizer, limit: LengthLimit, *, learn_all: bool = False
 ) -> list[TruncatedAnswer]:
     """Truncate answers to one prompt to `limit`, so that all keep the same prompt ids.
 
     keep_end cuts the beginning of the prompt first; the ends of the answers are cut last. Raises BadRowError if the
     prompt leaves no room for a response, or the mode is `error` and an answer is too long.
     """
-    before = min(answer.mask.index(True) for answer in answers)
-    front, over = 0, max(len(answer.tokens) for answer in answers) - limit.max_length
-    lost = 0  # prompt tokens to cut, after the special tokens in front
-    if over > 0 and limit.truncation_mode == "error":
-        raise BadRowError(f"{over + limit.max_length} tokens, expected at most {limit.max_length} (max_length)")
-    if over > 0 and limit.truncation_mode == "keep_end":
-        front = leading_length(answers[0].tokens[:before], tokenizer)
-        lost = max(0, min(over, before - max(front, 1)))  # one is kept, because it predicts the first response token
-    if before - lost >= limit.max_length:
+    prompt_length = min(answer.mask.index(True) for answer in answers)
+    num_leading, excess = 0, max(len(answer.tokens) for answer in answers) - limit.max_length
+    num_cut = 0  # prompt tokens to cut, after the leading special tokens
+    if excess > 0 and limit.truncation_mode == "error":
+        raise BadRowError(f"{excess + limit.max_length} tokens, expected at most {limit.max_length} (max_length)")
+    if excess > 0 and limit.truncation_mode == "keep_end":
+        num_leading = leading_length(answers[0].tokens[:prompt_length], tokenizer)
+        # at least one prompt token is kept, because it predicts the first response token
+        num_cut = max(0, min(excess, prompt_length - max(num_leading, 1)))
+    if prompt_length - num_cut >= limit.max_length:
         raise BadRowError(
-            f"prompt longer than max_length: its {before} tokens leave no room for a response in {limit.max_length}"
+            f"prompt longer than max_length: its {prompt_length} tokens leave no room for a response in "
+            f"{limit.max_length}"
         )
-    return [truncate_answer(answer, front, lost, tokenizer, limit.max_length, learn_all) for answer in answers]
+    return [truncate_answer(answer, num_leading, num_cut, tokenizer, limit.max_length, learn_all) for answer in answers]
 
 
 def truncate_answer(
-    item: MaskedTokens, front: int, lost: int, tokenizer: Tokenizer, max_length: int, learn_all: bool
+    item: MaskedTokens, num_leading: int, num_cut: int, tokenizer: Tokenizer, max_length: int, learn_all: bool
 ) -> TruncatedAnswer:
-    """Cut `lost` tokens after the first `front`, and all tokens past `max_length`. `learn_all` sets the whole mask."""
+    """Cut `num_cut` tokens after the first `num_leading`, and those past `max_length`. `learn_all`: a mask of True."""
     tokens, mask = item.tokens, item.mask
-    if lost:
-        tokens, mask = tokens[:front] + tokens[front + lost :], mask[lost:]
+    if num_cut:
+        tokens, mask = tokens[:num_leading] + tokens[num_leading + num_cut :], mask[num_cut:]
     learned = [True] * len(mask) if learn_all else mask
     sequence = TokenSequence(tuple(tokens[:max_length]), tuple(learned[:max_length]))
     if True not in sequence.response_mask[1:]:
@@ -228,7 +230,7 @@ def truncate_answer(
     empty = is_empty(tokens, mask, tokenizer)
     cut = any(mask[max_length:])
     return TruncatedAnswer(
-        sequence, cut, prompt_cut=lost > 0, empty=empty, answers=item.answers, left_out=item.left_out
+        sequence, cut, prompt_cut=num_cut > 0, empty=empty, num_answers=item.num_answers, num_left_out=item.num_left_out
     )
 
 
@@ -269,13 +271,13 @@ def leading_special_tokens(tokenizer: Tokenizer) -> list[int]:
 
 def leading_length(tokens: Sequence[int], tokenizer: Tokenizer) -> int:
     """The number of leading tokens that are special tokens of the tokenizer; these are not cut."""
-    front = leading_special_tokens(tokenizer)
-    return len(front) if list(tokens[: len(front)]) == front else 0
+    leading = leading_special_tokens(tokenizer)
+    return len(leading) if list(tokens[: len(leading)]) == leading else 0
 
 
-def with_leading_tokens(front: Sequence[int], ids: list[int]) -> list[int]:
-    """Prepend the special tokens `front` to a text's ids, unless the ids begin with them."""
-    return ids if ids[: len(front)] == front else [*front, *ids]
+def with_leading_tokens(leading: Sequence[int], ids: list[int]) -> list[int]:
+    """Prepend the special tokens `leading` to a text's ids, unless the ids begin with them."""
+    return ids if ids[: len(leading)] == leading else [*leading, *ids]
 
 
 def continuation_ids(before: list[int], whole: list[int], response: str, tokenizer: Tokenizer) -> list[int]:
@@ -297,9 +299,9 @@ def encode_after(before: list[int], response: str, expected: str, tokenizer: Tok
     if none does, the ids of the response alone.
     """
     for character in ("", "\n", ".", "0"):
-        front, both = encode(character, tokenizer), encode(character + response, tokenizer)
-        ids = both[len(front) :]
-        if both[: len(front)] == front and decode(before + ids, tokenizer) == expected:
+        character_ids, both = encode(character, tokenizer), encode(character + response, tokenizer)
+        ids = both[len(character_ids) :]
+        if both[: len(character_ids)] == character_ids and decode(before + ids, tokenizer) == expected:
             return ids
     return encode(response, tokenizer)
 

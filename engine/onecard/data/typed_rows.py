@@ -39,7 +39,7 @@ from onecard.data.columns import (
     unused,
 )
 from onecard.data.files import Row
-from onecard.data.readers import kind
+from onecard.data.readers import json_type
 from onecard.utils.errors import nearest
 
 
@@ -160,7 +160,7 @@ def ranking_row(row: Row) -> RankingRow:
     values = row.values
     given = column(values, "completions")
     if not isinstance(given, list):
-        raise BadRowError(f"completions: expected a list of answers, the best first, got {kind(given)}")
+        raise BadRowError(f"completions: expected a list of answers, the best first, got {json_type(given)}")
     if len(given) < 2:
         raise BadRowError(f"completions: expected 2 answers or more, got {len(given)}")
     prompt = text_or_messages(values, "prompt")

@@ -40,7 +40,7 @@ SUPPORTED: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
     **dict.fromkeys(("modules_to_save", "target_parameters"), ((list, NoneType), (str,))),
     "layers_to_transform": ((int, list, NoneType), (int,)),
 }
-# `init_lora_weights` that leave the base as it is; all others (pissa, olora, corda, loftq, lora_ga) change its weights
+# Values of `init_lora_weights` that do not change the base's weights; pissa, olora, corda, loftq and lora_ga do
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -63,13 +63,13 @@ def read_settings(folder: Path, setting: str) -> Any:
         raise OnecardError(f"{where} was trained for {task}; expected CAUSAL_LM.")
     if (bias := values.get("bias", "none")) != "none":
         raise OnecardError(
-            f"{where} trained biases of the base (bias: {bias}), so with the adapter off the base would not be what it "
-            "was; merge it with PEFT, and give the merged model."
+            f"{where} trained biases of the base (bias: {bias}), so the base would be changed even with the adapter "
+            "off; merge it with PEFT, and use the merged model."
         )
     if values.get("init_lora_weights") not in PLAIN_INITS:
         raise OnecardError(
-            f"{where} was begun by {values['init_lora_weights']}, which changes the base's weights; convert it to "
-            "plain LoRA with PEFT's path_initial_model_for_weight_conversion."
+            f"{where} was initialized by {values['init_lora_weights']}, which changes the base's weights; convert it "
+            "to plain LoRA with PEFT's path_initial_model_for_weight_conversion."
         )
     for name in SUPPORTED.keys() & values.keys():
         value, (types, element_types) = values[name], SUPPORTED[name]
@@ -107,10 +107,10 @@ def read_weights(folder: Path, setting: str) -> dict[str, Tensor]:
 
 
 @contextmanager
-def literal_names() -> Iterator[None]:
-    """Inside, PEFT uses the module names in a config as they are.
+def without_name_rewriting() -> Iterator[None]:
+    """Context in which PEFT does not rewrite the module names in a config.
 
-    For some mixture-of-experts models PEFT rewrites them: gate_proj, up_proj and down_proj, also those of a shared
+    PEFT does so for some mixture-of-experts models: gate_proj, up_proj and down_proj, also those of a shared
     expert or a dense layer, become the stacked parameters of all experts.
     """
     from peft.utils import transformers_weight_conversion as conversion
@@ -124,10 +124,10 @@ def literal_names() -> Iterator[None]:
 
 
 def add_adapter(model: Any, settings: Any, name: str) -> Any:
-    """`model` with one more adapter with initial weights. The first adapter wraps the model in a `PeftModel`."""
+    """`model` with a new adapter, which has initial weights. The first adapter wraps the model in a `PeftModel`."""
     from peft import PeftModelForCausalLM
 
-    with literal_names():
+    with without_name_rewriting():
         if not hasattr(model, "peft_config"):
             return PeftModelForCausalLM(model, settings, adapter_name=name)
         model.add_adapter(name, settings)
@@ -170,7 +170,7 @@ def base_tensors(model: Any) -> dict[str, Tensor]:
     }
 
 
-def without_base(
+def without_base_copies(
     stored: Mapping[str, Tensor], expected: Mapping[str, Tensor], model: Any, where: str
 ) -> dict[str, Tensor]:
     """A file's tensors without copies of base weights.
@@ -186,7 +186,7 @@ def without_base(
         if key in expected or base_tensor is None:
             adapter[key] = tensor
         elif base_tensor.shape != tensor.shape:
-            raise OnecardError(resized(where, plain, tensor, base_tensor))
+            raise OnecardError(resized_base_message(where, plain, tensor, base_tensor))
         elif not same_values(base_tensor.detach().cpu(), tensor):
             raise OnecardError(f"{where} holds other weights for {plain} than its base; expected an adapter alone.")
     return adapter
@@ -198,7 +198,7 @@ def same_values(first: Tensor, second: Tensor) -> bool:
     return torch.equal(first.to(narrow), second.to(narrow))
 
 
-def resized(where: str, key: str, stored: Tensor, expected: Tensor) -> str:
+def resized_base_message(where: str, key: str, stored: Tensor, expected: Tensor) -> str:
     """The error message for an adapter whose base had a vocabulary of another size."""
     name = key.removeprefix("base_model.model.").removesuffix(".weight")
     return (
@@ -208,7 +208,7 @@ def resized(where: str, key: str, stored: Tensor, expected: Tensor) -> str:
     )
 
 
-def as_peft_reads(model: Any, name: str, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def renamed_by_peft(model: Any, name: str, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """A file's tensors, renamed as PEFT renames them: checkpoint names become module names.
 
     A conversion that creates new tensors (one stacked tensor from those of single experts) is not applied.
@@ -234,7 +234,7 @@ def file_names(model: Any, name: str, tensors: Mapping[str, Tensor]) -> dict[str
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, apply_renamings
 
-    read = {id(tensor): key for key, tensor in as_peft_reads(model, name, tensors).items()}
+    read = {id(tensor): key for key, tensor in renamed_by_peft(model, name, tensors).items()}
     names = {key: key for key in tensors}
     misread = [key for key, tensor in tensors.items() if read.get(id(tensor)) != key]
     if misread:
@@ -256,7 +256,7 @@ def check_tensors(expected: Mapping[str, Tensor], stored: Mapping[str, Tensor], 
             if ".lora_" in key and "embedding" not in key:
                 shapes = f"{list(stored[key].shape)} instead of {list(tensor.shape)}"
                 raise OnecardError(f"{where} does not fit the model: its {key} is {shapes}.")
-            raise OnecardError(resized(where, key, stored[key], tensor))
+            raise OnecardError(resized_base_message(where, key, stored[key], tensor))
 
 
 @torch.no_grad()
@@ -264,8 +264,8 @@ def fill_adapter(model: Any, name: str, stored: Mapping[str, Tensor], where: str
     """Copy a file's tensors into an adapter of a model. If any tensor is wrong, nothing is copied."""
     expected = adapter_tensors(model, name)
     if not expected.keys() <= stored.keys():
-        stored = as_peft_reads(model, name, stored)
-    stored = without_base(stored, expected, model, where)
+        stored = renamed_by_peft(model, name, stored)
+    stored = without_base_copies(stored, expected, model, where)
     check_tensors(expected, stored, where)
     check_finite(stored, where)
     for key, tensor in expected.items():
@@ -276,7 +276,7 @@ def read_adapter(model: Any, folder: Path, name: str, setting: str = "model") ->
     """`model` with the adapter in `folder` added under `name`. `setting`: name of the setting in error messages."""
     where = f"{setting}: adapter {folder}"
     settings, stored = read_settings(folder, setting), read_weights(folder, setting)
-    as_modules(settings, model)
+    parameters_to_modules(settings, model)
     try:
         model = add_adapter(model, settings, name)
     except Exception as error:  # PEFT's checks raise ValueError, KeyError or RuntimeError
@@ -304,8 +304,8 @@ def check_head(model: Any, name: str, where: str) -> None:
         raise OnecardError(f"{where} has {type(variant).__name__} on the head; expected plain LoRA there.")
 
 
-def as_modules(settings: Any, model: Any) -> None:
-    """Move the weights of linear layers from `target_parameters`, where `portable` writes them, to `target_modules`."""
+def parameters_to_modules(settings: Any, model: Any) -> None:
+    """Move linear layers' weights from `target_parameters` to `target_modules`: the inverse of `config_to_write`."""
     from onecard.models.targets import is_linear
 
     weights = {
@@ -323,8 +323,8 @@ def as_modules(settings: Any, model: Any) -> None:
     settings.target_parameters = parameters or None
 
 
-def portable(settings: Any, model: Any) -> Any:
-    """The config to write, such that PEFT without `literal_names` adapts the same layers.
+def config_to_write(settings: Any, model: Any) -> Any:
+    """The config to write to an adapter folder, such that PEFT without `without_name_rewriting` adapts the same layers.
 
     Module names that PEFT would rewrite to experts are written as `target_parameters`, which PEFT does not rewrite.
     """
@@ -355,4 +355,4 @@ def write_adapter(model: Any, name: str, folder: Path) -> None:
     tensors = adapter_tensors(model, name)
     weights = {written: tensors[key].contiguous() for key, written in file_names(model, name, tensors).items()}
     save_file(weights, str(folder / ADAPTER_WEIGHTS))
-    portable(model.peft_config[name], model).save_pretrained(str(folder))
+    config_to_write(model.peft_config[name], model).save_pretrained(str(folder))

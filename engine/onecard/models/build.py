@@ -69,7 +69,7 @@ def add_adapters(
     base: Any, config: TrainConfig, setup: RoleSetup, folders: AdapterFolders
 ) -> tuple[Any, Targets | None]:
     """Add the adapters of `setup` to `base`. Returns the model, and the layers of new adapters (without a folder)."""
-    # also if all adapters come from folders, which have their own target modules: a wrong name raises
+    # also if all adapters come from folders and have their own target modules, so that a wrong name raises
     targets = find_targets(base, config.lora_target_modules) if config.use_peft else None
     torch.manual_seed(config.seed)  # new weights depend on the seed alone
     model = base
@@ -148,7 +148,7 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
         activation: Activation = config.score_activation if isinstance(config, RewardConfig) else "none"
         if continued and head.activation != activation:
             raise OnecardError(
-                f"score_activation: {activation}, but the reward model {folder} that training goes on with was trained "
+                f"score_activation: {activation}, but the reward model {folder} that training continues was trained "
                 f"with {head.activation}."
             )
         head.activation = activation
@@ -301,7 +301,7 @@ def load_frozen_roles(
     """Frozen roles on the base of `config.model`. `adapters`: role -> its adapter folder, or None for the base.
 
     An adapter that several roles share is loaded once. `settings`: role -> name of its setting in error messages,
-    `model` by default; that of the first role is used for the base too.
+    `model` by default; the first role's setting is named in errors of the base too.
     """
     setting_of = dict(settings or {})
     try:
@@ -309,11 +309,11 @@ def load_frozen_roles(
     except OnecardError as error:
         setting = setting_of.get(next(iter(adapters)), "model")
         raise OnecardError(f"{setting}: {str(error).removeprefix('model: ')}") from error
-    names: dict[Path, str] = {}
+    role_of: dict[Path, str] = {}  # adapter folder -> the first role with it, which names the adapter
     for role, folder in adapters.items():
-        if folder is None or folder.resolve() in names:
+        if folder is None or folder.resolve() in role_of:
             continue
         model = read_adapter(model, folder, role, setting_of.get(role, "model"))
-        names[folder.resolve()] = role
-    adapter_of = {role: names[folder.resolve()] if folder else None for role, folder in adapters.items()}
+        role_of[folder.resolve()] = role
+    adapter_of = {role: role_of[folder.resolve()] if folder else None for role, folder in adapters.items()}
     return Roles(model, (next(iter(adapters)),), adapter_of, "packed").eval().requires_grad_(False)

@@ -22,7 +22,7 @@ class RoleSetup:
     reference_copy: bool = False
 
     def roles_by_adapter(self) -> dict[str, str]:
-        """Adapter -> its role, in the order in which adapters are added. Of several roles it is the first."""
+        """Adapter -> its role (the first of several), in the order in which adapters are added."""
         found: dict[str, str] = {}
         for role, adapter in self.adapters.items():
             if adapter is not None:
@@ -45,7 +45,7 @@ def supervised_setup(
 
 
 def ppo_setup(config: PPOConfig, scorers: Collection[str], *, from_adapter: bool) -> RoleSetup:
-    """The roles of ppo. `scorers`: those of "reward" and "constraint" that are adapters on the base."""
+    """The roles of ppo. `scorers`: the roles "reward" and "constraint", if they are adapters on the base."""
     adapters: dict[str, str | None] = {
         "policy": "policy",
         "reference": reference_adapter_name(config, from_adapter=from_adapter),
@@ -59,6 +59,6 @@ def ppo_setup(config: PPOConfig, scorers: Collection[str], *, from_adapter: bool
 
 
 def reference_adapter_name(config: TrainConfig, *, from_adapter: bool) -> str | None:
-    """The reference is `ref_adapter`, or a frozen copy of the adapter that training starts from, or the base (None)."""
+    """Name of the reference's adapter; None: the base. The adapter is `ref_adapter`, or a copy of the starting one."""
     named = isinstance(config, ReferenceConfig) and bool(config.ref_adapter)
     return "reference" if named or from_adapter else None

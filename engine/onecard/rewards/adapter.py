@@ -8,7 +8,7 @@ from typing import Any
 
 from onecard.data import Prompt, Row, sft_examples
 from onecard.data.batches import Episode, TokenSequence
-from onecard.data.templates import answer_ends, closing_token
+from onecard.data.templates import answer_end_tokens, closing_token
 from onecard.models.micro_batching import TokenBudget
 from onecard.models.passes import sequence_passes
 from onecard.models.roles import Roles
@@ -68,7 +68,7 @@ def closed_answer(prompt: Prompt, episode: Episode, tokenizer: Any, stop_tokens:
     chat = prompt.messages is not None
     closing = closing_token(tokenizer, chat=chat)
     last = episode.response[-1]
-    if last == closing or (chat and last in answer_ends(tokenizer).chat):
+    if last == closing or (chat and last in answer_end_tokens(tokenizer).chat_ids):
         return episode.sequence
     stopped = bool(episode.stop) or last in stop_tokens
     body = tokens_before_end(tokenizer, episode.prompt_tokens, episode.response, finished=stopped, stop=episode.stop)

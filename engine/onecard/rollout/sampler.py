@@ -65,7 +65,7 @@ class Rollout:
         return sum(len(response.tokens) for response in self.responses) / self.seconds
 
 
-SAMPLING = RetryMessages(
+SAMPLING_MESSAGES = RetryMessages(
     smaller="prompts that are sampled together hold a cache of at most {size} from here on; all are drawn again.",
     single="the cache of one prompt and its answer, {size}, is too much beside the rest. Lower the length of answers "
     "(response_length, or max_new_tokens), or add --load_in_4bit; `onecard fit` says beforehand what fits.",
@@ -75,7 +75,9 @@ SAMPLING = RetryMessages(
 
 def sampling_budget(batch_size: int, cache_bytes: int = 0) -> TokenBudget:
     """At most `batch_size` prompts sampled together, with a cache of at most `cache_bytes` bytes (0: no limit)."""
-    return TokenBudget(MicroBatchSize(batch_size, cache_bytes, sort_by_length=True, max_items=batch_size), SAMPLING)
+    return TokenBudget(
+        MicroBatchSize(batch_size, cache_bytes, sort_by_length=True, max_items=batch_size), SAMPLING_MESSAGES
+    )
 
 
 def decoding_modes(model: Any) -> list[str]:
@@ -92,10 +94,10 @@ def make_decode_batch(roles: Roles, rows: int, columns: int) -> DecodeBatch:
 
     | mode | decoding |
     |---|---|
-    | `slots` | continuous batching: a row that ends takes the next prompt |
+    | `slots` | continuous batching: the row of a finished response takes the next prompt |
     | `padded` | left-padded batches |
     | `single` | padded batches of one row |
-    | `uncached` | no cache: for models without one, and where rotations change with the length of a text |
+    | `uncached` | no cache: for models without one, and texts whose length changes the rotary embeddings |
     """
     from onecard.rollout.cache_slots import CacheSlots
 
@@ -168,7 +170,7 @@ def sample_rows(
         prompt_indices = batch.prompt_indices[index]
         positions = batch.generated[index].clamp(max=sampling.max_new_tokens - 1)
         row_uniforms = None if uniforms is None else uniforms[prompt_indices, positions]
-        # Free rows are sampled too. Their log-probabilities are written after the end of a response already yielded.
+        # Free rows are sampled too. Their log-probs go behind the end of a finished response, where they are not read.
         tokens, sampled.logprobs[prompt_indices, positions] = sample_token(logits, sampling, warpers, row_uniforms)
         batch.append(tokens.clamp(min=0), rows)
         for row, token in zip(range(len(batch.row_prompts)) if rows is None else rows, tokens.tolist(), strict=True):
@@ -254,7 +256,7 @@ def sample_responses(
         return responses
 
     budget = batch_size if isinstance(batch_size, TokenBudget) else sampling_budget(batch_size)
-    sizes = [max(1, cache_bytes(model, length)) for length in lengths]  # 0 for a model without keys
+    sizes = [max(1, cache_bytes(model, length)) for length in lengths]  # cache_bytes: 0 without a KV cache
     with evaluating(model):
         responses = run_with_retry(sizes, budget, sample) if prompts else {}
     return Rollout(tuple(responses[index] for index in range(len(prompts))), time.perf_counter() - started)
@@ -272,7 +274,7 @@ def generate(
 ) -> list[str]:
     """One response text for each prompt, in the order of the prompts.
 
-    Prompt plus response text is the decoded text of their tokens together.
+    A response's text is what its tokens add to the decoded prompt: prompt and response are decoded together.
     """
     with progress("generate", len(prompts)) as bar:
         rollout = sample_responses(

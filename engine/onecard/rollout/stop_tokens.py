@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from onecard.data.columns import BadRowError, unicode
-from onecard.data.templates import answer_ends
+from onecard.data.templates import answer_end_tokens
 from onecard.data.tokens import REPLACEMENT, continuation_text, decode, encode, encode_after
 from onecard.models.roles import Roles
 from onecard.utils.errors import OnecardError
@@ -23,7 +23,7 @@ def find_stop_tokens(roles: Roles, tokenizer: Any, stop: Sequence[str] = ()) -> 
     with which the chat template closes answers, and the `stop` texts that are a single token.
     """
     eos_ids = getattr(getattr(roles.causal_model(), "generation_config", None), "eos_token_id", None)
-    stop_tokens = {*answer_ends(tokenizer).ids, *([eos_ids] if isinstance(eos_ids, int) else eos_ids or [])}
+    stop_tokens = {*answer_end_tokens(tokenizer).ids, *([eos_ids] if isinstance(eos_ids, int) else eos_ids or [])}
     return frozenset(stop_tokens.union(*(stop_ids(text, tokenizer) for text in stop)))
 
 

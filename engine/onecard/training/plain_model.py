@@ -1,6 +1,6 @@
-"""Texts to compare a model's passes on, and the log-probs that are right: the plain model's.
+"""Reference log-probs for the startup checks, computed by the plain model, and the texts that they are computed on.
 
-The plain model runs one text a pass, in evaluation mode, with the attention that transformers chose for it.
+The plain model runs one text per forward pass, in evaluation mode, with transformers' attention.
 """
 
 from __future__ import annotations
@@ -18,34 +18,39 @@ from onecard.models.roles import Roles
 from onecard.models.trunk import context_of, evaluating, trunk_of
 from onecard.models.vocabulary import known_tokens
 
-# Tokens: of short texts, of the beginning that two of them share, behind texts to see rounding, of the least probe
-SHORT, SHARED, TAIL, LEAST = 24, 12, 7, 8
-LIMIT = 1e-3  # nat: of any token in float32
-LIMIT_16_BIT = 0.05  # nat: the mean over a text in 16 bit, beside three times the plain model's own rounding
-ROUNDING_16_BIT = 0.1  # nat: the mean over a text by rounding, above which nothing can be told
+# Numbers of tokens
+SHORT_LENGTH = 24  # of short texts
+SHARED_LENGTH = 12  # of the prefix that two short texts share
+TAIL_LENGTH = 7  # that are appended to a text to measure rounding
+MIN_LENGTH = 8  # of the shortest texts that are checked
+LIMIT = 1e-3  # nat: largest difference of a token in float32
+LIMIT_16_BIT = 0.05  # nat: mean difference over a text in 16 bit, plus three times the plain model's own rounding
+ROUNDING_16_BIT = 0.1  # nat: mean rounding over a text in 16 bit, above which log-probs cannot be compared
 
 
-def text(vocabulary: int, length: int, variant: int) -> tuple[int, ...]:
-    """Tokens spread over the vocabulary; each `variant` gives another text."""
+def made_up_tokens(vocabulary: int, length: int, variant: int) -> tuple[int, ...]:
+    """Token ids of a made-up text, spread over the vocabulary; each `variant` is another text."""
     return tuple((7919 * index + 104729 * variant + 13) % vocabulary for index in range(length))
 
 
-def scored(tokens: tuple[int, ...], prompt: int = 1) -> TokenSequence:
-    """A text of which every token after the first `prompt` is scored."""
+def scored_sequence(tokens: tuple[int, ...], prompt: int = 1) -> TokenSequence:
+    """A text with a response mask on every token after the first `prompt` tokens."""
     return TokenSequence(tokens, (False,) * prompt + (True,) * (len(tokens) - prompt))
 
 
-def probe(roles: Roles, longest: int, row: int = 0) -> list[TokenSequence]:
-    """A short text, one of `longest` tokens, and a short one that begins as the first does; together at most `row`
-    tokens, if that is given.
+def probe_sequences(roles: Roles, longest: int, row_length: int = 0) -> list[TokenSequence]:
+    """A short text, one of `longest` tokens, and a short one that begins as the first does.
+
+    Together they have at most `row_length` tokens, unless it is 0.
     """
-    short = min(SHORT, longest, max(row // 3, 2) if row else SHORT)
-    middle = min(longest, max(row - 2 * short, 2) if row else longest)
+    short = min(SHORT_LENGTH, longest, max(row_length // 3, 2) if row_length else SHORT_LENGTH)
+    middle = min(longest, max(row_length - 2 * short, 2) if row_length else longest)
     first, long, last = (
-        text(known_tokens(roles.causal_model()), n, place) for place, n in enumerate((short, middle, short))
+        made_up_tokens(known_tokens(roles.causal_model()), n, variant)
+        for variant, n in enumerate((short, middle, short))
     )
-    shared = min(SHARED, short - 1)
-    return [scored(first), scored(long), scored(first[:shared] + last[shared:], shared)]
+    shared = min(SHARED_LENGTH, short - 1)
+    return [scored_sequence(first), scored_sequence(long), scored_sequence(first[:shared] + last[shared:], shared)]
 
 
 def logprobs(roles: Roles, batch: TokenBatch, layout: str) -> list[Tensor]:
@@ -63,9 +68,9 @@ def is_16_bit(roles: Roles) -> bool:
     return roles.causal_model().dtype in (torch.bfloat16, torch.float16)
 
 
-def distance(found: Tensor, truth: Tensor) -> float:
-    """Mean difference over a text in nats, without the eighth of its tokens that differ most: by rounding alone, a
-    router may choose other experts for a few.
+def trimmed_mean_difference(found: Tensor, truth: Tensor) -> float:
+    """Mean absolute difference in nats, without the eighth of the tokens that differ most: rounding can make a router
+    choose other experts for a few tokens.
     """
     off = (found - truth).abs().nan_to_num(nan=torch.inf).sort().values
     return float(off[: max(1, len(off) - len(off) // 8)].mean())
@@ -73,42 +78,46 @@ def distance(found: Tensor, truth: Tensor) -> float:
 
 @dataclass(frozen=True)
 class PlainLogprobs:
-    """Log-probs of texts by the plain model, and how far rounding alone moves them (None: float32)."""
+    """The plain model's log-probs of texts, and their mean difference by rounding alone (None for float32)."""
 
     logprobs: list[Tensor]
     rounding: float | None
 
     def difference(self, found: Sequence[Tensor]) -> str:
-        """How far log-probs are off, in words; empty if within rounding."""
+        """An error text with the difference to `found`; empty if it is within rounding."""
         pairs = list(zip(found, self.logprobs, strict=True))
         if self.rounding is None:
             largest = max(float((one - other).abs().nan_to_num(nan=torch.inf).max()) for one, other in pairs)
             return "" if largest <= LIMIT else f"off by up to {largest:.3g} nat"
         if self.rounding > ROUNDING_16_BIT:
-            return f"not to be told apart where rounding alone makes {self.rounding:.3g} nat a token"
-        mean = max(distance(one, other) for one, other in pairs)
+            return f"cannot be compared, because rounding alone changes them by {self.rounding:.3g} nat a token"
+        mean = max(trimmed_mean_difference(one, other) for one, other in pairs)
         return "" if mean <= LIMIT_16_BIT + 3 * self.rounding else f"off by {mean:.3g} nat a token"
 
 
 def plain_logprobs(roles: Roles, texts: Sequence[TokenSequence]) -> PlainLogprobs:
-    """The plain model's log-probs of each text. In 16 bit also of longer ones, whose first tokens a tail cannot change
-    but by rounding: matrix products of another shape add up in another order.
+    """The plain model's log-probs of each text, and in 16 bit their rounding.
+
+    Rounding is measured by appending tokens to a text. In a causal model they change the log-probs before them only
+    through matrix products of another shape, which add up in another order.
     """
     model = roles.causal_model()
     context = context_of(trunk_of(model).config) or math.inf
 
-    def computed(each: TokenSequence) -> Tensor:
-        return logprobs(roles, to_device(pack([each]), roles.device), "single")[0]
+    def computed(sequence: TokenSequence) -> Tensor:
+        return logprobs(roles, to_device(pack([sequence]), roles.device), "single")[0]
+
+    def with_tail(sequence: TokenSequence) -> TokenSequence:
+        tokens = sequence.tokens + sequence.tokens[:TAIL_LENGTH]
+        return scored_sequence(tokens, sequence.response_mask.index(True))
 
     with evaluating(model), plain_attention(model):
         truth = [computed(each) for each in texts]
         if not is_16_bit(roles):
             return PlainLogprobs(truth, None)
-        moved = [
-            distance(
-                computed(scored(each.tokens + each.tokens[:TAIL], each.response_mask.index(True)))[: len(own)], own
-            )
+        rounding = [
+            trimmed_mean_difference(computed(with_tail(each))[: len(own)], own)
             for each, own in zip(texts, truth, strict=True)
-            if len(each) + TAIL <= context
+            if len(each) + TAIL_LENGTH <= context
         ]
-    return PlainLogprobs(truth, max(moved, default=0.0))
+    return PlainLogprobs(truth, max(rounding, default=0.0))

@@ -42,17 +42,17 @@ from onecard.models.trunk import context_of, errors_of, evaluating, trunk_of
 from onecard.models.vocabulary import known_tokens
 from onecard.rollout import Sampling, decoding_modes, sample_responses
 from onecard.training.plain_model import (
-    LEAST,
-    SHARED,
-    SHORT,
+    MIN_LENGTH,
+    SHARED_LENGTH,
+    SHORT_LENGTH,
     PlainLogprobs,
-    distance,
     is_16_bit,
     logprobs,
+    made_up_tokens,
     plain_logprobs,
-    probe,
-    scored,
-    text,
+    probe_sequences,
+    scored_sequence,
+    trimmed_mean_difference,
 )
 from onecard.utils.errors import OnecardError, is_out_of_memory
 from onecard.utils.progress import say
@@ -169,9 +169,13 @@ def choose_layout(roles: Roles, longest: int, row: int) -> None:
 
     `row`: tokens of the longest packed row of the run; 0: no limit.
     """
-    texts = probe(roles, longest, row)
+    texts = probe_sequences(roles, longest, row)
     check_causal(roles, texts[0])
-    alone = [scored(text(known_tokens(roles.causal_model()), longest, 1))] if len(texts[1]) < longest else []
+    alone = (
+        [scored_sequence(made_up_tokens(known_tokens(roles.causal_model()), longest, 1))]
+        if len(texts[1]) < longest
+        else []
+    )
     probe_sets = [ProbeSet(each, plain_logprobs(roles, each)) for each in (texts, alone) if each]
     faults: list[str] = []
     for own_attention, layout in layout_candidates(roles):
@@ -191,7 +195,7 @@ def check_training_mode(roles: Roles, longest: int, row: int) -> None:
 
     With noise, old and new log-probs of one policy would differ.
     """
-    batch = to_device(pack(probe(roles, longest, row)), roles.device)
+    batch = to_device(pack(probe_sequences(roles, longest, row)), roles.device)
     with evaluating(roles.causal_model()):
         in_evaluation = PlainLogprobs(logprobs(roles, batch, roles.layout), 0.0 if is_16_bit(roles) else None)
     repeated = NOISE_LIMIT_16_BIT if is_16_bit(roles) else NOISE_LIMIT
@@ -202,7 +206,7 @@ def check_training_mode(roles: Roles, longest: int, row: int) -> None:
         with seeded_rng(roles.device, "startup check"):
             first, second = (logprobs(roles, batch, roles.layout) for _ in range(2))
         roles.train(before)
-        noise = max(distance(one, other) for one, other in zip(first, second, strict=True))
+        noise = max(trimmed_mean_difference(one, other) for one, other in zip(first, second, strict=True))
         return (
             f"off by {noise:.3g} nat from one pass to the next" if noise > repeated else in_evaluation.difference(first)
         )
@@ -221,7 +225,7 @@ def check_training_mode(roles: Roles, longest: int, row: int) -> None:
 def check_learning(roles: Roles, longest: int) -> None:
     """Refuse adapters that get no gradient, and so would never learn. Experts may get none: a router may skip them."""
     check_factors(roles)
-    batch = to_device(pack(probe(roles, min(SHORT, longest))[:1]), roles.device)
+    batch = to_device(pack(probe_sequences(roles, min(SHORT_LENGTH, longest))[:1]), roles.device)
     try:
         for role in roles.trained:
             with roles.active(role), torch.enable_grad():
@@ -258,7 +262,7 @@ def with_shorter_texts(check: Callable[[int], None], longest: int) -> None:
     """Run a check on texts of `longest` tokens; if memory runs out, on texts half as long."""
     while unless_out_of_memory(partial(check, longest)) is None:
         longest //= 2
-        if longest < LEAST:
+        if longest < MIN_LENGTH:
             say("out of memory: the startup check is skipped.")  # the run itself says what would help
             return
         say(f"out of memory: the startup check continues with texts of at most {longest} tokens.")
@@ -292,7 +296,7 @@ def sampled_logprobs(
 ) -> tuple[list[Tensor], list[TokenSequence]]:
     """Sample `new` tokens after each prompt, two prompts at a time. Returns their log-probs and the whole texts."""
     responses = sample_responses(roles, prompts, Sampling(new), stop_tokens=(), batch_size=2, seed=0).responses
-    texts = [scored(p + response.tokens, len(p)) for p, response in zip(prompts, responses, strict=True)]
+    texts = [scored_sequence(p + response.tokens, len(p)) for p, response in zip(prompts, responses, strict=True)]
     return [response.logprobs for response in responses], texts
 
 
@@ -302,10 +306,12 @@ def choose_decoding(roles: Roles, longest: int) -> None:
     Prints a line if a faster mode was rejected.
     """
     new = min(NEW_TOKENS, longest // 2)
-    lengths = (longest - new, min(SHORT, longest - new), min(SHARED, longest - new))
-    prompts = [text(known_tokens(roles.causal_model()), length, index) for index, length in enumerate(lengths)]
+    lengths = (longest - new, min(SHORT_LENGTH, longest - new), min(SHARED_LENGTH, longest - new))
+    prompts = [
+        made_up_tokens(known_tokens(roles.causal_model()), length, index) for index, length in enumerate(lengths)
+    ]
     with errors_of(roles.causal_model()):
-        plain_logprobs(roles, [scored(prompts[-1] + prompts[-1])])
+        plain_logprobs(roles, [scored_sequence(prompts[-1] + prompts[-1])])
     faults: list[str] = []
     for decoding in decoding_modes(roles.causal_model()):
         roles.decoding = decoding

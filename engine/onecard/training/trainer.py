@@ -1,4 +1,4 @@
-"""The training loop of all algorithms. A job defines the steps, and calls `gradients` and `apply` in each.
+"""The training loop of all algorithms. A job's step calls `compute_gradients` and `optimizer_step`.
 
     step -> examples -> micro-batches -> losses, backward -> clip -> optimizer step -> schedule -> row of metrics
 
@@ -83,7 +83,7 @@ class Job(Protocol):
         ...
 
     def step(self, trainer: Trainer, indices: Sequence[int], bar: Bar) -> dict[str, float]:
-        """Run a step (one or more optimizer steps, by `trainer.gradients` and `trainer.apply`). Returns its metrics."""
+        """Run a step: `trainer.compute_gradients` and `trainer.optimizer_step`, once or more. Returns its metrics."""
         ...
 
     def evaluate(self, trainer: Trainer, bar: Bar) -> dict[str, float]:
@@ -127,13 +127,13 @@ def accumulate(
 class Trainer:
     """One run of one job: optimizer, schedule, running metrics, checkpoints."""
 
-    def __init__(self, config: TrainConfig, job: Job, weights: TrainedModel, run: Run) -> None:
-        self.config, self.job, self.weights, self.run = config, job, weights, run
-        self.parameters = list(weights.trained_parameters().values())
+    def __init__(self, config: TrainConfig, job: Job, model: TrainedModel, run: Run) -> None:
+        self.config, self.job, self.model, self.run = config, job, model, run
+        self.parameters = list(model.trained_parameters().values())
         self.optimizer = make_optimizer(config, self.parameters)
         self.scheduler = make_scheduler(config, self.optimizer, job.total_steps, first=job.first_schedule_step)
         size = MicroBatchSize(
-            config.per_device_train_batch_size, config.micro_batch_tokens, padded=weights.layout == "padded"
+            config.per_device_train_batch_size, config.micro_batch_tokens, padded=model.layout == "padded"
         )
         self.budget = TokenBudget(size, TRAINING_MESSAGES)
         self.step = 0
@@ -148,7 +148,7 @@ class Trainer:
     def restore(self) -> None:
         """Restore the run's checkpoint."""
         assert self.run.checkpoint is not None
-        self.weights.restore(self.run.checkpoint.folder)
+        self.model.restore(self.run.checkpoint.folder)
         training, state = checkpoint.read_checkpoint(self.run.checkpoint)
         self.optimizer.load_state_dict(training["optimizer"])
         self.scheduler.load_state_dict(training["scheduler"])
@@ -166,7 +166,7 @@ class Trainer:
             self.step,
             run=self.run.info.id,
             logs=run_folder.LOGS,
-            save_weights=self.weights.save,
+            save_weights=self.model.save,
             training={"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()},
             state={
                 "num_tokens": self.num_tokens,
@@ -194,7 +194,7 @@ class Trainer:
                 raise self.diverged(str(error)) from error
             raise
 
-    def gradients(self, objective: Objective[E, B], examples: Sequence[E]) -> dict[str, float]:
+    def compute_gradients(self, objective: Objective[E, B], examples: Sequence[E]) -> dict[str, float]:
         """Compute the clipped gradients of the examples' loss. Returns the step's metrics.
 
         The result does not depend on the micro-batch size. After an out-of-memory error the step is repeated with
@@ -203,13 +203,13 @@ class Trainer:
         while True:
             try:
                 with self.nan_as_divergence():
-                    losses = accumulate(objective, examples, self.micro_batch_size, self.weights.device)
+                    losses = accumulate(objective, examples, self.micro_batch_size, self.model.device)
                 break
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
             free_memory()
-            self.discard()
+            self.zero_grad()
             if objective.unsplittable:
                 raise OnecardError(
                     f"out of memory: {objective.unsplittable} takes the {len(examples)} examples of a step together, "
@@ -222,12 +222,12 @@ class Trainer:
             raise self.diverged(f"loss {row['loss']}, gradient norm {row['grad_norm']}")
         return row
 
-    def apply(self) -> None:
+    def optimizer_step(self) -> None:
         """Make the optimizer step and clear the gradients."""
         self.optimizer.step()
-        self.discard()
+        self.zero_grad()
 
-    def discard(self) -> None:
+    def zero_grad(self) -> None:
         """Clear the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -263,7 +263,7 @@ class Trainer:
         for note in self.run.notes:
             say(note)
         run_folder.begin(self.run, self.config, identity)
-        self.weights.train()
+        self.model.train()
         if self.run.checkpoint is not None:
             self.restore()
             keep = self.config.save_total_limit

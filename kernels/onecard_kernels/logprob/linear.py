@@ -137,7 +137,7 @@ def _forward(
     """(logprobs, entropy, log_sum_sq_probs, dlogp/dh, dH/dh, [SAVED, tokens] for the backward of a trained head)"""
     with matmul.without_autocast(hidden):
         rows, head = Rows(targets.shape, mask), Head(bias, temperature, logit_scale, softcap, forbidden)
-        y = rows.pick(targets).long()
+        y = rows.select_valid(targets).long()
         checks.ids(y, weight.shape[0])
         results, saved = _forward_rows(
             hidden, weight, y, rows, head, entropy, entropy_grad, sum_sq, mode, backend, chunk_tokens
@@ -313,12 +313,12 @@ def _recompute(
         grads = _recompute_rows(
             hidden,
             weight,
-            rows.pick(targets).long(),
+            rows.select_valid(targets).long(),
             rows,
             head,
             saved if rows.index is None else saved[:, rows.index],
-            None if on_logprobs is None else rows.pick(on_logprobs),
-            None if on_entropy is None else rows.pick(on_entropy),
+            None if on_logprobs is None else rows.select_valid(on_logprobs),
+            None if on_entropy is None else rows.select_valid(on_entropy),
             (need_hidden, need_weight, need_bias),
             backend,
             chunk_tokens,

@@ -25,7 +25,7 @@ def forward(
     is one of its own, never 1 minus something; the largest logit and the log of the sum stay a pair.
     """
     rows, dtype = Rows(targets.shape, mask), result_dtype(logits.dtype)
-    y = rows.pick(targets).long()
+    y = rows.select_valid(targets).long()
     stats = logits.new_zeros(STATS, rows.count, dtype=dtype)
     for piece in rows.chunks(_block_rows(logits, dtype)):
         z = _scaled(rows, logits, piece, temperature, dtype)
@@ -72,17 +72,17 @@ def backward(
     d = on_logp (onehot - p) - on_H p (log p + H), over temperature; p = e / total and log p = z - shift - log total.
     """
     rows, dtype = Rows(targets.shape, mask), result_dtype(logits.dtype)
-    y = rows.pick(targets).long()
+    y = rows.select_valid(targets).long()
     into = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
-    shift, total, off, logp, h = (rows.pick(row).unsqueeze(1) for row in stats)
+    shift, total, off, logp, h = (rows.select_valid(row).unsqueeze(1) for row in stats)
     flat, at_target = torch.zeros_like(total), torch.zeros_like(total)
     steep = None
     if on_logprobs is not None:
         # a target of -inf is a constant
-        on_logp = rows.pick(on_logprobs).unsqueeze(1).masked_fill(logp == float("-inf"), 0.0) / temperature
+        on_logp = rows.select_valid(on_logprobs).unsqueeze(1).masked_fill(logp == float("-inf"), 0.0) / temperature
         flat, at_target = -on_logp / total, on_logp * (off / total)
     if on_entropy is not None:
-        on_h = rows.pick(on_entropy).unsqueeze(1) / temperature
+        on_h = rows.select_valid(on_entropy).unsqueeze(1) / temperature
         flat, steep = flat + on_h * (total.log() - h) / total, -on_h / total
         at_target = at_target - on_h * torch.where(logp > float("-inf"), logp.exp() * (logp + h), 0.0)
     for piece in rows.chunks(_block_rows(logits, dtype)):

@@ -155,7 +155,7 @@ def linear_ppo(
         tokens = PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights)
         dtype = tokens.dtype_with(hidden, weight)
         rows, active = _active_rows_first(Rows(targets.shape, mask), tokens, options)
-        y = rows.pick(targets).long()
+        y = rows.select_valid(targets).long()
         checks.ids(y, weight.shape[0])
         head, needed = Head(bias, temperature, logit_scale, softcap, forbidden), (needs[0], needs[1], needs[2])
         sums, grads = _sweep_rows(
@@ -226,12 +226,12 @@ def _sweep_rows(
 
 def _active_rows_first(rows: Rows, tokens: PolicyTokens, options: PolicyOptions) -> tuple[Rows, int]:
     """Reorder the rows: first those that can have a gradient (advantage and weight not 0). Returns their number too."""
-    active = rows.pick(tokens.advantages) != 0.0
+    active = rows.select_valid(tokens.advantages) != 0.0
     if options.kl_in_loss or options.entropy_in_loss:
         active = torch.ones_like(active)
     if tokens.weights is not None:
-        active &= rows.pick(tokens.weights) != 0.0
-    return (rows, rows.count) if bool(active.all()) else rows.first(active)
+        active &= rows.select_valid(tokens.weights) != 0.0
+    return (rows, rows.count) if bool(active.all()) else rows.chosen_first(active)
 
 
 def stored_gradient_dtype(hidden: torch.dtype) -> torch.dtype:

@@ -83,7 +83,7 @@ class PolicyTokens(NamedTuple):
 
     def picked(self, rows: Rows) -> PolicyTokens:
         """The valid tokens, flat."""
-        return self._each(rows.pick, torch.ones(rows.count, dtype=torch.bool, device=self.mask.device))
+        return self._each(rows.select_valid, torch.ones(rows.count, dtype=torch.bool, device=self.mask.device))
 
     def part(self, piece: slice) -> PolicyTokens:
         return self._each(lambda x: x[piece], self.mask[piece])

@@ -127,7 +127,7 @@ def ppo_objective(roles: Roles, config: PPOConfig) -> Objective[Experience, Expe
 
 def update_metrics(rows: Sequence[dict[str, float]], updates: int) -> dict[str, float]:
     """Means over the minibatches of an iteration. `updates`: the number of optimizer steps."""
-    if not rows:  # a constraint left out all responses
+    if not rows:  # a constraint excluded all responses
         return {"policy/updates": 0.0}
     means = {
         logged: sum(row[name] for row in rows) / len(rows) for name, logged in UPDATE_METRICS.items() if name in rows[0]
@@ -187,7 +187,7 @@ class PPO:
         budget: TokenBudget | None = None,
     ) -> None:
         self.config, self.roles, self.sampler = config, roles, sampler
-        self.rewards, self.constraint = scorer, constraint
+        self.reward_scorer, self.constraint = scorer, constraint
         self.prompts, self.heldout, self.total_steps = prompts, heldout, total_steps
         # Warm-up starts at a learning rate of 0, which would waste an iteration. The schedule starts one step later.
         self.first_schedule_step = 1 if config.warmup_steps else 0
@@ -203,9 +203,9 @@ class PPO:
             yield (step + 1) * size / len(self.prompts), indices
 
     def score(self, prompts: Sequence[Prompt], episodes: Sequence[Episode]) -> ScoredAnswers:
-        """Scores on the run's scale, and costs where there is a constraint."""
-        scorers = [self.rewards, *([self.constraint] if self.constraint else [])]
-        scores, *costs = [each.scores(self.roles, self.sampler.tokenizer, prompts, episodes) for each in scorers]
+        """Scores, scaled by `AdaptiveState.scale`, and costs if there is a constraint."""
+        scorers = [self.reward_scorer, *([self.constraint] if self.constraint else [])]
+        scores, *costs = [scorer.scores(self.roles, self.sampler.tokenizer, prompts, episodes) for scorer in scorers]
         return ScoredAnswers(self.adaptive.scale.of(scores), costs[0].sums if costs else None)
 
     def collect(self, step: int, indices: Sequence[int], bar: Bar) -> Collected:
@@ -245,12 +245,12 @@ class PPO:
         planned = -(-len(collected.experiences) // config.minibatch_size) * config.num_ppo_epochs
         with bar.part("learn", planned) as part, phase_memory(row, "memory/learn_gib"):
             for minibatch in minibatches(collected.experiences, config, trainer.step):
-                rows.append(trainer.gradients(self.objective, minibatch))
+                rows.append(trainer.compute_gradients(self.objective, minibatch))
                 part.advance()
                 if config.target_kl and rows[-1]["policy/approxkl"] > config.target_kl:
-                    trainer.discard()
+                    trainer.zero_grad()
                     break
-                trainer.apply()
+                trainer.optimizer_step()
                 updates += 1
         if not updates:  # the learning rate schedule makes a step even without an optimizer step
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
@@ -272,10 +272,10 @@ class PPO:
         """Metrics of responses to the held-out prompts; writes them to `samples.jsonl`."""
         if not self.heldout:
             return {}
-        found = evaluate_policy(self.heldout, self.roles, self.sampler, self.score, self.config, self.budget, bar)
-        for sample in found.samples:
+        evaluation = evaluate_policy(self.heldout, self.roles, self.sampler, self.score, self.config, self.budget, bar)
+        for sample in evaluation.samples:
             run_folder.log(trainer.run.folder, {"step": trainer.step, **sample}, run_folder.SAMPLES)
-        return found.metrics
+        return evaluation.metrics
 
     def counts(self, step: int) -> dict[str, int]:
         return {"episode": step * self.config.episodes_per_step}

@@ -26,7 +26,7 @@ from onecard.data.batches import (
     size_when_sharing,
 )
 from onecard.data.columns import columns_present, has
-from onecard.data.files import checked
+from onecard.data.files import with_check
 from onecard.models.roles import Roles
 from onecard.utils.errors import OnecardError, nearest
 from onecard_kernels import Loss
@@ -142,7 +142,7 @@ def reward_loss(roles: Roles, batch: Any, config: RewardConfig, normalizer: int)
 
 
 def kind_of(row: Row) -> Kind | None:
-    """The first kind whose columns the row all has, else the first with any of them; None if there is none."""
+    """The first kind whose columns are all in the row, else the first with any column in it, else None."""
     for matches in (all, any):
         for kind in KINDS:
             if matches(has(row.values, column) for column in kind.columns):
@@ -151,7 +151,7 @@ def kind_of(row: Row) -> Kind | None:
 
 
 def detect_kind(rows: Iterable[Row]) -> tuple[Kind, Rows]:
-    """Detect the kind of a dataset. Returns it and the rows; a row of another kind raises when it is read.
+    """Detect the kind of a dataset. Returns the kind and the rows; reading a row of another kind raises.
 
     A row with no column of any kind is passed through: the tokenizer of the detected kind reports it as a bad row.
     """
@@ -172,7 +172,7 @@ def detect_kind(rows: Iterable[Row]) -> tuple[Kind, Rows]:
                 "from one kind of rows."
             )
 
-    return expected, checked(rows, check)
+    return expected, with_check(rows, check)
 
 
 def tokenize(rows: Iterable[Row], tokenizer: Any, max_length: int, config: RewardConfig) -> Tokenized[Any]:

@@ -1,12 +1,12 @@
-"""Losses of scores, and the metrics that go with them, by TRL's names.
+"""Losses of reward models, and their metrics under TRL's names.
 
 Pairs (Bradley-Terry):
 
     loss = 1/B sum_i  -log sigmoid(r(x, y+) - r(x, y-) - margin)  +  c (r(x, y+) + r(x, y-))^2
 
-Rankings of K answers, the best first: the mean of the same over a ranking's K (K - 1) / 2 pairs, then over rankings.
+Rankings of K answers: the mean of that loss over the K (K - 1) / 2 pairs of a ranking, then the mean over rankings.
 
-Scores s:
+Regression to given scores s:
 
     loss = 1/B sum_i (r(x, y) - s)^2
 
@@ -34,7 +34,7 @@ def bradley_terry_loss(
     normalizer: int,
     weights: Tensor | float = 1.0,
 ) -> Loss:
-    """The loss of pairs, for scores fp32 [B]; it and its metrics count each pair by its weight, over `normalizer`."""
+    """Loss and metrics of pairs, with scores fp32 [B]: sums weighted by `weights`, divided by `normalizer`."""
     difference = chosen - rejected
     losses = -logsigmoid(difference - margins) + center_rewards_coefficient * (chosen + rejected).square()
     metrics = {
@@ -47,7 +47,7 @@ def bradley_terry_loss(
 
 
 def ranking_loss(scores: Tensor, counts: Sequence[int], *, center_rewards_coefficient: float, normalizer: int) -> Loss:
-    """The loss of rankings. `scores` fp32, those of a ranking's `counts[r]` answers together, the best first."""
+    """Loss of rankings. `scores` fp32: ranking after ranking, each with its `counts[r]` answers, the best first."""
     better, worse, weights = ranking_pairs(counts, scores.device)
     return bradley_terry_loss(
         scores[better],
@@ -60,7 +60,7 @@ def ranking_loss(scores: Tensor, counts: Sequence[int], *, center_rewards_coeffi
 
 
 def ranking_pairs(counts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Places of each pair's better and worse answer, and its weight: those of a ranking add up to 1.
+    """Indices of each pair's better and worse answer, and its weight. The weights of a ranking's pairs add up to 1.
 
     >>> ranking_pairs([2, 3], torch.device("cpu"))[:2]
     (tensor([0, 2, 2, 3]), tensor([1, 3, 4, 4]))
@@ -74,7 +74,7 @@ def ranking_pairs(counts: Sequence[int], device: torch.device) -> tuple[Tensor, 
     return better, worse, torch.tensor(weights, device=device)
 
 
-def regression_loss(scores: Tensor, given: Tensor, *, normalizer: int) -> Loss:
-    """The loss of scores, fp32 [B] both."""
-    mse = (scores - given).square().sum() / normalizer
+def regression_loss(scores: Tensor, targets: Tensor, *, normalizer: int) -> Loss:
+    """Mean squared error of predicted scores to the dataset's scores `targets`, both fp32 [B]."""
+    mse = (scores - targets).square().sum() / normalizer
     return Loss(mse, {"mse": mse.detach(), "mean_reward": scores.detach().sum() / normalizer})

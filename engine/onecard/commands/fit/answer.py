@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from onecard.algorithms.ppo.command import check_value_init
-from onecard.commands.fit.cards import GIB, Card, find_card, smallest
+from onecard.commands.fit.cards import GIB, Card, find_card, smallest_card
 from onecard.commands.fit.model import PlannedModel, find_model
 from onecard.commands.fit.phases import Lengths, is_uncut, rows_of
 from onecard.commands.fit.plan import MemoryPlan, plan_memory
@@ -111,7 +111,7 @@ def planner(model: PlannedModel, lengths: Lengths, target: torch.device) -> Call
 def too_little(card: Card, fitting: Fitting) -> str:
     """The error message where no settings fit on the card."""
     peak = fitting.plan.peak
-    larger = smallest(peak)
+    larger = smallest_card(peak)
     what = flags(fitting.changed) or "these settings"
     where = f"; the smallest card that would hold it: {larger.name} ({larger.memory // GIB} GiB)" if larger else ""
     return (

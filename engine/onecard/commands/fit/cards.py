@@ -32,7 +32,7 @@ CARDS: dict[str, int] = {
 }
 
 # Memory that tensors cannot use: the driver and ECC reserve some, the CUDA context with its kernels takes some, and
-# PyTorch's caching allocator loses some to fragmentation. These are assumptions; every answer shows them separately.
+# PyTorch's caching allocator loses some to fragmentation. These are assumptions; the report lists them separately.
 RESERVED_SHARE = 0.04  # share of the card's memory: a 12 GB card reports about 11.6 GiB
 CONTEXT_GIB = 0.5
 FRAGMENTATION = 0.05  # share of the peak
@@ -47,32 +47,32 @@ class Card:
 
     @property
     def usable(self) -> int:
-        """Bytes left after what the driver reserves."""
+        """Bytes that the driver does not reserve."""
         return int(self.memory * (1 - RESERVED_SHARE))
 
     def needed(self, peak: int) -> int:
-        """Bytes of the card that a run needs whose tensors take at most `peak` bytes."""
-        return peak + context() + fragmentation(peak)
+        """Bytes that a run needs whose tensors take at most `peak` bytes: also CUDA context and fragmentation."""
+        return peak + context_bytes() + fragmentation_bytes(peak)
 
     def holds(self, peak: int) -> bool:
-        """Whether a run whose tensors take at most `peak` bytes fits."""
+        """Whether a run fits whose tensors take at most `peak` bytes."""
         return self.needed(peak) <= self.usable
 
 
-LEAST_NAME = 1000  # a number without a unit that is at least this is a card's name (4090), not a size
+SMALLEST_MODEL_NUMBER = 1000  # a number without a unit that is at least this is a card's name (4090), not a size
 
 
-def context() -> int:
+def context_bytes() -> int:
     """Bytes of the CUDA context."""
     return int(CONTEXT_GIB * GIB)
 
 
-def fragmentation(peak: int) -> int:
+def fragmentation_bytes(peak: int) -> int:
     """Bytes lost to fragmentation at a peak of `peak` bytes."""
     return int(FRAGMENTATION * peak)
 
 
-def plain(name: str) -> str:
+def normalized_name(name: str) -> str:
     """A card's name in lower case, without the vendor, spaces, hyphens and underscores."""
     return re.sub(r"nvidia|geforce|[\s_-]", "", name.lower())
 
@@ -80,22 +80,22 @@ def plain(name: str) -> str:
 def find_card(name: str) -> Card:
     """The card for `24GB`, `24GiB`, `24` or a name in `CARDS`. Unknown names raise `OnecardError`."""
     size = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*(g|gb|gib)?", name.strip().lower())
-    if size and (size[2] or float(size[1]) < LEAST_NAME):
+    if size and (size[2] or float(size[1]) < SMALLEST_MODEL_NUMBER):
         memory = int(float(size[1]) * GIB)
         if memory <= 0:
             raise OnecardError(f"card: {name}, expected a size above 0, such as 24GB, or a card's name.")
         return Card(f"{float(size[1]):g} GiB", memory)
-    known = {plain(card_name): card_name for card_name in CARDS}
-    match = known.get(plain(name)) or known.get(plain(f"rtx{name}"))
+    known = {normalized_name(card_name): card_name for card_name in CARDS}
+    match = known.get(normalized_name(name)) or known.get(normalized_name(f"rtx{name}"))
     if match is None:
-        hint = nearest(plain(name), known) and nearest(name, CARDS)
+        hint = nearest(normalized_name(name), known) and nearest(name, CARDS)
         raise OnecardError(
             f"card: no card is called '{name}'; expected a size such as 24GB, or one of {', '.join(CARDS)}.{hint}"
         )
     return Card(match, CARDS[match] * GIB)
 
 
-def smallest(peak: int) -> Card | None:
-    """The card in `CARDS` with the least memory that holds a run; None if no card does."""
+def smallest_card(peak: int) -> Card | None:
+    """The card in `CARDS` with the least memory on which a run fits; None if it fits on none."""
     fitting = [Card(name, size * GIB) for name, size in CARDS.items() if Card(name, size * GIB).holds(peak)]
     return min(fitting, key=lambda card: card.memory, default=None)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from onecard.commands.fit.answer import Answer, answer
-from onecard.commands.fit.cards import GIB, context, fragmentation
+from onecard.commands.fit.cards import GIB, context_bytes, fragmentation_bytes
 from onecard.commands.fit.phases import CACHE, GRADIENTS, STATES
 from onecard.commands.fit.plan import ADAPTERS, WEIGHTS, MemoryPlan
 from onecard.commands.fit.search import flags
@@ -54,8 +54,8 @@ def print_answer(result: Answer) -> None:
         f"{plan.trained:,} trained parameters"
     )
     console.print(table_of(plan))
-    extra = f"{format_gib(context())} context + {format_gib(fragmentation(plan.peak))} fragmentation"
-    total = plan.peak + context() + fragmentation(plan.peak)
+    extra = f"{format_gib(context_bytes())} context + {format_gib(fragmentation_bytes(plan.peak))} fragmentation"
+    total = plan.peak + context_bytes() + fragmentation_bytes(plan.peak)
     console.print(
         f"{format_gib(plan.peak)} allocated at most ({plan.highest.name}) + {extra} = {format_gib(total)} GiB",
         soft_wrap=True,
@@ -83,8 +83,8 @@ def as_json(result: Answer) -> dict[str, Any]:
         "algorithm": result.algorithm,
         **{f"{name}_length": value for name, value in asdict(result.lengths).items()},
         **plan_as_json(plan),
-        "context_gib": gib(context()),
-        "fragmentation_gib": gib(fragmentation(plan.peak)),
+        "context_gib": gib(context_bytes()),
+        "fragmentation_gib": gib(fragmentation_bytes(plan.peak)),
     }
     if card is None:
         return record

@@ -16,7 +16,7 @@ from torch import nn
 
 from onecard.config import ModelConfig, TrainConfig
 from onecard.data.batches import TokenSequence, pack, to_device
-from onecard.models.adapters import ADAPTER_SETTINGS, add_adapter, as_modules, read_settings
+from onecard.models.adapters import ADAPTER_SETTINGS, add_adapter, parameters_to_modules, read_settings
 from onecard.models.attention import use_own_attention
 from onecard.models.build import head_arguments, lora_config, scalar_head
 from onecard.models.folders import weights_folder
@@ -27,7 +27,7 @@ from onecard.models.role_setup import RoleSetup
 from onecard.models.roles import Roles
 from onecard.models.targets import Targets, find_targets
 from onecard.models.trunk import context_of, trunk_of
-from onecard.training.startup import SHORT, layout_candidates
+from onecard.training.startup import SHORT_LENGTH, layout_candidates
 from onecard.utils.errors import OnecardError
 
 META = torch.device("meta")
@@ -145,7 +145,7 @@ def add_adapters(model: Any, config: TrainConfig, setup: RoleSetup) -> Any:
         for name, role in names.items():
             if name in (setup.trained[0], "reference") and (folder / ADAPTER_SETTINGS).is_file():
                 settings = read_settings(folder, "model")
-                as_modules(settings, model)
+                parameters_to_modules(settings, model)
             else:
                 settings = lora_config(config, base, targets, scalar=role in setup.scalar)
             model = add_adapter(model, settings, name)
@@ -155,11 +155,13 @@ def add_adapters(model: Any, config: TrainConfig, setup: RoleSetup) -> Any:
 @torch.no_grad()
 def choose_layout(roles: Roles) -> None:
     """Set the first layout that the model runs in. `startup.choose_layout` does the same with real weights."""
-    context = context_of(trunk_of(roles.causal_model()).config) or SHORT
+    context = context_of(trunk_of(roles.causal_model()).config) or SHORT_LENGTH
     for own_attention, layout in layout_candidates(roles):
         if not own_attention:
             roles.use_plain_attention()
-        length = context // 2 + 1 if layout == "restarted" else SHORT  # some models have masks of the context's length
+        length = (
+            context // 2 + 1 if layout == "restarted" else SHORT_LENGTH
+        )  # some models have masks of the context's length
         sequences = [TokenSequence((0,) * length, (False,) + (True,) * (length - 1))] * 2
         roles.layout = layout
         try:
