@@ -54,7 +54,9 @@ def lora_config(config: TrainConfig, model: Any, targets: Targets, *, scalar: bo
         head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
         targets = targets.without(head)
         if not targets.modules and not targets.parameters:
-            raise OnecardError(f"lora_target_modules: {head} alone: a scalar head does not run it, so nothing would be trained.")
+            raise OnecardError(
+                f"lora_target_modules: {head} alone: a scalar head does not run it, so nothing would be trained."
+            )
     return LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
