@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -69,21 +71,34 @@ def write_metrics(path: Path, count: int) -> None:
             file.write(json.dumps({"step": step, "loss": 1 / step, **row}) + "\n")
 
 
-def measured(what: str, role: str, command: Sequence[str], environment: Mapping[str, str]) -> Row:
-    """Run a command to its end: its wall time, and the most memory that it had resident."""
-    with tempfile.TemporaryFile() as output:
-        began = time.perf_counter()
-        process = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **environment})
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - began
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            output.seek(0)
-            raise click.ClickException(f"{what}: exit code {process.returncode}: {output.read().decode()[-400:]}")
-    return Row(what, role, seconds=(seconds,), peak_bytes=usage.ru_maxrss << 10)
+@dataclass(frozen=True)
+class Process:
+    """A command whose wall time and most resident memory are measured."""
+
+    name: str
+    role: str
+    command: Sequence[str]
+    environment: Mapping[str, str]
+
+    def run(self) -> tuple[float, int]:
+        """Run the command to its end: seconds, bytes."""
+        with tempfile.TemporaryFile() as output:
+            began = time.perf_counter()
+            process = subprocess.Popen(
+                self.command, stdout=output, stderr=output, env={**os.environ, **self.environment}
+            )
+            _, status, usage = os.wait4(process.pid, 0)
+            seconds = time.perf_counter() - began
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode:
+                output.seek(0)
+                end = output.read().decode()[-400:]
+                raise click.ClickException(f"{self.name}: exit code {process.returncode}: {end}")
+        return seconds, usage.ru_maxrss << 10
 
 
-def measure_case(rows: int, report_rows: int) -> Case:
+def measure_case(rows: int, report_rows: int, rounds: int) -> Case:
+    """All processes once in each round. Each round begins without caches."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data, model, run = folder / "pairs.jsonl", folder / "model", folder / "run"
@@ -92,31 +107,43 @@ def measure_case(rows: int, report_rows: int) -> Case:
         run.mkdir()
         write_metrics(run / "metrics.jsonl", report_rows)
         (run / "config.yaml").write_text("{}\n", encoding="utf-8")
-        kept = {"ONECARD_CACHE": str(folder / "cache"), "HF_DATASETS_CACHE": str(folder / "peer")}
+        caches = {
+            "ONECARD_CACHE": str(folder / "caches" / "ours"),
+            "HF_DATASETS_CACHE": str(folder / "caches" / "peer"),
+        }
         size = f"{rows:,} pairs, {data.stat().st_size / 2**20:.0f} MiB of JSON lines"
         ours = [sys.executable, "-m", "onecard", "dpo", "--model", str(model), "--dataset", str(data), "--max_length",
                 "256", "--output_dir", str(folder / "out"), "--dry_run"]  # fmt: skip
         peer = [sys.executable, "-c", PEER, str(data), str(model)]
         report = [sys.executable, "-c", REPORT, str(run)]
-        found = (
-            measured(f"{size}: `onecard dpo --dry_run`", "ours", ours, kept),
-            measured(f"{size}: `datasets`, `load_dataset` and `map` with `batched=True`", "peer", peer, kept),
-            measured("the same, the second time: `onecard dpo --dry_run`", "ours", ours, kept),
-            measured("the same, the second time: `datasets`", "peer", peer, kept),
-            measured(f"the report of {report_rows:,} rows of {METRICS} metrics", "ours", report, {}),
+        processes = (
+            Process(f"{size}: `onecard dpo --dry_run`", "ours", ours, caches),
+            Process(f"{size}: `datasets`, `load_dataset` and `map` with `batched=True`", "peer", peer, caches),
+            Process("the same, the second time: `onecard dpo --dry_run`", "ours", ours, caches),
+            Process("the same, the second time: `datasets`", "peer", peer, caches),
+            Process(f"the report of {report_rows:,} rows of {METRICS} metrics", "ours", report, {}),
         )
-    return Case("scale", "whole processes", {"rows": rows, "report_rows": report_rows}, "", rows=found)
+        found: list[list[tuple[float, int]]] = []
+        for _ in range(rounds):
+            shutil.rmtree(folder / "caches", ignore_errors=True)
+            found.append([process.run() for process in processes])
+    table = tuple(
+        Row(process.name, process.role, seconds=tuple(s for s, _ in runs), peak_bytes=max(peak for _, peak in runs))
+        for process, runs in zip(processes, zip(*found, strict=True), strict=True)
+    )
+    return Case("scale", "whole processes", {"rows": rows, "report_rows": report_rows}, "", rows=table)
 
 
 @click.command(context_settings=cli.SETTINGS)
 @click.option("--rows", type=click.IntRange(1), default=200_000, show_default=True, help="Pairs to tokenize.")
 @click.option("--report_rows", type=click.IntRange(1), default=100_000, show_default=True, help="Rows of the report.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Rounds; medians are shown.")
 @cli.OUT
 @cli.ONLY_PRINT
-def command(rows: int, report_rows: int, out: Path | None, only_print: bool) -> None:
-    """Time a start over many rows twice, `datasets` beside it, and the report of a long run (five minutes)."""
+def command(rows: int, report_rows: int, rounds: int, out: Path | None, only_print: bool) -> None:
+    """Time a start over many rows twice, `datasets` beside it, and the report of a long run (nine minutes)."""
     recorder = Recorder("scale", torch.device("cpu"), out=out)
-    render.show(recorder, measure_case(rows, report_rows), Console())
+    render.show(recorder, measure_case(rows, report_rows, rounds), Console())
     render.finish(recorder, page=None if only_print else PAGE)
 
 

@@ -122,6 +122,19 @@ def test_the_first_bad_row_is_named(kind: str) -> None:
         KINDS[kind](rows(*some(23)), built("<s> $A"), max_length=24, skip_bad_rows=False)
 
 
+def test_a_bad_row_is_named_before_a_later_one_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are read a batch ahead."""
+
+    def unreadable_at(number: int) -> Any:
+        yield from rows(*some(23))[: number - 1]
+        raise OnecardError(f"x.jsonl:{number}: not JSON")
+
+    monkeypatch.setattr(tokenize_rows, "BATCH_ROWS", 3)
+    for number, named in ((8, 5), (4, 4)):
+        with pytest.raises(OnecardError, match=rf"^x\.jsonl:{named}: "):
+            KINDS["pairs"](unreadable_at(number), built("<s> $A"), max_length=24, skip_bad_rows=False)
+
+
 # --- arrays
 
 
@@ -231,7 +244,7 @@ def no_tokenizing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         def fail(*_: Any) -> Any:
             raise AssertionError("tokenized again")
 
-        monkeypatch.setattr(tokenize_rows, "tokenize_transcripts", fail)
+        monkeypatch.setattr(tokenize_rows, "encode_transcripts", fail)
 
     return refuse
 
@@ -322,7 +335,7 @@ def test_a_run_that_is_stopped_leaves_nothing_half_written(
     large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = written(tmp_path)
-    real, calls = tokens.tokenize_transcripts, []
+    real, calls = tokens.encode_transcripts, []
 
     def stopped(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -331,7 +344,7 @@ def test_a_run_that_is_stopped_leaves_nothing_half_written(
         return real(*arguments)
 
     monkeypatch.setattr(tokenize_rows, "BATCH_ROWS", 5)
-    monkeypatch.setattr(tokenize_rows, "tokenize_transcripts", stopped)
+    monkeypatch.setattr(tokenize_rows, "encode_transcripts", stopped)
     with pytest.raises(KeyboardInterrupt):
         tokenized(path)
     assert not list(large.iterdir())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -18,7 +19,15 @@ from onecard.data.data_report import BadRow, BuiltExample, DataReport
 from onecard.data.example_arrays import ExampleWriter
 from onecard.data.files import Row, Rows
 from onecard.data.token_cache import TokenizedExamples, cache_key, cached
-from onecard.data.tokens import LengthLimit, MaskedTokens, Tokenizer, Transcript, tokenize_transcripts
+from onecard.data.tokens import (
+    LengthLimit,
+    MaskedTokens,
+    Tokenizer,
+    Transcript,
+    encode,
+    encode_transcripts,
+    mask_transcripts,
+)
 from onecard.utils.errors import OnecardError
 from onecard.utils.progress import progress
 
@@ -26,7 +35,7 @@ T = TypeVar("T")
 M = TypeVar("M")
 T_co = TypeVar("T_co", covariant=True)
 
-BATCH_ROWS = 512  # rows tokenized in one call
+BATCH_ROWS = 256  # rows tokenized in one call; two such batches are in memory
 PROGRESS_ROWS = 5_000  # rows from which there is a progress bar
 
 
@@ -39,6 +48,7 @@ class PendingExample(Generic[T_co]):
 
 
 Pending: TypeAlias = Iterable[tuple[Row, PendingExample[T] | Exception]]  # an exception for a row that cannot be used
+PendingBatch: TypeAlias = list[tuple[Row, PendingExample[T] | Exception]]
 
 
 def pending_examples(
@@ -54,15 +64,46 @@ def pending_examples(
             yield row, error
 
 
+def tokenized_batches(
+    pending: Pending[T], tokenizer: Tokenizer
+) -> Iterator[tuple[PendingBatch[T], list[MaskedTokens]]]:
+    """Batches of rows, each with the ids and masks of its texts.
+
+    A thread encodes the next batch while the caller builds the examples of this one. An error while rows are read is
+    raised after the batches before it.
+    """
+    rows = iter(pending)
+    is_fast = getattr(tokenizer, "backend_tokenizer", None) is not None
+    encode("a", tokenizer)  # drops a truncation that the tokenizer's file sets: a thread cannot while others encode
+    with ThreadPoolExecutor(max_workers=1) as pool:
+
+        def read() -> tuple[PendingBatch[T], list[Transcript], Future[dict[str, list[int]]]]:
+            batch = list(islice(rows, BATCH_ROWS))
+            transcripts = [text for _, item in batch if isinstance(item, PendingExample) for text in item.transcripts]
+            encoded = pool.submit(encode_transcripts, transcripts, tokenizer)
+            if not is_fast:  # a tokenizer written in Python may not be thread-safe
+                wait([encoded])
+            return batch, transcripts, encoded
+
+        following = read()
+        while following[0]:
+            (batch, transcripts, encoded), failure = following, None
+            try:
+                following = read()
+            except Exception as error:
+                failure = error
+            yield batch, mask_transcripts(transcripts, encoded.result(), tokenizer)
+            if failure is not None:
+                raise failure
+
+
 def build_examples(pending: Pending[T], tokenizer: Tokenizer, report: DataReport, *, skip: bool) -> Iterator[T]:
     """Tokenize pending examples in batches and build them.
 
     Raises OnecardError at the first bad row unless `skip`, and if no row can be used.
     """
-    remaining = iter(pending)
-    while batch := list(islice(remaining, BATCH_ROWS)):
-        transcripts = [text for _, item in batch if isinstance(item, PendingExample) for text in item.transcripts]
-        texts = iter(tokenize_transcripts(transcripts, tokenizer))
+    for batch, tokenized in tokenized_batches(pending, tokenizer):
+        texts = iter(tokenized)
         for row, item in batch:
             try:
                 if isinstance(item, Exception):

@@ -92,7 +92,8 @@ def prompt_tokens(prompt: Text, tokenizer: Tokenizer, arguments: Mapping[str, An
 
     `arguments`: arguments of the chat template besides the messages.
     """
-    return tokenize_transcripts([prompt_transcript(prompt, tokenizer, arguments)], tokenizer)[0].tokens
+    transcripts = [prompt_transcript(prompt, tokenizer, arguments)]
+    return mask_transcripts(transcripts, encode_transcripts(transcripts, tokenizer), tokenizer)[0].tokens
 
 
 def prompt_text(prompt: Text, tokenizer: Tokenizer, arguments: Mapping[str, Any] = NO_ARGUMENTS) -> str:
@@ -152,10 +153,16 @@ def chat_transcript(
     return Transcript(prefixes, (False, True) * len(learned), False, learned[-1].end, len(answers), num_left_out)
 
 
-def tokenize_transcripts(transcripts: Sequence[Transcript], tokenizer: Tokenizer) -> list[MaskedTokens]:
-    """Token ids and response masks of transcripts. All texts are tokenized in one call."""
+def encode_transcripts(transcripts: Iterable[Transcript], tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """Each prefix of the transcripts -> its ids. All are tokenized in one call."""
     texts = list(dict.fromkeys(text for transcript in transcripts for text in transcript.prefixes))
-    ids = dict(zip(texts, encode_batch(texts, tokenizer), strict=True))
+    return dict(zip(texts, encode_batch(texts, tokenizer), strict=True))
+
+
+def mask_transcripts(
+    transcripts: Sequence[Transcript], ids: Mapping[str, list[int]], tokenizer: Tokenizer
+) -> list[MaskedTokens]:
+    """Token ids and response masks of transcripts. `ids`: of `encode_transcripts`."""
     leading = leading_special_tokens(tokenizer)
     eos = closing_token(tokenizer, chat=False) if any(item.plain and item.is_answer[-1] for item in transcripts) else -1
     return [masked_tokens(transcript, ids, leading, eos, tokenizer) for transcript in transcripts]
