@@ -27,7 +27,7 @@ BAD: dict[str, tuple[str, list[str]]] = {
     "torn line": (SFT + "torn.jsonl", ["torn.jsonl:2:"]),
     "no object": (SFT + "list.jsonl", ["list.jsonl:1: expected an object, got a list"]),
     "no such file": (SFT + "nowhere.jsonl", ["nowhere.jsonl: no such file"]),
-    "unknown kind of file": (SFT + "rows.docx", ["rows.docx: unknown kind of file '.docx'", ".jsonl"]),
+    "unknown kind of file": (SFT + "rows.docx", ["rows.docx: unknown file type '.docx'", ".jsonl"]),
     "folder without a dataset": (SFT + "no-model", ["no-model"]),
     "no rows": (DPO + "header.csv", ["header.csv: no rows"]),
     "no Parquet": (SFT + "garbage.parquet", ["garbage.parquet"]),

@@ -168,7 +168,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"--reward_model_path": "", "--reward_funcs": "exact_answer", "--dataset": "{tmp}/answers.jsonl"},
         ["exact_answer: answer is null, expected text or a number; prompt 'the'"],
     ),
-    "empty stop text": ({"--stop_token": ""}, ["stop_token: '' is 0 tokens, expected a text"]),
+    "empty stop text": ({"--stop_token": ""}, ["stop_token: the text is empty; expected one character or more"]),
     "no such layer": ({"--lora_target_modules": "flux"}, ["lora_target_modules", "flux"]),
 }  # fmt: skip
 

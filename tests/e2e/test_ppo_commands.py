@@ -115,7 +115,7 @@ def test_bad_rows_are_skipped_and_counted(quick, ppo, tmp_path):
     bad = write_rows(tmp_path / "some.jsonl", [*rows, {"prompt": None}])
     refused = error_line(ppo({"--dataset": bad}))
     assert "some.jsonl:2: prompt:" in refused
-    assert "expected at most 120 beside the response" in refused
+    assert "expected at most 120, so that the response has room" in refused
     assert not (tmp_path / "run").exists()
     result = ppo({"--dataset": bad, "--skip_bad_rows": True})
     assert result.code == 0, result.err

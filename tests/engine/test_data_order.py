@@ -62,7 +62,7 @@ def test_nothing_left_to_train_on(examples: list[int], test_size: float, message
     [
         (-1, "test_size: expected a share below 1, a count, or 0; got -1."),
         (float("nan"), "test_size: expected a share below 1, a count, or 0; got nan."),
-        (2.5, "test_size: from 1 on it is a count of examples, so 2.5 is not one."),
+        (2.5, "test_size: expected a share below 1 or a whole number of examples, got 2.5."),
     ],
 )
 def test_sizes_that_mean_nothing(test_size: float, message: str) -> None:

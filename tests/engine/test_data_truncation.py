@@ -168,7 +168,8 @@ def test_prompts_to_answer() -> None:
         with pytest.raises(OnecardError) as error:
             prompt_examples(rows({"prompt": text}), tokenizer, max_length=limit, truncation_mode=mode)
         assert (
-            str(error.value) == f"x.jsonl:1: prompt: {len(tokens)} tokens, expected at most {limit} beside the response"
+            str(error.value)
+            == f"x.jsonl:1: prompt: {len(tokens)} tokens, expected at most {limit}, so that the response has room"
         )
     made = prompt_examples(
         rows({"prompt": text}, {"prompt": "Lily"}), tokenizer, max_length=limit, truncation_mode="keep_end"

@@ -12,7 +12,7 @@ from onecard.algorithms import dpo
 from onecard.algorithms.dpo.command import balance_notes
 from onecard.config import DPOConfig
 from onecard.data import load_rows
-from onecard.data.batches import TokenSequence, pack, pack_labelled, pack_pairs, part
+from onecard.data.batches import TokenSequence, pack, pack_labelled, pack_pairs, slice_sequences
 from onecard.models.load import load_tokenizer
 from onecard.training.metrics import MetricsWindow, means_per_kind, sum_metrics
 from onecard.utils.errors import OnecardError
@@ -92,7 +92,7 @@ def test_a_part_of_a_record_is_the_record_of_those_sequences():
     sequences = [one.sequence for one in LABELLED] + [TokenSequence((), ())]
     whole = pack(sequences)
     for start, stop in ((0, 2), (2, 5), (4, 6), (5, 6)):
-        cut, alone = part(whole, start, stop), pack(sequences[start:stop])
+        cut, alone = slice_sequences(whole, start, stop), pack(sequences[start:stop])
         assert (cut.lengths, cut.num_targets) == (alone.lengths, alone.num_targets)
         for ours, theirs in ((cut, alone), (cut.targets, alone.targets)):
             for item in fields(ours):

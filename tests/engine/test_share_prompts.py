@@ -18,7 +18,7 @@ from onecard.algorithms.reward import command as reward_command
 from onecard.algorithms.reward.kinds import collate, collate_shared, example_size, reward_loss
 from onecard.config import DPOConfig, RewardConfig
 from onecard.data.batches import (
-    LEAST_SHARED,
+    MIN_SHARED_TOKENS,
     PreferencePair,
     Ranking,
     ScoredSequence,
@@ -143,9 +143,9 @@ def test_rows_that_a_pair_takes():
     assert [size_when_sharing(item) for item in PAIRS] == [30 + 6, 20 + 6, 6 + 5, 26 + 7]
     for item in PAIRS:
         assert size_when_sharing(item) == pack_pairs([item], share_prompts=True).sequences.num_tokens
-    short, enough = (pair(LONG[:length], [1], [2]) for length in (LEAST_SHARED - 1, LEAST_SHARED))
+    short, enough = (pair(LONG[:length], [1], [2]) for length in (MIN_SHARED_TOKENS - 1, MIN_SHARED_TOKENS))
     assert size_when_sharing(short) == len(short)
-    assert size_when_sharing(enough) == len(enough) - LEAST_SHARED
+    assert size_when_sharing(enough) == len(enough) - MIN_SHARED_TOKENS
 
 
 def test_a_budget_counts_the_rows_that_are_run(fresh):

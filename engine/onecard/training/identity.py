@@ -15,7 +15,7 @@ import numpy as np
 
 from onecard.config import PPOConfig, ReferenceConfig, TrainConfig
 from onecard.data import Prompt
-from onecard.data.example_arrays import contents
+from onecard.data.example_arrays import texts_and_numbers
 from onecard.models.build import reward_adapter
 from onecard.models.load import find_source
 from onecard.models.roles import ADAPTER_WEIGHTS, HEAD_WEIGHTS
@@ -30,7 +30,7 @@ BLOCK = 1 << 12
 def examples_digest(examples: Iterable[object]) -> str:
     """SHA-256 of tokenized examples: changes with the data, their order, and the tokenizer."""
     state = hashlib.sha256()
-    for texts, numbers in contents(examples):
+    for texts, numbers in texts_and_numbers(examples):
         state.update(array("q", [len(texts)]).tobytes() + array("d", numbers).tobytes())
         for tokens, mask in texts:
             state.update(array("q", [len(tokens)]).tobytes() + np.asarray(tokens, np.int64).tobytes() + bytes(mask))

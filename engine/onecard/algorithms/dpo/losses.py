@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.data.batches import LabelledBatch, PreferenceBatch, ResponseTargets, TokenBatch, part
+from onecard.data.batches import LabelledBatch, PreferenceBatch, ResponseTargets, TokenBatch, slice_sequences
 from onecard.models.head import LanguageHead
 from onecard.models.roles import Roles
 from onecard_kernels import Loss, dpo_loss, kto_loss, linear_dpo_loss, linear_logprobs, sequence_sums
@@ -38,7 +38,7 @@ def pair_reference(roles: Roles, batch: PreferenceBatch) -> Tensor:
 def labelled_parts(batch: LabelledBatch) -> tuple[TokenBatch, TokenBatch]:
     """The responses, and the mismatched ones."""
     answers = len(batch.desirable)
-    return part(batch.sequences, 0, answers), part(batch.sequences, answers, 2 * answers)
+    return slice_sequences(batch.sequences, 0, answers), slice_sequences(batch.sequences, answers, 2 * answers)
 
 
 def labelled_reference(roles: Roles, batch: LabelledBatch) -> Tensor:
