@@ -54,7 +54,7 @@ def test_where_every_prompt_is_too_large_the_rarest_is_held_out(seed: int) -> No
 def test_nothing_left_to_train_on(examples: list[int], test_size: float, message: str) -> None:
     with pytest.raises(OnecardError) as error:
         hold_out(examples, examples, test_size=test_size, seed=0)
-    assert str(error.value) == message + "give fewer, or 0, or an eval_dataset."
+    assert str(error.value) == message + "set a smaller test_size, or 0, or an eval_dataset."
 
 
 @pytest.mark.parametrize(

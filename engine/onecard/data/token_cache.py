@@ -84,7 +84,7 @@ def cached(key: str, kind: type[T], write: Callable[[Path | None], TokenizedExam
     folder = cache_folder() / "tokens" / key
     tokenized = read_cache(folder, kind)
     if tokenized is not None:
-        say(f"data: {len(tokenized.examples):,} tokenized examples were read from {folder}.")
+        say(f"data: {len(tokenized.examples):,} tokenized examples are read from {folder}.")
         return tokenized
     new = temporary(folder, "tmp")
     try:
