@@ -49,7 +49,7 @@ def test_the_space_that_opens_an_answer_is_kept(name: str) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=True) == word[1:]
     assert continuation_text(prompt, ids, tokenizer) == text
     sequence = TokenSequence((*prompt, *ids), (False,) * len(prompt) + (True,) * len(ids))
-    episode = Episode(sequence, torch.zeros(len(ids)), False, 0)
+    episode = Episode(sequence, torch.zeros(len(ids)), False)
     assert make_answers(tokenizer, [Prompt("there was a", tuple(prompt))], [episode]).completions == (text,)
 
 

@@ -178,5 +178,5 @@ def test_prompts_to_answer() -> None:
     assert made.examples[0].text == text
     assert made.notes == ("1 of 2 prompts were cut at their beginning",)
     assert spelled(made.examples[0].tokens[1:], tokenizer).endswith("liked to play")
-    with pytest.raises(OnecardError, match="expected at most 1 beside"):
+    with pytest.raises(OnecardError, match="expected at most 1, so that"):
         prompt_examples(rows({"prompt": text}), tokenizer, max_length=1, truncation_mode="keep_end")

@@ -93,7 +93,7 @@ def ppo(model: str, texts: list[tuple[int, ...]], **settings: Any) -> Made:
     config = PPOConfig(model=model, temperature=0.7, entropy_coef=0.01, **settings)
     roles = moved(load_ppo_roles(config))
     found = [pair.chosen for pair in pairs_of(texts)]
-    episodes = [Episode(one, torch.zeros(sum(one.response_mask)), True, i) for i, one in enumerate(found)]
+    episodes = [Episode(one, torch.zeros(sum(one.response_mask)), True) for one in found]
     passes = compute_model_outputs(roles, episodes, config)
     made = make_experiences(episodes, passes, shape_rewards(passes, torch.linspace(-1, 2, len(episodes)), 0.1, config))
     generator = torch.Generator().manual_seed(3)

@@ -56,8 +56,8 @@ class SampledTokens:
     def __init__(self, spread: float) -> None:
         self.spread, self.asked, self.drawn = spread, [], torch.empty(0)
 
-    def sample(self, roles, prompts, places, bar):
-        self.asked.append(list(places))
+    def sample(self, roles, prompts, bar):
+        self.asked.append([prompt.text for prompt in prompts])
         self.drawn = torch.rand(len(prompts)) * self.spread + 5.0
         return SampledTokens.Found(list(self.drawn))
 

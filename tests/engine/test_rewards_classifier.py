@@ -93,7 +93,7 @@ class Texts:
 
 def scores(scorer: Any, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
     sequences = [TokenSequence((1, *map(ord, text)), (False, *(True,) * len(text))) for text in answers]
-    episodes = [Episode(each, torch.zeros(len(each) - 1), False, 0) for each in sequences]
+    episodes = [Episode(each, torch.zeros(len(each) - 1), False) for each in sequences]
     found: list[float] = scorer.scores(None, Texts(), prompts, episodes).parts["reward_model"].tolist()
     return found
 

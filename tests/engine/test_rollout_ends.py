@@ -288,5 +288,5 @@ def test_sampling_stops_where_the_text_first_has_a_stop_string(stories260):
         text = text_before_end(tokenizer, prompt, response.tokens, finished=response.finished, stop=response.stop)
         assert not any(stop in text for stop in texts)
         assert texts_so_far[end - 1].startswith(text + response.stop)
-        episode = make_episode(Prompt("", prompt), 0, response)
+        episode = make_episode(Prompt("", prompt), response)
         assert (episode.stop, episode.response, episode.prompt_tokens) == (response.stop, response.tokens, prompt)

@@ -135,10 +135,7 @@ def measure_answers(
             bar=part,
             seed=config.seed,
         )
-    episodes = [
-        make_episode(prompt, index, response)
-        for index, (prompt, response) in enumerate(zip(prompts, rollout.responses, strict=True))
-    ]
+    episodes = [make_episode(prompt, response) for prompt, response in zip(prompts, rollout.responses, strict=True)]
     bar.advance()
     measures = {"objective/kl": estimate(kl_of(roles, role, episodes, config))} if kl else {}
     bodies = [response.body for response in rollout.responses]

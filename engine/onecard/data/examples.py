@@ -205,8 +205,8 @@ def labelled_examples(
 
     def prepare_answer(row: Row) -> PendingExample[tuple[Row, LabelledRow, TruncatedAnswer]]:
         example = labelled_row(row)
-        texts = answers_of(row, example.prompt, [example.completion], tokenizer)
-        return PendingExample(texts, lambda texts: (row, example, truncate_answers(texts, tokenizer, limit)[0]))
+        transcripts = answers_of(row, example.prompt, [example.completion], tokenizer)
+        return PendingExample(transcripts, lambda texts: (row, example, truncate_answers(texts, tokenizer, limit)[0]))
 
     def prepare_mismatched(
         row: Row, example: LabelledRow, answer: TruncatedAnswer, next_example: LabelledRow

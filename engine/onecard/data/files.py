@@ -254,7 +254,7 @@ def load_saved(path: Path, split: str) -> Any:
 
 
 def load_hub(source: str, split: str) -> Any:
-    """Load a dataset by its name with `datasets.load_dataset`."""
+    """Load a split of a dataset with `datasets.load_dataset`. `source`: a hub name, or a folder."""
     import datasets
 
     try:

@@ -263,11 +263,11 @@ def sample_responses(
     return Rollout(tuple(responses[index] for index in range(len(prompts))), time.perf_counter() - started)
 
 
-def make_episode(prompt: Prompt, prompt_index: int, response: Response) -> Episode:
+def make_episode(prompt: Prompt, response: Response) -> Episode:
     """An episode of a prompt and its response, as one sequence. Its `response_mask` marks the response tokens."""
     mask = (False,) * len(prompt.tokens) + (True,) * len(response.tokens)
     sequence = TokenSequence(prompt.tokens + response.tokens, mask)
-    return Episode(sequence, response.logprobs, response.finished, prompt_index, response.stop)
+    return Episode(sequence, response.logprobs, response.finished, response.stop)
 
 
 def generate(

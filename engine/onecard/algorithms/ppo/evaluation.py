@@ -42,7 +42,7 @@ def evaluate_policy(
     """Sample and score one response to each of at most 128 prompts, always with the same seed."""
     prompts = heldout[:EVALUATED_PROMPTS]
     with bar.part("evaluate", len(prompts)) as part, seeded_rng(roles.device, config.seed, "evaluate"):
-        episodes = sampler.sample(roles, prompts, range(len(prompts)), part).episodes
+        episodes = sampler.sample(roles, prompts, part).episodes
         scored = score(prompts, episodes)
     logprobs, ref_logprobs = (
         response_logprobs(roles, role, episodes, config, budget) for role in ("policy", "reference")

@@ -212,14 +212,13 @@ class PPO:
         """Sample responses to these prompts, score them, and compute their advantages."""
         config, roles, adaptive = self.config, self.roles, self.adaptive
         row: dict[str, float] = {}
-        indices = [index for index in indices for _ in range(config.num_generations)]
-        prompts = [self.prompts[index] for index in indices]
+        prompts = [self.prompts[index] for index in indices for _ in range(config.num_generations)]
         with (
-            bar.part("sample", len(indices)) as part,
+            bar.part("sample", len(prompts)) as part,
             phase_memory(row, "memory/rollout_gib"),
             seeded_rng(roles.device, config.seed, step, "sample"),
         ):
-            sampled = self.sampler.sample(roles, prompts, indices, part)
+            sampled = self.sampler.sample(roles, prompts, part)
         episodes = sampled.episodes
         with seeded_rng(roles.device, config.seed, step, "judge"):
             scored = self.score(prompts, episodes)

@@ -41,8 +41,8 @@ class Sampler:
     budget: TokenBudget
     stop_strings: StopStrings | None = None
 
-    def sample(self, roles: Roles, prompts: Sequence[Prompt], indices: Sequence[int], bar: Bar | None) -> Sampled:
-        """One episode for each prompt. `indices` are the prompts' indices in the dataset."""
+    def sample(self, roles: Roles, prompts: Sequence[Prompt], bar: Bar | None) -> Sampled:
+        """One episode for each prompt."""
         rollout = sample_responses(
             roles,
             [prompt.tokens for prompt in prompts],
@@ -52,10 +52,7 @@ class Sampler:
             batch_size=self.budget,
             bar=bar,
         )
-        episodes = [
-            make_episode(prompt, index, response)
-            for prompt, index, response in zip(prompts, indices, rollout.responses, strict=True)
-        ]
+        episodes = [make_episode(prompt, response) for prompt, response in zip(prompts, rollout.responses, strict=True)]
         return Sampled(episodes, rollout)
 
 

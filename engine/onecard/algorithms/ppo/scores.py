@@ -62,7 +62,7 @@ def measure_scale(
     indices = stream_indices(len(training), 0, min(SCALE_PROMPTS, len(training)), seed=config.seed)
     prompts = [training[index] for index in indices]
     with seeded_rng(roles.device, config.seed, "normalize_reward"):
-        episodes = sampler.sample(roles, prompts, indices, None).episodes
+        episodes = sampler.sample(roles, prompts, None).episodes
         sums = scorer.scores(roles, sampler.tokenizer, prompts, episodes).sums.double()
     if sums.min() == sums.max():
         raise OnecardError(

@@ -64,7 +64,7 @@ def check_start(
     episodes: list[Episode] = []
     with seeded_rng(roles.device, config.seed, "start"):
         for chosen in parts:
-            sampled = sampler.sample(roles, chosen, range(len(chosen)), None).episodes
+            sampled = sampler.sample(roles, chosen, None).episodes
             for scorer in scorers:
                 scorer.scores(roles, sampler.tokenizer, chosen, sampled)
             episodes += sampled

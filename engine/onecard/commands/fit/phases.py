@@ -78,7 +78,7 @@ def labelled(lengths: Lengths, *, mismatched: bool) -> LabelledSequence:
 def experience(lengths: Lengths, *, values: bool) -> Experience:
     """An episode of PPO with all its per-token numbers 0, with values if `values`."""
     numbers = torch.zeros(lengths.response)
-    episode = Episode(lengths.sequence(1), numbers, True, 0)
+    episode = Episode(lengths.sequence(1), numbers, True)
     return Experience(episode, numbers, numbers if values else None, numbers, numbers)
 
 

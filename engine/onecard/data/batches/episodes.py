@@ -16,14 +16,13 @@ class Episode:
     """One prompt with an answer sampled by the policy.
 
     `sampling_logprobs` fp32 [k] (CPU): the log-prob of each response token when it was sampled. `finished`: the last
-    token ended the response and is part of it; if false, the response was cut at `response_length`. `prompt`: index of
-    the prompt in the dataset. `stop`: the stop string that ended the response, or empty.
+    token ended the response and is part of it; if false, the response was cut at `response_length`. `stop`: the stop
+    string that ended the response, or empty.
     """
 
     sequence: TokenSequence
     sampling_logprobs: Tensor
     finished: bool
-    prompt: int
     stop: str = ""
 
     def __len__(self) -> int:

@@ -18,7 +18,7 @@ T = TypeVar("T", bound="DataclassInstance")
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One tokenized text. `response_mask[t]` is True if token t belongs to a response: losses and scores use it."""
+    """One tokenized text. `response_mask[t]` is True if token t is trained on, or belongs to a scored response."""
 
     tokens: tuple[int, ...]
     response_mask: tuple[bool, ...]
@@ -89,7 +89,7 @@ def pack(
     `shared_prefixes[i] = (j, p)`: the first p tokens of sequence i equal those of sequence j < i. They are packed once.
     """
     shared_prefixes = shared_prefixes or {}
-    prefixes = [shared_prefixes.get(index, (0, 0)) for index in range(len(sequences))]  # (j, p), as above
+    prefixes = [shared_prefixes.get(index, (0, 0)) for index in range(len(sequences))]  # (j, p)
     prefix_lengths = [length for _, length in prefixes]
     lengths = tuple(len(sequence) - prefix for sequence, prefix in zip(sequences, prefix_lengths, strict=True))
     starts = [0, *accumulate(lengths)]
