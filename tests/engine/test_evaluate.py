@@ -126,9 +126,9 @@ def test_kl_is_to_the_reference_at_sampling_s_temperature(material, tinystories)
     seen = []
     original = module.make_episode
 
-    def kept(prompt, place, response):
+    def kept(prompt, response):
         seen.append((prompt.tokens, response.tokens))
-        return original(prompt, place, response)
+        return original(prompt, response)
 
     plain = {"reward_model_path": None, "reward_funcs": None, "reward_weights": None, "max_prompts": 4}
     with pytest.MonkeyPatch.context() as patch:

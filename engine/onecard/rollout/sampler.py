@@ -69,7 +69,7 @@ class Rollout:
 SAMPLING_MESSAGES = RetryMessages(
     smaller="prompts are sampled together with a KV cache of at most {size} from here on; all are sampled again.",
     single="the KV cache of one prompt and its answer ({size}) does not fit. Set a smaller response_length or "
-    "max_new_tokens, or add --load_in_4bit; `onecard fit` computes beforehand what fits.",
+    "max_new_tokens, or add --load_in_4bit; `onecard fit` says beforehand what fits.",
     format_size=lambda size: f"{size / 2**20:,.1f} MiB",
 )
 
