@@ -92,7 +92,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "no dataset": ({"--dataset": None}, ["--dataset is missing"]),
     "no prompt left to train on": ({"--test_size": 24}, ["test_size"]),
-    "prompt too long": ({"--dataset": "{tmp}/long.jsonl"}, ["long.jsonl:2: prompt:", "at most 120 beside"]),
+    "prompt too long": ({"--dataset": "{tmp}/long.jsonl"}, ["long.jsonl:2: prompt:", "at most 120, so that"]),
     "response past the context": ({"--response_length": 128}, ["response_length: 128 leaves no room", "128 tokens"]),
     "response past max_length": ({"--max_length": 8}, ["response_length: 8", "max_length (8)"]),
     "policy that is a reward model": ({"--model": "{m}/rm"}, ["model:", "rm/reward is a reward model"]),
