@@ -189,7 +189,7 @@ def test_a_head_that_makes_its_logits_otherwise_is_refused(tinystories):
     """The check sees a wrong scale on a few tokens."""
     model = load_base(DPOConfig(model=str(tinystories)))
     heads.check_head(model, model.get_decoder(), heads.read_head(model))
-    with pytest.raises(OnecardError, match="makes its logits in a way that the linear functions cannot repeat"):
+    with pytest.raises(OnecardError, match="computes its logits in a way that the linear functions cannot reproduce"):
         heads.check_head(model, model.get_decoder(), replace(heads.read_head(model), logit_scale=0.9))
 
 

@@ -92,8 +92,8 @@ def quantizing_experts(enabled: bool = True) -> Iterator[list[str]]:
                 faults.append(f"its {name} is {list(weight.shape)}, expected {list(expected)} by its config")
             if weight.numel() >= ELEMENT_LIMIT:
                 faults.append(f"its {name} has {weight.numel():,} elements, more than bitsandbytes can quantize")
-            packed = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
-            return {name: packed.to(weight.device)}
+            quantized = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
+            return {name: quantized.to(weight.device)}
 
     class Quantizer(Bnb4BitHfQuantizer):
         def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -124,16 +124,16 @@ def dequantized(module: nn.Module) -> Iterator[None]:
     """Context in which a module's quantized experts are dequantized tensors in their compute dtype."""
     from bitsandbytes.functional import dequantize_4bit
 
-    packed: dict[str, Any] = {
+    quantized: dict[str, Any] = {
         name: parameter for name, parameter in stacked_experts(module).items() if is_quantized(parameter)
     }
-    for name, parameter in packed.items():
+    for name, parameter in quantized.items():
         del module._parameters[name]
         module.__dict__[name] = dequantize_4bit(parameter.data, parameter.quant_state)
     try:
         yield
     finally:
-        for name, parameter in packed.items():
+        for name, parameter in quantized.items():
             del module.__dict__[name]
             module._parameters[name] = parameter
 

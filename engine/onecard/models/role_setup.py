@@ -59,6 +59,6 @@ def ppo_setup(config: PPOConfig, scorers: Collection[str], *, from_adapter: bool
 
 
 def reference_adapter_name(config: TrainConfig, *, from_adapter: bool) -> str | None:
-    """Name of the reference's adapter: `ref_adapter`, or a copy of the one that training starts from. None: the base."""
+    """The reference's adapter: `ref_adapter`, or a copy of the one that training starts from. None: the base alone."""
     named = isinstance(config, ReferenceConfig) and bool(config.ref_adapter)
     return "reference" if named or from_adapter else None
