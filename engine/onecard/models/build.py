@@ -112,7 +112,7 @@ def check_full_training(config: TrainConfig, *, adapter: bool) -> None:
     """Raise if all weights are to be trained, but `config.model` is an adapter (`adapter` is True)."""
     if adapter and not config.use_peft:
         name = find_source(config.model).adapter
-        raise OnecardError(f"use_peft: --no_use_peft trains a whole model, but {name} is an adapter; leave it out.")
+        raise OnecardError(f"use_peft: {name} is an adapter, not a whole model; leave --no_use_peft out.")
 
 
 def check_no_float16(roles: Roles) -> None:
