@@ -97,7 +97,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "response past max_length": ({"--max_length": 8}, ["response_length: 8", "max_length (8)"]),
     "policy that is a reward model": ({"--model": "{m}/rm"}, ["model:", "rm/reward is a reward model"]),
     "reward of another base": ({"--reward_model_path": "{tmp}/other"}, ["reward_model_path", "trained on {tmp}/base"]),
-    "reward that is a model": ({"--reward_model_path": "{model}"}, ["reward_model_path", "is not a reward adapter"]),
+    "reward that is a model": ({"--reward_model_path": "{model}"}, ["reward_model_path", "is no reward adapter"]),
     "reward without a head": (
         {"--reward_model_path": "{m}/sft/policy"}, ["reward_model_path", "sft/policy is no reward adapter"],
     ),

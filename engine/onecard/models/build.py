@@ -98,7 +98,7 @@ def reference_adapter(config: TrainConfig) -> Path | None:
     policy = find_source(config.model)
     source = find_source_of(name, "ref_adapter")
     if source.adapter is None:
-        raise OnecardError(f"ref_adapter: {name} is not an adapter folder: it has no adapter_config.json.")
+        raise OnecardError(f"ref_adapter: {name} is no adapter folder: it has no adapter_config.json.")
     if not same_base(source, policy):
         raise OnecardError(
             f"ref_adapter: {name} was trained on {source.base}, but the policy's base is {policy.base}; policy and "
@@ -242,7 +242,7 @@ SCORER_SETTINGS = {"reward": "reward_model_path", "constraint": "constraint_mode
 def reward_adapter(config: PPOConfig | EvaluateConfig, setting: str = "reward_model_path") -> Path | None:
     """The folder of the reward adapter that a setting names; None if it is empty or names a sequence classifier.
 
-    A folder that is not a reward adapter, or one on another base, raises `OnecardError`.
+    A folder that is no reward adapter, or one on another base, raises `OnecardError`.
     """
     name: str = getattr(config, setting)
     if not name or is_classifier(name, setting, trust_remote_code=config.trust_remote_code):
@@ -251,7 +251,7 @@ def reward_adapter(config: PPOConfig | EvaluateConfig, setting: str = "reward_mo
     path = source.adapter
     if path is None or not (path / HEAD_WEIGHTS).is_file():
         raise OnecardError(
-            f"{setting}: {name} is not a reward adapter of onecard: expected a folder with "
+            f"{setting}: {name} is no reward adapter of onecard: expected a folder with "
             f"adapter_config.json and {HEAD_WEIGHTS}, as `onecard reward` writes, or a sequence classifier."
         )
     if not same_base(source, policy):

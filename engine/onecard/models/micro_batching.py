@@ -101,7 +101,7 @@ MEMORY_ADVICE = (
 )
 FORWARD_MESSAGES = RetryMessages(
     smaller="passes without gradients of at most {size} from here on.",
-    single="one sequence of {size} does not fit into a pass without gradients. "
+    single="one sequence of {size} is too much for a pass without gradients. "
     "Lower max_length (in ppo response_length too), or add --load_in_4bit; `onecard fit` says beforehand what fits.",
 )
 TRAINING_MESSAGES = RetryMessages(
