@@ -34,9 +34,10 @@ from onecard.utils.errors import OnecardError, reason
 AdapterFolders: TypeAlias = dict[str, tuple[str, Path]]  # adapter -> the setting that names it, its folder
 
 
-def scalar_head(hidden_size: int, device: torch.device) -> ScalarHead:
+def new_scalar_head(roles: Roles) -> ScalarHead:
     """A reward head: weights N(0, 1/sqrt(D + 1)), bias 0 (Stiennon et al., 2020, https://arxiv.org/abs/2009.01325)."""
-    head = ScalarHead(hidden_size, 1, device=device, dtype=torch.float32)
+    hidden_size = roles.head().weight.shape[1]  # not config.hidden_size: some models project before the head
+    head = ScalarHead(hidden_size, 1, device=roles.device, dtype=torch.float32)
     nn.init.normal_(head.weight, std=1 / math.sqrt(hidden_size + 1))
     nn.init.zeros_(head.bias)
     return head
@@ -143,7 +144,7 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
             check_no_head_adapter(roles, trained, source.adapter)
         folder = source.adapter or Path(source.base)
         continued = (folder / HEAD_WEIGHTS).is_file()  # training continues from a reward model
-        head = read_scalar_head(roles, folder) if continued else scalar_head(*head_arguments(roles))
+        head = read_scalar_head(roles, folder) if continued else new_scalar_head(roles)
         activation: Activation = config.score_activation if isinstance(config, RewardConfig) else "none"
         if continued and head.activation != activation:
             raise OnecardError(
@@ -191,14 +192,9 @@ def check_no_head_adapter(roles: Roles, role: str, folder: Path) -> None:
         )
 
 
-def head_arguments(roles: Roles) -> tuple[int, torch.device]:
-    """The arguments of `scalar_head` for a model: input size and device."""
-    return roles.head().weight.shape[1], roles.device  # not config.hidden_size: some models project before the head
-
-
 def read_scalar_head(roles: Roles, folder: Path) -> ScalarHead:
     """The scalar head in a reward model's folder."""
-    head = scalar_head(*head_arguments(roles))
+    head = new_scalar_head(roles)
     try:
         head.read(folder / HEAD_WEIGHTS)
     except Exception as error:  # a damaged file: the parsers raise different exceptions
@@ -229,7 +225,7 @@ def load_ppo_roles(config: PPOConfig) -> Roles:
     if critic_init is not None:
         roles.heads["value"] = read_scalar_head(roles, critic_init).as_critic()
     elif config.has_critic:
-        head = scalar_head(*head_arguments(roles))
+        head = new_scalar_head(roles)
         nn.init.zeros_(head.weight)
         roles.heads["value"] = head
     return roles

@@ -65,7 +65,7 @@ def layers_read_directly(model: nn.Module) -> list[str]:
 
 
 @contextmanager
-def quantizing_experts(enabled: bool = True) -> Iterator[list[str]]:
+def quantizing_experts(enabled: bool) -> Iterator[list[str]]:
     """Context in which transformers also quantizes stacked experts when it loads a model in 4 bit.
 
     Yields a list to which loading adds error messages. With `enabled` False nothing is changed.

@@ -18,7 +18,7 @@ from onecard.config import ModelConfig, TrainConfig
 from onecard.data.batches import TokenSequence, pack, to_device
 from onecard.models.adapters import ADAPTER_SETTINGS, add_adapter, parameters_to_modules, read_settings
 from onecard.models.attention import use_onecard_attention
-from onecard.models.build import head_arguments, lora_config, scalar_head
+from onecard.models.build import lora_config, new_scalar_head
 from onecard.models.folders import weights_folder
 from onecard.models.four_bit import (
     check_quantized,
@@ -186,5 +186,5 @@ def plan_roles(base: Any, copy: Any, config: TrainConfig, setup: RoleSetup) -> R
     if copy is not None:
         roles.copies["reference"] = copy.requires_grad_(False)
     for role in setup.scalar:
-        roles.heads[role] = scalar_head(*head_arguments(roles)).requires_grad_(role in setup.trained)
+        roles.heads[role] = new_scalar_head(roles).requires_grad_(role in setup.trained)
     return roles
