@@ -480,8 +480,8 @@ def sources(found: Sequence[Found]) -> str:
     cpu, wall = sum(run.cpu_seconds for run in runs) / 60, sum(run.wall_seconds for run in runs) / 60
     return (
         f"{len(runs)} runs, {when}; commit {' and '.join(sorted(commits))}; {'; '.join(sorted(versions))}; "
-        f"{'; '.join(sorted(machines))}, one thread each. They took {cpu:.0f} minutes of processor time; their wall times add up to "
-        f"{wall:.0f} minutes."
+        f"{'; '.join(sorted(machines))}, one thread each. They took {cpu:.0f} minutes of processor "
+        f"time; their wall times add up to {wall:.0f} minutes."
     )
 
 
