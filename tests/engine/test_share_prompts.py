@@ -127,8 +127,8 @@ def test_only_a_model_that_takes_shared_records_gets_them(fresh, monkeypatch, la
 
 
 def test_labelled_answers_have_nothing_to_share(fresh):
-    assert recipe_of(loss_type=["kto"]).sharing is None
-    assert recipe_of(loss_type=["apo_zero_unpaired"]).sharing is None
+    assert recipe_of(loss_type=["kto"]).shared_collation is None
+    assert recipe_of(loss_type=["apo_zero_unpaired"]).shared_collation is None
 
 
 def test_padding_free_off_shares_nothing(tiny_model):
@@ -269,7 +269,7 @@ def test_the_evaluation_of_a_reward_model_lays_answers_apart(tiny_model, monkeyp
     scores = type(roles).scores
     monkeypatch.setattr(type(roles), "scores", lambda self, batch: seen.append(batch) or scores(self, batch))
     with progress("evaluate", 1) as bar:
-        reward_command.heldout_row(roles, PAIRS, config, forward_budget(config), bar)
+        reward_command.heldout_metrics(roles, PAIRS, config, forward_budget(config), bar)
     assert len(seen) == 2 * len(PAIRS)
     assert all(batch.shared is None for batch in seen)
 

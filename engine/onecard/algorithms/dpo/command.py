@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from onecard.algorithms.common import Recipe, Sharing, pair_tokenizer, run_recipe
+from onecard.algorithms.common import Recipe, Collation, pair_tokenizer, run_recipe
 from onecard.algorithms.dpo.losses import preference_loss
 from onecard.algorithms.dpo.reference import with_reference
 from onecard.algorithms.dpo.variants import Variant, loss_keywords, pick_variant
@@ -77,7 +77,7 @@ def make_recipe(config: DPOConfig) -> Recipe[Any, Any]:
         loss=lambda roles, batch, normalizer: loss(roles, batch, keywords, normalizer),
         reference=variant.reference is not None,
         prepare=reference_pass(config, variant, collate) if config.precompute_ref_log_probs else None,
-        sharing=Sharing(partial(pack_pairs, share_prompts=True), size_when_sharing) if shares else None,
+        shared_collation=Collation(partial(pack_pairs, share_prompts=True), size_when_sharing) if shares else None,
         unsplittable=next((f"loss_type {name}" for name in config.loss_type if name in WHOLE_BATCH), ""),
     )
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from onecard import __version__
-from onecard.algorithms.common import padded_rows
+from onecard.algorithms.common import padded_size
 from onecard.config import DPOConfig
 from onecard.data.batches import LabelledSequence, PreferencePair, to_device
 from onecard.data.example_arrays import all_lengths
@@ -111,7 +111,7 @@ def compute_table(
 ) -> Tensor:
     """Both log-probs of each example under the reference, fp32 [N, 2], on the CPU."""
     padded = roles.layout == "padded"
-    sizes = [padded_rows(lengths) if padded else sum(lengths) for lengths in all_lengths(examples)]
+    sizes = [padded_size(lengths) if padded else sum(lengths) for lengths in all_lengths(examples)]
     with progress("reference", len(examples)) as bar:
 
         def read(indices: list[int]) -> Tensor:

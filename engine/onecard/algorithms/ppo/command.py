@@ -10,7 +10,7 @@ from onecard.algorithms.common import (
     describe_adapter,
     export_and_report,
     load_examples,
-    longest_sequence,
+    effective_max_length,
 )
 from onecard.algorithms.ppo.job import PPO
 from onecard.algorithms.ppo.sampling import make_sampler
@@ -49,7 +49,7 @@ def described_role(config: PPOConfig, roles: Roles, role: str) -> str:
 
 def longest_prompt(config: PPOConfig) -> int:
     """Tokens that are left for a prompt beside the response."""
-    limit = longest_sequence(config)
+    limit = effective_max_length(config)
     eos = 1 if config.reward_model_path or config.constraint_model_path else 0  # a cut answer gets one to be judged
     room = limit - config.response_length - eos
     if room < 1:

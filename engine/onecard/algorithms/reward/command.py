@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.algorithms.common import Recipe, Sharing, run_recipe
+from onecard.algorithms.common import Recipe, Collation, run_recipe
 from onecard.algorithms.reward.kinds import (
     KIND_OF_EXAMPLE,
     check_settings,
@@ -45,7 +45,7 @@ def scores_of(roles: Roles, batch: TokenBatch, budget: TokenBudget, bar: Bar) ->
         return torch.stack(sequence_passes(roles, unpack(batch), budget, lambda some: list(read(some))))
 
 
-def heldout_row(
+def heldout_metrics(
     roles: Roles, examples: Sequence[Any], config: RewardConfig, budget: TokenBudget, bar: Bar
 ) -> dict[str, float]:
     """Loss and metrics of all held-out examples together."""
@@ -81,9 +81,9 @@ def make_recipe(config: RewardConfig) -> Recipe[Any, Any]:
         count=len,
         loss=lambda roles, batch, normalizer: reward_loss(roles, batch, config, normalizer),
         scalar=True,
-        heldout=lambda roles, examples, budget, bar: heldout_row(roles, examples, config, budget, bar),
+        heldout_metrics=lambda roles, examples, budget, bar: heldout_metrics(roles, examples, config, budget, bar),
         check=lambda examples: check_settings(examples, config),
-        sharing=Sharing(collate_shared, example_size) if config.share_prompts else None,
+        shared_collation=Collation(collate_shared, example_size) if config.share_prompts else None,
         adjust=(lambda roles, examples: normalize(roles, examples, config)) if config.normalize_scores else None,
     )
 
