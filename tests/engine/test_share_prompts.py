@@ -13,7 +13,7 @@ import torch
 from onecard.algorithms import dpo
 from onecard.algorithms.common import Recipe
 from onecard.algorithms.dpo import losses
-from onecard.algorithms.dpo.losses import pair_reference
+from onecard.algorithms.dpo.losses import pair_ref_logps
 from onecard.algorithms.reward import command as reward_command
 from onecard.algorithms.reward.kinds import collate, collate_shared, example_size, reward_loss
 from onecard.config import DPOConfig, RewardConfig
@@ -101,7 +101,7 @@ def test_every_loss_of_pairs_is_the_same(fresh, kind):
 
 
 def test_precomputed_references_belong_to_the_same_answers(fresh):
-    table = pair_reference(fresh, pack_pairs(PAIRS)).view(2, -1).T.tolist()
+    table = pair_ref_logps(fresh, pack_pairs(PAIRS)).view(2, -1).T.tolist()
     known = [replace(item, ref_logps=tuple(row)) for item, row in zip(PAIRS, table, strict=True)]
     objective = recipe_of().objective(fresh)
     for examples in (known, known[::-1]):
