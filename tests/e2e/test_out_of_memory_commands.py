@@ -173,7 +173,7 @@ def test_a_startup_check_recovers_too(onecard, tiny_model, material):
     with room_for(lambda learning: 40, rows=3, in_step=0) as failed:
         result = onecard(*ppo(tiny_model, material, "run", "--max_steps", 1))
     assert result.code == 0, result.err
-    assert "the check goes on in micro-batches of at most" in result.err
+    assert "the startup check continues in micro-batches of at most" in result.err
     assert "hold a cache of at most" in result.err
     assert failed
 

@@ -299,9 +299,9 @@ def change_reference(patch: pytest.MonkeyPatch, tmp_path: Path, material: Path, 
 
 
 BROKEN = {
-    "sampling": (shift_sampling, "as drawn and of the policy's own pass"),
+    "sampling": (shift_sampling, "from sampling and from a pass of the policy"),
     "dropout": (keep_dropout, "drops 0.3 of its attention in training, expected 0"),
-    "training pass": (shift_training, "in training and in the pass before it"),
+    "training pass": (shift_training, "in training and in the pass that computes the old ones"),
     "reference": (change_reference, "of the policy and of the reference"),
 }
 

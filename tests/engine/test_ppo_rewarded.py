@@ -153,13 +153,13 @@ def test_cost_metrics():
 def test_an_answer_left_out_is_in_no_experience_and_no_mean():
     """lam = 1: of the first answer alone, raw advantages 1.5 and 1.75; whitened, -+1/sqrt(2)."""
     kept = torch.tensor([True, False])
-    shaped = shape_rewards(PASSES, torch.tensor([2.0, 50.0]), 0.0, PPOConfig(lam=1.0), kept=kept)
+    shaped = shape_rewards(PASSES, torch.tensor([2.0, 50.0]), 0.0, PPOConfig(lam=1.0), in_loss=kept)
     root = math.sqrt(0.5)
     torch.testing.assert_close(shaped.advantages, torch.tensor([[-root, root, 0], [0, 0, 0]]), atol=1e-5, rtol=0)
     [experience] = make_experiences(EPISODES, PASSES, shaped)
     assert experience.episode is EPISODES[0]
     white = shape_rewards(
-        PASSES, torch.tensor([2.0, 50.0]), 0.0, PPOConfig(whiten_rewards=True, lam=1.0), kept=kept
+        PASSES, torch.tensor([2.0, 50.0]), 0.0, PPOConfig(whiten_rewards=True, lam=1.0), in_loss=kept
     ).rewards
     # Rewards 0 and 2: mean 1, unbiased variance 2
     torch.testing.assert_close(white[0, :2], torch.tensor([1 - root, 1 + root]))
@@ -172,7 +172,7 @@ def test_an_answer_alone_in_its_group_gives_no_experience(estimator):
     scores = torch.tensor([2.0, -1.0, 5.0, 7.0, 1.0, 3.0])
     kept = torch.tensor([True, True, True, False, False, False])
     config = PPOConfig(advantage_estimator=estimator, num_generations=2)
-    shaped = shape_rewards(passes, scores, 0.1, config, kept=kept)
+    shaped = shape_rewards(passes, scores, 0.1, config, in_loss=kept)
     found = make_experiences(3 * EPISODES, passes, shaped)
     whole = shape_rewards(ModelOutputs(PASSES.logprobs, PASSES.ref_logprobs), scores[:2], 0.1, config)
     assert [experience.advantages.tolist() for experience in found] == [
@@ -182,7 +182,7 @@ def test_an_answer_alone_in_its_group_gives_no_experience(estimator):
 
 
 def test_where_nothing_is_left_no_update_is_made():
-    shaped = shape_rewards(PASSES, torch.zeros(2), 0.1, PPOConfig(), kept=torch.zeros(2).bool())
+    shaped = shape_rewards(PASSES, torch.zeros(2), 0.1, PPOConfig(), in_loss=torch.zeros(2).bool())
     assert make_experiences(EPISODES, PASSES, shaped) == []
     row = objective_metrics(EPISODES, PASSES, shaped, torch.zeros(2), 0.1)
     assert "val/explained_variance" not in row

@@ -73,7 +73,7 @@ class HeldoutSampler:
 def make_heldout_sampler(
     config: PolicyTrainConfig, roles: Roles, tokenizer: Any, heldout: Sequence[object]
 ) -> HeldoutSampler | None:
-    """A sampler for the first `eval_samples` held-out prompts that leave room for a response; None if there are none."""
+    """A sampler for the first `eval_samples` held-out prompts that leave room for a response; None without any."""
     unique_prompts = list(dict.fromkeys(map(prompt_of, heldout)))
     context = context_of(trunk_of(roles.causal_model()).config)
     limit = None if context is None else context - config.eval_sample_length

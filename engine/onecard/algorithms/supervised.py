@@ -91,7 +91,7 @@ class Supervised(Generic[E, B]):
         return {**row, "time/tokens_per_second": tokens / (time.perf_counter() - began)}
 
     def evaluate(self, trainer: Trainer, bar: Bar) -> dict[str, float]:
-        """Loss and metrics over all held-out examples; writes the policy's responses to a few prompts to `samples.jsonl`."""
+        """Loss and metrics over all held-out examples. Writes responses to a few prompts to `samples.jsonl`."""
         if not self.heldout:
             return {}
         if self.heldout_metrics is not None:

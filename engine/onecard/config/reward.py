@@ -19,7 +19,7 @@ class RewardConfig(TrainConfig):
     center_rewards_coefficient: float = option(
         0.0, "Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0; for pairs and rankings.", least=0
     )
-    share_prompts: bool = option(True, "Run a prompt once for all its answers. Equal up to rounding; needs padding_free.")
+    share_prompts: bool = option(True, "Run a prompt once for all its answers. Same up to rounding; needs padding_free.")
     score_activation: Activation = option(
         "none", "sigmoid: the sigmoid of the head's output is fitted to the scores, which must be from 0 to 1."
     )

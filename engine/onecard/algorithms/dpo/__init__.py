@@ -1,4 +1,4 @@
-"""Direct preference optimization (Rafailov et al., 2023, https://arxiv.org/abs/2305.18290), and the losses that follow it.
+"""Direct preference optimization (Rafailov et al., 2023, https://arxiv.org/abs/2305.18290), and related losses.
 
     rows -> tokens, masks -> PreferenceBatch -> reference log-probs (adapters off, no grad) -> policy hidden states
     -> linear_dpo_loss -> (loss, metrics)

@@ -23,7 +23,8 @@ from onecard_kernels.dpo import WHOLE_BATCH
 Collate = Callable[[Sequence[Any]], Any]  # of pairs, or of labelled answers
 Prepare = Callable[[Roles, Sequence[Any], Sequence[Any]], tuple[Sequence[Any], Sequence[Any]]]
 
-MAX_WEIGHT_RATIO = 4 / 3  # of all desirable answers' weight to all undesirable ones' (KTO's paper, eq. 8); the least is 1
+# KTO's paper, eq. 8: all desirable answers together weigh 1 to 4/3 times as much as all undesirable ones
+MAX_WEIGHT_RATIO = 4 / 3
 
 
 def balance_notes(examples: Sequence[LabelledSequence], config: DPOConfig) -> tuple[str, ...]:
@@ -83,7 +84,7 @@ def make_recipe(config: DPOConfig) -> Recipe[Any, Any]:
 
 
 def reference_pass(config: DPOConfig, variant: Variant, collate: Collate) -> Prepare:
-    """`Recipe.prepare` that computes the reference's log-probs before training, then frees a reference that is a copy."""
+    """`Recipe.prepare` that computes the reference's log-probs, then frees the reference if it is a copy of the model."""
     compute = variant.compute_ref_logps
     assert compute is not None
 

@@ -42,7 +42,7 @@ def labelled_parts(batch: LabelledBatch) -> tuple[TokenBatch, TokenBatch]:
 
 
 def labelled_ref_logps(roles: Roles, batch: LabelledBatch) -> Tensor:
-    """Log-probs of a labelled batch under the reference: `LabelledBatch.ref_logps` [2B]; 0 for empty mismatched answers."""
+    """Log-probs of a labelled batch under the reference: `LabelledBatch.ref_logps` [2B]; 0 if mismatched are empty."""
     answers, mismatched = labelled_parts(batch)
     answer_logps = reference_logps(roles, answers)
     has_mismatched = mismatched.num_tokens > 0

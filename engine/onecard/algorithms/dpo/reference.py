@@ -1,4 +1,4 @@
-"""`--precompute_ref_log_probs`: the reference's log-probs, computed before training and cached on disk for other runs."""
+"""`--precompute_ref_log_probs`: compute the reference's log-probs before training, and cache them for other runs."""
 
 from __future__ import annotations
 

@@ -169,8 +169,8 @@ def detect_kind(rows: Iterable[Row]) -> tuple[Kind, Rows]:
         row_kind = kind_of(row)
         if row_kind not in (None, expected):
             raise OnecardError(
-                f"{row}: a row of {row_kind.name}, but {first_row} is a row of {expected.name}; expected one kind of rows "
-                "in a dataset."
+                f"{row}: a row of {row_kind.name}, but {first_row} is a row of {expected.name}; expected one kind of "
+                "rows in a dataset."
             )
 
     return expected, with_check(rows, check)
