@@ -193,7 +193,7 @@ def test_a_reference_computed_beforehand_recovers(onecard, tiny_model, material)
 def test_a_loss_that_sorts_its_batch_says_that_it_cannot_be_cut(onecard, tiny_model, material):
     with room_for(lambda learning: 70 if learning else 10**6):
         result = onecard(*dpo(tiny_model, material, "run", "--loss_type", "aot"))
-    assert error_line(result).startswith(f"{MESSAGE}loss_type aot takes the 6 examples of a step together")
+    assert error_line(result).startswith(f"{MESSAGE}loss_type aot sorts the 6 examples of a step as one batch")
 
 
 def test_the_optimizer_s_own_error_is_one_line(onecard, tiny_model, material, monkeypatch):
