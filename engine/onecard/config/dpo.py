@@ -55,7 +55,7 @@ class DPOConfig(ReferenceConfig, PolicyTrainConfig):
     cpo_alpha: float = option(1.0, "Weight of the likelihood of the chosen answer in cpo.", least=0)
     desirable_weight: float = option(1.0, "Weight of the desirable answers in kto and apo_zero_unpaired.", least=0)
     undesirable_weight: float = option(1.0, "Weight of the undesirable answers in kto and apo_zero_unpaired.", least=0)
-    share_prompts: bool = option(True, "Run a prompt once for all its answers. Same up to rounding; needs padding_free.")
+    share_prompts: bool = option(True, "Run a prompt once for its answers: equal up to rounding. Needs padding_free.")
     precompute_ref_log_probs: bool = option(
         False, "Compute the reference's log-probs once, before training, and keep them on disk for other runs."
     )

@@ -227,7 +227,7 @@ def check_training_mode(roles: Roles, longest: int, row: int) -> None:
 
 
 def check_learning(roles: Roles, longest: int) -> None:
-    """Refuse adapters that get no gradient, and so would never learn. A router may skip experts: theirs may get none."""
+    """Refuse adapters that get no gradient, and so would never learn. A router may skip experts, so theirs may."""
     check_factors(roles)
     batch = to_device(pack(probe_sequences(roles, min(SHORT_LENGTH, longest))[:1]), roles.device)
     try:
@@ -244,9 +244,10 @@ def check_learning(roles: Roles, longest: int) -> None:
         roles.zero_grad(set_to_none=True)
     names = sorted(name.rpartition("base_model.model.")[2] for name in without_gradient if "expert" not in name)
     if names:
+        listed = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         raise OnecardError(
             f"lora_target_modules: {len(names)} adapters would never learn: the forward pass does not call their "
-            f"layers, or only reads the weights: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; leave them out."
+            f"layers, or only reads the weights: {listed}; leave them out."
         )
 
 
