@@ -207,7 +207,7 @@ def test_normalized_scores(reward, tmp_path, kind):
 
 def test_normalized_scores_of_a_sigmoid_contradict_each_other(reward, tmp_path):
     result = reward("scores", "--normalize_scores", "--score_activation", "sigmoid", code=2)
-    assert error_line(result).startswith("onecard: error: normalize_scores: with score_activation sigmoid, scores lie in 0 to 1")
+    assert error_line(result).startswith("onecard: error: normalize_scores: with score_activation sigmoid, scores lie")
     assert not (tmp_path / "run").exists()
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from onecard.algorithms.common import Recipe, Collation
+from onecard.algorithms.common import Collation, Recipe
 from onecard.algorithms.dpo.command import make_recipe
 from onecard.algorithms.ppo.experience import compute_model_outputs, make_experiences, shape_rewards
 from onecard.algorithms.ppo.job import ppo_objective

@@ -348,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 130
     except (click.Abort, EOFError, KeyboardInterrupt):
         click.echo(
-            "onecard: interrupted. Continue a training run from its last checkpoint with the same command and --resume.",
+            "onecard: interrupted. Resume a training run from its last checkpoint by the same command and --resume.",
             err=True,
         )
         code = 130

@@ -163,9 +163,7 @@ def ranges(config: PPOConfig) -> dict[str, bool]:
     """Message -> whether it applies, for values out of range."""
     batch, adapts = config.episodes_per_step, config.adap_kl_ctrl
     return {
-        f"temperature: {config.temperature:g}, expected above 0: PPO needs sampled answers.": (
-            config.temperature <= 0
-        ),
+        f"temperature: {config.temperature:g}, expected above 0: PPO needs sampled answers.": (config.temperature <= 0),
         f"dual_clip: {config.dual_clip:g}, expected above 1, or 0 for none.": 0 < config.dual_clip <= 1,
         f"cliprange: {config.cliprange:g}, expected above 0 and below 1.": not 0 < config.cliprange < 1,
         f"gamma: {config.gamma:g}, expected 0 to 1.": config.gamma > 1,

@@ -30,6 +30,6 @@ class RewardConfig(TrainConfig):
     def validate(self) -> None:
         super().validate()
         raise_first({
-            "normalize_scores: with score_activation sigmoid, scores lie in 0 to 1 and cannot have mean 0; leave one of "
-            "the two out.": self.normalize_scores and self.score_activation == "sigmoid",
+            "normalize_scores: with score_activation sigmoid, scores lie in 0 to 1 and cannot have mean 0; leave one "
+            "of the two out.": self.normalize_scores and self.score_activation == "sigmoid",
         })  # fmt: skip

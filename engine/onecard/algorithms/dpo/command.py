@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from onecard.algorithms.common import Recipe, Collation, pair_tokenizer, run_recipe
+from onecard.algorithms.common import Collation, Recipe, pair_tokenizer, run_recipe
 from onecard.algorithms.dpo.losses import preference_loss
 from onecard.algorithms.dpo.reference import with_ref_logps
 from onecard.algorithms.dpo.variants import Variant, loss_keywords, pick_variant
@@ -84,7 +84,7 @@ def make_recipe(config: DPOConfig) -> Recipe[Any, Any]:
 
 
 def reference_pass(config: DPOConfig, variant: Variant, collate: Collate) -> Prepare:
-    """`Recipe.prepare` that computes the reference's log-probs, then frees the reference if it is a copy of the model."""
+    """`Recipe.prepare` that computes the reference's log-probs, and then frees a reference that is a copy."""
     compute = variant.compute_ref_logps
     assert compute is not None
 

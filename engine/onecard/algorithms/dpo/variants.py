@@ -19,7 +19,7 @@ from onecard.algorithms.dpo.losses import (
     reference_free_loss,
 )
 from onecard.config import DPOConfig
-from onecard.config.dpo import UNSUMMABLE, LABELLED, SUMMABLE
+from onecard.config.dpo import LABELLED, SUMMABLE, UNSUMMABLE
 from onecard.models.roles import Roles
 from onecard.utils.errors import OnecardError
 from onecard_kernels import Loss, cpo_loss, dpo_loss, kto_loss, orpo_loss, simpo_loss

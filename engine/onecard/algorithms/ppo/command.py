@@ -8,9 +8,9 @@ from pathlib import Path
 
 from onecard.algorithms.common import (
     describe_adapter,
+    effective_max_length,
     export_and_report,
     load_examples,
-    effective_max_length,
 )
 from onecard.algorithms.ppo.job import PPO
 from onecard.algorithms.ppo.sampling import make_sampler

@@ -100,7 +100,7 @@ def starts_as_reference(config: PPOConfig) -> bool:
 
 
 def compare(names: str, first: Tensor, second: Tensor, limits: tuple[float, float]) -> None:
-    """Raise if two log-probs of the same tokens differ by more than `limits` (mean, maximum). `names` them in the message."""
+    """Raise if two log-probs of the same tokens differ by more than `limits` (mean, maximum). `names`: of the two."""
     difference = (first - second).abs()
     mean, largest = float(difference.mean()), float(difference.max())
     if not (mean <= limits[0] and largest <= limits[1]):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.algorithms.common import Recipe, Collation, run_recipe
+from onecard.algorithms.common import Collation, Recipe, run_recipe
 from onecard.algorithms.reward.kinds import (
     KIND_OF_EXAMPLE,
     check_settings,
