@@ -95,7 +95,9 @@ def test_the_scale_is_of_the_starting_policy_s_answers(capsys, prompts, expected
 
 
 def test_scores_that_are_all_alike_cannot_be_normalised():
-    with pytest.raises(OnecardError, match=r"normalize_reward: 3 answers .* all score 5, so their standard deviation is 0"):
+    with pytest.raises(
+        OnecardError, match=r"normalize_reward: 3 answers .* all score 5, so their standard deviation is 0"
+    ):
         measure_scale(Somewhere, SampledTokens(0.0), SampledTokens(0.0), [Prompt("a", (1,))] * 3, PPOConfig())
 
 

@@ -178,8 +178,8 @@ def test_a_run_keeps_its_date(config, monkeypatch):
     monkeypatch.setattr(run_folder, "today", lambda: "2026-11-30")
     resumed = replace(config, resume=True)
     path = Path(config.output_dir) / "run.json"
-    assert run_folder.open_run(resumed).date == "2026-11-29"
-    assert run_folder.open_run(replace(config, overwrite=True)).date == "2026-11-30"
+    assert run_folder.open_run(resumed).info.date == "2026-11-29"
+    assert run_folder.open_run(replace(config, overwrite=True)).info.date == "2026-11-30"
     before = path.read_text()
     begin(resumed)
     assert path.read_text() == before

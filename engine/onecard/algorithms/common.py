@@ -181,7 +181,7 @@ def run_recipe(config: TrainConfig, recipe: Recipe[E, B]) -> Path:
     """
     config = with_output_dir(config, recipe.command)
     run = open_run(config)
-    with head_chunks(config.head_chunk_tokens), template_date(run.date):
+    with head_chunks(config.head_chunk_tokens), template_date(run.info.date):
         tokenizer = load_tokenizer(config)
         max_length = effective_max_length(config)
         training: Sequence[E]

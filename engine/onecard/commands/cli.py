@@ -247,7 +247,7 @@ class FitCommand(click.Command):
             algorithm = self.find_algorithm(args)
             planned = COMMANDS[algorithm][0]
             planned_flags = {param.name: param for param in options_of(planned)}
-            # of a name that both have (ppo has a response_length), the planned command's flag is used
+            # a flag that both have (response_length with ppo) is the planned command's
             own_flags = [planned_flags.pop(param.name, param) for param in self.params]
             self.params = own_flags + [param for name, param in planned_flags.items() if name not in known]
             next(param for param in own_flags if param.name == "algorithm").default = algorithm
@@ -270,9 +270,9 @@ class FitCommand(click.Command):
 
 
 def make_command(name: str, settings: type, target: str, example: str) -> click.Command:
-    """A click command with a flag for each field of `settings`. It returns a function that runs the command."""
+    """A click command with a flag for each field of `settings`. Parsing returns a function that runs the command."""
     params = [config_option(), *options_of(settings)]
-    kind = FitCommand if settings is config.FitConfig else click.Command
+    command_class = FitCommand if settings is config.FitConfig else click.Command
 
     def parse(**values: Any) -> Callable[[], object]:
         check_trust_remote_code(click.get_current_context())
@@ -283,7 +283,7 @@ def make_command(name: str, settings: type, target: str, example: str) -> click.
         return partial(run, build_config(settings, values))
 
     summary = (settings.__doc__ or "").strip()
-    return kind(name, params=params, callback=parse, help=f"{summary}\n\n\b\nExample:\n  {example}")
+    return command_class(name, params=params, callback=parse, help=f"{summary}\n\n\b\nExample:\n  {example}")
 
 
 class Commands(click.Group):
@@ -294,7 +294,7 @@ class Commands(click.Group):
 
 
 def make_cli() -> click.Group:
-    """All commands. `--learning-rate` is taken for `--learning_rate`."""
+    """The `onecard` command with all its subcommands. Flags are accepted with hyphens too: `--learning-rate`."""
     settings = {
         "help_option_names": ["-h", "--help"],
         "max_content_width": 120,
@@ -348,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 130
     except (click.Abort, EOFError, KeyboardInterrupt):
         click.echo(
-            "onecard: interrupted. Resume a training run from its last checkpoint by the same command and --resume.",
+            "onecard: interrupted. Resume a training run from its last checkpoint with the same command and --resume.",
             err=True,
         )
         code = 130

@@ -14,11 +14,6 @@ from onecard.config import TrainConfig
 from onecard.models.load import FULL_PRECISION
 
 
-def adamw_torch(parameters: Iterable[torch.nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
-    """PyTorch's AdamW."""
-    return torch.optim.AdamW(parameters, **settings)
-
-
 def adamw_8bit(parameters: Iterable[torch.nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
     """bitsandbytes' AdamW with 8-bit states: 2 bytes a parameter instead of 8. Small tensors keep 32-bit states."""
     import bitsandbytes
@@ -35,7 +30,7 @@ def paged_adamw_8bit(parameters: Iterable[torch.nn.Parameter], **settings: Any) 
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw_torch": adamw_torch,
+    "adamw_torch": torch.optim.AdamW,
     "adamw_8bit": adamw_8bit,
     "paged_adamw_8bit": paged_adamw_8bit,
 }

@@ -90,7 +90,7 @@ class PlainLogprobs:
             largest = max(float((one - other).abs().nan_to_num(nan=torch.inf).max()) for one, other in pairs)
             return "" if largest <= LIMIT else f"off by up to {largest:.3g} nat"
         if self.rounding > ROUNDING_16_BIT:
-            return f"cannot be compared, because rounding alone changes them by {self.rounding:.3g} nat a token"
+            return f"not comparable, because rounding alone changes them by {self.rounding:.3g} nat a token"
         mean = max(trimmed_mean_difference(one, other) for one, other in pairs)
         return "" if mean <= LIMIT_16_BIT + 3 * self.rounding else f"off by {mean:.3g} nat a token"
 

@@ -75,10 +75,6 @@ class Run:
     previous: RunInfo | None = None
     damaged: tuple[Path, ...] = ()
 
-    @property
-    def date(self) -> str:
-        return self.info.date
-
 
 def with_output_dir(config: C, command: str) -> C:
     """The same settings with `output_dir` filled in."""
@@ -184,21 +180,21 @@ def open_run(config: TrainConfig) -> Run:
     if config.overwrite and not config.resume:
         check_inputs_are_kept(config, folder)
         return Run(folder, new, previous=previous)
-    found, damaged = checkpoint.newest_checkpoint(folder, previous.id) if not previous.replaces else (None, ())
-    if damaged and (found is None or any((folder / role).is_dir() for role in TRAINED)):
-        state = "the run has no complete checkpoint" if found is None else "the run has ended"
+    newest, damaged = checkpoint.newest_checkpoint(folder, previous.id) if not previous.replaces else (None, ())
+    if damaged and (newest is None or any((folder / role).is_dir() for role in TRAINED)):
+        state = "the run has no complete checkpoint" if newest is None else "the run has ended"
         raise OnecardError(
             f"--resume: {damaged[0]} is damaged (files are missing or changed), and {state}; "
             "add --overwrite to replace the run, or choose another output_dir."
         )
-    if found is None:
+    if newest is None:
         check_inputs_are_kept(config, folder)
         note = "no complete checkpoint to resume from: starting at step 0."
         return Run(folder, new, notes=(note,), previous=previous)
     check_same_settings(config, folder)
     notes = [f"{each.name} is damaged (files are missing or changed) and is skipped." for each in damaged]
-    notes.append(f"resuming from {found.folder}.")
-    return Run(folder, previous, found, tuple(notes), previous, damaged)
+    notes.append(f"resuming from {newest.folder}.")
+    return Run(folder, previous, newest, tuple(notes), previous, damaged)
 
 
 def check_no_foreign_files(folder: Path) -> None:
@@ -330,7 +326,7 @@ def truncate_log(path: Path, count: int) -> None:
         write_text(path, b"".join(lines[:count]).decode("utf-8"))
 
 
-def write_folder(folder: Path, name: str, write: Callable[[Path], None]) -> Path:
+def write_folder(folder: Path, name: str, write: Callable[[Path], None]) -> None:
     """Write the folder `policy`, `reward` or `plots` of a run atomically, and list its files in `run.json`."""
 
     def fill(temporary: Path) -> None:
@@ -342,7 +338,6 @@ def write_folder(folder: Path, name: str, write: Callable[[Path], None]) -> Path
             write_info(folder, replace(info, files=files))
 
     replace_folder(folder / name, fill)
-    return folder / name
 
 
 def log(folder: Path, row: dict[str, Any], name: str = METRICS) -> None:

@@ -175,12 +175,10 @@ def choose_layout(roles: Roles, longest: int, row: int) -> None:
     """
     texts = probe_sequences(roles, longest, row)
     check_causal(roles, texts[0])
-    longest_alone = (
-        [scored_sequence(made_up_tokens(known_tokens(roles.causal_model()), longest, 1))]
-        if len(texts[1]) < longest
-        else []
-    )
-    probe_sets = [ProbeSet(each, plain_logprobs(roles, each)) for each in (texts, longest_alone) if each]
+    batches = [texts]
+    if len(texts[1]) < longest:  # a row has no room for the longest text beside the others
+        batches.append([scored_sequence(made_up_tokens(known_tokens(roles.causal_model()), longest, 1))])
+    probe_sets = [ProbeSet(each, plain_logprobs(roles, each)) for each in batches]
     faults: list[str] = []
     for own_attention, layout in layout_candidates(roles):
         if not own_attention:
@@ -191,7 +189,7 @@ def choose_layout(roles: Roles, longest: int, row: int) -> None:
             break
         faults.append(fault)
     if faults:
-        say(f"model: {type(roles.causal_model()).__name__}: {faults[-1]}, so batches are {roles.layout}.")
+        say(f"model: {type(roles.causal_model()).__name__}: {faults[-1]}, so the layout is {roles.layout}.")
 
 
 def check_training_mode(roles: Roles, longest: int, row: int) -> None:
@@ -227,7 +225,7 @@ def check_training_mode(roles: Roles, longest: int, row: int) -> None:
 
 
 def check_learning(roles: Roles, longest: int) -> None:
-    """Refuse adapters that get no gradient, and so would never learn. A router may skip experts, so theirs may."""
+    """Refuse adapters that get no gradient, and so would never learn; except on experts, which a router may skip."""
     check_factors(roles)
     batch = to_device(pack(probe_sequences(roles, min(SHORT_LENGTH, longest))[:1]), roles.device)
     try:

@@ -101,7 +101,7 @@ def run(config: PPOConfig) -> Path:
     check_value_init(config)
     config = with_single_pass(with_output_dir(config, "ppo"))
     run = open_run(config)
-    with head_chunks(config.head_chunk_tokens), template_date(run.date):
+    with head_chunks(config.head_chunk_tokens), template_date(run.info.date):
         job = prepare(config, run)
         if config.dry_run:
             dry_run.show(config, job.roles, job.sampler.tokenizer, job.prompts[0])
