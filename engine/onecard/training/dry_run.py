@@ -1,4 +1,4 @@
-"""`--dry_run`: what a training command would do, on standard output; nothing is written and nothing is trained.
+"""`--dry_run`: print what a training command would train, to standard output; write and train nothing.
 
 The output is YAML that `--config` accepts: the settings, and the rest as comments.
 """
