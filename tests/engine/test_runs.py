@@ -97,7 +97,7 @@ def test_resume_may_look_more_often(config):
 def test_another_command_or_other_data_does_not_go_on(config, other):
     saved(config)
     name = next(name for name in SAME if SAME[name] != other[name])
-    with pytest.raises(OnecardError, match=f"--resume: the {name} is not that of the run in "):
+    with pytest.raises(OnecardError, match=f"--resume: expected the {name} of the run in "):
         begin(replace(config, resume=True), other)
 
 

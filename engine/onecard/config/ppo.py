@@ -150,7 +150,7 @@ class PPOConfig(ReferenceConfig, ScoringConfig, TrainConfig):
 def batch_sizes(config: PPOConfig) -> dict[str, bool]:
     """Message -> whether it applies, for batch sizes that do not divide each other."""
     batch, minibatch, per_prompt = config.episodes_per_step, config.minibatch_size, config.num_generations
-    product = f"per_device_train_batch_size * gradient_accumulation_steps = {minibatch}"
+    product = f"a minibatch, per_device_train_batch_size * gradient_accumulation_steps = {minibatch}"
     return {
         f"batch_size: {batch}, expected a multiple of {product}.": batch % minibatch != 0,
         f"num_generations: {per_prompt}, expected a divisor of the {batch} responses of an iteration.": (

@@ -144,8 +144,8 @@ def check_same_run(info: RunInfo, identity: Mapping[str, str], folder: Path) -> 
     for name, value in identity.items():
         if info.identity.get(name) != value:
             raise OnecardError(
-                f"--resume: the {name} is not that of the run in {folder} ({RUN_JSON}); resume with the same, or start "
-                "a new run in another output_dir."
+                f"--resume: expected the {name} of the run in {folder}, got something else ({RUN_JSON}); resume with "
+                "the same, or start a new run in another output_dir."
             )
 
 

@@ -75,8 +75,8 @@ def check_value_init(config: PPOConfig) -> None:
     copies_reward = config.has_critic and config.critic == "adapter" and config.value_init == "reward"
     if config.normalize_reward and copies_reward and reward_adapter(config) is not None:
         raise OnecardError(
-            "value_init: reward, expected zero with normalize_reward: the critic would start as the reward model, "
-            "whose scores are not normalized."
+            "normalize_reward: add --value_init zero. The critic would start as the reward model, whose scores are not "
+            "normalized."
         )
 
 
