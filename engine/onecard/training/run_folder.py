@@ -264,7 +264,7 @@ def locked(run: Run) -> Iterator[None]:
 
 
 def begin(run: Run, config: TrainConfig, identity: dict[str, str]) -> None:
-    """Write `run.json`, remove an overwritten run's files, write `config.yaml`, and truncate the logs to the checkpoint.
+    """Write `run.json`, remove an overwritten run's files, write `config.yaml`, and truncate the logs.
 
     `identity`: the command, and digests of the data and weights; a resumed run must have the same. After a kill at any
     point of this function, `--resume` and `--overwrite` both work.
