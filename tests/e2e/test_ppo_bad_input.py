@@ -113,7 +113,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "reward that scores NaN": ({"--reward_model_path": "{tmp}/nan-head"}, ["reward_model is nan"]),
     "minibatch above batch_size": ({"--batch_size": 2}, ["batch_size: 2", "minibatch", "= 4"]),
-    "batch_size no multiple": ({"--batch_size": 6}, ["batch_size: 6 is no multiple", "= 4"]),
+    "batch_size no multiple": ({"--batch_size": 6}, ["batch_size: 6, expected a multiple", "= 4"]),
     "num_generations does not divide": ({"--num_generations": 3}, ["num_generations: 3", "8 responses"]),
     "temperature 0": ({"--temperature": 0}, ["temperature: 0, expected above 0"]),
     "dual_clip below 1": ({"--dual_clip": 0.5}, ["dual_clip: 0.5, expected above 1"]),
@@ -299,9 +299,9 @@ def change_reference(patch: pytest.MonkeyPatch, tmp_path: Path, material: Path, 
 
 
 BROKEN = {
-    "sampling": (shift_sampling, "as drawn and of the policy's own pass"),
+    "sampling": (shift_sampling, "from sampling and from a pass of the policy"),
     "dropout": (keep_dropout, "has attention dropout 0.3 in training mode, expected 0"),
-    "training pass": (shift_training, "in training and in the pass before it"),
+    "training pass": (shift_training, "in training and in the pass that computes the old ones"),
     "reference": (change_reference, "of the policy and of the reference"),
 }
 

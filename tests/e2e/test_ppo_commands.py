@@ -155,6 +155,6 @@ def test_a_function_that_fails_later_leaves_a_checkpoint(quick, ppo, tmp_path):
     assert ppo({**more, "--output_dir": tmp_path / "whole"}).code == 0
     resumed = ppo({**more, "--resume": True})
     assert resumed.code == 0, resumed.err
-    assert "going on from" in resumed.err
+    assert "resuming from" in resumed.err
     assert without_clock(tmp_path / "run") == without_clock(tmp_path / "whole")
     assert same_policy(tmp_path / "run", tmp_path / "whole")

@@ -78,7 +78,7 @@ def test_a_model_that_mixes_packed_sequences_up_is_padded(name, capsys):
     roles.layout = "restarted"
     check_model(roles, longest=60)
     assert roles.layout == "padded"
-    assert "restarted batches mix texts up, so they are padded" in capsys.readouterr().err
+    assert "in restarted batches, texts influence each other, so the layout is padded" in capsys.readouterr().err
     for share in (False, True):
         found = logprobs(roles, roles.layout, share_prompts=share)
         assert distance(found.detach(), truth.detach()) < ROUNDING

@@ -180,9 +180,9 @@ def test_lopsided_labels_are_named_with_the_advised_weight():
 
 
 BAD = {
-    "simpo with a sum": ({"loss_type": ["sigmoid", "simpo"]}, ("loss_type: simpo stands alone",)),
-    "two that stand alone": ({"loss_type": ["kto", "orpo"]}, ("loss_type: kto stands alone",)),
-    "weights of one that stands alone": (
+    "simpo with a sum": ({"loss_type": ["sigmoid", "simpo"]}, ("loss_type: simpo cannot be summed",)),
+    "two that cannot be summed": ({"loss_type": ["kto", "orpo"]}, ("loss_type: kto cannot be summed",)),
+    "weights of one that cannot be summed": (
         {"loss_type": ["kto"], "loss_weights": [1.0]},
         ("loss_weights: [1.0]", "loss_type kto"),
     ),

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from onecard.algorithms.common import Recipe, Sharing
+from onecard.algorithms.common import Collation, Recipe
 from onecard.algorithms.dpo.command import make_recipe
 from onecard.algorithms.ppo.experience import compute_model_outputs, make_experiences, shape_rewards
 from onecard.algorithms.ppo.job import ppo_objective
@@ -83,7 +83,7 @@ def reward(model: str, texts: list[tuple[int, ...]], **settings: Any) -> Made:
     roles = moved(load_roles(config, trained="reward", scalar=True))
     recipe = Recipe(
         "reward", "reward", tokenize, collate, len, lambda roles, batch, n: reward_loss(roles, batch, config, n),
-        sharing=Sharing(collate_shared, example_size),
+        shared_collation=Collation(collate_shared, example_size),
     )  # fmt: skip
     return roles, lambda: recipe.objective(roles), pairs_of(texts)
 

@@ -256,5 +256,5 @@ def test_an_adapter_folder_that_is_none(tinystories, tmp_path, content, expected
 
 
 def test_all_weights_in_float16_are_refused():
-    with pytest.raises(OnecardError, match="dtype: all weights cannot be trained in float16"):
+    with pytest.raises(OnecardError, match="dtype: float16 is only for adapter training"):
         DPOConfig(use_peft=False, dtype="float16").validate()

@@ -174,7 +174,7 @@ def test_one_example_that_is_too_much_stops_the_run(capsys):
 def test_a_loss_that_sorts_its_batch_is_never_cut():
     model = Model(20)
     trainer = trainer_of(model)
-    with pytest.raises(OnecardError, match="out of memory: loss_type aot takes the 8 examples of a step together"):
+    with pytest.raises(OnecardError, match="out of memory: loss_type aot sorts the 8 examples of a step as one batch"):
         trainer.compute_gradients(model.objective(unsplittable="loss_type aot"), EXAMPLES)
     assert model.passes == [36]
     assert model.weights.grad is None

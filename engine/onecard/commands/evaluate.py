@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from onecard.algorithms.common import longest_sequence
+from onecard.algorithms.common import effective_max_length
 from onecard.commands.evaluation_report import Evaluation, show, write, written_before
 from onecard.commands.outputs import output_folder
 from onecard.commands.statistics import Estimate, distinct, estimate, win_rate
@@ -69,7 +69,7 @@ def load_material(config: EvaluateConfig, tokenizer: Any) -> EvaluationData:
     """The prompts of the first `max_prompts` rows, and their responses in `completion` or `chosen`."""
     rows = load_rows(config.dataset, split=config.dataset_split)
     rows = rows[: config.max_prompts or len(rows)]
-    limit = longest_sequence(config)
+    limit = effective_max_length(config)
     prompts = prompt_examples(rows, tokenizer, max_length=longest_prompt(config, limit))
     answers, notes = given_answers(rows, tokenizer, limit)
     for note in (*prompts.notes, *notes):
