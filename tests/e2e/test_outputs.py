@@ -28,7 +28,7 @@ def test_a_file_is_replaced_only_where_that_is_asked_for(generate, tmp_path):
     first = out.read_text()
     refused = generate(out, "--seed", 3)
     assert refused.code == 2
-    assert "out.jsonl is there already; --overwrite replaces it" in refused.err
+    assert "out.jsonl exists. Give --overwrite to replace it" in refused.err
     assert out.read_text() == first
     assert generate(out, "--overwrite").code == 0
     assert json.loads(out.read_text())["prompt"] == "the cat"

@@ -68,8 +68,8 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     ("text", "message"),
     [
         (BOMB, r"run.yaml has an alias (\*a), expected plain values"),
-        ("learning_rate: " + "[" * 100_000, "nested deeper than settings are"),
-        ("{a: " * 2000, "nested deeper than settings are"),
+        ("learning_rate: " + "[" * 100_000, "has more than 8 levels of nesting"),
+        ("{a: " * 2000, "has more than 8 levels of nesting"),
     ],
     ids=["aliases", "lists", "mappings"],
 )

@@ -200,7 +200,7 @@ def test_weights_are_one_each_or_as_many_as_there_are_rewards():
     )
     with pytest.raises(OnecardError, match="reward_weights: 3 given"):
         reward_weights(["reward_model", "length"], [1.0, 2.0, 3.0])
-    with pytest.raises(OnecardError, match="reward_weights: nan is no finite number"):
+    with pytest.raises(OnecardError, match="reward_weights: nan, expected finite numbers"):
         reward_weights(["reward_model", "length"], [1.0, math.nan])
 
 

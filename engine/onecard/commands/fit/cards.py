@@ -32,7 +32,7 @@ CARDS: dict[str, int] = {
 }
 
 # Memory that tensors cannot use: the driver and ECC reserve some, the CUDA context with its kernels takes some, and
-# PyTorch's caching allocator loses some to fragmentation. These are assumptions; the report lists them separately.
+# PyTorch's caching allocator loses some to fragmentation. These are assumptions; the output lists them separately.
 RESERVED_SHARE = 0.04  # share of the card's memory: a 12 GB card reports about 11.6 GiB
 CONTEXT_GIB = 0.5
 FRAGMENTATION = 0.05  # share of the peak
@@ -51,11 +51,11 @@ class Card:
         return int(self.memory * (1 - RESERVED_SHARE))
 
     def needed(self, peak: int) -> int:
-        """Bytes that a run needs whose tensors take at most `peak` bytes: also CUDA context and fragmentation."""
+        """Bytes that a run needs: the peak of its tensors, the CUDA context and fragmentation."""
         return peak + context_bytes() + fragmentation_bytes(peak)
 
     def holds(self, peak: int) -> bool:
-        """Whether a run fits whose tensors take at most `peak` bytes."""
+        """Whether a run fits on this card if its tensors take at most `peak` bytes."""
         return self.needed(peak) <= self.usable
 
 
@@ -68,7 +68,7 @@ def context_bytes() -> int:
 
 
 def fragmentation_bytes(peak: int) -> int:
-    """Bytes lost to fragmentation at a peak of `peak` bytes."""
+    """Bytes lost to fragmentation if tensors take `peak` bytes."""
     return int(FRAGMENTATION * peak)
 
 
