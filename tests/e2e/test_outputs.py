@@ -43,7 +43,7 @@ def test_what_is_no_plain_file_is_never_replaced(generate, tmp_path):
     for name in ("link", "dangling", "folder", "pipe", "/dev/null"):
         done = generate(tmp_path / name, "--overwrite")
         assert done.code == 2
-        assert f"{name} is a folder, a link or a device; expected a file or a new name" in done.err
+        assert f"{name} is a folder, a link or a device, expected a file or a new name" in done.err
     assert (tmp_path / "mine").read_text() == "mine"
     assert not (tmp_path / "nothing").exists()
 

@@ -59,7 +59,8 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"--reward_funcs": "{tmp}/bad.py:dense"}, ["bad.py:dense returned", "one number for each of its"],
     ),
     "dense rewards of some answers": (
-        {"--reward_funcs": "{tmp}/bad.py:half_dense"}, ["bad.py:half_dense returned", "either for all", "response"],
+        {"--reward_funcs": "{tmp}/bad.py:half_dense"},
+        ["bad.py:half_dense returned", "expected lists for all", "response"],
     ),
     "column misspelt": (
         {"--reward_funcs": "{tmp}/bad.py:misspelt"}, ["requires an argument 'solutoin'", "Did you mean 'solution'?"],
@@ -79,7 +80,8 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no address": ({"--reward_funcs": "score"}, ["'score' is unknown, expected module:function"]),
     "built-in misspelt": ({"--reward_funcs": "0.5*fluncy + length"}, ["'fluncy'", "Did you mean 'fluency'?"]),
     "weights twice": (
-        {"--reward_funcs": "0.5*fluency + length", "--reward_weights": [1, 2]}, ["reward_weights: given, and so is"],
+        {"--reward_funcs": "0.5*fluency + length", "--reward_weights": [1, 2]},
+        ["reward_weights: given, but reward_funcs has a weight"],
     ),
     "label of no classifier": (
         {"--reward_model_path": "{m}/rm/reward", "--reward_label": "good"},

@@ -95,7 +95,7 @@ def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(onecard, tmp_path,
     (tmp_path / "full" / "notes.txt").write_text("mine")
     bad = {
         "is a full model, expected an adapter": ["--model", tiny_model],
-        "is a reward adapter: its scalar head has a bias": ["--model", tmp_path / "rm"],
+        "is a reward adapter. Its scalar head has a bias": ["--model", tmp_path / "rm"],
         "load_in_4bit": ["--model", run, "--load_in_4bit"],
         "holds 'notes.txt'; expected a new or an empty folder": ["--model", run, "--output_dir", tmp_path / "full"],
         "has a training run in it": ["--model", run, "--output_dir", tmp_path / "trained"],

@@ -144,7 +144,7 @@ def test_right_and_wrong_are_one_and_zero(returned):
         (np.float32("nan"), "returned nan, which is not finite in 32 bits"),
         (torch.tensor(float("inf")), "returned inf, which is not finite in 32 bits"),
         (-1e39, "returned -1e+39, which is not finite in 32 bits"),
-        (10**5000, "returned something, which is not finite in 32 bits"),
+        (10**5000, "returned a value without a repr, which is not finite in 32 bits"),
         ("0.5", "returned '0.5' (str), which is not a number"),
         (1j, "returned 1j (complex), which is not a number"),
         (Decimal("0.5"), "returned Decimal('0.5') (Decimal), which is not a number"),
@@ -299,8 +299,8 @@ def test_long_texts_and_messages_are_shortened():
 
 def test_a_column_that_is_not_there_is_named_with_the_nearest():
     message = complaint(lambda completions, solutions: [0, 0, 0])
-    expected = "an argument 'solutions', expected one of completion_ids, completions, level, prompts, solution."
-    assert message == f"reward function judges:polite {expected} Did you mean 'solution'?"
+    expected = "completion_ids, completions, level, prompts, solution. Did you mean 'solution'?"
+    assert message == f"reward function judges:polite requires an argument 'solutions', expected one of {expected}"
     assert "requires an argument 'solutions'" in complaint(lambda *, solutions, **kwargs: [0, 0, 0])
 
 

@@ -159,7 +159,7 @@ def test_a_misspelt_built_in_reward(address, near):
     ("module", "missing"), [("no_such_thing", "no_such_thing"), ("no_such.thing", "no_such"), ("json.no", "json.no")]
 )
 def test_no_such_module(module, missing):
-    expected = f"there is no module '{missing}' in the current directory nor among the installed ones."
+    expected = f"there is no module '{missing}' in the current directory or among installed packages."
     assert complaint(f"{module}:length") == f"reward_funcs: {expected}"
 
 
@@ -225,7 +225,7 @@ def test_what_is_no_plain_function(tmp_path):
     name = write(tmp_path, SOURCE)
     assert complaint(f"{name}:size") == f"reward_funcs: '{name}:size' is of type int, expected a function."
     for attribute in ("later", "slow"):
-        expected = f"'{name}:{attribute}' is an async function; expected a plain one."
+        expected = f"'{name}:{attribute}' is an async function, expected a synchronous one."
         assert complaint(f"{name}:{attribute}") == f"reward_funcs: {expected}"
 
 

@@ -30,7 +30,7 @@ from onecard.models.roles import Roles
 from onecard.models.vocabulary import check_tokens
 from onecard.rollout import Sampling, find_stop_tokens, sample_responses
 from onecard.training.startup import check_decoding
-from onecard.utils.errors import OnecardError, nearest, visible
+from onecard.utils.errors import OnecardError, did_you_mean, escape_controls
 from onecard.utils.progress import say
 
 CHECKED_TOKENS = 512  # longest sequence of the startup check: the length of a conversation is not known in advance
@@ -174,7 +174,7 @@ INVALID_UTF8 = re.compile("[\udc80-\udcff]")  # how Python's surrogateescape dec
 
 
 def write(text: str) -> None:
-    print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
+    print(escape_controls(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def read_line() -> str | None:
@@ -207,7 +207,7 @@ def chat_loop(chat: Chat) -> None:
                 COMMANDS[command](chat)
             elif re.fullmatch(r"/\w+", command):
                 known = [*COMMANDS, QUIT]
-                say(f"{command}: unknown command, expected {' or '.join(known)}.{nearest(command, known)}")
+                say(f"{command}: unknown command, expected {' or '.join(known)}.{did_you_mean(command, known)}")
             else:
                 chat.answer(line)
         except KeyboardInterrupt:  # Ctrl-C outside of sampling

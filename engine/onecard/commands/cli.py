@@ -24,7 +24,7 @@ import yaml
 
 from onecard import __version__, config
 from onecard.utils import threads
-from onecard.utils.errors import Interrupted, OnecardError, is_out_of_memory, nearest, visible
+from onecard.utils.errors import Interrupted, OnecardError, did_you_mean, escape_controls, is_out_of_memory
 
 MAX_DEPTH = 8  # nesting of lists and mappings in a --config file
 # command -> (config class, module:function that runs it, example shown under --help)
@@ -138,7 +138,7 @@ def check_yaml(text: str, path: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
-            raise OnecardError(f"--config: {path} has an alias (*{event.anchor}), expected plain values.")
+            raise OnecardError(f"--config: {path} has a YAML alias (*{event.anchor}), expected the value itself.")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
             raise OnecardError(
@@ -177,7 +177,7 @@ def read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
     values = read_mapping(path)
     for key in values:
         if key not in known:
-            raise OnecardError(f"--config: {path} has an unknown key '{key}'.{nearest(str(key), known)}")
+            raise OnecardError(f"--config: {path} has an unknown key '{key}'.{did_you_mean(str(key), known)}")
     return values
 
 
@@ -314,7 +314,7 @@ def make_cli() -> click.Group:
 
 def fail(message: str) -> int:
     """Print an error on one line of standard error. Returns 2, the exit code of errors that the user can fix."""
-    click.echo(visible(f"onecard: error: {message}", kept=""), err=True)
+    click.echo(escape_controls(f"onecard: error: {message}", keep=""), err=True)
     return 2
 
 
@@ -345,7 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:  # a full disk, a folder without write permission: the message names the file
         code = fail(" ".join(str(error).split()))
     except Interrupted as error:
-        click.echo(visible(f"onecard: {error}"), err=True)
+        click.echo(escape_controls(f"onecard: {error}"), err=True)
         code = 130
     except (click.Abort, EOFError, KeyboardInterrupt):
         click.echo(

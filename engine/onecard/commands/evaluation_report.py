@@ -13,7 +13,7 @@ from rich.table import Table
 
 from onecard.commands.statistics import Estimate, WinRate
 from onecard.config import EvaluateConfig
-from onecard.utils.errors import visible
+from onecard.utils.errors import escape_controls
 from onecard.utils.files import digest, replace_folder
 
 RESULTS = "evaluation.json"
@@ -54,10 +54,10 @@ def print_table(evaluation: Evaluation) -> None:
     head, *lines = table_cells(evaluation)
     table = Table(*head)
     for line in lines:
-        table.add_row(*map(visible, line))
+        table.add_row(*map(escape_controls, line))
     out = Console(highlight=False, markup=False)
     out.print(table)
-    out.print(visible(summary_line(evaluation)), soft_wrap=True)
+    out.print(escape_controls(summary_line(evaluation)), soft_wrap=True)
 
 
 def markdown(evaluation: Evaluation) -> str:

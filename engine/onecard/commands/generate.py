@@ -16,7 +16,7 @@ from onecard.models.load import context_length, load_tokenizer
 from onecard.models.vocabulary import check_tokens
 from onecard.rollout import Sampling, generate
 from onecard.training.startup import check_decoding
-from onecard.utils.errors import OnecardError, visible
+from onecard.utils.errors import OnecardError, escape_controls
 from onecard.utils.files import write_text
 from onecard.utils.progress import say
 
@@ -58,4 +58,4 @@ def run(config: GenerateConfig) -> None:
         return
     for prompt, text in zip(prompts, texts, strict=True):
         line = f"{prompt.text} ->{text}" if len(prompts) > 1 else text
-        print(visible(line) if sys.stdout.isatty() else line)
+        print(escape_controls(line) if sys.stdout.isatty() else line)

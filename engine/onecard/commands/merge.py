@@ -94,8 +94,8 @@ def merge_adapter(config: MergeConfig, source: Source) -> Any:
     if not difference <= (MAX_DIFFERENCE if model.dtype == torch.float32 else MAX_DIFFERENCE_16_BIT):
         raise OnecardError(
             f"model: adapter {source.adapter}: log-probs of the merged model are off by {difference:.2g} nat on "
-            "average. An adapter is on a layer whose weights the model uses without calling it (Mamba's dt_proj), or "
-            "whose calls the model changes."
+            "average. An adapter is on a layer that the model does not call, or calls in an unusual way: it may use "
+            "the weights directly (Mamba's dt_proj)."
         )
     return model
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from onecard.utils.errors import visible
+from onecard.utils.errors import escape_controls
 
 Metrics = Sequence[Mapping[str, Any]]
 Points = tuple[list[float], list[float]]
@@ -64,7 +64,7 @@ def thinned(steps: Sequence[float], values: Sequence[float]) -> Points:
 
 def label(name: str) -> str:
     """A metric's name as a matplotlib label: `$` and control characters escaped, at most `MAX_LABEL` characters."""
-    escaped = visible(name, kept="").replace("$", r"\$")
+    escaped = escape_controls(name, keep="").replace("$", r"\$")
     return escaped if len(escaped) <= MAX_LABEL else f"{escaped[: MAX_LABEL - 3]}..."
 
 

@@ -40,7 +40,7 @@ class ClassifierReward:
             )
         return self.classifier.values([text["inputs"] for text in texts], inputs.batch_size)
 
-    def tokenized(self, prompt: Prompt, answer: str, policy_tokenizer: Any = None) -> dict[str, Any]:
+    def tokenized(self, prompt: Prompt, answer: str, policy_tokenizer: Any) -> dict[str, Any]:
         """`inputs`: the classifier's model inputs of one text; `truncated`: whether its beginning was cut off.
 
         `policy_tokenizer`: its chat template rendered the prompt. Raises OnecardError if the text has no token.

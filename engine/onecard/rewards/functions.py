@@ -16,7 +16,7 @@ from typing import Any
 
 from onecard.rewards.builtin import BUILTINS, builtin_name
 from onecard.rewards.guard import describe_error, guarded
-from onecard.utils.errors import OnecardError, nearest
+from onecard.utils.errors import OnecardError, did_you_mean
 
 REWARD_MODEL = "reward_model"  # name of the reward model's part; never the short name of a function
 PYTHON_FILE = ".py"
@@ -42,7 +42,7 @@ def load_function(address: str) -> RewardFunction:
     if not is_dotted_name(attribute) or not (is_file or is_dotted_name(module)):
         raise OnecardError(
             f"reward_funcs: '{address}' is unknown, expected module:function, file.py:function, "
-            f"or one of {', '.join(BUILTINS)}.{nearest(address.partition(':')[0], BUILTINS)}"
+            f"or one of {', '.join(BUILTINS)}.{did_you_mean(address.partition(':')[0], BUILTINS)}"
         )
     value: Any = import_address_module(module)
     where = module if is_file else f"{module} ({getattr(value, '__file__', None) or 'built in'})"
@@ -51,14 +51,16 @@ def load_function(address: str) -> RewardFunction:
             inner = getattr(value, name)
         except AttributeError as error:
             known = [known for known in dir(value) if not known.startswith("_")]
-            raise OnecardError(f"reward_funcs: '{address}': {where} has no '{name}'.{nearest(name, known)}") from error
+            raise OnecardError(
+                f"reward_funcs: '{address}': {where} has no '{name}'.{did_you_mean(name, known)}"
+            ) from error
         except Exception as error:  # a package that imports its attributes lazily
             raise OnecardError(f"reward_funcs: importing {address} raised {describe_error(error)}") from error
         value, where = inner, name
     if not callable(value):
         raise OnecardError(f"reward_funcs: '{address}' is of type {type(value).__name__}, expected a function.")
     if inspect.iscoroutinefunction(value) or inspect.iscoroutinefunction(type(value).__call__):
-        raise OnecardError(f"reward_funcs: '{address}' is an async function; expected a plain one.")
+        raise OnecardError(f"reward_funcs: '{address}' is an async function, expected a synchronous one.")
     return RewardFunction(address, value)
 
 
@@ -84,7 +86,7 @@ def import_named(name: str) -> ModuleType:
         if missing is not None and f"{name}.".startswith(f"{missing}."):
             raise OnecardError(
                 f"reward_funcs: there is no module '{missing}' in the current directory or among installed packages."
-                f"{nearest(name, BUILTINS)}"
+                f"{did_you_mean(name, BUILTINS)}"
             ) from error
         raise OnecardError(f"reward_funcs: importing {name} raised {describe_error(error)}") from error
 

@@ -16,7 +16,7 @@ from onecard.rewards.answers import Answers
 from onecard.rewards.functions import RewardFunction
 from onecard.rewards.guard import describe_error, guarded, short_repr, truncated, warn_when_slow
 from onecard.rewards.mixture import MAX_SCORE, Part
-from onecard.utils.errors import OnecardError, nearest
+from onecard.utils.errors import OnecardError, did_you_mean
 
 MAX_FLOAT32 = torch.finfo(torch.float32).max
 MAX_CHARACTERS = 80  # of a prompt, a response or a value in a message
@@ -71,7 +71,7 @@ def accepted_arguments(function: RewardFunction, keywords: dict[str, list[Any]])
             raise OnecardError(
                 f"reward function {function.name} requires an argument '{name}', expected one of "
                 f"{', '.join(sorted(keywords))}."
-                f"{nearest(name, keywords)}"
+                f"{did_you_mean(name, keywords)}"
             )
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return keywords

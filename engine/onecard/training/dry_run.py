@@ -20,7 +20,7 @@ from onecard.data import Prompt
 from onecard.data.batches import LabelledSequence, PreferencePair, Ranking, ScoredSequence, TokenSequence
 from onecard.data.tokens import continuation_text
 from onecard.models.roles import Roles
-from onecard.utils.errors import visible
+from onecard.utils.errors import escape_controls
 
 Named = list[tuple[str, TokenSequence]]
 
@@ -47,7 +47,7 @@ def show(config: TrainConfig, roles: Roles, tokenizer: Any, example: object) -> 
     settings = {**asdict(config), "dry_run": False, "resume": False, "overwrite": False}
     out.print(yaml.safe_dump(settings, sort_keys=False), soft_wrap=True, end="")
     lines = [
-        *(Text(visible(line, kept="")) for line in parameter_lines(roles)),
+        *(Text(escape_controls(line, keep="")) for line in parameter_lines(roles)),
         Text(),
         *example_lines(example, tokenizer, colour=out.is_terminal),
     ]
@@ -92,7 +92,7 @@ def example_lines(example: object, tokenizer: Any, *, colour: bool) -> Iterator[
     for what, sequence in SEQUENCES[type(example)](example):
         learned = sum(sequence.response_mask)
         counts = f"{len(sequence)} tokens, {learned} of them the response" if learned else f"{len(sequence)} tokens"
-        yield Text(visible(f"{what}: {counts}", kept=""))
+        yield Text(escape_controls(f"{what}: {counts}", keep=""))
         yield marked(sequence, tokenizer, colour=colour)
 
 
@@ -104,7 +104,7 @@ def marked(sequence: TokenSequence, tokenizer: Any, *, colour: bool) -> Text:
     for response, run in groupby(pairs, key=lambda pair: pair[1]):
         ids = [token for token, _ in run]
         piece = continuation_text(before, ids, tokenizer, skip_special_tokens=False)
-        piece = visible(piece, kept="")
+        piece = escape_controls(piece, keep="")
         before += ids
         if colour:
             text.append(piece, style="bold green" if response else "dim")

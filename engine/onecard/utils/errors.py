@@ -9,17 +9,17 @@ CONTROLS = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
 JOINERS = "\u200c\u200d"  # not escaped: some scripts and emoji need them
 
 
-def visible(text: str, kept: str = "\n\t") -> str:
-    r"""Replace control characters, except those in `kept`, by escapes (`\x1b`), so that data cannot control a terminal.
+def escape_controls(text: str, keep: str = "\n\t") -> str:
+    r"""Replace control characters, except those in `keep`, by escapes (`\x1b`), so that data cannot control a terminal.
 
-    >>> visible("a\x1b[2Jb")
+    >>> escape_controls("a\x1b[2Jb")
     'a\\x1b[2Jb'
     """
     if text.isprintable():
         return text
     return "".join(
         letter.encode("unicode_escape").decode()
-        if unicodedata.category(letter) in CONTROLS and letter not in kept and letter not in JOINERS
+        if unicodedata.category(letter) in CONTROLS and letter not in keep and letter not in JOINERS
         else letter
         for letter in text
     )
@@ -33,7 +33,7 @@ class OnecardError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(visible(" ".join(message.split())))
+        super().__init__(escape_controls(" ".join(message.split())))
 
 
 class Interrupted(Exception):
@@ -51,7 +51,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or any(words in str(error).lower() for words in OUT_OF_MEMORY)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` with the name in `known` that is most similar to `name`; an empty string if none is."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean '{match[0]}'?" if match else ""

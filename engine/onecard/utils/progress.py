@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from onecard.utils.errors import visible
+from onecard.utils.errors import escape_controls
 
 # Metric -> its format in the progress bar. The formats are short, so that the line fits into 80 columns.
 METRIC_FORMATS = {
@@ -28,7 +28,7 @@ console = Console(stderr=True)
 
 def say(message: str) -> None:
     """Print a message on standard error, with control characters escaped."""
-    console.print(visible(message), highlight=False, markup=False, soft_wrap=True)
+    console.print(escape_controls(message), highlight=False, markup=False, soft_wrap=True)
 
 
 class Bar:

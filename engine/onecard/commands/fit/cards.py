@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from onecard.utils.errors import OnecardError, nearest
+from onecard.utils.errors import OnecardError, did_you_mean
 
 GIB = 2**30
 
@@ -59,7 +59,7 @@ class Card:
         return self.needed(peak) <= self.usable
 
 
-SMALLEST_MODEL_NUMBER = 1000  # a number without a unit that is at least this is a card's name (4090), not a size
+SMALLEST_MODEL_NUMBER = 1000  # from here on, a number without a unit is the name of a card (4090), not a size
 
 
 def context_bytes() -> int:
@@ -88,7 +88,7 @@ def find_card(name: str) -> Card:
     known = {normalized_name(card_name): card_name for card_name in CARDS}
     match = known.get(normalized_name(name)) or known.get(normalized_name(f"rtx{name}"))
     if match is None:
-        hint = nearest(normalized_name(name), known) and nearest(name, CARDS)
+        hint = did_you_mean(normalized_name(name), known) and did_you_mean(name, CARDS)
         raise OnecardError(
             f"card: no card is called '{name}'; expected a size such as 24GB, or one of {', '.join(CARDS)}.{hint}"
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from onecard.models.folders import weights_folder
 from onecard.models.load import check_causal_lm, find_source
-from onecard.utils.errors import OnecardError, nearest, reason
+from onecard.utils.errors import OnecardError, did_you_mean, reason
 
 SHIPPED = Path(__file__).parent / "shapes"  # transformers configs of some models, without weights
 
@@ -88,5 +88,5 @@ def cached_config(name: str) -> Any:
         known = shipped_configs()
         raise OnecardError(
             f"model: '{name}' was not found. Expected a folder, a file, a hub name in the local cache, or one of "
-            f"{', '.join(known)}.{nearest(name.rpartition('/')[2], known)}"
+            f"{', '.join(known)}.{did_you_mean(name.rpartition('/')[2], known)}"
         ) from error
