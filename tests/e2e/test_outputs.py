@@ -65,5 +65,5 @@ def test_an_evaluation_replaces_its_own_files_alone(onecard, tiny_model, tmp_pat
     (folder / "samples.jsonl").write_text("mine")
     refused = onecard(*words)
     assert refused.code == 2
-    assert "holds 'samples.jsonl'; expected a new or an empty folder" in refused.err
+    assert "has 'samples.jsonl' in it, expected a new or an empty folder" in refused.err
     assert (folder / "samples.jsonl").read_text() == "mine"

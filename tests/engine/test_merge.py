@@ -97,7 +97,7 @@ def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(onecard, tmp_path,
         "is a full model, expected an adapter": ["--model", tiny_model],
         "is a reward adapter. Its scalar head has a bias": ["--model", tmp_path / "rm"],
         "load_in_4bit": ["--model", run, "--load_in_4bit"],
-        "holds 'notes.txt'; expected a new or an empty folder": ["--model", run, "--output_dir", tmp_path / "full"],
+        "has 'notes.txt' in it, expected a new or an empty folder": ["--model", run, "--output_dir", tmp_path / "full"],
         "has a training run in it": ["--model", run, "--output_dir", tmp_path / "trained"],
         "--output_dir is missing": ["--model", run, "--output_dir", ""],
     }

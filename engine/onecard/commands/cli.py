@@ -172,22 +172,16 @@ def read_mapping(path: str) -> dict[Any, Any]:
     return values
 
 
-def read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises `OnecardError` if a key is not in `known`."""
-    values = read_mapping(path)
-    for key in values:
-        if key not in known:
-            raise OnecardError(f"--config: {path} has an unknown key '{key}'.{did_you_mean(str(key), known)}")
-    return values
-
-
 def load_config_file(context: click.Context, parameter: click.Parameter, path: str | None) -> None:
     """Make the values in a file the defaults of this command. Flags override them."""
     if path is None:
         return
     options = (item for item in context.command.params if isinstance(item, click.Option))
     known = {option.name: option for option in options if option.name and option.name != "config"}
-    values = read_yaml(path, list(known))
+    values = read_mapping(path)
+    for key in values:
+        if key not in known:
+            raise OnecardError(f"--config: {path} has an unknown key '{key}'.{did_you_mean(str(key), known)}")
     for name, value in values.items():
         option = known[name]
         if any(part is None or isinstance(part, dict) for part in (value if isinstance(value, list) else [value])):
@@ -246,13 +240,11 @@ class FitCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not {"-h", "--help"}.intersection(args):
-            known = {param.name for param in self.params}
             algorithm = self.find_algorithm(args)
-            planned = COMMANDS[algorithm][0]
-            planned_flags = {param.name: param for param in options_of(planned)}
+            planned_flags = {param.name: param for param in options_of(COMMANDS[algorithm][0])}
             # If both have a flag (ppo has a response_length too), the planned command's is used.
             own_flags = [planned_flags.pop(param.name, param) for param in self.params]
-            self.params = own_flags + [param for name, param in planned_flags.items() if name not in known]
+            self.params = [*own_flags, *planned_flags.values()]
             next(param for param in own_flags if param.name == "algorithm").default = algorithm
         return super().parse_args(ctx, args)
 

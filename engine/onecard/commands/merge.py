@@ -32,7 +32,7 @@ def find_mergeable(config: MergeConfig) -> Source:
     """The adapter `model` and its base. Raises `OnecardError` for a full model or a reward adapter."""
     source = find_source(config.model)
     if source.adapter is None:
-        raise OnecardError(f"model: {config.model} is a full model, expected an adapter.")
+        raise OnecardError(f"model: {config.model} is a full model, expected an adapter to merge.")
     if (source.adapter / HEAD_WEIGHTS).is_file():
         raise OnecardError(
             f"model: {source.adapter} is a reward adapter. Its scalar head has a bias, which a merged model cannot "

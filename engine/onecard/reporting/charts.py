@@ -81,7 +81,7 @@ def overview(runs: Sequence[tuple[str, Metrics]]) -> list[list[Panel]]:
         for row, file in [*zip(rows, chosen, strict=False), *((rows[2], file) for file in more)]:
             if file in charts:
                 chart = charts[file]
-                row.append(Panel(metrics, chart.names, f"{name}: {chart.title.lower()}", chart.unit))
+                row.append(Panel(metrics, chart.names, f"{name}: {chart.title}", chart.unit))
     return [row for row in rows if row]
 
 

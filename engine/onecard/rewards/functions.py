@@ -18,7 +18,7 @@ from onecard.rewards.builtin import BUILTINS, builtin_name
 from onecard.rewards.guard import describe_error, guarded
 from onecard.utils.errors import OnecardError, did_you_mean
 
-REWARD_MODEL = "reward_model"  # name of the reward model's part; never the short name of a function
+REWARD_MODEL = "reward_model"  # name of the reward model in metrics; a function of this name keeps its whole address
 PYTHON_FILE = ".py"
 
 
@@ -44,7 +44,7 @@ def load_function(address: str) -> RewardFunction:
             f"reward_funcs: '{address}' is unknown, expected module:function, file.py:function, "
             f"or one of {', '.join(BUILTINS)}.{did_you_mean(address.partition(':')[0], BUILTINS)}"
         )
-    value: Any = import_address_module(module)
+    value: Any = import_module_or_file(module)
     where = module if is_file else f"{module} ({getattr(value, '__file__', None) or 'built in'})"
     for name in attribute.split("."):
         try:
@@ -68,7 +68,7 @@ def is_dotted_name(name: str) -> bool:
     return all(part.isidentifier() for part in name.split("."))
 
 
-def import_address_module(module: str) -> ModuleType:
+def import_module_or_file(module: str) -> ModuleType:
     """Import a file by its path, or a module by its dotted name."""
     return import_file(module) if module.endswith(PYTHON_FILE) else import_named(module)
 

@@ -109,7 +109,7 @@ def as_list(returned: Any) -> Sequence[Any] | None:
 
 
 def checked_part(function: RewardFunction, answers: Answers, values: Sequence[Any]) -> Part:
-    """Numbers, one per answer or one per token of each answer. Raises OnecardError, naming the answer, for others."""
+    """`values` as floats: one per answer, or one per token of each answer. Raises OnecardError, naming the answer."""
     rows = [as_list(value) for value in values]
     numbers = {
         index: checked_number(function, answers, index, value)
@@ -126,7 +126,7 @@ def checked_part(function: RewardFunction, answers: Answers, values: Sequence[An
         if numbers:
             wrong = "and a number for another; expected lists for all or numbers for all"
         elif len(row) != tokens:
-            wrong = f"of {len(row)}; expected {tokens}, one number for each of its completion_ids"
+            wrong = f"of length {len(row)}; expected {tokens}, one number for each of its completion_ids"
         else:
             dense.append(
                 [checked_number(function, answers, index, value, f" for token {i}") for i, value in enumerate(row)]

@@ -1,4 +1,4 @@
-"""Dry run of a training command: each phase on `meta`, through the functions that the command itself calls."""
+"""Runs each phase of a training command on `meta`, with the functions that the command itself calls."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def largest_pass(config: TrainConfig, lengths: Lengths) -> tuple[int, int]:
     return size(example), config.per_device_train_batch_size * config.gradient_accumulation_steps
 
 
-class DryRun:
+class PhaseRunner:
     """Runs the phases of a training command in order and records the peak of each."""
 
     def __init__(self, tracker: Tracker, roles: Roles, config: TrainConfig, lengths: Lengths) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from onecard.commands.fit.phases import DryRun, Lengths, setup_of
+from onecard.commands.fit.phases import Lengths, PhaseRunner, setup_of
 from onecard.commands.fit.tracker import PAGED, Phase, Tracker
 from onecard.commands.fit.weights import META, load_peak, plan_base, plan_roles
 from onecard.commands.fit.workspaces import workspaces
@@ -214,8 +214,8 @@ def plan_once(
         with tracker.allocating(ADAPTERS):
             roles = plan_roles(base, reference_copy, config, setup).train()
         del reference_copy  # `roles` owns the copy and frees it once its log-probs are precomputed
-        dry_run = DryRun(tracker, roles, config, lengths)
-        phases = dry_run.run()
-        trained = sum(parameter.numel() for parameter in dry_run.parameters)
+        runner = PhaseRunner(tracker, roles, config, lengths)
+        phases = runner.run()
+        trained = sum(parameter.numel() for parameter in runner.parameters)
         paged = tracker.by_kind.get(PAGED, 0)
     return MemoryPlan(parameters, trained, (load, *phases), paged, time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""Dry run of a rollout on `meta`: the prefill, and the decoding steps that need the most memory."""
+"""Runs a rollout on `meta`: only the prefill, and the decoding steps that need the most memory."""
 
 from __future__ import annotations
 
