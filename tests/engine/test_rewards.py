@@ -167,7 +167,7 @@ def test_a_bad_score_is_shown_with_its_answer(value, what, place):
 def test_a_bad_score_in_an_array():
     assert complaint(lambda completions: np.array([1, np.nan, 1])).endswith(SHOWN[1])
     message = complaint(lambda completions: torch.zeros(3, 2))
-    assert "for one response, of 2; expected 3, one number for each of its completion_ids" in message
+    assert "for one response, of length 2; expected 3, one number for each of its completion_ids" in message
     assert message.endswith(SHOWN[0])
 
 
@@ -194,7 +194,7 @@ def test_a_dense_reward_is_one_number_for_each_token(returned):
 @pytest.mark.parametrize(
     ("place", "row", "what"),
     [
-        (1, [4.0, 5.0], "returned [4.0, 5.0] (list) for one response, of 2; expected 1, one number for each of its"),
+        (1, [4.0, 5.0], "returned [4.0, 5.0] (list) for one response, of length 2; expected 1, one number for each of its"),
         (2, [], "returned [] (list) for one response, of length 0; expected 4"),
         (0, [1.0, float("nan"), 3.0], "returned nan for token 1, which is not finite in 32 bits"),
         (2, [1, 2, 3, None], "returned None for token 3, which is not a number"),
