@@ -194,7 +194,7 @@ def test_a_dense_reward_is_one_number_for_each_token(returned):
 @pytest.mark.parametrize(
     ("place", "row", "what"),
     [
-        (1, [4.0, 5.0], "returned [4.0, 5.0] (list) for one response, of length 2; expected 1, one number for each of its"),
+        (1, [4.0, 5.0], "returned [4.0, 5.0] (list) for one response, of length 2; expected 1, one number for each"),
         (2, [], "returned [] (list) for one response, of length 0; expected 4"),
         (0, [1.0, float("nan"), 3.0], "returned nan for token 1, which is not finite in 32 bits"),
         (2, [1, 2, 3, None], "returned None for token 3, which is not a number"),
