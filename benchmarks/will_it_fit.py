@@ -22,9 +22,9 @@ import click
 
 from benchmarks import cli, records
 from benchmarks.render import update
-from onecard.commands.fit.answer import answer
 from onecard.commands.fit.cards import GIB, Card
 from onecard.commands.fit.command import as_json
+from onecard.commands.fit.result import plan_and_search
 from onecard.config import Algorithm, DPOConfig, FitConfig, PPOConfig, SFTConfig, TrainConfig
 from onecard.utils.progress import progress
 
@@ -64,7 +64,7 @@ def plan(algorithm: Algorithm, model: str, level: str) -> dict[str, Any]:
     """One plan as plain data."""
     config = settings_of(algorithm, model, level)
     fit = FitConfig(algorithm=algorithm, prompt_length=PROMPT, response_length=RESPONSE)
-    return {"level": level, **as_json(answer(fit, config))}
+    return {"level": level, **as_json(plan_and_search(fit, config))}
 
 
 def needed(row: Mapping[str, Any], card: int) -> float | None:

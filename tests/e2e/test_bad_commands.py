@@ -63,7 +63,7 @@ BAD: dict[str, tuple[str, list[str]]] = {
     "below the least": (SFT + "texts.jsonl --lora_r 0", ["--lora_r", "0"]),
     "no such choice": (SFT + "texts.jsonl --optim sgd", ["--optim", "'sgd'", "adamw_8bit"]),
     "unknown key": (SFT + "texts.jsonl --config {tmp}/unknown-key.yaml", ["'learnig_rate'", "'learning_rate'?"]),
-    "YAML list": (SFT + "texts.jsonl --config {tmp}/list.yaml", ["list.yaml holds a list"]),
+    "YAML list": (SFT + "texts.jsonl --config {tmp}/list.yaml", ["list.yaml is a list"]),
     "torn YAML": (SFT + "texts.jsonl --config {tmp}/torn.yaml", ["torn.yaml is not YAML"]),
     "wrong value in YAML": (SFT + "texts.jsonl --config {tmp}/bad-value.yaml", ["bad-value.yaml: max_steps", "many"]),
     "no such YAML": (SFT + "texts.jsonl --config {tmp}/nowhere.yaml", ["cannot read", "nowhere.yaml"]),

@@ -104,9 +104,9 @@ def test_a_shipped_shape_by_its_hub_name(onecard):
         ),
         (
             ["--prompt_length", "500"],
-            "prompt_length: 500 and response_length 16 are more than the 512 tokens",
+            "prompt_length (500) and response_length (16) together exceed the 512 tokens of the model's context",
         ),
-        (["--card", "0.3GB"], "card: 0.3 GiB is too little. The least that was found is"),
+        (["--card", "0.3GB"], "card: 0.3 GiB does not have enough memory. The smallest need that was found is"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -123,7 +123,7 @@ def test_bad_input_is_one_clear_line(onecard, small, arguments, line):
     [
         ("{", "is not JSON"),
         ("[]", "has no model_type"),
-        ('{"model_type": "llamma"}', "is no config that can be built"),
+        ('{"model_type": "llamma"}', "is not a valid transformers config"),
         (json.dumps({**SMALL, "num_attention_heads": 0}), "config"),
         (json.dumps({**SMALL, "hidden_size": "wide"}), "config"),
         (json.dumps({"model_type": "t5"}), "config"),
@@ -157,4 +157,4 @@ def test_too_little_memory_names_the_card_that_would_do(onecard):
     lean = ("--load_in_4bit", "--max_length", 32, "--per_device_train_batch_size", 1)
     done = onecard("fit", "--model", "Qwen2.5-7B", "--algorithm", "sft", *lean, "--card", "4GB")
     assert done.code == 2
-    assert "the smallest card that would hold it: RTX 3060 (12 GiB)" in done.err.splitlines()[-1]
+    assert "the smallest card with that much: RTX 3060 (12 GiB)" in done.err.splitlines()[-1]

@@ -75,7 +75,7 @@ def test_a_second_one_stops_at_once(onecard, monkeypatch, tmp_path, tiny_model, 
     signal_at(monkeypatch, 4, signal.SIGINT, signal.SIGINT)
     stopped = onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "run"))
     assert stopped.code == 130
-    assert "interrupted. Resume a training run from its last checkpoint" in stopped.err
+    assert "interrupted. To continue a training run from its last checkpoint" in stopped.err
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
 
 

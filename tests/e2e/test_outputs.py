@@ -28,7 +28,7 @@ def test_a_file_is_replaced_only_where_that_is_asked_for(generate, tmp_path):
     first = out.read_text()
     refused = generate(out, "--seed", 3)
     assert refused.code == 2
-    assert "out.jsonl is there already; --overwrite replaces it" in refused.err
+    assert "out.jsonl exists. Give --overwrite to replace it" in refused.err
     assert out.read_text() == first
     assert generate(out, "--overwrite").code == 0
     assert json.loads(out.read_text())["prompt"] == "the cat"
@@ -43,7 +43,7 @@ def test_what_is_no_plain_file_is_never_replaced(generate, tmp_path):
     for name in ("link", "dangling", "folder", "pipe", "/dev/null"):
         done = generate(tmp_path / name, "--overwrite")
         assert done.code == 2
-        assert f"{name} is a folder, a link or a device; expected a file or a new name" in done.err
+        assert f"{name} is a folder, a link or a device, expected a file or a new name" in done.err
     assert (tmp_path / "mine").read_text() == "mine"
     assert not (tmp_path / "nothing").exists()
 
@@ -65,5 +65,5 @@ def test_an_evaluation_replaces_its_own_files_alone(onecard, tiny_model, tmp_pat
     (folder / "samples.jsonl").write_text("mine")
     refused = onecard(*words)
     assert refused.code == 2
-    assert "holds 'samples.jsonl'; expected a new or an empty folder" in refused.err
+    assert "has 'samples.jsonl' in it, expected a new or an empty folder" in refused.err
     assert (folder / "samples.jsonl").read_text() == "mine"

@@ -59,14 +59,15 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"--reward_funcs": "{tmp}/bad.py:dense"}, ["bad.py:dense returned", "one number for each of its"],
     ),
     "dense rewards of some answers": (
-        {"--reward_funcs": "{tmp}/bad.py:half_dense"}, ["bad.py:half_dense returned", "either for all", "response"],
+        {"--reward_funcs": "{tmp}/bad.py:half_dense"},
+        ["bad.py:half_dense returned", "expected lists for all", "response"],
     ),
     "column misspelt": (
-        {"--reward_funcs": "{tmp}/bad.py:misspelt"}, ["asks for 'solutoin'", "Did you mean 'solution'?"],
+        {"--reward_funcs": "{tmp}/bad.py:misspelt"}, ["requires an argument 'solutoin'", "Did you mean 'solution'?"],
     ),
     "held-out rows lack a column": (
         {"--reward_funcs": "{tmp}/bad.py:needs_solution", "--eval_dataset": "{tmp}/plain.jsonl"},
-        ["bad.py:needs_solution asks for 'solution'"],
+        ["bad.py:needs_solution requires an argument 'solution'"],
     ),
     "one of two functions raises": (
         {"--reward_funcs": ["{m}/good.py:score", "{tmp}/bad.py:raises"]}, ["bad.py:raises raised"],
@@ -75,14 +76,16 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no such function": ({"--reward_funcs": "{m}/good.py:scor"}, ["has no 'scor'", "Did you mean 'score'?"]),
     "no such file": ({"--reward_funcs": "{tmp}/none.py:f"}, ["none.py cannot be read"]),
     "file that does not compile": ({"--reward_funcs": "{tmp}/torn.py:f"}, ["torn.py raised SyntaxError"]),
-    "not a function": ({"--reward_funcs": "{m}/good.py:not_a_function"}, ["not_a_function' is no function"]),
-    "no address": ({"--reward_funcs": "score"}, ["'score' is no address of a function"]),
+    "not a function": ({"--reward_funcs": "{m}/good.py:not_a_function"}, ["not_a_function' is of type"]),
+    "no address": ({"--reward_funcs": "score"}, ["'score' is unknown, expected module:function"]),
     "built-in misspelt": ({"--reward_funcs": "0.5*fluncy + length"}, ["'fluncy'", "Did you mean 'fluency'?"]),
     "weights twice": (
-        {"--reward_funcs": "0.5*fluency + length", "--reward_weights": [1, 2]}, ["reward_weights: given, and so is"],
+        {"--reward_funcs": "0.5*fluency + length", "--reward_weights": [1, 2]},
+        ["reward_weights: given, but reward_funcs has a weight"],
     ),
     "label of no classifier": (
-        {"--reward_model_path": "{m}/rm/reward", "--reward_label": "good"}, ["reward_label: 'good'", "reward is none"],
+        {"--reward_model_path": "{m}/rm/reward", "--reward_label": "good"},
+        ["reward_label: 'good'", "reward is not a classifier"],
     ),
     "no reward at all": ({"--reward_funcs": None}, ["--reward_model_path or --reward_funcs is missing"]),
     "weights of another count": ({"--reward_weights": [1, 2]}, ["reward_weights: 2 given (1, 2), expected 1"]),

@@ -12,7 +12,7 @@ import torch
 from benchmarks.measure import peak_bytes
 from onecard.algorithms.ppo.experience import response_logprobs, response_values
 from onecard.commands.fit.model import read_config
-from onecard.commands.fit.phases import Lengths, work_of
+from onecard.commands.fit.phases import Lengths, training_step
 from onecard.commands.fit.plan import MemoryPlan, plan_memory
 from onecard.config import DPOConfig, PPOConfig, RewardConfig, TrainConfig
 from onecard.data.batches import Episode
@@ -93,12 +93,12 @@ def measured_phases(config: TrainConfig, roles: Roles) -> dict[str, int]:
 
     if isinstance(config, PPOConfig):
         take_passes(config, roles, take)
-    work = work_of(config, roles, LENGTHS)
+    work = training_step(config, roles, LENGTHS)
     padded = roles.layout == "padded"
     cut = MicroBatchSize(config.per_device_train_batch_size, config.micro_batch_tokens, padded=padded)
     examples = [work.example] * work.examples
     if padded:
-        examples[-1] = work_of(config, roles, SHORTER).example
+        examples[-1] = training_step(config, roles, SHORTER).example
     take("train", lambda: accumulate(work.objective, examples, cut, roles.device))
     parameters = list(roles.trained_parameters().values())
     optimizer = make_optimizer(config, parameters)

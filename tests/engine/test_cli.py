@@ -102,13 +102,13 @@ BAD_FILES = {
     "unknown key": ("learning_rat: 1\n", "unknown key 'learning_rat'", "Did you mean 'learning_rate'?"),
     "wrong type": ("learning_rate: fast\n", "learning_rate", "'fast'"),
     "a number for a switch": ("use_peft: 7\n", "use_peft", "7"),
-    "a list for a number": ("seed: [1, 2]\n", "seed", "is not a valid value"),
-    "a mapping for a number": ("learning_rate: {a: 1}\n", "learning_rate", "expected a plain value"),
+    "a list for a number": ("seed: [1, 2]\n", "seed", "[1, 2], expected integer"),
+    "a mapping for a number": ("learning_rate: {a: 1}\n", "learning_rate", "is null or a mapping"),
     "a date for a number": ("max_length: 2024-01-01\n", "max_length", ""),
     "a date that is none": ("dataset: 2024-13-45\n", "is not YAML", ""),
-    "nothing": ("learning_rate:\n", "learning_rate", "expected a plain value"),
-    "a list of nothing": ("lora_target_modules:\n", "lora_target_modules", "expected a plain value"),
-    "a list": ("- a\n- b\n", "holds a list", "key: value"),
+    "nothing": ("learning_rate:\n", "learning_rate", "is null or a mapping"),
+    "a list of nothing": ("lora_target_modules:\n", "lora_target_modules", "is null or a mapping"),
+    "a list": ("- a\n- b\n", "is a list", "key: value"),
     "not yaml": ("a: [1\n", "is not YAML", ""),
 }
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from onecard.data import Row, labelled_examples, load_rows, preference_examples, scored_examples, sft_examples
 from onecard.data.csv_table import records
-from onecard.rewards.builtin import expected_text, says
+from onecard.rewards.builtin import expected_text, is_correct
 from onecard.utils.errors import OnecardError
 from tests.engine.data_material import built
 
@@ -147,5 +147,5 @@ def test_the_right_answer_scores_whatever_it_looks_like(tmp_path: Path, form: st
     (tmp_path / name).write_text("\n".join(lines))
     rows = load_rows(str(tmp_path if form == "folder" else tmp_path / name), split="train")
     expected = [expected_text(row.values["answer"], "answer", "Which?") for row in rows]
-    table = [[says(answer, right) for right in expected] for answer in ANSWERS]
+    table = [[is_correct(answer, right) for right in expected] for answer in ANSWERS]
     assert table == [[one == other for other in ANSWERS] for one in ANSWERS]

@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 
 from onecard.data import load_rows
-from onecard.rewards.builtin import expected_text, says
+from onecard.rewards.builtin import expected_text, is_correct
 from onecard.utils.errors import OnecardError
 
 
@@ -34,19 +34,19 @@ def test_a_number_that_is_an_answer_keeps_its_digits(tmp_path, text, answer, oth
     (tmp_path / "x.jsonl").write_text(f'{{"prompt": "a", "answer": {text}}}\n')
     (found,) = values(tmp_path / "x.jsonl", "answer")
     expected = expected_text(found, "answer", "a")
-    assert says(f"it is {answer}", expected)
-    assert not says(f"it is {other}", expected)
+    assert is_correct(f"it is {answer}", expected)
+    assert not is_correct(f"it is {other}", expected)
     assert isinstance(found, int | float | Decimal)
 
 
 @pytest.mark.parametrize("expected", ["1e5", "2.5e3"])
 def test_a_number_may_have_an_exponent(expected):
-    assert says(f"about {expected}", expected)
-    assert not says(f"about {expected}", expected.rpartition("e")[2])
+    assert is_correct(f"about {expected}", expected)
+    assert not is_correct(f"about {expected}", expected.rpartition("e")[2])
 
 
 def test_a_decimal_of_a_million_digits_is_refused():
-    with pytest.raises(OnecardError, match="has too many digits"):
+    with pytest.raises(OnecardError, match="a number with too many digits"):
         expected_text(Decimal("1e999999999"), "answer", "a")
 
 

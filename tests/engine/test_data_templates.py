@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 from transformers.utils import chat_template_utils
 
-from onecard.commands.evaluate import given_answers
+from onecard.commands.evaluate import dataset_responses
 from onecard.data import (
     labelled_examples,
     load_rows,
@@ -273,7 +273,7 @@ def test_tools_reach_rewards_and_a_classifier_s_template() -> None:
 
 def test_tools_reach_the_template_of_a_perplexity_s_answers() -> None:
     record = {"prompt": [USER], "completion": [BOT], "tools": [TOOL], "score": 1}
-    [sequence], _ = given_answers(rows(record), byte_tokenizer(TOOLS, special=IM), 900)
+    [sequence], _ = dataset_responses(rows(record), byte_tokenizer(TOOLS, special=IM), 900)
     assert spelled(sequence.tokens, byte_tokenizer(TOOLS, special=IM)).startswith(DEFINED)
 
 

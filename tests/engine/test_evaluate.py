@@ -83,7 +83,7 @@ def test_every_measure_by_another_way(material, tinystories):
     """From the answers in samples, tokenized anew and passed one by one through transformers."""
     found = evaluate(settings(material, temperature=0.7))
     tokenizer = load_tokenizer(ModelConfig(model=str(tinystories)))
-    own = found.measures["policy"]
+    own = found.metrics["policy"]
     rows = found.samples
     assert found.prompts == 12
     assert found.win_rate is None
@@ -133,7 +133,7 @@ def test_kl_is_to_the_reference_at_sampling_s_temperature(material, tinystories)
     plain = {"reward_model_path": None, "reward_funcs": None, "reward_weights": None, "max_prompts": 4}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "make_episode", kept)
-        found = evaluate(settings(material, temperature=0.5, **plain)).measures["policy"]
+        found = evaluate(settings(material, temperature=0.5, **plain)).metrics["policy"]
     expected = []
     folders = (material / "first", tinystories)
     models = [load_frozen_role(ModelConfig(model=str(folder)), role="policy").causal_model() for folder in folders]
@@ -147,7 +147,7 @@ def test_kl_is_to_the_reference_at_sampling_s_temperature(material, tinystories)
         expected.append(float(picked[0] - picked[1]))
     assert found["objective/kl"].mean == pytest.approx(sum(expected) / 4, abs=1e-3)
     assert abs(found["objective/kl"].mean) > 1
-    same = evaluate(settings(material, ref_adapter=str(material / "first"), **plain)).measures["policy"]
+    same = evaluate(settings(material, ref_adapter=str(material / "first"), **plain)).metrics["policy"]
     assert same["objective/kl"].mean == 0.0
     assert not any(name.startswith(("rewards/", "objective/scores")) for name in same)
     assert {"completions/mean_length", "distinct-1", "perplexity"} <= set(same)
@@ -158,12 +158,12 @@ def test_a_policy_ties_with_itself_in_any_batches(material):
     found = evaluate(settings(material, baseline=str(material / "first" / "policy")))
     assert (found.win_rate.wins, found.win_rate.ties, found.win_rate.losses) == (0, 12, 0)
     assert found.win_rate.mean == 0.5
-    assert found.measures["policy"] == found.measures["baseline"]
+    assert found.metrics["policy"] == found.metrics["baseline"]
     assert all(row["completion"] == row["baseline_completion"] for row in found.samples)
     assert len({row["completion"] for row in found.samples}) == 12  # twice the same prompts, with other draws
     small = evaluate(settings(material, local_rollout_forward_batch_size=5, per_device_eval_batch_size=3))
     assert [row["completion"] for row in small.samples] == [row["completion"] for row in found.samples]
-    assert small.measures["policy"]["perplexity"].mean == pytest.approx(found.measures["policy"]["perplexity"].mean)
+    assert small.metrics["policy"]["perplexity"].mean == pytest.approx(found.metrics["policy"]["perplexity"].mean)
     other = evaluate(settings(material, seed=7, max_prompts=3))
     assert [row["completion"] for row in other.samples] != [row["completion"] for row in found.samples[:3]]
 
@@ -175,8 +175,8 @@ def test_the_win_rate_counts_scores_of_the_same_prompt(material):
     assert found.win_rate.wins == sum(wins)
     assert found.win_rate.ties == sum(row["score"] == row["baseline_score"] for row in found.samples)
     swapped = evaluate(settings(material, model=str(material / "second"), baseline=str(material / "first")))
-    assert swapped.measures["policy"] == found.measures["baseline"]
-    assert swapped.measures["baseline"] == found.measures["policy"]
+    assert swapped.metrics["policy"] == found.metrics["baseline"]
+    assert swapped.metrics["baseline"] == found.metrics["policy"]
     assert swapped.win_rate.mean == pytest.approx(1 - found.win_rate.mean)
 
 
@@ -199,7 +199,7 @@ def test_a_baseline_on_another_base_answers_with_its_own_weights(onecard, materi
         row["baseline_completion"] for row in together.samples
     ]
     assert apart.win_rate == together.win_rate
-    assert "objective/kl" not in apart.measures["baseline"]
+    assert "objective/kl" not in apart.metrics["baseline"]
 
 
 def test_the_files_hold_what_the_terminal_shows(onecard, material, tmp_path):
@@ -229,7 +229,7 @@ def test_chosen_answers_have_a_perplexity_too(material, tmp_path):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         plain = {"reward_model_path": None, "reward_funcs": None, "reward_weights": None}
         config = settings(material, dataset=str(tmp_path / "rows.jsonl"), response_length=2, **plain)
-        return evaluate(config).measures["policy"].get("perplexity")
+        return evaluate(config).metrics["policy"].get("perplexity")
 
     completed = perplexity([{"prompt": prompt, "completion": " a cat."} for prompt in PROMPTS])
     assert perplexity([{"prompt": p, "chosen": " a cat.", "rejected": " no."} for p in PROMPTS]) == completed
@@ -248,12 +248,12 @@ def test_what_cannot_be_evaluated_is_one_line_and_leaves_nothing(onecard, materi
     (tmp_path / "raising.py").write_text("def raising(completions):\n    raise ValueError('no')\n")
     other = adapter(tiny_model, tmp_path / "other", 1)
     bad = {
-        "holds a training run": {"--output_dir": tmp_path / "run"},
+        "has a training run in it": {"--output_dir": tmp_path / "run"},
         "holds 'thoughts.txt'": {"--output_dir": tmp_path / "mine"},
         "torn.jsonl:2": {"--dataset": tmp_path / "torn.jsonl"},
         "--dataset is missing": {"--dataset": ""},
         "baseline: no folder": {"--baseline": "./nowhere"},
-        "with other tokens; expected a model or adapter with the same tokenizer": {"--baseline": tiny_model},
+        "expected a model or adapter with the same tokenizer": {"--baseline": tiny_model},
         "is no adapter on the policy's base": {"--ref_adapter": other},
         "ref_adapter: no folder": {"--ref_adapter": "./nowhere"},
         "reward_model_path": {"--reward_model_path": other},

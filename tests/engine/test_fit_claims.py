@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onecard.commands.fit.model import find_model, shapes
+from onecard.commands.fit.model import find_model, shipped_configs
 from onecard.commands.fit.phases import Lengths
 from onecard.commands.fit.plan import MemoryPlan, plan_memory
 from onecard.commands.fit.weights import plan_base
@@ -71,4 +71,4 @@ def test_size_of_an_8b_base_in_nf4_equals_hand_calculation():
 def test_shipped_shapes_have_their_models_parameters(name):
     model = plan_base(find_model(name).config, DPOConfig(), torch.device("cuda"))
     assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 3) == PARAMETERS[name]
-    assert set(shapes()) == set(PARAMETERS)
+    assert set(shipped_configs()) == set(PARAMETERS)

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from onecard.commands.fit.cards import CARDS, GIB, Card, find_card, smallest_card
 from onecard.commands.fit.model import read_config
-from onecard.commands.fit.phases import Lengths, rows_of
+from onecard.commands.fit.phases import Lengths, largest_pass
 from onecard.commands.fit.plan import (
     MemoryPlan,
     plan_memory,
@@ -21,8 +21,8 @@ from onecard.commands.fit.plan import (
     runs_token_by_token,
     target_attention,
 )
-from onecard.commands.fit.search import largest_tokens, make_fit
-from onecard.commands.fit.tracker import PAGED, WORK, Phase, Tracker
+from onecard.commands.fit.search import largest_micro_batch_tokens, search_settings
+from onecard.commands.fit.tracker import ACTIVATIONS, PAGED, Phase, Tracker
 from onecard.commands.fit.weights import META, nf4_weight
 from onecard.commands.fit.workspaces import workspaces
 from onecard.config import DPOConfig, PPOConfig, SFTConfig
@@ -48,7 +48,7 @@ def test_births_and_deaths_are_counted_in_the_allocators_steps():
         assert tracker.current == 2 * 4096  # the view holds it
         del view, second
         assert tracker.current == 0
-    assert (phase.peak, phase.before, phase.parts) == (2 * 4096, 0, {WORK: 2 * 4096})
+    assert (phase.peak, phase.before, phase.parts) == (2 * 4096, 0, {ACTIVATIONS: 2 * 4096})
 
 
 def test_known_shapes_are_those_of_the_operators():
@@ -85,13 +85,13 @@ def test_an_operators_workspace_is_on_top_while_it_runs():
         with tracker.phase("product") as phase:
             a @ a
     assert phase.peak == 2 * 128 * 128 * 4 + 10_000
-    assert phase.most == "aten::mm"
+    assert phase.peak_operator == "aten::mm"
     assert tracker.current == 128 * 128 * 4
 
 
 def test_what_pages_out_is_not_among_what_is_allocated():
     tracker = Tracker(CUDA, {})
-    with tracker, tracker.making(PAGED), tracker.phase("all") as phase:
+    with tracker, tracker.allocating(PAGED), tracker.phase("all") as phase:
         kept = meta(1024)
     assert (phase.peak, tracker.by_kind[PAGED]) == (0, kept.numel() * 4)
 
@@ -231,23 +231,23 @@ def straight(config) -> MemoryPlan:
 
 
 def test_levers_are_pulled_in_order_until_it_fits():
-    found = make_fit(SFTConfig(), straight, Card("card", 7 * GIB), 1024)
+    found = search_settings(SFTConfig(), straight, Card("card", 7 * GIB), 1024)
     assert found.changed == {"gradient_checkpointing": True, "optim": "paged_adamw_8bit"}
     assert found.plan.peak == 5 * GIB
-    found = make_fit(SFTConfig(), straight, Card("card", 3 * GIB), 1024)
+    found = search_settings(SFTConfig(), straight, Card("card", 3 * GIB), 1024)
     assert found.changed["micro_batch_tokens"] == 1024
-    found = make_fit(SFTConfig(), straight, Card("card", GIB), 1024)
+    found = search_settings(SFTConfig(), straight, Card("card", GIB), 1024)
     assert found.config is None
 
 
 def test_the_largest_budget_fits_and_one_example_more_does_not():
     card, config = Card("card", 8 * GIB), DPOConfig(optim="adamw_8bit")
-    tokens = largest_tokens(config, straight, card, 512, 100)
+    tokens = largest_micro_batch_tokens(config, straight, card, 512, 100)
     assert tokens % 512 == 0
     assert card.holds(straight(replace(config, micro_batch_tokens=tokens)).peak)
     assert not card.holds(straight(replace(config, micro_batch_tokens=tokens + 512)).peak)
-    assert largest_tokens(config, straight, Card("card", 80 * GIB), 512, 100) == 512 * 100
-    assert largest_tokens(config, straight, Card("card", GIB), 512, 100) is None
+    assert largest_micro_batch_tokens(config, straight, Card("card", 80 * GIB), 512, 100) == 512 * 100
+    assert largest_micro_batch_tokens(config, straight, Card("card", GIB), 512, 100) is None
 
 
 def test_the_largest_budget_below_another_phase_s_peak():
@@ -255,9 +255,9 @@ def test_the_largest_budget_below_another_phase_s_peak():
         return a_plan(max(4 * GIB, straight(config).peak))
 
     card, config = Card("card", 8 * GIB), DPOConfig(optim="adamw_8bit")
-    tokens = largest_tokens(config, bent, card, 512, 100)
+    tokens = largest_micro_batch_tokens(config, bent, card, 512, 100)
     assert card.holds(bent(replace(config, micro_batch_tokens=tokens)).peak)
-    assert tokens >= 0.9 * largest_tokens(config, straight, card, 512, 100)
+    assert tokens >= 0.9 * largest_micro_batch_tokens(config, straight, card, 512, 100)
 
 
 def test_the_largest_budget_where_the_line_has_a_bend():
@@ -267,16 +267,16 @@ def test_the_largest_budget_where_the_line_has_a_bend():
         count = config.micro_batch_tokens / 1024
         return a_plan(GIB * max(6 + 0.6 * min(count, 8), 6 + 0.15 * count))
 
-    tokens = largest_tokens(PPOConfig(), saturated, Card("card", int(11.2 * GIB)), 1024, 32)
+    tokens = largest_micro_batch_tokens(PPOConfig(), saturated, Card("card", int(11.2 * GIB)), 1024, 32)
     assert tokens in (5 * 1024, 6 * 1024)  # 9.7 GiB is the limit
 
 
 def test_rows_of_an_example():
     lengths = Lengths(96, 32)
-    assert rows_of(SFTConfig(per_device_train_batch_size=2, gradient_accumulation_steps=3), lengths) == (128, 6)
-    assert rows_of(DPOConfig(), lengths) == (96 + 2 * 32, 8)
-    assert rows_of(DPOConfig(share_prompts=False), lengths) == (2 * 128, 8)
-    assert rows_of(PPOConfig(batch_size=16), lengths) == (128, 16)
+    assert largest_pass(SFTConfig(per_device_train_batch_size=2, gradient_accumulation_steps=3), lengths) == (128, 6)
+    assert largest_pass(DPOConfig(), lengths) == (96 + 2 * 32, 8)
+    assert largest_pass(DPOConfig(share_prompts=False), lengths) == (2 * 128, 8)
+    assert largest_pass(PPOConfig(batch_size=16), lengths) == (128, 16)
 
 
 def test_nothing_is_left_of_a_tracker():
@@ -300,7 +300,7 @@ def test_a_plan_from_short_texts_is_that_of_long_ones(capsys):
     model = config_of(FAMILIES["jamba"])
     config = PPOConfig(response_length=40, head_chunk_tokens=8, lora_target_modules=["in_proj"], micro_batch_tokens=160)
     on_from_short = plan_memory(model, config, Lengths(40, 40), CUDA)
-    assert "token by token" in capsys.readouterr().err
+    assert "loops over tokens" in capsys.readouterr().err
     whole = plan_once(model, config, Lengths(40, 40), CUDA)
     assert [phase.name for phase in on_from_short.phases] == [phase.name for phase in whole.phases]
     for one, other in zip(on_from_short.phases, whole.phases, strict=True):

@@ -15,7 +15,7 @@ import yaml
 from onecard.commands import chat
 from onecard.reporting import write_run_report
 from onecard.reporting.plots import POINTS, label, smooth, thinned
-from onecard.utils.errors import OnecardError, visible
+from onecard.utils.errors import OnecardError, escape_controls
 from onecard.utils.progress import say
 
 CONTROLS = "\x1b]0;title\x07", "\x1b[2J", "\x9b2J", "a\u202eb", "a\u2028b", "\x85", "\x00", "\ud800"
@@ -23,16 +23,16 @@ CONTROLS = "\x1b]0;title\x07", "\x1b[2J", "\x9b2J", "a\u202eb", "a\u2028b", "\x8
 
 @pytest.mark.parametrize("text", CONTROLS)
 def test_control_characters_are_shown_as_escapes(text, capsys):
-    for shown in (visible(text), str(OnecardError(f"dataset: {text} is bad")), visible(text, kept="")):
+    for shown in (escape_controls(text), str(OnecardError(f"dataset: {text} is bad")), escape_controls(text, keep="")):
         assert shown.isprintable()
         shown.encode("utf-8")
     say(text)
-    assert visible(capsys.readouterr().err) == capsys.readouterr().err + visible(text) + "\n"
+    assert escape_controls(capsys.readouterr().err) == capsys.readouterr().err + escape_controls(text) + "\n"
 
 
 def test_text_of_all_scripts_stays():
     text = "a\tb\n日本語\u3000\u00a0é 👩\u200d🚀"
-    assert visible(text) == text
+    assert escape_controls(text) == text
 
 
 def test_no_text_ends_a_comment_of_a_dry_run(onecard, tmp_path, tiny_model):
@@ -67,9 +67,9 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (BOMB, r"run.yaml has an alias (\*a), expected plain values"),
-        ("learning_rate: " + "[" * 100_000, "nested deeper than 8 levels"),
-        ("{a: " * 2000, "nested deeper than 8 levels"),
+        (BOMB, r"run.yaml has a YAML alias (\*a), expected the value"),
+        ("learning_rate: " + "[" * 100_000, "has more than 8 levels of nesting"),
+        ("{a: " * 2000, "has more than 8 levels of nesting"),
     ],
     ids=["aliases", "lists", "mappings"],
 )

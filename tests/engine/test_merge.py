@@ -94,11 +94,11 @@ def test_what_cannot_be_merged_is_one_line_and_leaves_nothing(onecard, tmp_path,
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     bad = {
-        "is a whole model and no adapter, so there is nothing to merge": ["--model", tiny_model],
-        "is a reward adapter: its scalar head has a bias": ["--model", tmp_path / "rm"],
+        "is a full model, expected an adapter": ["--model", tiny_model],
+        "is a reward adapter. Its scalar head has a bias": ["--model", tmp_path / "rm"],
         "load_in_4bit": ["--model", run, "--load_in_4bit"],
-        "holds 'notes.txt'; expected a new or an empty folder": ["--model", run, "--output_dir", tmp_path / "full"],
-        "holds a training run": ["--model", run, "--output_dir", tmp_path / "trained"],
+        "has 'notes.txt' in it, expected a new or an empty folder": ["--model", run, "--output_dir", tmp_path / "full"],
+        "has a training run in it": ["--model", run, "--output_dir", tmp_path / "trained"],
         "--output_dir is missing": ["--model", run, "--output_dir", ""],
     }
     (tmp_path / "trained").mkdir()
@@ -130,4 +130,4 @@ def test_a_stored_quantized_base_is_refused(onecard, tmp_path, tiny_model, monke
     loaded = load_frozen_role(ModelConfig(model=str(tiny_model), load_in_4bit=True), role="policy").model
     monkeypatch.setattr(merge, "load_base", lambda config: loaded)
     result = onecard("merge", "--model", run, "--output_dir", tmp_path / "merged")
-    assert "is itself stored quantized" in error_line(result)
+    assert "has quantized weights" in error_line(result)

@@ -197,7 +197,7 @@ def test_demo_report_takes_the_pictures_of_the_runs_own_reports(tmp_path, monkey
 
     drawn_here = plots("before")
     reporting.write_run_report(stages[0].run_dir)
-    monkeypatch.setattr(reporting, "picture", lambda *arguments: pytest.fail("a chart was drawn again"))
+    monkeypatch.setattr(reporting, "chart_png", lambda *arguments: pytest.fail("a chart was drawn again"))
     assert plots("after") == drawn_here
 
 

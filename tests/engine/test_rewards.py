@@ -138,20 +138,20 @@ def test_right_and_wrong_are_one_and_zero(returned):
 @pytest.mark.parametrize(
     ("value", "what"),
     [
-        (None, "returned None, which is no number"),
-        (float("nan"), "returned nan, which is no finite 32-bit number"),
-        (float("-inf"), "returned -inf, which is no finite 32-bit number"),
-        (np.float32("nan"), "returned nan, which is no finite 32-bit number"),
-        (torch.tensor(float("inf")), "returned inf, which is no finite 32-bit number"),
-        (-1e39, "returned -1e+39, which is no finite 32-bit number"),
-        (10**5000, "returned something, which is no finite 32-bit number"),
-        ("0.5", "returned '0.5' (str), which is no number"),
-        (1j, "returned 1j (complex), which is no number"),
-        (Decimal("0.5"), "returned Decimal('0.5') (Decimal), which is no number"),
-        ({"score\n": 1}, r"returned {'score\n': 1} (dict), which is no number"),
-        ([0.1, 0.2], "returned [0.1, 0.2] (list) for one response, and one number for another; expected either for"),
-        ((0.1,), "returned (0.1,) (tuple) for one response, and one number for another; expected either for all"),
-        (np.zeros(2), "returned array([0., 0.]) (ndarray) for one response, and one number for another; expected"),
+        (None, "returned None, which is not a number"),
+        (float("nan"), "returned nan, which is not finite in 32 bits"),
+        (float("-inf"), "returned -inf, which is not finite in 32 bits"),
+        (np.float32("nan"), "returned nan, which is not finite in 32 bits"),
+        (torch.tensor(float("inf")), "returned inf, which is not finite in 32 bits"),
+        (-1e39, "returned -1e+39, which is not finite in 32 bits"),
+        (10**5000, "returned a value without a repr, which is not finite in 32 bits"),
+        ("0.5", "returned '0.5' (str), which is not a number"),
+        (1j, "returned 1j (complex), which is not a number"),
+        (Decimal("0.5"), "returned Decimal('0.5') (Decimal), which is not a number"),
+        ({"score\n": 1}, r"returned {'score\n': 1} (dict), which is not a number"),
+        ([0.1, 0.2], "returned [0.1, 0.2] (list) for one response, and a number for another; expected lists for"),
+        ((0.1,), "returned (0.1,) (tuple) for one response, and a number for another; expected lists for all"),
+        (np.zeros(2), "returned array([0., 0.]) (ndarray) for one response, and a number for another; expected"),
     ],
     ids=lambda value: repr(value)[:20] if not isinstance(value, int) else "huge",
 )
@@ -167,7 +167,7 @@ def test_a_bad_score_is_shown_with_its_answer(value, what, place):
 def test_a_bad_score_in_an_array():
     assert complaint(lambda completions: np.array([1, np.nan, 1])).endswith(SHOWN[1])
     message = complaint(lambda completions: torch.zeros(3, 2))
-    assert "for one response, of 2; expected 3, one number for each of its completion_ids" in message
+    assert "for one response, of length 2; expected 3, one number for each of its completion_ids" in message
     assert message.endswith(SHOWN[0])
 
 
@@ -194,13 +194,13 @@ def test_a_dense_reward_is_one_number_for_each_token(returned):
 @pytest.mark.parametrize(
     ("place", "row", "what"),
     [
-        (1, [4.0, 5.0], "returned [4.0, 5.0] (list) for one response, of 2; expected 1, one number for each of its"),
-        (2, [], "returned [] (list) for one response, of 0; expected 4"),
-        (0, [1.0, float("nan"), 3.0], "returned nan for token 1, which is no finite 32-bit number"),
-        (2, [1, 2, 3, None], "returned None for token 3, which is no number"),
-        (1, [[4.0]], "returned [4.0] (list) for token 0, which is no number"),
-        (1, None, "returned None, which is no number"),
-        (2, "abcd", "returned 'abcd' (str), which is no number"),
+        (1, [4.0, 5.0], "returned [4.0, 5.0] (list) for one response, of length 2; expected 1, one number for each"),
+        (2, [], "returned [] (list) for one response, of length 0; expected 4"),
+        (0, [1.0, float("nan"), 3.0], "returned nan for token 1, which is not finite in 32 bits"),
+        (2, [1, 2, 3, None], "returned None for token 3, which is not a number"),
+        (1, [[4.0]], "returned [4.0] (list) for token 0, which is not a number"),
+        (1, None, "returned None, which is not a number"),
+        (2, "abcd", "returned 'abcd' (str), which is not a number"),
     ],
 )
 def test_a_bad_dense_reward_is_shown_with_its_answer(place, row, what):
@@ -272,7 +272,7 @@ def test_a_batch_that_fails_only_as_a_whole():
         return [1.0]
 
     message = complaint(reward)
-    assert re.search(r"raised RuntimeError \(test_rewards.py:\d+\); for a batch of 3 answers, and for none", message)
+    assert re.search(r"raised RuntimeError \(test_rewards.py:\d+\); only for the whole batch of 3 answers", message)
     assert "prompt" not in message
 
 
@@ -299,9 +299,9 @@ def test_long_texts_and_messages_are_shortened():
 
 def test_a_column_that_is_not_there_is_named_with_the_nearest():
     message = complaint(lambda completions, solutions: [0, 0, 0])
-    expected = "asks for 'solutions', and there is only completion_ids, completions, level, prompts, solution."
-    assert message == f"reward function judges:polite {expected} Did you mean 'solution'?"
-    assert "asks for 'solutions'" in complaint(lambda *, solutions, **kwargs: [0, 0, 0])
+    expected = "completion_ids, completions, level, prompts, solution. Did you mean 'solution'?"
+    assert message == f"reward function judges:polite requires an argument 'solutions', expected one of {expected}"
+    assert "requires an argument 'solutions'" in complaint(lambda *, solutions, **kwargs: [0, 0, 0])
 
 
 def test_an_error_before_any_line_of_the_function():

@@ -166,15 +166,15 @@ def test_an_exact_answer_takes_answer_before_solution():
 @pytest.mark.parametrize(
     ("entry", "judged", "message"),
     [
-        ("fluency:2", None, "reward_funcs: 'fluency:2': it takes nothing after its name."),
-        ("relevance:", None, "reward_funcs: 'relevance:': it takes nothing after its name."),
+        ("fluency:2", None, "reward_funcs: 'fluency:2': expected its name alone, without a colon."),
+        ("relevance:", None, "reward_funcs: 'relevance:': expected its name alone, without a colon."),
         ("length:", None, "reward_funcs: 'length:': expected a number of tokens, as in length:50."),
         ("length:0", None, "reward_funcs: 'length:0': expected a number of tokens, as in length:50."),
         ("length:-3", None, "reward_funcs: 'length:-3': expected a number of tokens, as in length:50."),
         ("regex", None, "reward_funcs: 'regex': expected a pattern, as in regex:[0-9]+."),
-        ("regex:(", None, "reward_funcs: 'regex:(': no regular expression: missing ), unterminated subpattern"),
-        ("exact_answer", case("a", label=["b"]), "no column 'answer' or 'solution' in the dataset; there are label."),
-        ("exact_answer", case("a"), "no column 'answer' or 'solution' in the dataset; there are none beside prompt."),
+        ("regex:(", None, "reward_funcs: 'regex:(': invalid regular expression: missing ), unterminated subpattern"),
+        ("exact_answer", case("a", label=["b"]), "a column 'answer' or 'solution' in the dataset, got prompt, label."),
+        ("exact_answer", case("a"), "expected a column 'answer' or 'solution' in the dataset, got prompt."),
         ("exact_answer", case("a", answer=[None]), "exact_answer: answer is null, expected text or a number; prompt"),
         (
             "exact_answer",
@@ -182,8 +182,8 @@ def test_an_exact_answer_takes_answer_before_solution():
             "exact_answer: answer is null, expected text or a ",
         ),
         ("exact_answer", case("a", answer=[True]), "exact_answer: answer is bool, expected text or a number; prompt"),
-        ("exact_answer", case("a", answer=[1.2e22]), "exact_answer: answer is 1.2e+22, which is no exact number, exp"),
-        ("exact_answer", case("a", answer=[float("nan")]), "exact_answer: answer is nan, which is no exact number, "),
+        ("exact_answer", case("a", answer=[1.2e22]), "exact_answer: answer is 1.2e+22, not an exact number, exp"),
+        ("exact_answer", case("a", answer=[float("nan")]), "exact_answer: answer is nan, not an exact number, "),
         ("exact_answer", case("a", answer=[["b"]]), "exact_answer: answer is list, expected text or a number; prompt"),
     ],
 )

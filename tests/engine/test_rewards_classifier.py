@@ -273,7 +273,7 @@ def test_what_is_a_classifier_and_what_is_not(tmp_path, tiny_model):
         OnecardError, match=r"reward_model_path: .* is no reward adapter of onecard: .* or a sequence cla"
     ):
         reward_adapter(settings)
-    with pytest.raises(OnecardError, match=r"reward_label: 'x' is a classifier's label, but .* is none"):
+    with pytest.raises(OnecardError, match=r"reward_label: 'x' is a classifier's label, but .* is not a classifier"):
         load_scorer(config(tiny_model, reward_label="x"))
 
 
@@ -300,7 +300,7 @@ def test_out_of_memory_is_no_classifier_that_cannot_be_loaded(tmp_path, monkeypa
 
 def test_a_text_of_no_tokens_is_named(tmp_path):
     folder = classifier(tmp_path, "gpt2")
-    with pytest.raises(OnecardError, match="reward_model_path: its tokenizer makes no token of ''"):
+    with pytest.raises(OnecardError, match="reward_model_path: the classifier's tokenizer returned no tokens for ''"):
         scores(load_scorer(config(folder)), [Prompt("", (1,))], [""])
 
 

@@ -17,7 +17,7 @@ from onecard.data import Prompt, preference_examples, prompt_examples
 from onecard.data.batches import Episode, pack
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
-from onecard.rewards.adapter import closed_answer
+from onecard.rewards.adapter import with_closing_token
 from onecard.rewards.scorer import load_scorer
 from onecard.rollout import Response, Rollout, find_stop_tokens, make_episode
 from tests.engine.data_material import BOT, USER, rows, say, spelled
@@ -38,7 +38,7 @@ def read(tokenizer: Any, episode: Episode, *, chat: bool = True) -> str:
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=list(tokenizer.generation_eos)))
     roles: Any = SimpleNamespace(causal_model=lambda: model)
     prompt = Prompt("", episode.prompt_tokens, messages=(USER,) if chat else None)
-    sequence = closed_answer(prompt, episode, tokenizer, find_stop_tokens(roles, tokenizer))
+    sequence = with_closing_token(prompt, episode, tokenizer, find_stop_tokens(roles, tokenizer))
     start = len(episode.prompt_tokens)
     assert sequence.tokens[:start] == episode.prompt_tokens
     assert sequence.response_mask == (False,) * start + (True,) * (len(sequence) - start)

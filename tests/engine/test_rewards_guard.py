@@ -85,9 +85,9 @@ def leaves(**_: Any) -> Any:
         (leaves, r"raised SystemExit: os._exit\(0\)"),
         (returns(NoLength()), "raised RuntimeError: no items"),
         (returns([NoNumber(), 1.0]), "raised RuntimeError: no number"),
-        (returns([NoWords(), 1.0]), r"returned something \(NoWords\), which is no number"),
+        (returns([NoWords(), 1.0]), r"returned a value without a repr \(NoWords\), which is not a number"),
         (returns([1e38, 1.0]), r"returned 1e\+38, which is beyond 1e\+18; prompt 'the cat'"),
-        (returns([10**400, 1.0]), "which is no finite 32-bit number"),
+        (returns([10**400, 1.0]), "which is not finite in 32 bits"),
     ],
 )  # fmt: skip
 def test_whatever_a_function_does_is_one_line(call, message):

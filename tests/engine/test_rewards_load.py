@@ -142,7 +142,7 @@ def test_the_current_directory_hides_nothing_that_is_installed(tmp_path, monkeyp
 )
 def test_what_is_no_address(address):
     assert complaint(address).startswith(
-        f"reward_funcs: '{address}' is no address of a function; expected module:function, file.py:function, or one of "
+        f"reward_funcs: '{address}' is unknown, expected module:function, file.py:function, or one of "
         "fluency, relevance, diversity, length, regex, exact_answer."
     )
 
@@ -159,7 +159,7 @@ def test_a_misspelt_built_in_reward(address, near):
     ("module", "missing"), [("no_such_thing", "no_such_thing"), ("no_such.thing", "no_such"), ("json.no", "json.no")]
 )
 def test_no_such_module(module, missing):
-    expected = f"there is no module '{missing}' in the current directory nor among the installed ones."
+    expected = f"there is no module '{missing}' in the current directory or among installed packages."
     assert complaint(f"{module}:length") == f"reward_funcs: {expected}"
 
 
@@ -223,9 +223,9 @@ def test_what_a_package_imports_late_may_be_missing(tmp_path):
 
 def test_what_is_no_plain_function(tmp_path):
     name = write(tmp_path, SOURCE)
-    assert complaint(f"{name}:size") == f"reward_funcs: '{name}:size' is no function, but int."
+    assert complaint(f"{name}:size") == f"reward_funcs: '{name}:size' is of type int, expected a function."
     for attribute in ("later", "slow"):
-        expected = f"'{name}:{attribute}' is an async function; expected a plain one."
+        expected = f"'{name}:{attribute}' is an async function, expected a synchronous one."
         assert complaint(f"{name}:{attribute}") == f"reward_funcs: {expected}"
 
 
@@ -241,7 +241,7 @@ def test_parts_have_short_names_where_they_are_unique():
 
 def test_one_function_twice_is_refused():
     with pytest.raises(
-        OnecardError, match=r"reward_funcs: 'a:length' is given twice; to make it count more, give it .* 2\*a:length"
+        OnecardError, match=r"reward_funcs: 'a:length' is given twice. For a larger share, give it .* 2\*a:length"
     ):
         part_names(["a:length", "b:length", "a:length"])
 

@@ -196,11 +196,12 @@ def test_weights_are_one_each_or_as_many_as_there_are_rewards():
     with pytest.raises(OnecardError) as caught:
         reward_weights(["reward_model", "length"], [0.25])
     assert str(caught.value) == (
-        "reward_weights: 1 given (0.25), expected 2: one for each of reward_model, length; or none, which is 1 each."
+        "reward_weights: 1 given (0.25), expected 2: one for each of reward_model, length; "
+        "or none, for a weight of 1 each."
     )
     with pytest.raises(OnecardError, match="reward_weights: 3 given"):
         reward_weights(["reward_model", "length"], [1.0, 2.0, 3.0])
-    with pytest.raises(OnecardError, match="reward_weights: nan is no finite number"):
+    with pytest.raises(OnecardError, match="reward_weights: nan, expected finite numbers"):
         reward_weights(["reward_model", "length"], [1.0, math.nan])
 
 

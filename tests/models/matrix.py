@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script's sys.path lacks the root
 
-from onecard.utils.errors import OnecardError, nearest
+from onecard.utils.errors import OnecardError, did_you_mean
 from tests.models.checks import CHECKS, EXACT, REFUSED, Bench, Inexact, adapted
 from tests.models.families import FAMILIES, write_model
 
@@ -163,7 +163,7 @@ def main() -> None:
     given = parser.parse_args()
     unknown = [name for name in given.families if name not in FAMILIES]
     if unknown:
-        parser.error(f"unknown family '{unknown[0]}'.{nearest(unknown[0], FAMILIES)}")
+        parser.error(f"unknown family '{unknown[0]}'.{did_you_mean(unknown[0], FAMILIES)}")
     names = given.families or sorted(FAMILIES)
     rows = []
     for place, name in enumerate(names, start=1):

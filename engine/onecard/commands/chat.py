@@ -30,15 +30,15 @@ from onecard.models.roles import Roles
 from onecard.models.vocabulary import check_tokens
 from onecard.rollout import Sampling, find_stop_tokens, sample_responses
 from onecard.training.startup import check_decoding
-from onecard.utils.errors import OnecardError, nearest, visible
+from onecard.utils.errors import OnecardError, did_you_mean, escape_controls
 from onecard.utils.progress import say
 
-CHECKED_TOKENS = 512  # limit on the text length of the startup check: a conversation's length is not known in advance
+CHECKED_TOKENS = 512  # longest sequence of the startup check: the length of a conversation is not known in advance
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A line of the user and the model's answer."""
+    """A line that the user typed, and the model's answer."""
 
     line: str
     answer: str = ""
@@ -46,14 +46,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """The turns that have not been dropped. `template`: the tokenizer has a chat template."""
+    """The turns since the last reset, without dropped ones. `template`: the tokenizer has a chat template."""
 
     system: str
     turns: tuple[Turn, ...] = ()
     template: bool = True
 
     def prompt(self) -> Text:
-        """The prompt: messages with a chat template, else text, up to the answer to the last line."""
+        """The prompt for the answer to the last line: messages if there is a chat template, else text."""
         if not self.template:
             return "\n".join(turn.line + turn.answer for turn in self.turns)
         messages = [{"role": "system", "content": self.system}] if self.system else []
@@ -63,7 +63,7 @@ class Conversation:
         return tuple(messages[:-1])
 
     def with_line(self, line: str) -> Conversation:
-        """A copy of the conversation with a new line of the user."""
+        """A copy of the conversation with a new line from the user."""
         return replace(self, turns=(*self.turns, Turn(line)))
 
     def with_answer(self, answer: str) -> Conversation:
@@ -120,23 +120,24 @@ class Chat:
     def reset(self) -> None:
         """Start a new conversation."""
         self.conversation = self.empty_conversation
-        say("The conversation begins anew.")
+        say("Started a new conversation.")
 
     def drop_oldest_turns(self, conversation: Conversation) -> tuple[Conversation, list[int]]:
-        """The conversation, without its oldest turns if it is too long, and its tokens.
+        """Drop the oldest turns until the prompt fits. Returns the conversation and the tokens of its prompt.
 
-        A single line that is too long raises `OnecardError`.
+        Raises `OnecardError` if the last line alone does not fit.
         """
         dropped, tokens = 0, self.tokens_of(conversation)
         while self.max_prompt_tokens is not None and len(tokens) > self.max_prompt_tokens:
             if len(conversation.turns) == 1:
                 raise OnecardError(
-                    f"that is {len(tokens)} tokens, and {self.max_prompt_tokens} are the most that fit; not taken."
+                    f"the line was skipped: its prompt has {len(tokens)} tokens, and the context has room for "
+                    f"{self.max_prompt_tokens}."
                 )
             conversation, dropped = conversation.without_oldest(), dropped + 1
             tokens = self.tokens_of(conversation)
         if dropped:
-            say(f"{dropped} of the oldest turns no longer fit into the model's context and are forgotten.")
+            say(f"Dropped the {dropped} oldest turns, which no longer fit into the model's context.")
         return conversation, tokens
 
     def tokens_of(self, conversation: Conversation) -> list[int]:
@@ -173,7 +174,7 @@ INVALID_UTF8 = re.compile("[\udc80-\udcff]")  # how Python's surrogateescape dec
 
 
 def write(text: str) -> None:
-    print(visible(text) if sys.stdout.isatty() else text, end="", flush=True)
+    print(escape_controls(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 def read_line() -> str | None:
@@ -195,18 +196,18 @@ def chat_loop(chat: Chat) -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
     while (line := read_line()) is not None and line.strip() != QUIT:
-        word = line.strip()
-        if not word:
+        command = line.strip()
+        if not command:
             continue
         if INVALID_UTF8.search(line):
             say("The line is not UTF-8 and was skipped.")
             continue
         try:
-            if word in COMMANDS:
-                COMMANDS[word](chat)
-            elif re.fullmatch(r"/\w+", word):
+            if command in COMMANDS:
+                COMMANDS[command](chat)
+            elif re.fullmatch(r"/\w+", command):
                 known = [*COMMANDS, QUIT]
-                say(f"{word}: there is no such command, only {' and '.join(known)}.{nearest(word, known)}")
+                say(f"{command}: unknown command, expected {' or '.join(known)}.{did_you_mean(command, known)}")
             else:
                 chat.answer(line)
         except KeyboardInterrupt:  # Ctrl-C outside of sampling
@@ -230,9 +231,7 @@ def run(config: ChatConfig) -> None:
     config = limit_new_tokens(config)
     tokenizer = load_tokenizer(config)
     if config.system and not tokenizer.chat_template:
-        raise OnecardError(
-            "system: the model's tokenizer has no chat template, so it has no place for a system message."
-        )
+        raise OnecardError("system: the model's tokenizer has no chat template, so a system message cannot be given.")
     max_prompt_tokens = longest_prompt(config)
     roles = load_frozen_role(config, role="policy")
     check_tokens(roles.causal_model(), tokenizer, [])

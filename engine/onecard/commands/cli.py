@@ -24,7 +24,7 @@ import yaml
 
 from onecard import __version__, config
 from onecard.utils import threads
-from onecard.utils.errors import Interrupted, OnecardError, is_out_of_memory, nearest, visible
+from onecard.utils.errors import Interrupted, OnecardError, did_you_mean, escape_controls, is_out_of_memory
 
 MAX_DEPTH = 8  # nesting of lists and mappings in a --config file
 # command -> (config class, module:function that runs it, example shown under --help)
@@ -70,7 +70,7 @@ COMMANDS: dict[str, tuple[type, str, str]] = {
 }
 
 
-LARGEST_FLOAT = 1e30  # of a float setting: products of larger ones overflow in float32
+LARGEST_FLOAT = 1e30  # largest absolute value of a float setting: leaves room for products in float32
 
 
 class FiniteFloat(click.FloatRange):
@@ -90,7 +90,7 @@ class FiniteFloat(click.FloatRange):
         return number
 
     def _describe_range(self) -> str:
-        return "" if self.min is None else super()._describe_range()  # click writes "x<=None" where there is no limit
+        return "" if self.min is None else super()._describe_range()  # else click writes "x<=None"
 
 
 class Integer(click.IntRange):
@@ -99,7 +99,7 @@ class Integer(click.IntRange):
     name = "integer"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, bool | float):  # from a file; click would convert both True and 1.7 to 1
+        if isinstance(value, bool | float):  # a value in a file; click would convert True and 1.7 to 1
             self.fail(f"{value!r} is not a valid integer.", param, ctx)
         number = super().convert(value, param, ctx)
         if not -(2**63) <= number < 2**64:
@@ -138,10 +138,12 @@ def check_yaml(text: str, path: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
-            raise OnecardError(f"--config: {path} has an alias (*{event.anchor}), expected plain values.")
+            raise OnecardError(f"--config: {path} has a YAML alias (*{event.anchor}), expected the value itself.")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
-            raise OnecardError(f"--config: {path} is nested deeper than {MAX_DEPTH} levels, expected plain values.")
+            raise OnecardError(
+                f"--config: {path} has more than {MAX_DEPTH} levels of nesting, expected `key: value` lines."
+            )
 
 
 def check_trust_remote_code(context: click.Context) -> None:
@@ -149,70 +151,65 @@ def check_trust_remote_code(context: click.Context) -> None:
     source = context.get_parameter_source("trust_remote_code")
     if context.params.get("trust_remote_code") and source is click.core.ParameterSource.DEFAULT_MAP:
         raise OnecardError(
-            "--config turns on trust_remote_code, which runs code that comes with the model. If you trust it, give "
+            "--config turns on trust_remote_code, which runs code that comes with the model. To allow it, give "
             "--trust_remote_code on the command line too."
         )
 
 
 def read_mapping(path: str) -> dict[Any, Any]:
-    """A YAML mapping."""
+    """The mapping in a YAML file; empty for an empty file."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         check_yaml(text, path)
         values = yaml.safe_load(text)
     except OSError as error:
         raise OnecardError(f"--config: cannot read {path}: {error.strerror}.") from None
-    except ValueError as error:  # an impossible date, or bytes that are not UTF-8
-        raise OnecardError(f"--config: {path} is not YAML: {error}") from None
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: an impossible date, or bytes that are not UTF-8
         raise OnecardError(f"--config: {path} is not YAML: {error}") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
-        raise OnecardError(f"--config: {path} holds a {type(values).__name__}, expected `key: value` lines.")
-    return values
-
-
-def read_yaml(path: str, known: Sequence[str]) -> dict[str, Any]:
-    """A YAML mapping whose keys are all in `known`."""
-    values = read_mapping(path)
-    for key in values:
-        if key not in known:
-            raise OnecardError(f"--config: {path} has an unknown key '{key}'.{nearest(str(key), known)}")
+        raise OnecardError(f"--config: {path} is a {type(values).__name__}, expected `key: value` lines.")
     return values
 
 
 def load_config_file(context: click.Context, parameter: click.Parameter, path: str | None) -> None:
-    """Make a file's values this command's defaults, so that flags still win."""
+    """Make the values in a file the defaults of this command. Flags override them."""
     if path is None:
         return
     options = (item for item in context.command.params if isinstance(item, click.Option))
     known = {option.name: option for option in options if option.name and option.name != "config"}
-    values = read_yaml(path, list(known))
+    values = read_mapping(path)
+    for key in values:
+        if key not in known:
+            raise OnecardError(f"--config: {path} has an unknown key '{key}'.{did_you_mean(str(key), known)}")
     for name, value in values.items():
         option = known[name]
         if any(part is None or isinstance(part, dict) for part in (value if isinstance(value, list) else [value])):
-            raise OnecardError(f"--config: {path}: {name}: expected a plain value; for its default, leave it out.")
+            raise OnecardError(
+                f"--config: {path}: {name} is null or a mapping, expected a value or a list of values. Remove the line "
+                "for the default."
+            )
         if option.multiple and not isinstance(value, list):
             values[name] = [value]
         if option.is_flag and not isinstance(value, bool):
             raise OnecardError(f"--config: {path}: {name}: {value!r}, expected true or false.")
-        try:  # click would not name the file in its message
+        try:  # the message of click does not name the file
             option.type_cast_value(context, values[name])
         except click.BadParameter as error:
             raise OnecardError(f"--config: {path}: {name}: {error.format_message()}") from None
         except (TypeError, ValueError):
-            raise OnecardError(f"--config: {path}: {name}: {value!r} is not a valid value.") from None
+            raise OnecardError(f"--config: {path}: {name}: {value!r}, expected {option.type.name}.") from None
     context.default_map = values
 
 
 def options_of(settings: type) -> list[click.Parameter]:
-    """A flag for each field of `settings`."""
+    """A click option for each field of `settings`."""
     hints = get_type_hints(settings)
     return [field_option(item, hints[item.name]) for item in fields(settings)]
 
 
 def config_option() -> click.Parameter:
-    """A file with any of the command's settings."""
+    """The `--config` option: a YAML file with any of the command's settings."""
     return click.Option(
         ["--config"],
         type=click.Path(),
@@ -226,12 +223,12 @@ def config_option() -> click.Parameter:
 def build_config(settings: type, values: dict[str, Any]) -> Any:
     """An instance of the config class `settings` from click's parsed values; values of other fields are ignored."""
     names = {item.name for item in fields(settings)}
-    lists = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if key in names}
-    return settings(**lists)
+    own = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if key in names}
+    return settings(**own)
 
 
 def command_of_run(config_path: str) -> str:
-    """The command that wrote the run folder in which a config.yaml lies; empty for other files."""
+    """The command of the run whose folder has this config.yaml; an empty string for other files."""
     try:
         return str(json.loads(Path(config_path).with_name("run.json").read_text(encoding="utf-8"))["command"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -239,38 +236,35 @@ def command_of_run(config_path: str) -> str:
 
 
 class FitCommand(click.Command):
-    """`onecard fit`: its own flags, and those of the planned command, which `--help` does not show."""
+    """`onecard fit`. It takes its own flags and those of the planned command; `--help` shows only its own."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not {"-h", "--help"}.intersection(args):
-            known = {param.name for param in self.params}
             algorithm = self.find_algorithm(args)
-            planned = COMMANDS[algorithm][0]
-            planned_flags = {param.name: param for param in options_of(planned)}
-            # a flag that both have (response_length with ppo) is the planned command's
+            planned_flags = {param.name: param for param in options_of(COMMANDS[algorithm][0])}
+            # If both have a flag (ppo has a response_length too), the planned command's is used.
             own_flags = [planned_flags.pop(param.name, param) for param in self.params]
-            self.params = own_flags + [param for name, param in planned_flags.items() if name not in known]
+            self.params = [*own_flags, *planned_flags.values()]
             next(param for param in own_flags if param.name == "algorithm").default = algorithm
         return super().parse_args(ctx, args)
 
     def find_algorithm(self, args: list[str]) -> str:
-        """The value of `--algorithm`, or that in the `--config` file, or the default. click reports unknown values."""
-        default = config.FitConfig.algorithm
-        names = [word.partition("=") for word in args]
+        """The algorithm of `--algorithm`, else of `--config`, else the default. click reports unknown values."""
+        words = [word.partition("=") for word in args]
         for flag in ("--algorithm", "--config"):
-            for position, (name, equals, value) in enumerate(names):
+            for position, (name, equals, value) in enumerate(words):
                 if name != flag:
                     continue
-                given = value if equals else args[position + 1] if position + 1 < len(args) else ""
+                algorithm = value if equals else args[position + 1] if position + 1 < len(args) else ""
                 if flag == "--config":
-                    given = str(read_mapping(given).get("algorithm", "")) or command_of_run(given)
-                if given in get_args(config.Algorithm):
-                    return given
-        return default
+                    algorithm = str(read_mapping(algorithm).get("algorithm", "")) or command_of_run(algorithm)
+                if algorithm in get_args(config.Algorithm):
+                    return algorithm
+        return config.FitConfig.algorithm
 
 
 def make_command(name: str, settings: type, target: str, example: str) -> click.Command:
-    """A click command with a flag for each field of `settings`. Parsing returns a function that runs the command."""
+    """A click command with an option for each field of `settings`. Parsing returns a function that runs the command."""
     params = [config_option(), *options_of(settings)]
     command_class = FitCommand if settings is config.FitConfig else click.Command
 
@@ -294,7 +288,7 @@ class Commands(click.Group):
 
 
 def make_cli() -> click.Group:
-    """The `onecard` command with all its subcommands. Flags are accepted with hyphens too: `--learning-rate`."""
+    """All commands. `--learning-rate` is accepted as `--learning_rate`."""
     settings = {
         "help_option_names": ["-h", "--help"],
         "max_content_width": 120,
@@ -312,14 +306,14 @@ def make_cli() -> click.Group:
 
 def fail(message: str) -> int:
     """Print an error on one line of standard error. Returns 2, the exit code of errors that the user can fix."""
-    click.echo(visible(f"onecard: error: {message}", kept=""), err=True)
+    click.echo(escape_controls(f"onecard: error: {message}", keep=""), err=True)
     return 2
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `onecard` command."""
     threads.configure()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # characters that it cannot encode are escaped, as on standard error
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as on standard error, escape characters that its encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     if not sys.stderr.isatty():  # no progress bars of model loading in log files
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -340,24 +334,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = fail(f"{command}{' '.join(error.format_message().split())}")
     except BrokenPipeError:  # `onecard ... | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except OSError as error:  # a full disk, a folder without write permission: the message names the file
         code = fail(" ".join(str(error).split()))
     except Interrupted as error:
-        click.echo(visible(f"onecard: {error}"), err=True)
+        click.echo(escape_controls(f"onecard: {error}"), err=True)
         code = 130
     except (click.Abort, EOFError, KeyboardInterrupt):
         click.echo(
-            "onecard: interrupted. Resume a training run from its last checkpoint with the same command and --resume.",
+            "onecard: interrupted. To continue a training run from its last checkpoint, add --resume to the command.",
             err=True,
         )
         code = 130
-    except RuntimeError as error:  # after click.Abort, which is one
+    except RuntimeError as error:  # click.Abort, caught above, is a RuntimeError too
         if not is_out_of_memory(error):
             raise
         code = fail(  # out-of-memory errors in forward and backward passes are retried with smaller batches
-            "out of memory while loading weights or in the optimizer step, where a smaller batch does not help. Use "
-            "--load_in_4bit, --optim paged_adamw_8bit, a smaller --lora_r or a smaller model; `onecard fit` says "
-            "beforehand what fits. With other settings a training run cannot be resumed: it starts at step 0."
+            "out of memory while loading weights or in the optimizer step, where a smaller batch does not help. Try "
+            "--load_in_4bit, --optim paged_adamw_8bit, a smaller --lora_r or a smaller model. `onecard fit` plans the "
+            "memory of a run before it starts. A training run with changed settings cannot be resumed."
         )
     sys.exit(code)

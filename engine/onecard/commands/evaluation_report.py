@@ -13,68 +13,68 @@ from rich.table import Table
 
 from onecard.commands.statistics import Estimate, WinRate
 from onecard.config import EvaluateConfig
-from onecard.utils.errors import visible
+from onecard.utils.errors import escape_controls
 from onecard.utils.files import digest, replace_folder
 
-NUMBERS = "evaluation.json"
+RESULTS = "evaluation.json"
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """The results of an evaluation.
 
-    `measures`: "policy" or "baseline" -> name -> estimate; `win_rate`: over the baseline, or None; `samples`: a row for
+    `metrics`: "policy" or "baseline" -> name -> estimate; `win_rate`: over the baseline, or None; `samples`: a row for
     each prompt.
     """
 
     config: EvaluateConfig
     prompts: int
-    measures: dict[str, dict[str, Estimate]]
+    metrics: dict[str, dict[str, Estimate]]
     win_rate: WinRate | None
     samples: list[dict[str, Any]]
 
 
-def cells(evaluation: Evaluation) -> list[list[str]]:
-    """The cells of the table: a header, then a line for each measure of the policy."""
-    sides = list(evaluation.measures)
-    lines = [["", *sides]]
-    for name in evaluation.measures["policy"]:
-        lines.append([name, *(str(evaluation.measures[side].get(name, "")) for side in sides)])
+def table_cells(evaluation: Evaluation) -> list[list[str]]:
+    """The cells of the table: a header row, then a row for each metric of the policy."""
+    models = list(evaluation.metrics)  # "policy", "baseline"
+    lines = [["", *models]]
+    for name in evaluation.metrics["policy"]:
+        lines.append([name, *(str(evaluation.metrics[model].get(name, "")) for model in models)])
     return lines
 
 
-def words(evaluation: Evaluation) -> str:
-    """The line below the table: the number of prompts and the win rate."""
+def summary_line(evaluation: Evaluation) -> str:
+    """The line below the table: the number of prompts, and the win rate if there is a baseline."""
     prompts = f"{evaluation.prompts} prompts, mean ± standard error."
     return f"{prompts} Win rate over the baseline: {evaluation.win_rate}." if evaluation.win_rate else prompts
 
 
-def show(evaluation: Evaluation) -> None:
-    """Print the table on standard output."""
-    head, *lines = cells(evaluation)
+def print_table(evaluation: Evaluation) -> None:
+    """Print the table and the line below it on standard output."""
+    head, *lines = table_cells(evaluation)
     table = Table(*head)
     for line in lines:
-        table.add_row(*map(visible, line))
+        table.add_row(*map(escape_controls, line))
     out = Console(highlight=False, markup=False)
     out.print(table)
-    out.print(visible(words(evaluation)), soft_wrap=True)
+    out.print(escape_controls(summary_line(evaluation)), soft_wrap=True)
 
 
 def markdown(evaluation: Evaluation) -> str:
     """The table as Markdown, with a title that names the models and the dataset."""
-    head, *lines = ["| " + " | ".join(line) + " |" for line in cells(evaluation)]
+    head, *lines = ["| " + " | ".join(line) + " |" for line in table_cells(evaluation)]
     baseline = f", compared with `{evaluation.config.baseline}`" if evaluation.config.baseline else ""
     title = f"# `{evaluation.config.model}` on `{evaluation.config.dataset}`{baseline}"
-    rule = "|" + " --- |" * len(cells(evaluation)[0])
-    return "\n".join([title, "", head, rule, *lines, "", words(evaluation), ""])
+    rule = "|" + " --- |" * len(table_cells(evaluation)[0])
+    return "\n".join([title, "", head, rule, *lines, "", summary_line(evaluation), ""])
 
 
-def write(evaluation: Evaluation, folder: Path) -> None:
+def write_files(evaluation: Evaluation, folder: Path) -> None:
     """Write `evaluation.json`, `evaluation.md` and `samples.jsonl` into `folder`, atomically."""
-    numbers = {
+    results = {
         "settings": asdict(evaluation.config),
         "prompts": evaluation.prompts,
-        **{side: {name: asdict(value) for name, value in row.items()} for side, row in evaluation.measures.items()},
+        **{model: {name: asdict(value) for name, value in row.items()} for model, row in evaluation.metrics.items()},
         "win_rate": asdict(evaluation.win_rate) if evaluation.win_rate else None,
     }
     texts = {
@@ -82,7 +82,7 @@ def write(evaluation: Evaluation, folder: Path) -> None:
         "samples.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.samples),
     }
     files = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
-    texts[NUMBERS] = json.dumps({**numbers, "files": files}, indent=2) + "\n"
+    texts[RESULTS] = json.dumps({**results, "files": files}, indent=2) + "\n"
 
     def fill(temporary: Path) -> None:
         for name, text in texts.items():
@@ -91,11 +91,11 @@ def write(evaluation: Evaluation, folder: Path) -> None:
     replace_folder(folder, fill)
 
 
-def written_before(folder: Path) -> tuple[str, ...]:
+def replaceable_files(folder: Path) -> tuple[str, ...]:
     """The unchanged files of an earlier evaluation in a folder, which a new evaluation may replace."""
     try:
-        files = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))["files"]
-        plain = [name for name in (NUMBERS, *files) if not (folder / name).is_symlink()]
-        return tuple(name for name in plain if name == NUMBERS or digest(folder / name) == files[name])
+        files = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["files"]
+        regular = [name for name in (RESULTS, *files) if not (folder / name).is_symlink()]
+        return tuple(name for name in regular if name == RESULTS or digest(folder / name) == files[name])
     except (OSError, ValueError, KeyError, TypeError):
         return ()

@@ -16,13 +16,13 @@ from onecard.models.load import context_length, load_tokenizer
 from onecard.models.vocabulary import check_tokens
 from onecard.rollout import Sampling, generate
 from onecard.training.startup import check_decoding
-from onecard.utils.errors import OnecardError, visible
+from onecard.utils.errors import OnecardError, escape_controls
 from onecard.utils.files import write_text
 from onecard.utils.progress import say
 
 
 def longest_prompt(config: SamplingConfig) -> int | None:
-    """Longest prompt in tokens: the context minus `max_new_tokens`; None if the config has no context length."""
+    """Longest prompt in tokens: the context minus `max_new_tokens`; None if the model does not limit its context."""
     limit = context_length(config)
     if limit is not None and config.max_new_tokens >= limit:
         raise OnecardError(
@@ -48,14 +48,14 @@ def run(config: GenerateConfig) -> None:
     torch.manual_seed(config.seed)
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
     texts = generate(roles, tokenizer, prompts, sampling, batch_size=config.batch_size)
-    lines = [
-        json.dumps({"prompt": prompt.text, "completion": text}, ensure_ascii=False)
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
     if output is not None:
+        lines = [
+            json.dumps({"prompt": prompt.text, "completion": text}, ensure_ascii=False)
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
         write_text(output, "\n".join(lines) + "\n")
         say(f"{len(lines)} responses: {output}")
         return
     for prompt, text in zip(prompts, texts, strict=True):
-        line = f"{prompt.text} ->{text}" if config.num_generations > 1 or len(prompts) > 1 else text
-        print(visible(line) if sys.stdout.isatty() else line)
+        line = f"{prompt.text} ->{text}" if len(prompts) > 1 else text
+        print(escape_controls(line) if sys.stdout.isatty() else line)

@@ -18,20 +18,20 @@ def output_file(config: GenerateConfig) -> Path:
     """
     path = Path(config.output).expanduser().absolute()
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise OnecardError(f"output: {config.output} cannot be written: {path.parent} is no folder that can be.")
+        raise OnecardError(f"output: {config.output} cannot be written: expected a writable folder, got {path.parent}.")
     if not os.path.lexists(path):
         return path
     if not stat.S_ISREG(path.lstat().st_mode):
-        raise OnecardError(f"output: {config.output} is a folder, a link or a device; expected a file or a new name.")
+        raise OnecardError(f"output: {config.output} is a folder, a link or a device, expected a file or a new name.")
     if os.path.exists(config.dataset) and path.samefile(config.dataset):
         raise OnecardError(f"output: {config.output} is the dataset itself; give another name.")
     if not config.overwrite:
-        raise OnecardError(f"output: {config.output} is there already; --overwrite replaces it, or give another name.")
+        raise OnecardError(f"output: {config.output} exists. Give --overwrite to replace it, or another name.")
     return path
 
 
-def output_folder(output_dir: str, replaced: Collection[str] = ()) -> Path:
-    """The path of an output folder, for `files.replace_folder`: a new folder, or one with no files except `replaced`.
+def output_folder(output_dir: str, replaceable: Collection[str] = ()) -> Path:
+    """The path of an output folder, for `files.replace_folder`: a new folder, or one with only files in `replaceable`.
 
     Other paths raise `OnecardError`.
     """
@@ -44,8 +44,8 @@ def output_folder(output_dir: str, replaced: Collection[str] = ()) -> Path:
     parent = next(path for path in folder.parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OnecardError(f"output_dir: {parent} cannot be written to.")
-    others = sorted(path.name for path in folder.iterdir() if path.name not in replaced) if folder.exists() else []
+    others = sorted(path.name for path in folder.iterdir() if path.name not in replaceable) if folder.exists() else []
     if others:
-        what = "a training run" if "config.yaml" in others else f"'{others[0]}'"
-        raise OnecardError(f"output_dir: {output_dir} holds {what}; expected a new or an empty folder.")
+        content = "a training run" if "config.yaml" in others else f"'{others[0]}'"
+        raise OnecardError(f"output_dir: {output_dir} has {content} in it, expected a new or an empty folder.")
     return folder

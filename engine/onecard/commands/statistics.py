@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-Z95 = 1.959964  # 95 % of a normal distribution lies within this many standard deviations
+Z95 = 1.959964  # 95 % of a normal distribution is within this many standard deviations of the mean
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts and its standard error, or None."""
+    """A mean over prompts, and its standard error if it has one."""
 
     mean: float
     stderr: float | None = None
@@ -66,7 +66,7 @@ def win_rate(policy: Sequence[float], baseline: Sequence[float]) -> WinRate:
     return WinRate(p, min(max(low, 0.0), p), max(min(high, 1.0), p), wins, ties, n - wins - ties)
 
 
-def distinct(answers: Iterable[Sequence[int]], n: int) -> float:
+def distinct(responses: Iterable[Sequence[int]], n: int) -> float:
     """Number of distinct n-grams divided by the number of n-grams, over all responses; 0 without n-grams.
 
     Li et al., 2016, https://arxiv.org/abs/1510.03055.
@@ -74,5 +74,5 @@ def distinct(answers: Iterable[Sequence[int]], n: int) -> float:
     >>> distinct([[7, 8, 7], [7, 8]], 2)
     0.6666666666666666
     """
-    ngrams = [tuple(answer[start : start + n]) for answer in answers for start in range(len(answer) - n + 1)]
+    ngrams = [tuple(tokens[start : start + n]) for tokens in responses for start in range(len(tokens) - n + 1)]
     return len(set(ngrams)) / len(ngrams) if ngrams else 0.0

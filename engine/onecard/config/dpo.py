@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from onecard.config.base import PolicyTrainConfig, ReferenceConfig, TrainConfig, option, raise_first
-from onecard.utils.errors import OnecardError, nearest
+from onecard.utils.errors import OnecardError, did_you_mean
 
 # Loss that cannot be summed with others -> keyword of its kernel -> setting that gives the value
 UNSUMMABLE: dict[str, dict[str, str]] = {
@@ -92,7 +92,7 @@ def check_names(names: list[str]) -> None:
         raise OnecardError("loss_type: empty, expected a loss such as sigmoid.")
     for name in names:
         if name not in known:
-            hint = nearest(name, known) or f" Expected one of {', '.join(known)}."
+            hint = did_you_mean(name, known) or f" Expected one of {', '.join(known)}."
             raise OnecardError(f"loss_type: no loss is called '{name}'.{hint}")
     unsummable = [name for name in names if name in UNSUMMABLE]
     if unsummable and len(names) > 1:

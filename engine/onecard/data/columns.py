@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any, TypeAlias, TypeGuard
 
 from onecard.data.readers import json_type, reason
-from onecard.utils.errors import nearest
+from onecard.utils.errors import did_you_mean
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 IMAGE_COLUMNS = ("image", "images")  # TRL's names
@@ -52,7 +52,7 @@ def check_no_images(values: Mapping[str, Any]) -> None:
 def column(values: Mapping[str, Any], name: str) -> Any:
     """A column's value. Raises BadRowError if the column is missing or null."""
     if name not in values:
-        raise BadRowError(f"no column '{name}'; {columns_present(values)}{nearest(name, unknown_columns(values))}")
+        raise BadRowError(f"no column '{name}'; {columns_present(values)}{did_you_mean(name, unknown_columns(values))}")
     if values[name] is None:
         raise BadRowError(f"{name} is null")
     return values[name]
@@ -98,7 +98,7 @@ def message(value: object, where: str) -> dict[str, Any]:
     if fields["role"] not in ROLES:
         role = fields["role"]
         raise BadRowError(
-            f"{where}: unknown role '{role[:40]}'; expected one of {', '.join(ROLES)}.{nearest(role, ROLES)}"
+            f"{where}: unknown role '{role[:40]}'; expected one of {', '.join(ROLES)}.{did_you_mean(role, ROLES)}"
         )
     check_unicode(fields.get("content", ""), where)
     return fields

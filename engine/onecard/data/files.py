@@ -29,7 +29,7 @@ from onecard.data.readers import (
     suffixes,
 )
 from onecard.data.splits import data_files, files_by_split, has_loading_config
-from onecard.utils.errors import OnecardError, nearest
+from onecard.utils.errors import OnecardError, did_you_mean
 from onecard.utils.files import blocks, digest
 
 # Not supported: a folder of data files that has such a file raises an error.
@@ -218,7 +218,9 @@ def open_folder(source: str, path: Path, split: str) -> Rows:
         return open_selected(splits[split])
     if SPLIT_NAME.fullmatch(split) and split != "all":
         if splits:
-            raise OnecardError(f"{source}: no split '{split}'; there are {', '.join(splits)}.{nearest(split, splits)}")
+            raise OnecardError(
+                f"{source}: no split '{split}'; there are {', '.join(splits)}.{did_you_mean(split, splits)}"
+            )
         return open_selected(files)
     parts = {name: list(open_selected(selected)) for name, selected in (splits or {"train": files}).items()}
     return in_memory(select_split(source, split, parts))
@@ -246,7 +248,9 @@ def load_saved(path: Path, split: str) -> Any:
         raise OnecardError(f"{path}: cannot be loaded as a saved dataset: {reason(error)}.") from error
     if isinstance(dataset, Mapping):
         if split not in dataset:
-            raise OnecardError(f"{path}: no split '{split}'; there are {', '.join(dataset)}.{nearest(split, dataset)}")
+            raise OnecardError(
+                f"{path}: no split '{split}'; there are {', '.join(dataset)}.{did_you_mean(split, dataset)}"
+            )
         dataset = dataset[split]
     elif "[" in split:
         raise OnecardError(f"{path}: split '{split}': the dataset has no splits to slice; expected a name without '['.")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard.data.csv_table import read_table
-from onecard.utils.errors import OnecardError, nearest
+from onecard.utils.errors import OnecardError, did_you_mean
 
 MESSAGE_COLUMNS = ("messages", "prompt", "completion", "completions", "chosen", "rejected")
 
@@ -58,7 +58,7 @@ def read_file(path: Path) -> NumberedRecords:
         suffix = suffix or compression
         raise OnecardError(
             f"{path}: unknown file type '{suffix}'; expected one of {', '.join(READERS)}, "
-            f"or one of them followed by {', '.join(COMPRESSED)}.{nearest(suffix, READERS)}"
+            f"or one of them followed by {', '.join(COMPRESSED)}.{did_you_mean(suffix, READERS)}"
         )
     try:
         if READERS[suffix] is read_jsonl and not compression and is_utf8_readable(path):

@@ -23,7 +23,7 @@ from onecard.data.example_arrays import DTYPES, Examples, open_examples
 from onecard.data.files import Row, Rows
 from onecard.data.templates import date_of
 from onecard.data.tokens import Tokenizer
-from onecard.utils.files import cache_folder, digest, recover, remove, temporary
+from onecard.utils.files import cache_folder, digest, recover, remove, temporary_path
 from onecard.utils.progress import say
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ def cached(key: str, kind: type[T], write: Callable[[Path | None], TokenizedExam
     if tokenized is not None:
         say(f"data: {len(tokenized.examples):,} tokenized examples are read from {folder}.")
         return tokenized
-    new = temporary(folder, "tmp")
+    new = temporary_path(folder, "tmp")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         recover(folder)

@@ -40,7 +40,7 @@ from onecard.data.columns import (
 )
 from onecard.data.files import Row
 from onecard.data.readers import json_type
-from onecard.utils.errors import nearest
+from onecard.utils.errors import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def sft_row(row: Row) -> SFTRow:
     if null:
         others = f"; {columns_present(values)}" if any(has(values, str(name)) for name in values) else ""
         raise BadRowError(f"{', '.join(null)} {'is' if len(null) == 1 else 'are'} null{others}")
-    near = next(filter(None, (nearest(name, unknown_columns(values)) for name in ("messages", "text"))), "")
+    near = next(filter(None, (did_you_mean(name, unknown_columns(values)) for name in ("messages", "text"))), "")
     raise BadRowError(f"no column 'messages', 'prompt' + 'completion', or 'text'; {columns_present(values)}{near}")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from onecard.config import ModelConfig
 from onecard.models.load import check_weights, find_source_of, pick_device, pick_dtype, reason
 from onecard.models.micro_batching import TokenBudget, as_budget, map_micro_batches
-from onecard.utils.errors import OnecardError, is_out_of_memory, nearest
+from onecard.utils.errors import OnecardError, did_you_mean, is_out_of_memory
 
 ARCHITECTURE = "ForSequenceClassification"
 INDEPENDENT_LABELS = ("multi_label_classification", "regression")  # problem types without a softmax over the labels
@@ -132,7 +132,7 @@ def label_index(label: str, setting: str, names: Mapping[int, str]) -> int:
         return known[label]
     listed = ", ".join(f"{index} ({name})" for index, name in sorted(names.items()))
     problem = f"'{label}' is no label of the classifier" if label else "missing, and the classifier has several labels"
-    raise OnecardError(f"{setting}: {problem}; expected one of {listed}.{nearest(label, known)}")
+    raise OnecardError(f"{setting}: {problem}; expected one of {listed}.{did_you_mean(label, known)}")
 
 
 def max_input_tokens(model: Any, tokenizer: Any) -> int | None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from onecard.models.trunk import errors_of, trunk_of
 from onecard.models.vocabulary import known_tokens
-from onecard.utils.errors import OnecardError, nearest
+from onecard.utils.errors import OnecardError, did_you_mean
 
 ALL_LINEAR = "all-linear"
 SETTING = "lora_target_modules"
@@ -270,5 +270,5 @@ def no_match_message(model: Any, layers: Layers, name: str, matched: Sequence[st
     known = {ALL_LINEAR, *paths, *(path.rpartition(".")[2] for path in paths)}
     return (
         f"no layer of {type(model).__name__} is called {name}; expected {ALL_LINEAR} or names of its layers."
-        f"{nearest(name, sorted(known))}"
+        f"{did_you_mean(name, sorted(known))}"
     )

@@ -1,4 +1,4 @@
-"""Writes `report.html` of a run folder and of the demo: one file with embedded images, without scripts or links."""
+"""Writes the `report.html` of a run or of the demo: one file with embedded images, without scripts or links."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onecard.reporting.charts import Chart, drawn, overview, picture, slug, unknown
+from onecard.reporting.charts import Chart, chart_png, known_charts, other_charts, overview, slug
 from onecard.reporting.page import Sample, Side, TableRow, write_page
 from onecard.reporting.plots import Metrics, grid, png
 from onecard.training.run_folder import CONFIG, METRICS, SAMPLES, write_folder
@@ -48,7 +48,7 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """A run's responses to the same prompts at its first, middle and last evaluation, from its `samples.jsonl`.
+    """From a `samples.jsonl`: the responses to the same prompts at the first, a middle and the last evaluation.
 
     Empty if there is no such file, or if it has fewer than two evaluations.
     """
@@ -56,14 +56,15 @@ def read_samples(path: Path) -> list[Sample]:
     steps = sorted({row["step"] for row in rows})
     if len(steps) < 2:
         return []
-    shown = {steps[0]: "before", steps[len(steps) // 2]: f"step {steps[len(steps) // 2]}", steps[-1]: "after"}
-    columns = [[row for row in rows if row["step"] == step] for step in shown]
+    middle = steps[len(steps) // 2]
+    headings = {steps[0]: "before", middle: f"step {middle}", steps[-1]: "after"}
+    columns = [[row for row in rows if row["step"] == step] for step in headings]
     return [
         Sample(
             answers[0]["prompt"],
             tuple(
                 Side(name, answer["completion"], answer.get("score"))
-                for name, answer in zip(shown.values(), answers, strict=True)
+                for name, answer in zip(headings.values(), answers, strict=True)
             ),
         )
         for answers in zip(*columns, strict=False)
@@ -75,14 +76,14 @@ def write_run_report(run_dir: Path | str, samples: Sequence[Sample] = ()) -> Pat
     folder = Path(run_dir)
     samples = samples or read_samples(folder / SAMPLES)
     metrics = read_metrics(folder / METRICS)
-    known = {chart.file: picture(metrics, chart) for chart in drawn(metrics)}
-    other = {chart.file: picture(metrics, chart) for chart in unknown(metrics)}
+    known = {chart.file: chart_png(metrics, chart) for chart in known_charts(metrics)}
+    other = {chart.file: chart_png(metrics, chart) for chart in other_charts(metrics)}
     sections = [("Curves", _images(known)), ("Other metrics", _images(other))]
     _write_plots(folder, {**known, **other})
     return write_page(
         folder,
         title=f"Run {folder.resolve().name}",
-        lead=f"{int(metrics[-1]['step'])} steps. Lines are training rows, dashes held-out rows.",
+        subtitle=f"{int(metrics[-1]['step'])} steps. Solid: training. Dashed: held-out data.",
         sections=[section for section in sections if section[1]],
         samples=samples,
         configs=_configs([Stage(folder.resolve().name, folder)]),
@@ -99,31 +100,33 @@ def write_demo_report(
     plots = {"curves": png(grid(overview(runs)))}
     sections = [("All stages", _images(plots))]
     for stage, (name, metrics) in zip(stages, runs, strict=True):
-        pictures = {f"{slug(name)}-{chart.file}": _run_picture(stage, metrics, chart) for chart in drawn(metrics)}
-        plots |= pictures
-        sections.append((f"{name}: all curves", _images(pictures)))
+        images = {
+            f"{slug(name)}-{chart.file}": _run_chart_png(stage, metrics, chart) for chart in known_charts(metrics)
+        }
+        plots |= images
+        sections.append((f"{name}: all curves", _images(images)))
     _write_plots(folder, plots)
     return write_page(
         folder,
         title="onecard demo",
-        lead=f"A tiny language model, trained from its first step: {', then '.join(stage.name for stage in stages)}.",
+        subtitle=f"A tiny language model trained from scratch: {', then '.join(stage.name for stage in stages)}.",
         table=table,
         sections=sections[:1],
         samples=samples,
-        folded=sections[1:],
+        details=sections[1:],
         configs=_configs(stages),
     )
 
 
-def _run_picture(stage: Stage, metrics: Metrics, chart: Chart) -> bytes:
+def _run_chart_png(stage: Stage, metrics: Metrics, chart: Chart) -> bytes:
     """A chart of a finished run as PNG: the file that the run's own report wrote if there is one, else drawn here."""
     written = Path(stage.run_dir) / PLOTS / f"{chart.file}.png"
-    return written.read_bytes() if written.is_file() else picture(metrics, chart)
+    return written.read_bytes() if written.is_file() else chart_png(metrics, chart)
 
 
-def _images(pictures: Mapping[str, bytes]) -> list[tuple[str, str]]:
+def _images(images: Mapping[str, bytes]) -> list[tuple[str, str]]:
     """Name and data URI of each image."""
-    return [(name, f"data:image/png;base64,{base64.b64encode(data).decode()}") for name, data in pictures.items()]
+    return [(name, f"data:image/png;base64,{base64.b64encode(data).decode()}") for name, data in images.items()]
 
 
 def _configs(stages: Sequence[Stage]) -> list[tuple[str, str]]:

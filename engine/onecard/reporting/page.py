@@ -6,15 +6,17 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from onecard.training.run_folder import REPORT
 from onecard.utils.files import write_text
 
+Section: TypeAlias = tuple[str, Sequence[tuple[str, str]]]  # heading, and name and data URI of each image
+
 
 @dataclass(frozen=True)
 class TableRow:
-    """One row of the results table; `value` is shown unchanged."""
+    """One row of the results table. `value`: already formatted."""
 
     stage: str
     metric: str
@@ -33,7 +35,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Sample:
-    """Responses to one prompt, shown side by side, from before to after training."""
+    """Responses to one prompt, shown side by side in the order of training."""
 
     prompt: str
     sides: tuple[Side, ...]
@@ -43,17 +45,39 @@ def _reward(value: float | None) -> str:
     return "" if value is None else f"{value:+.2f}" if math.isfinite(value) else str(value)
 
 
-def _sides(samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
+def _sample_texts(samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
     for sample in samples:
         sides = [(side.name, side.text.strip(), _reward(side.reward)) for side in sample.sides]
         yield {"prompt": sample.prompt.strip(), "sides": sides}
 
 
-def write_page(folder: Path, samples: Sequence[Sample] = (), **content: Any) -> Path:
+def write_page(
+    folder: Path,
+    *,
+    title: str,
+    subtitle: str,
+    sections: Sequence[Section],
+    samples: Sequence[Sample],
+    configs: Sequence[tuple[str, str]],
+    table: Sequence[TableRow] = (),
+    details: Sequence[Section] = (),
+) -> Path:
+    """Write `report.html` into `folder` and return its path.
+
+    `configs`: name and text of each config.yaml; `details`: sections that are collapsed until the reader opens them.
+    """
     from jinja2 import Environment, StrictUndefined
 
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    html = page.from_string(PAGE).render({"table": (), "folded": (), **content, "samples": list(_sides(samples))})
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    html = environment.from_string(PAGE).render(
+        title=title,
+        subtitle=subtitle,
+        sections=sections,
+        samples=list(_sample_texts(samples)),
+        configs=configs,
+        table=table,
+        details=details,
+    )
     write_text(folder / REPORT, html)
     return folder / REPORT
 
@@ -68,7 +92,7 @@ body { margin: 0 auto; max-width: 68rem; padding: 2.5rem 1.25rem 4rem; color: va
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { margin: 0; font-size: 1.9rem; letter-spacing: -0.02em; }
 h2 { margin: 2.5rem 0 0.9rem; font-size: 1.2rem; }
-.lead { margin: 0.3rem 0 0; color: var(--soft); }
+.subtitle { margin: 0.3rem 0 0; color: var(--soft); }
 table { width: 100%; border-collapse: collapse; font-size: 0.95rem; }
 th { color: var(--soft); font-weight: 500; font-size: 0.82rem; }
 th, td { padding: 0.5rem 0.9rem 0.5rem 0; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -107,7 +131,7 @@ PAGE = (
 {% endfor %}</div>
 {% endmacro %}
 <h1>{{ title }}</h1>
-<p class="lead">{{ lead }}</p>
+<p class="subtitle">{{ subtitle }}</p>
 {% if table %}
 <h2>Results</h2>
 <table><thead><tr><th>stage</th><th>metric</th><th>value</th><th>meaning</th></tr></thead><tbody>
@@ -133,9 +157,9 @@ PAGE = (
 </div></div>
 {% endfor %}
 {% endif %}
-{% if folded or configs %}
+{% if details or configs %}
 <h2>Details</h2>
-{% for heading, images in folded %}
+{% for heading, images in details %}
 <details><summary>{{ heading }}</summary><div>{{ gallery(images) }}</div></details>
 {% endfor %}
 {% for name, text in configs %}

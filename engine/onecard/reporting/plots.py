@@ -1,7 +1,7 @@
 """Curves of a run as matplotlib figures. matplotlib is imported with the first figure and opens no window.
 
-A metric `name` of training rows and `eval_name` of evaluation rows share their axes. Training is a smoothed line over
-the faint raw values; evaluation is dashes and dots.
+The metrics `name` of training and `eval_name` of evaluation share their axes. Training is a smoothed solid line over
+the faint raw values; evaluation is a dashed line with markers.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from onecard.utils.errors import visible
+from onecard.utils.errors import escape_controls
 
 Metrics = Sequence[Mapping[str, Any]]
 Points = tuple[list[float], list[float]]
 
 COLOURS = ("#2563eb", "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#a61e4d")
 INK, FAINT = "#343a40", "#dee2e6"
-POINTS = 2000  # largest number of points in a curve: more than a plot has pixels
-LONGEST_LABEL = 60  # characters
+POINTS = 2000  # about the largest number of points in a curve: more than a plot has pixels
+MAX_LABEL = 60  # characters
 SMOOTHING = 25  # the moving average spans 1 / SMOOTHING of the curve
 
 
@@ -43,10 +43,10 @@ def points(metrics: Metrics, name: str) -> Points:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """A centred moving average. At the ends, its window is cut off at the first and last value."""
-    reach = max(1, len(values) // (2 * SMOOTHING))
+    """A centred moving average. Near the ends, its window has fewer values."""
+    radius = max(1, len(values) // (2 * SMOOTHING))
     sums = [0.0, *accumulate(values)]
-    ends = ((max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values)))
+    ends = ((max(0, i - radius), min(len(values), i + radius + 1)) for i in range(len(values)))
     return [(sums[last] - sums[first]) / (last - first) for first, last in ends]
 
 
@@ -55,17 +55,17 @@ def thinned(steps: Sequence[float], values: Sequence[float]) -> Points:
     length = max(1, 2 * len(values) // POINTS)
     if length <= 2:
         return list(steps), list(values)
-    kept: list[int] = []
+    indices: list[int] = []
     for first in range(0, len(values), length):
         segment = range(first, min(first + length, len(values)))
-        kept += sorted({min(segment, key=values.__getitem__), max(segment, key=values.__getitem__)})
-    return [steps[index] for index in kept], [values[index] for index in kept]
+        indices += sorted({min(segment, key=values.__getitem__), max(segment, key=values.__getitem__)})
+    return [steps[index] for index in indices], [values[index] for index in indices]
 
 
 def label(name: str) -> str:
-    """A metric's name as a matplotlib label: `$` and control characters escaped, at most `LONGEST_LABEL` characters."""
-    shown = visible(name, kept="").replace("$", r"\$")
-    return shown if len(shown) <= LONGEST_LABEL else f"{shown[: LONGEST_LABEL - 3]}..."
+    """A metric's name as a matplotlib label: `$` and control characters escaped, at most `MAX_LABEL` characters."""
+    escaped = escape_controls(name, keep="").replace("$", r"\$")
+    return escaped if len(escaped) <= MAX_LABEL else f"{escaped[: MAX_LABEL - 3]}..."
 
 
 def curves(metrics: Metrics, names: Sequence[str], title: str, unit: str = "") -> Any:

@@ -19,7 +19,7 @@ from onecard.rollout import find_stop_tokens, tokens_before_end
 def score(
     roles: Roles, tokenizer: Any, prompts: Sequence[str], responses: Sequence[str], *, max_length: int, batch_size: int
 ) -> list[float]:
-    """One reward for each prompt and response, tokenized as the reward model's training pairs are."""
+    """One reward for each prompt and response. They are tokenized as the reward model's training pairs were."""
     rows = [
         Row("responses", number, {"prompt": prompt, "completion": response})
         for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True), start=1)
@@ -40,7 +40,7 @@ def score_sequences(
 ) -> list[float]:
     """One reward for each sequence, in their order: the scalar head's output at the last token.
 
-    The tokens are those that were sampled; nothing is tokenized again. `role` names the adapter and head.
+    `role`: the adapter and head that score.
     """
     with roles.active(role):
         return sequence_passes(roles, sequences, batch_size, lambda batch: roles.scores(batch).tolist())
@@ -55,15 +55,15 @@ class AdapterReward:
     def __call__(self, inputs: RewardInput) -> list[float]:
         stop_tokens = find_stop_tokens(inputs.roles, inputs.tokenizer)
         answers = zip(inputs.prompts, inputs.episodes, strict=True)
-        sequences = [closed_answer(prompt, episode, inputs.tokenizer, stop_tokens) for prompt, episode in answers]
+        sequences = [with_closing_token(prompt, episode, inputs.tokenizer, stop_tokens) for prompt, episode in answers]
         return score_sequences(inputs.roles, sequences, batch_size=inputs.batch_size, role=self.role)
 
 
-def closed_answer(prompt: Prompt, episode: Episode, tokenizer: Any, stop_tokens: Collection[int]) -> TokenSequence:
-    """Prompt and answer, ending with the closing token of the reward model's training answers.
+def with_closing_token(prompt: Prompt, episode: Episode, tokenizer: Any, stop_tokens: Collection[int]) -> TokenSequence:
+    """The sampled tokens of prompt and answer, with the token at the end that closes answers in reward training.
 
-    The reward model is trained to score at that token. An answer that was cut, or that another token ended, would be
-    scored at a token it was not trained on. A stop string is removed before the closing token is appended.
+    The reward model was trained to score at that token, not at the last token of a cut answer or at another end token.
+    A stop string or another end token is removed before the closing token is appended.
     """
     chat = prompt.messages is not None
     closing = closing_token(tokenizer, chat=chat)
@@ -71,6 +71,8 @@ def closed_answer(prompt: Prompt, episode: Episode, tokenizer: Any, stop_tokens:
     if last == closing or (chat and last in answer_end_tokens(tokenizer).chat_ids):
         return episode.sequence
     stopped = bool(episode.stop) or last in stop_tokens
-    body = tokens_before_end(tokenizer, episode.prompt_tokens, episode.response, finished=stopped, stop=episode.stop)
-    tokens = (*episode.prompt_tokens, *body, closing)
-    return TokenSequence(tokens, (False,) * len(episode.prompt_tokens) + (True,) * (len(body) + 1))
+    without_end = tokens_before_end(
+        tokenizer, episode.prompt_tokens, episode.response, finished=stopped, stop=episode.stop
+    )
+    tokens = (*episode.prompt_tokens, *without_end, closing)
+    return TokenSequence(tokens, (False,) * len(episode.prompt_tokens) + (True,) * (len(without_end) + 1))

@@ -1,4 +1,4 @@
-"""Inputs of rewards: texts, tokens, the other columns of the dataset's rows, and the models."""
+"""Inputs of rewards: texts, tokens, the other columns of the dataset, and the models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Answers:
 
         prompts          ("2 + 2 =", "2 + 2 =")
         completions      (" 4", " five")             text after the prompt, without special tokens and stop strings
-        completion_ids   ((604, 2), (1936,))         as sampled, with the token that ended each
+        completion_ids   ((604, 2), (1936,))         as sampled, including end tokens
         columns          {"solution": ("4", "4")}
     """
 
@@ -60,7 +60,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class RewardInput:
-    """Everything known about B answers. Reward functions get `answers`; built-in rewards may also run the models."""
+    """B answers as built-in rewards and reward models get them. Reward functions get only `answers`."""
 
     roles: Roles
     tokenizer: Any

@@ -2,7 +2,7 @@
 
 | name | value of one answer |
 |---|---|
-| `fluency` | mean log-likelihood of its tokens under the reference model, in nats |
+| `fluency` | mean log-prob of its tokens under the reference model, in nats |
 | `relevance` | share of the prompt's content words that occur in it |
 | `diversity` | share of its words and word pairs that occur in no other answer of the batch |
 | `length`, `length:N` | number of tokens; with N, closeness of that number to N, from 0 to 1 |
@@ -27,19 +27,19 @@ from onecard.utils.errors import OnecardError
 
 NGRAMS = (1, 2)
 ANSWER_COLUMNS = ("answer", "solution")
-# Words that are not content words.
+# The words of a prompt that `relevance` ignores
 STOP_WORDS = frozenset(re.findall(r"\w+", """
     a about after all also am an and any are as at be because been before being but by can could did do does
     doing for from had has have he her him his how i if in into is it its me more most my no not of on one or
     other our out over please s she should so some such t than that the their them then there these they this
     those to too up us very was we were what when where which who whom whose why will with would you your
 """))  # fmt: skip
-# `3-4` has no minus sign: a sign may not follow a word character.
+# A sign may not follow a word character: in `3-4`, the numbers are 3 and 4.
 NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\w))?")
-LEADING_ZERO = re.compile(r"[-+]?0[\d,]")  # such a text is compared as text: 02134 is a code, and not 2134
-AROUND = " \"'`$*"
+LEADING_ZERO = re.compile(r"[-+]?0[\d,]")  # compared as text: 02134 is a code, not the number 2134
+STRIPPED = " \"'`$*"
 MINUS = str.maketrans("\u2212", "-")
-MOST_DIGITS = 1000  # before or after the decimal point
+MAX_DIGITS = 1000  # before or after the decimal point
 
 
 def fluency(inputs: RewardInput) -> list[float]:
@@ -54,7 +54,7 @@ def words(text: str) -> list[str]:
 
 
 def user_text(prompt: Prompt) -> str:
-    """The text of the user's messages, without what the chat template adds; a text prompt as it is."""
+    """The contents of the user's messages, or a text prompt unchanged."""
     if prompt.messages is None:
         return prompt.text
     return " ".join(message["content"] for message in prompt.messages if message["role"] == "user")
@@ -70,6 +70,7 @@ def relevance(inputs: RewardInput) -> list[float]:
 
 
 def ngrams(text: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    """All runs of n words in a list of words."""
     return [tuple(text[start : start + n]) for start in range(len(text) - n + 1)]
 
 
@@ -78,7 +79,7 @@ def diversity(inputs: RewardInput) -> list[float]:
 
     Based on distinct-n of "A Diversity-Promoting Objective Function for Neural Conversation Models"
     (https://arxiv.org/abs/1510.03055, section 5.2). Distinct-n counts distinct n-grams over all answers; here each
-    answer gets the share that is its own. If an answer has no n-gram for an n, that n counts 0.
+    answer gets the share of n-grams that only it has. An answer that is too short for an n-gram gets 0 for that n.
     """
     texts = [words(answer) for answer in inputs.answers.completions]
     shares = torch.zeros(len(texts), dtype=torch.float64)
@@ -112,7 +113,7 @@ def regex(argument: str | None) -> ModelReward:
     try:
         pattern = re.compile(argument)
     except re.error as error:
-        raise ValueError(f"no regular expression: {error}") from error
+        raise ValueError(f"invalid regular expression: {error}") from error
     return lambda inputs: [float(bool(pattern.search(answer))) for answer in inputs.answers.completions]
 
 
@@ -127,15 +128,15 @@ def exact_answer(inputs: RewardInput) -> list[float]:
     answers = inputs.answers
     columns = [name for name in ANSWER_COLUMNS if name in answers.columns]
     if not columns:
-        present = ", ".join(answers.columns) or "none beside prompt"
-        raise OnecardError(f"exact_answer: no column 'answer' or 'solution' in the dataset; there are {present}.")
+        present = ", ".join(["prompt", *answers.columns])
+        raise OnecardError(f"exact_answer: expected a column 'answer' or 'solution' in the dataset, got {present}.")
     return [
-        float(says(answer, expected_of({name: answers.columns[name][index] for name in columns}, prompt)))
+        float(is_correct(answer, expected_answer({name: answers.columns[name][index] for name in columns}, prompt)))
         for index, (prompt, answer) in enumerate(zip(answers.prompts, answers.completions, strict=True))
     ]
 
 
-def expected_of(columns: Mapping[str, Any], prompt: str) -> str:
+def expected_answer(columns: Mapping[str, Any], prompt: str) -> str:
     """A row's expected answer, normalized, from the first of ANSWER_COLUMNS that is not null."""
     given = {name: columns[name] for name in ANSWER_COLUMNS if name in columns}
     column = next((name for name, value in given.items() if value is not None), next(iter(given), ANSWER_COLUMNS[0]))
@@ -144,20 +145,20 @@ def expected_of(columns: Mapping[str, Any], prompt: str) -> str:
 
 def expected_text(expected: Any, column: str, prompt: str) -> str:
     """A row's expected answer, normalized. `column` and `prompt` are for the error message."""
-    what = "null" if expected is None else type(expected).__name__
+    got = "null" if expected is None else type(expected).__name__
     if isinstance(expected, str):
         return normalized(expected)
-    if isinstance(expected, Decimal) and abs(expected.adjusted()) > MOST_DIGITS:
-        what = f"{expected}, which has too many digits"
+    if isinstance(expected, Decimal) and abs(expected.adjusted()) > MAX_DIGITS:
+        got = f"{expected}, a number with too many digits"
     elif isinstance(expected, float) and not abs(expected) < 2**53:  # NaN too
-        what = f"{expected}, which is no exact number"
+        got = f"{expected}, not an exact number"
     elif isinstance(expected, int | float | Decimal) and not isinstance(expected, bool):
         return f"{Decimal(str(expected)):f}"  # 0.00001, not 1e-05
-    raise OnecardError(f"exact_answer: {column} is {what}, expected text or a number; prompt {prompt[:80]!r}")
+    raise OnecardError(f"exact_answer: {column} is {got}, expected text or a number; prompt {prompt[:80]!r}")
 
 
-def says(answer: str, expected: str) -> bool:
-    """Whether the answer, its last line, or its last number (if a number is expected) equals `expected`."""
+def is_correct(answer: str, expected: str) -> bool:
+    """Whether the answer, its last line, or (if a number is expected) its last number equals `expected`."""
     answer = answer.translate(MINUS)
     lines = [line for line in answer.splitlines() if line.strip()]
     if normalized(answer) == expected or (lines and normalized(lines[-1]) == expected):
@@ -171,8 +172,9 @@ def says(answer: str, expected: str) -> bool:
 
 
 def normalized(text: str) -> str:
+    """The text after `####`, in lower case, without white space, quotes and marks around it; see `exact_answer`."""
     text = text.translate(MINUS)
-    return " ".join(text.rpartition("####")[2].casefold().split()).strip(AROUND).rstrip(AROUND + ".!")
+    return " ".join(text.rpartition("####")[2].casefold().split()).strip(STRIPPED).rstrip(STRIPPED + ".!")
 
 
 def as_decimal(text: str) -> Decimal:
@@ -184,13 +186,13 @@ def no_argument(reward: ModelReward) -> Callable[[str | None], ModelReward]:
 
     def make(argument: str | None) -> ModelReward:
         if argument is not None:
-            raise ValueError("it takes nothing after its name")
+            raise ValueError("expected its name alone, without a colon")
         return reward
 
     return make
 
 
-# The text after the colon (None without a colon) -> the reward; raises ValueError if the text is wrong.
+# Name -> function of the text after the colon (None without a colon) that returns the reward, or raises ValueError.
 BUILTINS: Mapping[str, Callable[[str | None], ModelReward]] = {
     "fluency": no_argument(fluency),
     "relevance": no_argument(relevance),

@@ -1,4 +1,4 @@
-"""Rewards from a sequence classifier. Prompt and answer are decoded text, tokenized with the classifier's tokenizer."""
+"""Rewards from a sequence classifier. It has its own tokenizer, so prompt and answer are passed as text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ClassifierReward:
         self.classifier, self.setting = classifier, setting
         # Special tokens that the tokenizer adds before a text. A rendered prompt may begin with them already.
         self.prefix = "".join(classifier.tokenizer.convert_ids_to_tokens(leading_special_tokens(classifier.tokenizer)))
-        self.warned = False  # of truncated texts, once per run
+        self.warned = False  # the warning about truncated texts is printed once per run
 
     def __call__(self, inputs: RewardInput) -> list[float]:
         answers = inputs.answers.completions
@@ -36,11 +36,11 @@ class ClassifierReward:
             self.warned = True
             say(
                 f"{self.setting}: {truncated} of {len(texts)} texts are longer than the {limit} tokens that the "
-                "classifier reads, so their beginning is cut off. Later ones are cut without a message."
+                "classifier reads; their beginning is cut off. This warning is printed once."
             )
         return self.classifier.scores([text["inputs"] for text in texts], inputs.batch_size)
 
-    def tokenized(self, prompt: Prompt, answer: str, policy_tokenizer: Any = None) -> dict[str, Any]:
+    def tokenized(self, prompt: Prompt, answer: str, policy_tokenizer: Any) -> dict[str, Any]:
         """`inputs`: the classifier's model inputs of one text; `truncated`: whether its beginning was cut off.
 
         `policy_tokenizer`: its chat template rendered the prompt. Raises OnecardError if the text has no token.
@@ -58,7 +58,7 @@ class ClassifierReward:
         if truncated:
             inputs = tokenizer(text, add_special_tokens=not uses_template, truncation=True, max_length=limit)
         if not inputs["input_ids"]:
-            raise OnecardError(f"{self.setting}: its tokenizer makes no token of {text[:80]!r}.")
+            raise OnecardError(f"{self.setting}: the classifier's tokenizer returned no tokens for {text[:80]!r}.")
         return {"inputs": inputs, "truncated": truncated}
 
     def rendered_chat(self, prompt: Prompt, answer: str, policy_tokenizer: Any = None) -> str:

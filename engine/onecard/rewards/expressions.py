@@ -1,4 +1,4 @@
-"""Parse `reward_funcs`: names and addresses with optional weights; ` + ` separates several terms of one entry.
+"""Parse `reward_funcs`: rewards with optional weights, several of them in one entry if ` + ` separates them.
 
 0.5*fluency + 0.3*relevance + 2*judge.py:polite
 """
@@ -14,12 +14,12 @@ from onecard.utils.errors import OnecardError
 
 PLUS = " + "
 WEIGHT = re.compile(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*")
-TO_THE_END = "regex:"
+REGEX = "regex:"
 
 
 @dataclass(frozen=True)
 class Term:
-    """One term. `entry` is a name or an address; `weight` is None if none is written."""
+    """One reward and its weight. `entry`: a built-in reward or `module:function`; `weight`: None if none is given."""
 
     entry: str
     weight: float | None = None
@@ -40,7 +40,7 @@ def split_terms(entry: str) -> Iterator[Term]:
     while plus:
         match = WEIGHT.match(rest)
         weight, name = (float(match[1]), rest[match.end() :]) if match else (None, rest)
-        if name.lstrip().startswith(TO_THE_END):
+        if name.lstrip().startswith(REGEX):
             yield Term(name.lstrip(), weight)
             return
         name, plus, rest = name.partition(PLUS)

@@ -1,4 +1,4 @@
-"""Import reward functions by their address on the command line."""
+"""Import reward functions by their address: `module:function` or `file.py:function`."""
 
 from __future__ import annotations
 
@@ -15,61 +15,62 @@ from types import ModuleType
 from typing import Any
 
 from onecard.rewards.builtin import BUILTINS, builtin_name
-from onecard.rewards.guard import described, guarded
-from onecard.utils.errors import OnecardError, nearest
+from onecard.rewards.guard import describe_error, guarded
+from onecard.utils.errors import OnecardError, did_you_mean
 
-REWARD_MODEL = "reward_model"  # name of the reward model's part; never the short name of a function
-
-FILE = ".py"
+REWARD_MODEL = "reward_model"  # name of the reward model in metrics; a function of this name keeps its whole address
+PYTHON_FILE = ".py"
 
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """A function and its address, which is its name in messages."""
+    """A reward function. `name`: its address, for messages."""
 
     name: str
     call: Callable[..., Any]
 
 
 def load_function(address: str) -> RewardFunction:
-    """The function at `package.module:function` or `path/to/file.py:function`; `module:Class.method` is one too.
+    """The function at `package.module:function`, `module:Class.method` or `path/to/file.py:function`.
 
     The current directory and the file's folder are appended to the import path, so that modules there can be imported
     and do not shadow installed packages. Raises OnecardError if there is no such function, the import fails, or it is
     an async function.
     """
     module, _, attribute = address.rpartition(":")
-    is_file = module.endswith(FILE)
-    if not dotted(attribute) or not (is_file or dotted(module)):
+    is_file = module.endswith(PYTHON_FILE)
+    if not is_dotted_name(attribute) or not (is_file or is_dotted_name(module)):
         raise OnecardError(
-            f"reward_funcs: '{address}' is no address of a function; expected module:function, file.py:function, "
-            f"or one of {', '.join(BUILTINS)}.{nearest(address.partition(':')[0], BUILTINS)}"
+            f"reward_funcs: '{address}' is unknown, expected module:function, file.py:function, "
+            f"or one of {', '.join(BUILTINS)}.{did_you_mean(address.partition(':')[0], BUILTINS)}"
         )
-    value: Any = import_place(module)
+    value: Any = import_module_or_file(module)
     where = module if is_file else f"{module} ({getattr(value, '__file__', None) or 'built in'})"
     for name in attribute.split("."):
         try:
             inner = getattr(value, name)
         except AttributeError as error:
             known = [known for known in dir(value) if not known.startswith("_")]
-            raise OnecardError(f"reward_funcs: '{address}': {where} has no '{name}'.{nearest(name, known)}") from error
+            raise OnecardError(
+                f"reward_funcs: '{address}': {where} has no '{name}'.{did_you_mean(name, known)}"
+            ) from error
         except Exception as error:  # a package that imports its attributes lazily
-            raise OnecardError(f"reward_funcs: importing {address} raised {described(error)}") from error
+            raise OnecardError(f"reward_funcs: importing {address} raised {describe_error(error)}") from error
         value, where = inner, name
     if not callable(value):
-        raise OnecardError(f"reward_funcs: '{address}' is no function, but {type(value).__name__}.")
+        raise OnecardError(f"reward_funcs: '{address}' is of type {type(value).__name__}, expected a function.")
     if inspect.iscoroutinefunction(value) or inspect.iscoroutinefunction(type(value).__call__):
-        raise OnecardError(f"reward_funcs: '{address}' is an async function; expected a plain one.")
+        raise OnecardError(f"reward_funcs: '{address}' is an async function, expected a synchronous one.")
     return RewardFunction(address, value)
 
 
-def dotted(name: str) -> bool:
+def is_dotted_name(name: str) -> bool:
     return all(part.isidentifier() for part in name.split("."))
 
 
-def import_place(module: str) -> ModuleType:
+def import_module_or_file(module: str) -> ModuleType:
     """Import a file by its path, or a module by its dotted name."""
-    return import_file(module) if module.endswith(FILE) else import_named(module)
+    return import_file(module) if module.endswith(PYTHON_FILE) else import_named(module)
 
 
 def import_named(name: str) -> ModuleType:
@@ -84,10 +85,10 @@ def import_named(name: str) -> ModuleType:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and f"{name}.".startswith(f"{missing}."):
             raise OnecardError(
-                f"reward_funcs: there is no module '{missing}' in the current directory nor among the installed ones."
-                f"{nearest(name, BUILTINS)}"
+                f"reward_funcs: there is no module '{missing}' in the current directory or among installed packages."
+                f"{did_you_mean(name, BUILTINS)}"
             ) from error
-        raise OnecardError(f"reward_funcs: importing {name} raised {described(error)}") from error
+        raise OnecardError(f"reward_funcs: importing {name} raised {describe_error(error)}") from error
 
 
 def import_file(file: str) -> ModuleType:
@@ -97,7 +98,7 @@ def import_file(file: str) -> ModuleType:
         content = path.read_bytes()
     except OSError as error:
         raise OnecardError(f"reward_funcs: {file} cannot be read: {error.strerror}.") from error
-    # The name depends on the content, so that a file that was edited since (as in a notebook) is loaded again.
+    # The name depends on the content, so that an edited file is loaded again in the same process (a notebook).
     name = f"onecard_reward_{hashlib.sha256(os.fsencode(path) + content).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -113,7 +114,7 @@ def import_file(file: str) -> ModuleType:
         raise
     except BaseException as error:  # as in import_named
         del sys.modules[name]
-        raise OnecardError(f"reward_funcs: importing {file} raised {described(error)}") from error
+        raise OnecardError(f"reward_funcs: importing {file} raised {describe_error(error)}") from error
     return module
 
 
@@ -125,14 +126,14 @@ def make_importable(folder: str) -> None:
 
 
 def part_names(entries: Sequence[str], *, setting: str = "reward_funcs", model: str = REWARD_MODEL) -> tuple[str, ...]:
-    """The name of each entry's part of the reward.
+    """The name of each entry in metrics and messages.
 
-    It is the text after the colon; for a built-in reward, the text before it. If two parts share that name, it is the
-    whole entry. Raises OnecardError if an entry is given twice.
+    It is the text after the colon; for a built-in reward, the text before it. Entries that would share a name keep
+    their whole text. Raises OnecardError if an entry is given twice.
     """
     twice = next((entry for entry, count in Counter(entries).items() if count > 1), None)
     if twice is not None:
-        raise OnecardError(f"{setting}: '{twice}' is given twice; to make it count more, give it a weight: 2*{twice}")
+        raise OnecardError(f"{setting}: '{twice}' is given twice. For a larger share, give it a weight: 2*{twice}")
     short = [builtin_name(entry) or entry.rpartition(":")[2] for entry in entries]
     taken = Counter([model, *short])
     return tuple(name if taken[name] == 1 else entry for name, entry in zip(short, entries, strict=True))

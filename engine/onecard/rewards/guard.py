@@ -1,4 +1,4 @@
-"""Run user code, and restore the process state that it may change.
+"""A context for user code that restores the process state which the code may change.
 
 Restored: the random states of Python, NumPy and torch; gradient mode, default dtype and device, number of threads;
 working directory, recursion limit, standard streams, signal handlers and `os._exit`.
@@ -25,7 +25,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 
 @contextmanager
 def guarded(seed: int) -> Iterator[None]:
-    """Context for user code: random states start from `seed`; everything listed above is restored at exit.
+    """Context for user code: the random states are seeded with `seed`; the state listed above is restored at exit.
 
     In this process `os._exit` raises SystemExit, because it would end the run without a message. In forked workers it
     works as usual.
@@ -71,14 +71,13 @@ def guarded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def warn_when_slow(what: str, seconds: float) -> Iterator[None]:
-    """Context that prints one line if `what` still runs after `seconds` seconds; 0: never."""
+def warn_when_slow(name: str, seconds: float) -> Iterator[None]:
+    """Context that prints a warning about `name` if the code inside takes longer than `seconds` seconds; 0: never."""
     if not seconds:
         yield
         return
-    timer = threading.Timer(
-        seconds, say, [f"{what} has been running for {seconds:g} s. Ctrl-C twice ends the run at its last checkpoint."]
-    )
+    message = f"{name} has been running for {seconds:g} s. Press Ctrl-C twice to end the run at its last checkpoint."
+    timer = threading.Timer(seconds, say, [message])
     timer.daemon = True
     timer.start()
     try:
@@ -87,22 +86,22 @@ def warn_when_slow(what: str, seconds: float) -> Iterator[None]:
         timer.cancel()
 
 
-def described(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """`ValueError: its message`, at most 200 characters of the message; the type alone if there is none."""
     try:
         text = str(error).strip()
     except Exception:  # `__str__` may raise anything
         text = ""
-    return f"{type(error).__name__}: {shortened(text, 200)}" if text else type(error).__name__
+    return f"{type(error).__name__}: {truncated(text, 200)}" if text else type(error).__name__
 
 
-def shortened(text: str, length: int) -> str:
+def truncated(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def written(value: Any, length: int) -> str:
-    """`repr` of a value on one line, at most `length` characters. Some have none (integers of thousands of digits)."""
+def short_repr(value: Any, length: int) -> str:
+    """`repr` of a value on one line, at most `length` characters; `repr` may fail, e.g. for very large integers."""
     try:
-        return shortened(" ".join(repr(value).split()), length)
+        return truncated(" ".join(repr(value).split()), length)
     except Exception:  # `__repr__` may raise anything
-        return "something"
+        return "a value without a repr"

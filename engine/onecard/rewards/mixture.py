@@ -1,4 +1,4 @@
-"""The weighted sum of several rewards: total = sum over parts of weight * part."""
+"""The weighted sum of several rewards, its parts: total = sum over parts of weight * part."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 
 from onecard.utils.errors import OnecardError
 
-LARGEST = 1e18  # scores are fp32, in which the square of a larger value overflows
+MAX_SCORE = 1e18  # largest absolute score: in fp32, the squares of much larger ones overflow
 # One number for each answer; of a dense reward, one for each token of each answer.
 Part: TypeAlias = Sequence[float] | Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of B answers. An answer's whole score is its `total` plus the sum of its `dense`; nothing is in both.
+    """Scores of B answers. An answer's score is its `total` plus the sum of its `dense`; no reward is in both.
 
-    `total` fp32 [B]: the weighted sum of the rewards of whole answers, which PPO puts on the last tokens. `dense`: the
-    weighted sum of the per-token rewards, fp32 [k] for an answer of k tokens; None if no reward is dense. `parts`: each
-    reward fp32 [B] without its weight; of a dense reward, the sum over the answer's tokens.
+    `total` fp32 [B]: the weighted sum of the rewards with one number per answer, which PPO puts on the last token.
+    `dense`: the weighted sum of the per-token rewards, fp32 [k] for an answer of k tokens; None if no reward is dense.
+    `parts`: each reward fp32 [B] without its weight; of a dense reward, the sum over the answer's tokens.
 
     Two answers, of two tokens and of one, with a reward model of weight 1 and a dense reward of weight 0.1:
 
@@ -39,7 +39,7 @@ class Scores:
 
     @property
     def sums(self) -> Tensor:
-        """The answers' whole scores, fp32 [B]: the score in metrics."""
+        """The answers' scores, fp32 [B], as in metrics: `total` plus the sums of `dense`."""
         if self.dense is None:
             return self.total
         return (self.total.double() + torch.stack([rewards.double().sum() for rewards in self.dense])).float()
@@ -50,14 +50,15 @@ def is_dense(part: Part) -> TypeGuard[Sequence[Sequence[float]]]:
     return bool(part) and isinstance(part[0], Sequence)
 
 
-def is_whole(part: Part) -> TypeGuard[Sequence[float]]:
+def is_per_answer(part: Part) -> TypeGuard[Sequence[float]]:
+    """Whether a part has one number per answer."""
     return not is_dense(part)
 
 
 def combine(parts: Mapping[str, Part], weights: Mapping[str, float]) -> Scores:
     """Sum the weighted parts, in float64 so that their order does not matter.
 
-    Raises OnecardError if a part or the sum is not finite in fp32, or beyond LARGEST.
+    Raises OnecardError if a part or the sum is not finite in fp32, or beyond MAX_SCORE.
     """
     if not parts or parts.keys() != weights.keys():
         raise ValueError(f"parts {list(parts)} and weights {list(weights)} must have the same names, at least one.")
@@ -66,8 +67,8 @@ def combine(parts: Mapping[str, Part], weights: Mapping[str, float]) -> Scores:
         raise ValueError(f"parts must have one score for each answer, got {counts}.")
     answers = next(iter(counts.values()))
     tokens = {name: [to_float64(values) for values in part] for name, part in parts.items() if is_dense(part)}
-    whole = {name: to_float64(part) for name, part in parts.items() if is_whole(part)}
-    total = weighted_sum({name: weights[name] for name in whole}, whole, answers).float()
+    per_answer = {name: to_float64(part) for name, part in parts.items() if is_per_answer(part)}
+    total = weighted_sum({name: weights[name] for name in per_answer}, per_answer, answers).float()
     dense = None
     if tokens:
         by_answer = [{name: values[index] for name, values in tokens.items()} for index in range(answers)]
@@ -77,9 +78,9 @@ def combine(parts: Mapping[str, Part], weights: Mapping[str, float]) -> Scores:
             for columns, length in zip(by_answer, lengths, strict=True)
         ]
     sums = {name: torch.stack([values.sum() for values in tokens[name]]) for name in tokens}
-    scores = Scores(total, {name: (sums | whole)[name].float() for name in parts}, dense)
+    scores = Scores(total, {name: (sums | per_answer)[name].float() for name in parts}, dense)
     columns = {**scores.parts, "the weighted sum": scores.sums}
-    for limit, expected in ((torch.finfo(torch.float32).max, "a finite number"), (LARGEST, f"at most {LARGEST:g}")):
+    for limit, expected in ((torch.finfo(torch.float32).max, "a finite number"), (MAX_SCORE, f"at most {MAX_SCORE:g}")):
         for name, column in columns.items():
             wrong = ~(column.abs() <= limit)  # NaN too
             if wrong.any():
@@ -106,11 +107,11 @@ def reward_weights(names: Sequence[str], given: Sequence[float]) -> dict[str, fl
     if given and len(given) != len(names):
         raise OnecardError(
             f"reward_weights: {len(given)} given ({', '.join(f'{weight:g}' for weight in given)}), expected "
-            f"{len(names)}: one for each of {', '.join(names)}; or none, which is 1 each."
+            f"{len(names)}: one for each of {', '.join(names)}; or none, for a weight of 1 each."
         )
     bad = next((weight for weight in given if not math.isfinite(weight)), None)
     if bad is not None:
-        raise OnecardError(f"reward_weights: {bad} is no finite number.")
+        raise OnecardError(f"reward_weights: {bad}, expected finite numbers.")
     return dict(zip(names, given or [1.0] * len(names), strict=True))
 
 
@@ -118,5 +119,5 @@ def apply_missing_eos_penalty(scores: Tensor, finished: Sequence[bool], penalty:
     """`scores` [B], minus `penalty` for each response that is not `finished` (TRL's `missing_eos_penalty`)."""
     if scores.shape != (len(finished),):
         raise ValueError(f"scores: expected shape ({len(finished)},) as finished has, got {tuple(scores.shape)}.")
-    ended = torch.tensor(list(finished), dtype=torch.bool, device=scores.device)
-    return torch.where(ended, scores, scores - penalty)
+    is_finished = torch.tensor(list(finished), dtype=torch.bool, device=scores.device)
+    return torch.where(is_finished, scores, scores - penalty)

@@ -14,7 +14,7 @@ from onecard.models.micro_batching import TokenBudget
 from onecard.models.roles import Roles
 from onecard.rewards.adapter import AdapterReward
 from onecard.rewards.answers import Answers, ModelReward, RewardInput
-from onecard.rewards.builtin import ANSWER_COLUMNS, builtin_name, exact_answer, expected_of, load_builtin
+from onecard.rewards.builtin import ANSWER_COLUMNS, builtin_name, exact_answer, expected_answer, load_builtin
 from onecard.rewards.classifier import ClassifierReward
 from onecard.rewards.expressions import Term, parse_terms
 from onecard.rewards.functions import RewardFunction, load_function, part_names
@@ -36,14 +36,14 @@ class Scorer:
     timeout: float = 0.0  # seconds after which a warning names a function that still runs; 0: never
 
     def check_columns(self, prompts: Sequence[Prompt]) -> None:
-        """Raise OnecardError at the first row whose columns a built-in reward cannot use, before the run starts."""
+        """Raise OnecardError at startup for the first row with an expected answer that `exact_answer` cannot use."""
         known = {name for prompt in prompts for name in prompt.columns}
         if exact_answer in self.model_rewards.values() and known.intersection(ANSWER_COLUMNS):
             for prompt in prompts:
-                expected_of(prompt.columns, prompt.text)
+                expected_answer(prompt.columns, prompt.text)
 
     def scores(self, roles: Roles, tokenizer: Any, prompts: Sequence[Prompt], episodes: Sequence[Episode]) -> Scores:
-        """The scores of the episodes; `episodes[i]` answers `prompts[i]`. Unfinished episodes get the penalty."""
+        """The scores of the episodes; `episodes[i]` answers `prompts[i]`. `missing_eos_penalty` is subtracted."""
         answers = make_answers(tokenizer, prompts, episodes)
         inputs = RewardInput(roles, tokenizer, prompts, episodes, answers, self.batch_size)
         parts = {
@@ -59,7 +59,7 @@ class Scorer:
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """Settings of a scorer. `role` is `reward` or `constraint`; the settings begin with it."""
+    """Settings of a scorer. `role`: `reward` or `constraint`, the prefix of the names of its settings."""
 
     role: str
     model_path: str
@@ -78,8 +78,8 @@ class RewardSpec:
         return f"{self.role}_funcs"
 
     @property
-    def part(self) -> str:
-        """The name of the model's part."""
+    def model_part(self) -> str:
+        """The name of the reward model's part."""
         return f"{self.role}_model"
 
 
@@ -121,16 +121,16 @@ def load_constraint(config: PPOConfig, budget: TokenBudget | None = None) -> Sco
 def make_scorer(spec: RewardSpec, config: ModelConfig, batch_size: int | TokenBudget) -> Scorer | None:
     """The scorer of `spec`; None if it has no parts.
 
-    Everything is loaded but an adapter, which is loaded with the run's other roles.
+    Functions and classifiers are loaded here; an adapter is loaded with the run's other roles.
     """
     terms = parse_terms(spec.functions, spec.functions_setting)
-    names = part_names([term.entry for term in terms], setting=spec.functions_setting, model=spec.part)
-    named = {spec.part: Term(spec.part)} if spec.model_path else {}
-    if spec.part in names and not named:
-        raise OnecardError(f"{spec.functions_setting}: '{spec.part}', but there is no {spec.path_setting}.")
-    named |= dict(zip(names, terms, strict=True))
-    weights = part_weights(spec, named)
-    entries = {name: term.entry for name, term in named.items() if name != spec.part}
+    names = part_names([term.entry for term in terms], setting=spec.functions_setting, model=spec.model_part)
+    term_of_part = {spec.model_part: Term(spec.model_part)} if spec.model_path else {}
+    if spec.model_part in names and not term_of_part:
+        raise OnecardError(f"{spec.functions_setting}: '{spec.model_part}' needs --{spec.path_setting}.")
+    term_of_part |= dict(zip(names, terms, strict=True))
+    weights = part_weights(spec, term_of_part)
+    entries = {name: term.entry for name, term in term_of_part.items() if name != spec.model_part}
     functions = {
         name: load_with_setting(entry, spec.functions_setting)
         for name, entry in entries.items()
@@ -140,25 +140,23 @@ def make_scorer(spec: RewardSpec, config: ModelConfig, batch_size: int | TokenBu
         name: load_builtin(entry, spec.functions_setting) for name, entry in entries.items() if name not in functions
     }
     model = load_model(spec, config)
-    model_rewards |= {spec.part: model} if model else {}
-    return (
-        Scorer(functions, weights, spec.missing_eos_penalty, batch_size, model_rewards, spec.timeout)
-        if weights
-        else None
-    )
+    model_rewards |= {spec.model_part: model} if model else {}
+    if not weights:
+        return None
+    return Scorer(functions, weights, spec.missing_eos_penalty, batch_size, model_rewards, spec.timeout)
 
 
-def part_weights(spec: RewardSpec, named: Mapping[str, Term]) -> dict[str, float]:
-    """Each part's weight: the one written with it, or the one in the weights setting, or 1."""
-    written = next((term for term in named.values() if term.weight is not None), None)
-    if spec.weights and written is not None:
+def part_weights(spec: RewardSpec, term_of_part: Mapping[str, Term]) -> dict[str, float]:
+    """Each part's weight: in the functions setting, in the weights setting, or 1. Raises OnecardError if in both."""
+    weighted = next((term for term in term_of_part.values() if term.weight is not None), None)
+    if spec.weights and weighted is not None:
         raise OnecardError(
-            f"{spec.role}_weights: given, and so is the weight of '{written.entry}' in {spec.functions_setting}; "
-            "expected one or the other."
+            f"{spec.role}_weights: given, but {spec.functions_setting} has a weight for '{weighted.entry}' too; "
+            "expected weights in one."
         )
     if spec.weights:
-        return reward_weights(list(named), spec.weights)
-    return {name: 1.0 if term.weight is None else term.weight for name, term in named.items()}
+        return reward_weights(list(term_of_part), spec.weights)
+    return {name: 1.0 if term.weight is None else term.weight for name, term in term_of_part.items()}
 
 
 def load_with_setting(address: str, setting: str) -> RewardFunction:
@@ -170,13 +168,13 @@ def load_with_setting(address: str, setting: str) -> RewardFunction:
 
 
 def load_model(spec: RewardSpec, config: ModelConfig) -> ModelReward | None:
-    """The model's part: a classifier, or an adapter that is loaded with the run's other roles; None without a path."""
+    """The reward of the reward model: a classifier, or an adapter, which is loaded with the other roles; or None."""
     path, setting = spec.model_path, spec.path_setting
     if path and is_classifier(path, setting, trust_remote_code=config.trust_remote_code):
         return ClassifierReward(load_classifier(path, setting, spec.label, f"{spec.role}_label", config), setting)
     if spec.label:
-        what = f"{path} is none" if path else f"there is no {setting}"
-        raise OnecardError(f"{spec.role}_label: '{spec.label}' is a classifier's label, but {what}.")
+        problem = f"{path} is not a classifier" if path else f"{setting} is not set"
+        raise OnecardError(f"{spec.role}_label: '{spec.label}' is a classifier's label, but {problem}.")
     return AdapterReward(spec.role) if path else None
 
 

@@ -14,12 +14,12 @@ import torch
 
 from onecard.rewards.answers import Answers
 from onecard.rewards.functions import RewardFunction
-from onecard.rewards.guard import described, guarded, shortened, warn_when_slow, written
-from onecard.rewards.mixture import LARGEST, Part
-from onecard.utils.errors import OnecardError, nearest
+from onecard.rewards.guard import describe_error, guarded, short_repr, truncated, warn_when_slow
+from onecard.rewards.mixture import MAX_SCORE, Part
+from onecard.utils.errors import OnecardError, did_you_mean
 
-FLOAT32 = torch.finfo(torch.float32).max
-SHOWN = 80  # characters of a prompt or a response in a message
+MAX_FLOAT32 = torch.finfo(torch.float32).max
+MAX_CHARACTERS = 80  # of a prompt, a response or a value in a message
 
 
 def call_function(function: RewardFunction, answers: Answers, timeout: float = 0.0) -> Part:
@@ -40,26 +40,26 @@ def call_function(function: RewardFunction, answers: Answers, timeout: float = 0
     except (OnecardError, KeyboardInterrupt):
         raise
     except BaseException as error:  # the function may raise anything
-        what = f"reward function {function.name} raised {described(error)}{line(error)}"
+        what = f"reward function {function.name} raised {describe_error(error)}{error_location(error)}"
         raise OnecardError(f"{what}; {failing_answer(function, answers, error)}") from error
 
 
 def call_once(function: RewardFunction, answers: Answers) -> Part:
-    """Call the function once and check what it returns. Returned objects are converted inside the guard too."""
-    keywords = copy.deepcopy(accepted(function, answers.keywords()))
+    """Call the function once and check what it returns. User code in the returned objects runs inside the guard too."""
+    keywords = copy.deepcopy(accepted_arguments(function, answers.keywords()))
     texts = json.dumps([answers.prompts, answers.completion_ids]).encode()
     with guarded(int.from_bytes(hashlib.sha256(texts).digest()[:8], "little")):
         returned = function.call(**keywords)
         values = as_list(returned)
         expected = f"expected a list of {len(answers)}, one number for each response"
         if values is None:
-            raise OnecardError(f"reward function {function.name} returned {described_value(returned)}; {expected}.")
+            raise OnecardError(f"reward function {function.name} returned {describe_value(returned)}; {expected}.")
         if len(values) != len(answers):
             raise OnecardError(f"reward function {function.name} returned a list of {len(values)}; {expected}.")
         return checked_part(function, answers, values)
 
 
-def accepted(function: RewardFunction, keywords: dict[str, list[Any]]) -> dict[str, list[Any]]:
+def accepted_arguments(function: RewardFunction, keywords: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """The keyword arguments that the function takes. Raises OnecardError if a required one is missing."""
     try:
         parameters = inspect.signature(function.call).parameters.values()
@@ -69,8 +69,9 @@ def accepted(function: RewardFunction, keywords: dict[str, list[Any]]) -> dict[s
     for name, parameter in named.items():
         if parameter.default is parameter.empty and name not in keywords:
             raise OnecardError(
-                f"reward function {function.name} asks for '{name}', and there is only {', '.join(sorted(keywords))}."
-                f"{nearest(name, keywords)}"
+                f"reward function {function.name} requires an argument '{name}', expected one of "
+                f"{', '.join(sorted(keywords))}."
+                f"{did_you_mean(name, keywords)}"
             )
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return keywords
@@ -88,12 +89,12 @@ def failing_answer(function: RewardFunction, answers: Answers, error: BaseExcept
                 raise
             except BaseException as again:
                 if type(again) is type(error):
-                    return shown(alone, 0)
-        return f"for a batch of {len(answers)} answers, and for none of them alone"
-    return shown(answers, 0) if len(answers) else "for no answers at all"
+                    return prompt_and_response(alone, 0)
+        return f"only for the whole batch of {len(answers)} answers, not for a single one"
+    return prompt_and_response(answers, 0) if len(answers) else "for an empty batch"
 
 
-def line(error: BaseException) -> str:
+def error_location(error: BaseException) -> str:
     """` (file.py:12)`: the first frame of the traceback outside this file. The one-line message has no traceback."""
     frame = error.__traceback__
     while frame and frame.tb_frame.f_code.co_filename == __file__:  # skip this module's frames
@@ -108,10 +109,10 @@ def as_list(returned: Any) -> Sequence[Any] | None:
 
 
 def checked_part(function: RewardFunction, answers: Answers, values: Sequence[Any]) -> Part:
-    """Check for one number for each answer, or one for each token of each. Raises OnecardError naming the answer."""
+    """`values` as floats: one per answer, or one per token of each answer. Raises OnecardError, naming the answer."""
     rows = [as_list(value) for value in values]
     numbers = {
-        index: checked(function, answers, index, value)
+        index: checked_number(function, answers, index, value)
         for index, (value, row) in enumerate(zip(values, rows, strict=True))
         if row is None
     }
@@ -123,39 +124,43 @@ def checked_part(function: RewardFunction, answers: Answers, values: Sequence[An
             continue
         tokens = len(answers.completion_ids[index])
         if numbers:
-            wrong = "and one number for another; expected either for all of them"
+            wrong = "and a number for another; expected lists for all or numbers for all"
         elif len(row) != tokens:
-            wrong = f"of {len(row)}; expected {tokens}, one number for each of its completion_ids"
+            wrong = f"of length {len(row)}; expected {tokens}, one number for each of its completion_ids"
         else:
-            dense.append([checked(function, answers, index, value, f" for token {i}") for i, value in enumerate(row)])
+            dense.append(
+                [checked_number(function, answers, index, value, f" for token {i}") for i, value in enumerate(row)]
+            )
             continue
-        what = described_value(values[index])
+        what = describe_value(values[index])
         raise OnecardError(
-            f"reward function {function.name} returned {what} for one response, {wrong}; {shown(answers, index)}"
+            f"reward function {function.name} returned {what} for one response, {wrong}; "
+            f"{prompt_and_response(answers, index)}"
         )
     return dense
 
 
-def checked(function: RewardFunction, answers: Answers, index: int, value: Any, where: str = "") -> float:
+def checked_number(function: RewardFunction, answers: Answers, index: int, value: Any, where: str = "") -> float:
     """One returned value as a float. Raises OnecardError, naming the answer, if it is not a finite number."""
     if getattr(value, "ndim", None) == 0:  # a numpy scalar, or a tensor of one number
         value = value.item()
     if isinstance(value, bool | int | float):
-        if abs(value) <= LARGEST:  # false for NaN
+        if abs(value) <= MAX_SCORE:  # false for NaN
             return float(value)
-        beyond = f"which is beyond {LARGEST:g}" if abs(value) <= FLOAT32 else "which is no finite 32-bit number"
-        wrong = f"{written(value, SHOWN)}{where}, {beyond}"
+        problem = f"beyond {MAX_SCORE:g}" if abs(value) <= MAX_FLOAT32 else "not finite in 32 bits"
+        wrong = f"{short_repr(value, MAX_CHARACTERS)}{where}, which is {problem}"
     else:
-        wrong = f"{described_value(value)}{where}, which is no number"
-    raise OnecardError(f"reward function {function.name} returned {wrong}; {shown(answers, index)}")
+        wrong = f"{describe_value(value)}{where}, which is not a number"
+    raise OnecardError(f"reward function {function.name} returned {wrong}; {prompt_and_response(answers, index)}")
 
 
-def described_value(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """`None`, or the value with its type."""
-    return "None" if value is None else f"{written(value, SHOWN)} ({type(value).__name__})"
+    return "None" if value is None else f"{short_repr(value, MAX_CHARACTERS)} ({type(value).__name__})"
 
 
-def shown(answers: Answers, index: int) -> str:
+def prompt_and_response(answers: Answers, index: int) -> str:
     """`prompt '...', response '...'`, on one line."""
-    prompt, response = shortened(answers.prompts[index], SHOWN), shortened(answers.completions[index], SHOWN)
+    prompt = truncated(answers.prompts[index], MAX_CHARACTERS)
+    response = truncated(answers.completions[index], MAX_CHARACTERS)
     return f"prompt {prompt!r}, response {response!r}"

@@ -20,7 +20,7 @@ from onecard.data import Prompt
 from onecard.data.batches import LabelledSequence, PreferencePair, Ranking, ScoredSequence, TokenSequence
 from onecard.data.tokens import continuation_text
 from onecard.models.roles import Roles
-from onecard.utils.errors import visible
+from onecard.utils.errors import escape_controls
 
 TitledSequences = list[tuple[str, TokenSequence]]
 
@@ -47,7 +47,7 @@ def show(config: TrainConfig, roles: Roles, tokenizer: Any, example: object) -> 
     settings = {**asdict(config), "dry_run": False, "resume": False, "overwrite": False}
     out.print(yaml.safe_dump(settings, sort_keys=False), soft_wrap=True, end="")
     lines = [
-        *(Text(visible(line, kept="")) for line in parameter_lines(roles)),
+        *(Text(escape_controls(line, keep="")) for line in parameter_lines(roles)),
         Text(),
         *example_lines(example, tokenizer, colour=out.is_terminal),
     ]
@@ -93,7 +93,7 @@ def example_lines(example: object, tokenizer: Any, *, colour: bool) -> Iterator[
     for title, sequence in SEQUENCES[type(example)](example):
         in_response = sum(sequence.response_mask)
         counts = f"{len(sequence)} tokens" + (f", {in_response} of them the response" if in_response else "")
-        yield Text(visible(f"{title}: {counts}", kept=""))
+        yield Text(escape_controls(f"{title}: {counts}", keep=""))
         yield marked(sequence, tokenizer, colour=colour)
 
 
@@ -105,7 +105,7 @@ def marked(sequence: TokenSequence, tokenizer: Any, *, colour: bool) -> Text:
     for response, run in groupby(pairs, key=lambda pair: pair[1]):
         ids = [token for token, _ in run]
         piece = continuation_text(before, ids, tokenizer, skip_special_tokens=False)
-        piece = visible(piece, kept="")
+        piece = escape_controls(piece, keep="")
         before += ids
         if colour:
             text.append(piece, style="bold green" if response else "dim")

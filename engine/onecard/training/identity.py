@@ -21,7 +21,7 @@ from onecard.models.load import find_source
 from onecard.models.roles import ADAPTER_WEIGHTS, HEAD_WEIGHTS
 from onecard.rewards.builtin import builtin_name
 from onecard.rewards.expressions import parse_terms
-from onecard.rewards.functions import import_place
+from onecard.rewards.functions import import_module_or_file
 from onecard.utils.files import digest
 
 BLOCK = 1 << 12  # bytes of a tensor that `sampled_digest` reads at each of three places
@@ -99,7 +99,7 @@ def functions_digest(entries: Sequence[str]) -> str:
     for term in parse_terms(entries, "reward_funcs"):
         state.update(term.entry.encode())
         if ":" in term.entry and builtin_name(term.entry) is None:  # a user's function
-            file = getattr(import_place(term.entry.rpartition(":")[0]), "__file__", None)
+            file = getattr(import_module_or_file(term.entry.rpartition(":")[0]), "__file__", None)
             state.update(Path(file).read_bytes() if file else b"")
     return state.hexdigest()
 

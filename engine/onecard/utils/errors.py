@@ -1,4 +1,4 @@
-"""The exceptions whose messages are shown to the user, and escaping of text for a terminal."""
+"""Exceptions whose message is shown to the user, helpers for their messages, and escaping of text for a terminal."""
 
 import difflib
 import unicodedata
@@ -6,20 +6,20 @@ from collections.abc import Iterable
 
 # Unicode categories of characters that control a terminal, end a line (also in a YAML comment) or change direction
 CONTROLS = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
-JOINERS = "\u200c\u200d"  # kept: some scripts and emoji need them
+JOINERS = "\u200c\u200d"  # not escaped: some scripts and emoji need them
 
 
-def visible(text: str, kept: str = "\n\t") -> str:
-    r"""Replace control characters, except those in `kept`, by escapes (`\x1b`), so that data cannot control a terminal.
+def escape_controls(text: str, keep: str = "\n\t") -> str:
+    r"""Replace control characters, except those in `keep`, by escapes (`\x1b`), so that data cannot control a terminal.
 
-    >>> visible("a\x1b[2Jb")
+    >>> escape_controls("a\x1b[2Jb")
     'a\\x1b[2Jb'
     """
     if text.isprintable():
         return text
     return "".join(
         letter.encode("unicode_escape").decode()
-        if unicodedata.category(letter) in CONTROLS and letter not in kept and letter not in JOINERS
+        if unicodedata.category(letter) in CONTROLS and letter not in keep and letter not in JOINERS
         else letter
         for letter in text
     )
@@ -33,26 +33,26 @@ class OnecardError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(visible(" ".join(message.split())))
+        super().__init__(escape_controls(" ".join(message.split())))
 
 
 class Interrupted(Exception):
-    """An interrupted run that can be resumed. The message says how; the command line exits with code 130."""
+    """An interrupted run that can be resumed. The message tells how. The command line exits with code 130."""
 
 
-# Parts of the messages of torch, the CUDA driver, Triton, cuBLAS and torch's CPU allocator, in lower case
-NO_MEMORY = ("out of memory", "cublas_status_alloc_failed", "defaultcpuallocator")
+# Parts of out-of-memory messages, in lower case: of torch, the CUDA driver and Triton; cuBLAS; torch's CPU allocator
+OUT_OF_MEMORY = ("out of memory", "cublas_status_alloc_failed", "defaultcpuallocator")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device or the host is out of memory. All such errors are RuntimeErrors."""
+    """Whether an error means that the device or the host is out of memory. All such errors are RuntimeErrors."""
     if not isinstance(error, RuntimeError):
         return False
-    return type(error).__name__ == "OutOfMemoryError" or any(words in str(error).lower() for words in NO_MEMORY)
+    return type(error).__name__ == "OutOfMemoryError" or any(words in str(error).lower() for words in OUT_OF_MEMORY)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` with the most similar known name; an empty string if none is similar."""
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` with the name in `known` that is most similar to `name`; an empty string if none is."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean '{match[0]}'?" if match else ""
 

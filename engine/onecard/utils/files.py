@@ -1,7 +1,7 @@
 """Atomic writes of files and folders, and removal of files by name.
 
-Temporary names contain the process id: `.policy.4711.tmp` is renamed to `policy`. The folder that it replaces is called
-`.policy.4711.old` until the replacement is finished.
+Temporary names contain the process id: `.policy.4711.tmp` is filled, then renamed to `policy`. An earlier `policy` is
+called `.policy.4711.old` until the replacement is finished.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def temporary(path: Path, kind: str) -> Path:
+def temporary_path(path: Path, kind: str) -> Path:
     """The temporary name of `path` in this process, in the same folder; `kind` is tmp or old."""
     return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
 
@@ -73,8 +73,8 @@ def is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it exists, and belongs to another user
-        return True
+    except OSError:  # it belongs to another user
+        pass
     return True
 
 
@@ -84,7 +84,7 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     If writing fails, `target` is unchanged; a full disk raises `OnecardError`.
     """
     recover(target)
-    new, old = temporary(target, "tmp"), temporary(target, "old")
+    new, old = temporary_path(target, "tmp"), temporary_path(target, "old")
     remove(new)
     new.mkdir(parents=True)
     try:
@@ -97,16 +97,16 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
         os.replace(new, target)
         fsync(target.parent)
         remove(old)
-    except (OSError, RuntimeError, SafetensorError) as error:  # how Python, torch and safetensors report a full disk
-        put_back(target, new, old)
-        raise OnecardError(f"{target}: cannot be written ({error}); what was there before is unchanged.") from error
+    except (OSError, RuntimeError, SafetensorError) as error:  # Python, torch and safetensors report a full disk so
+        restore(target, new, old)
+        raise OnecardError(f"{target}: cannot be written ({error}). Its earlier content is unchanged.") from error
     except BaseException:
-        put_back(target, new, old)
+        restore(target, new, old)
         raise
 
 
-def put_back(target: Path, new: Path, old: Path) -> None:
-    """Undo a failed replacement."""
+def restore(target: Path, new: Path, old: Path) -> None:
+    """Undo a failed replacement: remove `new`, and rename `old` back to `target`."""
     remove(new)
     if old.exists() and not target.exists():
         os.replace(old, target)
@@ -122,7 +122,7 @@ def remove(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small text file atomically, as UTF-8."""
-    new = temporary(path, "tmp")
+    new = temporary_path(path, "tmp")
     try:
         new.write_text(text, encoding="utf-8")
         fsync(new)
@@ -154,6 +154,6 @@ def mark_damaged(path: Path) -> Path:
     Returns the new path.
     """
     names = (f"{path.name}.damaged{f'-{count}' if count > 1 else ''}" for count in range(1, 10_000))
-    unused_path = next(aside for name in names if not os.path.lexists(aside := path.with_name(name)))
-    os.replace(path, unused_path)
-    return unused_path
+    new_path = next(new for name in names if not os.path.lexists(new := path.with_name(name)))
+    os.replace(path, new_path)
+    return new_path

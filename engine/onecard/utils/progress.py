@@ -1,4 +1,4 @@
-"""Messages and progress bars on standard error; standard output has results only."""
+"""Messages and progress bars on standard error. Standard output is for results only."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from onecard.utils.errors import visible
+from onecard.utils.errors import escape_controls
 
-# Metric -> its format in the progress bar. Short, so that the line fits into 80 columns.
-SHOWN = {
+# Metric -> its format in the progress bar. The formats are short, so that the line fits into 80 columns.
+METRIC_FORMATS = {
     "loss": "loss {:.3f}",
     "accuracy": "acc {:.2f}",
     "rewards/accuracies": "acc {:.2f}",
@@ -28,22 +28,22 @@ console = Console(stderr=True)
 
 def say(message: str) -> None:
     """Print a message on standard error, with control characters escaped."""
-    console.print(visible(message), highlight=False, markup=False, soft_wrap=True)
+    console.print(escape_controls(message), highlight=False, markup=False, soft_wrap=True)
 
 
 class Bar:
-    """A progress bar: call `bar.advance(row)` after each step."""
+    """A progress bar: call `bar.advance(metrics)` after each step."""
 
     def __init__(self, rich: Progress, label: str, total: int | None) -> None:
         self.rich = rich
         self.task = rich.add_task(label, total=total, shown="")
 
-    def advance(self, row: Mapping[str, float] | None = None, by: int = 1) -> None:
-        """Advance by `by` steps; `row` replaces the metrics shown."""
-        if row is None:
+    def advance(self, metrics: Mapping[str, float] | None = None, by: int = 1) -> None:
+        """Advance by `by` steps. `metrics` replaces the metrics that are shown; None leaves them."""
+        if metrics is None:
             self.rich.update(self.task, advance=by)
             return
-        shown = " ".join(template.format(row[name]) for name, template in SHOWN.items() if name in row)
+        shown = " ".join(template.format(metrics[name]) for name, template in METRIC_FORMATS.items() if name in metrics)
         self.rich.update(self.task, advance=by, shown=shown)
 
     @contextmanager
@@ -58,7 +58,7 @@ class Bar:
 
 @contextmanager
 def progress(label: str, total: int | None) -> Iterator[Bar]:
-    """`with progress("dpo", 100) as bar: ...` shows a progress bar with the metrics in `SHOWN`."""
+    """`with progress("dpo", 100) as bar: ...` shows a progress bar with the metrics in `METRIC_FORMATS`."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=10),

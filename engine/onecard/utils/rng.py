@@ -18,9 +18,9 @@ def seed_of(*key: object) -> int:
 
 @contextmanager
 def seeded_rng(device: torch.device, *key: object) -> Iterator[None]:
-    """Inside, the generators of torch, Python and numpy are seeded by `key`; their states are restored after.
+    """Context in which the generators of torch, Python and numpy are seeded by `key`; at exit they are restored.
 
-    So the samples of a step do not depend on random numbers or seeds of earlier evaluations or reward functions, and a
+    The samples of a step then do not depend on random numbers that evaluations or reward functions drew before, and a
     resumed run draws the same samples.
     """
     seed = seed_of(*key)
@@ -41,7 +41,7 @@ def seeded_rng(device: torch.device, *key: object) -> Iterator[None]:
 
 @contextmanager
 def rng_restored_on_error(device: torch.device) -> Iterator[None]:
-    """Restore torch's generators if the code inside raises a RuntimeError, so that a retry draws the same numbers."""
+    """Context that restores torch's generators if a RuntimeError is raised, so that a retry draws the same numbers."""
     states = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     try:
         yield

@@ -1,4 +1,4 @@
-"""Threads of the libraries that a command uses. Imports nothing heavy."""
+"""Environment variables for the threads of tokenizers and OpenMP. Imports neither library."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ _may_tokenize_in_parallel = False
 
 
 def configure() -> None:
-    """Set the environment of a command. Variables that are set already stay. Call it before torch is imported."""
+    """Set environment variables that are not set yet. Call it before torch is imported."""
     global _may_tokenize_in_parallel
     if TOKENIZERS not in os.environ:
-        # Off, for forked workers of a reward function do not have the library's threads and would wait for them.
+        # A worker process that a reward function forks has no threads of the library, and would wait for them.
         os.environ[TOKENIZERS] = "false"
         _may_tokenize_in_parallel = not _is_forked
-    # Threads that wait for one another sleep: spinning, they slow a small model tenfold beside another busy process.
+    # Waiting threads sleep. If they spin, a small model is ten times slower while another process uses the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @contextmanager
 def parallel_tokenizers() -> Iterator[None]:
-    """Context in which the tokenizers library uses all cores, unless the user's environment decides.
+    """Context in which the tokenizers library uses all cores.
 
-    A forked process does not: it would wait for threads that only its parent has.
+    It has no effect if the user set TOKENIZERS_PARALLELISM, or in a forked process, which would wait for threads that
+    only its parent has.
     """
     if not _may_tokenize_in_parallel:
         yield

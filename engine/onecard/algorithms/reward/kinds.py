@@ -29,7 +29,7 @@ from onecard.data.batches import (
 from onecard.data.columns import columns_present, has
 from onecard.data.files import with_check
 from onecard.models.roles import Roles
-from onecard.utils.errors import OnecardError, nearest
+from onecard.utils.errors import OnecardError, did_you_mean
 from onecard_kernels import Loss
 
 
@@ -161,7 +161,7 @@ def detect_kind(rows: Iterable[Row]) -> tuple[Kind, Rows]:
         first = next(iter(rows))
         known = ", or ".join(" + ".join(f"'{column}'" for column in kind.columns) for kind in KINDS)
         names = [str(name) for name in first.values if has(first.values, name)]
-        near = next(filter(None, (nearest(column, names) for kind in KINDS for column in kind.columns)), "")
+        near = next(filter(None, (did_you_mean(column, names) for kind in KINDS for column in kind.columns)), "")
         raise OnecardError(f"{first}: no column {known}; {columns_present(first.values)}{near}")
     first_row, expected = str(first), kind
 

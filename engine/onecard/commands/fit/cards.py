@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from onecard.utils.errors import OnecardError, nearest
+from onecard.utils.errors import OnecardError, did_you_mean
 
 GIB = 2**30
 
@@ -32,7 +32,7 @@ CARDS: dict[str, int] = {
 }
 
 # Memory that tensors cannot use: the driver and ECC reserve some, the CUDA context with its kernels takes some, and
-# PyTorch's caching allocator loses some to fragmentation. These are assumptions; the report lists them separately.
+# PyTorch's caching allocator loses some to fragmentation. These are assumptions; the output lists them separately.
 RESERVED_SHARE = 0.04  # share of the card's memory: a 12 GB card reports about 11.6 GiB
 CONTEXT_GIB = 0.5
 FRAGMENTATION = 0.05  # share of the peak
@@ -51,15 +51,15 @@ class Card:
         return int(self.memory * (1 - RESERVED_SHARE))
 
     def needed(self, peak: int) -> int:
-        """Bytes that a run needs whose tensors take at most `peak` bytes: also CUDA context and fragmentation."""
+        """Bytes that a run needs: the peak of its tensors, the CUDA context and fragmentation."""
         return peak + context_bytes() + fragmentation_bytes(peak)
 
     def holds(self, peak: int) -> bool:
-        """Whether a run fits whose tensors take at most `peak` bytes."""
+        """Whether a run fits on this card if its tensors take at most `peak` bytes."""
         return self.needed(peak) <= self.usable
 
 
-SMALLEST_MODEL_NUMBER = 1000  # a number without a unit that is at least this is a card's name (4090), not a size
+SMALLEST_MODEL_NUMBER = 1000  # from here on, a number without a unit is the name of a card (4090), not a size
 
 
 def context_bytes() -> int:
@@ -68,7 +68,7 @@ def context_bytes() -> int:
 
 
 def fragmentation_bytes(peak: int) -> int:
-    """Bytes lost to fragmentation at a peak of `peak` bytes."""
+    """Bytes lost to fragmentation if tensors take `peak` bytes."""
     return int(FRAGMENTATION * peak)
 
 
@@ -88,7 +88,7 @@ def find_card(name: str) -> Card:
     known = {normalized_name(card_name): card_name for card_name in CARDS}
     match = known.get(normalized_name(name)) or known.get(normalized_name(f"rtx{name}"))
     if match is None:
-        hint = nearest(normalized_name(name), known) and nearest(name, CARDS)
+        hint = did_you_mean(normalized_name(name), known) and did_you_mean(name, CARDS)
         raise OnecardError(
             f"card: no card is called '{name}'; expected a size such as 24GB, or one of {', '.join(CARDS)}.{hint}"
         )

@@ -1,4 +1,4 @@
-"""`onecard fit`: plan the memory of a training run and print the answer, as text or as JSON."""
+"""`onecard fit`: plan the memory of a training run and print the result, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from onecard.commands.fit.answer import Answer, answer
 from onecard.commands.fit.cards import GIB, context_bytes, fragmentation_bytes
 from onecard.commands.fit.phases import CACHE, GRADIENTS, STATES
 from onecard.commands.fit.plan import ADAPTERS, WEIGHTS, MemoryPlan
+from onecard.commands.fit.result import FitResult, plan_and_search
 from onecard.commands.fit.search import flags
-from onecard.commands.fit.tracker import WORK
+from onecard.commands.fit.tracker import ACTIVATIONS
 from onecard.config import FitConfig, TrainConfig
 
 COLUMNS = {
     WEIGHTS: "weights",
     ADAPTERS: "adapters",
     GRADIENTS: "gradients",
-    STATES: "states",
-    CACHE: "cache",
-    WORK: "work",
+    STATES: "optimizer",
+    CACHE: "KV cache",
+    ACTIVATIONS: "activations",
 }
 
 
@@ -33,7 +33,7 @@ def format_gib(size: int) -> str:
 
 
 def table_of(plan: MemoryPlan) -> Table:
-    """One row for each phase: its peak in GiB, and the part of each kind of memory in it."""
+    """One row for each phase: its peak in GiB, and how much of it each kind of memory takes."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("phase, GiB", no_wrap=True)
     for title in ("peak", *COLUMNS.values()):
@@ -45,8 +45,8 @@ def table_of(plan: MemoryPlan) -> Table:
     return table
 
 
-def print_answer(result: Answer) -> None:
-    """Print the phases, the peak with CUDA context and fragmentation added, and whether the card holds it."""
+def print_result(result: FitResult) -> None:
+    """Print the phases, the peak with CUDA context and fragmentation added, and whether the run fits on the card."""
     console = Console(highlight=False)
     lengths, plan, card = result.lengths, result.plan, result.card
     console.print(
@@ -57,26 +57,24 @@ def print_answer(result: Answer) -> None:
     extra = f"{format_gib(context_bytes())} context + {format_gib(fragmentation_bytes(plan.peak))} fragmentation"
     total = plan.peak + context_bytes() + fragmentation_bytes(plan.peak)
     console.print(
-        f"{format_gib(plan.peak)} allocated at most ({plan.highest.name}) + {extra} = {format_gib(total)} GiB",
+        f"peak: {format_gib(plan.peak)} allocated ({plan.highest.name}) + {extra} = {format_gib(total)} GiB",
         soft_wrap=True,
     )
     if plan.paged:
-        console.print(f"not included: {format_gib(plan.paged)} GiB of paged optimizer states, which may leave the card")
+        console.print(f"not included: {format_gib(plan.paged)} GiB of paged optimizer states (can move to the host)")
     if card is None:
         return
-    if result.fits:
-        console.print(f"yes: {format_gib(card.usable)} GiB of {card.name} can be used.", style="bold")
-    else:
-        console.print(f"no: {format_gib(card.usable)} GiB of {card.name} can be used.", style="bold")
-    if result.fitting is not None:
-        needed = card.needed(result.fitting.plan.peak)
-        console.print(f"It fits with {flags(result.fitting.changed)}: {format_gib(needed)} GiB.", soft_wrap=True)
-    if result.tokens is not None:
-        console.print(f"Largest --micro_batch_tokens that fits: {result.tokens}")
+    verdict = "fits" if result.fits else "does not fit"
+    console.print(f"{verdict}: {format_gib(card.usable)} GiB of {card.name} are usable.", style="bold")
+    if result.search is not None:
+        needed = card.needed(result.search.plan.peak)
+        console.print(f"fits with {flags(result.search.changed)}: {format_gib(needed)} GiB", soft_wrap=True)
+    if result.micro_batch_tokens is not None:
+        console.print(f"largest --micro_batch_tokens that fits: {result.micro_batch_tokens}")
 
 
-def as_json(result: Answer) -> dict[str, Any]:
-    """The answer as plain data; sizes in GiB."""
+def as_json(result: FitResult) -> dict[str, Any]:
+    """The result as JSON data; sizes in GiB."""
     plan, card = result.plan, result.card
     record: dict[str, Any] = {
         "model": result.model,
@@ -89,15 +87,16 @@ def as_json(result: Answer) -> dict[str, Any]:
     if card is None:
         return record
     record |= {"card": card.name, "card_gib": gib(card.memory), "usable_gib": gib(card.usable)}
-    record |= {"needed_gib": gib(card.needed(plan.peak)), "fits": result.fits, "micro_batch_tokens": result.tokens}
-    if result.fitting is not None:
-        needed = gib(card.needed(result.fitting.plan.peak))
-        record["with"] = {"settings": result.fitting.changed, **plan_as_json(result.fitting.plan), "needed_gib": needed}
+    record |= {"needed_gib": gib(card.needed(plan.peak)), "fits": result.fits}
+    record |= {"micro_batch_tokens": result.micro_batch_tokens}
+    if result.search is not None:
+        needed = gib(card.needed(result.search.plan.peak))
+        record["with"] = {"settings": result.search.changed, **plan_as_json(result.search.plan), "needed_gib": needed}
     return record
 
 
 def plan_as_json(plan: MemoryPlan) -> dict[str, Any]:
-    """A plan as plain data; sizes in GiB."""
+    """A plan as JSON data; sizes in GiB."""
     return {
         "weights_gib": gib(plan.parameters),
         "trained_parameters": plan.trained,
@@ -117,11 +116,11 @@ def gib(size: int) -> float:
     return round(size / GIB, 4)
 
 
-def run(fit: FitConfig, config: TrainConfig) -> Answer:
-    """`onecard fit`."""
-    result = answer(fit, config)
+def run(fit: FitConfig, config: TrainConfig) -> FitResult:
+    """`onecard fit`. Returns what it printed."""
+    result = plan_and_search(fit, config)
     if fit.json:
         print(json.dumps(as_json(result), indent=2))
     else:
-        print_answer(result)
+        print_result(result)
     return result

@@ -1,4 +1,4 @@
-"""Finds the transformers config of the planned model: in a folder, a file, a shipped shape or the local cache."""
+"""Finds the transformers config of a model: in a folder, a file, the shipped configs or the local cache."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from pathlib import Path
 from typing import Any
 
 from onecard.models.folders import weights_folder
-from onecard.models.load import check_causal_lm, find_source, reason
-from onecard.utils.errors import OnecardError, nearest
+from onecard.models.load import check_causal_lm, find_source
+from onecard.utils.errors import OnecardError, did_you_mean, reason
 
-SHAPES = Path(__file__).parent / "shapes"
+SHIPPED = Path(__file__).parent / "shapes"  # transformers configs of some models, without weights
 
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A model's name and transformers config. `adapter`: training starts from an adapter on it."""
+    """A model's name and its transformers config. `adapter`: `--model` is an adapter on this model."""
 
     name: str
     config: Any
     adapter: bool = False
 
 
-def shapes() -> dict[str, Path]:
-    """The model configs that ship with onecard, by name."""
-    return {path.stem: path for path in sorted(SHAPES.glob("*.json"))}
+def shipped_configs() -> dict[str, Path]:
+    """The paths of the model configs that ship with onecard, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.json"))}
 
 
 def find_model(name: str) -> PlannedModel:
-    """The config of a model given by a folder, a `config.json`, a shipped shape's name or a hub name in the cache.
+    """The config of a model, by a folder, a `config.json`, the name of a shipped config or a hub name in the cache.
 
     Nothing is downloaded, and no weights are read. Unknown names raise `OnecardError`.
     """
     if not name:
-        raise OnecardError("--model is missing: give a folder, a config.json, a Hugging Face name, or a shipped one: "
-                           f"{', '.join(shapes())}.")  # fmt: skip
+        raise OnecardError("--model is missing: give a folder, a config.json, a hub name, or one of "
+                           f"{', '.join(shipped_configs())}.")  # fmt: skip
     path = weights_folder(Path(name))
     if path.suffix == ".json" or path.is_file():
         return PlannedModel(path.stem, read_config(path))
@@ -46,10 +46,10 @@ def find_model(name: str) -> PlannedModel:
         settings = read_config(path / "config.json")
         check_causal_lm(settings, f"model: {name}")
         return PlannedModel(path.name, settings)
-    shipped = {key.lower(): file for key, file in shapes().items()}
-    shape = shipped.get(name.rpartition("/")[2].lower().removesuffix("-instruct").removesuffix("-it"))
-    if shape is not None and not name.startswith((".", "~", "/")):
-        return PlannedModel(shape.stem, read_config(shape))
+    by_name = {key.lower(): file for key, file in shipped_configs().items()}
+    shipped = by_name.get(name.rpartition("/")[2].lower().removesuffix("-instruct").removesuffix("-it"))
+    if shipped is not None and not name.startswith((".", "~", "/")):
+        return PlannedModel(shipped.stem, read_config(shipped))
     return PlannedModel(name, cached_config(name))
 
 
@@ -68,7 +68,7 @@ def read_config(path: Path) -> Any:
     try:
         return AutoConfig.for_model(**values)
     except Exception as error:  # the validation in config classes may raise any exception
-        raise OnecardError(f"model: {path} is no config that can be built: {reason(error)}") from error
+        raise OnecardError(f"model: {path} is not a valid transformers config: {reason(error)}") from error
 
 
 def special_float(values: dict[str, Any]) -> Any:
@@ -85,8 +85,8 @@ def cached_config(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name, local_files_only=True)
     except Exception as error:
-        known = shapes()
+        known = shipped_configs()
         raise OnecardError(
-            f"model: '{name}' is neither a folder nor a file, not in the local cache, and not one of the shipped "
-            f"{', '.join(known)}.{nearest(name.rpartition('/')[2], known)}"
+            f"model: '{name}' was not found. Expected a folder, a file, a hub name in the local cache, or one of "
+            f"{', '.join(known)}.{did_you_mean(name.rpartition('/')[2], known)}"
         ) from error

@@ -1,4 +1,4 @@
-"""Runs each phase of a training command on `meta`, through the functions that the command itself calls."""
+"""Runs each phase of a training command on `meta`, with the functions that the command itself calls."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from onecard.algorithms.ppo.job import ppo_objective
 from onecard.algorithms.ppo.sampling import rollout_budget
 from onecard.algorithms.reward.command import make_recipe as reward_recipe
 from onecard.algorithms.sft import make_recipe as sft_recipe
-from onecard.commands.fit.rollouts import sample_longest
-from onecard.commands.fit.tracker import PAGED, WORK, Phase, Tracker
+from onecard.commands.fit.rollouts import run_largest_steps
+from onecard.commands.fit.tracker import ACTIVATIONS, PAGED, Phase, Tracker
 from onecard.commands.fit.weights import META
 from onecard.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig, TrainConfig
 from onecard.data.batches import (
@@ -45,12 +45,12 @@ from onecard.training.optim import clip_grad_norm, make_optimizer
 from onecard.training.trainer import Objective, accumulate
 
 GRADIENTS, STATES, CACHE = "gradients", "optimizer states", "kv cache"
-PAGED_FROM = 100_000  # bitsandbytes' paged optimizers page the states of parameters with at least this many elements
+PAGED_MIN_ELEMENTS = 100_000  # bitsandbytes pages the optimizer states of parameters with at least this many elements
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of a prompt and of its response."""
+    """Planned lengths of each prompt and each response, in tokens."""
 
     prompt: int
     response: int
@@ -60,7 +60,7 @@ class Lengths:
         return self.prompt + self.response
 
     def sequence(self, token: int) -> TokenSequence:
-        """Prompt and response. `token`: id of all response tokens; two responses of different ids share the prompt."""
+        """Prompt + response. `token`: id of all response tokens. Sequences of different ids share only the prompt."""
         tokens = (0,) * self.prompt + (token,) * self.response
         return TokenSequence(tokens, (False,) * self.prompt + (True,) * self.response)
 
@@ -71,20 +71,20 @@ def pair(lengths: Lengths) -> PreferencePair:
 
 
 def labelled(lengths: Lengths, *, mismatched: bool) -> LabelledSequence:
-    """A desirable response, with a mismatched response for kto's KL if `mismatched`."""
+    """A desirable response. `mismatched`: it has the mismatched response that kto's KL needs."""
     return LabelledSequence(lengths.sequence(1), True, lengths.sequence(2) if mismatched else TokenSequence((), ()))
 
 
 def experience(lengths: Lengths, *, values: bool) -> Experience:
-    """An episode of PPO with all its per-token numbers 0, with values if `values`."""
+    """The experience of one PPO episode, all zeros. `values`: it has the critic's values."""
     numbers = torch.zeros(lengths.response)
     episode = Episode(lengths.sequence(1), numbers, True)
     return Experience(episode, numbers, numbers if values else None, numbers, numbers)
 
 
 @dataclass(frozen=True)
-class Work:
-    """An optimizer step: the objective, one example of the planned lengths, and the number of examples in the step."""
+class TrainingStep:
+    """One optimizer step: the objective, an example of the planned lengths, and the number of examples in the step."""
 
     objective: Objective[Any, Any]
     example: Any
@@ -114,7 +114,7 @@ def example_of(config: TrainConfig, lengths: Lengths) -> Any:
 
 
 def setup_of(config: TrainConfig, *, from_adapter: bool) -> RoleSetup:
-    """The run's roles. A scoring model that a setting names is planned as an adapter on the base."""
+    """The roles of the run. Each reward or constraint model is planned as an adapter on the base."""
     if isinstance(config, PPOConfig):
         scorers = [role for role, setting in SCORER_SETTINGS.items() if getattr(config, setting)]
         return ppo_setup(config, scorers, from_adapter=from_adapter)
@@ -124,22 +124,22 @@ def setup_of(config: TrainConfig, *, from_adapter: bool) -> RoleSetup:
     )
 
 
-def is_uncut(config: TrainConfig) -> bool:
+def is_unsplittable(config: TrainConfig) -> bool:
     """Whether a step cannot be split into micro-batches, because the loss sorts the whole batch."""
     return not isinstance(config, PPOConfig) and bool(recipe_of(config).unsplittable)
 
 
-def work_of(config: TrainConfig, roles: Roles, lengths: Lengths) -> Work:
-    """The optimizer step of these settings, with all sequences of the planned lengths."""
+def training_step(config: TrainConfig, roles: Roles, lengths: Lengths) -> TrainingStep:
+    """The optimizer step of a run with these settings, in which all sequences have the planned lengths."""
     if isinstance(config, PPOConfig):
         example = experience(lengths, values="value" in roles.adapters)
-        return Work(ppo_objective(roles, config), example, config.minibatch_size)
+        return TrainingStep(ppo_objective(roles, config), example, config.minibatch_size)
     count = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return Work(recipe_of(config).objective(roles), example_of(config, lengths), count)
+    return TrainingStep(recipe_of(config).objective(roles), example_of(config, lengths), count)
 
 
-def rows_of(config: TrainConfig, lengths: Lengths) -> tuple[int, int]:
-    """`(tokens of one example in the model's input, largest number of examples in one forward pass)`."""
+def largest_pass(config: TrainConfig, lengths: Lengths) -> tuple[int, int]:
+    """`(tokens that one example takes in a packed batch, largest number of examples in one forward pass)`."""
     if isinstance(config, PPOConfig):
         return lengths.total, max(config.minibatch_size, config.episodes_per_step)
     recipe = recipe_of(config)
@@ -149,8 +149,8 @@ def rows_of(config: TrainConfig, lengths: Lengths) -> tuple[int, int]:
     return size(example), config.per_device_train_batch_size * config.gradient_accumulation_steps
 
 
-class Rehearsal:
-    """Runs the phases of one plan in order and records the peak of each."""
+class PhaseRunner:
+    """Runs the phases of a training command in order and records the peak of each."""
 
     def __init__(self, tracker: Tracker, roles: Roles, config: TrainConfig, lengths: Lengths) -> None:
         self.tracker, self.roles, self.config, self.lengths = tracker, roles, config, lengths
@@ -172,21 +172,21 @@ class Rehearsal:
         self.step(optimizer)  # the first step allocates the optimizer states
         if isinstance(self.config, PPOConfig):
             self.rollout(self.config)
-            self.passes(self.config)
+            self.scoring_passes(self.config)
         self.train()
         with self.phase("optimizer step"):
             self.step(optimizer)
         return self.phases
 
-    def with_gradients(self) -> None:
+    def allocate_gradients(self) -> None:
         """Allocate a gradient for every trained parameter."""
-        with self.tracker.making(GRADIENTS):
+        with self.tracker.allocating(GRADIENTS):
             for parameter in self.parameters:
                 parameter.grad = torch.empty_like(parameter)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer of the run, with the methods that need a device replaced."""
-        with self.tracker.making(STATES):
+        with self.tracker.allocating(STATES):
             optimizer = make_optimizer(self.config, self.parameters)
         inner: Any = getattr(optimizer, "inner", optimizer)
         if isinstance(inner, torch.optim.AdamW):
@@ -200,42 +200,42 @@ class Rehearsal:
 
     def state_buffer(self, optimizer: Any, parameter: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """An optimizer state of bitsandbytes. Large states of a paged optimizer are in unified memory."""
-        paged = optimizer.is_paged and parameter.numel() >= PAGED_FROM and self.tracker.target.type == "cuda"
-        with self.tracker.making(PAGED if paged else STATES):
+        paged = optimizer.is_paged and parameter.numel() >= PAGED_MIN_ELEMENTS and self.tracker.target.type == "cuda"
+        with self.tracker.allocating(PAGED if paged else STATES):
             return torch.zeros_like(parameter, dtype=dtype)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradients and run the optimizer's step."""
         if any(parameter.grad is None for parameter in self.parameters):
-            self.with_gradients()
+            self.allocate_gradients()
         with torch.no_grad():
             clip_grad_norm(self.parameters, self.config.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for state in optimizer.state.values():
             tensors = [value for value in state.values() if isinstance(value, Tensor)]
-            self.tracker.tag(STATES, [tensor for tensor in tensors if self.tracker.kind(tensor) == WORK])
+            self.tracker.tag(STATES, [tensor for tensor in tensors if self.tracker.kind(tensor) == ACTIVATIONS])
 
     def rollout(self, config: PPOConfig) -> None:
-        """The prefill, and the decoding steps at which the cache is largest: its last growth, and the last step."""
+        """Run the prefill, the decoding step at which the cache grows for the last time, and the last decoding step."""
         model = self.roles.causal_model()
         sizes = [cache_bytes(model, self.lengths.total)] * config.episodes_per_step
         rows = len(next(replace(rollout_budget(config).size, padded=True).split(sizes)))
         sampling = Sampling(config.response_length, config.temperature)
-        waiting, cache_memory = len(sizes) - rows, partial(self.tracker.making, CACHE)
+        waiting, cache_memory = len(sizes) - rows, partial(self.tracker.allocating, CACHE)
         for decoding in decoding_modes(model):
             self.roles.decoding = decoding
             try:
                 with self.phase("rollout"), torch.no_grad(), evaluating(model), self.roles.active("policy"):
                     batch = make_decode_batch(self.roles, rows, self.lengths.total - 1)
-                    sample_longest(batch, self.lengths.prompt, self.lengths.total, waiting, sampling, cache_memory)
+                    run_largest_steps(batch, self.lengths.prompt, self.lengths.total, waiting, sampling, cache_memory)
                 break
-            except (RuntimeError, TypeError, ValueError, AttributeError):  # the model's cache does not suit this mode
+            except (RuntimeError, TypeError, ValueError, AttributeError):  # the model does not support this mode
                 if decoding == "uncached":
                     raise
 
-    def passes(self, config: PPOConfig) -> None:
-        """PPO's passes without gradients: reward model, policy, reference and critic."""
+    def scoring_passes(self, config: PPOConfig) -> None:
+        """Run PPO's passes without gradients over the responses: reward model, policy, reference and critic."""
         roles = self.roles
         micro_batch_size = replace(forward_budget(config).size, padded=roles.layout == "padded")
         sequences = [self.lengths.sequence(1)] * config.episodes_per_step
@@ -244,20 +244,20 @@ class Rehearsal:
         def logprobs(batch: TokenBatch) -> Tensor:
             return roles.logprobs(batch, batch.targets, config.temperature)
 
-        reads: dict[str, Callable[[TokenBatch], Tensor]] = {
+        forwards: dict[str, Callable[[TokenBatch], Tensor]] = {
             "reward": roles.scores,
             "policy": logprobs,
             "reference": logprobs,
             "value": partial(state_values, roles),
         }
-        for role, read in reads.items():
+        for role, forward in forwards.items():
             if role not in roles.adapters:
                 continue
             with self.phase(f"{role} pass"), torch.no_grad(), roles.active(role):
-                read(to_device(pack([sequences[index] for index in indices]), META))
+                forward(to_device(pack([sequences[index] for index in indices]), META))
 
     def precompute(self, config: DPOConfig) -> None:
-        """The reference's forward pass before training. A reference that is a full copy of the model is freed then."""
+        """Run the reference's pass before training, then free the reference if it is a full copy of the model."""
         roles, variant = self.roles, pick_variant(config)
         assert variant.compute_ref_logps is not None
         example = replace(example_of(config, self.lengths), ref_logps=None)
@@ -270,25 +270,26 @@ class Rehearsal:
             del roles.copies["reference"], roles.adapters["reference"], batch
 
     def train(self) -> None:
-        """Forward and backward of the largest micro-batch of a step.
+        """Run forward and backward of the largest micro-batch of a step.
 
-        Where a step has several micro-batches, the gradients of an earlier one are allocated already.
+        If a step has several micro-batches, the gradients of an earlier one are allocated before.
         """
-        config, work = self.config, work_of(self.config, self.roles, self.lengths)
+        config, step = self.config, training_step(self.config, self.roles, self.lengths)
         micro_batch_size = MicroBatchSize(
             config.per_device_train_batch_size, config.micro_batch_tokens, padded=self.roles.layout == "padded"
         )
-        examples = [work.example] * work.examples
-        passes = list(micro_batch_size.split([work.objective.size(example) for example in examples]))
-        if work.objective.unsplittable:
-            passes = [list(range(len(examples)))]
+        examples = [step.example] * step.examples
+        micro_batches = list(micro_batch_size.split([step.objective.size(example) for example in examples]))
+        if step.objective.unsplittable:
+            micro_batches = [list(range(len(examples)))]
         hooks = [
             parameter.register_post_accumulate_grad_hook(lambda trained: self.tracker.tag(GRADIENTS, [trained.grad]))
             for parameter in self.parameters
         ]
         with self.phase("train"):
-            if len(passes) > 1:
-                self.with_gradients()
-            accumulate(work.objective, [examples[index] for index in passes[0]], MicroBatchSize(len(passes[0])), META)
+            if len(micro_batches) > 1:
+                self.allocate_gradients()
+            largest = [examples[index] for index in micro_batches[0]]
+            accumulate(step.objective, largest, MicroBatchSize(len(largest)), META)
         for hook in hooks:
             hook.remove()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from onecard.commands.fit.phases import Lengths, Rehearsal, setup_of
+from onecard.commands.fit.phases import Lengths, PhaseRunner, setup_of
 from onecard.commands.fit.tracker import PAGED, Phase, Tracker
 from onecard.commands.fit.weights import META, load_peak, plan_base, plan_roles
 from onecard.commands.fit.workspaces import workspaces
@@ -24,7 +24,7 @@ from onecard.models.memory_options import head_chunks
 from onecard.models.trunk import trunk_of
 from onecard.utils.progress import say
 
-SHORT = (16, 32)  # sequence lengths in tokens that a plan is extrapolated from, for models that loop over tokens
+SHORT_LENGTHS = (16, 32)  # for models that loop over tokens: the plan is extrapolated from sequences of these lengths
 WEIGHTS, ADAPTERS = "weights", "adapters and heads"
 
 
@@ -33,7 +33,7 @@ class MemoryPlan:
     """Memory of a run, in bytes.
 
     `parameters`: the base's weights; `trained`: number of trained parameters (a count, not bytes); `phases`: in the
-    order in which they run; `paged`: optimizer states that are paged to the host when the card is full; `seconds`:
+    order in which they run; `paged`: paged optimizer states, which move to the host when the card is full; `seconds`:
     the time that planning took.
     """
 
@@ -45,7 +45,7 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """The largest number of bytes that is allocated at once."""
+        """The largest number of bytes allocated at the same time, over all phases."""
         return max(phase.peak for phase in self.phases)
 
     @property
@@ -64,7 +64,7 @@ def target_attention(target: torch.device) -> Iterator[None]:
     original = functional.scaled_dot_product_attention
 
     def run(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return attention(target, query, *args, **kwargs) if query.is_meta else original(query, *args, **kwargs)
+        return device_attention(target, query, *args, **kwargs) if query.is_meta else original(query, *args, **kwargs)
 
     functional.scaled_dot_product_attention = run
     try:
@@ -73,7 +73,7 @@ def target_attention(target: torch.device) -> Iterator[None]:
         functional.scaled_dot_product_attention = original
 
 
-def attention(
+def device_attention(
     target: torch.device,
     query: Tensor,
     key: Tensor,
@@ -126,14 +126,14 @@ class OperatorCount(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def runs_token_by_token(model: Any, config: TrainConfig, target: torch.device) -> bool:
-    """Whether a model's forward runs more operators for more tokens, as a Python loop over a recurrence does."""
-    base = plan_base(model, config, target)
+def runs_token_by_token(model_config: Any, config: TrainConfig, target: torch.device) -> bool:
+    """Whether the forward runs more operators for a longer sequence: the model has a Python loop over tokens."""
+    base = plan_base(model_config, config, target)
     if has_onecard_attention(base):
         return False
     trunk = trunk_of(base)
     counts = []
-    for tokens in SHORT:
+    for tokens in SHORT_LENGTHS:
         with torch.no_grad(), planning(target, Tracker(target, workspaces())), OperatorCount() as operators:
             trunk(input_ids=torch.zeros(1, tokens, dtype=torch.int64, device=META), use_cache=False)
         counts.append(operators.count)
@@ -142,7 +142,7 @@ def runs_token_by_token(model: Any, config: TrainConfig, target: torch.device) -
 
 def shortened(config: TrainConfig, lengths: Lengths, tokens: int) -> tuple[TrainConfig, Lengths]:
     """The settings of a run with sequences of `tokens` tokens and the same number of sequences in each pass."""
-    prompt = max(1, lengths.prompt * SHORT[0] // lengths.total) * tokens // SHORT[0]
+    prompt = max(1, lengths.prompt * SHORT_LENGTHS[0] // lengths.total) * tokens // SHORT_LENGTHS[0]
     short, share = Lengths(prompt, tokens - prompt), tokens / lengths.total
     config = replace(config, micro_batch_tokens=math.ceil(config.micro_batch_tokens * share))
     if isinstance(config, PPOConfig):
@@ -152,10 +152,10 @@ def shortened(config: TrainConfig, lengths: Lengths, tokens: int) -> tuple[Train
 
 
 def extrapolated(plans: Sequence[MemoryPlan], tokens: int) -> MemoryPlan:
-    """Extrapolate two plans, for sequences of `SHORT` tokens, to `tokens`: every size is linear in the length."""
+    """Extrapolate two plans, for sequences of `SHORT_LENGTHS` tokens, linearly to sequences of `tokens`."""
 
     def extrapolate(short: int, long: int) -> int:
-        return round(short + (long - short) * (tokens - SHORT[0]) / (SHORT[1] - SHORT[0]))
+        return round(short + (long - short) * (tokens - SHORT_LENGTHS[0]) / (SHORT_LENGTHS[1] - SHORT_LENGTHS[0]))
 
     short_plan, long_plan = plans
     phases = tuple(
@@ -171,49 +171,51 @@ def extrapolated(plans: Sequence[MemoryPlan], tokens: int) -> MemoryPlan:
 
 
 def plan_memory(
-    model: Any,
+    model_config: Any,
     config: TrainConfig,
     lengths: Lengths,
     target: torch.device,
     *,
     from_adapter: bool = False,
 ) -> MemoryPlan:
-    """The memory plan of a training command. `model`: transformers config of the base.
+    """The memory plan of a training command.
 
-    `from_adapter`: training starts from an adapter, so the reference is a second adapter. A model whose
-    forward is a loop over tokens would take minutes to plan: it is planned for two short lengths, and the plan is
-    extrapolated linearly.
+    `model_config`: transformers config of the base. `from_adapter`: training starts from an adapter, so the reference
+    is a second adapter. A model whose forward loops over tokens would take minutes to plan. It is planned for two
+    short lengths, and the plan is extrapolated linearly.
     """
-    if lengths.total > 2 * SHORT[1] and runs_token_by_token(model, config, target):
-        say(f"fit: the model runs token by token; planned for {SHORT[0]} and {SHORT[1]} tokens, then extrapolated.")
-        settings = [shortened(config, lengths, tokens) for tokens in SHORT]
+    if lengths.total > 2 * SHORT_LENGTHS[1] and runs_token_by_token(model_config, config, target):
+        first, second = SHORT_LENGTHS
+        say(f"fit: the model loops over tokens; the plan is extrapolated from {first} and {second} tokens.")
+        settings = [shortened(config, lengths, tokens) for tokens in SHORT_LENGTHS]
         plans = [
-            plan_once(model, short_config, short, target, from_adapter=from_adapter) for short_config, short in settings
+            plan_once(model_config, short_config, short, target, from_adapter=from_adapter)
+            for short_config, short in settings
         ]
         return extrapolated(plans, lengths.total)
-    return plan_once(model, config, lengths, target, from_adapter=from_adapter)
+    return plan_once(model_config, config, lengths, target, from_adapter=from_adapter)
 
 
 def plan_once(
-    model: Any, config: TrainConfig, lengths: Lengths, target: torch.device, *, from_adapter: bool = False
+    model_config: Any, config: TrainConfig, lengths: Lengths, target: torch.device, *, from_adapter: bool = False
 ) -> MemoryPlan:
     """The plan for sequences of these lengths, without extrapolation."""
-    began = time.perf_counter()
+    start = time.perf_counter()
     if target.type == "cpu":  # activations are in host memory already
         config = replace(config, activation_offloading=False)
     tracker = Tracker(target, workspaces())
     with planning(target, tracker), head_chunks(config.head_chunk_tokens):
-        with tracker.making(WEIGHTS):
-            base = plan_base(model, config, target, train_all=not config.use_peft)
+        with tracker.allocating(WEIGHTS):
+            base = plan_base(model_config, config, target, train_all=not config.use_peft)
             setup = setup_of(config, from_adapter=from_adapter)
-            copy = plan_base(model, config, target, train_all=True) if setup.reference_copy else None
+            reference_copy = plan_base(model_config, config, target, train_all=True) if setup.reference_copy else None
         load = Phase("load", 0, tracker.current + load_peak(base), dict(tracker.by_kind), "quantization")
         parameters = tracker.by_kind[WEIGHTS]
-        with tracker.making(ADAPTERS):
-            roles = plan_roles(base, copy, config, setup).train()
-        del copy  # `roles` owns the copy and frees it once its log-probs are precomputed
-        rehearsal = Rehearsal(tracker, roles, config, lengths)
-        phases = rehearsal.run()
-        trained = sum(parameter.numel() for parameter in rehearsal.parameters)
+        with tracker.allocating(ADAPTERS):
+            roles = plan_roles(base, reference_copy, config, setup).train()
+        del reference_copy  # `roles` owns the copy and frees it once its log-probs are precomputed
+        runner = PhaseRunner(tracker, roles, config, lengths)
+        phases = runner.run()
+        trained = sum(parameter.numel() for parameter in runner.parameters)
         paged = tracker.by_kind.get(PAGED, 0)
-    return MemoryPlan(parameters, trained, (load, *phases), paged, time.perf_counter() - began)
+    return MemoryPlan(parameters, trained, (load, *phases), paged, time.perf_counter() - start)

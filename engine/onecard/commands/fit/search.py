@@ -1,4 +1,4 @@
-"""Searches for settings that make a run fit: memory options, cheapest in time first, and `micro_batch_tokens`."""
+"""Searches for settings with which a run fits: memory options, those that cost least time first, and micro-batches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from onecard.commands.fit.cards import Card
-from onecard.commands.fit.phases import is_uncut
+from onecard.commands.fit.phases import is_unsplittable
 from onecard.commands.fit.plan import MemoryPlan
 from onecard.config import PPOConfig, TrainConfig
 
@@ -15,73 +15,77 @@ PlanOf = Callable[[TrainConfig], MemoryPlan]
 
 @dataclass(frozen=True)
 class MemoryOption:
-    """A setting that saves memory. `apply(config, rows)` turns it on; a config that has it already is unchanged."""
+    """A setting that saves memory. `apply(config, example_tokens)` returns the config with the option turned on."""
 
     name: str
     apply: Callable[[TrainConfig, int], TrainConfig]
 
 
-def smaller_optimizer(config: TrainConfig, rows: int) -> TrainConfig:
+def smaller_optimizer(config: TrainConfig, example_tokens: int) -> TrainConfig:
     return replace(config, optim="paged_adamw_8bit")
 
 
-def smaller_weights(config: TrainConfig, rows: int) -> TrainConfig:
+def smaller_weights(config: TrainConfig, example_tokens: int) -> TrainConfig:
     return replace(config, load_in_4bit=True) if config.use_peft else config
 
 
-def smaller_passes(config: TrainConfig, rows: int) -> TrainConfig:
-    return config if is_uncut(config) else replace(config, micro_batch_tokens=rows)
+def smaller_passes(config: TrainConfig, example_tokens: int) -> TrainConfig:
+    return config if is_unsplittable(config) else replace(config, micro_batch_tokens=example_tokens)
 
 
-def smaller_adapters(config: TrainConfig, rows: int) -> TrainConfig:
+def smaller_adapters(config: TrainConfig, example_tokens: int) -> TrainConfig:
     return replace(config, adapter_dtype="bfloat16") if config.use_peft else config
 
 
-def smaller_rollout(config: TrainConfig, rows: int) -> TrainConfig:
+def smaller_rollout(config: TrainConfig, example_tokens: int) -> TrainConfig:
     return replace(config, local_rollout_forward_batch_size=1) if isinstance(config, PPOConfig) else config
 
 
 MEMORY_OPTIONS = (
-    MemoryOption("gradient_checkpointing", lambda config, rows: replace(config, gradient_checkpointing=True)),
+    MemoryOption("gradient_checkpointing", lambda config, example_tokens: replace(config, gradient_checkpointing=True)),
     MemoryOption("optim", smaller_optimizer),
     MemoryOption("load_in_4bit", smaller_weights),
     MemoryOption("micro_batch_tokens", smaller_passes),
     MemoryOption("local_rollout_forward_batch_size", smaller_rollout),
     MemoryOption("adapter_dtype", smaller_adapters),
-    MemoryOption("activation_offloading", lambda config, rows: replace(config, activation_offloading=True)),
+    MemoryOption("activation_offloading", lambda config, example_tokens: replace(config, activation_offloading=True)),
 )
 
 
-PLANS = 3  # plans in the search for the largest `micro_batch_tokens`, besides those of the two ends of the range
+MAX_PLANS = 3  # plans in the search for the largest `micro_batch_tokens`, besides the smallest and the largest
 
 
 @dataclass(frozen=True)
-class Fitting:
-    """Settings that fit, their plan, and the changed ones with their new values. `config`: None if nothing fits."""
+class SearchResult:
+    """The result of the search.
+
+    `config`: settings that fit, or None if none do; `plan`: of these settings, or of those that need least memory;
+    `changed`: the settings that were changed, with their new values.
+    """
 
     config: TrainConfig | None
     plan: MemoryPlan
     changed: dict[str, object]
 
 
-def make_fit(config: TrainConfig, plan_of: PlanOf, card: Card, rows: int) -> Fitting:
-    """Turn on the fewest memory options, in the order of the table, that make a run fit. `config` does not fit.
+def search_settings(config: TrainConfig, plan_of: PlanOf, card: Card, example_tokens: int) -> SearchResult:
+    """Turn on as many options of `MEMORY_OPTIONS` as the run needs to fit, in their order. `config` does not fit.
 
-    `rows`: tokens of one example, the smallest possible token budget.
+    `example_tokens`: tokens of one example, which is the smallest possible `micro_batch_tokens`.
     """
     steps = [config]  # each step has one option more than the step before
     for option in MEMORY_OPTIONS:
-        changed = option.apply(steps[-1], rows)
+        changed = option.apply(steps[-1], example_tokens)
         if changed != steps[-1]:
             steps.append(changed)
     plan = plan_of(steps[-1])
     if not card.holds(plan.peak):
-        return Fitting(None, plan, changes(config, steps[-1]))
-    few, enough = 0, len(steps) - 1  # indices of a step that does not fit and of one that fits
-    while enough - few > 1:
-        middle = (few + enough) // 2
-        few, enough = (few, middle) if card.holds(plan_of(steps[middle]).peak) else (middle, enough)
-    return Fitting(steps[enough], plan_of(steps[enough]), changes(config, steps[enough]))
+        return SearchResult(None, plan, changes(config, steps[-1]))
+    too_few, enough = 0, len(steps) - 1  # numbers of options with which the run does not fit, and fits
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        too_few, enough = (too_few, middle) if card.holds(plan_of(steps[middle]).peak) else (middle, enough)
+    return SearchResult(steps[enough], plan_of(steps[enough]), changes(config, steps[enough]))
 
 
 def changes(before: TrainConfig, after: TrainConfig) -> dict[str, object]:
@@ -95,32 +99,34 @@ def flags(settings: Mapping[str, object]) -> str:
     return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in settings.items())
 
 
-def largest_tokens(config: TrainConfig, plan_of: PlanOf, card: Card, rows: int, examples: int) -> int | None:
-    """The largest `micro_batch_tokens` that fits, a multiple of the `rows` tokens of an example; None if one does not.
+def largest_micro_batch_tokens(
+    config: TrainConfig, plan_of: PlanOf, card: Card, example_tokens: int, examples: int
+) -> int | None:
+    """The largest `micro_batch_tokens` that fits, a multiple of `example_tokens`; None if one example does not fit.
 
-    The peak is nearly linear in the number of tokens: a line through two plans gives the limit, and another plan
-    confirms it. Where the peak is not linear, the search bisects.
+    The peak is nearly linear in the number of tokens. A line through the plans of the smallest and the largest value
+    predicts the limit, and another plan confirms it. If the peak is not linear, the search bisects.
     """
 
     def peak(count: int) -> int:
-        return plan_of(replace(config, micro_batch_tokens=count * rows)).peak
+        return plan_of(replace(config, micro_batch_tokens=count * example_tokens)).peak
 
-    fits, most = 1, examples
+    enough, too_many = 1, examples  # numbers of examples
     low, high = peak(1), peak(examples)
     if card.holds(high):
-        return examples * rows
+        return examples * example_tokens
     if not card.holds(low):
         return None
-    bisect = False  # after a plan above the line: e.g. a step has no more examples, but passes without gradients grow
-    for _ in range(PLANS):
+    bisect = False  # True after a plan above the line: e.g. the step has no more examples, but other passes grow
+    for _ in range(MAX_PLANS):
         largest_peak = (card.usable - card.needed(0)) / (card.needed(10**9) - card.needed(0)) * 10**9
-        linear = max(1, int((largest_peak - low) * (most - fits) / (high - low)))
-        step = min(linear, (most - fits) // 2 if bisect else most - fits - 1)
+        linear = max(1, int((largest_peak - low) * (too_many - enough) / (high - low)))
+        step = min(linear, (too_many - enough) // 2 if bisect else too_many - enough - 1)
         if step < 1:
             break
-        tried = peak(fits + step)
-        if not card.holds(tried):
-            most, high, bisect = fits + step, tried, True
+        middle = peak(enough + step)
+        if not card.holds(middle):
+            too_many, high, bisect = enough + step, middle, True
             continue
-        fits, low = fits + step, tried
-    return fits * rows
+        enough, low = enough + step, middle
+    return enough * example_tokens

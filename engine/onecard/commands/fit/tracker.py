@@ -1,7 +1,7 @@
 """Tracks the memory of tensors while code runs on `meta`, where nothing is computed.
 
 Every storage that an operator creates is counted until it is freed, rounded up as the target's allocator rounds. Memory
-that an operator allocates and frees before it returns is not visible here; a table of workspaces gives its size.
+that an operator allocates and frees before it returns is not visible here; a table of workspaces has its size.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 GRANULARITY = {"cuda": 512, "cpu": 1}  # bytes that an allocation is rounded up to; CPU profiles count exact sizes
-WORK = "activations and temporaries"
+ACTIVATIONS = "activations and temporaries"
 PAGED = "paged optimizer states"  # in unified memory: the driver moves them to the host when the card is full
-APART = {PAGED}  # kinds that PyTorch's allocator on the card does not count
+OUTSIDE_ALLOCATOR = {PAGED}  # kinds of memory that PyTorch's CUDA allocator does not count
 
-# `bool(tensor)` on meta is False. So no logit is NaN, and no attention mask is all ones: prompts count as padded, and a
-# mask is created.
+# `bool(tensor)` on meta returns False. So checks for NaN logits find none, and no attention mask is all ones: prompts
+# count as padded, and a mask is created.
 LOCAL_SCALAR = "aten::_local_scalar_dense"
 
 Workspace = Callable[..., int]  # an operator's arguments -> bytes that it allocates besides its outputs while it runs
@@ -33,17 +33,17 @@ Workspace = Callable[..., int]  # an operator's arguments -> bytes that it alloc
 class Phase:
     """The peak of a phase, in bytes.
 
-    `before`: bytes allocated at its start; `parts`: the peak by kind of memory; `most`: operator that reached the peak.
+    `before`: bytes allocated at its start; `parts`: the peak by kind of memory; `peak_operator`: operator at the peak.
     """
 
     name: str
     before: int = 0
     peak: int = 0
     parts: dict[str, int] = field(default_factory=dict)
-    most: str = ""
+    peak_operator: str = ""
 
 
-class KnownShapes:
+class ShapeCache:
     """Runs operators on meta, with a cache of output shapes by argument shapes.
 
     A model's layers repeat the same calls, and shape inference would take most of a plan's time.
@@ -51,14 +51,14 @@ class KnownShapes:
 
     def __init__(self) -> None:
         self.results: dict[Any, tuple[bool, list[tuple[Any, ...]]]] = {}
-        self.fresh: dict[Any, bool] = {}  # operator -> whether it returns new tensors and changes no argument
+        self.returns_new_by_operator: dict[Any, bool] = {}
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
-            # The meta implementation takes bfloat16 only; those of the devices take other dtypes too.
+            # The meta implementation accepts only bfloat16; those of CPU and GPU accept other dtypes too.
             out = self.run(func, tuple(arg.bfloat16() if is_floating(arg) else arg for arg in args), kwargs)
             return torch.empty_strided(out.shape, out.stride(), dtype=args[0].dtype, device="meta")
-        if not self.makes_new(func):
+        if not self.returns_new(func):
             return func(*args, **kwargs)
         key = (func, shape_key(args), shape_key(tuple(kwargs.items())))
         cached = self.results.get(key)
@@ -79,14 +79,14 @@ class KnownShapes:
             self.results[key] = isinstance(out, Tensor), shapes
         return out
 
-    def makes_new(self, func: Any) -> bool:
+    def returns_new(self, func: Any) -> bool:
         """Whether an operator returns new tensors only and changes no argument, by its schema."""
-        if func not in self.fresh:
+        if func not in self.returns_new_by_operator:
             schema = func._schema
             unchanged = not any(argument.alias_info for argument in (*schema.arguments, *schema.returns))
             tensors = all(isinstance(returned.type, torch.TensorType) for returned in schema.returns)
-            self.fresh[func] = unchanged and tensors and bool(schema.returns)
-        return self.fresh[func]
+            self.returns_new_by_operator[func] = unchanged and tensors and bool(schema.returns)
+        return self.returns_new_by_operator[func]
 
 
 def is_floating(argument: Any) -> bool:
@@ -116,13 +116,13 @@ class Tracker(TorchDispatchMode):
     def __init__(self, target: torch.device, workspaces: Mapping[str, Workspace]) -> None:
         super().__init__()
         self.target, self.workspaces = target, workspaces
-        self.step = GRANULARITY[target.type]
+        self.granularity = GRANULARITY[target.type]
         self.current = 0
         self.by_kind: dict[str, int] = {}
         self.storages: dict[int, TrackedStorage] = {}
-        self.new_kind = WORK  # kind of the storages that operators create
+        self.new_kind = ACTIVATIONS  # kind of the storages that operators create
         self.phases: list[Phase] = []
-        self.shapes = KnownShapes()
+        self.shapes = ShapeCache()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -141,7 +141,7 @@ class Tracker(TorchDispatchMode):
 
     def rounded(self, size: int) -> int:
         """Bytes that the allocator takes for `size` bytes."""
-        return -(-size // self.step) * self.step
+        return -(-size // self.granularity) * self.granularity
 
     def track(self, tensor: Tensor, kind: str) -> None:
         """Count a tensor's storage until it is freed, if it is not counted yet."""
@@ -151,16 +151,16 @@ class Tracker(TorchDispatchMode):
             return
         self.storages[key] = TrackedStorage(self.rounded(storage.nbytes()), kind)
         self.add(kind, self.storages[key].size)
-        weakref.finalize(storage, self.forget, key).atexit = False
+        weakref.finalize(storage, self.untrack, key).atexit = False
 
-    def forget(self, key: int) -> None:
+    def untrack(self, key: int) -> None:
         """Subtract a storage that was freed."""
         freed = self.storages.pop(key)
         self.add(freed.kind, -freed.size)
 
     def add(self, kind: str, size: int) -> None:
         """Add `size` bytes, negative for freed ones, to the totals."""
-        self.current += size * (kind not in APART)
+        self.current += size * (kind not in OUTSIDE_ALLOCATOR)
         self.by_kind[kind] = self.by_kind.get(kind, 0) + size
 
     def tag(self, kind: str, tensors: Iterable[Tensor | None]) -> None:
@@ -185,14 +185,15 @@ class Tracker(TorchDispatchMode):
         total = self.current + extra
         for phase in self.phases:
             if total > phase.peak:
-                phase.peak, phase.most = total, name
-                phase.parts = {kind: size for kind, size in self.by_kind.items() if size and kind not in APART}
+                phase.peak, phase.peak_operator = total, name
+                counted = {kind: size for kind, size in self.by_kind.items() if kind not in OUTSIDE_ALLOCATOR}
+                phase.parts = {kind: size for kind, size in counted.items() if size}
                 if extra:
-                    phase.parts[WORK] = phase.parts.get(WORK, 0) + extra
+                    phase.parts[ACTIVATIONS] = phase.parts.get(ACTIVATIONS, 0) + extra
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Phase]:
-        """Record the peak of the code inside."""
+        """Record the peak of the code inside as the phase `name`."""
         phase = Phase(name, self.current)
         self.phases.append(phase)
         self.update_peaks(0, "")
@@ -202,8 +203,8 @@ class Tracker(TorchDispatchMode):
             self.phases.remove(phase)
 
     @contextmanager
-    def making(self, kind: str) -> Iterator[None]:
-        """Storages that operators create inside are of this kind."""
+    def allocating(self, kind: str) -> Iterator[None]:
+        """Context in which new storages count as this kind of memory."""
         before, self.new_kind = self.new_kind, kind
         try:
             yield

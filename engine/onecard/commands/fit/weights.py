@@ -1,7 +1,7 @@
 """A run's weights on `meta`: the base that a config describes (in NF4 with `load_in_4bit`), adapters and heads.
 
-No weights are read and nothing is computed. The tensors have the shapes and dtypes of those of the run, and belong to
-the same modules.
+No weights are read and nothing is computed. The tensors have the shapes and dtypes that the run's tensors have, and
+belong to the same modules.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from onecard.models.four_bit import (
     nf4_settings,
     stacked_experts,
 )
-from onecard.models.load import model_class, reason, without_dropout
+from onecard.models.load import model_class, without_dropout
 from onecard.models.memory_options import apply_memory_options
 from onecard.models.role_setup import RoleSetup
 from onecard.models.roles import Roles
 from onecard.models.targets import Targets, find_targets
 from onecard.models.trunk import context_of, trunk_of
 from onecard.training.startup import SHORT_LENGTH, layout_candidates
-from onecard.utils.errors import OnecardError
+from onecard.utils.errors import OnecardError, reason
 
 META = torch.device("meta")
 BLOCK, NESTED_BLOCK = 64, 256  # block sizes of bitsandbytes' NF4, and of the double quantization of its statistics
@@ -116,21 +116,21 @@ def load_peak(model: Any) -> int:
     return largest
 
 
-def plan_base(settings: Any, config: ModelConfig, target: torch.device, *, train_all: bool = False) -> Any:
-    """`models.load.load_base` on meta. `settings`: the transformers config of the base."""
+def plan_base(model_config: Any, config: ModelConfig, target: torch.device, *, train_all: bool = False) -> Any:
+    """`models.load.load_base` on meta. `model_config`: the transformers config of the base."""
     dtype = dtype_for(config, target, train_all=train_all)
     attention = None if config.attn_implementation == "auto" else config.attn_implementation
     try:
         with META:
-            model = model_class(settings).from_config(
-                without_dropout(settings), dtype=dtype, attn_implementation=attention
+            model = model_class(model_config).from_config(
+                without_dropout(model_config), dtype=dtype, attn_implementation=attention
             )
         if config.load_in_4bit:
             model = quantize(model, dtype)
     except OnecardError:
         raise
     except Exception as error:  # a model class may raise any exception on unusual sizes
-        raise OnecardError(f"model: nothing can be built of this config: {reason(error)}") from error
+        raise OnecardError(f"model: transformers cannot build a model from this config: {reason(error)}") from error
     if config.attn_implementation == "auto":
         use_onecard_attention(model)
     return model.requires_grad_(train_all)
@@ -160,14 +160,13 @@ def add_adapters(model: Any, config: TrainConfig, setup: RoleSetup) -> Any:
 
 @torch.no_grad()
 def choose_layout(roles: Roles) -> None:
-    """Set the first layout that the model runs in. `startup.choose_layout` does the same with real weights."""
+    """Set the first batch layout in which the forward runs. `startup.choose_layout` does the same with real weights."""
     context = context_of(trunk_of(roles.causal_model()).config) or SHORT_LENGTH
     for own_attention, layout in layout_candidates(roles):
         if not own_attention:
             roles.use_transformers_attention()
-        length = (
-            context // 2 + 1 if layout == "restarted" else SHORT_LENGTH
-        )  # some models have masks of the context's length
+        # Some models have masks of the context's length. Two sequences in a row are then longer than the mask.
+        length = context // 2 + 1 if layout == "restarted" else SHORT_LENGTH
         sequences = [TokenSequence((0,) * length, (False,) + (True,) * (length - 1))] * 2
         roles.layout = layout
         try:
@@ -177,14 +176,14 @@ def choose_layout(roles: Roles) -> None:
             continue
 
 
-def plan_roles(base: Any, copy: Any, config: TrainConfig, setup: RoleSetup) -> Roles:
-    """`models.build.load_roles` and `load_ppo_roles` on meta. `copy`: full copy of the model as reference, or None."""
+def plan_roles(base: Any, reference_copy: Any, config: TrainConfig, setup: RoleSetup) -> Roles:
+    """`models.build.load_roles` and `load_ppo_roles` on meta. `reference_copy`: full copy of the model, or None."""
     model = add_adapters(base, config, setup)
     roles = Roles(model, setup.trained, dict(setup.adapters), "packed" if config.padding_free else "padded")
     choose_layout(roles)
     apply_memory_options(roles, config)
-    if copy is not None:
-        roles.copies["reference"] = copy.requires_grad_(False)
+    if reference_copy is not None:
+        roles.copies["reference"] = reference_copy.requires_grad_(False)
     for role in setup.scalar:
         roles.heads[role] = new_scalar_head(roles).requires_grad_(role in setup.trained)
     return roles

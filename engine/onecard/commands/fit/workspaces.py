@@ -1,4 +1,4 @@
-"""Workspaces of the operators of PyTorch and bitsandbytes; `onecard_kernels.workspace` has those of our kernels.
+"""Memory that operators of PyTorch and bitsandbytes allocate while they run; `onecard_kernels.workspace` has ours.
 
 The formulas follow the sources of PyTorch's flash attention (FlashAttention 2) and of bitsandbytes. They leave out a
 few bytes per token.
@@ -16,7 +16,7 @@ from onecard.commands.fit.tracker import Workspace
 from onecard_kernels import workspace
 
 FLASH_ROWS = 128  # queries in a block; the length of each sequence is rounded up to whole blocks
-FUSED_ROWS = 4  # up to this many rows of activations, bitsandbytes multiplies by packed weights on every GPU
+FUSED_ROWS = 4  # for at most this many rows of activations, bitsandbytes multiplies without unpacking the weights
 
 
 def rounded_width(width: int) -> int:
@@ -61,11 +61,11 @@ def gemm_4bit(
 
 
 def multinomial(target: torch.device, probabilities: Tensor, *args: Any, **kwargs: Any) -> int:
-    """`torch.multinomial`: a random number for each probability."""
+    """`torch.multinomial`: one random number for each probability."""
     return probabilities.numel() * probabilities.element_size()
 
 
-TABLE: dict[str, Workspace] = {
+WORKSPACES: dict[str, Workspace] = {
     "torch_attn::_varlen_attn_backward": varlen_backward,
     "aten::_scaled_dot_product_flash_attention_backward": dense_backward,
     "bitsandbytes::gemm_4bit": gemm_4bit,
@@ -79,4 +79,4 @@ def workspaces() -> dict[str, Workspace]:
     def kernel_workspace(name: str) -> Workspace:
         return lambda target, *args, **kwargs: workspace.workspace_bytes(name, target, *args, **kwargs)
 
-    return {**{name: kernel_workspace(name) for name in workspace.TABLE}, **TABLE}
+    return {**{name: kernel_workspace(name) for name in workspace.TABLE}, **WORKSPACES}

@@ -1,4 +1,4 @@
-"""The answer of `onecard fit` to settings and a card: a memory plan, and settings that fit if those given do not."""
+"""What `onecard fit` finds out: a memory plan, whether it fits on the card, and settings that fit if it does not."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import torch
 from onecard.algorithms.ppo.command import check_value_init
 from onecard.commands.fit.cards import GIB, Card, find_card, smallest_card
 from onecard.commands.fit.model import PlannedModel, find_model
-from onecard.commands.fit.phases import Lengths, is_uncut, rows_of
+from onecard.commands.fit.phases import Lengths, is_unsplittable, largest_pass
 from onecard.commands.fit.plan import MemoryPlan, plan_memory
-from onecard.commands.fit.search import Fitting, flags, largest_tokens, make_fit
+from onecard.commands.fit.search import SearchResult, flags, largest_micro_batch_tokens, search_settings
 from onecard.config import FitConfig, PPOConfig, RewardConfig, TrainConfig
 from onecard.models.build import check_full_training, check_is_policy
 from onecard.models.folders import weights_folder
-from onecard.models.load import find_source, reason
+from onecard.models.load import find_source
 from onecard.models.trunk import context_of
-from onecard.utils.errors import OnecardError
+from onecard.utils.errors import OnecardError, reason
 from onecard.utils.progress import say
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The plan of a run and, where a card is given, whether the card holds it.
+class FitResult:
+    """The plan of a run and, if a card is given, whether the run fits on it.
 
-    `fitting`: changed settings that fit, where those given do not. `tokens`: largest `micro_batch_tokens` that fits;
-    None without a card, if one example does not fit, and for losses that do not split a batch.
+    `search`: settings that fit, if those of the run do not. `micro_batch_tokens`: the largest value that fits; None
+    without a card, if one example does not fit, or if the loss cannot split a batch.
     """
 
     model: str
@@ -38,19 +38,20 @@ class Answer:
     plan: MemoryPlan
     card: Card | None = None
     fits: bool | None = None
-    fitting: Fitting | None = None
-    tokens: int | None = None
+    search: SearchResult | None = None
+    micro_batch_tokens: int | None = None
 
 
-def lengths_of(fit: FitConfig, config: TrainConfig, model: Any) -> Lengths:
+def lengths_of(fit: FitConfig, config: TrainConfig, model_config: Any) -> Lengths:
     """Planned lengths of prompt and response, in tokens. Default: the longest that the settings allow."""
-    limit = context_of(model.get_text_config()) or config.max_length
+    limit = context_of(model_config.get_text_config()) or config.max_length
     total = min(config.max_length, limit)
     response = config.response_length if isinstance(config, PPOConfig) else fit.response_length or total // 2
     prompt = fit.prompt_length or total - response
     if prompt + response > limit:
         raise OnecardError(
-            f"prompt_length: {prompt} and response_length {response} are more than the {limit} tokens of the model."
+            f"prompt_length ({prompt}) and response_length ({response}) together exceed the {limit} tokens of the "
+            "model's context."
         )
     if prompt < 1:
         raise OnecardError(
@@ -60,8 +61,8 @@ def lengths_of(fit: FitConfig, config: TrainConfig, model: Any) -> Lengths:
     return Lengths(prompt, response)
 
 
-def answer(fit: FitConfig, config: TrainConfig) -> Answer:
-    """Plan a run; where a card is given, search for settings that fit on it."""
+def plan_and_search(fit: FitConfig, config: TrainConfig) -> FitResult:
+    """Plan a run. If it does not fit on the given card, search for settings that do."""
     card = find_card(fit.card) if fit.card else None
     model = find_model(config.model)
     if not isinstance(config, RewardConfig) and weights_folder(Path(config.model)).is_dir():
@@ -73,25 +74,27 @@ def answer(fit: FitConfig, config: TrainConfig) -> Answer:
     lengths = lengths_of(fit, config, model.config)
     plan_of = planner(model, lengths, torch.device(fit.device))
     plan = plan_of(config)
-    base_answer = Answer(model.name, fit.algorithm, lengths, plan, card)
+    result = FitResult(model.name, fit.algorithm, lengths, plan, card)
     if card is None:
-        return base_answer
-    rows, examples = rows_of(config, lengths)
+        return result
+    example_tokens, examples = largest_pass(config, lengths)
 
-    def tokens_of(settings: TrainConfig) -> int | None:
-        return None if is_uncut(settings) else largest_tokens(settings, plan_of, card, rows, examples)
+    def micro_batch_tokens(settings: TrainConfig) -> int | None:
+        if is_unsplittable(settings):
+            return None
+        return largest_micro_batch_tokens(settings, plan_of, card, example_tokens, examples)
 
     if card.holds(plan.peak):
-        return replace(base_answer, fits=True, tokens=tokens_of(config))
-    say(f"fit: {plan.peak / GIB:.2f} GiB is too much for {card.name}; looking for settings that fit.")
-    fitting = make_fit(config, plan_of, card, rows)
-    if fitting.config is None:
-        raise OnecardError(too_little(card, fitting))
-    return replace(base_answer, fits=False, fitting=fitting, tokens=tokens_of(fitting.config))
+        return replace(result, fits=True, micro_batch_tokens=micro_batch_tokens(config))
+    say(f"fit: {plan.peak / GIB:.2f} GiB do not fit on {card.name}; searching for settings that fit.")
+    search = search_settings(config, plan_of, card, example_tokens)
+    if search.config is None:
+        raise OnecardError(no_fit_message(card, search))
+    return replace(result, fits=False, search=search, micro_batch_tokens=micro_batch_tokens(search.config))
 
 
 def planner(model: PlannedModel, lengths: Lengths, target: torch.device) -> Callable[[TrainConfig], MemoryPlan]:
-    """A function from settings to their plan, with a cache."""
+    """A function that plans a run with given settings. It caches the plans."""
     plans: dict[str, MemoryPlan] = {}
 
     def plan_of(config: TrainConfig) -> MemoryPlan:
@@ -101,20 +104,20 @@ def planner(model: PlannedModel, lengths: Lengths, target: torch.device) -> Call
                 plans[key] = plan_memory(model.config, config, lengths, target, from_adapter=model.adapter)
             except OnecardError:
                 raise
-            except Exception as error:  # model code may raise any exception on meta tensors, which have no values
+            except Exception as error:  # model code that reads values raises any exception on meta tensors
                 raise OnecardError(f"model: {model.name} cannot be planned: {reason(error)}") from error
         return plans[key]
 
     return plan_of
 
 
-def too_little(card: Card, fitting: Fitting) -> str:
-    """The error message where no settings fit on the card."""
-    peak = fitting.plan.peak
+def no_fit_message(card: Card, search: SearchResult) -> str:
+    """The error message if no settings fit on the card."""
+    peak = search.plan.peak
     larger = smallest_card(peak)
-    what = flags(fitting.changed) or "these settings"
-    where = f"; the smallest card that would hold it: {larger.name} ({larger.memory // GIB} GiB)" if larger else ""
+    settings = flags(search.changed) or "these settings"
+    hint = f"; the smallest card with that much: {larger.name} ({larger.memory // GIB} GiB)" if larger else ""
     return (
-        f"card: {card.name} is too little. The least that was found is {card.needed(peak) / GIB:.2f} GiB, with {what}"
-        f"{where}."
+        f"card: {card.name} does not have enough memory. The smallest need that was found is "
+        f"{card.needed(peak) / GIB:.2f} GiB, with {settings}{hint}."
     )
