@@ -199,7 +199,7 @@ def _forward_rows(
         for into, gradient_of in ((results[4], entropy_gradient), (results[3], logprob_gradient)):
             if into is not None and sum_exp is not None:
                 into[piece] = tiles.hidden_grad_(sum_exp, sum_term, gradient_of(of), y[piece])
-        del of, sum_exp, sum_term, entropies  # or they would live through the next sweep
+        del h, of, sum_exp, sum_term, entropies  # or they would live through the next sweep
     return results, saved
 
 
@@ -363,6 +363,7 @@ def _recompute_rows(
             tiles.exp_tile(z, e, term, y[piece], part.start, of_tile, head.columns(part), outputs)
             grads.add(tiles, part, tile, derivative_(e, term, logit_grad, y[piece], part.start, head.factor), h)
         grads.write(piece)
+        del h  # or it would live until the next one is there
     return grads
 
 

@@ -104,14 +104,10 @@ class TileBytes:
         return block_bytes(self.device, self.step, self.columns, self.accumulated) * (entropy_term + slope)
 
     def taken(self, hidden: Tensor, *, masked: bool, sweep: int) -> int:
-        """A step's own rows of the hidden states (gathered, cast, or gathered then cast), and `sweep`, what follows.
-
-        The rows of the step before are freed only when the new ones are there.
-        """
+        """Bytes of a step: its copy of the hidden states (gathered, cast, or both), and `sweep`, allocated after it."""
         gathered, cast = masked or rows.flat_view(hidden) is None, hidden.dtype.itemsize != self.operand
-        kept = self.hidden_rows * self.operand * (cast or gathered)
-        taking = kept + self.hidden_rows * hidden.dtype.itemsize * (gathered and cast)
-        return max(taking + kept * (self.tokens > self.step), kept + sweep)
+        copy = self.hidden_rows * self.operand * (cast or gathered)
+        return max(copy + self.hidden_rows * hidden.dtype.itemsize * (gathered and cast), copy + sweep)
 
 
 def even_step(tokens: int, most: int) -> int:

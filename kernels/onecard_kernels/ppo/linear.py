@@ -20,6 +20,7 @@ from ..double_backward import no_double_backward, no_forward_ad
 from ..logprob import matmul
 from ..logprob.online_softmax import (
     LogitGrad,
+    Statistics,
     TileOutputs,
     add_gradients,
     derivative_,
@@ -35,6 +36,7 @@ from .options import (
     OPTIONS_SCHEMA,
     SUMS,
     PolicyOptions,
+    PolicyTerms,
     PolicyTokens,
     dtype_of,
     metrics_of,
@@ -151,77 +153,44 @@ def linear_ppo(
     They are not divided by the normalizer. A gradient that is not needed is an empty tensor.
     """
     options, (needs, backend, *more) = PolicyOptions(*rest[:OPTIONS]), rest[OPTIONS:]
+    differentiable, trained = any(needs), needs[1] or needs[2]
     with matmul.without_autocast(hidden):
         tokens = PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights)
-        dtype = tokens.dtype_with(hidden, weight)
-        rows, active = _active_rows_first(Rows(targets.shape, mask), tokens, options)
-        y = rows.select_valid(targets).long()
+        loss_dtype, dtype = tokens.dtype_with(hidden, weight), result_dtype(hidden.dtype, weight.dtype)
+        rows, num_active = _active_rows_first(Rows(targets.shape, mask), tokens, options)
+        tokens, y = tokens.picked(rows), rows.select_valid(targets).long()
         checks.ids(y, weight.shape[0])
-        head, needed = Head(bias, temperature, logit_scale, softcap, forbidden), (needs[0], needs[1], needs[2])
-        sums, grads = _sweep_rows(
-            *(hidden, weight, y, rows, active, head, tokens.picked(rows), options, needed, backend),
-            chunk_tokens=more[0] if more else None,
+        head = Head(bias, temperature, logit_scale, softcap, forbidden)
+        # The gradient of a trained head needs each token's coefficient: known only if a tile has whole rows of logits.
+        only, chunk_tokens = CHUNKED if trained else None, more[0] if more else None
+        sizes = choose(weight.shape[0], dtype, hidden.device, only=only, chunk_tokens=chunk_tokens)
+        # With a trained head dL/dz is formed in fp32 and cast; with a frozen one the exponentials are the operand.
+        exp_operand, entropy_term = differentiable and not trained, differentiable and options.entropy_in_loss
+        tiles = HeadTiles(
+            hidden, weight, head, rows.count, sizes, backend, exp_operand=exp_operand, entropy_term=entropy_term
         )
+        assert tiles.has_whole_rows or not trained
+        policy_terms = dispatch.implementation("policy_terms", backend, hidden.device)
+        needed = (needs[0], needs[1], needs[2])
+        grads = Gradients(hidden, weight, rows, needed, dtype, stored_gradient_dtype(hidden.dtype))
+        outputs = TileOutputs(moment=True, exponentials=differentiable)
+        totals = None
+        for piece in (*rows.chunks(tiles.rows, 0, num_active), *rows.chunks(tiles.rows, num_active)):
+            h, with_grad = rows.take(hidden, piece).to(tiles.operand), differentiable and piece.start < num_active
+            sweep_sums = exp_operand and with_grad and not tiles.has_whole_rows
+            of, sum_exp, sum_term = tiles.sweep(h, y[piece], outputs, sums=sweep_sums)
+            terms = policy_terms(of.logprobs, of.entropy, tokens.part(piece), options)
+            totals = terms.totals if totals is None else totals + terms.totals
+            if with_grad:
+                _add_gradients(grads, piece, tiles, h, y[piece], of, sum_exp, sum_term, terms, options)
+            del h, of, sum_exp, sum_term, terms  # or they would live through the next sweep and the scatter
+        del tiles
+        sums = hidden.new_zeros(len(SUMS), dtype=dtype) if totals is None else totals
         grad_hidden, grad_weight, grad_bias = (
             hidden.new_empty(0) if x is None else x
             for x in (None if grads.hidden is None else rows.scatter(grads.hidden), grads.weight, grads.bias)
         )
-        return sums[0].to(dtype, copy=True), sums[1:].to(dtype, copy=True), grad_hidden, grad_weight, grad_bias
-
-
-def _sweep_rows(
-    hidden: Tensor,
-    weight: Tensor,
-    y: Tensor,
-    rows: Rows,
-    active: int,
-    head: Head,
-    tokens: PolicyTokens,
-    options: PolicyOptions,
-    needed: tuple[bool, bool, bool],
-    backend: str,
-    *,
-    chunk_tokens: int | None,
-) -> tuple[Tensor, Gradients]:
-    """`linear_ppo` of the valid tokens; `tokens` has them flat. Rows from `active` on have no gradient."""
-    trained = needed[1] or needed[2]
-    # The gradient of a trained head needs each token's coefficient: known only if a tile has whole rows of logits.
-    dtype, only = result_dtype(hidden.dtype, weight.dtype), CHUNKED if trained else None
-    sizes = choose(weight.shape[0], dtype, hidden.device, only=only, chunk_tokens=chunk_tokens)
-    # With a trained head dL/dz is formed in fp32 and cast; with a frozen one the exponentials are the operand.
-    exp_operand, with_entropy = any(needed) and not trained, any(needed) and options.entropy_in_loss
-    tiles = HeadTiles(
-        hidden, weight, head, rows.count, sizes, backend, exp_operand=exp_operand, entropy_term=with_entropy
-    )
-    assert tiles.has_whole_rows or not trained
-    policy_terms = dispatch.implementation("policy_terms", backend, hidden.device)
-    grads = Gradients(hidden, weight, rows, needed, dtype, stored_gradient_dtype(hidden.dtype))
-    outputs = TileOutputs(moment=True, exponentials=any(needed))
-    total = None
-    for piece in (*rows.chunks(tiles.rows, 0, active), *rows.chunks(tiles.rows, active)):
-        h = rows.take(hidden, piece).to(tiles.operand)
-        learns = any(needed) and piece.start < active
-        of, sum_exp, sum_term = tiles.sweep(
-            h, y[piece], outputs, sums=exp_operand and learns and not tiles.has_whole_rows
-        )
-        terms = policy_terms(of.logprobs, of.entropy, tokens.part(piece), options)
-        total = terms.totals if total is None else total + terms.totals
-        if not learns:
-            continue
-        logit_grad, inactive = logprob_gradient(of, terms.slope.to(dtype)), terms.slope == 0.0
-        if options.entropy_in_loss:
-            logit_grad = add_gradients(logit_grad, entropy_gradient(of, terms.entropy_slope.to(dtype)))
-            inactive &= terms.entropy_slope == 0.0
-        if sum_exp is not None:
-            grads.write(piece, tiles.hidden_grad_(sum_exp, sum_term, logit_grad, y[piece]))
-        elif trained:
-            _, e, term = tiles.buffers(h.shape[0], tiles.vocabulary)
-            d = derivative_(e, term, logit_grad, y[piece], 0, head.factor)
-            grads.add(tiles, slice(0, tiles.vocabulary), weight, d, h)
-            grads.write(piece)
-        else:
-            _add_active_rows(grads, piece, tiles, h.shape[0], y[piece], logit_grad, ~inactive)
-    return hidden.new_zeros(len(SUMS), dtype=dtype) if total is None else total, grads
+        return sums[0].to(loss_dtype, copy=True), sums[1:].to(loss_dtype, copy=True), grad_hidden, grad_weight, grad_bias
 
 
 def _active_rows_first(rows: Rows, tokens: PolicyTokens, options: PolicyOptions) -> tuple[Rows, int]:
@@ -239,23 +208,44 @@ def stored_gradient_dtype(hidden: torch.dtype) -> torch.dtype:
     return torch.float32 if hidden == torch.float16 else hidden
 
 
-def _add_active_rows(
-    grads: Gradients, piece: slice, tiles: HeadTiles, n: int, y: Tensor, logit_grad: LogitGrad, active: Tensor
+def _add_gradients(
+    grads: Gradients,
+    piece: slice,
+    tiles: HeadTiles,
+    h: Tensor,
+    y: Tensor,
+    of: Statistics,
+    sum_exp: Tensor | None,
+    sum_term: Tensor | None,
+    terms: PolicyTerms,
+    options: PolicyOptions,
 ) -> None:
-    """The second product, for `active` tokens alone: their rows are moved to the top of the tile, in place."""
-    _, e, term = tiles.buffers(n, tiles.columns)
+    """Add the gradients of tokens `piece`, from the results of their sweep over `tiles` and the loss's derivatives."""
+    logit_grad, active = logprob_gradient(of, terms.slope.to(tiles.dtype)), terms.slope != 0.0
+    if options.entropy_in_loss:
+        logit_grad = add_gradients(logit_grad, entropy_gradient(of, terms.entropy_slope.to(tiles.dtype)))
+        active |= terms.entropy_slope != 0.0
+    if sum_exp is not None:
+        grads.write(piece, tiles.hidden_grad_(sum_exp, sum_term, logit_grad, y))
+        return
+    _, e, term = tiles.buffers(h.shape[0], tiles.vocabulary)
+    if grads.weight is not None or grads.bias is not None:
+        d = derivative_(e, term, logit_grad, y, 0, tiles.head.factor)
+        grads.add(tiles, slice(0, tiles.vocabulary), tiles.weight, d, h)
+        grads.write(piece)
+        return
+    # The second product, for `active` tokens alone: their rows are moved to the top of the tile, in place.
     index = active.nonzero().squeeze(1)
     if index.numel() == 0:
         return
     into: slice | Tensor = piece
-    if index.numel() <= (1.0 - LEAST_SHARE_TO_SKIP) * n:
+    if index.numel() <= (1.0 - LEAST_SHARE_TO_SKIP) * len(active):
         for block in blocks(index.numel(), e.shape[1], e.element_size(), e.device):
             # index[i] >= i and ascending: no row is overwritten before it is read.
             e[block] = e.index_select(0, index[block])
             if term is not None:
                 term[block] = term.index_select(0, index[block])
-        term_coef = None if logit_grad.term_coef is None else logit_grad.term_coef[index]
-        logit_grad, y = LogitGrad(logit_grad.exp_coef[index], term_coef, logit_grad.target_coef[index]), y[index]
+        logit_grad, y = LogitGrad._make(None if x is None else x[index] for x in logit_grad), y[index]
         e, term = e[: index.numel()], None if term is None else term[: index.numel()]
         into = index + piece.start
     if term is not None and logit_grad.term_coef is not None:
@@ -386,8 +376,7 @@ def _linear_ppo_bytes(device: torch.device, a: SimpleNamespace) -> int:
         last = size - first * (math.ceil(size / first) - 1) if size else 0  # stays allocated during the product
         sweep = max(in_pass, first + min(first, size - first), last + sums + max(tiles.target_rows, written))
     else:
-        sums *= 1 + with_entropy  # the previous step's are freed only after the new ones are allocated
-        sweep = sums * (1 + (count > tiles.step)) + max(in_pass, tiles.target_rows, written)
+        sweep = sums * (1 + with_entropy) + max(in_pass, tiles.target_rows, written)
     inside = a.hidden.numel() * kept.itemsize * grad_hidden
     per_token = (2 + (a.ref_logprobs is not None) + (a.weights is not None)) * 4 + 1 + 2 * IDS + 1
     sweep += tiles.per_token(STATISTICS + 8)
