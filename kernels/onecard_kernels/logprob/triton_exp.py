@@ -16,6 +16,7 @@ from ..records import Head
 from . import online_softmax as slots
 from .online_softmax import TileOutputs
 from .triton_row_parts import FAR, LOWEST, Cut, block_for, per_row
+from .triton_tiled import scales
 
 SHIFT = tl.constexpr(slots.SHIFT)
 OFF = tl.constexpr(slots.OFF)
@@ -253,7 +254,7 @@ def exp_tile(
     # With more numbers per logit, fewer logits at a time: registers would run out.
     extras = (head.bias is not None, head.forbidden is not None, cap is not None or entropy_term is not None, in_place)
     fuller = sum(extras) - (sum(extras) > 1 and block.vector > 1)
-    before = head.factor if cap is None else head.logit_scale / cap
+    before, after = scales(head)
     half = torch.float16 in (out.dtype, z.dtype if entropy_term is None else entropy_term.dtype)
     with torch.cuda.device_of(z):
         _exp_kernel[(rows,)](
@@ -271,17 +272,13 @@ def exp_tile(
             0 if entropy_term is None else entropy_term.stride(0),
             state.stride(0),
             before,
-            0.0 if cap is None else cap / head.temperature,
+            after,
             LIMIT_FP16 if half else LIMIT,
-            num_warps=block.warps,
-            num_stages=2,
             BIAS=head.bias is not None,
             CAP=cap is not None,
             FORBIDDEN=head.forbidden is not None,
             WRITE=outputs.exponentials,
             ENTROPY_TERM=entropy_term is not None,
             IN_PLACE=in_place,
-            UNROLL=max(1, block.unroll >> fuller),
-            THREADS=block.threads,
-            VECTOR=block.vector,
+            **block._replace(unroll=max(1, block.unroll >> fuller)).options(),
         )

@@ -43,6 +43,16 @@ class Block(NamedTuple):
     vector: int
     warps: int
 
+    def options(self) -> dict[str, int]:
+        """The options of a launch that depend on the block."""
+        return {
+            "num_warps": self.warps,
+            "num_stages": 2,
+            "UNROLL": self.unroll,
+            "THREADS": self.threads,
+            "VECTOR": self.vector,
+        }
+
 
 def block_for(columns: int, itemsize: int, *strides: int, cut: Cut) -> Block:
     """The block for a row: enough bytes in flight on long rows, no idle threads on short ones.
@@ -88,10 +98,12 @@ def row_strides(x: Tensor) -> RowStrides | None:
     return RowStrides(inner, outer_stride, inner_stride)
 
 
-def with_strides(x: Tensor) -> tuple[Tensor, RowStrides]:
-    """x itself if its rows can be reached by strides, a contiguous copy if not."""
+def strided_rows(x: Tensor, cut: Cut) -> tuple[Tensor, RowStrides, Block]:
+    """x, or a contiguous copy if its rows have no strides; the strides of its rows, and the block for them."""
     strides = row_strides(x)
-    return (x, strides) if strides is not None else (x.contiguous(), RowStrides(x.shape[:-1].numel(), 0, x.shape[-1]))
+    if strides is None:
+        x, strides = x.contiguous(), RowStrides(x.shape[:-1].numel(), 0, x.shape[-1])
+    return x, strides, block_for(x.shape[-1], x.element_size(), *strides[1:], cut=cut)
 
 
 def per_row(x: Tensor) -> Tensor:

@@ -21,14 +21,13 @@ from .triton_row_parts import (
     Cut,
     RowStrides,
     accumulator,
-    block_for,
     checked_target,
     per_row,
     row_address,
     row_statistics,
     row_strides,
     store_statistics,
-    with_strides,
+    strided_rows,
 )
 
 FORWARD = BACKWARD = Cut()
@@ -168,8 +167,7 @@ def forward(
     stats = logits.new_empty(STATS, count, dtype=dtype)
     if count == 0:
         return logprobs, entropies, stats
-    logits, strides = with_strides(logits)
-    block = block_for(columns, logits.element_size(), strides.outer_stride, strides.inner_stride, cut=FORWARD)
+    logits, strides, block = strided_rows(logits, FORWARD)
     targets = per_row(targets)
     with torch.cuda.device_of(logits):
         _forward_kernel[(count,)](
@@ -183,14 +181,10 @@ def forward(
             columns,
             *strides,
             LOG2E / temperature,
-            num_warps=block.warps,
-            num_stages=2,
             MASKED=mask is not None,
             WITH_ENTROPY=entropy,
             DTYPE=accumulator(logits.dtype),
-            UNROLL=block.unroll,
-            THREADS=block.threads,
-            VECTOR=block.vector,
+            **block.options(),
         )
     return logprobs, entropies, stats
 
@@ -215,13 +209,12 @@ def backward(
     into = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
     if count == 0:
         return into
-    source, strides = with_strides(logits)
+    source, strides, block = strided_rows(logits, BACKWARD)
     if out is None or row_strides(out) is None:
         written = into if out is None else torch.empty_like(source)
         out_strides = RowStrides(strides.inner, strides.inner * columns, columns)
     else:
         written, out_strides = out, strides
-    block = block_for(columns, logits.element_size(), strides.outer_stride, strides.inner_stride, cut=BACKWARD)
     targets = per_row(targets)
     with torch.cuda.device_of(source):
         _backward_kernel[(count,)](

@@ -135,8 +135,7 @@ def forward(
         done = finish(logits.new_zeros(len(SUMS), 1, dtype=dtype), normalizer)
         return *done, stats, slope, entropy_slope
     sums = logits.new_empty(len(SUMS), count, dtype=dtype)
-    logits, strides = rows.with_strides(logits)
-    block = rows.block_for(columns, logits.element_size(), strides.outer_stride, strides.inner_stride, cut=CUT)
+    logits, strides, block = rows.strided_rows(logits, CUT)
     per_token = (targets, tokens.mask, tokens.advantages if tokens.old_logprobs is None else tokens.old_logprobs)
     with torch.cuda.device_of(logits):
         _forward_kernel[(count,)](
@@ -152,14 +151,10 @@ def forward(
             *strides,
             rows.LOG2E / temperature,
             *policy_numbers(options),
-            num_warps=block.warps,
-            num_stages=2,
             HAS_OLD=tokens.old_logprobs is not None,
             ENTROPY_IN_LOSS=options.entropy_in_loss,
             DTYPE=rows.accumulator(logits.dtype),
-            UNROLL=block.unroll,
-            THREADS=block.threads,
-            VECTOR=block.vector,
+            **block.options(),
             **policy_choices(tokens, options),
         )
     return *finish(sums, normalizer), stats, slope, entropy_slope
