@@ -13,12 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..logprob import triton_rows as rows
-from ..logprob.triton_row_parts import Cut, checked_target, row_address, row_statistics, store_statistics
+from ..logprob.triton_row_parts import MaxBlock, checked_target, row_address, row_statistics, store_statistics
 from ..records import result_dtype
 from .options import SUMS, PolicyOptions, PolicyTokens
 from .triton import add_entropy_and_weight, finish, policy_choices, policy_numbers, token_terms
 
-CUT = Cut()
+MAX_BLOCK = MaxBlock()
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def forward(
         done = finish(logits.new_zeros(len(SUMS), 1, dtype=dtype), normalizer)
         return *done, stats, slope, entropy_slope
     sums = logits.new_empty(len(SUMS), count, dtype=dtype)
-    logits, strides, block = rows.strided_rows(logits, CUT)
+    logits, strides, block = rows.strided_rows(logits, MAX_BLOCK)
     per_token = (targets, tokens.mask, tokens.advantages if tokens.old_logprobs is None else tokens.old_logprobs)
     with torch.cuda.device_of(logits):
         _forward_kernel[(count,)](
@@ -172,5 +172,5 @@ def backward(
     temperature: float,
 ) -> Tensor:
     """The gradient of the logits, for the gradient `grad` (0-d) of the loss."""
-    on_entropy = entropy_slope if entropy_slope.numel() else None
-    return rows.backward(logits, targets, mask, stats, slope, on_entropy, temperature, scale=(grad, divisor))
+    grad_entropy = entropy_slope if entropy_slope.numel() else None
+    return rows.backward(logits, targets, mask, stats, slope, grad_entropy, temperature, scale=(grad, divisor))
