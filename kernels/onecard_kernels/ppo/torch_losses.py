@@ -16,15 +16,14 @@ def policy_terms(
     tokens: PolicyTokens,
     options: PolicyOptions,
     *,
-    normalizer: float | Tensor | None = 1.0,
     needs_slope: bool = True,
 ) -> PolicyTerms:
-    """The clipped policy loss, its metrics and, for callers that form gradients in their forward, its derivatives.
+    """The sums of the clipped policy loss and its metrics; its derivatives, for losses that need them in the forward.
 
-    Masked tokens may hold NaN, and NaN * 0 is NaN in the value and in the gradient: they are replaced before any
-    arithmetic, not multiplied away after it. A term that is off is left out: times 0, an infinite KL would be NaN.
+    Masked tokens may be NaN, and NaN * 0 is NaN in the value and in the gradient. So they are replaced by 0 before any
+    arithmetic. A term whose coefficient is 0 is left out: 0 times an infinite KL would be NaN.
 
-    The totals are differentiable by autograd; the derivatives are written out.
+    The sums have a gradient by autograd. The derivatives are formulas.
     """
     dtype, valid = tokens.dtype_with(logprobs, entropy), tokens.mask.bool()
 
@@ -61,7 +60,6 @@ def policy_terms(
         zero if kl is None else constant(kl).sum(),
         valid.sum().to(dtype),
     ))  # fmt: skip
-    totals = sums / divisor_of(normalizer, sums[-1].detach().clamp(min=1.0), dtype)
     slope = entropy_slope = logp.new_empty(0)
     if needs_slope:
         slope = torch.where((clipped <= free) & (raw.abs() <= LOG_RATIO_LIMIT), free, 0.0)
@@ -74,7 +72,7 @@ def policy_terms(
         slope = slope * factor
         if entropy is not None and options.entropy_in_loss:
             entropy_slope = -options.entropy_coef * factor
-    return PolicyTerms(totals, slope, entropy_slope)
+    return PolicyTerms(sums, slope, entropy_slope)
 
 
 def ppo_loss(
@@ -84,7 +82,8 @@ def ppo_loss(
     options: PolicyOptions,
     normalizer: float | Tensor | None,
 ) -> Loss:
-    totals = policy_terms(logprobs, entropy, tokens, options, normalizer=normalizer, needs_slope=False).totals
+    sums = policy_terms(logprobs, entropy, tokens, options, needs_slope=False).totals
+    totals = sums / divisor_of(normalizer, sums[-1].detach().clamp(min=1.0), sums.dtype)
     kl = tokens.ref_logprobs is not None
     return Loss(totals[0], metrics_of(totals[1:].detach(), entropy=entropy is not None, kl=kl))
 
