@@ -27,47 +27,47 @@ def policy_terms(
     """
     dtype, valid = tokens.dtype_with(logprobs, entropy), tokens.mask.bool()
 
-    def keep(x: Tensor) -> Tensor:
+    def masked(x: Tensor) -> Tensor:
         return torch.where(valid, x.to(dtype), 0.0)
 
     def constant(x: Tensor) -> Tensor:
-        return keep(x.detach())
+        return masked(x.detach())
 
-    logp, a = keep(logprobs), constant(tokens.advantages)
-    raw = log_ratio(logp, logp.detach() if tokens.old_logprobs is None else constant(tokens.old_logprobs))
-    d = raw.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    logp, a = masked(logprobs), constant(tokens.advantages)
+    unclamped = log_ratio(logp, logp.detach() if tokens.old_logprobs is None else constant(tokens.old_logprobs))
+    d = unclamped.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = d.exp()
-    free, clipped = -a * ratio, -a * ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high)
-    surrogate = losses = torch.maximum(free, clipped)
+    unclipped, clipped = -a * ratio, -a * ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high)
+    surrogate = losses = torch.maximum(unclipped, clipped)
     if options.dual_clip is not None:
         losses = torch.where(a < 0, torch.minimum(losses, -options.dual_clip * a), losses)
-    kl = far = None
+    kl = ref_ratio = None
     if tokens.ref_logprobs is not None:
-        far = log_ratio(logp if options.kl_in_loss else logp.detach(), constant(tokens.ref_logprobs))
-        kl = ESTIMATORS[options.kl_estimator](far)
+        ref_ratio = log_ratio(logp if options.kl_in_loss else logp.detach(), constant(tokens.ref_logprobs))
+        kl = ESTIMATORS[options.kl_estimator](ref_ratio)
         if options.kl_in_loss:
             losses = losses + options.kl_coef * kl
     if entropy is not None and options.entropy_in_loss:
-        losses = losses - options.entropy_coef * keep(entropy)
+        losses = losses - options.entropy_coef * masked(entropy)
     weights = None if tokens.weights is None else constant(tokens.weights)
     zero = logp.new_zeros(())
     sums = torch.stack((
         (losses if weights is None else losses * weights).sum(),
-        keep(0.5 * d.detach().square()).sum(),
-        keep(clipped > free).sum(),
-        keep(ratio.detach()).sum(),
+        masked(0.5 * d.detach().square()).sum(),
+        masked(clipped > unclipped).sum(),
+        masked(ratio.detach()).sum(),
         zero if entropy is None else constant(entropy).sum(),
         zero if kl is None else constant(kl).sum(),
         valid.sum().to(dtype),
     ))  # fmt: skip
     slope = entropy_slope = logp.new_empty(0)
     if needs_slope:
-        slope = torch.where((clipped <= free) & (raw.abs() <= LOG_RATIO_LIMIT), free, 0.0)
+        slope = torch.where((clipped <= unclipped) & (unclamped.abs() <= LOG_RATIO_LIMIT), unclipped, 0.0)
         if options.dual_clip is not None:
             slope = torch.where((a < 0) & (surrogate > -options.dual_clip * a), 0.0, slope)
-        if far is not None and options.kl_in_loss:
-            slope = slope + options.kl_coef * SLOPES[options.kl_estimator](far)
-        slope = slope.masked_fill(logp.isinf(), 0.0)  # an impossible token is a constant
+        if ref_ratio is not None and options.kl_in_loss:
+            slope = slope + options.kl_coef * SLOPES[options.kl_estimator](ref_ratio)
+        slope = slope.masked_fill(logp.isinf(), 0.0)  # a token of probability 0 has no gradient
         factor = torch.where(valid, 1.0, 0.0).to(dtype) if weights is None else weights
         slope = slope * factor
         if entropy is not None and options.entropy_in_loss:
@@ -113,18 +113,18 @@ def value_loss(
     dtype, valid = dtype_of(values, old_values, returns, weights), mask.bool()
     divisor = divisor_of(normalizer, valid.sum().clamp(min=1), dtype)
 
-    def keep(x: Tensor) -> Tensor:
+    def masked(x: Tensor) -> Tensor:
         return torch.where(valid, x.to(dtype), 0.0)
 
-    v, target = keep(values), keep(returns.detach())
+    v, target = masked(values), masked(returns.detach())
     losses, metrics = (v - target).square(), {}
     if clip is not None and old_values is not None:
-        old = keep(old_values.detach())
-        # old + clamp(v - old, -clip, clip) differs from v by rounding inside the range, and would count as clipped.
+        old = masked(old_values.detach())
+        # old + clamp(v - old, -clip, clip) is not exactly v inside the range, and would count as clipped.
         clipped = (v.clamp(old - clip, old + clip) - target).square()
-        metrics["val/clipfrac"] = keep((clipped > losses).detach()).sum() / divisor
+        metrics["val/clipfrac"] = masked((clipped > losses).detach()).sum() / divisor
         losses = torch.maximum(losses, clipped)
     losses = 0.5 * losses
     if weights is not None:
-        losses = losses * keep(weights.detach())
-    return Loss(keep(losses).sum() / divisor, metrics)
+        losses = losses * masked(weights.detach())
+    return Loss(masked(losses).sum() / divisor, metrics)
