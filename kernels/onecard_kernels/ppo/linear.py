@@ -183,7 +183,7 @@ def linear_ppo(
             if with_grad:
                 _add_gradients(grads, piece, tiles, h, y[piece], stats, sum_exp, sum_term, terms, options)
             del h, stats, sum_exp, sum_term, terms  # or they would live through the next sweep and the scatter
-        del tiles
+        del tiles, tokens
         sums = hidden.new_zeros(len(SUMS), dtype=dtype) if totals is None else totals
         grad_hidden, grad_weight, grad_bias = (
             hidden.new_empty(0) if x is None else x
