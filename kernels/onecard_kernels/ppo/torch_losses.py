@@ -34,17 +34,17 @@ def policy_terms(
         return masked(x.detach())
 
     logp, a = masked(logprobs), constant(tokens.advantages)
-    unclamped = log_ratio(logp, logp.detach() if tokens.old_logprobs is None else constant(tokens.old_logprobs))
-    d = unclamped.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    log_ratios = log_ratio(logp, logp.detach() if tokens.old_logprobs is None else constant(tokens.old_logprobs))
+    d = log_ratios.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = d.exp()
     unclipped, clipped = -a * ratio, -a * ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high)
     surrogate = losses = torch.maximum(unclipped, clipped)
     if options.dual_clip is not None:
         losses = torch.where(a < 0, torch.minimum(losses, -options.dual_clip * a), losses)
-    kl = ref_ratio = None
+    kl = ref_log_ratio = None
     if tokens.ref_logprobs is not None:
-        ref_ratio = log_ratio(logp if options.kl_in_loss else logp.detach(), constant(tokens.ref_logprobs))
-        kl = ESTIMATORS[options.kl_estimator](ref_ratio)
+        ref_log_ratio = log_ratio(logp if options.kl_in_loss else logp.detach(), constant(tokens.ref_logprobs))
+        kl = ESTIMATORS[options.kl_estimator](ref_log_ratio)
         if options.kl_in_loss:
             losses = losses + options.kl_coef * kl
     if entropy is not None and options.entropy_in_loss:
@@ -62,11 +62,11 @@ def policy_terms(
     ))  # fmt: skip
     slope = entropy_slope = logp.new_empty(0)
     if needs_slope:
-        slope = torch.where((clipped <= unclipped) & (unclamped.abs() <= LOG_RATIO_LIMIT), unclipped, 0.0)
+        slope = torch.where((clipped <= unclipped) & (log_ratios.abs() <= LOG_RATIO_LIMIT), unclipped, 0.0)
         if options.dual_clip is not None:
             slope = torch.where((a < 0) & (surrogate > -options.dual_clip * a), 0.0, slope)
-        if ref_ratio is not None and options.kl_in_loss:
-            slope = slope + options.kl_coef * SLOPES[options.kl_estimator](ref_ratio)
+        if ref_log_ratio is not None and options.kl_in_loss:
+            slope = slope + options.kl_coef * SLOPES[options.kl_estimator](ref_log_ratio)
         slope = slope.masked_fill(logp.isinf(), 0.0)  # a token of probability 0 has no gradient
         factor = torch.where(valid, 1.0, 0.0).to(dtype) if weights is None else weights
         slope = slope * factor
