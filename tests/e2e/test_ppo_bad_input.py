@@ -300,7 +300,7 @@ def change_reference(patch: pytest.MonkeyPatch, tmp_path: Path, material: Path, 
 
 BROKEN = {
     "sampling": (shift_sampling, "as drawn and of the policy's own pass"),
-    "dropout": (keep_dropout, "drops 0.3 of its attention in training, expected 0"),
+    "dropout": (keep_dropout, "has attention dropout 0.3 in training mode, expected 0"),
     "training pass": (shift_training, "in training and in the pass before it"),
     "reference": (change_reference, "of the policy and of the reference"),
 }

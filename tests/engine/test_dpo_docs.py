@@ -47,7 +47,7 @@ TRL = {
 }
 
 
-@pytest.mark.parametrize("name", [*TRL, "All of them"])
+@pytest.mark.parametrize("name", [*TRL, "Every trainer"])
 def test_every_name_of_ours_is_a_setting(name):
     ours = settings(TRL[name][1]) if name in TRL else settings(DPOConfig) & settings(PPOConfig)
     table = rows(sections("trl.md")[name])

@@ -260,7 +260,7 @@ def test_what_cannot_be_evaluated_is_one_line_and_leaves_nothing(onecard, materi
         "raising.py:raising raised ValueError": {"--reward_funcs": f"{tmp_path / 'raising.py'}:raising"},
         "leaves no room for a prompt": {"--response_length": 600},
         "--model is missing": {"--model": ""},
-        "model: {rm} is a reward model, which scores texts and writes none": {"--model": material / "rm"},
+        "model: {rm} is a reward model; expected a language model": {"--model": material / "rm"},
         "baseline: {rm} is a reward model": {"--baseline": material / "rm"},
         "ref_adapter: {rm} is a reward model": {"--ref_adapter": material / "rm"},
     }

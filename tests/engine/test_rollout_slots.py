@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from onecard.models.attention import use_own_attention
+from onecard.models.attention import use_onecard_attention
 from onecard.models.roles import Roles
 from onecard.rollout import CachedBatch, PaddedBatch, Sampling, cache_slots, sampler
 from onecard.rollout.cache_slots import GROWTH, CacheSlots, SlotLayer, takes_slots
@@ -300,15 +300,15 @@ def test_which_models_take_slots(tinystories):
     assert not takes_slots(load(tinystories, attn_implementation="eager").model)  # its masks are made elsewhere
     plain = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
     assert not takes_slots(plain)
-    assert use_own_attention(plain)
+    assert use_onecard_attention(plain)
     assert takes_slots(plain)
     for kind in ("dynamic", "longrope"):  # whose rotations depend on what stands beside a row
         stretched = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
-        use_own_attention(stretched)
+        use_onecard_attention(stretched)
         stretched.config.rope_parameters = {**stretched.config.rope_parameters, "rope_type": kind}
         assert not takes_slots(stretched)
     windowed = AutoModelForCausalLM.from_config(MistralConfig(**SMALL, sliding_window=16))
-    use_own_attention(windowed)
+    use_onecard_attention(windowed)
     assert not takes_slots(windowed)
     from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 

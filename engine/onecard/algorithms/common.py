@@ -168,7 +168,7 @@ def describe_adapter(roles: Roles, role: str, source: Path | None) -> str:
     if source is not None:
         return f"an adapter of rank {roles.rank(role)}, as it is in {source}"
     without = f", without {' and '.join(roles.left_out)}" if roles.left_out else ""
-    return f"an adapter of rank {roles.rank(role)} on {roles.adapted_layers(role)} layers{without}"
+    return f"an adapter of rank {roles.rank(role)} on {roles.num_adapted_layers(role)} layers{without}"
 
 
 def run_recipe(config: TrainConfig, recipe: Recipe[E, B]) -> Path:

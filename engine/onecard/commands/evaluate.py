@@ -26,8 +26,7 @@ from onecard.data.batches import Episode, ResponseTargets, TokenBatch, TokenSequ
 from onecard.data.columns import TEMPLATE_COLUMNS, has
 from onecard.data.templates import template_date, today
 from onecard.models.build import check_is_policy, load_frozen_roles, read_scalar_head, reward_adapter, same_base
-from onecard.models.classifier import find_model_source
-from onecard.models.load import find_source, load_tokenizer
+from onecard.models.load import find_source, find_source_of, load_tokenizer
 from onecard.models.passes import per_token, sequence_passes
 from onecard.models.roles import Roles
 from onecard.models.vocabulary import check_tokens
@@ -182,8 +181,8 @@ def with_scores(
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Measure the policy and, if there is one, the baseline."""
     policy = find_source(config.model)
-    baseline = find_model_source(config.baseline, "baseline") if config.baseline else None
-    reference = find_model_source(config.ref_adapter, "ref_adapter") if config.ref_adapter else None
+    baseline = find_source_of(config.baseline, "baseline") if config.baseline else None
+    reference = find_source_of(config.ref_adapter, "ref_adapter") if config.ref_adapter else None
     if reference is not None and (reference.adapter is None or not same_base(reference, policy)):
         raise OnecardError(f"ref_adapter: {config.ref_adapter} is no adapter on the policy's base, {policy.base}.")
     for setting, source in {"model": policy, "baseline": baseline, "ref_adapter": reference}.items():

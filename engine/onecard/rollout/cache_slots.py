@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from onecard.models.attention import has_own_attention, windows_of
+from onecard.models.attention import has_onecard_attention, windows_of
 from onecard.models.trunk import rotation_limit, trunk_of
 from onecard.rollout.cuda_graphs import RecordedPass, recorder_for
 from onecard.rollout.decode_batch import CachedBatch, padded
@@ -39,7 +39,7 @@ def takes_slots(model: Any) -> bool:
     """
     config = trunk_of(model).config
     return (
-        has_own_attention(model)
+        has_onecard_attention(model)
         and "position_ids" in inspect.signature(model.forward).parameters
         and not windows_of(config)
         and rotation_limit(config) is None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onecard.data import Prompt
 from onecard.data.batches import Episode, TokenSequence, longest_first
-from onecard.models.attention import chooses_keys
+from onecard.models.attention import has_sparse_attention
 from onecard.models.cache import cache_bytes
 from onecard.models.micro_batching import MicroBatchSize, RetryMessages, TokenBudget, run_with_retry
 from onecard.models.roles import Roles
@@ -85,7 +85,7 @@ def decoding_modes(model: Any) -> list[str]:
     from onecard.rollout.cache_slots import takes_slots  # imports transformers
 
     slots = ["slots"] if takes_slots(model) else []
-    cached = cache_argument(model) is not None and not chooses_keys(trunk_of(model).config)
+    cached = cache_argument(model) is not None and not has_sparse_attention(trunk_of(model).config)
     return slots + (["padded", "single"] if cached else []) + ["uncached"]
 
 

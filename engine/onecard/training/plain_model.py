@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from onecard.data.batches import TokenBatch, TokenSequence, pack, to_device
-from onecard.models.attention import plain_attention
+from onecard.models.attention import transformers_attention
 from onecard.models.roles import Roles
 from onecard.models.trunk import context_of, evaluating, trunk_of
 from onecard.models.vocabulary import known_tokens
@@ -111,7 +111,7 @@ def plain_logprobs(roles: Roles, texts: Sequence[TokenSequence]) -> PlainLogprob
         tokens = sequence.tokens + sequence.tokens[:TAIL_LENGTH]
         return scored_sequence(tokens, sequence.response_mask.index(True))
 
-    with evaluating(model), plain_attention(model):
+    with evaluating(model), transformers_attention(model):
         truth = [computed(each) for each in texts]
         if not is_16_bit(roles):
             return PlainLogprobs(truth, None)

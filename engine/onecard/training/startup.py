@@ -27,11 +27,11 @@ from torch import Tensor
 
 from onecard.data.batches import TokenBatch, TokenSequence, pack, to_device
 from onecard.models.attention import (
-    chooses_keys,
-    has_own_attention,
-    has_plain_attention,
-    plain_attention,
+    has_causal_attention,
+    has_onecard_attention,
+    has_sparse_attention,
     takes_segments,
+    transformers_attention,
 )
 from onecard.models.head import check_head
 from onecard.models.layout import LAYOUTS
@@ -106,7 +106,7 @@ def check_causal(roles: Roles, example: TokenSequence) -> None:
     """Refuse a model in which a hidden state depends on later tokens."""
     model = roles.causal_model()
     batch, half = to_device(pack([example]), roles.device), len(example) // 2
-    with evaluating(model), plain_attention(model):
+    with evaluating(model), transformers_attention(model):
         [found] = input_gradients(roles, batch, "single", [range(half)])
     if found[half:].any():
         raise OnecardError(
@@ -118,13 +118,13 @@ def check_causal(roles: Roles, example: TokenSequence) -> None:
 def layout_candidates(roles: Roles) -> Iterator[tuple[bool, str]]:
     """Yield `(with onecard's attention, layout)`, the fastest first, the plain model last."""
     model, wanted = roles.causal_model(), roles.layout
-    own_attention = has_own_attention(model)
-    if chooses_keys(trunk_of(model).config):
+    own_attention = has_onecard_attention(model)
+    if has_sparse_attention(trunk_of(model).config):
         yield False, "single"
         return
     if wanted == "packed" and own_attention and takes_segments(model):
         yield True, "packed"
-    if wanted != "padded" and has_plain_attention(trunk_of(model).config):
+    if wanted != "padded" and has_causal_attention(trunk_of(model).config):
         yield False, "restarted"
     if wanted == "padded" and own_attention:
         yield True, "padded"
@@ -180,7 +180,7 @@ def choose_layout(roles: Roles, longest: int, row: int) -> None:
     faults: list[str] = []
     for own_attention, layout in layout_candidates(roles):
         if not own_attention:
-            roles.use_plain_attention()
+            roles.use_transformers_attention()
         found = "" if layout == "single" else layout_fault(roles, layout, probe_sets, row)
         if not found:
             roles.layout = layout

@@ -112,7 +112,7 @@ def dtype_of(*given: Tensor | None) -> torch.dtype:
 
 def policy_options(*given: Any) -> PolicyOptions:
     """Check the options, and convert NumPy numbers to Python numbers."""
-    options = PolicyOptions(*map(checks.plain, given))
+    options = PolicyOptions(*map(checks.python_number, given))
     options.check()
     return options
 
