@@ -83,9 +83,9 @@ def rows() -> Iterator[Configuration]:
         targets = meta(*logits.shape[:-1], dtype=torch.int64)
         mask = meta(*targets.shape, dtype=torch.bool) if masked else None
         logprobs, entropies, stats = triton_rows.forward(logits, targets, mask, 1.0, entropy)
-        on_entropy = torch.empty_like(entropies) if entropy else None
+        grad_entropy = torch.empty_like(entropies) if entropy else None
         out = logits if kind == "in place" else None
-        triton_rows.backward(logits, targets, mask, stats, torch.empty_like(logprobs), on_entropy, 1.0, out=out)
+        triton_rows.backward(logits, targets, mask, stats, torch.empty_like(logprobs), grad_entropy, 1.0, out=out)
 
     options = {"masked, entropy": (True, True), "masked": (True, False), "entropy": (False, True), "": (False, False)}
     for option, dtype, v in combinations(options, VOCABULARIES):

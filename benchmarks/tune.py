@@ -121,7 +121,9 @@ TILE_SIZES = {
     CPU: grid(rows=(512, 1024, 2048), columns=(1024, 2048, 4096)),
 }
 # Bytes of a row that a thread has in flight, and warps; (64, 8) is the default.
-CUTS = {CUDA: tuple(v for v in grid(thread_bytes=(32, 64, 128), warps=(4, 8, 16)) if tuple(v.values()) != (64, 8))}
+MAX_BLOCKS = {
+    CUDA: tuple(v for v in grid(thread_bytes=(32, 64, 128), warps=(4, 8, 16)) if tuple(v.values()) != (64, 8))
+}
 # None of these spills on sm_90 in bf16; `at_once` is what registers and shared memory leave room for.
 TILES: tuple[Values, ...] = (
     {"stages": 3}, {"group": 8}, {"group": 32}, {"depth": 128, "stages": 2}, {"depth": 32},
@@ -154,10 +156,11 @@ KNOBS: dict[str, Knob] = {
         Knob("low-memory-tiles", LOGPROBS, FROZEN, plan(implementation="low_memory"),
              "logprob.tuning: rows and columns of a tile", TILE_SIZES, {CUDA: ONE, CPU: ON_CPU}, LOW),
         Knob("logits-forward", LOGITS_PASS, selective.FORWARD, fields(ROW_PASS, "FORWARD"), f"{ROW_PASS}: FORWARD",
-             CUTS, {CUDA: WIDE}),
-        Knob("linear-pass", LOGPROBS, FROZEN, fields(EXP_PASS, "CUT"), f"{EXP_PASS}: CUT", CUTS, {CUDA: ONE}),
+             MAX_BLOCKS, {CUDA: WIDE}),
+        Knob("linear-pass", LOGPROBS, FROZEN, fields(EXP_PASS, "MAX_BLOCK"), f"{EXP_PASS}: MAX_BLOCK",
+             MAX_BLOCKS, {CUDA: ONE}),
         Knob("logits-backward", LOGITS_PASS, selective.BACKWARD, fields(ROW_PASS, "BACKWARD"), f"{ROW_PASS}: BACKWARD",
-             CUTS, {CUDA: WIDE[:1]}),
+             MAX_BLOCKS, {CUDA: WIDE[:1]}),
         Knob("implementation-trained", LOGPROBS, TRAINED, plan(), DEFAULT, implementations("low_memory"),
              {CUDA: ONE, CPU: ON_CPU}),
         Knob("kl-pass", KL, linear_kl.FROZEN, constants("kl.triton"), "kl.triton", {CUDA: KL_BLOCKS}, {CUDA: ONE}),

@@ -46,10 +46,10 @@ def test_the_backward_s_products_of_16_bits_come_out_in_fp32(dtype: str) -> None
     slopes = normal(n, v).to(operand)
     exact = slopes.double() @ weight.double()
     bar = 2.0**-12 * float(exact.abs().max())  # of long sums on tensor cores, see above; bf16 rounds at 2^-9
-    first = matmul.back(slopes, weight, None, FP32, scratch)
+    first = matmul.project_back(slopes, weight, None, FP32, scratch)
     assert first.dtype == FP32
     assert_within(first, exact, bar)
-    assert_within(matmul.back(slopes, weight, first, FP32, scratch), 2 * exact, 2 * bar)
+    assert_within(matmul.project_back(slopes, weight, first, FP32, scratch), 2 * exact, 2 * bar)
     exact = slopes.double().T @ hidden.double()
     total = torch.ones(v, d, device=DEVICE)
     matmul.outer(slopes, hidden.to(operand), total)

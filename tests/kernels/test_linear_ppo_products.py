@@ -38,7 +38,7 @@ def counted() -> Iterator[list[tuple[str, int]]]:
     """(which product, its rows) of every product with the head."""
     calls: list[tuple[str, int]] = []
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("project", "back", "outer"):
+        for name in ("project", "project_back", "outer"):
             patch.setattr(matmul, name, spy_on(name, calls))
         yield calls
 
@@ -47,10 +47,10 @@ def counted() -> Iterator[list[tuple[str, int]]]:
     ("train", "names"),
     [
         ((), ["project"]),
-        (("hidden",), ["project", "back"]),
-        (("hidden", "weight"), ["project", "back", "outer"]),
+        (("hidden",), ["project", "project_back"]),
+        (("hidden", "weight"), ["project", "project_back", "outer"]),
         (("weight",), ["project", "outer"]),
-        (LEAVES, ["project", "back", "outer"]),
+        (LEAVES, ["project", "project_back", "outer"]),
         (("bias",), ["project"]),
     ],
 )
@@ -79,7 +79,7 @@ def test_number_of_products(small_tiles: str, train: tuple[str, ...], names: lis
 def test_low_memory_adds_one_product_for_the_entropy() -> None:
     data = batch()
     data["hidden"].requires_grad_()
-    for entropy_coef, names in ((0.0, ["project", "back"]), (0.3, ["project", "back", "back"])):
+    for entropy_coef, names in ((0.0, ["project", "project_back"]), (0.3, ["project", "project_back", "project_back"])):
         with tuning.override(implementation="low_memory", rows=19, columns=66), counted() as calls:
             fused(data, entropy_coef=entropy_coef)
         assert [name for name, _ in calls] == names * 2  # two tiles
@@ -124,7 +124,7 @@ def test_tokens_without_a_coefficient_skip_the_second_product(
             patch.setattr("onecard_kernels.ppo.linear.LEAST_SHARE_TO_SKIP", worth)
             with counted() as calls:
                 loss = linear_ppo_loss(**{**data, "hidden": leaf}, mask=ones, **kw).loss
-        return torch.autograd.grad(loss, leaf)[0], [n for name, n in calls if name == "back"]
+        return torch.autograd.grad(loss, leaf)[0], [n for name, n in calls if name == "project_back"]
 
     gradient, back = go(1 / 8)
     assert back == ([32] if entropy else rows)
@@ -159,7 +159,7 @@ def test_tokens_without_advantage_or_weight_cost_one_product(
     with counted() as calls:
         got = linear_ppo_loss(**{**data, "hidden": leaf}, mask=torch.ones(32), **HEAD, **more)
     tiles = 1 if small_tiles == "chunked" else 4  # 131 columns by 40
-    back = sum(n for name, n in calls if name == "back")
+    back = sum(n for name, n in calls if name == "project_back")
     assert back == rows * tiles * (2 if small_tiles == "low_memory" and "entropy_coef" in more else 1)
     assert sum(n for name, n in calls if name == "project") == 32 * tiles
     gradient = torch.autograd.grad(got.loss, leaf)[0]

@@ -48,16 +48,16 @@ def by_autograd(values: dict[str, Any], **kw: Any) -> tuple[Tensor, Tensor, Tens
 def check_terms(values: dict[str, Any], backend: str, **kw: Any) -> None:
     mask = torch.ones_like(values["logprobs"]).bool()
     terms = terms_of(backend)(**records(**values, mask=mask, **kw))
-    sums, slope, on_entropy = terms.totals, terms.slope, terms.entropy_slope
+    sums, slope, grad_entropy = terms.totals, terms.slope, terms.entropy_slope
     true_sums, true_slope, true_entropy = by_autograd(values, **kw)
     # a few roundings each of numbers of this size
     eps = torch.finfo(values["logprobs"].dtype).eps
     torch.testing.assert_close(sums, true_sums, rtol=16 * eps, atol=16 * eps)
     torch.testing.assert_close(slope, true_slope, rtol=16 * eps, atol=16 * eps)
     if kw["entropy_coef"] != 0.0:
-        torch.testing.assert_close(on_entropy, true_entropy, rtol=4 * eps, atol=0.0)
+        torch.testing.assert_close(grad_entropy, true_entropy, rtol=4 * eps, atol=0.0)
     else:
-        assert on_entropy.numel() == 0
+        assert grad_entropy.numel() == 0
 
 
 TERMS: dict[str, Any] = {

@@ -12,6 +12,7 @@ from tests.closeness import LOGPROB_BARS, assert_like_eager, assert_within
 from tests.kernels import oracle
 
 rows = pytest.importorskip("onecard_kernels.logprob.triton_rows", reason="triton is not installed")
+parts = pytest.importorskip("onecard_kernels.logprob.triton_row_parts")
 
 
 def run(
@@ -154,7 +155,7 @@ def test_rows_without_a_gradient_are_not_read() -> None:
 def test_blocks_fit_the_row() -> None:
     for columns in (1, 7, 1000, 32000, 151936):
         for itemsize in (2, 4, 8):
-            block = rows.block_for(columns, itemsize, cut=rows.FORWARD)
+            block = parts.block_for(columns, itemsize, largest=rows.FORWARD)
             size = block.unroll * block.threads * block.vector
             assert block.threads == 32 * block.warps
             assert block.vector * itemsize == 16

@@ -189,7 +189,7 @@ def _kl_rows(
             out = logits[:n] if operand == dtype else torch.empty_like(logits[:n], dtype=operand)
         kl[piece] = kl_pass_(logits[:n], logits[n:], head, ref_bias=ref_bias, out=out)
         if by_hidden is not None and out is not None:
-            by_hidden[piece] = matmul.back(out, weight, None, dtype, scratch).to(by_hidden.dtype)
+            by_hidden[piece] = matmul.project_back(out, weight, None, dtype, scratch).to(by_hidden.dtype)
 
 
 @_forward.register_fake

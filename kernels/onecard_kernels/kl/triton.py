@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..logprob.triton_math import log
-from ..logprob.triton_tiled import NEVER, alive, flags, scales, transform
+from ..logprob.triton_tiled import MINUS_INF, allowed_columns, flags, scales, transform
 from ..records import Head
 
 BLOCK = 4096
@@ -144,13 +144,13 @@ def _kl_kernel(
     out += row * out_row
     lane = tl.arange(0, BLOCK)
 
-    top_p = tl.full((), NEVER, tl.float32)
-    top_q = tl.full((), NEVER, tl.float32)
+    top_p = tl.full((), MINUS_INF, tl.float32)
+    top_q = tl.full((), MINUS_INF, tl.float32)
     sum_p = tl.zeros((BLOCK,), tl.float32)
     sum_q = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocabulary, BLOCK):
         cols = start + lane
-        live = alive(forbidden, cols, vocabulary, FORBIDDEN)
+        live = allowed_columns(forbidden, cols, vocabulary, FORBIDDEN)
         a, _ = _load(z, bias, cols, live, vocabulary, inner, outer, BIAS, SCALED, SOFTCAP)
         b, _ = _load(r, ref_bias, cols, live, vocabulary, inner, outer, REF_BIAS, SCALED, SOFTCAP)
         higher_p = tl.maximum(top_p, tl.max(a, 0))
@@ -167,7 +167,7 @@ def _kl_kernel(
     sum_d = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocabulary, BLOCK):
         cols = start + lane
-        live = alive(forbidden, cols, vocabulary, FORBIDDEN)
+        live = allowed_columns(forbidden, cols, vocabulary, FORBIDDEN)
         a, _ = _load(z, bias, cols, live, vocabulary, inner, outer, BIAS, SCALED, SOFTCAP)
         b, _ = _load(r, ref_bias, cols, live, vocabulary, inner, outer, REF_BIAS, SCALED, SOFTCAP)
         p, q = tl.exp(a - top_p) * scale_p, tl.exp(b - top_q) * scale_q
@@ -186,7 +186,7 @@ def _kl_kernel(
         scale_p = tl.where(mean == float("inf"), 0.0, scale_p)
         for start in range(0, vocabulary, BLOCK):
             cols = start + lane
-            live = alive(forbidden, cols, vocabulary, FORBIDDEN)
+            live = allowed_columns(forbidden, cols, vocabulary, FORBIDDEN)
             a, raw = _load(z, bias, cols, live, vocabulary, inner, outer, BIAS, SCALED, SOFTCAP)
             b, _ = _load(r, ref_bias, cols, live, vocabulary, inner, outer, REF_BIAS, SCALED, SOFTCAP)
             p = tl.exp(a - top_p) * scale_p

@@ -1,7 +1,7 @@
 """linear_logprobs: log-probabilities from hidden states, as registered operators with gradients.
 
 The operators are opaque to torch.compile. Their outputs are flat, of all tokens (zeros where the mask is 0), so that
-shapes do not depend on the mask's values. An output that is not asked for is an empty tensor.
+shapes do not depend on the mask's values. An output that was not requested is an empty tensor.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from .tile_bytes import STATISTICS, TileBytes, block_bytes, id_bytes
 from .tiles import Gradients, HeadTiles
 from .tuning import TILED, choose
 
-# Which gradients autograd will ask for: none; by hidden (formed in the forward); by weight or bias too (recomputed).
+# Gradients that autograd will need: none; that of hidden (computed in the forward); those of weight or bias too
+# (computed in the backward, from logits that are computed again).
 FORWARD, FROZEN, TRAINED = "forward", "frozen", "trained"
 SAVED = 6  # numbers of each token for the backward of a trained head: the fields of Statistics but the last
 
@@ -81,7 +82,7 @@ def linear_logprobs(
         entropy_requires_grad: also give H, with its gradient. Costs one more GEMM.
         return_log_sum_sq_probs: also give log sum_v p_v^2, detached.
         backend: "auto", "triton" or "torch".
-        chunk_tokens: tokens whose logits are in memory at a time; None: what suits the device (`logprob.tuning`).
+        chunk_tokens: tokens whose logits are in memory at a time; None: the device's default (`logprob.tuning`).
 
     Returns:
         LogProbs of fp32 tensors `[...]` in nats (fp64 in, fp64 out). A forbidden target gives logp -inf with zero
@@ -102,17 +103,17 @@ def linear_logprobs(
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         mode = TRAINED if trained else FROZEN if hidden.requires_grad else FORWARD
     entropy = return_entropy or entropy_requires_grad
-    logprobs, h, lssp, *_ = torch.ops.onecard.linear_logprobs(
+    logprobs, entropies, log_sum_sq, *_ = torch.ops.onecard.linear_logprobs(
         *(hidden, weight, targets, mask),
         *(head.bias, head.forbidden, head.temperature, head.logit_scale, head.softcap),
         *(entropy, entropy_requires_grad, return_log_sum_sq_probs, mode, backend, chunk_tokens),
     )
     shape = targets.shape
-    # Views made here, not by the operator: one of an operator's own refuses `x.mul_()`.
+    # The views are made here: autograd refuses `x.mul_()` on a view that a custom operator returns.
     return LogProbs(
         logprobs.view(shape),
-        h.view(shape) if entropy else None,
-        lssp.view(shape) if return_log_sum_sq_probs else None,
+        entropies.view(shape) if entropy else None,
+        log_sum_sq.view(shape) if return_log_sum_sq_probs else None,
     )
 
 
@@ -143,12 +144,12 @@ def _forward(
             hidden, weight, y, rows, head, entropy, entropy_grad, sum_sq, mode, backend, chunk_tokens
         )
         dtypes = (*(saved.dtype,) * 3, *(hidden.dtype,) * 2)
-        logprobs, h, lssp, *directions = (
+        logprobs, entropies, log_sum_sq, *directions = (
             hidden.new_empty(0, dtype=dtype) if x is None else rows.scatter(x)
             for x, dtype in zip(results, dtypes, strict=True)
         )
         saved = rows.scatter(saved.T).T.contiguous() if mode == TRAINED else saved.new_empty(0)
-        return logprobs, h, lssp, directions[0], directions[1], saved
+        return logprobs, entropies, log_sum_sq, directions[0], directions[1], saved
 
 
 def _forward_rows(
@@ -164,7 +165,7 @@ def _forward_rows(
     backend: str,
     chunk_tokens: int | None,
 ) -> tuple[list[Tensor | None], Tensor]:
-    """`_forward` of the valid tokens: its five results, None for those that are not asked for, and `saved`.
+    """`_forward` of the valid tokens: its first five results, each None if not requested, and `saved`.
 
     One product with the head for the statistics, and one more for each direction.
     """
@@ -189,17 +190,17 @@ def _forward_rows(
     outputs = TileOutputs(moment=entropy, square=sum_sq, exponentials=frozen)
     for piece in rows.chunks(tiles.rows):
         h = rows.take(hidden, piece).to(tiles.operand)
-        of, sum_exp, sum_term = tiles.sweep(h, y[piece], outputs, sums=frozen)
-        for into, value in zip(results[:3], (of.logprobs, of.entropy, of.log_sum_sq_probs), strict=True):
+        stats, sum_exp, sum_term = tiles.sweep(h, y[piece], outputs, sums=frozen)
+        for into, value in zip(results[:3], (stats.logprobs, stats.entropy, stats.log_sum_sq_probs), strict=True):
             if into is not None and value is not None:
                 into[piece] = value
-        entropies = torch.zeros_like(of.total) if of.entropy is None else of.entropy
-        saved[:, piece] = torch.stack([of.shift, of.total, of.miss, of.slope, of.logprobs, entropies])
-        # The entropy's first: each is formed over the sums that it is the last to need.
+        entropies = torch.zeros_like(stats.total) if stats.entropy is None else stats.entropy
+        saved[:, piece] = torch.stack([stats.shift, stats.total, stats.miss, stats.slope, stats.logprobs, entropies])
+        # The entropy's direction first: it overwrites sum_term alone; the log-prob's then overwrites sum_exp.
         for into, gradient_of in ((results[4], entropy_gradient), (results[3], logprob_gradient)):
             if into is not None and sum_exp is not None:
-                into[piece] = tiles.hidden_grad_(sum_exp, sum_term, gradient_of(of), y[piece])
-        del of, sum_exp, sum_term, entropies  # or they would live through the next sweep
+                into[piece] = tiles.hidden_grad_(sum_exp, sum_term, gradient_of(stats), y[piece])
+        del h, stats, sum_exp, sum_term, entropies  # or they would live through the next sweep
     return results, saved
 
 
@@ -209,8 +210,8 @@ def _(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any) -> tuple[Tens
     dtype, tokens = result_dtype(hidden.dtype, weight.dtype), targets.numel()
     directions = (mode == FROZEN, mode == FROZEN and entropy_grad)
     return (
-        *(hidden.new_empty(tokens if asked else 0, dtype=dtype) for asked in (True, entropy, sum_sq)),
-        *(hidden.new_empty((tokens, hidden.shape[-1]) if asked else (0,)) for asked in directions),
+        *(hidden.new_empty(tokens if wanted else 0, dtype=dtype) for wanted in (True, entropy, sum_sq)),
+        *(hidden.new_empty((tokens, hidden.shape[-1]) if wanted else (0,)) for wanted in directions),
         hidden.new_empty((SAVED, tokens) if mode == TRAINED else (0,), dtype=dtype),
     )
 
@@ -219,39 +220,40 @@ def _tiled_kernel_runs(hidden: Tensor, weight: Tensor, backend: str) -> bool:
     dtype, device = result_dtype(hidden.dtype, weight.dtype), weight.device
     if backend == "torch" or dtype != torch.float32 or launch.unavailable_reason(device) is not None:
         return False
-    if weight.dtype != matmul.operand_dtype(hidden.dtype, weight.dtype, dtype, device):  # it would be cast as a whole
+    if weight.dtype != matmul.operand_dtype(hidden.dtype, weight.dtype, dtype, device):  # the whole head would be cast
         return False
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)  # below, its tiles spill
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)  # below, registers spill
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, targets, mask, bias, forbidden, *ctx.numbers, _, ctx.entropy_grad, _, ctx.mode = inputs[:13]
     ctx.backend_and_chunk, ctx.shape, ctx.inputs = inputs[13:], hidden.shape, len(inputs)
-    logprobs, h, lssp, direction, entropy_direction, saved = output
-    ctx.mark_non_differentiable(lssp, direction, entropy_direction, saved, *(() if ctx.entropy_grad else (h,)))
+    logprobs, entropies, log_sum_sq, direction, entropy_direction, saved = output
+    constants = (log_sum_sq, direction, entropy_direction, saved, *(() if ctx.entropy_grad else (entropies,)))
+    ctx.mark_non_differentiable(*constants)
     ctx.set_materialize_grads(False)
     if ctx.mode == TRAINED:
         ctx.save_for_backward(hidden, weight, targets, mask, bias, forbidden, saved)
     elif ctx.mode == FROZEN:
-        # Not the output itself: whoever gets it may change it in place.
+        # Not logprobs itself: the caller may change it in place.
         ctx.save_for_backward(mask, logprobs.isfinite(), direction, entropy_direction)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    on_logprobs, on_entropy = grads[0], grads[1] if ctx.entropy_grad else None
+    grad_logprobs, grad_entropy = grads[0], grads[1] if ctx.entropy_grad else None
     out: list[Tensor | None] = [None] * ctx.inputs
-    if on_logprobs is None and on_entropy is None:
+    if grad_logprobs is None and grad_entropy is None:
         return tuple(out)
     if ctx.mode == FROZEN:
-        grad = torch.ops.onecard.scale_directions(*ctx.saved_tensors, on_logprobs, on_entropy)
+        grad = torch.ops.onecard.scale_directions(*ctx.saved_tensors, grad_logprobs, grad_entropy)
         return grad.view(ctx.shape), *out[1:]
-    needed = [ctx.needs_input_grad[place] for place in (0, 1, 4)]  # hidden, weight, bias
+    needed = [ctx.needs_input_grad[index] for index in (0, 1, 4)]  # hidden, weight, bias
     hidden, weight, bias = torch.ops.onecard.linear_logprobs_backward(
-        *ctx.saved_tensors, on_logprobs, on_entropy, *ctx.numbers, *needed, *ctx.backend_and_chunk
+        *ctx.saved_tensors, grad_logprobs, grad_entropy, *ctx.numbers, *needed, *ctx.backend_and_chunk
     )
     hidden = hidden.view(ctx.shape) if needed[0] else hidden
-    for place, grad, need in zip((0, 1, 4), (hidden, weight, bias), needed, strict=True):
-        out[place] = grad if need else None
+    for index, grad, need in zip((0, 1, 4), (hidden, weight, bias), needed, strict=True):
+        out[index] = grad if need else None
     return tuple(out)
 
 
@@ -261,28 +263,34 @@ _forward.register_autograd(no_double_backward(_backward), setup_context=_setup)
 @torch.library.custom_op("onecard::scale_directions", mutates_args=())
 def scale_directions(
     mask: Tensor | None,
-    possible: Tensor,
+    finite: Tensor,
     direction: Tensor,
     entropy_direction: Tensor,
-    on_logprobs: Tensor | None,
-    on_entropy: Tensor | None,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
 ) -> Tensor:
-    """dL/dh = dL/dlogp * dlogp/dh + dL/dH * dH/dh per token: the whole backward of a frozen head."""
-    valid = torch.ones_like(possible) if mask is None else mask.reshape(-1).bool()
-    columns = []
-    for source, on, counts in ((direction, on_logprobs, valid & possible), (entropy_direction, on_entropy, valid)):
-        if on is not None:  # where a token does not count, its coefficient may be anything
-            columns.append((source, torch.where(counts, on.reshape(-1), 0.0).unsqueeze(1)))
+    """dL/dh = dL/dlogp * dlogp/dh + dL/dH * dH/dh per token: the whole backward of a frozen head.
+
+    `finite`: tokens whose log-prob is finite. Only these take `grad_logprobs`.
+    """
+    valid = torch.ones_like(finite) if mask is None else mask.reshape(-1).bool()
+    terms = []
+    for source, incoming, used in (
+        (direction, grad_logprobs, valid & finite),
+        (entropy_direction, grad_entropy, valid),
+    ):
+        if incoming is not None:  # it may be NaN where it is not used
+            terms.append((source, torch.where(used, incoming.reshape(-1), 0.0).unsqueeze(1)))
     grad = torch.empty_like(direction)
     for rows in blocks(grad.shape[0], grad.shape[1], 4, grad.device):  # products in fp32, rounded once
-        torch.mul(columns[0][0][rows], columns[0][1][rows], out=grad[rows])
-        if len(columns) == 2:
-            grad[rows] = sum(source[rows] * column[rows] for source, column in columns)
+        torch.mul(terms[0][0][rows], terms[0][1][rows], out=grad[rows])
+        if len(terms) == 2:
+            grad[rows] = sum(source[rows] * coefficient[rows] for source, coefficient in terms)
     return grad
 
 
 @scale_directions.register_fake
-def _(mask: Any, possible: Tensor, direction: Tensor, *rest: Any) -> Tensor:
+def _(mask: Any, finite: Tensor, direction: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(direction)
 
 
@@ -295,8 +303,8 @@ def _recompute(
     bias: Tensor | None,
     forbidden: Tensor | None,
     saved: Tensor,
-    on_logprobs: Tensor | None,
-    on_entropy: Tensor | None,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
@@ -306,7 +314,7 @@ def _recompute(
     backend: str,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by hidden, weight and bias with a trained head: the logits are computed again, a tile at a time."""
+    """Gradients of hidden, weight and bias with a trained head. The logits are computed again, tile by tile."""
     checks.not_emptied(weight)
     with matmul.without_autocast(hidden):
         rows, head = Rows(targets.shape, mask), Head(bias, temperature, logit_scale, softcap, forbidden)
@@ -317,8 +325,8 @@ def _recompute(
             rows,
             head,
             saved if rows.index is None else saved[:, rows.index],
-            None if on_logprobs is None else rows.select_valid(on_logprobs),
-            None if on_entropy is None else rows.select_valid(on_entropy),
+            None if grad_logprobs is None else rows.select_valid(grad_logprobs),
+            None if grad_entropy is None else rows.select_valid(grad_entropy),
             (need_hidden, need_weight, need_bias),
             backend,
             chunk_tokens,
@@ -337,42 +345,43 @@ def _recompute_rows(
     rows: Rows,
     head: Head,
     saved: Tensor,
-    on_logprobs: Tensor | None,
-    on_entropy: Tensor | None,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
     needed: tuple[bool, bool, bool],
     backend: str,
     chunk_tokens: int | None,
 ) -> Gradients:
     """`_recompute` of the valid tokens."""
-    with_entropy = on_entropy is not None
+    with_entropy = grad_entropy is not None
     sizes = choose(weight.shape[0], saved.dtype, hidden.device, chunk_tokens=chunk_tokens)
-    # The direction is scaled by each token's coefficient in fp32 and rounded only then.
+    # exp_operand=False: dL/dz is formed in fp32 from the exponentials, and only then cast to the operands' dtype.
     tiles = HeadTiles(hidden, weight, head, rows.count, sizes, backend, exp_operand=False, entropy_term=with_entropy)
     grads = Gradients(hidden, weight, rows, needed, tiles.dtype, hidden.dtype)
     state = new_state(rows.count, saved)
-    state[SHIFT] = saved[0]  # the last shift of the forward: no tile moves it again
+    state[SHIFT] = saved[0]  # the forward's final shift: no tile changes it
     outputs = TileOutputs(moment=with_entropy, exponentials=True)
     for piece in rows.chunks(tiles.rows):
         h = rows.take(hidden, piece).to(tiles.operand)
-        of = Statistics._make((*saved[:, piece], None))
-        logit_grad = _loss_gradient(of, *(None if x is None else x[piece] for x in (on_logprobs, on_entropy)))
+        stats = Statistics._make((*saved[:, piece], None))
+        logit_grad = _loss_gradient(stats, *(None if x is None else x[piece] for x in (grad_logprobs, grad_entropy)))
         for part, tile in tiles.tiles():
             z, e, term = tiles.buffers(h.shape[0], tile.shape[0])
             matmul.project(h, tile, z, tiles.scratch)
-            of_tile = state[:, piece].contiguous()
-            tiles.exp_tile(z, e, term, y[piece], part.start, of_tile, head.columns(part), outputs)
+            piece_state = state[:, piece].contiguous()
+            tiles.exp_tile(z, e, term, y[piece], part.start, piece_state, head.columns(part), outputs)
             grads.add(tiles, part, tile, derivative_(e, term, logit_grad, y[piece], part.start, head.factor), h)
         grads.write(piece)
+        del h  # or it would live until the next piece's is allocated
     return grads
 
 
-def _loss_gradient(of: Statistics, on_logprobs: Tensor | None, on_entropy: Tensor | None) -> LogitGrad:
-    zero = torch.zeros_like(of.total)
+def _loss_gradient(stats: Statistics, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> LogitGrad:
+    zero = torch.zeros_like(stats.total)
     logit_grad = LogitGrad(zero, None, zero)
-    if on_logprobs is not None:
-        logit_grad = add_gradients(logit_grad, logprob_gradient(of, on_logprobs))
-    if on_entropy is not None:
-        logit_grad = add_gradients(logit_grad, entropy_gradient(of, on_entropy))
+    if grad_logprobs is not None:
+        logit_grad = add_gradients(logit_grad, logprob_gradient(stats, grad_logprobs))
+    if grad_entropy is not None:
+        logit_grad = add_gradients(logit_grad, entropy_gradient(stats, grad_entropy))
     return logit_grad
 
 
@@ -390,7 +399,7 @@ no_forward_ad("linear_logprobs", _forward, scale_directions, _recompute)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bytes that the operators hold inside (see `workspace`). `a` has an operator's arguments by name.
+# Peak bytes that the operators allocate inside (see `workspace`). `a` has an operator's arguments by name.
 
 
 @workspace.formula("onecard::linear_logprobs")
@@ -421,11 +430,11 @@ def _forward_bytes(device: torch.device, a: SimpleNamespace) -> int:
 
 @workspace.formula("onecard::linear_logprobs_backward")
 def _recompute_bytes(device: torch.device, a: SimpleNamespace) -> int:
-    count, masked, with_entropy = a.targets.numel(), a.mask is not None, a.on_entropy is not None
+    count, masked, with_entropy = a.targets.numel(), a.mask is not None, a.grad_entropy is not None
     tiles = TileBytes.of(
         device, a.hidden, a.weight, count, chunk_tokens=a.chunk_tokens, exp_operand=False, entropy_term=with_entropy
     )
-    given = (a.on_logprobs is not None) + with_entropy
+    given = (a.grad_logprobs is not None) + with_entropy
     picked = (SAVED + given) * count * tiles.accumulated if masked else 0
     state = SLOTS * (count + tiles.step) * tiles.accumulated
     of_piece = tiles.hidden_rows * tiles.accumulated * a.need_hidden
@@ -448,9 +457,9 @@ def _recompute_bytes(device: torch.device, a: SimpleNamespace) -> int:
 def _scale_directions_bytes(device: torch.device, a: SimpleNamespace) -> int:
     count, width = a.direction.shape
     block = block_bytes(device, count, width, 4)
-    given = (a.on_logprobs is not None) + (a.on_entropy is not None)
+    given = (a.grad_logprobs is not None) + (a.grad_entropy is not None)
     numbers = count * (2 + 5 * given)
     if given == 2:
         return numbers + 3 * block
-    # A CPU multiplies numbers of one dtype: both factors and the product are cast.
+    # On a CPU, factors of two dtypes are cast to the wider one, and the product is cast back.
     return numbers + (2 * block if device.type == "cpu" and a.direction.dtype.itemsize < 4 else 0)

@@ -1,8 +1,8 @@
 """The three matrix products with (a part of) the head, accumulated in fp32 (fp64 for fp64) whatever the inputs are.
 
-Equal dtypes go to the BLAS as they are. bf16 or fp16 on CUDA uses a GEMM with an fp32 output. Everything else (low
-precision on CPU, which has no such GEMM, and mixed dtypes) is upcast: the head a few thousand rows at a time, into the
-`scratch` that is given, never as a whole.
+fp32 and fp64 go to the BLAS as they are. bf16 or fp16 on CUDA uses a GEMM with an fp32 output. Everything else (low
+precision on CPU, which has no such GEMM, and mixed dtypes) is upcast. The head is upcast a few thousand rows at a time,
+into `scratch`, never as a whole.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-SCRATCH_ROWS = 4096  # of the head, upcast at a time: 16 MiB at D = 1024
+SCRATCH_ROWS = 4096  # rows of the head that are upcast at a time: 16 MiB at D = 1024
 
 
 def autocast_is_on(like: Tensor) -> bool:
-    """For tensors of this one's device. `meta` has no autocast, and torch raises where it is asked."""
+    """Whether autocast is on for the device of `like`. torch raises if it is asked about `meta`."""
     return not like.is_meta and torch.is_autocast_enabled(like.device.type)
 
 
@@ -45,7 +45,7 @@ def operand_dtype(
 
 
 def scratch_for(weight: Tensor, dtype: torch.dtype, columns: int) -> Tensor | None:
-    """Memory for upcast rows of the head, where its dtype is not that of the operands."""
+    """Memory for upcast rows of the head; None if it has the operands' dtype."""
     return None if weight.dtype == dtype else weight.new_empty(min(SCRATCH_ROWS, columns), weight.shape[1], dtype=dtype)
 
 
@@ -59,7 +59,7 @@ def project(h: Tensor, weight: Tensor, out: Tensor, scratch: Tensor | None) -> N
             torch.mm(h, part.T, out_dtype=out.dtype, out=into)
 
 
-def back(d: Tensor, weight: Tensor, total: Tensor | None, dtype: torch.dtype, scratch: Tensor | None) -> Tensor:
+def project_back(d: Tensor, weight: Tensor, total: Tensor | None, dtype: torch.dtype, scratch: Tensor | None) -> Tensor:
     """d[n, c] @ weight[c, D], added to `total` where there is one, in `dtype`."""
     for rows, part in _parts(weight, scratch):
         columns = d if scratch is None else d[:, rows]

@@ -1,7 +1,7 @@
 """The online softmax over tiles of the vocabulary: its state, the pass over one tile in torch, and the results.
 
-No digit of a small number passes through a large one. The target's column is left out of every sum, so that 1 - p_y is
-a sum of its own and never 1 minus something, and the largest logit and the log of the sum stay a pair.
+No small number is computed as the difference of large ones. The target's column is left out of every sum, so that
+1 - p_y is a sum and not 1 minus p_y. The shift and the log of the sum are stored separately.
 """
 
 from __future__ import annotations
@@ -14,24 +14,23 @@ from torch import Tensor
 from ..records import Head
 from .rows import blocks
 
-# Slots of the state of a softmax taken tile by tile, fp32 `[SLOTS, rows]`, shared by torch and Triton. Sums leave the
-# target's column out.
-SHIFT = 0  # subtracted before exp: near enough to the largest logit that nothing overflows, -inf at the start
-OFF = 1  # sum of exp(z - shift)
-TARGET = 2  # z_y, -inf until its tile has come
+# Slots of the online softmax's state, fp32 `[SLOTS, rows]`, in torch and in Triton. Sums leave the target's column out.
+SHIFT = 0  # subtracted before exp, so that nothing overflows; -inf before the first tile
+OFF = 1  # sum of exp(z - shift) over all but (off) the target
+TARGET = 2  # z_y, -inf before the tile that has it
 SLOPE = 3  # 1 - tanh^2 of the softcap at z_y, 1 without a softcap
 MOMENT = 4  # sum of exp(z - shift) (z - shift)
 SQUARE = 5  # sum of exp(2 (z - shift))
-RESCALE = 6  # exp(old shift - new shift) of the last tile: the factor for sums that are kept elsewhere
+RESCALE = 6  # exp(old shift - new shift) of the last tile: the factor for sums that are not in the state
 SLOTS = 8
 
-# The shift need not be the largest logit: e^30 is far from fp32's ends, and logits within 30 of it keep it. So ordinary
-# logits keep a shift of 0, and cost no subtraction and no rescaling of sums.
-LAZY = 30.0
+# The shift need not be the largest logit, because e^30 is far below fp32's largest number. It moves only if a logit is
+# more than 30 above it. So ordinary logits keep a shift of 0, without a subtraction and without rescaling of sums.
+SHIFT_MARGIN = 30.0
 
 
 class TileOutputs(NamedTuple):
-    """What the pass over a tile is to compute besides the sum of exponentials."""
+    """What the pass over a tile computes besides the sum of exponentials."""
 
     moment: bool = False  # the sum for the entropy
     square: bool = False  # the sum of squares
@@ -39,7 +38,7 @@ class TileOutputs(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Per token, flat. `total` is sum_v e_v with the target's in it, `miss` is 1 - p_y."""
+    """Per token, flat. `total` is sum_v exp(z_v - shift) with the target's, `miss` is 1 - p_y, `slope` as in SLOPE."""
 
     shift: Tensor
     total: Tensor
@@ -75,13 +74,13 @@ def exp_tile(
         out: z itself, or `[n, c]` of another dtype.
         head: its bias and forbidden columns are those of the tile.
     """
-    # The entropy and its gradient are differences of sums of e (z - shift): small terms if the shift is the maximum.
-    # And fp16 ends at 65504, where e^30 does not.
+    # The entropy and its gradient subtract sums of e (z - shift), whose terms are smallest if the shift is the maximum.
+    # In fp16, whose largest number is 65504, e^30 would overflow.
     half = torch.float16 in (out.dtype, None if entropy_term is None else entropy_term.dtype)
-    lazy = 0.0 if outputs.moment or half else LAZY
+    margin = 0.0 if outputs.moment or half else SHIFT_MARGIN
     for block in blocks(z.shape[0], z.shape[1], z.element_size(), z.device):
         part = None if entropy_term is None else entropy_term[block]
-        _exp_block(z[block], part, y[block], first, state[:, block], head, outputs, lazy)
+        _exp_block(z[block], part, y[block], first, state[:, block], head, outputs, margin)
         if out is not z:
             out[block] = z[block]
 
@@ -94,22 +93,22 @@ def _exp_block(
     state: Tensor,
     head: Head,
     outputs: TileOutputs,
-    lazy: float,
+    margin: float,
 ) -> None:
     slope = torch.empty_like(z) if outputs.exponentials and head.softcap is not None else None
     head.transform_(z, slope)
     inside, column = _target_column(y, first, z)
-    found = z.gather(1, column)
-    state[TARGET] = torch.where(inside, found, state[TARGET].unsqueeze(1)).squeeze(1)
-    z.scatter_(1, column, found.masked_fill(inside, float("-inf")))
+    at_column = z.gather(1, column)
+    state[TARGET] = torch.where(inside, at_column, state[TARGET].unsqueeze(1)).squeeze(1)
+    z.scatter_(1, column, at_column.masked_fill(inside, float("-inf")))
 
-    shift = _move_shift(torch.maximum(z.amax(1), state[TARGET]), state, lazy)
+    shift = _move_shift(torch.maximum(z.amax(1), state[TARGET]), state, margin)
     if not shift.is_cpu or bool(shift.any()):
         z.sub_(shift.unsqueeze(1))
     term = None
     if outputs.moment:
         term = entropy_term if entropy_term is not None and entropy_term.dtype == z.dtype else torch.empty_like(z)
-        torch.clamp(z, min=torch.finfo(z.dtype).min, out=term)  # e = 0 at -inf: 0 times anything finite
+        torch.clamp(z, min=torch.finfo(z.dtype).min, out=term)  # finite at z = -inf, where e is 0: 0 * -inf is NaN
     z.exp_()
     state[OFF] += z.sum(1)
     if outputs.square:
@@ -124,11 +123,11 @@ def _exp_block(
         entropy_term.copy_(term)
 
 
-def _move_shift(top: Tensor, state: Tensor, lazy: float) -> Tensor:
-    """The shift of this tile and of all before it; the sums so far are brought to it."""
+def _move_shift(top: Tensor, state: Tensor, margin: float) -> Tensor:
+    """The shift from this tile on; rescale the sums so far to it."""
     old = state[SHIFT].clone()
-    first = torch.where(top.abs() <= lazy, 0.0, top)
-    new = torch.where(old == float("-inf"), first, torch.where(top - old > lazy, top, old))
+    first = torch.where(top.abs() <= margin, 0.0, top)
+    new = torch.where(old == float("-inf"), first, torch.where(top - old > margin, top, old))
     moved = torch.where(old == float("-inf"), 0.0, old - new)
     rescale = moved.exp()
     if not moved.is_cpu or bool(moved.any()):
@@ -137,7 +136,7 @@ def _move_shift(top: Tensor, state: Tensor, lazy: float) -> Tensor:
         state[OFF] *= rescale
         state[SQUARE] *= rescale.square()
     state[SHIFT], state[RESCALE] = new, rescale
-    return torch.where(new == float("-inf"), 0.0, new)  # nothing but -inf so far: -inf minus 0, not minus -inf
+    return torch.where(new == float("-inf"), 0.0, new)  # only -inf so far: -inf - -inf would be NaN
 
 
 def _target_column(y: Tensor, first: int, tile: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +146,7 @@ def _target_column(y: Tensor, first: int, tile: Tensor) -> tuple[Tensor, Tensor]
 
 
 def rescale_sums_(sum_exp: Tensor, sum_term: Tensor | None, state: Tensor) -> None:
-    """Bring sums of e_v W_v and of e_v (z_v - shift) W_v over earlier tiles to the shift of the last tile."""
+    """Rescale sums of e_v W_v and of e_v (z_v - shift) W_v over earlier tiles to the shift of the last tile."""
     rescale = state[RESCALE].unsqueeze(1)
     if rescale.is_cpu and bool((rescale == 1.0).all()):
         return
@@ -169,7 +168,7 @@ def statistics(state: Tensor, head: Head, outputs: TileOutputs) -> Statistics:
     entropy = lssp = None
     if outputs.moment:
         p = e / total
-        # In this form each term is small where the entropy is: near p_y = 1 both are of the size of 1 - p_y.
+        # Both terms are of the size of 1 - p_y near p_y = 1, as the entropy is.
         entropy = torch.where(p > 0, -p * logprobs, 0.0) + (off * log_sum - state[MOMENT]) / total
     if outputs.square:
         lssp = (state[SQUARE] + e.square()).log() - 2.0 * log_sum
@@ -177,25 +176,27 @@ def statistics(state: Tensor, head: Head, outputs: TileOutputs) -> Statistics:
 
 
 class LogitGrad(NamedTuple):
-    """dL/dz of a tile from numbers per token: exp_coef e + term_coef e (z - shift); target_coef at the target."""
+    """Coefficients per token of a tile's dL/dz = exp_coef e + term_coef e (z - shift); target_coef at the target."""
 
     exp_coef: Tensor
     term_coef: Tensor | None
     target_coef: Tensor
 
 
-def logprob_gradient(of: Statistics, coefficient: Tensor | None = None) -> LogitGrad:
+def logprob_gradient(stats: Statistics, coefficient: Tensor | None = None) -> LogitGrad:
     """dlogp/dz_v = onehot - p_v, times the coefficient of each token."""
-    logit_grad = LogitGrad(-1.0 / of.total, None, of.miss * of.slope)
-    return logit_grad if coefficient is None else _scaled(logit_grad, coefficient.masked_fill(of.logprobs.isinf(), 0.0))
+    logit_grad = LogitGrad(-1.0 / stats.total, None, stats.miss * stats.slope)
+    if coefficient is None:
+        return logit_grad
+    return _scaled(logit_grad, coefficient.masked_fill(stats.logprobs.isinf(), 0.0))
 
 
-def entropy_gradient(of: Statistics, coefficient: Tensor | None = None) -> LogitGrad:
+def entropy_gradient(stats: Statistics, coefficient: Tensor | None = None) -> LogitGrad:
     """dH/dz_v = -p_v (log p_v + H), times the coefficient of each token."""
-    assert of.entropy is not None
-    p = of.logprobs.exp()
-    at_target = torch.where(p > 0, -p * (of.logprobs + of.entropy), 0.0) * of.slope
-    logit_grad = LogitGrad((of.total.log() - of.entropy) / of.total, -1.0 / of.total, at_target)
+    assert stats.entropy is not None
+    p = stats.logprobs.exp()
+    at_target = torch.where(p > 0, -p * (stats.logprobs + stats.entropy), 0.0) * stats.slope
+    logit_grad = LogitGrad((stats.total.log() - stats.entropy) / stats.total, -1.0 / stats.total, at_target)
     return logit_grad if coefficient is None else _scaled(logit_grad, coefficient)
 
 
@@ -214,7 +215,7 @@ def add_gradients(a: LogitGrad, b: LogitGrad) -> LogitGrad:
 def derivative_(
     e: Tensor, entropy_term: Tensor | None, logit_grad: LogitGrad, y: Tensor, first: int, factor: float
 ) -> Tensor:
-    """dL/d(h @ W.T) of one tile, in the memory of its exponentials `e [n, c]` (fp32 or fp64)."""
+    """dL/d(h @ W.T) of one tile, written over its exponentials `e [n, c]` (fp32 or fp64)."""
     e.mul_((logit_grad.exp_coef * factor).unsqueeze(1))
     if entropy_term is not None and logit_grad.term_coef is not None:
         e.addcmul_(entropy_term, (logit_grad.term_coef * factor).unsqueeze(1))

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Size of a block of elementwise work. It fits into the CPU cache, where the first pass over it (max, softmax, sums)
-# leaves it for the next.
+# Size of a block of elementwise work. It fits into the CPU cache, so that only the first pass over it reads memory.
 BLOCK_BYTES = 4 << 20
 CUDA_BLOCK_BYTES = 64 << 20  # larger on CUDA, where each block costs one or more kernel launches
 
 
 def blocks(rows: int, columns: int, itemsize: int, device: torch.device | None = None) -> Iterator[slice]:
-    """Slices of a block's rows each, at least one row."""
+    """Slices of rows, each of a block's size or less, and of at least one row."""
     size = CUDA_BLOCK_BYTES if device is not None and device.type == "cuda" else BLOCK_BYTES
     step = max(1, size // (columns * itemsize))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
@@ -34,7 +33,7 @@ class Rows:
         self.count = self.total if self.index is None else self.index.numel()  # valid tokens
 
     def chunks(self, size: int, start: int = 0, stop: int | None = None) -> Iterator[slice]:
-        """Slices of at most `size` valid rows, from `start` to `stop`. They have equal sizes, so that none is tiny."""
+        """The fewest slices of at most `size` valid rows from `start` to `stop`, equal in size up to the last."""
         stop = self.count if stop is None else stop
         if start >= stop:
             return

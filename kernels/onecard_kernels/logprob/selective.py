@@ -67,19 +67,20 @@ def selective_log_softmax(
         raise ValueError("logits is expanded (stride 0), expected memory of its own for inplace_backward=True")
     backend = dispatch.resolve("selective_log_softmax", backend, logits.device)
     entropy = return_entropy or entropy_requires_grad
-    # The compiler plans memory itself, and an operator's gradient may not alias its inputs: there inplace_backward has
-    # no effect.
+    # torch.compile does not allow the gradient of an operator to alias its inputs.
     if inplace_backward and not torch.compiler.is_compiling():
-        logprobs, h = _InPlace.apply(logits, targets, mask, temperature, entropy, backend)
+        logprobs, entropies = _InPlace.apply(logits, targets, mask, temperature, entropy, backend)
     else:
-        logprobs, h, _ = torch.ops.onecard.selective_forward(logits, targets, mask, temperature, entropy, backend)
+        logprobs, entropies, _ = torch.ops.onecard.selective_forward(
+            logits, targets, mask, temperature, entropy, backend
+        )
     if not entropy:
         return LogProbs(logprobs, None, None)
-    return LogProbs(logprobs, h if entropy_requires_grad else h.detach(), None)
+    return LogProbs(logprobs, entropies if entropy_requires_grad else entropies.detach(), None)
 
 
 def _rows(backend: str) -> Any:
-    """The module with `forward` and `backward` over rows of logits. Only it reads the statistics that it saves."""
+    """The module with `forward` and `backward` over rows of logits. The saved statistics differ between backends."""
     return torch_rows if backend == "torch" else import_module(".triton_rows", __package__)
 
 
@@ -110,12 +111,12 @@ def _backward_op(
     targets: Tensor,
     mask: Tensor | None,
     stats: Tensor,
-    on_logprobs: Tensor | None,
-    on_entropy: Tensor | None,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
     temperature: float,
     backend: str,
 ) -> Tensor:
-    result: Tensor = _rows(backend).backward(logits, targets, mask, stats, on_logprobs, on_entropy, temperature)
+    result: Tensor = _rows(backend).backward(logits, targets, mask, stats, grad_logprobs, grad_entropy, temperature)
     return result
 
 
@@ -132,11 +133,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    on_logprobs, on_entropy = grads[0], grads[1] if ctx.entropy else None
-    if on_logprobs is None and on_entropy is None:
+    grad_logprobs, grad_entropy = grads[0], grads[1] if ctx.entropy else None
+    if grad_logprobs is None and grad_entropy is None:
         return (None,) * 6
     grad = torch.ops.onecard.selective_backward(
-        *ctx.saved_tensors, on_logprobs, on_entropy, ctx.temperature, ctx.backend
+        *ctx.saved_tensors, grad_logprobs, grad_entropy, ctx.temperature, ctx.backend
     )
     return grad, *(None,) * 5
 
@@ -146,7 +147,7 @@ no_forward_ad("selective_log_softmax", _forward_op, _backward_op)
 
 
 class _InPlace(torch.autograd.Function):
-    """The same with the gradient in the logits' storage."""
+    """The same two passes, with the gradient written into the logits' storage."""
 
     @staticmethod
     def forward(
@@ -160,31 +161,31 @@ class _InPlace(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         checks.ids(targets, logits.shape[-1], mask)
         ctx.temperature, ctx.entropy, ctx.backend, ctx.spent = temperature, entropy, backend, False
-        logprobs, h, stats = _rows(backend).forward(logits, targets, mask, temperature, entropy)
+        logprobs, entropies, stats = _rows(backend).forward(logits, targets, mask, temperature, entropy)
         ctx.save_for_backward(logits, targets, mask, stats)
         ctx.set_materialize_grads(False)
         if not entropy:
-            ctx.mark_non_differentiable(h)
-        return logprobs, h
+            ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
 
     @staticmethod
     @no_double_backward
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             raise RuntimeError(SECOND_BACKWARD)
-        on_logprobs, on_entropy = grads[0], grads[1] if ctx.entropy else None
-        if on_logprobs is None and on_entropy is None:
+        grad_logprobs, grad_entropy = grads[0], grads[1] if ctx.entropy else None
+        if grad_logprobs is None and grad_entropy is None:
             return (None,) * 6
         ctx.spent = True
         logits, *saved = ctx.saved_tensors
         # A detached alias shares the logits' version counter: other graphs that saved them raise.
         into = logits.detach()
-        grad = _rows(ctx.backend).backward(logits, *saved, on_logprobs, on_entropy, ctx.temperature, out=into)
+        grad = _rows(ctx.backend).backward(logits, *saved, grad_logprobs, grad_entropy, ctx.temperature, out=into)
         return grad, *(None,) * 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bytes that the operators hold inside (see `workspace`). `a` has an operator's arguments by name.
+# Peak bytes that the operators allocate inside (see `workspace`). `a` has an operator's arguments by name.
 
 
 @workspace.formula("onecard::selective_forward")
@@ -199,7 +200,7 @@ def _forward_bytes(device: torch.device, a: SimpleNamespace) -> int:
 
 @workspace.formula("onecard::selective_backward")
 def _backward_bytes(device: torch.device, a: SimpleNamespace) -> int:
-    dtype, with_entropy = result_dtype(a.logits.dtype), a.on_entropy is not None
+    dtype, with_entropy = result_dtype(a.logits.dtype), a.grad_entropy is not None
     if by_triton(device, a.backend, dtype):
         return 0
     columns = (10 + 8 * with_entropy) * a.targets.numel() * dtype.itemsize
@@ -207,8 +208,8 @@ def _backward_bytes(device: torch.device, a: SimpleNamespace) -> int:
 
 
 def _block_bytes(logits: Tensor, blocks: int, *, masked: bool) -> int:
-    """So many blocks of logits in the accumulation dtype, and the gathered rows that they are made of."""
+    """Bytes of `blocks` blocks of logits in the accumulation dtype, and of the gathered rows before the cast."""
     dtype, width, count = result_dtype(logits.dtype), logits.shape[-1], logits.shape[:-1].numel()
     rows = even_step(count, min(count, max(1, torch_rows.BLOCK_BYTES // (width * dtype.itemsize))))
     gathered = rows * width * logits.dtype.itemsize if masked else 0
-    return rows * width * dtype.itemsize * (blocks + (count > rows)) + gathered  # the one before lives on for a while
+    return rows * width * dtype.itemsize * (blocks + (count > rows)) + gathered  # the previous block is still there

@@ -17,12 +17,12 @@ from .tiles import padded
 from .tuning import choose, columns_of
 
 IDS = 8  # bytes of an int64
-STATISTICS = SLOTS + 14  # numbers per token while a step's statistics are put together
+STATISTICS = SLOTS + 14  # numbers per token while the statistics of a step are computed
 
 
 @dataclass(frozen=True)
 class TileBytes:
-    """`tiles.HeadTiles` in numbers."""
+    """Sizes and bytes of `tiles.HeadTiles`, without tensors."""
 
     device: torch.device
     dtype: torch.dtype  # of logits
@@ -32,9 +32,9 @@ class TileBytes:
     columns: int  # of a tile
     count: int  # tiles of the vocabulary
     accumulated: int  # bytes of a logit
-    operand: int  # bytes of a number of the products' operands
+    operand: int  # bytes of an element of the products' operands
     weight_itemsize: int
-    buffers: int  # bytes
+    buffers: int  # bytes of all buffers
 
     @classmethod
     def of(
@@ -79,17 +79,17 @@ class TileBytes:
 
     @property
     def logits(self) -> int:
-        """Numbers of a tile."""
+        """Elements of a tile."""
         return self.step * self.columns
 
     @property
     def hidden_rows(self) -> int:
-        """Numbers of a step's hidden states."""
+        """Elements of a step's hidden states."""
         return self.step * self.width
 
     @property
     def target_rows(self) -> int:
-        """Bytes of a block of the head's rows of the targets, as they are and as they are added."""
+        """Bytes of a block of the head's rows of the targets, in the head's dtype and cast."""
         block = min(self.step, max(1, rows.BLOCK_BYTES // (self.width * self.accumulated)))
         cast = 0 if self.weight_itemsize == self.accumulated else self.accumulated
         return block * self.width * (self.weight_itemsize + cast)
@@ -98,24 +98,20 @@ class TileBytes:
         return self.step * numbers * self.accumulated
 
     def exp_pass(self, backend: str, *, entropy_term: bool, slope: bool) -> int:
-        """Bytes inside the pass over a tile: a block for the entropy's term, another for the softcap's derivative."""
+        """Bytes inside the pass over a tile: a block for the entropy's term, one for the softcap's derivative."""
         if by_triton(self.device, backend, self.dtype):
             return 0
         return block_bytes(self.device, self.step, self.columns, self.accumulated) * (entropy_term + slope)
 
     def taken(self, hidden: Tensor, *, masked: bool, sweep: int) -> int:
-        """A step's own rows of the hidden states (gathered, cast, or gathered then cast), and `sweep`, what follows.
-
-        The rows of the step before are freed only when the new ones are there.
-        """
+        """Bytes of a step: its copy of the hidden states (gathered, cast, or both), and `sweep`, allocated after it."""
         gathered, cast = masked or rows.flat_view(hidden) is None, hidden.dtype.itemsize != self.operand
-        kept = self.hidden_rows * self.operand * (cast or gathered)
-        taking = kept + self.hidden_rows * hidden.dtype.itemsize * (gathered and cast)
-        return max(taking + kept * (self.tokens > self.step), kept + sweep)
+        copy = self.hidden_rows * self.operand * (cast or gathered)
+        return max(copy + self.hidden_rows * hidden.dtype.itemsize * (gathered and cast), copy + sweep)
 
 
 def even_step(tokens: int, most: int) -> int:
-    """Tokens of each of the fewest equal steps of at most `most`."""
+    """Tokens of a step, if all tokens are split into the fewest equal steps of at most `most`."""
     return math.ceil(tokens / math.ceil(tokens / most)) if tokens else 0
 
 
@@ -126,12 +122,12 @@ def block_bytes(device: torch.device, count: int, columns: int, itemsize: int) -
 
 
 def by_triton(device: torch.device, backend: str, dtype: torch.dtype) -> bool:
-    """Whether Triton runs the passes over tiles, which then hold nothing. A GPU that is asked about has Triton."""
+    """Whether Triton runs the passes over tiles, which then allocate nothing. A GPU is assumed to have Triton."""
     if backend == "torch" or dtype == torch.float64:
         return False
     return device.type == "cuda" or (backend == "triton" and launch.unavailable_reason(device) is None)
 
 
 def id_bytes(targets: Tensor, *, masked: bool) -> int:
-    """Indices of the valid tokens, and these tokens' targets."""
+    """Bytes of the valid tokens' indices and of their targets."""
     return targets.numel() * IDS * (2 if masked else int(targets.dtype != torch.int64))

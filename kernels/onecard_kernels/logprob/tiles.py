@@ -1,12 +1,12 @@
 """Matrix products with the head, tile by tile (tokens x vocabulary), with an online softmax over the tiles.
 
 With a frozen head, e_v = exp(z_v - shift) of a tile is multiplied with the head at once. dlogp/dh and dH/dh are then
-the sum over the vocabulary, sum_v e_v W_v, times one factor per token, plus one for the target's row of the head.
+sum_v e_v W_v times one factor per token, plus the target's row of the head times another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,12 +20,12 @@ from .tuning import ALIGNED, TileSizes, columns_of
 
 
 class HeadTiles:
-    """The head in tiles, and the buffers of one tile, which all tiles share.
+    """The head cut into tiles, and one set of buffers, which every tile overwrites.
 
     Args:
-        tokens: the number of tokens; a tile has no more rows.
-        exp_operand: the exponentials are an operand of a second product, and so in the operands' dtype.
-        entropy_term: also keep e_v (z_v - shift), for the gradient of the entropy.
+        tokens: the number of tokens, which is the most rows that a tile can have.
+        exp_operand: store the exponentials in the operands' dtype, for a second product.
+        entropy_term: also store e_v (z_v - shift), for the gradient of the entropy.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class HeadTiles:
     def sweep(
         self, h: Tensor, y: Tensor, outputs: TileOutputs, *, sums: bool
     ) -> tuple[Statistics, Tensor | None, Tensor | None]:
-        """Run hidden states h `[n, D]` (in the operands' dtype) with targets y over all tiles.
+        """Multiply hidden states h `[n, D]` (in the operands' dtype) with every tile, for the softmax at targets y.
 
         Returns:
             The statistics; with `sums` also sum_v e_v W_v and, with an entropy term, sum_v e_v (z_v - shift) W_v, both
-            `[n, D]` and without the target. The buffers keep the results of the last tile.
+            `[n, D]` and without the target. The buffers hold the last tile's results.
         """
         state = new_state(h.shape[0], self._z)
         sum_exp = sum_term = None
@@ -92,9 +92,9 @@ class HeadTiles:
                 continue
             if sum_exp is not None:
                 rescale_sums_(sum_exp, sum_term, state)
-            sum_exp = matmul.back(e, tile, sum_exp, self.dtype, self.scratch)
+            sum_exp = matmul.project_back(e, tile, sum_exp, self.dtype, self.scratch)
             if term is not None:
-                sum_term = matmul.back(term, tile, sum_term, self.dtype, self.scratch)
+                sum_term = matmul.project_back(term, tile, sum_term, self.dtype, self.scratch)
         return statistics(state, self.head, outputs), sum_exp, sum_term
 
     def hidden_grad_(self, sum_exp: Tensor, sum_term: Tensor | None, logit_grad: LogitGrad, y: Tensor) -> Tensor:
@@ -103,14 +103,11 @@ class HeadTiles:
             total = sum_term.mul_(logit_grad.term_coef.unsqueeze(1)).addcmul_(sum_exp, logit_grad.exp_coef.unsqueeze(1))
         else:
             total = sum_exp.mul_(logit_grad.exp_coef.unsqueeze(1))
-        at_target = logit_grad.target_coef.unsqueeze(1)
+        at_target, last = logit_grad.target_coef.unsqueeze(1), self.vocabulary - 1
         for rows in blocks(total.shape[0], total.shape[1], total.element_size()):
-            total[rows].addcmul_(self._head_rows(y[rows]), at_target[rows])
+            # clamped, so that no id reads out of bounds
+            total[rows].addcmul_(self.weight.index_select(0, y[rows].clamp(0, last)).to(self.dtype), at_target[rows])
         return total.mul_(self.head.factor)
-
-    def _head_rows(self, y: Tensor) -> Tensor:
-        """The head's rows of the targets. Ids are clamped, so that none reads out of bounds."""
-        return self.weight.index_select(0, y.clamp(0, self.vocabulary - 1)).to(self.dtype)
 
 
 def padded(columns: int) -> int:
@@ -120,7 +117,7 @@ def padded(columns: int) -> int:
 class Gradients:
     """Gradients of hidden, weight and bias, summed over tiles; None where not `needed`.
 
-    Those of weight and bias have the dtype `accumulated`, that of hidden has `dtype`.
+    `accumulated`: the dtype of the gradients of weight and bias. `dtype`: that of the hidden gradient.
     """
 
     def __init__(
@@ -128,13 +125,13 @@ class Gradients:
         hidden: Tensor,
         weight: Tensor,
         rows: Rows,
-        needed: tuple[bool, bool, bool],
+        needed: Sequence[bool],
         accumulated: torch.dtype,
         dtype: torch.dtype,
     ) -> None:
         new = hidden.new_zeros
         self.hidden = new(rows.count, hidden.shape[-1], dtype=dtype) if needed[0] else None
-        self._of_piece: Tensor | None = None
+        self._piece_sum: Tensor | None = None
         self.weight = new(weight.shape, dtype=accumulated) if needed[1] else None
         self.bias = new(weight.shape[0], dtype=accumulated) if needed[2] else None
 
@@ -144,12 +141,12 @@ class Gradients:
             self.bias[part] += d.sum(0)
         d = d.to(tiles.operand)
         if self.hidden is not None:
-            self._of_piece = matmul.back(d, tile, self._of_piece, tiles.dtype, tiles.scratch)
+            self._piece_sum = matmul.project_back(d, tile, self._piece_sum, tiles.dtype, tiles.scratch)
         if self.weight is not None:
             matmul.outer(d, h, self.weight[part])
 
-    def write(self, piece: slice | Tensor, of_piece: Tensor | None = None) -> None:
-        """Write the hidden gradient of some tokens: `of_piece`, or the sum of the tiles that were added."""
-        of_piece, self._of_piece = (self._of_piece if of_piece is None else of_piece), None
-        if self.hidden is not None and of_piece is not None:
-            self.hidden[piece] = of_piece.to(self.hidden.dtype)
+    def write(self, piece: slice | Tensor, piece_grad: Tensor | None = None) -> None:
+        """Write the hidden gradient of tokens `piece`: `piece_grad`, or the sum over the tiles that were added."""
+        piece_grad, self._piece_sum = (self._piece_sum if piece_grad is None else piece_grad), None
+        if self.hidden is not None and piece_grad is not None:
+            self.hidden[piece] = piece_grad.to(self.hidden.dtype)

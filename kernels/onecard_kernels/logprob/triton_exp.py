@@ -1,8 +1,8 @@
 """The pass over a tile of products with the head in Triton: transform, online softmax, exponentials.
 
-One program takes one row and reads the tile once. The shift is picked before that, from the first block and the target;
-later tiles keep the shift of earlier ones. All sums and results use that shift. If a logit lies more than the limit
-above it, the row is read again with a higher shift. So no sum in the loop is rescaled, and results are at most e^limit.
+One program takes one row and reads the tile once. The shift is chosen before that, from the first block and the target.
+Later tiles keep the shift of earlier ones. All sums and results use that shift. If a logit is more than the limit above
+it, the row is read again with a higher shift. So no sum in the loop is rescaled, and results are at most e^limit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 from ..records import Head
 from . import online_softmax as slots
 from .online_softmax import TileOutputs
-from .triton_row_parts import FAR, LOWEST, Cut, block_for, per_row
+from .triton_row_parts import FAR, LOWEST, MaxBlock, block_for, per_row
+from .triton_tiled import scales
 
 SHIFT = tl.constexpr(slots.SHIFT)
 OFF = tl.constexpr(slots.OFF)
@@ -25,11 +26,12 @@ MOMENT = tl.constexpr(slots.MOMENT)
 SQUARE = tl.constexpr(slots.SQUARE)
 RESCALE = tl.constexpr(slots.RESCALE)
 
-# e^(2 * 20) times a vocabulary is far from fp32's end (and bf16's). fp16 ends at 65504: 8 e^8 is below it.
+# How far a logit may be above the shift. e^(2 * 20) times a vocabulary is far below the largest fp32 (and bf16) number.
+# The largest fp16 number is 65504, and 8 e^8 is below it.
 LIMIT = 20.0
 LIMIT_FP16 = 8.0
 
-CUT = Cut()
+MAX_BLOCK = MaxBlock()
 
 
 @triton.jit
@@ -39,21 +41,21 @@ def _transform(
     inside,
     bias_ptr,
     forbidden_ptr,
-    before,
-    after,
+    inner,
+    outer,
     BIAS: tl.constexpr,
     CAP: tl.constexpr,
     FORBIDDEN: tl.constexpr,
 ):
-    """Head.transform, and 1 - tanh^2 (1 without a softcap). `before` is what tanh's argument is multiplied by."""
+    """Head.transform, and 1 - tanh^2 (1 without a softcap). `inner`, `outer`: see `scales`."""
     if BIAS:
         x += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    x *= before
+    x *= inner
     slope = x * 0.0 + 1.0
     if CAP:
         q = tl.exp(-2.0 * tl.abs(x))
         slope = 4.0 * q / ((1.0 + q) * (1.0 + q))
-        size = after * ((1.0 - q) / (1.0 + q))
+        size = outer * ((1.0 - q) / (1.0 + q))
         x = tl.where(x < 0.0, -size, size)
     if FORBIDDEN:
         x = tl.where(tl.load(forbidden_ptr + at, mask=inside, other=0) != 0, float("-inf"), x)
@@ -66,8 +68,8 @@ def _top(
     bias_ptr,
     forbidden_ptr,
     columns,
-    before,
-    after,
+    inner,
+    outer,
     BIAS: tl.constexpr,
     CAP: tl.constexpr,
     FORBIDDEN: tl.constexpr,
@@ -81,7 +83,7 @@ def _top(
     for start in range(0, columns, UNROLL * THREADS * VECTOR):
         at = start + at_first
         x = tl.load(z_row + at, mask=at < columns, other=0.0)
-        z, _ = _transform(x, at, at < columns, bias_ptr, forbidden_ptr, before, after, BIAS, CAP, FORBIDDEN)
+        z, _ = _transform(x, at, at < columns, bias_ptr, forbidden_ptr, inner, outer, BIAS, CAP, FORBIDDEN)
         z = tl.where(at < columns, z, float("-inf"))
         top = tl.maximum(top, tl.max(tl.max(z, axis=2), axis=0))
     return tl.max(top, axis=0)
@@ -103,8 +105,8 @@ def _exp_row(
     target,
     columns,
     shift,
-    before,
-    after,
+    inner,
+    outer,
     BIAS: tl.constexpr,
     CAP: tl.constexpr,
     FORBIDDEN: tl.constexpr,
@@ -114,7 +116,7 @@ def _exp_row(
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Write the row's results against `shift`; (largest logit, and the tile's three sums) without the target's."""
+    """Write the row's results with `shift`. Returns its largest logit and its three sums, without the target's."""
     at_first = _columns(UNROLL, THREADS, VECTOR)
     top = tl.full([THREADS], float("-inf"), tl.float32)
     off = tl.zeros([THREADS], tl.float32)
@@ -124,7 +126,7 @@ def _exp_row(
         at = start + at_first
         inside = at < columns
         x = tl.load(z_row + at, mask=inside, other=0.0)
-        z, slope = _transform(x, at, inside, bias_ptr, forbidden_ptr, before, after, BIAS, CAP, FORBIDDEN)
+        z, slope = _transform(x, at, inside, bias_ptr, forbidden_ptr, inner, outer, BIAS, CAP, FORBIDDEN)
         z = tl.where(inside & (at != target), z, float("-inf"))
         d = z - shift
         e = tl.exp(d)
@@ -158,8 +160,8 @@ def _exp_kernel(
     out_stride,
     entropy_term_stride,
     state_stride,
-    before,
-    after,
+    inner,
+    outer,
     limit,
     BIAS: tl.constexpr,
     CAP: tl.constexpr,
@@ -185,31 +187,29 @@ def _exp_kernel(
     if here:
         x_target = tl.load(z_row + target)
         z_target, slope_target = _transform(
-            x_target, target, target >= 0, bias_ptr, forbidden_ptr, before, after, BIAS, CAP, FORBIDDEN
+            x_target, target, target >= 0, bias_ptr, forbidden_ptr, inner, outer, BIAS, CAP, FORBIDDEN
         )
     shift = tl.maximum(old, LOWEST)
     if IN_PLACE:
         tl.debug_barrier()  # every warp has read the target's logit before any warp writes over it
-        top = _top(
-            z_row, bias_ptr, forbidden_ptr, columns, before, after, BIAS, CAP, FORBIDDEN, UNROLL, THREADS, VECTOR
-        )
+        top = _top(z_row, bias_ptr, forbidden_ptr, columns, inner, outer, BIAS, CAP, FORBIDDEN, UNROLL, THREADS, VECTOR)
         top = tl.maximum(top, z_target)
         if top > shift + limit:
             shift = top
     elif old == float("-inf"):
         sample = tl.minimum(columns, UNROLL * THREADS * VECTOR)
-        top = _top(z_row, bias_ptr, forbidden_ptr, sample, before, after, BIAS, CAP, FORBIDDEN, UNROLL, THREADS, VECTOR)
+        top = _top(z_row, bias_ptr, forbidden_ptr, sample, inner, outer, BIAS, CAP, FORBIDDEN, UNROLL, THREADS, VECTOR)
         shift = tl.maximum(tl.maximum(top, z_target), LOWEST)
     line = (z_row, out_row, entropy_term_row, bias_ptr, forbidden_ptr, target, columns)
     highest, off, moment, square = _exp_row(
-        *line, shift, before, after, BIAS, CAP, FORBIDDEN, WRITE, ENTROPY_TERM, UNROLL, THREADS, VECTOR
+        *line, shift, inner, outer, BIAS, CAP, FORBIDDEN, WRITE, ENTROPY_TERM, UNROLL, THREADS, VECTOR
     )
     if not IN_PLACE:
         highest = tl.maximum(highest, z_target)
         if highest > shift + limit:
             shift = highest
             highest, off, moment, square = _exp_row(
-                *line, shift, before, after, BIAS, CAP, FORBIDDEN, WRITE, ENTROPY_TERM, UNROLL, THREADS, VECTOR
+                *line, shift, inner, outer, BIAS, CAP, FORBIDDEN, WRITE, ENTROPY_TERM, UNROLL, THREADS, VECTOR
             )
     # sum e (z - new) = rescale * (sum e (z - old) + (old - new) sum e)
     moved = tl.where(old == float("-inf"), 0.0, tl.maximum(old, LOWEST) - shift)
@@ -221,7 +221,7 @@ def _exp_kernel(
     tl.store(state + MOMENT * state_stride, old_moment * rescale + moment)
     tl.store(state + SQUARE * state_stride, old_square * rescale * rescale + square)
     tl.store(state + RESCALE * state_stride, rescale)
-    # nothing but -inf so far: the next tile picks the shift
+    # only -inf so far: the next tile chooses the shift
     tl.store(state + SHIFT * state_stride, tl.where(shift == LOWEST, float("-inf"), shift))
     tl.store(state + TARGET * state_stride, z_target)
     tl.store(state + SLOPE * state_stride, slope_target)
@@ -249,11 +249,11 @@ def exp_tile(
         return
     in_place = outputs.exponentials and out.dtype == z.dtype and out.data_ptr() == z.data_ptr()
     cap = head.softcap
-    block = block_for(columns, z.element_size(), z.stride(0), cut=CUT)
-    # With more numbers per logit, fewer logits at a time: registers would run out.
+    block = block_for(columns, z.element_size(), z.stride(0), largest=MAX_BLOCK)
+    # More numbers per logit need more registers: fewer logits at a time.
     extras = (head.bias is not None, head.forbidden is not None, cap is not None or entropy_term is not None, in_place)
     fuller = sum(extras) - (sum(extras) > 1 and block.vector > 1)
-    before = head.factor if cap is None else head.logit_scale / cap
+    inner, outer = scales(head)
     half = torch.float16 in (out.dtype, z.dtype if entropy_term is None else entropy_term.dtype)
     with torch.cuda.device_of(z):
         _exp_kernel[(rows,)](
@@ -270,18 +270,14 @@ def exp_tile(
             out.stride(0),
             0 if entropy_term is None else entropy_term.stride(0),
             state.stride(0),
-            before,
-            0.0 if cap is None else cap / head.temperature,
+            inner,
+            outer,
             LIMIT_FP16 if half else LIMIT,
-            num_warps=block.warps,
-            num_stages=2,
             BIAS=head.bias is not None,
             CAP=cap is not None,
             FORBIDDEN=head.forbidden is not None,
             WRITE=outputs.exponentials,
             ENTROPY_TERM=entropy_term is not None,
             IN_PLACE=in_place,
-            UNROLL=max(1, block.unroll >> fuller),
-            THREADS=block.threads,
-            VECTOR=block.vector,
+            **block._replace(unroll=max(1, block.unroll >> fuller)).options(),
         )

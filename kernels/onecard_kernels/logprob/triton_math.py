@@ -1,4 +1,4 @@
-"""tanh, log1p and log to every digit, which Triton lacks."""
+"""tanh, log1p and log to full precision, which Triton does not have."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tanh(x):
 @triton.jit
 def log1p(x):
     """log(1 + x) for x >= 0 of fp32 or fp64, by 2 atanh(x / (2 + x)) where 1 + x would round x away."""
-    TERMS: tl.constexpr = 12 if x.dtype == tl.float64 else 6  # the first one left out is below a hundredth of an ulp
+    TERMS: tl.constexpr = 12 if x.dtype == tl.float64 else 6  # the next one would be below a hundredth of an ulp
     s = x / (2.0 + x)
     q = s * s
     series = 1.0 / (2 * TERMS - 3) + q * (1.0 / (2 * TERMS - 1))
@@ -32,5 +32,5 @@ def log1p(x):
 
 @triton.jit
 def log(x):
-    """log x for x >= 1, also near 1, where the hardware's is right to 2^-22 only in absolute terms."""
+    """log x for x >= 1. Near 1 the hardware's log has an absolute error of 2^-22, so log1p is used there."""
     return tl.where(x < 1.5, log1p(x - 1.0), tl.log(x))

@@ -1,11 +1,11 @@
 """Parts of the kernels over rows of logits: addresses of rows, blocks of loads, statistics of the softmax.
 
-A block of the row is `[UNROLL, THREADS, VECTOR]`: VECTOR neighbours are one 16-byte load of one thread, so sums over
-the first and the last axis stay inside the thread. Each thread keeps an online softmax of its own and the loop has no
-barrier; they are joined once, at the end of the row.
+A block of the row is `[UNROLL, THREADS, VECTOR]`. VECTOR neighbours are one 16-byte load of one thread, so sums over
+the first and the last axis stay inside the thread. Each thread has its own online softmax, so the loop has no barrier.
+They are merged once, at the end of the row.
 
-Exponents are base 2 (`factor` is log2(e) / temperature), as the hardware's are. Shifts are logits as they came: the
-difference to them is taken first, so large logits lose no digits.
+Exponents are base 2 (`factor` is log2(e) / temperature), as the hardware's are. A shift is a logit before it is
+multiplied by `factor`. It is subtracted first, so large logits lose no digits.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ FAR = tl.constexpr(-2000.0)  # 2^-2000 is 0 in fp64 too; a finite exponent, for 
 SHIFT, TOTAL, OFF, LOGPROB, ENTROPY = (tl.constexpr(i) for i in range(STATS))
 
 
-class Cut(NamedTuple):
-    """How much of a long row a program takes at once. Each kernel has its own, to be measured on a GPU."""
+class MaxBlock(NamedTuple):
+    """The block for long rows. Each kernel has its own, to be measured on a GPU."""
 
     thread_bytes: int = 64  # four 16-byte loads of each thread in flight
     warps: int = 8
@@ -43,16 +43,26 @@ class Block(NamedTuple):
     vector: int
     warps: int
 
+    def options(self) -> dict[str, int]:
+        """The options of a launch that depend on the block."""
+        return {
+            "num_warps": self.warps,
+            "num_stages": 2,
+            "UNROLL": self.unroll,
+            "THREADS": self.threads,
+            "VECTOR": self.vector,
+        }
 
-def block_for(columns: int, itemsize: int, *strides: int, cut: Cut) -> Block:
+
+def block_for(columns: int, itemsize: int, *strides: int, largest: MaxBlock) -> Block:
     """The block for a row: enough bytes in flight on long rows, no idle threads on short ones.
 
-    Rows that do not all begin at 16 bytes (an odd vocabulary) have no wide loads: neighbours then go to neighbouring
-    threads, so that one load of a warp is one piece of memory still.
+    Where rows do not all begin at a multiple of 16 bytes (an odd vocabulary) there are no wide loads. Neighbours then
+    go to neighbouring threads, so that one load of a warp is still contiguous.
     """
     vector = max(1, 16 // itemsize)
-    unroll = cut.thread_bytes // (32 if itemsize == 8 else 16)  # fp64 takes two registers a number
-    warps = cut.warps
+    unroll = largest.thread_bytes // (32 if itemsize == 8 else 16)  # an fp64 number takes two registers
+    warps = largest.warps
     while warps > 1 and 32 * warps * vector * unroll >= 2 * columns:
         warps //= 2
     while unroll > 1 and 32 * warps * vector * unroll >= 2 * columns:
@@ -71,7 +81,7 @@ class RowStrides(NamedTuple):
 
 
 def row_strides(x: Tensor) -> RowStrides | None:
-    """Strides of the rows of `[..., V]`; None if columns are apart, or the rows are not two nested loops."""
+    """Strides of the rows of `[..., V]`; None if columns are not adjacent, or the rows are not two nested loops."""
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         return None
     loops: list[tuple[int, int]] = []
@@ -88,14 +98,16 @@ def row_strides(x: Tensor) -> RowStrides | None:
     return RowStrides(inner, outer_stride, inner_stride)
 
 
-def with_strides(x: Tensor) -> tuple[Tensor, RowStrides]:
-    """x itself if its rows can be reached by strides, a contiguous copy if not."""
+def strided_rows(x: Tensor, largest: MaxBlock) -> tuple[Tensor, RowStrides, Block]:
+    """x, or a contiguous copy if its rows have no strides; the strides of its rows, and the block for them."""
     strides = row_strides(x)
-    return (x, strides) if strides is not None else (x.contiguous(), RowStrides(x.shape[:-1].numel(), 0, x.shape[-1]))
+    if strides is None:
+        x, strides = x.contiguous(), RowStrides(x.shape[:-1].numel(), 0, x.shape[-1])
+    return x, strides, block_for(x.shape[-1], x.element_size(), *strides[1:], largest=largest)
 
 
 def per_row(x: Tensor) -> Tensor:
-    """Flat and contiguous: gradients, targets and masks may be expanded (stride 0)."""
+    """x, flat and contiguous. Gradients, targets and masks may come expanded (stride 0)."""
     return x.reshape(-1).contiguous()
 
 
@@ -140,19 +152,19 @@ def row_statistics(
     BLOCK: tl.constexpr = UNROLL * THREADS * VECTOR
     DTYPE: tl.constexpr = factor.dtype
     thread = tl.arange(0, THREADS)[None, :, None] * VECTOR
-    place = tl.arange(0, UNROLL)[:, None, None] * (THREADS * VECTOR) + tl.arange(0, VECTOR)[None, None, :]
+    offset = tl.arange(0, UNROLL)[:, None, None] * (THREADS * VECTOR) + tl.arange(0, VECTOR)[None, None, :]
     x_target = tl.load(row_ptr + target).to(DTYPE)
     shift = tl.full([THREADS], LOWEST, DTYPE)
     off = tl.zeros([THREADS], DTYPE)
     moment = tl.zeros([THREADS], DTYPE)
     whole = columns // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        x = tl.load(row_ptr + (start + thread + place), eviction_policy="evict_first").to(DTYPE)
+        x = tl.load(row_ptr + (start + thread + offset), eviction_policy="evict_first").to(DTYPE)
         if (target >= start) & (target < start + BLOCK):
-            x = tl.where(place == target - start - thread, float("-inf"), x)
+            x = tl.where(offset == target - start - thread, float("-inf"), x)
         shift, off, moment = _fold(x, factor, shift, off, moment, MOMENT)
     if whole < columns:
-        at = whole + thread + place
+        at = whole + thread + offset
         x = tl.load(row_ptr + at, mask=at < columns, other=float("-inf"), eviction_policy="evict_first").to(DTYPE)
         x = tl.where(at == target, float("-inf"), x)
         shift, off, moment = _fold(x, factor, shift, off, moment, MOMENT)
@@ -164,16 +176,16 @@ def row_statistics(
     e_target = tl.exp2(below)
     total = sum_off + e_target
     log_sum = tl.log(total)
-    # By the odds against it where p_y > 1/2, so that 1 - p_y never comes out of 1 minus something.
+    # From the odds against the target where p_y > 1/2, so that 1 - p_y is not computed as 1 minus p_y.
     likely = e_target > sum_off
     odds = tl.where(likely, sum_off, 0.0) / tl.where(likely, e_target, 1.0)
     logprob = tl.where(likely, -log1p(odds), below * LN2 - log_sum)
     entropy = total * 0.0
     if MOMENT:
-        # In this form each term is small where the entropy is: near p_y = 1 both are of the size of 1 - p_y.
+        # Both terms are of the size of 1 - p_y near p_y = 1, as the entropy is.
         sum_moment = tl.sum((moment + off * moved) * keep, axis=0)
-        of_target = tl.where(e_target > 0.0, -e_target * tl.where(e_target > 0.0, logprob, 0.0), 0.0)
-        entropy = (of_target + sum_off * log_sum - LN2 * sum_moment) / total
+        target_term = tl.where(e_target > 0.0, -e_target * tl.where(e_target > 0.0, logprob, 0.0), 0.0)
+        entropy = (target_term + sum_off * log_sum - LN2 * sum_moment) / total
     return top, total, sum_off, logprob, entropy
 
 

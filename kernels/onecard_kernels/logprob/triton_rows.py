@@ -18,23 +18,22 @@ from .triton_row_parts import (
     OFF,
     SHIFT,
     TOTAL,
-    Cut,
+    MaxBlock,
     RowStrides,
     accumulator,
-    block_for,
     checked_target,
     per_row,
     row_address,
     row_statistics,
     row_strides,
     store_statistics,
-    with_strides,
+    strided_rows,
 )
 
-FORWARD = BACKWARD = Cut()
+FORWARD = BACKWARD = MaxBlock()
 
 
-# Numbers are annotated: a Python float would arrive as fp32, too coarse for fp64 logits.
+# Scalars are annotated fp64: an unannotated Python float would be fp32, too coarse for fp64 logits.
 @triton.jit
 def _forward_kernel(
     logits_ptr,
@@ -85,8 +84,8 @@ def _backward_kernel(
     target_ptr,
     mask_ptr,
     stats_ptr,
-    on_logprob_ptr,
-    on_entropy_ptr,
+    grad_logprob_ptr,
+    grad_entropy_ptr,
     scale_ptr,
     divisor_ptr,
     rows,
@@ -98,8 +97,8 @@ def _backward_kernel(
     out_inner_stride,
     log2e_over_temperature: tl.float64,
     MASKED: tl.constexpr,
-    ON_LOGPROB: tl.constexpr,
-    ON_ENTROPY: tl.constexpr,
+    GRAD_LOGPROB: tl.constexpr,
+    GRAD_ENTROPY: tl.constexpr,
     SCALED: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -108,8 +107,8 @@ def _backward_kernel(
     at = tl.arange(0, BLOCK)
     out_row = out_ptr + row_address(row, inner, out_outer_stride, out_inner_stride)
     factor = tl.full((), log2e_over_temperature, DTYPE)
-    on_logprob = factor * 0.0
-    on_entropy = factor * 0.0
+    grad_logprob = factor * 0.0
+    grad_entropy = factor * 0.0
     target = 0
     valid = True
     if MASKED:
@@ -119,39 +118,39 @@ def _backward_kernel(
         scale = factor * LN2  # 1 / temperature
         if SCALED:
             scale *= (tl.load(scale_ptr) / tl.load(divisor_ptr)).to(DTYPE)
-        if ON_LOGPROB:
-            # a target of -inf is a constant
-            possible = tl.load(stats_ptr + LOGPROB * rows + row) > float("-inf")
-            on_logprob = tl.where(possible, tl.load(on_logprob_ptr + row).to(DTYPE) * scale, 0.0)
-        if ON_ENTROPY:
-            on_entropy = tl.load(on_entropy_ptr + row).to(DTYPE) * scale
-    if (on_logprob == 0.0) & (on_entropy == 0.0):
-        nothing = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
+        if GRAD_LOGPROB:
+            # a target whose logit is -inf has no gradient
+            finite = tl.load(stats_ptr + LOGPROB * rows + row) > float("-inf")
+            grad_logprob = tl.where(finite, tl.load(grad_logprob_ptr + row).to(DTYPE) * scale, 0.0)
+        if GRAD_ENTROPY:
+            grad_entropy = tl.load(grad_entropy_ptr + row).to(DTYPE) * scale
+    if (grad_logprob == 0.0) & (grad_entropy == 0.0):
+        zeros = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
         for start in range(0, columns, BLOCK):
-            tl.store(out_row + start + at, nothing, mask=start + at < columns)
+            tl.store(out_row + start + at, zeros, mask=start + at < columns)
     else:
         shift = tl.load(stats_ptr + SHIFT * rows + row)
         total = tl.load(stats_ptr + TOTAL * rows + row)
         # d/dx of logp is onehot - p, of H is -p (log p + H); p = e / total and log p = d ln 2 - log total
-        flat = -on_logprob / total
-        steep = factor * 0.0
-        at_target = on_logprob * (tl.load(stats_ptr + OFF * rows + row) / total)
-        if ON_ENTROPY:
+        exp_coef = -grad_logprob / total
+        term_coef = factor * 0.0
+        at_target = grad_logprob * (tl.load(stats_ptr + OFF * rows + row) / total)
+        if GRAD_ENTROPY:
             entropy = tl.load(stats_ptr + ENTROPY * rows + row)
             logprob = tl.load(stats_ptr + LOGPROB * rows + row)
-            flat += on_entropy * (tl.log(total) - entropy) / total
-            steep = -on_entropy * LN2 / total
+            exp_coef += grad_entropy * (tl.log(total) - entropy) / total
+            term_coef = -grad_entropy * LN2 / total
             logprob = tl.where(logprob < FAR, FAR, logprob)
-            at_target -= on_entropy * tl.exp(logprob) * (logprob + entropy)
+            at_target -= grad_entropy * tl.exp(logprob) * (logprob + entropy)
         row_ptr = logits_ptr + row_address(row, inner, outer_stride, inner_stride)
         for start in range(0, columns, BLOCK):
             inside = start + at < columns
             x = tl.load(row_ptr + start + at, mask=inside, other=0.0, eviction_policy="evict_first").to(DTYPE)
             d = (x - shift) * factor
-            if ON_ENTROPY:
-                g = tl.exp2(d) * (flat + steep * tl.where(d < FAR, FAR, d))
+            if GRAD_ENTROPY:
+                g = tl.exp2(d) * (exp_coef + term_coef * tl.where(d < FAR, FAR, d))
             else:
-                g = tl.exp2(d) * flat
+                g = tl.exp2(d) * exp_coef
             if (target >= start) & (target < start + BLOCK):
                 g = tl.where(at == target - start, at_target, g)
             tl.store(out_row + start + at, g.to(out_ptr.dtype.element_ty), mask=inside)
@@ -168,8 +167,7 @@ def forward(
     stats = logits.new_empty(STATS, count, dtype=dtype)
     if count == 0:
         return logprobs, entropies, stats
-    logits, strides = with_strides(logits)
-    block = block_for(columns, logits.element_size(), strides.outer_stride, strides.inner_stride, cut=FORWARD)
+    logits, strides, block = strided_rows(logits, FORWARD)
     targets = per_row(targets)
     with torch.cuda.device_of(logits):
         _forward_kernel[(count,)](
@@ -183,14 +181,10 @@ def forward(
             columns,
             *strides,
             LOG2E / temperature,
-            num_warps=block.warps,
-            num_stages=2,
             MASKED=mask is not None,
             WITH_ENTROPY=entropy,
             DTYPE=accumulator(logits.dtype),
-            UNROLL=block.unroll,
-            THREADS=block.threads,
-            VECTOR=block.vector,
+            **block.options(),
         )
     return logprobs, entropies, stats
 
@@ -200,8 +194,8 @@ def backward(
     targets: Tensor,
     mask: Tensor | None,
     stats: Tensor,
-    on_logprobs: Tensor | None,
-    on_entropies: Tensor | None,
+    grad_logprobs: Tensor | None,
+    grad_entropies: Tensor | None,
     temperature: float,
     *,
     scale: tuple[Tensor, Tensor] | None = None,
@@ -215,13 +209,12 @@ def backward(
     into = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if out is None else out
     if count == 0:
         return into
-    source, strides = with_strides(logits)
+    source, strides, block = strided_rows(logits, BACKWARD)
     if out is None or row_strides(out) is None:
         written = into if out is None else torch.empty_like(source)
         out_strides = RowStrides(strides.inner, strides.inner * columns, columns)
     else:
         written, out_strides = out, strides
-    block = block_for(columns, logits.element_size(), strides.outer_stride, strides.inner_stride, cut=BACKWARD)
     targets = per_row(targets)
     with torch.cuda.device_of(source):
         _backward_kernel[(count,)](
@@ -230,8 +223,8 @@ def backward(
             targets,
             targets if mask is None else per_row(mask),
             stats,
-            stats if on_logprobs is None else per_row(on_logprobs),
-            stats if on_entropies is None else per_row(on_entropies),
+            stats if grad_logprobs is None else per_row(grad_logprobs),
+            stats if grad_entropies is None else per_row(grad_entropies),
             stats if scale is None else scale[0],
             stats if scale is None else scale[1],
             count,
@@ -242,8 +235,8 @@ def backward(
             num_warps=block.warps,
             num_stages=2,
             MASKED=mask is not None,
-            ON_LOGPROB=on_logprobs is not None,
-            ON_ENTROPY=on_entropies is not None,
+            GRAD_LOGPROB=grad_logprobs is not None,
+            GRAD_ENTROPY=grad_entropies is not None,
             SCALED=scale is not None,
             DTYPE=accumulator(logits.dtype),
             BLOCK=block.unroll * block.threads * block.vector,

@@ -1,7 +1,7 @@
 """Forward-only linear_logprobs in Triton: logits stay on chip, one tile at a time.
 
-A program takes a block of rows and a part of the vocabulary, tile by tile: product, head, online softmax. It writes its
-results to `partials`; a second kernel combines the parts of each row in a fixed order.
+A program takes a block of rows and a split of the vocabulary. For each tile of it: product, head, online softmax. It
+writes its results to `partials`. A second kernel combines the splits of each row in a fixed order.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .tuning import TileConfig, config_for, config_on, tiles_per_program
 
 __all__ = ["TileConfig", "config_for", "tiled_statistics"]
 
-# A finite -inf: NEVER - NEVER and 0 * NEVER are 0, where infinities give NaN. The sum of a part that has only NEVER is
-# meaningless, and exp(NEVER - any true logit) = 0 removes it from the row's.
-NEVER = tl.constexpr(-1e30)
-BARELY = tl.constexpr(-1e29)  # what is below is NEVER
-COMBINED = 32  # rows of a program that combines parts
+# A finite -inf: MINUS_INF - MINUS_INF and 0 * MINUS_INF are 0, where infinities give NaN. A split whose logits are all
+# MINUS_INF has a meaningless sum. exp(MINUS_INF - any other logit) = 0 removes it from the row's sum.
+MINUS_INF = tl.constexpr(-1e30)
+LEAST_LOGIT = tl.constexpr(-1e29)  # anything below is MINUS_INF
+COMBINED_ROWS = 32  # of a program of the second kernel
 
 
 def tiled_statistics(
@@ -41,19 +41,19 @@ def tiled_statistics(
     z = Head(hidden @ weight.T);  logp = z_y - logsumexp z;  H = -sum_v p_v log p_v;  log sum_v p_v^2
 
     The online softmax is that of "Online normalizer calculation for softmax", Milakov and Gimelshein, 2018,
-    https://arxiv.org/abs/1805.02867, with the target's column left out and put back at the end: 1 - p_y is then a sum,
-    never 1 minus something.
+    https://arxiv.org/abs/1805.02867, with the target's column left out and added at the end: 1 - p_y is then a sum and
+    not 1 minus p_y.
 
     Args:
         hidden: `[n, D]`, bf16, fp16 or fp32, any strides.
         weight: `[V, D]`, hidden's dtype, any strides.
         targets: integer `[n]`, ids from 0 to V - 1; an id outside gives NaN.
-        head: what lies between the product and the softmax.
+        head: the transform between the product and the softmax.
         entropy, sum_sq: whether to compute the second and the third result.
-        config, splits: the tile and the number of shares of the vocabulary, if not those of the device's table.
+        config, splits: the tile and the number of splits of the vocabulary; None: from `tuning`.
 
     Returns:
-        fp32 `[n]` each in nats; the last two None unless asked for. A forbidden target gives -inf.
+        fp32 `[n]` each in nats; the last two None if not requested. A forbidden target gives -inf.
 
     Raises:
         TypeError: for fp64 or for unequal dtypes. ValueError: for a card below compute capability 8.0.
@@ -61,7 +61,7 @@ def tiled_statistics(
     if hidden.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise TypeError(
             f"hidden has dtype {hidden.dtype}, expected bfloat16, float16 or float32: the tile's accumulator is fp32, "
-            "so float64 would come out no better; use the torch backend"
+            "so float64 would gain no precision; use the torch backend"
         )
     if weight.dtype != hidden.dtype:
         raise TypeError(f"weight has dtype {weight.dtype}, expected {hidden.dtype} like hidden")
@@ -71,11 +71,10 @@ def tiled_statistics(
     per_split = triton.cdiv(tiles, splits) if splits else tiles_per_program(row_blocks, tiles, config)
     splits = triton.cdiv(tiles, per_split)
 
-    results = [hidden.new_empty(n, dtype=torch.float32) if want else None for want in (True, entropy, sum_sq)]
-    logprobs, h, lssp = results
-    assert logprobs is not None
+    logprobs = hidden.new_empty(n, dtype=torch.float32)
+    entropies, log_sum_sq = (torch.empty_like(logprobs) if wanted else None for wanted in (entropy, sum_sq))
     if n == 0:
-        return logprobs, h, lssp
+        return logprobs, entropies, log_sum_sq
     targets = targets.contiguous()
     partials = hidden.new_empty(2 + entropy + sum_sq, splits, n, dtype=torch.float32)
     target_logits = hidden.new_empty(n, dtype=torch.float32)
@@ -111,26 +110,26 @@ def tiled_statistics(
             UPCAST=interpreted(),
             **flags(head),
         )
-    shares, rows = triton.next_power_of_2(splits), COMBINED
+    padded_splits, rows = triton.next_power_of_2(splits), COMBINED_ROWS
     with torch.cuda.device_of(partials):
         _combine_kernel[(triton.cdiv(n, rows),)](
             partials,
             target_logits,
             targets,
             logprobs,
-            logprobs if h is None else h,
-            logprobs if lssp is None else lssp,
+            logprobs if entropies is None else entropies,
+            logprobs if log_sum_sq is None else log_sum_sq,
             n,
             v,
             splits,
-            num_warps=max(1, min(8, shares * rows // 512)),
+            num_warps=max(1, min(8, padded_splits * rows // 512)),
             num_stages=2,
             ROWS=rows,
-            SHARES=shares,
+            SPLITS=padded_splits,
             ENTROPY=entropy,
             SUM_SQ=sum_sq,
         )
-    return logprobs, h, lssp
+    return logprobs, entropies, log_sum_sq
 
 
 def scales(head: Head) -> tuple[float, float]:
@@ -141,7 +140,7 @@ def scales(head: Head) -> tuple[float, float]:
 
 
 def flags(head: Head) -> dict[str, bool]:
-    """The parts of the head that exist, as compile-time arguments of `transform`."""
+    """Which steps of the head there are, as compile-time arguments of `transform`."""
     return {
         "BIAS": head.bias is not None,
         "SCALED": head.softcap is not None or head.factor != 1.0,
@@ -151,29 +150,29 @@ def flags(head: Head) -> dict[str, bool]:
 
 
 @triton.jit
-def alive(forbidden, cols, vocabulary, FORBIDDEN: tl.constexpr):
-    """Which columns are in the softmax."""
-    live = cols < vocabulary
+def allowed_columns(forbidden, cols, vocabulary, FORBIDDEN: tl.constexpr):
+    """Mask of the columns that are in the softmax: inside the vocabulary and not forbidden."""
+    allowed = cols < vocabulary
     if FORBIDDEN:
-        live = live & (tl.load(forbidden + cols, mask=live, other=1) == 0)
-    return live
+        allowed = allowed & (tl.load(forbidden + cols, mask=allowed, other=1) == 0)
+    return allowed
 
 
 @triton.jit
-def transform(z, bias, live, inner, outer, BIAS: tl.constexpr, SCALED: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Head.transform on chip; `bias` may be anything where there is none."""
+def transform(z, bias, allowed, inner, outer, BIAS: tl.constexpr, SCALED: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Head.transform on chip. `bias` is not read without BIAS."""
     if BIAS:
         z = z + bias
     if SCALED:
         z = z * inner
     if SOFTCAP:
         z = tanh(z) * outer
-    return tl.where(live, z, NEVER)
+    return tl.where(allowed, z, MINUS_INF)
 
 
 @triton.jit
 def index(at, SIZE: tl.constexpr, STRIDE: tl.constexpr):
-    """at * STRIDE for at < SIZE, in no more bits than it needs."""
+    """at * STRIDE for at < SIZE, in 32 bits if they are enough."""
     if SIZE * STRIDE >= 1 << 30:
         at = at.to(tl.int64)
     return at * STRIDE
@@ -218,8 +217,9 @@ def _tiles_kernel(
     row = (first + local % here) * ROWS
     split = local // here
 
-    # Rows and columns past the end read the last one instead: loads without a mask. Padding columns leave the softmax
-    # through `alive`, padding rows are never stored. Offsets of tiles are 64 bits, inside a tile 32 if strides allow.
+    # Rows and columns past the end read the last one instead, so loads have no mask. `allowed_columns` removes padding
+    # columns from the softmax, and padding rows are never stored. Offsets of tiles have 64 bits, inside a tile 32 if
+    # strides allow.
     k = tl.arange(0, DEPTH)
     rows = tl.arange(0, ROWS)
     inside = rows < n - row
@@ -229,7 +229,7 @@ def _tiles_kernel(
     targets += row
     target_logits += row
 
-    top = tl.full((ROWS,), NEVER, tl.float32)
+    top = tl.full((ROWS,), MINUS_INF, tl.float32)
     off = tl.zeros((ROWS,), tl.float32)
     moment = tl.zeros((ROWS,), tl.float32)
     square = tl.zeros((ROWS,), tl.float32)
@@ -255,19 +255,19 @@ def _tiles_kernel(
             h += DEPTH * H_COL
             w += DEPTH * W_COL
 
-        # Recomputed in each tile: kept, they would take registers from the product.
+        # Loaded again in each tile: the product needs the registers that they would occupy.
         cols = column + tl.arange(0, COLUMNS)
         y = tl.load(targets + rows, mask=inside, other=-1).to(tl.int32)
-        live = alive(forbidden, cols, vocabulary, FORBIDDEN)
+        allowed = allowed_columns(forbidden, cols, vocabulary, FORBIDDEN)
         shift = 0.0
         if BIAS:
             shift = tl.load(bias + cols, mask=cols < vocabulary, other=0.0).to(tl.float32)[None, :]
-        z = transform(z, shift, live[None, :], inner, outer, BIAS, SCALED, SOFTCAP)
+        z = transform(z, shift, allowed[None, :], inner, outer, BIAS, SCALED, SOFTCAP)
         target = cols[None, :] == y[:, None]
         z_y = tl.sum(tl.where(target, z, 0.0), 1)
         tl.store(target_logits + rows, z_y, mask=inside & (y >= column) & (y < column + COLUMNS))
 
-        z = tl.where(target, NEVER, z)
+        z = tl.where(target, MINUS_INF, z)
         higher = tl.maximum(top, tl.max(z, 1))
         shrink = tl.exp(top - higher)
         z -= higher[:, None]
@@ -301,20 +301,20 @@ def _combine_kernel(
     vocabulary,
     splits,
     ROWS: tl.constexpr,
-    SHARES: tl.constexpr,
+    SPLITS: tl.constexpr,
     ENTROPY: tl.constexpr,
     SUM_SQ: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    share = tl.arange(0, SHARES).to(tl.int64)
-    at = partials + share[:, None] * n + rows[None, :]
-    inside = (share < splits)[:, None] & (rows < n)[None, :]
+    split = tl.arange(0, SPLITS).to(tl.int64)
+    at = partials + split[:, None] * n + rows[None, :]
+    inside = (split < splits)[:, None] & (rows < n)[None, :]
     quantity = tl.cast(splits, tl.int64) * n
 
     y = tl.load(targets + rows, mask=rows < n, other=0)
     valid = (rows < n) & (y >= 0) & (y < vocabulary)
     z_y = tl.load(target_logits + rows, mask=valid, other=float("nan"))
-    tops = tl.load(at, mask=inside, other=NEVER)
+    tops = tl.load(at, mask=inside, other=MINUS_INF)
     offs = tl.load(at + quantity, mask=inside, other=0.0)
 
     top = tl.maximum(tl.max(tops, 0), z_y)
@@ -323,10 +323,10 @@ def _combine_kernel(
     off = tl.sum(weights * offs, 0)
     e_y = tl.exp(z_y - top)
     total = off + e_y
-    # Where the target is the largest its e is 1, and what is off it may be far too small to be added to 1.
+    # If the target is the largest logit its e is 1, and `off` may be too small to be added to 1.
     log_total = tl.where(z_y == top, log1p(off), log(total))
     logp = (z_y - top) - log_total
-    tl.store(logprobs + rows, tl.where(z_y < BARELY, float("-inf"), logp), mask=rows < n)
+    tl.store(logprobs + rows, tl.where(z_y < LEAST_LOGIT, float("-inf"), logp), mask=rows < n)
     if ENTROPY:
         moments = tl.load(at + 2 * quantity, mask=inside, other=0.0)
         moment = tl.sum(weights * (moments + offs * below), 0) + e_y * (z_y - top)

@@ -1,11 +1,11 @@
 """Tile sizes: of the linear path by device (`TABLE`), and of the tiled Triton kernel by GPU (`_CARDS`).
 
-The linear path multiplies the head over tiles of `rows` tokens by `columns` of the vocabulary:
+The linear path multiplies with the head in tiles of `rows` tokens by `columns` of the vocabulary:
 
 - chunked      A tile has all columns: few, large products. The softmax is complete after one tile, so a token whose
                coefficient is zero needs no second product.
 - low_memory   A tile has some of the columns. The softmax is kept online from tile to tile, as flash attention does
-               over keys. This is the smallest workspace, and each part of the head is read once for both products.
+               over keys. The workspace is the smallest, and each part of the head is read once for both products.
 - tiled        Forward passes only, on Triton: the logits stay on the chip.
 
 The argument `chunk_tokens` of a linear function sets `rows` for one call. `with tuning.override(...)` sets everything
@@ -40,20 +40,20 @@ class TileSizes:
 
 @dataclass(frozen=True)
 class Choice:
-    """A line of the table: the default implementation on one kind of device, and the sizes of each."""
+    """A row of `TABLE`: a device's default implementation, and the tile sizes of chunked and of low_memory."""
 
     default: str
-    row_bytes: int  # of a chunk of logits
-    least_rows: int  # with fewer, a product is bound by reading the head
-    most_rows: int
-    tile_rows: int
-    tile_columns: int
+    row_bytes: int  # chunked: bytes of a chunk of logits
+    least_rows: int  # chunked: with fewer, a product is bound by reading the head
+    most_rows: int  # chunked
+    tile_rows: int  # low_memory
+    tile_columns: int  # low_memory
 
 
-# CPU: benchmarks/results/cpu-2-cores/. Tiles of 2048 x 2048 logits (16 MiB) run both products at the rate of the bare
-# ones and read each part of the head once; chunks of the same memory read all of it every 200 tokens.
-# CUDA: not measured yet; from arithmetic. At 256 rows the second product fills a quarter of a large chip, at 1024
-# nearly all of it, and 2048 x 4096 logits stay in a 50 MB cache between product and pass.
+# CPU: measured (benchmarks/results/cpu-2-cores/). With tiles of 2048 x 2048 logits (16 MiB) both products are as fast
+# as bare GEMMs and read each part of the head once. Chunks of as much memory read the whole head every 200 tokens.
+# CUDA: calculated, not measured yet. With 256 rows the second product fills a quarter of a large GPU, with 1024 nearly
+# all of it. 2048 x 4096 logits stay in a 50 MB cache between product and softmax.
 TABLE: dict[str, Choice] = {
     "cpu": Choice(LOW_MEMORY, 48 << 20, 64, 1 << 20, 2048, 2048),
     "cuda": Choice(CHUNKED, 512 << 20, 256, 1024, 2048, 4096),
@@ -71,9 +71,9 @@ def override(
     The backward of a trained head computes the logits again. It reads the override that is active when it runs.
 
     Args:
-        implementation: "chunked", "low_memory" or "tiled". "tiled" forms no gradients: where one is needed, and where
-            Triton does not run, it means "chunked".
-        rows: tokens of a tile, 1 or more. The argument `chunk_tokens` of a function goes before it.
+        implementation: "chunked", "low_memory" or "tiled". "tiled" has no gradient: where one is needed, and where
+            Triton does not run, "chunked" runs instead.
+        rows: tokens of a tile, 1 or more. The argument `chunk_tokens` of a function overrides it.
         columns: vocabulary columns of a tile, 1 or more; used by low_memory.
 
     Raises:
@@ -98,19 +98,19 @@ def choose(
     """The tile sizes for logits of `dtype` on `device`.
 
     Args:
-        only: the one implementation that can do what is asked for.
-        chunk_tokens: rows of a tile, if not those of the table.
+        only: an implementation that overrides the default and the environment.
+        chunk_tokens: rows of a tile; None: from the override, the environment or the table.
     """
     choice = TABLE.get(device.type, TABLE["cuda"])
-    asked = _overrides[-1] if _overrides else _environment()
-    implementation = only or str(asked.get("implementation", choice.default))
+    settings = _overrides[-1] if _overrides else _environment()
+    implementation = only or str(settings.get("implementation", choice.default))
     columns: int | None
     if implementation == LOW_MEMORY:
-        rows, columns = choice.tile_rows, int(asked.get("columns", choice.tile_columns))
+        rows, columns = choice.tile_rows, int(settings.get("columns", choice.tile_columns))
     else:
         rows, columns = choice.row_bytes // (vocabulary * dtype.itemsize), None
         rows = min(choice.most_rows, max(choice.least_rows, rows))
-    return TileSizes(implementation, chunk_tokens or int(asked.get("rows", rows)), columns)
+    return TileSizes(implementation, chunk_tokens or int(settings.get("rows", rows)), columns)
 
 
 def columns_of(sizes: TileSizes, vocabulary: int, tokens: int) -> int:
@@ -118,32 +118,32 @@ def columns_of(sizes: TileSizes, vocabulary: int, tokens: int) -> int:
     if sizes.columns is None:
         return vocabulary
     rows = max(1, min(sizes.rows, tokens))
-    more = sizes.columns * sizes.rows // rows // ALIGNED * ALIGNED
-    return min(vocabulary, max(sizes.columns, more))
+    widened = sizes.columns * sizes.rows // rows // ALIGNED * ALIGNED
+    return min(vocabulary, max(sizes.columns, widened))
 
 
 def _environment() -> dict[str, str | int]:
-    named = {"implementation": "ONECARD_LINEAR", "rows": "ONECARD_ROWS", "columns": "ONECARD_COLUMNS"}
-    return _checked({name: os.environ[variable] for name, variable in named.items() if os.environ.get(variable)})
+    variables = {"implementation": "ONECARD_LINEAR", "rows": "ONECARD_ROWS", "columns": "ONECARD_COLUMNS"}
+    return _checked({name: os.environ[variable] for name, variable in variables.items() if os.environ.get(variable)})
 
 
-def _checked(asked: dict[str, str | int]) -> dict[str, str | int]:
-    implementation = asked.get("implementation")
+def _checked(settings: dict[str, str | int]) -> dict[str, str | int]:
+    implementation = settings.get("implementation")
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation is {implementation!r}, expected one of {', '.join(map(repr, IMPLEMENTATIONS))}"
         )
     for name in ("rows", "columns"):
-        if name in asked and (not str(asked[name]).isdecimal() or int(asked[name]) < 1):
-            raise ValueError(f"{name} is {asked[name]!r}, expected a whole number of 1 or more")
-    return asked
+        if name in settings and (not str(settings[name]).isdecimal() or int(settings[name]) < 1):
+            raise ValueError(f"{name} is {settings[name]!r}, expected a whole number of 1 or more")
+    return settings
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The tiled Triton kernel: tile of a program, and how much of the vocabulary a program takes.
+# The tiled Triton kernel: the tile of a program, and the number of tiles that a program takes.
 
-MAX_SPLITS = 256  # one block of the second kernel holds all parts of its rows
-START = 0.1  # time to fill the pipeline and write the partial results, in tiles
+MAX_SPLITS = 256  # one block of the second kernel holds all splits of its rows
+START = 0.1  # time to fill the pipeline and to write the partial results, in units of a tile's time
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,9 @@ class TileConfig:
 
 
 # Sizes are limited by shared memory (99 KiB at 8.6, 8.9 and 12.0; 163 at 8.0; 227 at 9.0 and 10.0; 64 on AMD) and by
-# registers: an accumulator of 128 per thread leaves just enough for the softmax, and little for the rest of the head.
-# Two small programs on one multiprocessor hide each other's softmax. Hopper's and Blackwell's tensor cores need a wide
-# tile, which reads less per product.
+# registers: an accumulator of 128 per thread leaves enough for the softmax, and few for bias, softcap and forbidden.
+# With two small programs on one multiprocessor, one multiplies while the other computes its softmax. Hopper's and
+# Blackwell's tensor cores need a wide tile, which reads less per product.
 _PAIR = TileConfig(128, 128, 32, warps=4, stages=4, at_once=2, multiprocessors=128)
 _SINGLE = replace(_PAIR, warps=8, at_once=1)
 _DEEP = replace(_SINGLE, depth=64)
@@ -177,7 +177,7 @@ _FULL = TileConfig(64, 64, 32, warps=8, stages=3, at_once=2, multiprocessors=128
 
 @dataclass(frozen=True)
 class _Card:
-    """`tile` is for heads with at most `extras` of bias, softcap and forbidden tokens; with more it would spill."""
+    """`tile` is for heads with at most `extras` of bias, softcap and forbidden; with more it would spill: `other`."""
 
     tile: TileConfig
     extras: int
@@ -185,7 +185,7 @@ class _Card:
     multiprocessors: int
 
 
-# By compute capability. Multiprocessors are those of the largest such GPU; a GPU that is there is asked.
+# By compute capability. The multiprocessors are those of the largest such GPU; `config_on` takes a real GPU's.
 _CARDS: dict[tuple[int, int], _Card] = {
     (8, 0): _Card(_PAIR, 0, _SINGLE, 108),
     (8, 6): _Card(_PAIR, 0, _SINGLE, 84),
@@ -198,9 +198,9 @@ _CARDS: dict[tuple[int, int], _Card] = {
 
 
 def config_for(capability: tuple[int, int], dtype: torch.dtype, head: Head, sums: int = 0) -> TileConfig:
-    """The tile for a compute capability. Versions that are not in the table take the nearest one below.
+    """The tile for a compute capability; one that is not in the table takes the nearest below.
 
-    sums: how many of the entropy and the sum of squares are asked for.
+    sums: 0 to 2, how many of entropy and sum of squares are computed.
     """
     if capability < (8, 0):
         raise ValueError(
@@ -209,23 +209,23 @@ def config_for(capability: tuple[int, int], dtype: torch.dtype, head: Head, sums
         )
     card = _CARDS[max(c for c in _CARDS if c <= capability)]
     extras = sum(part is not None for part in (head.bias, head.softcap, head.forbidden)) + (2 if sums == 2 else 0)
-    low = card.tile if extras <= card.extras else card.other
-    return replace(_FULL if dtype == torch.float32 else low, multiprocessors=card.multiprocessors)
+    sixteen_bit = card.tile if extras <= card.extras else card.other
+    return replace(_FULL if dtype == torch.float32 else sixteen_bit, multiprocessors=card.multiprocessors)
 
 
 def config_on(device: torch.device, dtype: torch.dtype, head: Head, sums: int) -> TileConfig:
     if device.type != "cuda":
         return config_for((9, 0), dtype, head, sums)
-    found = torch.cuda.get_device_properties(device)
-    config = config_for((found.major, found.minor), dtype, head, sums)
-    return replace(config, multiprocessors=found.multi_processor_count)
+    properties = torch.cuda.get_device_properties(device)
+    config = config_for((properties.major, properties.minor), dtype, head, sums)
+    return replace(config, multiprocessors=properties.multi_processor_count)
 
 
 @cache
 def tiles_per_program(row_blocks: int, tiles: int, config: TileConfig) -> int:
     """Tiles of the vocabulary for each program, so that the last wave of programs is nearly full.
 
-    Where there are several groups of row blocks, one group alone fills the GPU: its rows then stay in the L2 cache.
+    With several groups of row blocks, each group alone fills the GPU, so that its rows stay in the L2 cache.
     """
     slots = config.multiprocessors * config.at_once
     fill = _ceil(slots, config.group) if row_blocks > config.group else 1

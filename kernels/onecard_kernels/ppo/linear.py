@@ -2,8 +2,8 @@
 
 A token's coefficient, dL/dlogp, is known as soon as its log-probability is. So the forward computes the gradients too,
 from the same tile of logits, and the backward scales them: two products with a frozen head, three with a trained one.
-A token whose coefficient is 0 has one product: always if its advantage or weight is 0, and if it is clipped only where
-a tile has whole rows of logits (chunked). With whole rows the entropy bonus has no product of its own.
+A token whose advantage or weight is 0 has one product. Where a tile has whole rows of logits (chunked), a clipped token
+has one product too, and the entropy bonus needs no product of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..double_backward import no_double_backward, no_forward_ad
 from ..logprob import matmul
 from ..logprob.online_softmax import (
     LogitGrad,
+    Statistics,
     TileOutputs,
     add_gradients,
     derivative_,
@@ -35,6 +36,7 @@ from .options import (
     OPTIONS_SCHEMA,
     SUMS,
     PolicyOptions,
+    PolicyTerms,
     PolicyTokens,
     dtype_of,
     metrics_of,
@@ -81,18 +83,18 @@ def linear_ppo_loss(
         hidden: `[..., D]`, `[B, T, D]` or packed `[tokens, D]`.
         weight: `[V, D]`. Autocast acts on both as in `linear_logprobs`.
         targets: `[...]`, integer ids; `targets[t]` is the token that `hidden[t]` predicts. Any value (such as -100)
-            where mask is 0.
+            is allowed where mask is 0.
         old_logprobs, advantages, mask: `[...]`, see `ppo_loss`.
         bias, temperature, logit_scale, softcap, forbidden: the head, see `linear_logprobs`.
-        clip_low ... normalizer: see `ppo_loss`. The entropy has a gradient only if entropy_coef is not 0; that costs
-            one more GEMM in low memory, none in chunks (`logprob.tuning`).
+        clip_low ... normalizer: see `ppo_loss`. The entropy has a gradient only if entropy_coef is not 0. That gradient
+            costs one more GEMM in low_memory and none in chunked (`logprob.tuning`).
         backend: "auto", "triton" or "torch".
         chunk_tokens: see `linear_logprobs`.
 
     Returns:
         Loss, fp32 (fp64 if any floating point input is), with the metrics of `ppo_loss` and policy/entropy. Gradients
-        are computed in the forward: two GEMMs with a frozen head, three with a trained one, and one for tokens whose
-        advantage or weight is 0 (in chunks also for clipped ones).
+        are computed in the forward: two GEMMs with a frozen head, three with a trained one. A token whose advantage or
+        weight is 0 has one GEMM; in chunked, a clipped one too.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
@@ -105,16 +107,16 @@ def linear_ppo_loss(
     normalizer = checks.normalizer(normalizer)
     checks.integer("targets", targets)
     tokens.check("targets", targets, options)
-    checks.linear(hidden, weight, targets, head, mask)
+    checks.linear(hidden, weight, targets, head, None)  # the mask is checked
     chunk_tokens = checks.chunk_tokens(chunk_tokens)
     dispatch.resolve("linear_logprobs", backend, hidden.device)
     hidden, weight = matmul.under_autocast(hidden, weight)
-    learns = torch.is_grad_enabled()
+    with_grad = torch.is_grad_enabled()
     total, sums, *_ = linear_ppo(
         *(hidden, weight, targets, *tokens.detached()),
         *(head.bias, head.forbidden, head.temperature, head.logit_scale, head.softcap),
         *options,
-        [learns and x is not None and x.requires_grad for x in (hidden, weight, bias)],
+        [with_grad and x is not None and x.requires_grad for x in (hidden, weight, bias)],
         *(backend, chunk_tokens),
     )
     divisor = divisor_of(normalizer, sums[-1].detach().clamp(min=1.0), total.dtype)
@@ -146,86 +148,58 @@ def linear_ppo(
     softcap: float | None,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the summed loss, the other sums in the order of SUMS, and gradients of the loss: hidden, weight, bias.
+    """Returns the summed loss, the other sums in the order of SUMS, and the gradients of hidden, weight and bias.
 
-    They are not divided by the normalizer. A gradient that is not needed is an empty tensor.
+    None is divided by the normalizer. A gradient that is not needed is an empty tensor.
     """
     options, (needs, backend, *more) = PolicyOptions(*rest[:OPTIONS]), rest[OPTIONS:]
+    differentiable, trained = any(needs), needs[1] or needs[2]
     with matmul.without_autocast(hidden):
         tokens = PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights)
-        dtype = tokens.dtype_with(hidden, weight)
-        rows, active = _active_rows_first(Rows(targets.shape, mask), tokens, options)
-        y = rows.select_valid(targets).long()
+        loss_dtype, dtype = tokens.dtype_with(hidden, weight), result_dtype(hidden.dtype, weight.dtype)
+        rows, num_active = _active_rows_first(Rows(targets.shape, mask), tokens, options)
+        tokens, y = tokens.select_valid(rows), rows.select_valid(targets).long()
         checks.ids(y, weight.shape[0])
-        head, needed = Head(bias, temperature, logit_scale, softcap, forbidden), (needs[0], needs[1], needs[2])
-        sums, grads = _sweep_rows(
-            *(hidden, weight, y, rows, active, head, tokens.picked(rows), options, needed, backend),
-            chunk_tokens=more[0] if more else None,
+        head = Head(bias, temperature, logit_scale, softcap, forbidden)
+        # The gradient of a trained head needs each token's coefficient: known only if a tile has whole rows of logits.
+        only, chunk_tokens = CHUNKED if trained else None, more[0] if more else None
+        sizes = choose(weight.shape[0], dtype, hidden.device, only=only, chunk_tokens=chunk_tokens)
+        # With a trained head dL/dz is formed in fp32 and cast; with a frozen one the exponentials are the operand.
+        exp_operand, entropy_term = differentiable and not trained, differentiable and options.entropy_in_loss
+        tiles = HeadTiles(
+            hidden, weight, head, rows.count, sizes, backend, exp_operand=exp_operand, entropy_term=entropy_term
         )
+        assert tiles.has_whole_rows or not trained
+        policy_terms = dispatch.implementation("policy_terms", backend, hidden.device)
+        grads = Gradients(hidden, weight, rows, needs, dtype, stored_gradient_dtype(hidden.dtype))
+        outputs = TileOutputs(moment=True, exponentials=differentiable)
+        totals = None
+        for piece in (*rows.chunks(tiles.rows, 0, num_active), *rows.chunks(tiles.rows, num_active)):
+            h, with_grad = rows.take(hidden, piece).to(tiles.operand), differentiable and piece.start < num_active
+            sweep_sums = exp_operand and with_grad and not tiles.has_whole_rows
+            stats, sum_exp, sum_term = tiles.sweep(h, y[piece], outputs, sums=sweep_sums)
+            terms = policy_terms(stats.logprobs, stats.entropy, tokens.part(piece), options)
+            totals = terms.totals if totals is None else totals + terms.totals
+            if with_grad:
+                _add_gradients(grads, piece, tiles, h, y[piece], stats, sum_exp, sum_term, terms, options)
+            del h, stats, sum_exp, sum_term, terms  # or they would live through the next sweep and the scatter
+        del tiles, tokens
+        sums = hidden.new_zeros(len(SUMS), dtype=dtype) if totals is None else totals
         grad_hidden, grad_weight, grad_bias = (
             hidden.new_empty(0) if x is None else x
             for x in (None if grads.hidden is None else rows.scatter(grads.hidden), grads.weight, grads.bias)
         )
-        return sums[0].to(dtype, copy=True), sums[1:].to(dtype, copy=True), grad_hidden, grad_weight, grad_bias
-
-
-def _sweep_rows(
-    hidden: Tensor,
-    weight: Tensor,
-    y: Tensor,
-    rows: Rows,
-    active: int,
-    head: Head,
-    tokens: PolicyTokens,
-    options: PolicyOptions,
-    needed: tuple[bool, bool, bool],
-    backend: str,
-    *,
-    chunk_tokens: int | None,
-) -> tuple[Tensor, Gradients]:
-    """`linear_ppo` of the valid tokens; `tokens` has them flat. Rows from `active` on have no gradient."""
-    trained = needed[1] or needed[2]
-    # The gradient of a trained head needs each token's coefficient: known only if a tile has whole rows of logits.
-    dtype, only = result_dtype(hidden.dtype, weight.dtype), CHUNKED if trained else None
-    sizes = choose(weight.shape[0], dtype, hidden.device, only=only, chunk_tokens=chunk_tokens)
-    # With a trained head dL/dz is formed in fp32 and cast; with a frozen one the exponentials are the operand.
-    exp_operand, with_entropy = any(needed) and not trained, any(needed) and options.entropy_in_loss
-    tiles = HeadTiles(
-        hidden, weight, head, rows.count, sizes, backend, exp_operand=exp_operand, entropy_term=with_entropy
-    )
-    assert tiles.has_whole_rows or not trained
-    policy_terms = dispatch.implementation("policy_terms", backend, hidden.device)
-    grads = Gradients(hidden, weight, rows, needed, dtype, stored_gradient_dtype(hidden.dtype))
-    outputs = TileOutputs(moment=True, exponentials=any(needed))
-    total = None
-    for piece in (*rows.chunks(tiles.rows, 0, active), *rows.chunks(tiles.rows, active)):
-        h = rows.take(hidden, piece).to(tiles.operand)
-        learns = any(needed) and piece.start < active
-        of, sum_exp, sum_term = tiles.sweep(
-            h, y[piece], outputs, sums=exp_operand and learns and not tiles.has_whole_rows
+        return (
+            sums[0].to(loss_dtype, copy=True),
+            sums[1:].to(loss_dtype, copy=True),
+            grad_hidden,
+            grad_weight,
+            grad_bias,
         )
-        terms = policy_terms(of.logprobs, of.entropy, tokens.part(piece), options)
-        total = terms.totals if total is None else total + terms.totals
-        if not learns:
-            continue
-        logit_grad, inactive = logprob_gradient(of, terms.slope.to(dtype)), terms.slope == 0.0
-        if options.entropy_in_loss:
-            logit_grad = add_gradients(logit_grad, entropy_gradient(of, terms.entropy_slope.to(dtype)))
-            inactive &= terms.entropy_slope == 0.0
-        if sum_exp is not None:
-            grads.write(piece, tiles.hidden_grad_(sum_exp, sum_term, logit_grad, y[piece]))
-        elif trained:
-            _, e, term = tiles.buffers(h.shape[0], tiles.vocabulary)
-            d = derivative_(e, term, logit_grad, y[piece], 0, head.factor)
-            grads.add(tiles, slice(0, tiles.vocabulary), weight, d, h)
-            grads.write(piece)
-        else:
-            _add_active_rows(grads, piece, tiles, h.shape[0], y[piece], logit_grad, ~inactive)
-    return hidden.new_zeros(len(SUMS), dtype=dtype) if total is None else total, grads
 
 
 def _active_rows_first(rows: Rows, tokens: PolicyTokens, options: PolicyOptions) -> tuple[Rows, int]:
-    """Reorder the rows: first those that can have a gradient (advantage and weight not 0). Returns their number too."""
+    """Put the rows first that can have a gradient (advantage and weight are not 0). Returns their number too."""
     active = rows.select_valid(tokens.advantages) != 0.0
     if options.kl_in_loss or options.entropy_in_loss:
         active = torch.ones_like(active)
@@ -235,27 +209,48 @@ def _active_rows_first(rows: Rows, tokens: PolicyTokens, options: PolicyOptions)
 
 
 def stored_gradient_dtype(hidden: torch.dtype) -> torch.dtype:
-    """Dtype of the hidden gradient before the backward scales it: not yet divided, it may exceed fp16's range."""
+    """Dtype of the hidden gradient until the backward scales it. The undivided gradient may exceed fp16's range."""
     return torch.float32 if hidden == torch.float16 else hidden
 
 
-def _add_active_rows(
-    grads: Gradients, piece: slice, tiles: HeadTiles, n: int, y: Tensor, logit_grad: LogitGrad, active: Tensor
+def _add_gradients(
+    grads: Gradients,
+    piece: slice,
+    tiles: HeadTiles,
+    h: Tensor,
+    y: Tensor,
+    stats: Statistics,
+    sum_exp: Tensor | None,
+    sum_term: Tensor | None,
+    terms: PolicyTerms,
+    options: PolicyOptions,
 ) -> None:
-    """The second product, for `active` tokens alone: their rows are moved to the top of the tile, in place."""
-    _, e, term = tiles.buffers(n, tiles.columns)
+    """Add the gradients of tokens `piece`, from the results of their sweep over `tiles` and the loss's derivatives."""
+    logit_grad, active = logprob_gradient(stats, terms.slope.to(tiles.dtype)), terms.slope != 0.0
+    if options.entropy_in_loss:
+        logit_grad = add_gradients(logit_grad, entropy_gradient(stats, terms.entropy_slope.to(tiles.dtype)))
+        active |= terms.entropy_slope != 0.0
+    if sum_exp is not None:
+        grads.write(piece, tiles.hidden_grad_(sum_exp, sum_term, logit_grad, y))
+        return
+    _, e, term = tiles.buffers(h.shape[0], tiles.vocabulary)
+    if grads.weight is not None or grads.bias is not None:
+        d = derivative_(e, term, logit_grad, y, 0, tiles.head.factor)
+        grads.add(tiles, slice(0, tiles.vocabulary), tiles.weight, d, h)
+        grads.write(piece)
+        return
+    # The second product, for `active` tokens alone: their rows are moved to the top of the tile, in place.
     index = active.nonzero().squeeze(1)
     if index.numel() == 0:
         return
     into: slice | Tensor = piece
-    if index.numel() <= (1.0 - LEAST_SHARE_TO_SKIP) * n:
+    if index.numel() <= (1.0 - LEAST_SHARE_TO_SKIP) * len(active):
         for block in blocks(index.numel(), e.shape[1], e.element_size(), e.device):
             # index[i] >= i and ascending: no row is overwritten before it is read.
             e[block] = e.index_select(0, index[block])
             if term is not None:
                 term[block] = term.index_select(0, index[block])
-        term_coef = None if logit_grad.term_coef is None else logit_grad.term_coef[index]
-        logit_grad, y = LogitGrad(logit_grad.exp_coef[index], term_coef, logit_grad.target_coef[index]), y[index]
+        logit_grad, y = LogitGrad._make(None if x is None else x[index] for x in logit_grad), y[index]
         e, term = e[: index.numel()], None if term is None else term[: index.numel()]
         into = index + piece.start
     if term is not None and logit_grad.term_coef is not None:
@@ -264,7 +259,7 @@ def _add_active_rows(
             both = e[block] * logit_grad.exp_coef[block].unsqueeze(1)
             e[block] = both.addcmul_(term[block], logit_grad.term_coef[block].unsqueeze(1))
         logit_grad = logit_grad._replace(exp_coef=torch.ones_like(logit_grad.exp_coef), term_coef=None)
-    sum_exp = matmul.back(e, tiles.weight, None, tiles.dtype, tiles.scratch)
+    sum_exp = matmul.project_back(e, tiles.weight, None, tiles.dtype, tiles.scratch)
     grads.write(into, tiles.hidden_grad_(sum_exp, None, logit_grad, y))
 
 
@@ -283,26 +278,21 @@ def _(
 ) -> tuple[Tensor, ...]:
     needs = rest[4 + OPTIONS]
     dtype = dtype_of(hidden, weight, old_logprobs, advantages, ref_logprobs, weights)
-    return (
-        hidden.new_empty((), dtype=dtype),
-        hidden.new_empty(len(SUMS) - 1, dtype=dtype),
-        hidden.new_empty((targets.numel(), hidden.shape[-1]), dtype=stored_gradient_dtype(hidden.dtype))
-        if needs[0]
-        else hidden.new_empty(0),
-        *(
-            hidden.new_empty(x.shape, dtype=result_dtype(hidden.dtype, weight.dtype))
-            if needed and x is not None
-            else hidden.new_empty(0)
-            for x, needed in zip((weight, bias), needs[1:], strict=True)
-        ),
+    accumulated = result_dtype(hidden.dtype, weight.dtype)
+    shapes = ((targets.numel(), hidden.shape[-1]), weight.shape, () if bias is None else bias.shape)
+    dtypes = (stored_gradient_dtype(hidden.dtype), accumulated, accumulated)
+    grads = (
+        hidden.new_empty(shape, dtype=grad_dtype) if needed else hidden.new_empty(0)
+        for shape, grad_dtype, needed in zip(shapes, dtypes, needs, strict=True)
     )
+    return hidden.new_empty((), dtype=dtype), hidden.new_empty(len(SUMS) - 1, dtype=dtype), *grads
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias = inputs[0], inputs[1], inputs[8]
     ctx.shape, ctx.needs, ctx.inputs = hidden.shape, inputs[13 + OPTIONS], len(inputs)
     ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
-    # The backward checks that ZeRO-3 has not emptied a parameter. A computed weight is not kept in memory for that.
+    # The backward checks that ZeRO-3 has not emptied a parameter. A weight that was computed need not stay in memory.
     ctx.weight = weight if ctx.needs[1] and weight.is_leaf else None
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -333,21 +323,21 @@ def scale_linear_ppo(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor,
-    by: Tensor,
+    factor: Tensor,
     hidden_dtype: torch.dtype,
     weight_dtype: torch.dtype,
     bias_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward: each gradient times the 0-d `by`, cast to its input's dtype."""
+    """The backward: each gradient times `factor` (0-d), cast to its input's dtype."""
     hidden, weight, bias = (
-        torch.mul(x, by, out=torch.empty_like(x, dtype=dtype))
+        torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
         for x, dtype in ((hidden, hidden_dtype), (weight, weight_dtype), (bias, bias_dtype))
     )
     return hidden, weight, bias
 
 
 @scale_linear_ppo.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor, by: Tensor, *dtypes: torch.dtype) -> tuple[Tensor, ...]:
+def _(hidden: Tensor, weight: Tensor, bias: Tensor, factor: Tensor, *dtypes: torch.dtype) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x, dtype=dtype) for x, dtype in zip((hidden, weight, bias), dtypes, strict=True))
 
 
@@ -361,21 +351,21 @@ no_forward_ad("linear_ppo_loss", linear_ppo, scale_linear_ppo)
 @workspace.formula("onecard::linear_ppo")
 def _linear_ppo_bytes(device: torch.device, a: SimpleNamespace) -> int:
     grad_hidden, grad_weight, grad_bias = a.needs
-    trained, learns, count = grad_weight or grad_bias, any(a.needs), a.targets.numel()
-    with_entropy = learns and a.entropy_coef != 0.0
+    trained, differentiable, count = grad_weight or grad_bias, any(a.needs), a.targets.numel()
+    with_entropy = differentiable and a.entropy_coef != 0.0
     tiles = TileBytes.of(
         *(device, a.hidden, a.weight, count),
         chunk_tokens=a.chunk_tokens,
-        exp_operand=learns and not trained,
+        exp_operand=differentiable and not trained,
         entropy_term=with_entropy,
         only=CHUNKED if trained else None,
     )
     wide_term = with_entropy and (trained or tiles.operand == tiles.accumulated)
-    in_pass = tiles.exp_pass(a.backend, entropy_term=not wide_term, slope=learns and a.softcap is not None)
+    in_pass = tiles.exp_pass(a.backend, entropy_term=not wide_term, slope=differentiable and a.softcap is not None)
     sums = tiles.hidden_rows * tiles.accumulated
-    kept = stored_gradient_dtype(a.hidden.dtype)
-    written = tiles.hidden_rows * kept.itemsize * (kept.itemsize != tiles.accumulated)
-    if not learns:
+    stored = stored_gradient_dtype(a.hidden.dtype)
+    written = tiles.hidden_rows * stored.itemsize * (stored.itemsize != tiles.accumulated)
+    if not differentiable:
         sweep = in_pass
     elif trained:
         narrow = tiles.logits * tiles.operand * (tiles.operand != tiles.accumulated)
@@ -386,9 +376,8 @@ def _linear_ppo_bytes(device: torch.device, a: SimpleNamespace) -> int:
         last = size - first * (math.ceil(size / first) - 1) if size else 0  # stays allocated during the product
         sweep = max(in_pass, first + min(first, size - first), last + sums + max(tiles.target_rows, written))
     else:
-        sums *= 1 + with_entropy  # the previous step's are freed only after the new ones are allocated
-        sweep = sums * (1 + (count > tiles.step)) + max(in_pass, tiles.target_rows, written)
-    inside = a.hidden.numel() * kept.itemsize * grad_hidden
+        sweep = sums * (1 + with_entropy) + max(in_pass, tiles.target_rows, written)
+    inside = a.hidden.numel() * stored.itemsize * grad_hidden
     per_token = (2 + (a.ref_logprobs is not None) + (a.weights is not None)) * 4 + 1 + 2 * IDS + 1
     sweep += tiles.per_token(STATISTICS + 8)
     return count * per_token + max(tiles.buffers + tiles.taken(a.hidden, masked=True, sweep=sweep), inside)
@@ -402,4 +391,4 @@ def _scale_bytes(device: torch.device, a: SimpleNamespace) -> int:
     pairs = ((a.hidden, a.hidden_dtype), (a.weight, a.weight_dtype), (a.bias, a.bias_dtype))
     sizes = [x.numel() * dtype.itemsize for x, dtype in pairs]
     wide = [x.numel() * x.dtype.itemsize * (x.dtype != dtype) for x, dtype in pairs]
-    return max(sum(sizes[: place + 1]) + wide[place] for place in range(len(sizes))) - sum(sizes)
+    return max(sum(sizes[: index + 1]) + wide[index] for index in range(len(sizes))) - sum(sizes)

@@ -27,7 +27,7 @@ def ppo_loss(
     normalizer: float | Tensor | None = None,
     backend: str = "auto",
 ) -> Loss:
-    """Clipped policy loss of tokens, from their log-probabilities under the policy that learns and the one that acted.
+    """Clipped policy loss of tokens, from their log-probabilities under the current and the old policy.
 
     d = logp - old_logp;  ratio = e^d;  pg = max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high))
     with dual_clip c, where A < 0:  pg = min(pg, -c A)
@@ -38,16 +38,15 @@ def ppo_loss(
     Learning", https://arxiv.org/abs/1912.09729.
 
     Args:
-        logprobs: `[...]`, the policy's, `[B, T]` or packed `[tokens]`, in nats.
-        old_logprobs: `[...]`, those of the policy that sampled the tokens. None: the log-probabilities themselves,
-            detached (the policy itself has just sampled them).
+        logprobs: `[...]`, the current policy's, `[B, T]` or packed `[tokens]`, in nats.
+        old_logprobs: `[...]`, those of the policy that sampled the tokens. None: `logprobs`, detached (the current
+            policy has just sampled the tokens).
         advantages: `[...]`, one per token.
-        mask: `[...]`, bool or 0/1. Masked tokens count nowhere and have zero gradient, whatever any input holds there
-            (NaN too).
+        mask: `[...]`, bool or 0/1. Masked tokens are in no sum and have zero gradient, even where an input is NaN.
         clip_low: 0 to 1; the ratio is clipped below at 1 - clip_low.
         clip_high: 0 or more; the ratio is clipped above at 1 + clip_high.
-        dual_clip: above 1; bounds the loss of a token with a negative advantage and a large ratio. None: no bound.
-        entropy: `[...]`, the policy's, in nats; with its gradient if entropy_coef is to have an effect.
+        dual_clip: above 1; a token with advantage A < 0 has a loss of at most -dual_clip * A. None: no bound.
+        entropy: `[...]`, the policy's, in nats. It gets a gradient only if entropy_coef is not 0.
         entropy_coef: nats of loss per nat of entropy; not 0 needs entropy.
         ref_logprobs: `[...]`, the reference policy's.
         kl_coef: nats of loss per nat of divergence; not 0 needs ref_logprobs.
@@ -61,8 +60,8 @@ def ppo_loss(
         Loss, fp32 (fp64 if any of the per-token inputs is). d is clamped to +-20 with zero gradient outside, so that
         log-ratios of +-200 are finite; `-inf - -inf` counts as d = 0. No valid token: 0 with zero gradient. The
         gradient goes to logprobs and entropy; the other inputs are constants.
-        Metrics: policy/approxkl (half of d^2), policy/clipfrac (share of tokens where the clip range cuts the gradient;
-        what dual_clip cuts is not counted), val/ratio; policy/entropy and policy/kl if their inputs are given.
+        Metrics: policy/approxkl (half of d^2), policy/clipfrac (share of tokens whose gradient the clip range sets to
+        0; dual_clip is not counted), val/ratio; policy/entropy and policy/kl if their inputs are given.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
@@ -113,15 +112,15 @@ def logits_ppo_loss(
 
     Args:
         logits: `[..., V]`, any floating dtype.
-        targets: `[...]`, integer ids; `targets[t]` is the token that `logits[t]` predicts. Anything (-100) where mask
-            is 0.
+        targets: `[...]`, integer ids; `targets[t]` is the token that `logits[t]` predicts. Any value (such as -100)
+            is allowed where mask is 0.
         old_logprobs, advantages, mask: `[...]`, see `ppo_loss`.
         temperature: divides the logits.
         clip_low ... normalizer: see `ppo_loss`. The entropy has a gradient only if entropy_coef is not 0.
         backend: "auto", "triton" or "torch", of the log-probabilities.
 
     Returns:
-        Loss, fp32 (fp64 if any floating point input is), with `ppo_loss`'s metrics, policy/entropy always among them.
+        Loss, fp32 (fp64 if any floating point input is), with the metrics of `ppo_loss` and policy/entropy.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
@@ -132,7 +131,7 @@ def logits_ppo_loss(
     normalizer, temperature = checks.normalizer(normalizer), checks.python_number(temperature)
     checks.integer("targets", targets)
     tokens.check("targets", targets, options)
-    checks.logits(logits, targets, temperature, mask)
+    checks.logits(logits, targets, temperature, None)  # the mask is checked
     run = dispatch.implementation("logits_ppo_loss", backend, logits.device)
     result: Loss = run(logits, targets, tokens, options, temperature, normalizer)
     return result
@@ -158,11 +157,10 @@ def value_loss(
     implementation, see "What Matters In On-Policy Reinforcement Learning?", https://arxiv.org/abs/2006.05990.
 
     Args:
-        values: `[...]`, `[B, T]` or packed `[tokens]`, in the unit of the rewards.
-        old_values: `[...]`, those at sampling time; None only without clip.
+        values: `[...]`, `[B, T]` or packed `[tokens]`, in the rewards' unit.
+        old_values: `[...]`, the values at sampling time; None only if clip is None.
         returns: `[...]`, what the values are fitted to.
-        mask: `[...]`, bool or 0/1. Masked tokens count nowhere and have zero gradient, whatever any input holds there
-            (NaN too).
+        mask: `[...]`, bool or 0/1. Masked tokens are in no sum and have zero gradient, even where an input is NaN.
         clip: above 0, how far values may move from old_values, in the same unit. None: no clipping.
         weights: `[...]`, a factor for each token's loss (not for the metric).
         normalizer: divides the sums of loss and metric, the mask's sum by default. Given the whole batch's number of
@@ -171,8 +169,8 @@ def value_loss(
 
     Returns:
         Loss, fp32 (fp64 if any of the per-token inputs is). No valid token: 0 with zero gradient. The gradient goes to
-        values; the other inputs are constants. With clip the metric val/clipfrac, the share of tokens where the
-        clipped error is the larger one and cuts the gradient.
+        values; the other inputs are constants. With clip the metric val/clipfrac, the share of tokens whose
+        clipped error is the larger one, so that their gradient is 0.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.

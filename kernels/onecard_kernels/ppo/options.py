@@ -1,4 +1,4 @@
-"""What the three policy losses share: options, per-token inputs, and the sums that make the loss and its metrics."""
+"""Shared by the three policy losses: options, per-token inputs, and the sums of the loss and its metrics."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ OPTIONS_SCHEMA = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get
 
 
 class PolicyTokens(NamedTuple):
-    """The loss's constants per token, all of one shape, see `ppo_loss`. Operators take them in this order."""
+    """The loss's per-token inputs without a gradient, all of one shape, see `ppo_loss`. Operators take this order."""
 
-    old_logprobs: Tensor | None  # None: the policy's own
+    old_logprobs: Tensor | None  # None: those of the current policy
     advantages: Tensor
     mask: Tensor
     ref_logprobs: Tensor | None = None
     weights: Tensor | None = None
 
     def check(self, like_name: str, like: Tensor, options: PolicyOptions) -> None:
-        """Against `like`, the tensor that has one entry per token."""
+        """Raise on inputs that do not fit together, or do not fit `like`, which has one entry per token."""
         checks.tensor("advantages", self.advantages)
         checks.tensor("mask", self.mask)
         checks.mask(self.mask, like_name, like)
@@ -74,30 +74,30 @@ class PolicyTokens(NamedTuple):
                 checks.no_nan(name, value, self.mask)
 
     def dtype_with(self, *others: Tensor | None) -> torch.dtype:
-        """The result's dtype, of these and the loss's other inputs."""
+        """The result's dtype, from these and the loss's other inputs."""
         return dtype_of(self.old_logprobs, self.advantages, self.ref_logprobs, self.weights, *others)
 
     def detached(self) -> PolicyTokens:
-        """The same without gradients: they are constants of the loss."""
-        return self._each(lambda x: x.detach(), self.mask.detach())
+        """The same tensors, detached: they are constants of the loss."""
+        return self._map(lambda x: x.detach(), self.mask.detach())
 
-    def picked(self, rows: Rows) -> PolicyTokens:
+    def select_valid(self, rows: Rows) -> PolicyTokens:
         """The valid tokens, flat."""
-        return self._each(rows.select_valid, torch.ones(rows.count, dtype=torch.bool, device=self.mask.device))
+        return self._map(rows.select_valid, torch.ones(rows.count, dtype=torch.bool, device=self.mask.device))
 
     def part(self, piece: slice) -> PolicyTokens:
-        return self._each(lambda x: x[piece], self.mask[piece])
+        return self._map(lambda x: x[piece], self.mask[piece])
 
-    def _each(self, change: Callable[[Tensor], Tensor], mask: Tensor) -> PolicyTokens:
+    def _map(self, change: Callable[[Tensor], Tensor], mask: Tensor) -> PolicyTokens:
         given = (self.old_logprobs, self.ref_logprobs, self.weights)
         old, ref, weights = (None if x is None else change(x) for x in given)
         return PolicyTokens(old, change(self.advantages), mask, ref, weights)
 
 
 class PolicyTerms(NamedTuple):
-    """All sums (`SUMS`) over the divisor, and the derivatives of the undivided loss by logprobs and by entropy.
+    """The sums (`SUMS`), and per token the derivatives of the loss by logprobs and by entropy.
 
-    Derivatives that are not asked for are empty.
+    Derivatives that were not requested are empty.
     """
 
     totals: Tensor
@@ -111,7 +111,7 @@ def dtype_of(*given: Tensor | None) -> torch.dtype:
 
 
 def policy_options(*given: Any) -> PolicyOptions:
-    """Check the options, and make plain numbers of NumPy's."""
+    """Check the options, and convert NumPy numbers to Python numbers."""
     options = PolicyOptions(*map(checks.python_number, given))
     options.check()
     return options
@@ -125,6 +125,6 @@ def divisor_arguments(normalizer: float | Tensor | None) -> tuple[Tensor | None,
 
 
 def metrics_of(totals: Tensor, *, entropy: bool, kl: bool) -> dict[str, Tensor]:
-    """The metrics whose inputs were given. `totals`: all sums but the loss's, divided."""
+    """The metrics whose inputs were given. `totals`: all sums but the loss, divided."""
     absent = {"tokens", *(() if entropy else ("policy/entropy",)), *(() if kl else ("policy/kl",))}
     return {name: x for name, x in zip(SUMS[1:], totals.unbind(), strict=True) if name not in absent}

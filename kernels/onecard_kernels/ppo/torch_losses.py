@@ -16,65 +16,63 @@ def policy_terms(
     tokens: PolicyTokens,
     options: PolicyOptions,
     *,
-    normalizer: float | Tensor | None = 1.0,
     needs_slope: bool = True,
 ) -> PolicyTerms:
-    """The clipped policy loss, its metrics and, for callers that form gradients in their forward, its derivatives.
+    """The sums of the clipped policy loss and its metrics; its derivatives, for losses that need them in the forward.
 
-    Masked tokens may hold NaN, and NaN * 0 is NaN in the value and in the gradient: they are replaced before any
-    arithmetic, not multiplied away after it. A term that is off is left out: times 0, an infinite KL would be NaN.
+    Masked tokens may be NaN, and NaN * 0 is NaN in the value and in the gradient. So they are replaced by 0 before any
+    arithmetic. A term whose coefficient is 0 is left out: 0 times an infinite KL would be NaN.
 
-    The totals are differentiable by autograd; the derivatives are written out.
+    The sums have a gradient by autograd. The derivatives are formulas.
     """
     dtype, valid = tokens.dtype_with(logprobs, entropy), tokens.mask.bool()
 
-    def keep(x: Tensor) -> Tensor:
+    def masked(x: Tensor) -> Tensor:
         return torch.where(valid, x.to(dtype), 0.0)
 
     def constant(x: Tensor) -> Tensor:
-        return keep(x.detach())
+        return masked(x.detach())
 
-    logp, a = keep(logprobs), constant(tokens.advantages)
-    raw = log_ratio(logp, logp.detach() if tokens.old_logprobs is None else constant(tokens.old_logprobs))
-    d = raw.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    logp, a = masked(logprobs), constant(tokens.advantages)
+    log_ratios = log_ratio(logp, logp.detach() if tokens.old_logprobs is None else constant(tokens.old_logprobs))
+    d = log_ratios.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = d.exp()
-    free, clipped = -a * ratio, -a * ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high)
-    surrogate = losses = torch.maximum(free, clipped)
+    unclipped, clipped = -a * ratio, -a * ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high)
+    surrogate = losses = torch.maximum(unclipped, clipped)
     if options.dual_clip is not None:
         losses = torch.where(a < 0, torch.minimum(losses, -options.dual_clip * a), losses)
-    kl = far = None
+    kl = ref_log_ratio = None
     if tokens.ref_logprobs is not None:
-        far = log_ratio(logp if options.kl_in_loss else logp.detach(), constant(tokens.ref_logprobs))
-        kl = ESTIMATORS[options.kl_estimator](far)
+        ref_log_ratio = log_ratio(logp if options.kl_in_loss else logp.detach(), constant(tokens.ref_logprobs))
+        kl = ESTIMATORS[options.kl_estimator](ref_log_ratio)
         if options.kl_in_loss:
             losses = losses + options.kl_coef * kl
     if entropy is not None and options.entropy_in_loss:
-        losses = losses - options.entropy_coef * keep(entropy)
+        losses = losses - options.entropy_coef * masked(entropy)
     weights = None if tokens.weights is None else constant(tokens.weights)
     zero = logp.new_zeros(())
     sums = torch.stack((
         (losses if weights is None else losses * weights).sum(),
-        keep(0.5 * d.detach().square()).sum(),
-        keep(clipped > free).sum(),
-        keep(ratio.detach()).sum(),
+        masked(0.5 * d.detach().square()).sum(),
+        masked(clipped > unclipped).sum(),
+        masked(ratio.detach()).sum(),
         zero if entropy is None else constant(entropy).sum(),
         zero if kl is None else constant(kl).sum(),
         valid.sum().to(dtype),
     ))  # fmt: skip
-    totals = sums / divisor_of(normalizer, sums[-1].detach().clamp(min=1.0), dtype)
     slope = entropy_slope = logp.new_empty(0)
     if needs_slope:
-        slope = torch.where((clipped <= free) & (raw.abs() <= LOG_RATIO_LIMIT), free, 0.0)
+        slope = torch.where((clipped <= unclipped) & (log_ratios.abs() <= LOG_RATIO_LIMIT), unclipped, 0.0)
         if options.dual_clip is not None:
             slope = torch.where((a < 0) & (surrogate > -options.dual_clip * a), 0.0, slope)
-        if far is not None and options.kl_in_loss:
-            slope = slope + options.kl_coef * SLOPES[options.kl_estimator](far)
-        slope = slope.masked_fill(logp.isinf(), 0.0)  # an impossible token is a constant
+        if ref_log_ratio is not None and options.kl_in_loss:
+            slope = slope + options.kl_coef * SLOPES[options.kl_estimator](ref_log_ratio)
+        slope = slope.masked_fill(logp.isinf(), 0.0)  # a token of probability 0 has no gradient
         factor = torch.where(valid, 1.0, 0.0).to(dtype) if weights is None else weights
         slope = slope * factor
         if entropy is not None and options.entropy_in_loss:
             entropy_slope = -options.entropy_coef * factor
-    return PolicyTerms(totals, slope, entropy_slope)
+    return PolicyTerms(sums, slope, entropy_slope)
 
 
 def ppo_loss(
@@ -84,7 +82,8 @@ def ppo_loss(
     options: PolicyOptions,
     normalizer: float | Tensor | None,
 ) -> Loss:
-    totals = policy_terms(logprobs, entropy, tokens, options, normalizer=normalizer, needs_slope=False).totals
+    sums = policy_terms(logprobs, entropy, tokens, options, needs_slope=False).totals
+    totals = sums / divisor_of(normalizer, sums[-1].detach().clamp(min=1.0), sums.dtype)
     kl = tokens.ref_logprobs is not None
     return Loss(totals[0], metrics_of(totals[1:].detach(), entropy=entropy is not None, kl=kl))
 
@@ -114,18 +113,18 @@ def value_loss(
     dtype, valid = dtype_of(values, old_values, returns, weights), mask.bool()
     divisor = divisor_of(normalizer, valid.sum().clamp(min=1), dtype)
 
-    def keep(x: Tensor) -> Tensor:
+    def masked(x: Tensor) -> Tensor:
         return torch.where(valid, x.to(dtype), 0.0)
 
-    v, target = keep(values), keep(returns.detach())
+    v, target = masked(values), masked(returns.detach())
     losses, metrics = (v - target).square(), {}
     if clip is not None and old_values is not None:
-        old = keep(old_values.detach())
-        # old + clamp(v - old, -clip, clip) differs from v by rounding inside the range, and would count as clipped.
+        old = masked(old_values.detach())
+        # old + clamp(v - old, -clip, clip) is not exactly v inside the range, and would count as clipped.
         clipped = (v.clamp(old - clip, old + clip) - target).square()
-        metrics["val/clipfrac"] = keep((clipped > losses).detach()).sum() / divisor
+        metrics["val/clipfrac"] = masked((clipped > losses).detach()).sum() / divisor
         losses = torch.maximum(losses, clipped)
     losses = 0.5 * losses
     if weights is not None:
-        losses = losses * keep(weights.detach())
-    return Loss(keep(losses).sum() / divisor, metrics)
+        losses = losses * masked(weights.detach())
+    return Loss(masked(losses).sum() / divisor, metrics)

@@ -1,7 +1,7 @@
-"""PPO's losses of tokens in Triton: one launch over the tokens, one that adds up, one for the gradient.
+"""PPO's losses from log-probabilities in Triton: a launch over the tokens, one that adds up, one for the gradient.
 
-The first launch leaves sums of its programs, not a total, and the derivative of each token's loss. The sums are added
-in a fixed order, so two runs agree in every bit. The launchers take tensors of any shape, and have no autograd.
+The first launch writes one sum for each program, and the derivative of each token's loss. The second adds the sums in a
+fixed order, so two runs agree in every bit. The launching functions take tensors of any shape, and have no autograd.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COLUMNS = 1024  # programs whose sums are added at once
 
 @triton.jit
 def _exp(x):
-    """e^x where |x| is at most 20. The hardware's exp2 of x log2(e) would be off by |x| / 2 ulps from that product."""
+    """e^x for |x| <= 20. The hardware's exp2(x log2(e)) would be wrong by |x| / 2 ulps, from the rounded product."""
     if x.dtype == tl.float64:
         result = tl.exp(x)
     else:
@@ -33,26 +33,26 @@ def _exp(x):
 
 @triton.jit
 def _log_ratio(logp, other):
-    """(logp - other, 0 where both are -inf; whether it has a derivative)"""
+    """(logp - other, or 0 where both are -inf; whether it has a derivative)"""
     both = (logp == float("-inf")) & (other == float("-inf"))
     return tl.where(both, 0.0, logp - other), ~both
 
 
 @triton.jit
 def _clamp(x, low, high):
-    """torch.clamp, and whether x is inside: NaN stays NaN, and the borders count as inside."""
+    """(torch.clamp(x, low, high), whether x is inside). NaN stays NaN, and the borders count as inside."""
     return tl.where(x < low, low, tl.where(x > high, high, x)), (x >= low) & (x <= high)
 
 
 @triton.jit
 def _larger(x, y):
-    """torch.maximum, and the share of x in its gradient: at a tie, one half for each."""
+    """(torch.maximum(x, y), its derivative by x): 1/2 at a tie, as torch's."""
     return tl.where(x > y, x, y), tl.where(x == y, 0.5, tl.where(x > y, 1.0, 0.0))
 
 
 @triton.jit
 def _k3(d, TERMS: tl.constexpr):
-    """k3 = exp(-d) - 1 + d and its derivative; d^2/2 (1 - d/3 (1 - d/4 (1 - ...))) keeps the digits of a small k3."""
+    """k3 = exp(-d) - 1 + d and its derivative. Near 0 by d^2/2 (1 - d/3 (1 - d/4 (1 - ...))), which does not cancel."""
     tail = d * 0.0 + 1.0
     for i in tl.static_range(TERMS):
         tail = 1.0 - tail * d * (1.0 / (TERMS + 2 - i))
@@ -65,9 +65,9 @@ def _k3(d, TERMS: tl.constexpr):
 @triton.jit
 def _divergence(logp, ref, ESTIMATOR: tl.constexpr):
     """An estimate of KL(policy || reference), and its derivative by logp."""
-    d, free = _log_ratio(logp, ref)
+    d, has_slope = _log_ratio(logp, ref)
     if ESTIMATOR == "k1":
-        kl, slope = d, tl.where(free, 1.0, 0.0).to(d.dtype)
+        kl, slope = d, tl.where(has_slope, 1.0, 0.0).to(d.dtype)
     elif ESTIMATOR == "k2":
         kl, slope = 0.5 * d * d, d
     else:
@@ -76,7 +76,7 @@ def _divergence(logp, ref, ESTIMATOR: tl.constexpr):
             kl, slope = _k3(d, 18)
         else:
             kl, slope = _k3(d, 9)
-        slope = tl.where(inside & free, slope, 0.0)
+        slope = tl.where(inside & has_slope, slope, 0.0)
     return kl, slope
 
 
@@ -98,31 +98,31 @@ def token_terms(
 ):
     """Loss and metrics of one token or a block of them; see `ppo_loss` for the formulas.
 
-    logp, old, adv and ref (logp again where there is none) are fp32 or fp64, all the same; ESTIMATOR is k1, k2 or k3.
-    Invalid tokens may hold anything. For exact borders of the clip range the coefficients are fp64 scalars.
+    logp, old, adv and ref (logp if there is none) have one dtype, fp32 or fp64. ESTIMATOR is k1, k2 or k3. Any value is
+    allowed at invalid tokens. The coefficients are fp64 scalars, for exact borders of the clip range.
 
-    Returns the loss (entropy and weight not yet in it), d loss / d logp, half the squared log-ratio, 1 where the range
-    cuts, the ratio, and the divergence: all of logp's dtype, and 0 for invalid tokens.
+    Returns the loss (without entropy and weight), d loss / d logp, half the squared log-ratio, 1 where the clip range
+    sets the gradient to 0, the ratio, and the divergence: all of logp's dtype, and 0 for invalid tokens.
     """
     dtype: tl.constexpr = logp.dtype
     logp = tl.where(valid, logp, 0.0)
     old = tl.where(valid, old, 0.0)
     a = tl.where(valid, adv, 0.0)
 
-    d, free_to_move = _log_ratio(logp, old)
+    d, has_slope = _log_ratio(logp, old)
     d, inside = _clamp(d, -20.0, 20.0)
     ratio = _exp(d)
     clamped, in_range = _clamp(ratio, tl.full((), 1.0 - clip_low, dtype), tl.full((), 1.0 + clip_high, dtype))
-    free, cut = -a * ratio, -a * clamped
-    loss, share = _larger(free, cut)
-    slope = free * tl.where(in_range, 1.0, share)  # inside, both sides of the maximum are one
+    unclipped, clipped = -a * ratio, -a * clamped
+    loss, share = _larger(unclipped, clipped)
+    slope = unclipped * tl.where(in_range, 1.0, share)  # in the range, both arguments of the maximum are the same
     if HAS_DUAL:
         bound = a * tl.full((), -dual_clip, dtype)
         _, over = _larger(loss, bound)
         bounded = a < 0.0
         slope = tl.where(bounded, slope * (1.0 - over), slope)
         loss = tl.where(bounded & (loss > bound), bound, loss)
-    slope = tl.where(inside & free_to_move, slope, 0.0)
+    slope = tl.where(inside & has_slope, slope, 0.0)
     kl = tl.full(loss.shape, 0.0, dtype)
     if HAS_REF:
         kl, kl_slope = _divergence(logp, tl.where(valid, ref, 0.0), ESTIMATOR)
@@ -130,8 +130,8 @@ def token_terms(
             coef = tl.full((), kl_coef, dtype)
             loss += coef * kl
             slope += tl.where(valid, coef * kl_slope, 0.0)
-    clipped = tl.where(cut > free, 1.0, 0.0).to(dtype)
-    return loss, slope, 0.5 * d * d, clipped, tl.where(valid, ratio, 0.0), kl
+    is_clipped = tl.where(clipped > unclipped, 1.0, 0.0).to(dtype)
+    return loss, slope, 0.5 * d * d, is_clipped, tl.where(valid, ratio, 0.0), kl
 
 
 @triton.jit
@@ -160,7 +160,7 @@ def _store_sum(sums_ptr, row: tl.constexpr, x):
     tl.store(sums_ptr + row * tl.num_programs(0).to(tl.int64) + tl.program_id(0), tl.sum(x, 0))
 
 
-# Scalars are annotated fp64: as plain Python floats they would come as fp32, too coarse for fp64 tensors.
+# Scalars are annotated fp64: an unannotated Python float would be fp32, too coarse for fp64 tensors.
 @triton.jit
 def policy_kernel(
     logp_ptr,
@@ -200,7 +200,7 @@ def policy_kernel(
     ref = logp
     if HAS_REF:
         ref = _load(ref_ptr, t, inside, dtype)
-    loss, slope, approxkl, clipped, ratio, kl = token_terms(
+    loss, slope, approxkl, is_clipped, ratio, kl = token_terms(
         logp, old, adv, ref, valid, clip_low, clip_high, dual_clip, kl_coef, HAS_REF, HAS_DUAL, KL_IN_LOSS, ESTIMATOR
     )
     count = tl.where(valid, 1.0, 0.0).to(dtype)
@@ -219,7 +219,7 @@ def policy_kernel(
         tl.store(entropy_slope_ptr + t, entropy_slope, mask=inside)
     _store_sum(sums_ptr, 0, loss)
     _store_sum(sums_ptr, 1, approxkl)
-    _store_sum(sums_ptr, 2, clipped)
+    _store_sum(sums_ptr, 2, is_clipped)
     _store_sum(sums_ptr, 3, ratio)
     _store_sum(sums_ptr, 4, entropy)
     _store_sum(sums_ptr, 5, kl)
@@ -250,14 +250,14 @@ def value_kernel(
     target = tl.where(valid, _load(returns_ptr, t, inside, dtype), 0.0)
     slope = v - target
     loss = slope * slope
-    clipped = tl.zeros_like(loss)
+    is_clipped = tl.zeros_like(loss)
     if HAS_CLIP:
         old = tl.where(valid, _load(old_ptr, t, inside, dtype), 0.0)
         reach = tl.full((), clip, dtype)
         clamped, in_range = _clamp(v, old - reach, old + reach)
-        cut = (clamped - target) * (clamped - target)
-        clipped = tl.where(cut > loss, 1.0, 0.0).to(dtype)
-        loss, share = _larger(loss, cut)
+        clipped = (clamped - target) * (clamped - target)
+        is_clipped = tl.where(clipped > loss, 1.0, 0.0).to(dtype)
+        loss, share = _larger(loss, clipped)
         slope *= tl.where(in_range, 1.0, share)
     loss *= 0.5
     if HAS_WEIGHTS:
@@ -267,13 +267,13 @@ def value_kernel(
     if SLOPE:
         tl.store(slope_ptr + t, slope, mask=inside)
     _store_sum(sums_ptr, 0, loss)
-    _store_sum(sums_ptr, 1, clipped)
+    _store_sum(sums_ptr, 1, is_clipped)
     _store_sum(sums_ptr, 2, tl.where(valid, 1.0, 0.0).to(dtype))
 
 
 @triton.jit
 def _divide(x, y):
-    """x / y, correctly rounded in both dtypes: the hardware's fast fp32 division does not guarantee 3 / 3 = 1."""
+    """x / y, correctly rounded. With the fast fp32 division of the hardware, 3 / 3 need not be 1."""
     if x.dtype == tl.float64:
         result = x / y
     else:
@@ -344,10 +344,7 @@ def scale_kernel(
 
 
 class Terms(NamedTuple):
-    """0-d loss, all sums (the loss and the count too) over the divisor, the 0-d divisor, and the derivatives.
-
-    The derivatives are those of the undivided loss, empty if not needed.
-    """
+    """`PolicyTerms` with the sums over the divisor (`totals`), the 0-d loss (the first of them) and the 0-d divisor."""
 
     loss: Tensor
     totals: Tensor
@@ -357,7 +354,7 @@ class Terms(NamedTuple):
 
 
 def _blocks(n: int) -> tuple[int, int]:
-    """(number of programs, tokens of each). There is at least one program, so that there always is a sum."""
+    """(number of programs, tokens of each). At least one program, so that there is a sum without tokens too."""
     block = min(BLOCK, max(32, triton.next_power_of_2(n)))
     return max(1, triton.cdiv(n, block)), block
 
@@ -379,7 +376,7 @@ def policy_numbers(options: PolicyOptions) -> tuple[float, ...]:
 
 
 def policy_choices(tokens: PolicyTokens, options: PolicyOptions) -> dict[str, Any]:
-    """The compile-time arguments that every policy kernel has."""
+    """The compile-time arguments that every policy kernel takes."""
     return {
         "HAS_DUAL": options.dual_clip is not None,
         "HAS_REF": tokens.ref_logprobs is not None,
@@ -472,7 +469,7 @@ def value_terms(
 
 
 def finish(sums: Tensor, normalizer: float | Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, totals, divisor) of the programs' sums `[sums, programs]`; the last one is the number of valid tokens."""
+    """(loss, totals, divisor) of the programs' sums `[sums, programs]`; the last sum is the number of valid tokens."""
     rows, programs = sums.shape
     columns = min(COLUMNS, triton.next_power_of_2(programs))
     result = (sums.new_empty(()), sums.new_empty((rows,)), sums.new_empty(()))

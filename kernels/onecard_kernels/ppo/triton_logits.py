@@ -1,8 +1,8 @@
 """PPO's policy loss from logits in Triton: each row is read once for log-probability, entropy and loss.
 
-Forward: one launch over the rows, one that adds up in a fixed order. Backward: one launch, from what the forward kept
-of each row: its softmax's statistics and the derivatives of its loss by log-probability and entropy. Rows whose
-derivatives are zero (clipped, masked) are not read again.
+Forward: one launch over the rows, and one that adds up in a fixed order. Per row, the forward saves the softmax's
+statistics, and the derivatives of the loss by log-probability and entropy. Backward: one launch, which computes the
+gradient from them. Rows whose derivatives are 0 (clipped, masked) are not read again.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..logprob import triton_rows as rows
-from ..logprob.triton_row_parts import Cut, checked_target, row_address, row_statistics, store_statistics
+from ..logprob.triton_row_parts import MaxBlock, checked_target, row_address, row_statistics, store_statistics
 from ..records import result_dtype
 from .options import SUMS, PolicyOptions, PolicyTokens
 from .triton import add_entropy_and_weight, finish, policy_choices, policy_numbers, token_terms
 
-CUT = Cut()
+MAX_BLOCK = MaxBlock()
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def _forward_kernel(
 ):
     row = tl.program_id(0)
     sums = sums_ptr + row
-    of_tokens: tl.constexpr = sums_ptr.dtype.element_ty
+    LOSS_DTYPE: tl.constexpr = sums_ptr.dtype.element_ty
     valid = tl.load(mask_ptr + row) != 0
     if valid:
         factor = tl.full((), log2e_over_temperature, DTYPE)
@@ -69,18 +69,18 @@ def _forward_kernel(
             row_ptr, target, columns, factor, True, UNROLL, THREADS, VECTOR
         )
         store_statistics(stats_ptr, row, rows, shift, total, off, logprob, entropy)
-        logprob = logprob.to(of_tokens)
-        entropy = entropy.to(of_tokens)
+        logprob = logprob.to(LOSS_DTYPE)
+        entropy = entropy.to(LOSS_DTYPE)
         old = logprob
         if HAS_OLD:
-            old = tl.load(old_ptr + row).to(of_tokens)
+            old = tl.load(old_ptr + row).to(LOSS_DTYPE)
         ref = logprob
         if HAS_REF:
-            ref = tl.load(ref_ptr + row).to(of_tokens)
-        loss, slope, approxkl, clipped, ratio, kl = token_terms(
+            ref = tl.load(ref_ptr + row).to(LOSS_DTYPE)
+        loss, slope, approxkl, is_clipped, ratio, kl = token_terms(
             logprob,
             old,
-            tl.load(advantage_ptr + row).to(of_tokens),
+            tl.load(advantage_ptr + row).to(LOSS_DTYPE),
             ref,
             valid,
             clip_low,
@@ -92,9 +92,9 @@ def _forward_kernel(
             KL_IN_LOSS,
             ESTIMATOR,
         )
-        weight = tl.full((), 1.0, of_tokens)
+        weight = tl.full((), 1.0, LOSS_DTYPE)
         if HAS_WEIGHTS:
-            weight = tl.load(weight_ptr + row).to(of_tokens)
+            weight = tl.load(weight_ptr + row).to(LOSS_DTYPE)
         loss, slope, entropy_slope = add_entropy_and_weight(
             loss, slope, entropy, weight, entropy_coef, ENTROPY_IN_LOSS, HAS_WEIGHTS
         )
@@ -103,7 +103,7 @@ def _forward_kernel(
         tl.store(slope_ptr + row, slope)
         tl.store(sums, loss)
         tl.store(sums + rows, approxkl)
-        tl.store(sums + 2 * rows, clipped)
+        tl.store(sums + 2 * rows, is_clipped)
         tl.store(sums + 3 * rows, ratio)
         tl.store(sums + 4 * rows, entropy)
         tl.store(sums + 5 * rows, kl)
@@ -113,7 +113,7 @@ def _forward_kernel(
         tl.store(slope_ptr + row, 0.0)
         if ENTROPY_IN_LOSS:
             tl.store(entropy_slope_ptr + row, 0.0)
-        for i in tl.static_range(7):  # as many as there are sums
+        for i in tl.static_range(7):  # len(SUMS)
             tl.store(sums + i * rows, 0.0)
 
 
@@ -132,11 +132,9 @@ def forward(
     slope = logits.new_empty(count, dtype=dtype)
     entropy_slope = logits.new_empty(count if options.entropy_in_loss else 0, dtype=dtype)
     if count == 0:
-        done = finish(logits.new_zeros(len(SUMS), 1, dtype=dtype), normalizer)
-        return *done, stats, slope, entropy_slope
+        return *finish(logits.new_zeros(len(SUMS), 1, dtype=dtype), normalizer), stats, slope, entropy_slope
     sums = logits.new_empty(len(SUMS), count, dtype=dtype)
-    logits, strides = rows.with_strides(logits)
-    block = rows.block_for(columns, logits.element_size(), strides.outer_stride, strides.inner_stride, cut=CUT)
+    logits, strides, block = rows.strided_rows(logits, MAX_BLOCK)
     per_token = (targets, tokens.mask, tokens.advantages if tokens.old_logprobs is None else tokens.old_logprobs)
     with torch.cuda.device_of(logits):
         _forward_kernel[(count,)](
@@ -152,14 +150,10 @@ def forward(
             *strides,
             rows.LOG2E / temperature,
             *policy_numbers(options),
-            num_warps=block.warps,
-            num_stages=2,
             HAS_OLD=tokens.old_logprobs is not None,
             ENTROPY_IN_LOSS=options.entropy_in_loss,
             DTYPE=rows.accumulator(logits.dtype),
-            UNROLL=block.unroll,
-            THREADS=block.threads,
-            VECTOR=block.vector,
+            **block.options(),
             **policy_choices(tokens, options),
         )
     return *finish(sums, normalizer), stats, slope, entropy_slope
@@ -177,5 +171,5 @@ def backward(
     temperature: float,
 ) -> Tensor:
     """The gradient of the logits, for the gradient `grad` (0-d) of the loss."""
-    on_entropy = entropy_slope if entropy_slope.numel() else None
-    return rows.backward(logits, targets, mask, stats, slope, on_entropy, temperature, scale=(grad, divisor))
+    grad_entropy = entropy_slope if entropy_slope.numel() else None
+    return rows.backward(logits, targets, mask, stats, slope, grad_entropy, temperature, scale=(grad, divisor))

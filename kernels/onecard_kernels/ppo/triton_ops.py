@@ -1,6 +1,7 @@
-"""PPO's losses on Triton as operators that autograd and torch.compile know.
+"""PPO's losses on Triton as registered operators, for autograd and torch.compile.
 
-Nothing here imports triton: the operators do when they run, because a compiler that traces this file cannot import.
+triton is imported only when an operator runs: torch.compile traces the functions of this file, and cannot trace an
+import.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .options import (
     metrics_of,
 )
 
-# loss, totals (all sums over the divisor), divisor; then the derivatives of the summed loss, empty if not asked for
+# loss, totals (all sums over the divisor), divisor; then the derivatives of the undivided loss, empty if not needed
 RESULTS = "(Tensor loss, Tensor totals, Tensor divisor, Tensor slope, Tensor entropy_slope)"
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -290,7 +291,7 @@ def ppo_loss(
     options: PolicyOptions,
     normalizer: float | Tensor | None,
 ) -> Loss:
-    learns = torch.is_grad_enabled()
+    with_grad = torch.is_grad_enabled()
     entropy = entropy if options.entropy_in_loss else _constant(entropy)
     constants = tokens.detached()
     loss, totals, *_ = _policy(
@@ -303,8 +304,8 @@ def ppo_loss(
         constants.weights,
         *divisor_arguments(normalizer),
         *options,
-        learns and logprobs.requires_grad,
-        learns and entropy is not None and entropy.requires_grad,
+        with_grad and logprobs.requires_grad,
+        with_grad and entropy is not None and entropy.requires_grad,
     )
     return Loss(loss, metrics_of(totals[1:], entropy=entropy is not None, kl=tokens.ref_logprobs is not None))
 
