@@ -7,8 +7,6 @@ in turns with each other and with the limits: bare matrix products and a copy.
 from __future__ import annotations
 
 import importlib
-import math
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.cli import Refused
+from benchmarks.measure import Timing
 from benchmarks.oracle import Bar, Errors, Expected, Inputs
 from benchmarks.records import LIMIT, OURS, Row
 from benchmarks.shapes import ROTATE_BELOW, Shape, Shapes
@@ -98,16 +97,6 @@ class Benchmark:
     bars: Mapping[str, Bar]  # by result
     candidates: tuple[Candidate, ...]
     launches: bool = False  # count kernel launches
-
-
-@dataclass(frozen=True)
-class Timing:
-    """How often, for how long, and by which clock."""
-
-    repeats: int
-    warmup: int = 0
-    budget: float = math.inf  # seconds of a case's timed rounds
-    clock: Callable[[], float] = time.perf_counter
 
 
 def input_sets(benchmark: Benchmark, shape: Shape, device: torch.device) -> list[Inputs]:
@@ -254,14 +243,8 @@ def measure_case(
     for _, made, _ in bare.values():
         made[0]()  # the candidates have all run by now
     ordered = {c.name: works[c.name] for c in taking_part if c.name in works}
-    times = measure.interleave(
-        {**ordered, **{name: made for name, (_, made, _) in bare.items()}},
-        measure.stopwatch(device, timing.clock),
-        repeats=timing.repeats,
-        warmup=timing.warmup,
-        budget=timing.budget,
-        tick=tick,
-    )
+    limit_works = {name: made for name, (_, made, _) in bare.items()}
+    times = measure.interleave({**ordered, **limit_works}, device, timing, tick)
     done = [replace(rows[c.name], seconds=tuple(times.get(c.name, ()))) for c in taking_part if c.name in rows]
     for name, (row, _, units) in bare.items():
         done.append(replace(row, seconds=tuple(times[name]), rate=units / measure.spread(times[name]).median))

@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Spread, spread
+from benchmarks.measure import ROOT, Spread, spread
 
 SCHEMA = 4
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "peft", "accelerate",
             "bitsandbytes", "datasets")  # fmt: skip

@@ -15,8 +15,8 @@ import torch
 
 from benchmarks import measure
 from benchmarks.cli import Refused
-from benchmarks.harness import Timing, one_line
-from benchmarks.measure import free_memory
+from benchmarks.harness import one_line
+from benchmarks.measure import Timing, free_memory
 from benchmarks.records import LIMIT, OURS, WHOLE, Case, Row
 from benchmarks.render import TRL, UNSHARED
 from benchmarks.train_step import dpo, phases, ppo
@@ -268,8 +268,8 @@ def measure_dpo(task: Task, names: Sequence[str], timing: Timing, tell: Tell) ->
     found = found_of(task)
     firsts: dict[str, dict[str, float]] = {}
     for group in [names] if task.case.interleaved else [[name] for name in names]:
-        more, about = measure_together(task, group, firsts, timing, tell)
-        rows, found = rows + more, about or found
+        more, ours = measure_together(task, group, firsts, timing, tell)
+        rows, found = rows + more, ours or found
         free_memory()
     return rows, found
 
@@ -296,14 +296,8 @@ def measure_together(
     check_first_steps(firsts, task.dtype)
     longest = max(pair.tokens for pair in task.pairs)
     bare = BareProducts(case, device, task.dtype, longest, step_flops(task, 0))
-    times = measure.interleave(
-        {**{name: [side] for name, side in sides.items()}, GEMMS: [bare]},
-        measure.stopwatch(device, timing.clock),
-        repeats=timing.repeats,
-        warmup=timing.warmup,
-        budget=timing.budget,
-        tick=lambda name: tell(f"{case.name}: {name}"),
-    )
+    works = {**{name: [side] for name, side in sides.items()}, GEMMS: [bare]}
+    times = measure.interleave(works, device, timing, lambda name: tell(f"{case.name}: {name}"))
     timed = range(1 + timing.warmup, 1 + timing.warmup + len(times[GEMMS]))
     flops = tuple(step_flops(task, step) for step in timed)
     tokens = tuple(task.tokens(step) for step in timed)
@@ -349,15 +343,10 @@ def measure_ppo(task: Task, timing: Timing, tell: Tell) -> tuple[list[Row], dict
             iterations.run(watches[-1])
             counts.append(iterations.counts())
 
-        times = measure.interleave(
-            {WHOLE: [iterate], GEMMS: [bare]},
-            measure.stopwatch(device, timing.clock),
-            repeats=timing.repeats,
-            warmup=1,  # it makes the optimizer's states
-            budget=timing.budget,
-            least=1,  # an iteration of a large model takes a minute
-            tick=lambda name: tell(f"{case.name}: {name}"),
-        )
+        # The warm-up makes the optimizer's states. An iteration of a large model takes a minute: one is enough.
+        timing = replace(timing, warmup=1, least=1)
+        works = {WHOLE: [iterate], GEMMS: [bare]}
+        times = measure.interleave(works, device, timing, lambda name: tell(f"{case.name}: {name}"))
         tell(f"{case.name}: memory")
         del watches[0], counts[0]
         held = held_bytes(iterations.roles, iterations.trainer.optimizer)
