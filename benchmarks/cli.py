@@ -42,7 +42,7 @@ SOME = {
 
 @dataclass(frozen=True)
 class Options:
-    """What every benchmark can be told."""
+    """The common options of a benchmark."""
 
     device: torch.device
     clock: Callable[[], float]
@@ -92,7 +92,7 @@ def options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]
 
 
 class Refused(Exception):
-    """Ours is wrong, or does not run: there is nothing to time. Exit status 1."""
+    """Ours is wrong or does not run, so nothing is timed. Exit status 1."""
 
 
 def ready_device(name: str) -> torch.device:

@@ -57,7 +57,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Mode:
-    """One way of calling: which outputs it has, and which inputs get a gradient."""
+    """A way of calling an operation: its outputs, and the inputs that get a gradient."""
 
     about: str
     outputs: tuple[str, ...]
@@ -73,7 +73,10 @@ class Mode:
 
 @dataclass(frozen=True)
 class Candidate:
-    """`load` returns the function, or raises Unavailable. `role` "setting": what is wrong has a reason, no time."""
+    """`load` returns the function, or raises Unavailable.
+
+    `role` "setting": one of ours that may be wrong; it is then not timed, and has the reason in its row.
+    """
 
     name: str
     load: Callable[[torch.device], Function]
@@ -203,24 +206,23 @@ def measure_case(
     benchmark: Benchmark,
     shape: Shape,
     mode: str,
-    sets: Sequence[Inputs],
-    expected: Mapping[str, Expected],
     candidates: Sequence[Candidate],
+    device: torch.device,
     timing: Timing,
     *,
     main: bool = True,
     tick: Callable[[str], None] = lambda name: None,
 ) -> tuple[Row, ...]:
     """Check all candidates, take their memory, time them in turns. `main`: also time what compiles for long."""
-    device = next(iter(sets[0].values())).device
-    taking_part = [
-        c for c in candidates if mode in (c.modes or (mode,)) and device.type in (c.devices or (device.type,))
-    ]
+    tick("inputs and fp64 oracle")
+    sets = input_sets(benchmark, shape, device)
+    expected = benchmark.expected(sets[0], benchmark.modes[mode].results)
+    chosen = [c for c in candidates if mode in (c.modes or (mode,)) and device.type in (c.devices or (device.type,))]
     check = Check(benchmark, mode, sets[0], expected)
     rows: dict[str, Row] = {}
     works: dict[str, list[measure.Work]] = {}
     # Eager comes first: its error is the yardstick of our gradients. The table keeps the given order.
-    for candidate in sorted(taking_part, key=lambda c: c.name != EAGER):
+    for candidate in sorted(chosen, key=lambda c: c.name != EAGER):
         tick(candidate.name)
         row = Row(candidate.name, "ours" if candidate.role == "setting" else candidate.role)
         try:
@@ -242,10 +244,10 @@ def measure_case(
     bare = limits(benchmark, sets, work, device)
     for _, made, _ in bare.values():
         made[0]()  # the candidates have all run by now
-    ordered = {c.name: works[c.name] for c in taking_part if c.name in works}
+    ordered = {c.name: works[c.name] for c in chosen if c.name in works}
     limit_works = {name: made for name, (_, made, _) in bare.items()}
     times = measure.interleave({**ordered, **limit_works}, device, timing, tick)
-    done = [replace(rows[c.name], seconds=tuple(times.get(c.name, ()))) for c in taking_part if c.name in rows]
+    done = [replace(rows[c.name], seconds=tuple(times.get(c.name, ()))) for c in chosen if c.name in rows]
     for name, (row, _, units) in bare.items():
         done.append(replace(row, seconds=tuple(times[name]), rate=units / measure.spread(times[name]).median))
     return with_share(done, work)

@@ -56,25 +56,15 @@ def measure_case(
     main: bool = True,
 ) -> Case:
     """Inputs, fp64 oracle, checks, memory and times of a case; the reason where ours is wrong or does not run."""
-    label, how = f"{benchmark.name} {shape} {mode}", benchmark.modes[mode]
     dtype = str(benchmark.dtypes[device.type]).removeprefix("torch.")
-    about = {"operation": benchmark.about, "mode": how.about}
+    about = {"operation": benchmark.about, "mode": benchmark.modes[mode].about}
     case = Case(benchmark.name, shape.name, dict(shape.sizes), dtype, mode, about=about)
-    tell(f"{label}  inputs and fp64 oracle")
+
+    def tick(name: str) -> None:
+        tell(f"{benchmark.name} {shape} {mode}  {name}")
+
     try:
-        sets = harness.input_sets(benchmark, shape, device)
-        expected = benchmark.expected(sets[0], how.results)
-        rows = harness.measure_case(
-            benchmark,
-            shape,
-            mode,
-            sets,
-            expected,
-            candidates,
-            timing,
-            main=main,
-            tick=lambda at: tell(f"{label}  {at}"),
-        )
+        rows = harness.measure_case(benchmark, shape, mode, candidates, device, timing, main=main, tick=tick)
     except Exception as error:  # the other cases go on
         return replace(case, refused=str(error) if isinstance(error, Refused) else one_line(error))
     finally:

@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from resource import struct_rusage
 
@@ -27,7 +28,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or the profiler announces ever
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles: a few calls that another process disturbed do not move them."""
+    """Median and quartiles. A few calls that another process disturbed do not move them."""
 
     median: float
     q1: float
@@ -134,11 +135,7 @@ def peak_bytes(work: Work, device: torch.device) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = work()
         del result
-    total = peak = 0
-    for _, change in allocations(profile):
-        total += change
-        peak = max(peak, total)
-    return peak
+    return max(accumulate((change for _, change in allocations(profile)), initial=0))
 
 
 def allocations(profile: torch.profiler.profile) -> list[tuple[int, int]]:
@@ -180,7 +177,7 @@ def run_process(command: Sequence[str], log: Path, environment: Mapping[str, str
 
 
 def free_memory() -> None:
-    """Return freed and cached memory, or the next case pays for the last one's fragments."""
+    """Return freed and cached memory, so that the next case does not meet the fragments of this one."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

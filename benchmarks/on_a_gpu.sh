@@ -16,7 +16,7 @@
 # stand in the tables with the reason. Without .git, set ONECARD_COMMIT=<hash>.
 #
 # Into OUT (default: benchmarks/results/<device>): a log of each part, and JSON that is written after every case, so that
-# a run that is cut off leaves what it had. Tables and plots are made from the JSON afterwards, anywhere:
+# a run that is cut off leaves what it had. A whole run leaves its tables and plots too; for others:
 #   python -m benchmarks.render *.json
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -44,19 +44,19 @@ minutes() { # of so many seconds, those after which no case begins
 gpu() { case $1 in
   tests) run=(pytest -q -p no:cacheprovider --durations=15 tests/gpu) ;;
   sanitize) run=(benchmarks.sanitize --minutes "$(minutes "$2" 0.9)") ;;
-  benchmark) run=(benchmarks.kernels --device cuda --data-only) ;;
-  tune) run=(benchmarks.tune --device cuda --data-only --minutes "$(minutes "$2" 0.9)") ;;
-  train_step) run=(benchmarks.train_step --device cuda --data-only --minutes "$(minutes "$2")") ;;
-  rollout) run=(benchmarks.rollout --table --device cuda --data-only --minutes "$(minutes "$2")") ;;
+  benchmark) run=(benchmarks.kernels --device cuda) ;;
+  tune) run=(benchmarks.tune --device cuda --minutes "$(minutes "$2" 0.9)") ;;
+  train_step) run=(benchmarks.train_step --device cuda --minutes "$(minutes "$2")") ;;
+  rollout) run=(benchmarks.rollout --device cuda --minutes "$(minutes "$2")") ;;
   profile) run=(benchmarks.profile_ppo --device cuda) ;;
 esac; }
 dry() { case $1 in
   tests) run=(pytest -q -p no:cacheprovider tests/gpu) ;;
   sanitize) run=(benchmarks.sanitize --dry) ;;
-  benchmark) run=(benchmarks.kernels --quick --benchmark gae --data-only) ;;
-  tune) run=(benchmarks.tune --dry --data-only) ;;
-  train_step) run=(benchmarks.train_step --smoke --data-only) ;;
-  rollout) run=(benchmarks.rollout --smoke --data-only) ;;
+  benchmark) run=(benchmarks.kernels --quick --benchmark gae) ;;
+  tune) run=(benchmarks.tune --dry) ;;
+  train_step) run=(benchmarks.train_step --smoke) ;;
+  rollout) run=(benchmarks.rollout --smoke) ;;
   profile) run=(benchmarks.profile_ppo --smoke) ;;
 esac; }
 

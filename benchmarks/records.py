@@ -120,7 +120,7 @@ def per_second(amounts: tuple[int, ...], seconds: tuple[float, ...]) -> Spread |
 
 
 def ratio(row: Row, other: Row) -> Spread | None:
-    """Time over the other's time, round by round: what slowed both in a round cancels."""
+    """Time over the other's time, round by round: a slow round slows both."""
     pairs = list(zip(row.seconds, other.seconds, strict=False))  # one that is timed alone may have fewer rounds
     return spread([mine / theirs for mine, theirs in pairs]) if pairs else None
 
@@ -197,7 +197,7 @@ def now() -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Whole or not at all: no reader and no run that is cut off sees half a file."""
+    """Write a temporary file and rename it, so that nobody reads half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(data)

@@ -285,16 +285,16 @@ def time_a_step(task: Task, clock: Callable[[], float]) -> dict[str, Any]:
     # Prompts of one length would need no mask, and real batches need one.
     shortest = length - count // 2
     prompts = tuple(tuple(draw.choices(words, k=max(1, shortest - row % 2))) for row in range(task.batch_size))
-    works: dict[tuple[str, int], list[Work]] = {}
+    works: dict[str, list[Work]] = {}
     for name, sampler in samplers(device).items():
         for tokens in (1 + count, 1):
             sampling = replace(task.sampling, max_new_tokens=tokens)
             one = replace(task, prompts=prompts, stop_tokens=frozenset(), sampling=sampling)
-            works[name, tokens] = [Work(one, sampler)]
+            works[f"{name} {tokens}"] = [Work(one, sampler)]
     times = measure.interleave(works, device, Timing(STEP_REPEATS, warmup=1, clock=clock))
     seconds = {}
     for name in samplers(device):
-        pairs = zip(times[name, 1 + count], times[name, 1], strict=True)
+        pairs = zip(times[f"{name} {1 + count}"], times[f"{name} 1"], strict=True)
         seconds[name] = statistics.median((many - one) / count for many, one in pairs)
     return {
         "rows": task.batch_size,

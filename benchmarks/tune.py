@@ -1,8 +1,8 @@
 """`python -m benchmarks.tune`: times settings of the kernels against their defaults, and proposes what is faster.
 
 A knob varies one thing (rows of a chunk, a tile, blocks and warps, the implementation) for one public function in one
-mode. All are first compared with fp64; what is wrong is not timed. A setting is proposed where it is faster in one case
-and slower in none, beyond the quartiles of both, ran in all cases, and keeps the promised workspace.
+mode. Each setting is first compared with fp64, and not timed if it is wrong. A setting is proposed if it ran in all
+cases, is faster in one and slower in none, beyond the quartiles of both, and keeps the promised workspace.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def tile(values: Values) -> Iterator[None]:
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """On CPU tensors, what a GPU would run: its plans, and Triton's kernels where their interpreter is on."""
+    """Run a GPU's plans on CPU tensors, and Triton's kernels if its interpreter is on."""
     preference, table = library("dispatch").PREFERENCE, library("logprob.tuning").TABLE
     with (
         mock.patch.dict(preference, cpu=preference["cuda"]),
@@ -212,7 +212,7 @@ def tried(case: Case) -> list[Row]:
 
 
 def proposal(knob: Knob, cases: Sequence[Case]) -> tuple[float, str] | None:
-    """(mean time over the default's, setting) of the best one that is nowhere slower and somewhere faster."""
+    """The best setting that is faster in one case and slower in none: (mean time over the default's, setting)."""
     found = []
     for name in dict.fromkeys(row.name for case in cases for row in tried(case)):
         pairs = [(row, default, case) for case in cases if (row := case.row(name)) and (default := case.row(OURS))]

@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.harness import Benchmark, Candidate, Function, Mode, Products, Work, attribute, ours, plain, takes
 from benchmarks.oracle import NATS, Bar, Expected, Inputs, overall, sample
 from benchmarks.shapes import LINEAR_DTYPES, LINEAR_FEW, Shape
-from benchmarks.suite import linear
+from benchmarks.suite import linear_logprobs as linear
 
 NAME = "linear_kl"
 FORWARD, FROZEN = "forward", "frozen"

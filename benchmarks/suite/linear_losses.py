@@ -27,7 +27,7 @@ from benchmarks.harness import (
 )
 from benchmarks.oracle import LOGPROB_BARS, Bar, Inputs
 from benchmarks.shapes import LINEAR_DTYPES, LINEAR_FEW, LINEAR_LOSS, Shape, Shapes
-from benchmarks.suite import linear
+from benchmarks.suite import linear_logprobs as linear
 from benchmarks.suite.formulas import CLIP, clip_share_inputs, policy_loss, policy_oracle
 
 FROZEN = "frozen"

@@ -61,24 +61,24 @@ class BareProducts:
     """
 
     def __init__(self, case: StepCase, device: torch.device, dtype: torch.dtype, rows: int, step: float) -> None:
-        one = 2 * rows * case.model.hidden * case.model.intermediate
-        self.sizes, self.device, self.dtype = (rows, case.model.hidden, case.model.intermediate), device, dtype
+        hidden, inner = case.model.hidden, case.model.intermediate
+        one = 2 * rows * hidden * inner
         self.times = max(1, int(min(GEMM_FLOPS[device.type], step) / one))
         self.flops = one * self.times
-        self.operands: tuple[torch.Tensor, ...] = ()
+        self.make = partial(torch.randn, device=device, dtype=dtype)
+        self.shapes = (rows, hidden), (inner, hidden)
+        self.products: measure.Work | None = None
 
     def ready(self) -> None:
         """Make the operands, and warm up."""
-        rows, hidden, inner = self.sizes
-        left = torch.randn(rows, hidden, device=self.device, dtype=self.dtype)
-        right = torch.randn(hidden, inner, device=self.device, dtype=self.dtype)
-        self.operands = left, right, left @ right
+        left, right = (self.make(*shape) for shape in self.shapes)
+        measure.gemm_work(left, right, 1)()
+        self.products = measure.gemm_work(left, right, self.times)
 
     def __call__(self) -> None:
-        left, right, out = self.operands
-        for _ in range(self.times):
-            torch.mm(left, right, out=out)
-        self.operands = ()
+        assert self.products is not None
+        self.products()
+        self.products = None
 
 
 @contextmanager
@@ -106,19 +106,18 @@ def config_of(case: StepCase, dtype: torch.dtype) -> TrainConfig:
     return dpo.config_of(Task(case, nowhere, dtype))
 
 
-def plan_of(case: StepCase, dtype: torch.dtype, device: torch.device) -> MemoryPlan:
-    """The plan of a case at its full lengths. Cases that differ in nothing that a plan depends on share one."""
-    return cached_plan(
-        replace(case, name="", memory_cap_gib=0.0, interleaved=True, mixed_lengths=False), dtype, device.type
-    )
-
-
 @lru_cache
-def cached_plan(case: StepCase, dtype: torch.dtype, device: str) -> MemoryPlan:
+def full_plan(case: StepCase, dtype: torch.dtype, device: torch.device) -> MemoryPlan:
     from transformers import AutoConfig
 
     model = AutoConfig.for_model(**case.model.settings)
-    return plan_memory(model, config_of(case, dtype), Lengths(case.prompt, case.response), torch.device(device))
+    return plan_memory(model, config_of(case, dtype), Lengths(case.prompt, case.response), device)
+
+
+def plan_of(case: StepCase, dtype: torch.dtype, device: torch.device) -> MemoryPlan:
+    """The plan of a case at its full lengths. Cases that differ in nothing that a plan depends on share one."""
+    plain = replace(case, name="", memory_cap_gib=0.0, interleaved=True, mixed_lengths=False)
+    return full_plan(plain, dtype, torch.device(device.type))
 
 
 def too_large(case: StepCase, dtype: torch.dtype) -> str | None:
@@ -199,14 +198,13 @@ def measure_case(
                 rows, found = measure_dpo(task, names or list(candidates(device)), timing, tell)
             else:
                 rows, found = measure_ppo(task, timing, tell)
+            for pair in found["learned"]:
+                if not all(map(math.isfinite, pair)):  # nothing measured of such a run means anything
+                    raise Refused(f"loss and gradient norm of a step are {pair}")
         except Refused as error:
             return replace(result, refused=str(error), found={"learned": []})
         finally:
             free_memory()
-    wrong = next((pair for pair in found["learned"] if not all(map(math.isfinite, pair))), None)
-    if wrong:  # nothing measured of such a run means anything
-        refused = f"loss and gradient norm of a step are {wrong}"
-        return replace(result, found={"learned": []}, refused=refused)
     return replace(result, rows=tuple(rows), found=found)
 
 
