@@ -253,9 +253,6 @@ class Recorder:
         dirty = " (dirty)" if report.dirty else ""
         return f"{report.machine}; {torch.__version__}; commit {report.commit[:12]}{dirty}"
 
-    def add(self, case: Case) -> None:
-        self.put((*self.report.cases, case))
-
     def put(self, cases: Iterable[Case], *, complete: bool = False) -> None:
         """Replace the cases, and write the file. The tree must not have changed since the run began either."""
         dirty = self.report.dirty or commit() != (self.report.commit, False)

@@ -15,16 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-import matplotlib
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markdown import Markdown
 
 from benchmarks import cli, records, targets
 from benchmarks.measure import Spread
 from benchmarks.records import LIMIT, OURS, WHOLE, Case, Report, Row
-
-matplotlib.use("Agg")  # before pyplot is imported: no display is needed
-from matplotlib import pyplot
 
 NONE = "–"
 COLOURS = {"ours": "#1b7837", "peer": "#9e9e9e", LIMIT: "#d9d9d9"}
@@ -356,7 +353,8 @@ def markdown(report: Report, name: str) -> str:
 
 def plot(report: Report, cases: Sequence[Case]) -> bytes:
     """A line of two panels for each case: tokens per second or time, with quartiles; and peak memory."""
-    figure, grid = pyplot.subplots(len(cases), 2, figsize=(11, 0.8 + 2.2 * len(cases)), squeeze=False)
+    figure = Figure(figsize=(11, 0.8 + 2.2 * len(cases)))
+    grid = figure.subplots(len(cases), 2, squeeze=False)
     for (left, right), case in zip(grid, cases, strict=True):
         ran = [row for row in case.rows if row.seconds and row.name not in ("copy", WHOLE)][::-1]
         by_rate = bool(case.row(OURS)) and all(row.tokens for row in ran if row.role != LIMIT)
@@ -382,7 +380,6 @@ def plot(report: Report, cases: Sequence[Case]) -> bytes:
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})  # the same bytes from the same file
-    pyplot.close(figure)
     return buffer.getvalue()
 
 

@@ -158,11 +158,6 @@ def weight_bytes(model: Any) -> int:
     return stored_bytes([*read, *quantization_of(model)])
 
 
-def step_bytes(model: Any, rows: int, length: int) -> int:
-    """Bytes that a step over so many rows reads, each with `length` tokens in its cache."""
-    return weight_bytes(model) + rows * cache_bytes(model, length)
-
-
 def bandwidth(device: torch.device, repeats: int = 5) -> float:
     """Bytes per second that a plain copy moves here, both ways counted."""
     copy, size = measure.copy_work(device)
@@ -278,7 +273,8 @@ def time_a_step(task: Task, clock: Callable[[], float]) -> dict[str, Any]:
     Its seconds by sampler are what more tokens take beyond one, over their number: the pass over the prompts does not
     count. `bytes_read`: weights and cache. `bandwidth`: of a plain copy in the same run, bytes/s.
     """
-    device, count = task.roles.device, min(WINDOW, max(1, task.sampling.max_new_tokens // 2))
+    model, device = task.roles.causal_model(), task.roles.device
+    count = min(WINDOW, max(1, task.sampling.max_new_tokens // 2))
     length = max(map(len, task.prompts)) + task.sampling.max_new_tokens // 2
     words = [word for prompt in task.prompts for word in prompt]
     draw = random.Random(0)
@@ -300,7 +296,7 @@ def time_a_step(task: Task, clock: Callable[[], float]) -> dict[str, Any]:
         "rows": task.batch_size,
         "length": length,
         "seconds": seconds,
-        "bytes_read": step_bytes(task.roles.causal_model(), task.batch_size, length),
+        "bytes_read": weight_bytes(model) + task.batch_size * cache_bytes(model, length),
         "bandwidth": bandwidth(device),
     }
 

@@ -162,7 +162,7 @@ def random_model(
             setattr(module, name, quantized(module, name, value, device))
     rebuild_rotary_embeddings(model, device)
     model.tie_weights()
-    info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     return (model.eval(), info) if output_loading_info else model.eval()
 
 
