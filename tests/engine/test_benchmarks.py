@@ -14,7 +14,7 @@ from benchmarks.harness import EAGER, Candidate, Products, Unavailable, Work, ea
 from benchmarks.measure import Timing
 from benchmarks.records import LIMIT, OURS, Case, Row
 from benchmarks.shapes import Shape, Shapes, linear, logits
-from benchmarks.suite import BENCHMARKS, gae, linear_kl, linear_losses, selective
+from benchmarks.suite import BENCHMARKS, linear_kl, linear_losses, selective
 from benchmarks.suite import tokens as token_losses
 from benchmarks.suite.linear_logprobs import BENCHMARK, FORWARD, FROZEN, TENSORS, TRAINED
 
@@ -115,7 +115,7 @@ def test_work_counts_every_term_by_hand() -> None:
     grid = Shape("", {"B": 2, "T": 3})
     assert token_losses.forward_work(grid, 4) == Work(6 * 13)
     assert token_losses.backward_work(grid, 4) == Work(6 * 17)
-    assert gae.work(grid, 4) == Work(6 * 17)
+    assert token_losses.gae_work(grid, 4) == Work(6 * 17)
 
 
 # --- what is wrong is not timed
