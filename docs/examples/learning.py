@@ -1,4 +1,4 @@
-"""`python -m benchmarks.learning`: trains a small real model with every training command and writes docs/results.md.
+"""`python -m docs.examples.learning`: trains a small real model with every training command and writes docs/results.md.
 
 A task is an `onecard` command, a metric of its held-out rows, and bars that every seed has to meet. Runs go to
 `runs/results`; the page and its picture are made from their `metrics.jsonl` alone.
@@ -382,9 +382,9 @@ COLUMNS = 4  # panels in a row of the picture
 PACKAGES = ("python", "torch", "transformers")
 INTRODUCTION = """\
 Every training command on a small pretrained model and small real data: a number on held-out rows before and after, and
-the bar that `make test-long` holds it to. `python -m benchmarks.learning` makes the runs, this page and the picture;
+the bar that `make test-long` holds it to. `python -m docs.examples.learning` makes the runs, this page and the picture;
 nothing here is typed. The data lies beside the repository in `../shared/data`; what is made from it by
-[benchmarks/learning.py](../benchmarks/learning.py) goes to `runs/results-data`.
+[examples/learning.py](examples/learning.py) goes to `runs/results-data`.
 
 Numbers are means over seeds, with the smallest and the largest; a bar is met if every seed meets it. These models are
 of a size at which a run takes a minute on one processor: the table says that the algorithms work, not how good a model
@@ -543,13 +543,13 @@ def write_page(path: Path, found: Sequence[Found]) -> list[Path]:
 def command(only: tuple[str, ...], seeds: int, jobs: int, render: bool) -> None:
     """Run each task of the table through the `onecard` command line, and write docs/results.md with the results.
 
-    A finished run is kept until its command changes or its folder is removed. The page has all tasks. The exit status
-    is 1 if a run fails.
+    A finished run is kept until its command changes or its folder is removed; a change of the code does not make it
+    again. The page has all tasks. The exit status is 1 if a run fails.
 
     \b
-    python -m benchmarks.learning                             all of it (a quarter of an hour on two idle cores)
-    python -m benchmarks.learning --only sft --seeds 1        one run
-    python -m benchmarks.learning --render                    the page again
+    python -m docs.examples.learning                             all of it (a quarter of an hour on two idle cores)
+    python -m docs.examples.learning --only sft --seeds 1        one run
+    python -m docs.examples.learning --render                    the page again
     """
     all_jobs = jobs_of(RUNS, seeds)
     failures: list[str] = []
