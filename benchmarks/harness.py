@@ -189,17 +189,15 @@ class Check:
 
 def limits(
     benchmark: Benchmark, sets: Sequence[Inputs], work: Work, device: torch.device
-) -> dict[str, tuple[Row, list[measure.Work], int]]:
-    """name -> (row without times, works, FLOPs or bytes of one call): bare GEMMs where there are any, and a copy."""
+) -> list[tuple[Row, list[measure.Work], int]]:
+    """Rows without times, works, and FLOPs or bytes of one call: bare GEMMs where there are any, and a copy."""
     copy, moved = measure.copy_work(device)
-    found: dict[str, tuple[Row, list[measure.Work], int]] = {"copy": (Row("copy", LIMIT), [copy], moved)}
-    if work.products is None:
-        return found
-    of, name = work.products, f"bare GEMMs, {work.products.count}u"
-    bare: list[measure.Work] = [
-        measure.gemm_work(s["hidden"], s["weight"], of.logits, of.hidden, of.head) for s in sets
-    ]
-    return {name: (Row(name, LIMIT, gemms=of.count), bare, work.flops), **found}
+    found: list[tuple[Row, list[measure.Work], int]] = [(Row("copy", LIMIT), [copy], moved)]
+    if (of := work.products) is not None:
+        row = Row(f"bare GEMMs, {of.count}u", LIMIT, gemms=of.count)
+        bare = [measure.gemm_work(s["hidden"], s["weight"], of.logits, of.hidden, of.head) for s in sets]
+        found.insert(0, (row, [*bare], work.flops))
+    return found
 
 
 def measure_case(
@@ -242,14 +240,14 @@ def measure_case(
         works[candidate.name] = list(jobs)
     work = benchmark.modes[mode].work(shape, benchmark.dtypes[device.type].itemsize)
     bare = limits(benchmark, sets, work, device)
-    for _, made, _ in bare.values():
+    for row, made, _ in bare:
         made[0]()  # the candidates have all run by now
-    ordered = {c.name: works[c.name] for c in chosen if c.name in works}
-    limit_works = {name: made for name, (_, made, _) in bare.items()}
-    times = measure.interleave({**ordered, **limit_works}, device, timing, tick)
-    done = [replace(rows[c.name], seconds=tuple(times.get(c.name, ()))) for c in chosen if c.name in rows]
-    for name, (row, _, units) in bare.items():
-        done.append(replace(row, seconds=tuple(times[name]), rate=units / measure.spread(times[name]).median))
+        works[row.name] = made
+    times = measure.interleave(works, device, timing, tick)
+    done = [replace(rows[c.name], seconds=tuple(times.get(c.name, ()))) for c in chosen]
+    for row, _, units in bare:
+        seconds = times[row.name]
+        done.append(replace(row, seconds=tuple(seconds), rate=units / measure.spread(seconds).median))
     return with_share(done, work)
 
 
