@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: in
     return {"hidden": hidden, "weight": weight, "targets": targets, "grad": normal(tokens)}
 
 
-def work(shape: Shape, itemsize: int, products: Products, *, token_bytes: int) -> Work:
+def work(shape: Shape, itemsize: int, *, products: Products, token_bytes: int) -> Work:
     """`token_bytes`: what is read and written for each token besides hidden states and head."""
     n, d, v = shape["N"], shape["D"], shape["V"]
     one = 2 * n * d * v  # a multiply and an add for every (token, hidden, vocabulary) triple
@@ -76,29 +77,23 @@ def work(shape: Shape, itemsize: int, products: Products, *, token_bytes: int) -
 TARGETS = 8  # bytes a token: read, int64
 LOGPROBS = 4  # written, fp32
 GRADIENT_OF_LOGPROBS = 4  # read, fp32
-
-
-def forward_work(shape: Shape, itemsize: int) -> Work:
-    return work(shape, itemsize, Products(1), token_bytes=TARGETS + LOGPROBS)  # logits = hidden @ W.T
-
-
-def frozen_work(shape: Shape, itemsize: int) -> Work:
-    per_token = TARGETS + LOGPROBS + GRADIENT_OF_LOGPROBS
-    return work(shape, itemsize, Products(1, 1), token_bytes=per_token)  # logits; dHidden = dLogits @ W
-
-
-def trained_work(shape: Shape, itemsize: int) -> Work:
-    per_token = TARGETS + LOGPROBS + GRADIENT_OF_LOGPROBS
-    return work(shape, itemsize, Products(1, 1, 1), token_bytes=per_token)  # and dW = dLogits.T @ hidden
-
-
+BACK = TARGETS + LOGPROBS + GRADIENT_OF_LOGPROBS
 MODES = {
-    FORWARD: Mode("forward only (old and reference log-probabilities)", ("logp",), forward_work),
-    FROZEN: Mode(FROZEN_ABOUT, ("logp",), frozen_work, {"dHidden": "hidden"}),
+    FORWARD: Mode(
+        "forward only (old and reference log-probabilities)",
+        ("logp",),
+        partial(work, products=Products(1), token_bytes=TARGETS + LOGPROBS),  # logits = hidden @ W.T
+    ),
+    FROZEN: Mode(
+        FROZEN_ABOUT,
+        ("logp",),
+        partial(work, products=Products(1, 1), token_bytes=BACK),  # logits; dHidden = dLogits @ W
+        {"dHidden": "hidden"},
+    ),
     TRAINED: Mode(
         "forward + backward, trained head (gradients for the hidden states and the head)",
         ("logp",),
-        trained_work,
+        partial(work, products=Products(1, 1, 1), token_bytes=BACK),  # and dW = dLogits.T @ hidden
         {"dHidden": "hidden", "dW": "weight"},
     ),
 }

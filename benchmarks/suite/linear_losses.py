@@ -64,7 +64,7 @@ def benchmark(
         return {**found, **batch(found, seed), "one": torch.ones((), device=device)}
 
     def work(shape: Shape, itemsize: int) -> Work:
-        return linear.work(shape, itemsize, Products(1, 1), token_bytes=token_bytes)  # logits; dHidden
+        return linear.work(shape, itemsize, products=Products(1, 1), token_bytes=token_bytes)  # logits; dHidden
 
     def of(logprobs: LogProbs) -> Loss:
         return lambda hidden, weight, targets, *rest: loss(logprobs(hidden, weight, targets), *rest)
