@@ -294,7 +294,7 @@ def measure_together(
     check_first_steps(firsts, task.dtype)
     longest = max(pair.tokens for pair in task.pairs)
     bare = BareProducts(case, device, task.dtype, longest, step_flops(task, 0))
-    works = {**{name: [side] for name, side in sides.items()}, GEMMS: [bare]}
+    works: dict[str, list[measure.Work]] = {**{name: [side] for name, side in sides.items()}, GEMMS: [bare]}
     times = measure.interleave(works, device, timing, lambda name: tell(f"{case.name}: {name}"))
     timed = range(1 + timing.warmup, 1 + timing.warmup + len(times[GEMMS]))
     flops = tuple(step_flops(task, step) for step in timed)
@@ -343,7 +343,7 @@ def measure_ppo(task: Task, timing: Timing, tell: Tell) -> tuple[list[Row], dict
 
         # The warm-up makes the optimizer's states. An iteration of a large model takes a minute: one is enough.
         timing = replace(timing, warmup=1, least=1)
-        works = {WHOLE: [iterate], GEMMS: [bare]}
+        works: dict[str, list[measure.Work]] = {WHOLE: [iterate], GEMMS: [bare]}
         times = measure.interleave(works, device, timing, lambda name: tell(f"{case.name}: {name}"))
         tell(f"{case.name}: memory")
         del watches[0], counts[0]
