@@ -10,6 +10,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ NONE = "–"
 COLOURS = {"ours": "#1b7837", "peer": "#9e9e9e", LIMIT: "#d9d9d9"}
 ROLLOUT_TARGET = 2.0  # times the tokens per second of generate, on mixed lengths
 MOST_OFF = 0.05  # of a measured peak, by which the memory plan may be off
+LOG_WIDTH = 160  # columns of what is printed into a file
 LEAST_STEPS = 2  # whole ones, of a case under a memory cap
 
 
@@ -415,7 +417,7 @@ def run(
 
     `measure` gets a case and a function that shows what it does. Raises Refused at the end if a case was refused.
     """
-    console, began = Console(), time.monotonic()
+    console, began = Console(width=None if sys.stdout.isatty() else LOG_WIDTH), time.monotonic()
     console.print(recorder.opening(), highlight=False)
     for index, case in enumerate(cases):
         if minutes is not None and time.monotonic() - began > 60 * minutes:
@@ -424,7 +426,11 @@ def run(
         with console.status("") as status:
             result = measure(case, status.update)
         recorder.put((*recorder.report.cases, result))
-        console.print(Markdown("\n\n".join([f"## {result.what}", *parts_of(result, recorder.report)])))
+        ran = replace(result, rows=tuple(row for row in result.rows if row.reason is None))
+        console.print(Markdown("\n\n".join([f"## {result.what}", *parts_of(ran, recorder.report)])))
+        for row in result.rows:
+            if row.reason is not None:  # in a cell it would be cut
+                console.print(f"{row.name}: {row.reason}", markup=False, highlight=False)
     report = recorder.report
     if not report.cases:
         return
