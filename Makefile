@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Both build .venv when it is missing or out of date, and reuse it otherwise.
+# `make demo` and `make test` need nothing but Python: they create .venv, and install again when SOURCES have changed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,11 +6,11 @@ SOURCES := pyproject.toml setup.py constraints.txt
 
 .PHONY: help demo test test-all test-long lint bench clean
 help:
-	@echo "make demo   install into .venv, then SFT, reward model, DPO and PPO from nothing in a few minutes (runs/demo/report.html)"
+	@echo "make demo   install into .venv, then SFT, reward model, DPO and PPO of a tiny model in a few minutes (runs/demo/report.html)"
 	@echo "make test   install into .venv with the test tools, then lint, types and the tests"
-	@echo "make test-all   the same with the whole of every grid, as continuous integration runs it"
-	@echo "make test-long  the tests that 'make test' leaves out: every model family, learning runs held to bars (an hour; needs ../shared/data)"
-	@echo "make lint   ruff and mypy alone"
+	@echo "make test-all   the same with slow tests and further parameter combinations, as continuous integration runs it"
+	@echo "make test-long  every model family, and the runs of docs/results.md with their bars (half an hour; needs ../shared/data)"
+	@echo "make lint   only ruff and mypy"
 	@echo "make bench  the CPU kernel benchmarks against their peers, a quarter of an hour (benchmarks/results/)"
 	@echo "make clean  remove .venv and runs/demo"
 

@@ -29,7 +29,7 @@ from rich.markdown import Markdown
 from benchmarks import cli
 from benchmarks.launches import LAUNCHES, Capability, Configuration
 from benchmarks.render import table
-from onecard_kernels.launch import Launch, interpreted, recording, why_not
+from onecard_kernels.launch import Launch, interpreted, recording, unavailable_reason
 
 PACKAGE = "onecard_kernels."
 KIB = 1024
@@ -330,7 +330,7 @@ def command(names: Sequence[str], kernel: str, typical: bool, file: Path | None)
     python -m benchmarks.cards --card sm_89                   all sizes and options on an RTX 4090
     python -m benchmarks.cards --kernel tiled --card sm_90    one kernel, while tuning its blocks
     """
-    if (missing := why_not(torch.device("meta"))) is not None:
+    if (missing := unavailable_reason(torch.device("meta"))) is not None:
         raise click.UsageError(missing)
     if interpreted():
         raise click.UsageError("TRITON_INTERPRET is set: the interpreter replaces the compiler; unset it.")

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
 # What to run on a GPU machine, in commands of at most ten minutes:
 #
-#   OUT=/tmp/gpu benchmarks/on_a_gpu.sh first      tests, sanitizer, rollouts: what breaks?
-#   OUT=/tmp/gpu benchmarks/on_a_gpu.sh kernels    the kernels' tables, then as many knobs as there is time for
+#   OUT=/tmp/gpu benchmarks/on_a_gpu.sh first      tests, compute-sanitizer, rollouts: does everything run?
+#   OUT=/tmp/gpu benchmarks/on_a_gpu.sh kernels    the kernels' tables, then tuning for as long as time allows
 #   OUT=/tmp/gpu benchmarks/on_a_gpu.sh engine     whole steps, and a profile of a PPO iteration
 #   OUT=/tmp/gpu benchmarks/on_a_gpu.sh train_step --case '8B, NF4, 12 GB card'      one part, with options of its own
 #   OUT=/tmp/dry benchmarks/on_a_gpu.sh rehearse   every part on a CPU, at tiny sizes: shows that it runs
 #
-# Parts: tests, sanitize, benchmark, tune, train_step, rollout, profile. Each has a time limit (TESTS_SECONDS=... and so
-# on change it) and a log of its own.
+# Parts: tests, sanitize, benchmark, tune, train_step, rollout, profile. Each has a log, and a time limit that
+# TESTS_SECONDS=..., SANITIZE_SECONDS=... and so on change.
 #
-# It needs a python3 with torch 2.11 (CUDA 13) and triton 3.6 or newer, click, rich, matplotlib and pytest; nothing is
-# installed or fetched, and this repository need not be. From `engine` on it also needs transformers, peft, trl, datasets
-# and bitsandbytes; tests that lack them fail. Peers (trl, liger-kernel, cut-cross-entropy) that are not on PYTHONPATH
-# stand in the tables with the reason. Without .git, set ONECARD_COMMIT=<hash>.
+# It needs a python3 with torch 2.11 (CUDA 13) and triton 3.6 or newer, click, rich, matplotlib and pytest. It installs
+# and downloads nothing; onecard itself is imported from this folder. `engine` also needs transformers, peft, trl,
+# datasets and bitsandbytes, and so do some of the tests, which fail without them. Peers (trl, liger-kernel,
+# cut-cross-entropy) that are not installed are in the tables with the reason. Without .git, set ONECARD_COMMIT=<hash>.
 #
-# Into OUT (default: benchmarks/results/<device>): a log of each part, and JSON that is written after every case, so that
-# a run that is cut off leaves what it had. A whole run leaves its tables and plots too; for others:
+# OUT (default: benchmarks/results/<device>) gets a log of each part, and JSON files that are written after every case. So
+# a run that is cut off keeps its finished cases. A whole run also writes its tables and plots; for others, on any machine:
 #   python -m benchmarks.render *.json
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -36,7 +36,7 @@ limited() { # seconds, log, command...
   status=$ended
 }
 
-minutes() { # of so many seconds, those after which no case begins
+minutes() { # seconds, share of them (0.7): minutes after which no further case begins
   "$PYTHON" -c "print($1 * ${2:-0.7} / 60)"
 }
 
@@ -60,7 +60,7 @@ dry() { case $1 in
   profile) run=(benchmarks.profile_ppo --smoke) ;;
 esac; }
 
-part() { # kind of command, name, seconds, options...
+part() { # gpu or dry, name, seconds, options...
   local kind=$1 name=$2 seconds=$3 limit out=(--out "$OUT")
   shift 3
   limit=${name^^}_SECONDS
@@ -75,7 +75,7 @@ WHAT=${1:-first}
 shift || true
 if [ "$WHAT" != rehearse ]; then
   "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
-    echo "on_a_gpu.sh: torch sees no GPU here; to try it without one: $0 rehearse" >&2
+    echo "on_a_gpu.sh: torch finds no GPU; to try the script without one: $0 rehearse" >&2
     exit 2
   }
 fi
@@ -86,7 +86,7 @@ mkdir -p "$OUT"
 
 case $WHAT in
   first)
-    part gpu sanitize 240 >"$OUT/sanitize.log" & # small kernels; the tests do not time anything
+    part gpu sanitize 240 >"$OUT/sanitize.log" & # in parallel: its kernels are small, and the tests measure no times
     part gpu tests 300
     wait $! || status=1
     part gpu rollout 240 ;;
@@ -102,7 +102,7 @@ case $WHAT in
     done ;;
   tests | sanitize | benchmark | tune | train_step | rollout | profile) part gpu "$WHAT" 570 "$@" ;;
   *)
-    echo "on_a_gpu.sh: '$WHAT', expected first, kernels, engine, rehearse or a part of them" >&2
+    echo "on_a_gpu.sh: unknown command '$WHAT'; expected first, kernels, engine, rehearse, or a part such as tune" >&2
     exit 2 ;;
 esac
 exit "$status"

@@ -35,7 +35,7 @@ from onecard.models.cache import cache_bytes
 from onecard.models.load import load_tokenizer
 from onecard.models.roles import Roles
 from onecard.rollout import Sampling, find_stop_tokens, sample_responses
-from onecard.rollout.cuda_graphs import cuda_graph, use_recorder
+from onecard.rollout.cuda_graphs import cuda_graph, use_capture_function
 from onecard.utils.errors import OnecardError
 
 TIMING = {"cpu": Timing(7, warmup=1, least=1), "cuda": Timing(3, warmup=1, budget=40.0, least=1)}
@@ -181,7 +181,7 @@ def ours(task: Task) -> int:
 
 def recorded(task: Task) -> int:
     """The same, with passes that are recorded as CUDA graphs and replayed."""
-    with use_recorder(cuda_graph):
+    with use_capture_function(cuda_graph):
         return ours(task)
 
 

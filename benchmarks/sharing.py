@@ -60,7 +60,7 @@ def command(options: cli.Options, shapes: tuple[str, ...], tokens: int | None, q
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     quiet()
     # Short prompts are shared too: from which length sharing pays is what is measured.
-    with mock.patch.object(answers, "LEAST_SHARED", 1):
+    with mock.patch.object(answers, "MIN_SHARED_TOKENS", 1):
         render.run(
             options.recorder("sharing", timing.repeats, quick=quick),
             cases,

@@ -1,7 +1,8 @@
-"""The shape of the code in numbers: `python -m tests.structure [--before REVISION]` prints the table.
+"""The shape of the code in numbers: `python -m tests.structure [--before REVISION] [--time]` prints the table.
 
 Entries at the top of the engine, circles of imports, imports that point to a higher layer, calls and files on the way
-from a command to the line that clips and from `linear_logprobs` to the matrix product, and lines of code.
+from a command to the line that clips and from `linear_logprobs` to the matrix product, lines of code, and the time of
+`make test`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -189,8 +191,9 @@ def measured(revision: str) -> list[tuple[str, str, str]]:
 
 @click.command()
 @click.option("--before", "revision", default="", help="A revision whose lines of code are shown beside today's.")
+@click.option("--time", "timed", is_flag=True, help="Run `make test` too, and print its seconds.")
 @click.option("--ways", is_flag=True, help="Print the functions on each way instead of the table.")
-def main(revision: str, ways: bool) -> None:
+def main(revision: str, timed: bool, ways: bool) -> None:
     """Print the table."""
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if ways:
@@ -203,6 +206,10 @@ def main(revision: str, ways: bool) -> None:
     click.echo("| what | before | now |\n|---|---|---|")
     for row in measured(revision):
         click.echo(f"| {' | '.join(row)} |")
+    if timed:
+        began = time.perf_counter()
+        subprocess.run(["make", "test"], cwd=ROOT, stdout=sys.stderr, check=True)
+        click.echo(f"| `make test`, seconds | | {time.perf_counter() - began:.0f} |")
 
 
 if __name__ == "__main__":

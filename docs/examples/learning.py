@@ -155,14 +155,14 @@ def gained(limit: float) -> Bar:
 
 def fewer_violations(share: float) -> tuple[Bar, ...]:
     """Bars of a constrained run, which has to raise its reward too."""
-    violations = Bar("violations, as a share of those without constraint", ratio(VIOLATIONS), share, at_most=True)
+    violations = Bar("violations, over those of the run that only counts them", ratio(VIOLATIONS), share, at_most=True)
     return violations, gained(0.5)
 
 
 # Words of joy are rewarded and one of them is forbidden: without a constraint it becomes frequent.
 CONSTRAINTS: dict[str, tuple[str, str, tuple[Bar, ...]]] = {
     "counted": (
-        "PPO, a constraint only counted",
+        "PPO, violations counted and not penalized",
         "--constraint_mode lagrangian --constraint_lambda 0 --constraint_lambda_lr 0",
         (gained(1.5),),
     ),
@@ -201,7 +201,7 @@ def preferred(loss: str) -> Task:
     title, data, settings = PREFERENCES[loss]
     pairs = loss != "kto"
     metric = "eval_rewards/accuracies" if pairs else "eval_rewards/margins"
-    note = "Before the first step the policy is the reference: no answer is ahead, and 0 is what is logged."
+    note = "Before the first step the policy is the reference: all rewards are 0, and so is the first number."
     return task(
         f"dpo-{loss}",
         title,
@@ -209,7 +209,7 @@ def preferred(loss: str) -> Task:
         f"dpo --model {LLAMA} --dataset {data} --test_size 200 --num_train_epochs 2 --eval_steps 28 "
         f"--per_device_train_batch_size 16 --per_device_eval_batch_size 32 {settings}",
         metric,
-        "held-out pairs in the right order" if pairs else "mean reward of good less bad held-out answers",
+        "held-out pairs in the right order" if pairs else "mean reward of good held-out answers minus that of bad",
         Bar("pairs in the right order", after(metric), 0.75) if pairs else Bar("margin", after(metric), 0.5),
         note="" if loss == "simpo" else note,
     )
@@ -250,8 +250,8 @@ TASKS: dict[str, Task] = {
             Bar("in the right order", after("eval_accuracy"), 0.7),
             Bar("correlation with the labels", after("eval_pearson"), 0.35),
             Bar("accuracy over the majority class's", over_the_majority, 0.1),
-            note="A score that is the same for all sentences, the majority's label say, orders none of them; chance is "
-            "0.5. One seed, for a run takes two minutes.",
+            note="A constant score, such as the majority class's, orders no pair; random scores order half of them. "
+            "One seed, because a run takes two minutes.",
             most_seeds=1,
         ),
         *(
@@ -381,14 +381,14 @@ NONE = "–"
 COLUMNS = 4  # panels in a row of the picture
 PACKAGES = ("python", "torch", "transformers")
 INTRODUCTION = """\
-Every training command on a small pretrained model and small real data: a number on held-out rows before and after, and
-the bar that `make test-long` holds it to. `python -m docs.examples.learning` makes the runs, this page and the picture;
-nothing here is typed. The data lies beside the repository in `../shared/data`; what is made from it by
-[examples/learning.py](examples/learning.py) goes to `runs/results-data`.
+Every training command on a small pretrained model and small real data: a number on held-out rows before and after
+training, and its bar, the value that it must reach in `make test-long`. `python -m docs.examples.learning` makes the
+runs, this page and the picture; no number here is typed by hand. The data is in `../shared/data`, beside the
+repository; what [examples/learning.py](examples/learning.py) makes from it goes to `runs/results-data`.
 
-Numbers are means over seeds, with the smallest and the largest; a bar is met if every seed meets it. These models are
-of a size at which a run takes a minute on one processor: the table says that the algorithms work, not how good a model
-of use gets. Settings and bars were chosen after trial runs on the same rows."""
+Numbers are means over seeds, with the smallest and the largest; a bar is met if every seed meets it. The models are so
+small that a run takes a minute on one processor core. The table shows that the algorithms work, not how good a larger
+model would get. Settings and bars were chosen after trial runs on the same rows."""
 
 
 class Run(NamedTuple):
@@ -478,8 +478,8 @@ def sources(found: Sequence[Found]) -> str:
     cpu, wall = sum(run.cpu_seconds for run in runs) / 60, sum(run.wall_seconds for run in runs) / 60
     return (
         f"{len(runs)} runs, {when}; commit {' and '.join(sorted(commits))}; {'; '.join(sorted(versions))}; "
-        f"{'; '.join(sorted(machines))}, one thread each. They took {cpu:.0f} minutes of processor time, {wall:.0f} "
-        "minutes on the clock one after the other."
+        f"{'; '.join(sorted(machines))}, one thread each. They took {cpu:.0f} minutes of processor "
+        f"time; their wall times add up to {wall:.0f} minutes."
     )
 
 
@@ -498,12 +498,12 @@ def page(found: Sequence[Found], picture: str) -> str:
         "# Does it learn?",
         INTRODUCTION,
         sources(found),
-        f"Bars met: {sum(judged)} of the {len(judged)} that were tried.",
+        f"Bars met: {sum(judged)} of the {len(judged)} with finished runs.",
         "\n".join(table(found)),
         "\n".join(f"- {', '.join(tasks)}: {note}" for note, tasks in notes.items()),
         f"![Held-out curves of all tasks, a line for each seed]({picture})",
         "## The commands",
-        "As they were run for seed 1, from the repository's root; the others differ in `--seed` and the folder.",
+        "As run with seed 1, from the repository's root; runs with other seeds differ in `--seed` and `--output_dir`.",
         "\n".join(commands),
     ]
     return "\n\n".join(parts) + "\n"

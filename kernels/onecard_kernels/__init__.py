@@ -1,4 +1,4 @@
-"""Losses for language models on one card: fused, exact in fp32, and never holding `[tokens, vocab]` logits."""
+"""Fused losses for language models on one GPU: exact in fp32, and without `[tokens, vocab]` logits in memory."""
 
 from .advantages import gae, group_advantages, masked_whiten
 from .dpo import cpo_loss, dpo_loss, kto_loss, linear_dpo_loss, orpo_loss, sequence_sums, simpo_loss

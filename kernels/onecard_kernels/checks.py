@@ -2,7 +2,7 @@
 
 Shapes, dtypes, devices and Python numbers are always checked. *Values* inside tensors are checked on CPU, and on other
 devices only with ONECARD_CHECK=1, because reading them would wait for the device. They are not checked under
-torch.compile or in transforms of torch.func, which have no values. Token ids are looked at by the operators (`ids`).
+torch.compile or in transforms of torch.func, where tensors have no values. The operators check token ids (`ids`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .records import Head
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Tensors whose numbers are in their own memory. The last two stand for such a tensor while a program is traced.
+# Tensor classes whose elements are in their own memory. The last two represent such a tensor while it is traced.
 PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 
@@ -32,9 +32,9 @@ def values_are_checked(device: torch.device) -> bool:
     return device.type == "cpu" or os.environ.get("ONECARD_CHECK") == "1"
 
 
-def reverse_mode(function: str, **given: object) -> None:
-    """Raise under torch.func and forward-mode AD: the operators that give the gradients have only a backward."""
-    if torch.compiler.is_compiling():  # there the operators ask
+def reverse_mode_only(function: str, **given: object) -> None:
+    """Raise under torch.func and forward-mode AD: the operators that compute the gradients have only a backward."""
+    if torch.compiler.is_compiling():  # the operators check it there (`no_forward_ad`)
         return
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
@@ -50,7 +50,7 @@ def reverse_mode(function: str, **given: object) -> None:
 
 
 def constants(function: str, **given: object) -> None:
-    """Raise where an input that the function detaches has a tangent, which would be lost silently."""
+    """Raise if an input that the function detaches has a tangent, which would be lost without an error."""
     name = None if torch.compiler.is_compiling() else _with_tangent(given)
     if name is not None:
         raise NotImplementedError(
@@ -59,6 +59,7 @@ def constants(function: str, **given: object) -> None:
 
 
 def _with_tangent(given: dict[str, object]) -> str | None:
+    """The name of the first tensor that has a tangent of forward-mode AD, or None."""
     if forward_ad._current_level < 0:
         return None
     for name, value in given.items():
@@ -67,8 +68,8 @@ def _with_tangent(given: dict[str, object]) -> str | None:
     return None
 
 
-def plain(value: Any) -> Any:
-    """A NumPy scalar or 0-d CPU tensor without a gradient as a Python number; anything else unchanged."""
+def python_number(value: Any) -> Any:
+    """Convert a NumPy scalar or a 0-d CPU tensor without a gradient to a Python number; anything else is unchanged."""
     if type(value) in (int, float) or getattr(value, "shape", None) != ():
         return value
     if isinstance(value, Tensor) and (value.requires_grad or not value.is_cpu):
@@ -83,24 +84,24 @@ def tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor")
     kind = type(value)
     if hasattr(value, "full_tensor") and hasattr(value, "placements"):
-        raise TypeError(f"{name} is a {kind.__name__}, expected a plain tensor: {_gathering(name)}")
+        raise TypeError(f"{name} is a {kind.__name__}, expected a plain tensor: {_dtensor_advice(name)}")
     if kind not in PLAIN and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
         raise TypeError(
             f"{name} is a {kind.__name__}, expected a plain dense tensor: dequantize (or gather) it before the call"
         )
     if value.is_nested or value.is_quantized or value.layout != torch.strided:
-        what = "nested" if value.is_nested else "quantized" if value.is_quantized else f"of layout {value.layout}"
-        raise TypeError(f"{name} is {what}, expected a plain dense tensor")
+        layout = "nested" if value.is_nested else "quantized" if value.is_quantized else f"of layout {value.layout}"
+        raise TypeError(f"{name} is {layout}, expected a plain dense tensor")
 
 
-def _gathering(name: str) -> str:
-    """How to convert a DTensor so that its gradient is right: FSDP averages gradients over ranks."""
+def _dtensor_advice(name: str) -> str:
+    """How to convert a DTensor such that its gradient is right: FSDP averages those of weights over ranks."""
     if name not in ("weight", "bias", "ref_weight", "ref_bias"):
         return f"pass {name}.to_local(), or {name}.full_tensor() where each rank computes the loss of the whole batch"
     return (
         f'pass {name}.full_tensor(grad_placements=[Partial("avg")] * {name}.device_mesh.ndim), with Partial of '
-        "torch.distributed.tensor, which averages the gradient over the ranks as FSDP does; full_tensor() alone would "
-        "keep each rank's own"
+        "torch.distributed.tensor, which averages the gradient over the ranks as FSDP does; with full_tensor() alone "
+        "each rank would keep its own gradient"
     )
 
 
@@ -124,10 +125,10 @@ def integer(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} has dtype {value.dtype}, expected an integer dtype")
 
 
-def shape(name: str, value: Tensor, expected: Iterable[int], like: str) -> None:
+def shape(name: str, value: Tensor, expected: Iterable[int], description: str) -> None:
     expected = tuple(expected)
     if tuple(value.shape) != expected:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected}, {like}")
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected}, {description}")
 
 
 def device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
@@ -166,13 +167,14 @@ def one_of(name: str, value: object, known: Iterable[str]) -> None:
 
 
 def no_nan(name: str, value: Tensor, valid: Tensor | None = None) -> None:
-    """Raise on NaN, or on NaN where `valid` is 1."""
+    """Raise if a value is NaN; with `valid`, only where it is 1."""
+    # A sum is NaN if a value is NaN. It is NaN after inf - inf too, which is no error: then the values decide.
     if not values_are_checked(value.device) or not bool(value.detach().sum().isnan()):
-        return  # a NaN anywhere makes the sum one; so does inf - inf, which the closer look lets pass
-    found = value.isnan() if valid is None else value.isnan() & valid.bool()
-    if bool(found.any()):
+        return
+    nans = value.isnan() if valid is None else value.isnan() & valid.bool()
+    if bool(nans.any()):
         where = "" if valid is None else " wherever mask is 1"
-        raise ValueError(f"{name} has {int(found.sum())} NaN among {value.numel()} values, expected none{where}")
+        raise ValueError(f"{name} has {int(nans.sum())} NaN among {value.numel()} values, expected none{where}")
 
 
 def alike(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
@@ -183,14 +185,14 @@ def alike(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
 
 
 def normalizer(value: float | Tensor | None) -> float | Tensor | None:
-    """Check the normalizer; a NumPy number becomes a Python number."""
+    """Check the normalizer, and convert a NumPy number to a Python number."""
     if isinstance(value, Tensor):
         tensor("normalizer", value)
         shape("normalizer", value, (), "a number or a 0-d tensor")
         if values_are_checked(value.device):
             positive("normalizer", value.item())
         return value
-    number: float | None = plain(value)
+    number: float | None = python_number(value)
     if number is not None:
         positive("normalizer", number)
     return number
@@ -211,10 +213,11 @@ def mask(value: Tensor | None, like_name: str, like: Tensor) -> None:
 
 
 def ids(y: Tensor, vocabulary: int, valid: Tensor | None = None) -> None:
-    """Raise where a valid target is no token id in [0, vocabulary); where the mask is 0 it may be anything.
+    """Raise if a target is outside of [0, vocabulary); with `valid`, only where it is 1.
 
-    An unmasked -100 is an error, not a token to skip: the caller, who divides by the number of tokens, would count it.
-    The operators call this, so it also holds under torch.compile. On CUDA it is a device assert, which does not wait.
+    An unmasked -100 is an error, not a token to skip: the caller divides by the number of unmasked tokens.
+    The operators call this, so it is also checked under torch.compile. On CUDA it is a device-side assert, which does
+    not synchronize.
     """
     checked = values_are_checked(y.device)
     if not checked and y.device.type != "cuda":
@@ -241,10 +244,11 @@ def bias(name: str, value: Tensor | None, vocabulary: int, like: Tensor) -> None
         raise ValueError(f"{name} holds inf or NaN, expected finite values; forbid tokens with `forbidden`")
 
 
-def plain_head(
+def make_head(
     bias: Tensor | None, temperature: float, logit_scale: float, softcap: float | None, forbidden: Tensor | None
 ) -> Head:
-    return Head(bias, plain(temperature), plain(logit_scale), plain(softcap), forbidden)
+    """The head's record, with Python numbers."""
+    return Head(bias, python_number(temperature), python_number(logit_scale), python_number(softcap), forbidden)
 
 
 def head(value: Head, vocabulary: int, like: Tensor) -> None:
@@ -264,7 +268,7 @@ def head(value: Head, vocabulary: int, like: Tensor) -> None:
 
 
 def logits(value: Tensor, targets_: Tensor, temperature: float, mask_: Tensor | None) -> None:
-    """Check the arguments of all functions from logits."""
+    """Check the arguments that all functions of logits have in common."""
     floating("logits", value)
     integer("targets", targets_)
     if value.dim() < 1 or value.shape[-1] == 0:
@@ -276,7 +280,7 @@ def logits(value: Tensor, targets_: Tensor, temperature: float, mask_: Tensor | 
 
 
 def product(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> None:
-    """Check that hidden states and head fit together."""
+    """Check that hidden states `[..., D]` and the head's weight `[V, D]` can be multiplied."""
     floating(hidden_name, hidden)
     floating(weight_name, weight)
     if hidden.dim() < 1:
@@ -297,7 +301,7 @@ def product(hidden_name: str, hidden: Tensor, weight_name: str, weight: Tensor) 
 
 
 def linear(hidden: Tensor, weight: Tensor, targets_: Tensor, head_: Head, mask_: Tensor | None) -> None:
-    """Check the arguments of all functions from hidden states to log-probabilities."""
+    """Check the arguments that all functions from hidden states to log-probabilities have in common."""
     product("hidden", hidden, "weight", weight)
     integer("targets", targets_)
     shape("targets", targets_, hidden.shape[:-1], "hidden's shape without its last dimension")
@@ -307,14 +311,14 @@ def linear(hidden: Tensor, weight: Tensor, targets_: Tensor, head_: Head, mask_:
 
 
 def chunk_tokens(value: int | None) -> int | None:
-    number: int | None = plain(value)
+    number: int | None = python_number(value)
     if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
         raise ValueError(f"chunk_tokens is {value!r}, expected a whole number of 1 or more, or None")
     return number
 
 
 def not_emptied(weight: Tensor) -> None:
-    """Raise in a backward whose weight is gone: ZeRO-3 empties it after the forward."""
+    """Raise if ZeRO-3 has emptied the weight between forward and backward."""
     if weight.dim() != 2:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)} in the backward, expected [V, D] as in the forward: ZeRO-3 has "

@@ -1,6 +1,6 @@
 """Choice of the implementation: `backend="auto" | "triton" | "torch"`.
 
-Entries are strings that are imported on first use: a backend that is not used is not imported.
+The entries of `TABLE` are import paths. A backend is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -47,32 +47,32 @@ TABLE: dict[str, dict[str, str]] = {
     },
 }
 
-# What "auto" tries, in this order, by device type; the first one that the function has is taken.
+# Device type -> the backends that "auto" tries, in this order. It takes the first that the function has.
 PREFERENCE: dict[str, tuple[str, ...]] = {"cuda": ("triton", "torch")}
-ANYWHERE = ("torch",)
+DEFAULT_PREFERENCE = ("torch",)
 
 
 def implementation(function: str, backend: str, device: torch.device) -> Callable[..., Any]:
-    """The callable behind `function` for this backend and device."""
+    """The implementation of `function` for this backend and device."""
     return _load(TABLE[function][resolve(function, backend, device)])
 
 
 def resolve(function: str, backend: str, device: torch.device) -> str:
-    """The name of the backend that runs. ValueError, with the reason, if the one that is asked for cannot."""
+    """The name of the backend that runs. Raises ValueError, with the reason, if a named backend cannot run."""
     available = TABLE[function]
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     if backend == "auto":
-        return next(b for b in PREFERENCE.get(device.type, ANYWHERE) if b in available and _runs(b, device))
+        return next(b for b in PREFERENCE.get(device.type, DEFAULT_PREFERENCE) if b in available and _runs(b, device))
     if backend not in available:
         raise ValueError(f"backend is {backend!r}, but {function} has only: {', '.join(sorted(available))}")
     if not _runs(backend, device):
-        raise ValueError(f"backend is {backend!r}, but {launch.why_not(device)}")
+        raise ValueError(f"backend is {backend!r}, but {launch.unavailable_reason(device)}")
     return backend
 
 
 def _runs(backend: str, device: torch.device) -> bool:
-    return backend != "triton" or launch.why_not(device) is None
+    return backend != "triton" or launch.unavailable_reason(device) is None
 
 
 _LOADED: dict[str, Callable[..., Any]] = {}
@@ -83,9 +83,9 @@ def _load(address: str) -> Callable[..., Any]:
     return _LOADED[address]
 
 
-@launch.constant_in_graphs  # torch.compile cannot trace an import: it runs this one, and traces the result
+@launch.constant_in_graphs  # torch.compile cannot trace an import: it calls this function while it traces
 def _import(address: str) -> None:
-    """Import all entries of the address's backend: the tracer reads _LOADED once, and misses later entries."""
+    """Import all entries of the address's backend: torch.compile reads `_LOADED` once, and misses later entries."""
     if address in _LOADED:
         return
     backend = next(name for row in TABLE.values() for name, at in row.items() if at == address)

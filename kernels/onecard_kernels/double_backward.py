@@ -12,14 +12,14 @@ from torch import Tensor
 from torch._library.autograd import make_autograd_impl
 from torch.autograd import forward_ad
 
-MESSAGE = "this gradient was formed in the forward and has no derivative: create_graph=True cannot go through it"
+MESSAGE = "this gradient was computed in the forward and is not differentiable: call backward without create_graph=True"
 
 
 def no_double_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Raise on double backward: the gradient is computed in the forward and is not differentiable.
 
-    torch's `once_differentiable` looks only at the incoming gradients, which are usually constants: it would let the
-    second backward treat the result as a constant.
+    torch's `once_differentiable` looks only at the incoming gradients, which are usually constants: the second backward
+    would treat the result as a constant, without an error.
     """
 
     @wraps(backward)
@@ -27,21 +27,21 @@ def no_double_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
         out = backward(ctx, *grads)
         if not torch.is_grad_enabled():  # no create_graph
             return out
-        return tuple(map(_refuse, out)) if isinstance(out, tuple) else _refuse(out)
+        return tuple(map(_not_differentiable, out)) if isinstance(out, tuple) else _not_differentiable(out)
 
     return guarded
 
 
 def no_forward_ad(function: str, *operators: Any) -> None:
-    """Raise where an input of one of `function`'s `torch.library.custom_op`s has a tangent.
+    """Make the `torch.library.custom_op`s of `function` raise if an input has a tangent.
 
-    torch would drop the tangent and return a derivative of 0, also where the operator is in a compiled graph.
+    torch would drop the tangent and return a derivative of 0, also in a compiled graph.
     """
     for operator in operators:
         library, name, overload = operator._lib, operator._name, operator._opoverload
         guarded = _guard(function, overload, make_autograd_impl(overload, operator))
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Warning only once for all operators")  # that one is overridden
+            warnings.filterwarnings("ignore", message="Warning only once for all operators")  # the override is intended
             library.impl(name, guarded, "Autograd", with_keyset=True)
 
 
@@ -61,7 +61,8 @@ def _guard(function: str, overload: Any, autograd: Callable[..., Any]) -> Callab
     return guarded
 
 
-def _refuse(x: Any) -> Any:
+def _not_differentiable(x: Any) -> Any:
+    """Make a tensor raise when it is differentiated."""
     if not isinstance(x, Tensor):
         return x
     return torch._C._functions.DelayedError(MESSAGE, 1)(x.detach().requires_grad_())

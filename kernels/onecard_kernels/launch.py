@@ -1,7 +1,7 @@
 """Whether Triton kernels can run on a device, and a context that records their launches instead of running them.
 
-Recording serves to compile kernels for GPUs that are not present: a launching function is called with tensors on the
-`meta` device at real sizes, and its launches, with their dtypes, block sizes and warps, are compiled ahead of time.
+Recorded launches are compiled ahead of time for GPUs that are not present: a launching function is called with tensors
+on the `meta` device at real sizes, and each record has the dtypes, block sizes and warps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Launch:
-    """One start of a kernel: `args` are its run-time arguments in order, `constexprs` its compile-time ones by name."""
+    """One launch of a kernel: `args` are run-time arguments in order, `constexprs` compile-time arguments by name."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -59,7 +59,7 @@ def recording() -> Iterator[list[Launch]]:
 def constant_in_graphs(function: F) -> F:
     """Let torch.compile call `function` and keep its result as a constant of the graph.
 
-    `torch.compiler.assume_constant_result` does the same, and imports the compiler (one to three seconds) to do it.
+    `torch.compiler.assume_constant_result` does the same, but imports the compiler, which takes one to three seconds.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -80,8 +80,8 @@ def interpreted() -> bool:
     return _triton() is not None and bool(_triton().knobs.runtime.interpret)
 
 
-@constant_in_graphs  # the tracer need not follow the imports
-def why_not(device: torch.device) -> str | None:
+@constant_in_graphs  # torch.compile cannot trace the import of triton
+def unavailable_reason(device: torch.device) -> str | None:
     """The reason why kernels cannot run on tensors of this device, or None."""
     if _triton() is None:
         return "triton is not installed"

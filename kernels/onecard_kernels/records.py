@@ -1,4 +1,4 @@
-"""The records of the public functions, the head's transform of logits, and the dtype and divisor of results."""
+"""Result types of the public functions, the head's transform of logits, and the dtype and divisor of results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class LogProbs(NamedTuple):
-    """Per-token results, all of the targets' shape; the last two are None unless they were asked for."""
+    """Per-token results, all of the targets' shape; the last two are None unless they were requested."""
 
     logprobs: Tensor
     entropy: Tensor | None
@@ -50,18 +50,18 @@ class Head:
         return self.logit_scale / self.temperature
 
     def columns(self, part: slice) -> Head:
-        """The head of some of the vocabulary."""
+        """The head for a slice of the vocabulary."""
         bias, forbidden = (None if x is None else x[part].contiguous() for x in (self.bias, self.forbidden))
         return replace(self, bias=bias, forbidden=forbidden)
 
     def slope_at(self, z: Tensor) -> Tensor:
-        """1 - tanh^2 of transformed logits; 1 where there is no softcap, and at -inf, where there is no gradient."""
+        """1 - tanh^2 at transformed logits `z`. It is 1 without a softcap, and at -inf, which gets no gradient."""
         if self.softcap is None:
             return torch.ones_like(z)
         return torch.where(z.isinf(), 1.0, 1.0 - (z * (self.temperature / self.softcap)).square())
 
     def transform(self, z: Tensor) -> Tensor:
-        """The transform as a formula, for autograd to differentiate."""
+        """The transform out of place, so that autograd can differentiate it."""
         if self.bias is not None:
             z = z + self.bias.to(z.dtype)
         z = z * self.logit_scale
@@ -71,7 +71,7 @@ class Head:
         return z if self.forbidden is None else z.masked_fill(self.forbidden, float("-inf"))
 
     def transform_(self, z: Tensor, slope: Tensor | None = None) -> None:
-        """The same in place. `slope` receives 1 - tanh^2, the part of the derivative that differs between logits."""
+        """The transform in place. `slope` gets 1 - tanh^2, the part of the derivative that differs between logits."""
         if self.bias is not None:
             z.add_(self.bias)
         if self.softcap is not None:
@@ -91,7 +91,7 @@ def result_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def divisor_of(normalizer: float | Tensor | None, default: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """The divisor of a loss and its metrics."""
+    """The divisor of a loss and its metrics: the normalizer, or `default` without one."""
     chosen = default if normalizer is None else normalizer
     # Between two 0-d tensors torch promotes: an fp64 count would turn an fp32 loss into fp64.
     return chosen.detach().to(dtype) if isinstance(chosen, Tensor) else chosen

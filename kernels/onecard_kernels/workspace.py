@@ -1,8 +1,8 @@
-"""Bytes that the registered operators hold inside, beyond their inputs and outputs, while they run: for memory plans.
+"""Temporary memory of the registered operators, beyond their inputs and outputs: for memory plans.
 
-A tracker of tensors sees the inputs and outputs of an operator, never what it allocates and frees in between. So each
-operator that needs more than a few numbers per token has a formula beside it: arithmetic on shapes, dtypes and the tile
-sizes for the device that is asked about. The tensors may be on `meta`, and nothing runs.
+A tensor tracker sees the inputs and outputs of an operator, but not what the operator allocates and frees inside. So
+each operator that allocates more than a few numbers per token registers a formula, which computes the bytes from
+shapes, dtypes and the tile sizes of a device. The tensors may be on `meta`, and nothing is run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TABLE: dict[str, Formula] = {}
 
 
 def formula(operator: str) -> Callable[[F], F]:
-    """Register the decorated function as the formula of `operator`: it gets the device, and the arguments by name."""
+    """Register the decorated function as the formula of `operator`. It gets the device, and the arguments by name."""
 
     def register(function: F) -> F:
         TABLE[operator] = function
@@ -30,14 +30,14 @@ def formula(operator: str) -> Callable[[F], F]:
 
 
 def workspace_bytes(operator: str, device: torch.device, *arguments: Any, **more: Any) -> int:
-    """Bytes that `operator` ("onecard::linear_logprobs", ...) holds at most beyond inputs and outputs on `device`.
+    """Largest temporary memory of `operator` ("onecard::linear_logprobs", ...) on `device`, in bytes.
 
-    `arguments` are the operator's own. An operator that holds no more than a few numbers per token gives 0.
+    `arguments` are the operator's own. The result is 0 for an operator without a formula.
     """
-    found = TABLE.get(operator)
-    if found is None:
+    compute = TABLE.get(operator)
+    if compute is None:
         return 0
     schema = getattr(torch.ops.onecard, operator.removeprefix("onecard::")).default._schema
-    named = {argument.name: argument.default_value for argument in schema.arguments}
-    named.update(zip(named, arguments, strict=False))
-    return found(device, SimpleNamespace(**{**named, **more}))
+    by_name = {argument.name: argument.default_value for argument in schema.arguments}
+    by_name.update(zip(by_name, arguments, strict=False))
+    return compute(device, SimpleNamespace(**{**by_name, **more}))

@@ -27,7 +27,7 @@ BAD: dict[str, tuple[str, list[str]]] = {
     "torn line": (SFT + "torn.jsonl", ["torn.jsonl:2:"]),
     "no object": (SFT + "list.jsonl", ["list.jsonl:1: expected an object, got a list"]),
     "no such file": (SFT + "nowhere.jsonl", ["nowhere.jsonl: no such file"]),
-    "unknown kind of file": (SFT + "rows.docx", ["rows.docx: unknown kind of file '.docx'", ".jsonl"]),
+    "unknown kind of file": (SFT + "rows.docx", ["rows.docx: unknown file type '.docx'", ".jsonl"]),
     "folder without a dataset": (SFT + "no-model", ["no-model"]),
     "no rows": (DPO + "header.csv", ["header.csv: no rows"]),
     "no Parquet": (SFT + "garbage.parquet", ["garbage.parquet"]),
@@ -40,7 +40,7 @@ BAD: dict[str, tuple[str, list[str]]] = {
     "margin that is text": (REWARD + "text-margin.jsonl", ["text-margin.jsonl:1: margin", "a number"]),
     "chat without a template": (SFT + "chats.jsonl", ["has no chat template"]),
     "unknown role": (SFT + "unknown-role.jsonl", ["unknown-role.jsonl:1: messages[0]: unknown role 'robot'"]),
-    "nothing is asked": (SFT + "assistant-first.jsonl", ["assistant-first.jsonl:1: messages", "speaks first"]),
+    "nothing is asked": (SFT + "assistant-first.jsonl", ["assistant-first.jsonl:1: messages", "is the assistant's"]),
     "prompt too long": (DPO + "long-prompt.jsonl", ["long-prompt.jsonl:2: prompt longer than max_length"]),
     "a row would be cut": (
         DPO + "pairs.jsonl --max_length 5 --truncation_mode error", ["pairs.jsonl:1:", "max_length"],

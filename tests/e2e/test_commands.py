@@ -75,7 +75,7 @@ def test_the_adapter_that_dpo_starts_from_is_its_reference(onecard, tmp_path, ti
         "dpo", "--model", policy, "--dataset", pairs, "--output_dir", tmp_path / "dpo", "--lora_r", 64, *small
     )
     assert result.code == 0, result.err
-    assert f"policy: an adapter of rank 16, as it is in {policy}." in result.err
+    assert f"policy: an adapter of rank 16, continued from {policy}." in result.err
     first, last = first_and_last(tmp_path / "dpo", "eval_rewards/margins")
     assert first == 0.0
     assert last != 0.0

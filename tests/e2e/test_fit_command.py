@@ -100,7 +100,7 @@ def test_a_shipped_shape_by_its_hub_name(onecard):
         (["--no_use_peft"], "use_peft: PPO holds its roles as adapters"),
         (
             ["--algorithm", "dpo", "--no_use_peft", "--load_in_4bit"],
-            "use_peft: all weights cannot be trained",
+            "use_peft: a 4-bit base can only be trained with adapters",
         ),
         (
             ["--prompt_length", "500"],

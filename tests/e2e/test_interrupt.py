@@ -53,7 +53,7 @@ def test_a_signal_stops_after_its_step(onecard, monkeypatch, tmp_path, tiny_mode
         signal_at(patch, 4, number)
         stopped = onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "run"))
     assert stopped.code == 130
-    assert f"everything up to here is in {tmp_path / 'run' / 'checkpoint-5'}" in stopped.err.splitlines()[-1]
+    assert f"the run up to this step is saved in {tmp_path / 'run' / 'checkpoint-5'}" in stopped.err.splitlines()[-1]
     assert not (tmp_path / "run" / "policy").exists()
     assert [signal.getsignal(each) for each in signals.SIGNALS] == handlers
     assert onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "run", "--resume")).code == 0
@@ -75,7 +75,7 @@ def test_a_second_one_stops_at_once(onecard, monkeypatch, tmp_path, tiny_model, 
     signal_at(monkeypatch, 4, signal.SIGINT, signal.SIGINT)
     stopped = onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "run"))
     assert stopped.code == 130
-    assert "interrupted. A training run goes on from its last checkpoint" in stopped.err
+    assert "interrupted. Resume a training run from its last checkpoint" in stopped.err
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
 
 
@@ -106,7 +106,7 @@ def test_the_shown_command_goes_on_as_it_stands(tmp_path, tiny_model, pairs):
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 130, said
-    command = shlex.split(said.splitlines()[-1].partition("Go on with: ")[2])
+    command = shlex.split(said.splitlines()[-1].partition("Resume with: ")[2])
     assert command == ["python", "-m", "onecard", *words[3:-1], "--resume"]
     with pytest.raises(SystemExit) as stop:
         cli.main([*command[3:], "--help"])  # every word of it is a flag of the command

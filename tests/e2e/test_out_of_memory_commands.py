@@ -173,8 +173,8 @@ def test_a_startup_check_recovers_too(onecard, tiny_model, material):
     with room_for(lambda learning: 40, rows=3, in_step=0) as failed:
         result = onecard(*ppo(tiny_model, material, "run", "--max_steps", 1))
     assert result.code == 0, result.err
-    assert "the check goes on in micro-batches of at most" in result.err
-    assert "hold a cache of at most" in result.err
+    assert "the startup check continues in micro-batches of at most" in result.err
+    assert "with a KV cache of at most" in result.err
     assert failed
 
 
@@ -193,7 +193,7 @@ def test_a_reference_computed_beforehand_recovers(onecard, tiny_model, material)
 def test_a_loss_that_sorts_its_batch_says_that_it_cannot_be_cut(onecard, tiny_model, material):
     with room_for(lambda learning: 70 if learning else 10**6):
         result = onecard(*dpo(tiny_model, material, "run", "--loss_type", "aot"))
-    assert error_line(result).startswith(f"{MESSAGE}loss_type aot takes the 6 examples of a step together")
+    assert error_line(result).startswith(f"{MESSAGE}loss_type aot sorts the 6 examples of a step as one batch")
 
 
 def test_the_optimizer_s_own_error_is_one_line(onecard, tiny_model, material, monkeypatch):
@@ -202,7 +202,7 @@ def test_the_optimizer_s_own_error_is_one_line(onecard, tiny_model, material, mo
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     result = onecard(*dpo(tiny_model, material, "run"))
-    assert error_line(result).startswith("onecard: error: out of memory where no batch can be made smaller")
+    assert error_line(result).startswith("onecard: error: out of memory while loading weights or in the optimizer step")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

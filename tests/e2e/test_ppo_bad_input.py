@@ -92,7 +92,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "no dataset": ({"--dataset": None}, ["--dataset is missing"]),
     "no prompt left to train on": ({"--test_size": 24}, ["test_size"]),
-    "prompt too long": ({"--dataset": "{tmp}/long.jsonl"}, ["long.jsonl:2: prompt:", "at most 120 beside"]),
+    "prompt too long": ({"--dataset": "{tmp}/long.jsonl"}, ["long.jsonl:2: prompt:", "at most 120, so that"]),
     "response past the context": ({"--response_length": 128}, ["response_length: 128 leaves no room", "128 tokens"]),
     "response past max_length": ({"--max_length": 8}, ["response_length: 8", "max_length (8)"]),
     "policy that is a reward model": ({"--model": "{m}/rm"}, ["model:", "rm/reward is a reward model"]),
@@ -113,7 +113,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "reward that scores NaN": ({"--reward_model_path": "{tmp}/nan-head"}, ["reward_model is nan"]),
     "minibatch above batch_size": ({"--batch_size": 2}, ["batch_size: 2", "minibatch", "= 4"]),
-    "batch_size no multiple": ({"--batch_size": 6}, ["batch_size: 6 is no multiple", "= 4"]),
+    "batch_size no multiple": ({"--batch_size": 6}, ["batch_size: 6, expected a multiple", "= 4"]),
     "num_generations does not divide": ({"--num_generations": 3}, ["num_generations: 3", "8 responses"]),
     "temperature 0": ({"--temperature": 0}, ["temperature: 0, expected above 0"]),
     "dual_clip below 1": ({"--dual_clip": 0.5}, ["dual_clip: 0.5, expected above 1"]),
@@ -168,7 +168,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"--reward_model_path": "", "--reward_funcs": "exact_answer", "--dataset": "{tmp}/answers.jsonl"},
         ["exact_answer: answer is null, expected text or a number; prompt 'the'"],
     ),
-    "empty stop text": ({"--stop_token": ""}, ["stop_token: '' is 0 tokens, expected a text"]),
+    "empty stop text": ({"--stop_token": ""}, ["stop_token: the text is empty; expected one character or more"]),
     "no such layer": ({"--lora_target_modules": "flux"}, ["lora_target_modules", "flux"]),
 }  # fmt: skip
 
@@ -299,9 +299,9 @@ def change_reference(patch: pytest.MonkeyPatch, tmp_path: Path, material: Path, 
 
 
 BROKEN = {
-    "sampling": (shift_sampling, "as drawn and of the policy's own pass"),
-    "dropout": (keep_dropout, "drops 0.3 of its attention in training, expected 0"),
-    "training pass": (shift_training, "in training and in the pass before it"),
+    "sampling": (shift_sampling, "from sampling and from a pass of the policy"),
+    "dropout": (keep_dropout, "has attention dropout 0.3 in training mode, expected 0"),
+    "training pass": (shift_training, "in training and in the pass that computes the old ones"),
     "reference": (change_reference, "of the policy and of the reference"),
 }
 

@@ -115,7 +115,7 @@ def test_bad_rows_are_skipped_and_counted(quick, ppo, tmp_path):
     bad = write_rows(tmp_path / "some.jsonl", [*rows, {"prompt": None}])
     refused = error_line(ppo({"--dataset": bad}))
     assert "some.jsonl:2: prompt:" in refused
-    assert "expected at most 120 beside the response" in refused
+    assert "expected at most 120, so that the response has room" in refused
     assert not (tmp_path / "run").exists()
     result = ppo({"--dataset": bad, "--skip_bad_rows": True})
     assert result.code == 0, result.err
@@ -155,6 +155,6 @@ def test_a_function_that_fails_later_leaves_a_checkpoint(quick, ppo, tmp_path):
     assert ppo({**more, "--output_dir": tmp_path / "whole"}).code == 0
     resumed = ppo({**more, "--resume": True})
     assert resumed.code == 0, resumed.err
-    assert "going on from" in resumed.err
+    assert "resuming from" in resumed.err
     assert without_clock(tmp_path / "run") == without_clock(tmp_path / "whole")
     assert same_policy(tmp_path / "run", tmp_path / "whole")

@@ -53,7 +53,7 @@ def test_an_estimator_runs_and_its_rows_are_its_own(quick, ppo, tmp_path, name):
     result = ppo({"--advantage_estimator": name, **ESTIMATED[name]})
     assert result.code == 0, result.err
     once, critic = name in ("a2c", "reinforce"), name == "a2c"
-    line = f"num_ppo_epochs: 1 instead of 2: {name} passes over an iteration's answers once."
+    line = f"num_ppo_epochs: 1 is used instead of 2, because {name} makes one pass over the answers."
     assert (line in result.err) == once
     assert all_finite(tmp_path / "run")
     rows = training_rows(tmp_path / "run")

@@ -76,7 +76,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(onecard, monkeypatch, tmp_
     assert (tmp_path / "stopped" / "checkpoint-4").is_dir()
     resumed = onecard(command, *arguments(tiny_model, pairs, tmp_path / "stopped", *more, "--resume"))
     assert resumed.code == 0, resumed.err
-    assert "going on from" in resumed.err
+    assert "resuming from" in resumed.err
     assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
     assert [row["step"] for row in metrics(tmp_path / "whole")] == [0, 3, 3, 6, 6, 8, 8]
@@ -89,12 +89,12 @@ def test_a_torn_checkpoint_is_said_and_passed_over(onecard, tmp_path, tiny_model
     torn.write_bytes(torn.read_bytes()[:100])
     over = onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "run", "--resume"))
     assert over.code == 2
-    assert "checkpoint-8 is torn (files are missing or damaged), and the run has ended; --overwrite" in over.err
+    assert "checkpoint-8 is damaged (files are missing or changed), and the run has ended; add --overwrite" in over.err
     shutil.rmtree(tmp_path / "run" / "policy")
     result = onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "run", "--resume"))
     assert result.code == 0, result.err
-    assert "checkpoint-8 is torn" in result.err
-    assert "going on from" in result.err
+    assert "checkpoint-8 is damaged" in result.err
+    assert "resuming from" in result.err
     assert "checkpoint-6" in result.err
     assert weights(tmp_path / "run") == finished
 

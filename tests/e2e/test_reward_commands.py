@@ -207,7 +207,7 @@ def test_normalized_scores(reward, tmp_path, kind):
 
 def test_normalized_scores_of_a_sigmoid_contradict_each_other(reward, tmp_path):
     result = reward("scores", "--normalize_scores", "--score_activation", "sigmoid", code=2)
-    assert error_line(result).startswith("onecard: error: normalize_scores: scores from a sigmoid lie in 0 to 1")
+    assert error_line(result).startswith("onecard: error: normalize_scores: with score_activation sigmoid, scores lie")
     assert not (tmp_path / "run").exists()
 
 
@@ -216,7 +216,7 @@ def test_scores_that_are_all_the_same_have_no_scale(reward, monkeypatch):
 
     monkeypatch.setattr(command, "scores_of", lambda roles, batch, size, bar: torch.full((len(batch.lengths),), 0.25))
     line = error_line(reward("pairs", "--normalize_scores", "--test_size", 0, code=2))
-    assert "normalize_scores: the answers of 24 training rows all score 0.25, which has no scale" in line
+    assert "normalize_scores: the answers of 24 training rows all score 0.25, so their standard deviation is 0" in line
 
 
 @pytest.mark.parametrize("kind", ["scores", "rankings"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from onecard.algorithms.samples import BEGINNING, prompt_of
+from onecard.algorithms.samples import PREFIX_LENGTH, prompt_of
 from onecard.data.batches import LabelledSequence, PreferencePair, TokenSequence
 from onecard.reporting import read_samples
 from tests.e2e.test_resume import arguments, metrics, stop_at, weights
@@ -20,7 +20,7 @@ def test_the_prompt_ends_before_the_first_learned_token():
     assert prompt_of(answer) == (0, 1, 2)
     assert prompt_of(PreferencePair(answer, other)) == (0, 1, 2)
     assert prompt_of(LabelledSequence(answer, True, other)) == (0, 1, 2)
-    assert prompt_of(sequence(0, 20)) == tuple(range(BEGINNING))
+    assert prompt_of(sequence(0, 20)) == tuple(range(PREFIX_LENGTH))
     assert prompt_of(sequence(0, 3)) == (0, 1, 2)
 
 

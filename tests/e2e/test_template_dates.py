@@ -62,7 +62,7 @@ def test_a_run_resumes_on_another_day(onecard, monkeypatch, quick, tmp_path, dat
         assert run("stopped", 29).code == 130
     resumed = run("stopped", 30, "--resume")
     assert resumed.code == 0, resumed.err
-    assert "going on from" in resumed.err
+    assert "resuming from" in resumed.err
     assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
     assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
     identities = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "stopped")]

@@ -198,7 +198,7 @@ def test_tokens_beyond_the_embeddings_are_one_line(refused, talkative, wrong, co
     write_rows(rows, [{**TALKS[command], "label": i % 2 == 0} for i in range(4)])
     words = MODELS[command].replace("{data}/" + MODELS[command].split("{data}/")[1].split(" ")[0], str(rows))
     line = refused(words, talkative)
-    assert "model: token '<turn>' has id 300, but the model knows 300 tokens, ids 0 to 299" in line
+    assert "model: token '<turn>' has id 300, but the model has embeddings for 300 tokens, ids 0 to 299" in line
     rows.unlink()
 
 
@@ -212,14 +212,14 @@ def test_chat_answers_such_a_token_with_a_line_and_goes_on(onecard, talkative, m
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nhello again\n"))
     result = onecard("chat", "--model", talkative, "--max_new_tokens", 4)
     assert result.code == 0
-    assert result.err.count("model: token '<turn>' has id 300, but the model knows 300 tokens") == 2
+    assert result.err.count("model: token '<turn>' has id 300, but the model has embeddings for 300 tokens") == 2
 
 
 @pytest.mark.parametrize("command", ["sft", "ppo", "generate", "chat", "evaluate"])
 def test_an_end_token_beyond_the_embeddings_is_one_line(refused, tiny_model, tmp_path_factory, command):
     """No answer could end."""
     folder = with_tokens(tmp_path_factory.mktemp("endless") / "model", tiny_model, eos_token="<over>")
-    assert "model: token '<over>' has id 300, but the model knows 300" in refused(MODELS[command], folder)
+    assert "model: token '<over>' has id 300, but the model has embeddings for 300" in refused(MODELS[command], folder)
 
 
 def test_padding_needs_no_embedding(onecard, tiny_model, tmp_path, pairs):

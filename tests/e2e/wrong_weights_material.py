@@ -83,7 +83,7 @@ ADAPTERS: dict[str, tuple[Spoil | None, dict[str, Any], list[str]]] = {
     "left over": (plus(f"{FIRST}_norm.lora_A.weight", 16, 64), {}, [f"it has {FIRST}_norm.lora_A.weight, {NO_PLACE}"]),
     "other rank": (None, {"r": 8}, ["lora_A.weight is [16, ", "instead of [8, "]),
     "other shape": (wider("layers.0.self_attn.q_proj.lora_B"), {}, ["lora_B.weight is [128, 16] instead of [64, 16]"]),
-    "other kind": (None, {"peft_type": "LOHA"}, [f"is of kind LOHA, {UNKNOWN}; expected LORA"]),
+    "other kind": (None, {"peft_type": "LOHA"}, [f"has peft_type LOHA, {UNKNOWN}; expected LORA"]),
     "classifier's": (None, {"task_type": "SEQ_CLS"}, ["was trained for SEQ_CLS"]),
     "biases": (None, {"bias": "lora_only"}, ["trained biases of the base (bias: lora_only)"]),
     "pissa": (None, {"init_lora_weights": "pissa_niter_4"}, ["pissa_niter_4, which changes the base's weights"]),
@@ -101,7 +101,11 @@ ADAPTERS: dict[str, tuple[Spoil | None, dict[str, Any], list[str]]] = {
         ["whose lm_head is [302, 64], but it is [300, 64] in the base"],
     ),
     "infinite": (filled(f"{FIRST}.lora_B", torch.inf), {}, [f"NaN or infinite: {FIRST}.lora_B.weight."]),
-    "other base": (plus("base_model.model.lm_head.weight", 300, 64), {}, ["other weights for", "than its base"]),
+    "other base": (
+        plus("base_model.model.lm_head.weight", 300, 64),
+        {},
+        ["has weights for", "that differ from its base's"],
+    ),
 }
 
 

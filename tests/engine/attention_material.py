@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from onecard.data.batches import PreferencePair, TokenBatch, TokenSequence, pack_pairs, to_device
-from onecard.models.attention import use_own_attention
+from onecard.models.attention import use_onecard_attention
 from onecard.models.roles import Roles
 
 PROMPT = tuple(range(20, 60))  # longer than every window below
@@ -53,7 +53,7 @@ def random_model(name: str, attention: str = "eager", **settings: Any) -> Any:
 
 def own_roles(model: Any, layout: str = "packed") -> Roles:
     """The model as `load_base` and `load_roles` make it ready."""
-    use_own_attention(model)
+    use_onecard_attention(model)
     return Roles(model, ("policy",), {"policy": None}, layout)
 
 

@@ -126,7 +126,7 @@ def take_passes(config: PPOConfig, roles: Roles, take: Callable[[str, Callable[[
         lambda: sample_responses(roles, prompts, sampling, stop_tokens=(), batch_size=rollout),
     )
     sequences = [LENGTHS.sequence(1)] * (count - 1) + [SHORTER.sequence(1)]
-    episodes = [Episode(sequence, torch.zeros(LENGTHS.response), True, 0) for sequence in sequences]
+    episodes = [Episode(sequence, torch.zeros(LENGTHS.response), True) for sequence in sequences]
     budget = forward_budget(config)
     if "reward" in roles.adapters:
         take("reward pass", lambda: score_sequences(roles, sequences, batch_size=budget))

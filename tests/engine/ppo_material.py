@@ -23,7 +23,7 @@ PASSES = ModelOutputs(
 def episode(prompt: int, response: int, finished: bool = True) -> Episode:
     """Tokens 3, 4, 5, ..."""
     mask = (False,) * prompt + (True,) * response
-    return Episode(TokenSequence(tuple(range(3, 3 + len(mask))), mask), torch.zeros(response), finished, 0)
+    return Episode(TokenSequence(tuple(range(3, 3 + len(mask))), mask), torch.zeros(response), finished)
 
 
 EPISODES = [episode(2, 2), episode(1, 3, finished=False)]  # those of PASSES
@@ -33,7 +33,7 @@ def random_episode(index: int, prompt: int, response: int, finished: bool = True
     generator = torch.Generator().manual_seed(index)
     tokens = tuple(torch.randint(3, 300, (prompt + response,), generator=generator).tolist())
     mask = (False,) * prompt + (True,) * response
-    return Episode(TokenSequence(tokens, mask), torch.zeros(response), finished, index)
+    return Episode(TokenSequence(tokens, mask), torch.zeros(response), finished)
 
 
 def experiences(roles: Roles, config: PPOConfig, count: int = 4, away: float = 0.3) -> list[Experience]:

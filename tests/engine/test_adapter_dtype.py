@@ -16,7 +16,13 @@ from transformers import AutoModelForCausalLM
 from onecard.config import DPOConfig, PPOConfig, RewardConfig, TrainConfig
 from onecard.models.build import load_ppo_roles, load_roles
 from onecard.models.load import load_tokenizer
-from onecard.training.optim import MASTER_BYTES, MasterOptimizer, clip_grad_norm, make_optimizer, make_scheduler
+from onecard.training.optim import (
+    MASTER_GRADIENT_BYTES,
+    MasterOptimizer,
+    clip_grad_norm,
+    make_optimizer,
+    make_scheduler,
+)
 from onecard.utils.errors import OnecardError
 from tests.engine.roles_material import some_batch
 
@@ -133,7 +139,7 @@ def test_updates_too_small_for_bfloat16_add_up_in_the_masters():
 def test_masters_move_as_float32_weights_do(monkeypatch, optim, piecewise):
     """Bit for bit what the same optimizer makes of float32 weights from the same gradients, in any number of pieces."""
     if piecewise:
-        monkeypatch.setattr("onecard.training.optim.MASTER_BYTES", 1)
+        monkeypatch.setattr("onecard.training.optim.MASTER_GRADIENT_BYTES", 1)
     config = replace(BF16, optim=optim, learning_rate=1e-3, weight_decay=0.1)
     torch.manual_seed(0)
     starts = [torch.randn(96, 96).bfloat16(), torch.randn(7).bfloat16(), torch.randn(96)]
@@ -160,7 +166,7 @@ def test_masters_move_as_float32_weights_do(monkeypatch, optim, piecewise):
 
 def test_a_step_holds_the_float32_gradients_of_a_part_at_a_time(monkeypatch):
     """Each of four weights is a part: no two masters have a gradient at once."""
-    monkeypatch.setattr("onecard.training.optim.MASTER_BYTES", 4 * 64)
+    monkeypatch.setattr("onecard.training.optim.MASTER_GRADIENT_BYTES", 4 * 64)
     weights = [torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16)) for _ in range(4)]
     optimizer = MasterOptimizer(lambda parameters: torch.optim.SGD(parameters, lr=0.5), weights)
     held = []
@@ -171,7 +177,7 @@ def test_a_step_holds_the_float32_gradients_of_a_part_at_a_time(monkeypatch):
     optimizer.step()
     assert [count for count in held if count] == [1, 1, 1, 1]
     assert all(torch.equal(weight, torch.full_like(weight, 0.5)) for weight in weights)
-    assert MASTER_BYTES == 32 << 20
+    assert MASTER_GRADIENT_BYTES == 32 << 20
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from onecard.algorithms.samples import HeldoutSamples
+from onecard.algorithms.samples import HeldoutSampler
 from onecard.config import SFTConfig
 from onecard.data import Prompt, prompt_examples
 from onecard.data.batches import Episode, TokenSequence
@@ -49,7 +49,7 @@ def test_the_space_that_opens_an_answer_is_kept(name: str) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=True) == word[1:]
     assert continuation_text(prompt, ids, tokenizer) == text
     sequence = TokenSequence((*prompt, *ids), (False,) * len(prompt) + (True,) * len(ids))
-    episode = Episode(sequence, torch.zeros(len(ids)), False, 0)
+    episode = Episode(sequence, torch.zeros(len(ids)), False)
     assert make_answers(tokenizer, [Prompt("there was a", tuple(prompt))], [episode]).completions == (text,)
 
 
@@ -122,7 +122,7 @@ def test_samples_of_a_prompt_that_ends_within_a_character() -> None:
     """A text without a prompt begins with its first tokens; what follows goes on from the half character."""
     tokenizer = built()
     parts = bytes_of("字", tokenizer)
-    samples = HeldoutSamples(SFTConfig(), None, tokenizer, ())  # type: ignore[arg-type]
+    samples = HeldoutSampler(SFTConfig(), None, tokenizer, ())  # type: ignore[arg-type]
     prompt = (*bytes_of("ab", tokenizer), *parts[:2])
     row = samples.row(prompt, Response((parts[2], *bytes_of(" c", tokenizer)), torch.zeros(3), False))
     assert row == {"prompt": "ab", "completion": "字 c"}

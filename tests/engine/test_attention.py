@@ -12,7 +12,13 @@ import torch
 from onecard.config import ModelConfig
 from onecard.data.batches import PreferencePair, TokenBatch, pack, pack_pairs
 from onecard.models import attention
-from onecard.models.attention import attend, has_own_attention, passes_windows_on, takes_segments, use_own_attention
+from onecard.models.attention import (
+    attend,
+    has_onecard_attention,
+    passes_windows_on,
+    takes_segments,
+    use_onecard_attention,
+)
 from onecard.models.load import load_base
 from onecard.models.roles import Roles
 from onecard.training.startup import check_model
@@ -66,13 +72,13 @@ def test_a_model_that_mixes_packed_sequences_up_is_padded(name, capsys):
     model = random_model(name)
     truth = judged(model)
     roles = own_roles(model) if name == "bloom" else Roles(model, ("policy",), {"policy": None}, "packed")
-    assert not has_own_attention(model)
+    assert not has_onecard_attention(model)
     assert roles.layout == ("padded" if name == "bloom" else "restarted")
     assert distance(logprobs(roles, "restarted").detach(), truth.detach()) > 1e-2
     roles.layout = "restarted"
     check_model(roles, longest=60)
     assert roles.layout == "padded"
-    assert "restarted batches mix texts up, so they are padded" in capsys.readouterr().err
+    assert "in restarted batches, texts influence each other, so the layout is padded" in capsys.readouterr().err
     for share in (False, True):
         found = logprobs(roles, roles.layout, share_prompts=share)
         assert distance(found.detach(), truth.detach()) < ROUNDING
@@ -182,7 +188,7 @@ def test_a_model_with_windows_in_its_masks_keeps_the_masks():
     model = random_model("qwen2_moe")
     truth, slopes = judged(model).detach(), gradient(model, judged(model))
     roles = own_roles(model)
-    assert has_own_attention(model)
+    assert has_onecard_attention(model)
     assert roles.layout == "restarted"
     check_model(roles, longest=60)
     assert roles.layout == "restarted"
@@ -200,7 +206,7 @@ def test_a_model_with_windows_in_its_masks_keeps_the_masks():
 @pytest.mark.parametrize("name", TAKES_OURS)
 def test_layers_that_hand_their_window_on_are_packed(name):
     model = random_model(name)
-    use_own_attention(model)
+    use_onecard_attention(model)
     assert takes_segments(model)
     assert passes_windows_on(model) == (name in ("qwen2", "qwen3", "gemma2", "gemma3", "mistral"))
 
@@ -225,7 +231,7 @@ def test_one_query_over_shared_keys_repeats_nothing(masked):
     given = (torch.nn.Module(), query, key, value, mask)
     out, _ = attention.attend(*given)
     seen = torch.ones(3, 1, 1, 500, dtype=torch.bool) if mask is None else mask
-    score = attention.Score(16**-0.5)
-    expected = attention.formula(query.double(), key.double(), value.double(), score, seen).transpose(1, 2)
+    score = attention.AttentionOptions(16**-0.5)
+    expected = attention.eager_attention(query.double(), key.double(), value.double(), score, seen).transpose(1, 2)
     torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
     assert peak_bytes(lambda: attention.attend(*given) and None, torch.device("cpu")) < key.nbytes / 2

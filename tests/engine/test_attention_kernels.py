@@ -14,7 +14,7 @@ from torch import Tensor
 
 from onecard.data.batches import TokenBatch, pack, to_device
 from onecard.models import attention
-from onecard.models.attention import Score, kernel_for, planned_for, sees, segments_of
+from onecard.models.attention import AttentionOptions, causal_mask, kernel_for, planned_for, segments_of
 from tests.engine.attention_material import answer
 
 CPU, META, CUDA = (torch.device(name) for name in ("cpu", "meta", "cuda"))
@@ -34,7 +34,7 @@ CPU, META, CUDA = (torch.device(name) for name in ("cpu", "meta", "cuda"))
     ],
 )
 def test_which_keys_a_query_sees(queries, keys, window, expected):
-    seen = sees(queries, keys, Score(1.0, window=window), CPU)
+    seen = causal_mask(queries, keys, AttentionOptions(1.0, window=window), CPU)
     assert ["".join(".x"[key] for key in row) for row in seen.tolist()] == expected
 
 
@@ -46,7 +46,7 @@ def test_windows_are_those_of_transformers():
     theirs = create_sliding_window_causal_mask(
         config=config, inputs_embeds=torch.zeros(1, 8, 4), attention_mask=None, past_key_values=None
     )
-    assert torch.equal(theirs[0, 0], sees(8, 8, Score(1.0, window=3), CPU))
+    assert torch.equal(theirs[0, 0], causal_mask(8, 8, AttentionOptions(1.0, window=3), CPU))
 
 
 # --- which one runs
@@ -59,15 +59,15 @@ def test_windows_are_those_of_transformers():
         ((8, 0), torch.float16, 256, None, False, "by_torch_varlen"),
         ((8, 6), torch.bfloat16, 64, None, True, "by_flash_attn"),
         ((8, 6), torch.bfloat16, 64, 50.0, True, "by_flash_attn"),
-        ((9, 0), torch.bfloat16, 64, 50.0, False, "by_formula"),
+        ((9, 0), torch.bfloat16, 64, 50.0, False, "by_eager"),
         ((9, 0), torch.bfloat16, 320, None, True, "by_sdpa"),
         ((9, 0), torch.bfloat16, 256, None, False, "by_torch_varlen"),
         ((9, 0), torch.bfloat16, 72, None, False, "by_torch_varlen"),
         ((9, 0), torch.bfloat16, 76, None, False, "by_sdpa"),
-        ((9, 0), torch.bfloat16, 76, 50.0, False, "by_formula"),
+        ((9, 0), torch.bfloat16, 76, 50.0, False, "by_eager"),
         ((7, 5), torch.float16, 64, None, True, "by_sdpa"),
         ((9, 0), torch.float32, 64, None, True, "by_sdpa"),
-        ((9, 0), torch.float32, 64, 50.0, True, "by_formula"),
+        ((9, 0), torch.float32, 64, 50.0, True, "by_eager"),
     ],
 )
 def test_the_table_of_kernels(monkeypatch, capability, dtype, size, softcap, package, expected):
@@ -75,30 +75,30 @@ def test_the_table_of_kernels(monkeypatch, capability, dtype, size, softcap, pac
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if package else None)
     query = SimpleNamespace(device=CUDA, dtype=dtype, shape=(1, 2, 3, size), is_meta=False)
-    assert kernel_for(query, query, Score(1.0, softcap)).__name__ == expected
+    assert kernel_for(query, query, AttentionOptions(1.0, softcap)).__name__ == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_cpu_it_is_pytorch_s_own(monkeypatch, dtype):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     query = torch.zeros(1, 2, 3, 8, dtype=dtype)
-    assert kernel_for(query, query, Score(1.0)) is attention.by_sdpa
-    assert kernel_for(query, query, Score(1.0, softcap=2.0)) is attention.by_formula
+    assert kernel_for(query, query, AttentionOptions(1.0)) is attention.by_sdpa
+    assert kernel_for(query, query, AttentionOptions(1.0, softcap=2.0)) is attention.by_eager
 
 
 def test_a_plan_takes_the_path_of_the_planned_device():
     query = torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16, device=META)
-    assert kernel_for(query, query, Score(1.0)) is attention.by_sdpa
+    assert kernel_for(query, query, AttentionOptions(1.0)) is attention.by_sdpa
     with planned_for(CUDA):
-        assert kernel_for(query, query, Score(1.0)) is attention.by_torch_varlen
-        assert kernel_for(query.float(), query, Score(1.0)) is attention.by_sdpa
+        assert kernel_for(query, query, AttentionOptions(1.0)) is attention.by_torch_varlen
+        assert kernel_for(query.float(), query, AttentionOptions(1.0)) is attention.by_sdpa
         assert (
-            kernel_for(*[torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16)] * 2, Score(1.0)) is attention.by_sdpa
+            kernel_for(*[torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16)] * 2, AttentionOptions(1.0)) is attention.by_sdpa
         )  # is real
         with planned_for(CPU):
-            assert kernel_for(query, query, Score(1.0)) is attention.by_sdpa
-        assert kernel_for(query, query, Score(1.0)) is attention.by_torch_varlen
-    assert kernel_for(query, query, Score(1.0)) is attention.by_sdpa
+            assert kernel_for(query, query, AttentionOptions(1.0)) is attention.by_sdpa
+        assert kernel_for(query, query, AttentionOptions(1.0)) is attention.by_torch_varlen
+    assert kernel_for(query, query, AttentionOptions(1.0)) is attention.by_sdpa
 
 
 # --- what each is told
@@ -111,12 +111,12 @@ RECORDS = {
     "one": pack([LONG]),
 }
 SCORES = {
-    "plain": Score(0.3),
-    "window": Score(0.3, window=3),
-    "window of one": Score(0.3, window=1),
-    "wide window": Score(0.3, window=50),
-    "capped": Score(0.3, softcap=0.7),
-    "capped, window": Score(0.3, softcap=0.7, window=4),
+    "plain": AttentionOptions(0.3),
+    "window": AttentionOptions(0.3, window=3),
+    "window of one": AttentionOptions(0.3, window=1),
+    "wide window": AttentionOptions(0.3, window=50),
+    "capped": AttentionOptions(0.3, softcap=0.7),
+    "capped, window": AttentionOptions(0.3, softcap=0.7, window=4),
 }
 
 
@@ -128,7 +128,7 @@ def inputs(batch: TokenBatch, groups: int, device: torch.device = CPU) -> list[T
     return [each.requires_grad_() for each in made]
 
 
-def by_hand(query: Tensor, key: Tensor, value: Tensor, batch: TokenBatch, score: Score) -> Tensor:
+def by_hand(query: Tensor, key: Tensor, value: Tensor, batch: TokenBatch, score: AttentionOptions) -> Tensor:
     """The formula, row by row and head by head, in fp64: [n, H, d]."""
     query, key, value = (each[0].double() for each in (query, key, value))
     spans = batch.shared.spans if batch.shared else ((0, 0),) * len(batch.lengths)
@@ -206,7 +206,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 KERNELS = {
     "by_sdpa": ["plain", "window", "window of one", "wide window"],
-    "by_formula": list(SCORES),
+    "by_eager": list(SCORES),
     "by_torch_varlen": ["plain", "window", "window of one", "wide window"],
     "by_flash_attn": list(SCORES),
 }
@@ -258,8 +258,8 @@ def test_values_wider_than_queries_take_pytorchs_attention(monkeypatch):
         SimpleNamespace(device=CUDA, dtype=torch.bfloat16, shape=(1, 2, 3, size), is_meta=False)
         for size in (192, 128, 256)
     )
-    assert kernel_for(query, narrow, Score(1.0)) is attention.by_flash_attn
-    assert kernel_for(query, wide, Score(1.0)) is attention.by_sdpa
+    assert kernel_for(query, narrow, AttentionOptions(1.0)) is attention.by_flash_attn
+    assert kernel_for(query, wide, AttentionOptions(1.0)) is attention.by_sdpa
 
 
 def test_an_older_pytorch_shares_heads_without_being_asked(monkeypatch):
@@ -270,8 +270,10 @@ def test_an_older_pytorch_shares_heads_without_being_asked(monkeypatch):
     batch = RECORDS["shared"]
     query, key, value = inputs(RECORDS["shared"], 2)
     keys = [each.index_select(2, batch.shared.key_rows) for each in (key, value)]
-    out = attention.by_torch_varlen(query, *keys, segments_of(batch), Score(0.3))
-    torch.testing.assert_close(out[0].double(), by_hand(query, key, value, batch, Score(0.3)), atol=1e-6, rtol=1e-5)
+    out = attention.by_torch_varlen(query, *keys, segments_of(batch), AttentionOptions(0.3))
+    torch.testing.assert_close(
+        out[0].double(), by_hand(query, key, value, batch, AttentionOptions(0.3)), atol=1e-6, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from onecard.data.batches import (
-    LEAST_SHARED,
+    MIN_SHARED_TOKENS,
     PreferencePair,
     TokenSequence,
     last_rows,
     pack,
     pack_pairs,
-    part,
     predicted_tokens,
     shared_tokens,
+    slice_sequences,
     to_device,
     unpack,
 )
@@ -109,12 +109,12 @@ def test_laid_apart_again_it_is_the_record_of_whole_sequences():
 
 def test_a_record_that_shares_prompts_has_no_parts_of_its_own():
     batch = pack([sequence([7, 8], [9, 2]), sequence([7, 8], [5, 2])], {1: (0, 2)})
-    for take in (lambda: part(batch, 0, 1), lambda: unpack(batch)):
-        with pytest.raises(ValueError, match="share prompts"):
+    for take in (lambda: slice_sequences(batch, 0, 1), lambda: unpack(batch)):
+        with pytest.raises(ValueError, match="shared prompts"):
             take()
 
 
-PROMPT = list(range(50, 50 + LEAST_SHARED + 4))
+PROMPT = list(range(50, 50 + MIN_SHARED_TOKENS + 4))
 
 
 @pytest.mark.parametrize(
@@ -125,8 +125,8 @@ PROMPT = list(range(50, 50 + LEAST_SHARED + 4))
         (sequence(PROMPT, []), sequence(PROMPT, []), len(PROMPT) - 1),  # one row at least is a sequence's own
         (sequence(PROMPT, [1]), sequence([*PROMPT[:-1], 9], [1]), len(PROMPT) - 1),
         (sequence(PROMPT, [1]), sequence([9, *PROMPT], [1]), 0),
-        (sequence(PROMPT[:LEAST_SHARED], [1]), sequence(PROMPT[:LEAST_SHARED], [2]), LEAST_SHARED),
-        (sequence(PROMPT[: LEAST_SHARED - 1], [1]), sequence(PROMPT[: LEAST_SHARED - 1], [2]), 0),
+        (sequence(PROMPT[:MIN_SHARED_TOKENS], [1]), sequence(PROMPT[:MIN_SHARED_TOKENS], [2]), MIN_SHARED_TOKENS),
+        (sequence(PROMPT[: MIN_SHARED_TOKENS - 1], [1]), sequence(PROMPT[: MIN_SHARED_TOKENS - 1], [2]), 0),
         (sequence(PROMPT, [1]), sequence(PROMPT[:-2], [*PROMPT[-2:], 1]), len(PROMPT) - 2),  # an answer to one of them
         (sequence([], [1]), sequence([], [2]), 0),
     ],

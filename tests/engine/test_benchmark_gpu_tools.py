@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 
 @pytest.mark.grid
-@pytest.mark.skipif(launch.why_not(torch.device("cpu")) is not None, reason="triton does not run here")
+@pytest.mark.skipif(launch.unavailable_reason(torch.device("cpu")) is not None, reason="triton does not run here")
 def test_every_knob_runs_dry_and_leaves_no_trace(tmp_path: Path) -> None:
     before = dict(tuning.TABLE)
     assert cli.main(tune.command, ["--dry", "--out", str(tmp_path)]) == 0

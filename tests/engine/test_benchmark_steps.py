@@ -137,7 +137,7 @@ def test_watching_an_iteration_changes_nothing_and_counts_its_phases(tmp_path):
 # --- the memory plan
 
 
-@pytest.mark.grid  # `gpu_cases.sh` plans each of them before it begins
+@pytest.mark.grid  # `benchmarks.train_step` plans each case too, before it runs it
 @pytest.mark.parametrize("case", CAPPED, ids=lambda case: f"{case.kind} {case.name}")
 def test_every_case_with_a_cap_is_planned_to_fit_under_it(case):
     pytest.importorskip("bitsandbytes")

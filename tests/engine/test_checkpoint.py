@@ -31,9 +31,9 @@ def write(run_dir: Path, step: int, keep: int = 3) -> Path:
     )
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     manifest = checkpoint.read_manifest(folder)
-    return manifest is not None and checkpoint.is_whole(folder, manifest)
+    return manifest is not None and checkpoint.is_complete(folder, manifest)
 
 
 def test_what_is_written_is_read_back(tmp_path):
@@ -78,7 +78,7 @@ def test_a_removal_that_a_kill_has_cut_off_is_gone_on_with(tmp_path, left):
 def test_a_torn_checkpoint_does_not_push_out_a_new_one(tmp_path):
     (tmp_path / "checkpoint-40").mkdir()
     write(tmp_path, 20, keep=1)
-    assert is_whole(tmp_path / "checkpoint-20")
+    assert is_complete(tmp_path / "checkpoint-20")
 
 
 def cut_short(folder: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_save_that_fails_keeps_what_was_there(tmp_path):
     with pytest.raises(OnecardError, match="No space left"):
         checkpoint.write_checkpoint(tmp_path, 2, run="a", save_weights=full_disk, training={}, state={}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    assert is_whole(tmp_path / "checkpoint-1")
+    assert is_complete(tmp_path / "checkpoint-1")
 
 
 def test_a_temporary_folder_left_by_a_kill_is_no_checkpoint(tmp_path):

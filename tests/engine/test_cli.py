@@ -102,12 +102,12 @@ BAD_FILES = {
     "unknown key": ("learning_rat: 1\n", "unknown key 'learning_rat'", "Did you mean 'learning_rate'?"),
     "wrong type": ("learning_rate: fast\n", "learning_rate", "'fast'"),
     "a number for a switch": ("use_peft: 7\n", "use_peft", "7"),
-    "a list for a number": ("seed: [1, 2]\n", "seed", "is not a value for it"),
-    "a mapping for a number": ("learning_rate: {a: 1}\n", "learning_rate", "no plain value"),
+    "a list for a number": ("seed: [1, 2]\n", "seed", "is not a valid value"),
+    "a mapping for a number": ("learning_rate: {a: 1}\n", "learning_rate", "expected a plain value"),
     "a date for a number": ("max_length: 2024-01-01\n", "max_length", ""),
     "a date that is none": ("dataset: 2024-13-45\n", "is not YAML", ""),
-    "nothing": ("learning_rate:\n", "learning_rate", "no plain value"),
-    "a list of nothing": ("lora_target_modules:\n", "lora_target_modules", "no plain value"),
+    "nothing": ("learning_rate:\n", "learning_rate", "expected a plain value"),
+    "a list of nothing": ("lora_target_modules:\n", "lora_target_modules", "expected a plain value"),
     "a list": ("- a\n- b\n", "holds a list", "key: value"),
     "not yaml": ("a: [1\n", "is not YAML", ""),
 }
@@ -159,7 +159,7 @@ def test_out_of_memory_is_one_line_that_says_what_helps(onecard, monkeypatch, er
     monkeypatch.setattr(dpo, "run", run)
     result = onecard("dpo", "--model", "x")
     assert result.code == 2
-    assert result.err.startswith("onecard: error: out of memory where no batch can be made smaller")
+    assert result.err.startswith("onecard: error: out of memory while loading weights or in the optimizer step")
     assert "--load_in_4bit" in result.err
     assert result.err.count("\n") == 1
 

@@ -87,30 +87,30 @@ BAD_SFT = {
         "messages[1]: unknown role 'asistant'; expected one of system, developer, user, assistant, tool. "
         "Did you mean 'assistant'?",
     ),
-    "nobody answers": ({"messages": [USER]}, "messages: no assistant's message to learn"),
+    "nobody answers": ({"messages": [USER]}, "messages: no message of the assistant; expected one or more to learn"),
     "answer first": (
         {"messages": [BOT, USER, BOT]},
-        "messages: the assistant speaks first, so nothing can be told apart as its prompt",
+        "messages: the first message is the assistant's; expected a prompt before it",
     ),
     "mixed": ({"prompt": "a", "completion": [BOT]}, "completion is messages but prompt is text"),
     "mixed the other way": ({"prompt": [USER], "completion": "a"}, "completion is text but prompt is messages"),
     "prompt ends with an answer": (
         {"prompt": [USER, BOT], "completion": [BOT]},
-        "prompt: its last message is the assistant's, which leaves nothing to answer",
+        "prompt: its last message is the assistant's; expected a message to answer",
     ),
     "completion by the user": (
         {"prompt": [USER], "completion": [BOT, USER]},
-        "completion: expected to open and end with the assistant's message, got assistant, user",
+        "completion: expected an assistant's message first and last, got assistant, user",
     ),
     "half a surrogate": ({"text": "ab\ud800"}, "text: not valid Unicode at character 3"),
     "half a surrogate in chat": (
         {"messages": [say("user", "\udfff")]},
         "messages[0]: not valid Unicode at character 1",
     ),
-    "nothing to predict": ({"text": ""}, "nothing to learn: no token of the response has one before it"),
+    "nothing to predict": ({"text": ""}, "nothing to learn: expected a response token with a token before it"),
     "nothing at all": (
         {"prompt": "", "completion": ""},
-        "nothing to learn: no token of the response has one before it",
+        "nothing to learn: expected a response token with a token before it",
     ),
 }
 
@@ -137,7 +137,7 @@ BAD_PAIRS = {
     "chat prompt, text answers": (PAIR | {"prompt": [USER]}, "chosen is text but prompt is messages"),
     "nothing shared": (
         {"chosen": [BOT], "rejected": [BOT]},
-        "no prompt: 'prompt' holds no messages, and chosen and rejected share no message at their start",
+        "no prompt: expected messages in 'prompt', or chosen and rejected that begin with the same message",
     ),
     "text margin": (PAIR | {"margin": "2"}, "margin: expected a number, got text"),
     "truth as margin": (PAIR | {"margin": True}, "margin: expected a number, got true or false"),
@@ -157,10 +157,10 @@ def test_bad_pairs(record: dict[str, Any], message: str) -> None:
 BAD_PROMPTS = {
     "missing": ({"promts": "a"}, "no column 'prompt'; there are promts. Did you mean 'promts'?"),
     "null": ({"prompt": None}, "prompt is null"),
-    "no tokens": ({"prompt": ""}, "prompt: it has no tokens, so there is nothing to go on from"),
+    "no tokens": ({"prompt": ""}, "prompt: it has no tokens; expected one or more"),
     "answered already": (
         {"prompt": [USER, BOT]},
-        "prompt: its last message is the assistant's, which leaves nothing to answer",
+        "prompt: its last message is the assistant's; expected a message to answer",
     ),
 }
 
@@ -176,8 +176,8 @@ BAD_TEMPLATES = {
     "begins answers that the row does not": (
         BEGINS,
         [USER, BOT],
-        "chat template: it does not write messages[1] behind the prompt, which ends in 'rt|>assistant\\nSure, ', "
-        "so the assistant's part cannot be told apart",
+        "chat template: messages[1] does not follow the prompt, which ends in 'rt|>assistant\\nSure, ', "
+        "so the answer cannot be separated from it",
     ),
     "leaves the content out": (
         CHATML.replace("{{ m['content'] }}", "{{ m['content'] if m['role'] == 'user' else '' }}"),

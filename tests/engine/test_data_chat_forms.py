@@ -69,7 +69,7 @@ def test_tool_calls_in_every_form_are_the_same(calls):
         ({"tool_calls": ["weather"]}, r"tool_calls\[0\]: expected an object with the name of a function, got text"),
         ({"tool_calls": [{"function": {"arguments": {}}}]}, r"tool_calls\[0\]: expected an object with the name"),
         ({"tool_calls": [{"name": "f", "arguments": "[1]"}]}, r"arguments: expected an object, got a list"),
-        ({"function_call": {"name": "f", "arguments": "{}"}}, r"function_call is of an older protocol"),
+        ({"function_call": {"name": "f", "arguments": "{}"}}, r"function_call is deprecated"),
     ],
 )
 def test_calls_that_are_none_are_a_bad_row(more, message):
@@ -110,7 +110,7 @@ def test_a_message_that_the_template_leaves_out_is_a_bad_row(role):
 
 def test_thoughts_that_the_template_does_not_write_are_said():
     _, notes = learned(CHATML, [user("2+2?"), said("4", reasoning_content="two and two")])
-    assert "1 of 1 rows have thoughts of their own, which the chat template does not write" in notes
+    assert "1 of 1 rows have reasoning in a key of its own, which the chat template does not write" in notes
     assert not learned(CHATML, [user("2+2?"), said("4")])[1]
 
 
@@ -148,7 +148,7 @@ def test_an_unclosed_thought_goes_on_from_the_opened_one():
 @pytest.mark.parametrize("more", [{"content": "<think>Hm.</think>Hello."}, {"reasoning_content": "Hm."}])
 def test_behind_a_closed_thought_there_is_none(more):
     """DeepSeek-V3.1 with thinking off."""
-    with pytest.raises(OnecardError, match=r"the prompt ends in an empty thought, but messages\[1\] has one"):
+    with pytest.raises(OnecardError, match=r"the prompt ends in closed reasoning, but messages\[1\] has its own"):
         learned(CLOSED, [user("Hi"), {**said("Hello."), **more}])
 
 

@@ -65,7 +65,7 @@ def test_a_part_of_what_has_no_splits_is_refused(tmp_path):
     with pytest.raises(OnecardError, match=r"split 'train\[:1\]': a file has no splits"):
         load_rows(str(tmp_path / "x.jsonl"), split="train[:1]")
     Dataset.from_list([{"prompt": "a"}]).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(OnecardError, match=r"split 'train\[:1\]': it has no splits"):
+    with pytest.raises(OnecardError, match=r"split 'train\[:1\]': the dataset has no splits"):
         load_rows(str(tmp_path / "saved"), split="train[:1]")
 
 

@@ -154,9 +154,7 @@ def test_a_parquet_column_of_null_is_as_absent_as_in_jsonl(tmp_path: Path) -> No
     assert preference_row(second) == PreferenceRow(tuple(question), tuple(chosen), tuple(rejected), 0.0)
 
 
-KNOWN_FILES = (
-    "expected one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet, or one of them with .gz, .zst, .bz2 behind it"
-)
+KNOWN_FILES = "expected one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet, or one of them followed by .gz, .zst, .bz2"
 BAD_FILES = {
     "not json": ("x.jsonl", b'{"a": 1}\n\n{"a": }\n', "x.jsonl:3: not JSON: Expecting value at column 7."),
     "cut off": ("x.jsonl", b'{"a": 1}\n{"a": "b', "x.jsonl:2: not JSON: Unterminated string starting at column 7."),
@@ -171,12 +169,12 @@ BAD_FILES = {
     "key twice": (
         "x.jsonl",
         b'{"a": 1}\n{"a": 1, "b": {"c": 1, "c": 2}}\n',
-        "x.jsonl:2: not JSON that can be read: key 'c' occurs twice.",
+        "x.jsonl:2: unsupported JSON: key 'c' occurs twice.",
     ),
     "UTF-16 without a mark": (
         "x.csv",
         "prompt\na\n".encode("utf-16-le"),
-        "x.csv: UTF-16 or UTF-32 without a byte order mark; expected UTF-8, or one of them with its mark.",
+        "x.csv: UTF-16 or UTF-32 without a byte order mark; expected UTF-8, or UTF-16 or UTF-32 with the mark.",
     ),
     "UTF-16 cut off": ("x.csv", b"\xff\xfep\0\n\0a", "x.csv: not UTF-16-LE: truncated data at byte 5."),
     "not gzip": (
@@ -251,7 +249,7 @@ BAD_FILES = {
     "quote closed too soon": (
         "x.tsv",
         b'a\tb\n"c" d\te\n',
-        "x.tsv: CSV parse error: Row #2: Text behind a closing quote.",
+        "x.tsv: CSV parse error: Row #2: Text after a closing quote.",
     ),
     "csv in latin-1": (
         "x.csv",
@@ -264,13 +262,13 @@ BAD_FILES = {
     "unknown suffix": (
         "x.jsonlines",
         b"{}",
-        "x.jsonlines: unknown kind of file '.jsonlines'; expected one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet, "
-        "or one of them with .gz, .zst, .bz2 behind it. Did you mean '.jsonl'?",
+        "x.jsonlines: unknown file type '.jsonlines'; expected one of .jsonl, .ndjson, .json, .csv, .tsv, .parquet, "
+        "or one of them followed by .gz, .zst, .bz2. Did you mean '.jsonl'?",
     ),
-    "no suffix": ("x", b"{}", f"x: unknown kind of file ''; {KNOWN_FILES}."),
-    "only compressed": ("x.gz", b"{}", f"x.gz: unknown kind of file '.gz'; {KNOWN_FILES}."),
-    "archive": ("x.csv.zip", b"{}", f"x.csv.zip: unknown kind of file '.zip'; {KNOWN_FILES}."),
-    "unknown suffix, compressed": ("x.txt.zst", b"{}", f"x.txt.zst: unknown kind of file '.txt'; {KNOWN_FILES}."),
+    "no suffix": ("x", b"{}", f"x: unknown file type ''; {KNOWN_FILES}."),
+    "only compressed": ("x.gz", b"{}", f"x.gz: unknown file type '.gz'; {KNOWN_FILES}."),
+    "archive": ("x.csv.zip", b"{}", f"x.csv.zip: unknown file type '.zip'; {KNOWN_FILES}."),
+    "unknown suffix, compressed": ("x.txt.zst", b"{}", f"x.txt.zst: unknown file type '.txt'; {KNOWN_FILES}."),
 }
 
 
@@ -316,7 +314,7 @@ def test_hub_failures_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OnecardError) as error:
         load_rows("owner/pairs", split="tset")
     assert str(error.value) == (
-        "owner/pairs: no such file, nor a dataset with split 'tset' that can be loaded: "
+        "owner/pairs: not a file, and split 'tset' of a dataset with this name cannot be loaded: "
         'Unknown split "tset". Should be one of ["test"].'
     )
 

@@ -123,9 +123,9 @@ def test_all_csv_files_decide_what_a_column_is(tmp_path: Path) -> None:
         ("b.jsonl", b'{"a": 1}\n[]\n', "b.jsonl:2: expected an object, got a list."),
         ("b.csv", b"prompt\n\xe9\n", "b.csv:2: not UTF-8: invalid continuation byte at byte 1."),
         ("b.csv.gz", b"prompt\n", "b.csv.gz: cannot be decompressed as .gz: "),
-        ("b.csv.zip", b"", "b.csv.zip: unknown kind of file '.zip'; "),
-        ("b.tar.gz", b"", "b.tar.gz: unknown kind of file '.tar'; "),
-        ("b.tar", b"", "b.tar: unknown kind of file '.tar'; "),
+        ("b.csv.zip", b"", "b.csv.zip: unknown file type '.zip'; "),
+        ("b.tar.gz", b"", "b.tar.gz: unknown file type '.tar'; "),
+        ("b.tar", b"", "b.tar: unknown file type '.tar'; "),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

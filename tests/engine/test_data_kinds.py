@@ -74,7 +74,7 @@ def test_labels_of_one_sort_and_prompts_side_by_side_are_counted(label: bool) ->
     made = make("labels", one, two, two, three)
     assert made.notes == (
         f"4 of 4 labels are {str(label).lower()}",
-        "1 of 4 rows have the prompt of the row after them, so their answers are not mismatched; shuffle the file",
+        "1 of 4 rows have the prompt of the next row, so its answer is not a mismatched one; shuffle the file",
     )
 
 
@@ -84,7 +84,7 @@ def test_the_mismatched_answer_comes_from_a_row_that_is_used() -> None:
     assert made.examples == make("labels", one, three).examples
     assert made.notes[-1] == "1 of 3 rows are bad and were skipped: x.jsonl:2: label is null"
     for records in ([one], [one, two | {"label": None}]):
-        with pytest.raises(OnecardError, match=r"^x.jsonl:1: is the only row to use; expected 2 or more"):
+        with pytest.raises(OnecardError, match=r"^x.jsonl:1: is the only usable row; expected 2 or more"):
             make("labels", *records, skip_bad_rows=True)
 
 
@@ -194,7 +194,7 @@ BAD = {
     "one text": (
         "rankings",
         RANKED | {"completions": "b"},
-        "completions: expected a list of answers, the best first, got text",
+        "completions: expected a list of answers, best first, got text",
     ),
     "one answer": ("rankings", RANKED | {"completions": ["b"]}, "completions: expected 2 answers or more, got 1"),
     "null answer": (
@@ -210,12 +210,12 @@ BAD = {
     "answer by the user": (
         "rankings",
         {"prompt": [USER], "completions": [[BOT], [USER]]},
-        "completions[1]: expected to open and end with the assistant's message, got user",
+        "completions[1]: expected an assistant's message first and last, got user",
     ),
     "ranking of an answered prompt": (
         "rankings",
         {"prompt": [USER, BOT], "completions": [[BOT], [BOT]]},
-        "prompt: its last message is the assistant's, which leaves nothing to answer",
+        "prompt: its last message is the assistant's; expected a message to answer",
     ),
     "null label": ("labels", LABELLED[0] | {"label": None}, "label is null"),
     "label 2": ("labels", LABELLED[0] | {"label": 2}, "label: expected true or false (or 1 or 0), got 2"),
@@ -323,5 +323,5 @@ def test_rows_of_images_are_not_taken_for_text(name: str) -> None:
     """TRL's columns of vision-language rows; null and an empty list are none."""
     plain = SCORED | {name: []}
     assert make("scores", plain, plain | {name: None}).examples == make("scores", SCORED, SCORED).examples
-    with pytest.raises(OnecardError, match=rf"{name}: expected rows of text alone"):
+    with pytest.raises(OnecardError, match=rf"{name}: images are not supported"):
         make("scores", SCORED | {name: ["cat.png"]})

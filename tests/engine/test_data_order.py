@@ -54,7 +54,7 @@ def test_where_every_prompt_is_too_large_the_rarest_is_held_out(seed: int) -> No
 def test_nothing_left_to_train_on(examples: list[int], test_size: float, message: str) -> None:
     with pytest.raises(OnecardError) as error:
         hold_out(examples, examples, test_size=test_size, seed=0)
-    assert str(error.value) == message + "give fewer, or 0, or an eval_dataset."
+    assert str(error.value) == message + "set a smaller test_size, or 0, or an eval_dataset."
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_nothing_left_to_train_on(examples: list[int], test_size: float, message
     [
         (-1, "test_size: expected a share below 1, a count, or 0; got -1."),
         (float("nan"), "test_size: expected a share below 1, a count, or 0; got nan."),
-        (2.5, "test_size: from 1 on it is a count of examples, so 2.5 is not one."),
+        (2.5, "test_size: expected a share below 1 or a whole number of examples, got 2.5."),
     ],
 )
 def test_sizes_that_mean_nothing(test_size: float, message: str) -> None:

@@ -216,7 +216,7 @@ def test_empty_responses_and_equal_pairs_are_counted() -> None:
     )
     assert len(made.examples) == 3
     assert made.notes == (
-        "3 of 6 responses are empty: only their end is learned",
+        "3 of 6 responses are empty: only their end token is learned",
         "1 of 3 pairs have the same tokens on both sides",
     )
 

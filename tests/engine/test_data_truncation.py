@@ -168,7 +168,8 @@ def test_prompts_to_answer() -> None:
         with pytest.raises(OnecardError) as error:
             prompt_examples(rows({"prompt": text}), tokenizer, max_length=limit, truncation_mode=mode)
         assert (
-            str(error.value) == f"x.jsonl:1: prompt: {len(tokens)} tokens, expected at most {limit} beside the response"
+            str(error.value)
+            == f"x.jsonl:1: prompt: {len(tokens)} tokens, expected at most {limit}, so that the response has room"
         )
     made = prompt_examples(
         rows({"prompt": text}, {"prompt": "Lily"}), tokenizer, max_length=limit, truncation_mode="keep_end"
@@ -177,5 +178,5 @@ def test_prompts_to_answer() -> None:
     assert made.examples[0].text == text
     assert made.notes == ("1 of 2 prompts were cut at their beginning",)
     assert spelled(made.examples[0].tokens[1:], tokenizer).endswith("liked to play")
-    with pytest.raises(OnecardError, match="expected at most 1 beside"):
+    with pytest.raises(OnecardError, match="expected at most 1, so that"):
         prompt_examples(rows({"prompt": text}), tokenizer, max_length=1, truncation_mode="keep_end")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from onecard.algorithms.dpo.variants import PAIRED, pick_variant
+from onecard.algorithms.dpo.variants import SUMMABLE_VARIANT, pick_variant
 from onecard.config import DPOConfig, PPOConfig
-from onecard.config.dpo import ALONE
+from onecard.config.dpo import UNSUMMABLE
 from onecard_kernels.dpo.losses import LOSSES
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -47,7 +47,7 @@ TRL = {
 }
 
 
-@pytest.mark.parametrize("name", [*TRL, "All of them"])
+@pytest.mark.parametrize("name", [*TRL, "Every trainer"])
 def test_every_name_of_ours_is_a_setting(name):
     ours = settings(TRL[name][1]) if name in TRL else settings(DPOConfig) & settings(PPOConfig)
     table = rows(sections("trl.md")[name])
@@ -78,12 +78,12 @@ def test_names_that_are_the_same_are_mapped_to_themselves():
 
 def test_the_table_of_losses_is_the_table_in_the_code():
     listed = {names(cells[0])[0]: cells for cells in rows(sections("dpo.md")["All losses"])}
-    assert [*listed] == [*(name for name in listed if name in LOSSES), *ALONE]
-    assert {*listed} == {*LOSSES, *ALONE}
+    assert [*listed] == [*(name for name in listed if name in LOSSES), *UNSUMMABLE]
+    assert {*listed} == {*LOSSES, *UNSUMMABLE}
     for name, (_, _, columns, reference, paper) in listed.items():
-        variant = pick_variant(DPOConfig(loss_type=[name])) if name in ALONE else PAIRED
+        variant = pick_variant(DPOConfig(loss_type=[name])) if name in UNSUMMABLE else SUMMABLE_VARIANT
         assert (columns == "labelled") == variant.labelled, name
-        assert (reference == "yes") == (variant.reference is not None), name
+        assert (reference == "yes") == (variant.compute_ref_logps is not None), name
         assert "arxiv.org/abs/" in paper or paper == "the same"
 
 

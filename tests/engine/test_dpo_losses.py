@@ -12,7 +12,7 @@ from onecard.algorithms import dpo
 from onecard.algorithms.dpo.command import balance_notes
 from onecard.config import DPOConfig
 from onecard.data import load_rows
-from onecard.data.batches import TokenSequence, pack, pack_labelled, pack_pairs, part
+from onecard.data.batches import TokenSequence, pack, pack_labelled, pack_pairs, slice_sequences
 from onecard.models.load import load_tokenizer
 from onecard.training.metrics import MetricsWindow, means_per_kind, sum_metrics
 from onecard.utils.errors import OnecardError
@@ -92,7 +92,7 @@ def test_a_part_of_a_record_is_the_record_of_those_sequences():
     sequences = [one.sequence for one in LABELLED] + [TokenSequence((), ())]
     whole = pack(sequences)
     for start, stop in ((0, 2), (2, 5), (4, 6), (5, 6)):
-        cut, alone = part(whole, start, stop), pack(sequences[start:stop])
+        cut, alone = slice_sequences(whole, start, stop), pack(sequences[start:stop])
         assert (cut.lengths, cut.num_targets) == (alone.lengths, alone.num_targets)
         for ours, theirs in ((cut, alone), (cut.targets, alone.targets)):
             for item in fields(ours):
@@ -180,9 +180,9 @@ def test_lopsided_labels_are_named_with_the_advised_weight():
 
 
 BAD = {
-    "simpo with a sum": ({"loss_type": ["sigmoid", "simpo"]}, ("loss_type: simpo stands alone",)),
-    "two that stand alone": ({"loss_type": ["kto", "orpo"]}, ("loss_type: kto stands alone",)),
-    "weights of one that stands alone": (
+    "simpo with a sum": ({"loss_type": ["sigmoid", "simpo"]}, ("loss_type: simpo cannot be summed",)),
+    "two that cannot be summed": ({"loss_type": ["kto", "orpo"]}, ("loss_type: kto cannot be summed",)),
+    "weights of one that cannot be summed": (
         {"loss_type": ["kto"], "loss_weights": [1.0]},
         ("loss_weights: [1.0]", "loss_type kto"),
     ),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from onecard.algorithms import dpo
 from onecard.algorithms.dpo import reference
-from onecard.algorithms.dpo.losses import labelled_reference, pair_reference
+from onecard.algorithms.dpo.losses import labelled_ref_logps, pair_ref_logps
 from onecard.config import DPOConfig
 from onecard.data.batches import TokenSequence, pack_labelled, pack_pairs
 from onecard.training.identity import examples_digest
@@ -37,7 +37,7 @@ def config(tiny_model) -> DPOConfig:
 
 
 def known(config, roles, examples=PAIRS):
-    return list(reference.with_reference(config, roles, examples, pack_pairs, pair_reference))
+    return list(reference.with_ref_logps(config, roles, examples, pack_pairs, pair_ref_logps))
 
 
 def test_values_are_the_reference_s_own_answer_by_answer(config, roles):
@@ -72,18 +72,18 @@ def test_the_loss_is_that_of_a_reference_asked_in_the_step(config, roles, kind):
 
 
 def test_in_the_same_batch_both_ways_are_bit_equal(roles, config):
-    table = reference.compute_table(roles, PAIRS, pack_pairs, pair_reference, size=len(PAIRS))
+    table = reference.compute_table(roles, PAIRS, pack_pairs, pair_ref_logps, size=len(PAIRS))
     order = sorted(range(len(PAIRS)), key=lambda place: -len(PAIRS[place]))
-    asked = pair_reference(roles, pack_pairs([PAIRS[place] for place in order])).view(2, -1).T
+    asked = pair_ref_logps(roles, pack_pairs([PAIRS[place] for place in order])).view(2, -1).T
     assert torch.equal(table[order], asked)
-    one = reference.compute_table(roles, LABELLED, pack_labelled, labelled_reference, size=1)
-    assert torch.equal(one[3], labelled_reference(roles, pack_labelled(LABELLED[3:4])))
+    one = reference.compute_table(roles, LABELLED, pack_labelled, labelled_ref_logps, size=1)
+    assert torch.equal(one[3], labelled_ref_logps(roles, pack_labelled(LABELLED[3:4])))
 
 
 def test_mismatched_answers_that_nobody_asks_for_cost_nothing(roles):
     examples = [replace(one, mismatched=TokenSequence((), ())) for one in LABELLED]
-    table = reference.compute_table(roles, examples, pack_labelled, labelled_reference, size=2)
-    whole = reference.compute_table(roles, LABELLED, pack_labelled, labelled_reference, size=2)
+    table = reference.compute_table(roles, examples, pack_labelled, labelled_ref_logps, size=2)
+    whole = reference.compute_table(roles, LABELLED, pack_labelled, labelled_ref_logps, size=2)
     torch.testing.assert_close(table[:, 0], whole[:, 0], atol=2e-5, rtol=0)
     assert not table[:, 1].any()
     assert whole[:, 1].all()

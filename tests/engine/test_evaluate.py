@@ -126,9 +126,9 @@ def test_kl_is_to_the_reference_at_sampling_s_temperature(material, tinystories)
     seen = []
     original = module.make_episode
 
-    def kept(prompt, place, response):
+    def kept(prompt, response):
         seen.append((prompt.tokens, response.tokens))
-        return original(prompt, place, response)
+        return original(prompt, response)
 
     plain = {"reward_model_path": None, "reward_funcs": None, "reward_weights": None, "max_prompts": 4}
     with pytest.MonkeyPatch.context() as patch:
@@ -260,7 +260,7 @@ def test_what_cannot_be_evaluated_is_one_line_and_leaves_nothing(onecard, materi
         "raising.py:raising raised ValueError": {"--reward_funcs": f"{tmp_path / 'raising.py'}:raising"},
         "leaves no room for a prompt": {"--response_length": 600},
         "--model is missing": {"--model": ""},
-        "model: {rm} is a reward model, which scores texts and writes none": {"--model": material / "rm"},
+        "model: {rm} is a reward model; expected a language model": {"--model": material / "rm"},
         "baseline: {rm} is a reward model": {"--baseline": material / "rm"},
         "ref_adapter: {rm} is a reward model": {"--ref_adapter": material / "rm"},
     }

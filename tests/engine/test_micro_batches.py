@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from onecard.algorithms.common import Recipe, Sharing
+from onecard.algorithms.common import Collation, Recipe
 from onecard.algorithms.dpo.command import make_recipe
 from onecard.algorithms.ppo.experience import compute_model_outputs, make_experiences, shape_rewards
 from onecard.algorithms.ppo.job import ppo_objective
@@ -83,7 +83,7 @@ def reward(model: str, texts: list[tuple[int, ...]], **settings: Any) -> Made:
     roles = moved(load_roles(config, trained="reward", scalar=True))
     recipe = Recipe(
         "reward", "reward", tokenize, collate, len, lambda roles, batch, n: reward_loss(roles, batch, config, n),
-        sharing=Sharing(collate_shared, example_size),
+        shared_collation=Collation(collate_shared, example_size),
     )  # fmt: skip
     return roles, lambda: recipe.objective(roles), pairs_of(texts)
 
@@ -93,7 +93,7 @@ def ppo(model: str, texts: list[tuple[int, ...]], **settings: Any) -> Made:
     config = PPOConfig(model=model, temperature=0.7, entropy_coef=0.01, **settings)
     roles = moved(load_ppo_roles(config))
     found = [pair.chosen for pair in pairs_of(texts)]
-    episodes = [Episode(one, torch.zeros(sum(one.response_mask)), True, i) for i, one in enumerate(found)]
+    episodes = [Episode(one, torch.zeros(sum(one.response_mask)), True) for one in found]
     passes = compute_model_outputs(roles, episodes, config)
     made = make_experiences(episodes, passes, shape_rewards(passes, torch.linspace(-1, 2, len(episodes)), 0.1, config))
     generator = torch.Generator().manual_seed(3)

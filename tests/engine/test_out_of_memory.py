@@ -174,7 +174,7 @@ def test_one_example_that_is_too_much_stops_the_run(capsys):
 def test_a_loss_that_sorts_its_batch_is_never_cut():
     model = Model(20)
     trainer = trainer_of(model)
-    with pytest.raises(OnecardError, match="out of memory: loss_type aot takes the 8 examples of a step together"):
+    with pytest.raises(OnecardError, match="out of memory: loss_type aot sorts the 8 examples of a step as one batch"):
         trainer.compute_gradients(model.objective(unsplittable="loss_type aot"), EXAMPLES)
     assert model.passes == [36]
     assert model.weights.grad is None
@@ -351,7 +351,7 @@ def test_a_batch_of_prompts_is_drawn_again_from_where_it_began(monkeypatch, caps
     halves = policy.sample(sampling, prompts, stop_tokens=(), batch_size=3, seed=seed)
     assert [one.tokens for one in found.responses] == [one.tokens for one in halves.responses]
     assert torch.equal(torch.get_rng_state(), after)
-    assert "prompts that are sampled together hold a cache of at most" in capsys.readouterr().err
+    assert "prompts are sampled together with a KV cache of at most" in capsys.readouterr().err
 
 
 def test_answers_that_ended_before_the_error_are_drawn_again(monkeypatch, policy: LoadedPolicy):
@@ -378,5 +378,5 @@ def test_answers_that_ended_before_the_error_are_drawn_again(monkeypatch, policy
 
 def test_one_prompt_that_is_too_much_stops_sampling(monkeypatch, policy: LoadedPolicy):
     short_of_rows(monkeypatch, 0)
-    with pytest.raises(OnecardError, match=r"cache of one prompt and its answer, .* MiB, is too much"):
+    with pytest.raises(OnecardError, match=r"cache of one prompt and its answer \(.* MiB\) does not fit"):
         policy.sample(Sampling(20), [policy.prompts[1]] * 2, stop_tokens=())

@@ -109,7 +109,7 @@ def test_after_each_ppo_phase_only_records_are_left(tiny_model, reward, settings
     config, job, roles = ppo_job(tiny_model, reward, **SETTINGS[settings])
     prompts = list(job.prompts)
     with running(config, job, roles) as (trainer, bar), Alive(roles) as alive:
-        sampled = job.sampler.sample(roles, prompts, list(range(SEQUENCES)), bar)
+        sampled = job.sampler.sample(roles, prompts, bar)
         number = 4 * SEQUENCES * RESPONSE  # bytes of one float32 for each response token
         assert alive.storages() <= 2 * number  # the log-probs as they were sampled
         judged = job.score(prompts, sampled.episodes)
@@ -131,7 +131,7 @@ def test_after_each_ppo_phase_only_records_are_left(tiny_model, reward, settings
         assert rows[1] == rows[2]
         assert rows[2][1] <= 4096  # states apart: 8-bit AdamW's codes, the schedule's few numbers
         with torch.no_grad():
-            found = job.sampler.sample(roles, prompts[:2], [0, 1], bar)
+            found = job.sampler.sample(roles, prompts[:2], bar)
             job.score(prompts[:2], found.episodes)
         del found
         assert alive.storages(states_of(trainer)) == rows[2][1]

@@ -179,7 +179,7 @@ def test_an_answer_that_is_cut_pays_missing_eos_penalty():
 
 def test_rewards_see_columns_and_text_without_its_end():
     """A stop token need not be a special one, so it is taken off by its place; ids are given as sampled."""
-    ended = Episode(TokenSequence((9, 7, 8, 5), (False, True, True, True)), torch.zeros(3), True, 0)
+    ended = Episode(TokenSequence((9, 7, 8, 5), (False, True, True, True)), torch.zeros(3), True)
     cut = replace(ended, finished=False)
     assert response_text(WordTokenizer(), ended) == " w7 w8"  # behind the prompt's "w9"
     assert response_text(WordTokenizer(), cut) == " w7 w8 w5"
@@ -207,7 +207,7 @@ def test_the_reward_model_reads_every_answer_at_an_eos(tinystories, tmp_path):
 
     def answer(tokens: tuple[int, ...], finished: bool) -> Episode:
         mask = (False, *(True,) * (len(tokens) - 1))
-        return Episode(TokenSequence(tokens, mask), torch.zeros(len(tokens) - 1), finished, 0)
+        return Episode(TokenSequence(tokens, mask), torch.zeros(len(tokens) - 1), finished)
 
     answers = [answer((1, 40, 50), False), answer((1, 40, 50, eos), True), answer((1, 40, 50), True)]
     scores = scorer.scores(roles, tokenizer, [Prompt("", (1,))] * 3, answers)

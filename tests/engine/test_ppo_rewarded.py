@@ -56,8 +56,8 @@ class SampledTokens:
     def __init__(self, spread: float) -> None:
         self.spread, self.asked, self.drawn = spread, [], torch.empty(0)
 
-    def sample(self, roles, prompts, places, bar):
-        self.asked.append(list(places))
+    def sample(self, roles, prompts, bar):
+        self.asked.append([prompt.text for prompt in prompts])
         self.drawn = torch.rand(len(prompts)) * self.spread + 5.0
         return SampledTokens.Found(list(self.drawn))
 
@@ -95,7 +95,9 @@ def test_the_scale_is_of_the_starting_policy_s_answers(capsys, prompts, expected
 
 
 def test_scores_that_are_all_alike_cannot_be_normalised():
-    with pytest.raises(OnecardError, match=r"normalize_reward: 3 answers .* all score 5: a standard deviation of 0"):
+    with pytest.raises(
+        OnecardError, match=r"normalize_reward: 3 answers .* all score 5, so their standard deviation is 0"
+    ):
         measure_scale(Somewhere, SampledTokens(0.0), SampledTokens(0.0), [Prompt("a", (1,))] * 3, PPOConfig())
 
 
@@ -107,17 +109,17 @@ COSTS = torch.tensor([0.5, 1.5])
 def test_skip_leaves_out_what_costs_more_than_the_threshold():
     scores = torch.tensor([2.0, -1.0])
     found = apply_constraint(scores, COSTS, 3.0, PPOConfig(constraint_mode="skip", constraint_threshold=0.5))
-    assert found.kept.tolist() == [True, False]
+    assert found.in_loss.tolist() == [True, False]
     assert torch.equal(found.scores, scores)
     none = apply_constraint(scores, None, 3.0, PPOConfig(constraint_mode="lagrangian"))
-    assert none.kept.all()
+    assert none.in_loss.all()
     assert torch.equal(none.scores, scores)
 
 
 def test_lagrangian_subtracts_lambda_times_the_cost():
     config = PPOConfig(constraint_mode="lagrangian", constraint_threshold=0.5)
     found = apply_constraint(torch.tensor([2.0, -1.0]), COSTS, 3.0, config)
-    assert found.kept.all()
+    assert found.in_loss.all()
     assert found.scores.tolist() == [0.5, -5.5]
 
 
@@ -152,14 +154,14 @@ def test_cost_metrics():
 
 def test_an_answer_left_out_is_in_no_experience_and_no_mean():
     """lam = 1: of the first answer alone, raw advantages 1.5 and 1.75; whitened, -+1/sqrt(2)."""
-    kept = torch.tensor([True, False])
-    shaped = shape_rewards(PASSES, torch.tensor([2.0, 50.0]), 0.0, PPOConfig(lam=1.0), kept=kept)
+    in_loss = torch.tensor([True, False])
+    shaped = shape_rewards(PASSES, torch.tensor([2.0, 50.0]), 0.0, PPOConfig(lam=1.0), in_loss=in_loss)
     root = math.sqrt(0.5)
     torch.testing.assert_close(shaped.advantages, torch.tensor([[-root, root, 0], [0, 0, 0]]), atol=1e-5, rtol=0)
     [experience] = make_experiences(EPISODES, PASSES, shaped)
     assert experience.episode is EPISODES[0]
     white = shape_rewards(
-        PASSES, torch.tensor([2.0, 50.0]), 0.0, PPOConfig(whiten_rewards=True, lam=1.0), kept=kept
+        PASSES, torch.tensor([2.0, 50.0]), 0.0, PPOConfig(whiten_rewards=True, lam=1.0), in_loss=in_loss
     ).rewards
     # Rewards 0 and 2: mean 1, unbiased variance 2
     torch.testing.assert_close(white[0, :2], torch.tensor([1 - root, 1 + root]))
@@ -167,12 +169,12 @@ def test_an_answer_left_out_is_in_no_experience_and_no_mean():
 
 @pytest.mark.parametrize("estimator", ["rloo", "grpo"])
 def test_an_answer_alone_in_its_group_gives_no_experience(estimator):
-    """Of groups of 2, 1 and 0 answers that are kept, the first is learned from, and is what it would be by itself."""
+    """Of groups of 2, 1 and 0 answers in the loss, the first is learned from, and is what it would be by itself."""
     passes = ModelOutputs(3 * PASSES.logprobs, 3 * PASSES.ref_logprobs)
     scores = torch.tensor([2.0, -1.0, 5.0, 7.0, 1.0, 3.0])
-    kept = torch.tensor([True, True, True, False, False, False])
+    in_loss = torch.tensor([True, True, True, False, False, False])
     config = PPOConfig(advantage_estimator=estimator, num_generations=2)
-    shaped = shape_rewards(passes, scores, 0.1, config, kept=kept)
+    shaped = shape_rewards(passes, scores, 0.1, config, in_loss=in_loss)
     found = make_experiences(3 * EPISODES, passes, shaped)
     whole = shape_rewards(ModelOutputs(PASSES.logprobs, PASSES.ref_logprobs), scores[:2], 0.1, config)
     assert [experience.advantages.tolist() for experience in found] == [
@@ -182,7 +184,7 @@ def test_an_answer_alone_in_its_group_gives_no_experience(estimator):
 
 
 def test_where_nothing_is_left_no_update_is_made():
-    shaped = shape_rewards(PASSES, torch.zeros(2), 0.1, PPOConfig(), kept=torch.zeros(2).bool())
+    shaped = shape_rewards(PASSES, torch.zeros(2), 0.1, PPOConfig(), in_loss=torch.zeros(2).bool())
     assert make_experiences(EPISODES, PASSES, shaped) == []
     row = objective_metrics(EPISODES, PASSES, shaped, torch.zeros(2), 0.1)
     assert "val/explained_variance" not in row

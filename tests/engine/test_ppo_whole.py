@@ -76,7 +76,7 @@ def test_a_critic_that_broke_is_named_in_one_line(tiny_model):
     roles.heads["value"].bias.data.fill_(float("inf"))
     with pytest.raises(OnecardError, match="the critic's values of sampled answers are not finite"):
         compute_model_outputs(
-            roles, [Episode(TokenSequence((5, 6, 7), (False, True, True)), torch.zeros(2), True, 0)], config
+            roles, [Episode(TokenSequence((5, 6, 7), (False, True, True)), torch.zeros(2), True)], config
         )
 
 

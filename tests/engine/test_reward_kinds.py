@@ -58,7 +58,7 @@ def test_mixed_kinds_name_both_rows() -> None:
     with pytest.raises(OnecardError) as error:
         list(detect_kind(rows(SCORED, SCORED, RANKED))[1])
     assert str(error.value) == (
-        "x.jsonl:3: a row of rankings, but x.jsonl:1 is one of scores; a reward model is trained from one kind of rows."
+        "x.jsonl:3: a row of rankings, but x.jsonl:1 is a row of scores; expected one kind of rows in a dataset."
     )
 
 

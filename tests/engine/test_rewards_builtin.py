@@ -54,7 +54,7 @@ def test_fluency_is_the_reference_s_mean_log_likelihood(tiny_model):
         generator = torch.Generator().manual_seed(index)
         tokens = tuple(torch.randint(3, 300, (prompt + response,), generator=generator).tolist())
         sequence = TokenSequence(tokens, (False,) * prompt + (True,) * response)
-        episodes.append(Episode(sequence, torch.zeros(response), True, index))
+        episodes.append(Episode(sequence, torch.zeros(response), True))
         with roles.active("reference"), torch.no_grad():
             logits = roles.causal_model()(input_ids=torch.tensor([tokens])).logits[0, prompt - 1 : -1]
         chosen = logits.double().log_softmax(-1).gather(-1, torch.tensor(tokens[prompt:])[:, None])

@@ -27,7 +27,7 @@ from onecard.config import PPOConfig
 from onecard.data import Prompt, prompt_examples
 from onecard.data.batches import Episode, TokenSequence
 from onecard.models.build import load_ppo_roles, reward_adapter
-from onecard.models.classifier import Classifier, is_classifier, label_place
+from onecard.models.classifier import Classifier, is_classifier, label_index
 from onecard.rewards.scorer import load_constraint, load_scorer
 from onecard.utils.errors import OnecardError
 from tests.engine.data_material import CHATML, PLAIN, built, rows, say
@@ -93,7 +93,7 @@ class Texts:
 
 def scores(scorer: Any, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float]:
     sequences = [TokenSequence((1, *map(ord, text)), (False, *(True,) * len(text))) for text in answers]
-    episodes = [Episode(each, torch.zeros(len(each) - 1), False, 0) for each in sequences]
+    episodes = [Episode(each, torch.zeros(len(each) - 1), False) for each in sequences]
     found: list[float] = scorer.scores(None, Texts(), prompts, episodes).parts["reward_model"].tolist()
     return found
 
@@ -226,7 +226,7 @@ def test_a_label_with_a_sigmoid_of_its_own_is_its_logit(tmp_path, problem):
 
 def test_a_label_s_name_goes_before_its_number():
     """Stars: the label called 1 is number 0."""
-    assert [label_place(name, "reward_label", {0: "1", 1: "2", 2: "3"}) for name in ("1", "2", "3", "0")] == [
+    assert [label_index(name, "reward_label", {0: "1", 1: "2", 2: "3"}) for name in ("1", "2", "3", "0")] == [
         0,
         1,
         2,

@@ -30,7 +30,7 @@ def answered(tokenizer: Any, *texts: str, finished: bool = True, stop: str = "",
     """The pieces of an answer, as tokens that were sampled behind the prompt `USER`."""
     [prompt] = prompt_examples(rows({"prompt": [USER] if chat else "Hello"}), tokenizer).examples
     tokens = tuple(token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"])
-    return make_episode(prompt, 0, Response(tokens, torch.zeros(len(tokens)), finished, stop))
+    return make_episode(prompt, Response(tokens, torch.zeros(len(tokens)), finished, stop))
 
 
 def read(tokenizer: Any, episode: Episode, *, chat: bool = True) -> str:

@@ -35,7 +35,7 @@ class WordTokenizer:
 
 def episode(*response: int, finished: bool = True) -> Episode:
     sequence = TokenSequence((1, *response), (False, *(True,) * len(response)))
-    return Episode(sequence, torch.zeros(len(response)), finished, 0)
+    return Episode(sequence, torch.zeros(len(response)), finished)
 
 
 def complaint(load, **settings) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from onecard.rollout import CachedBatch, Sampling, logits_warpers, sample_token
-from onecard.rollout.token_sampling import BLOCK, NOT_FINITE, first_beyond
+from onecard.rollout.token_sampling import BLOCK, NOT_FINITE, search_cumulative
 from onecard.utils.errors import OnecardError
 from tests.engine.rollout_material import (
     frequent_stop_tokens,
@@ -182,7 +182,7 @@ def test_the_token_is_the_first_beyond_the_chance():
         sums = probs.double().cumsum(-1)
         expected = torch.searchsorted(sums, uniforms.double().unsqueeze(1) * sums[:, -1:], right=True)
         possible = (sums[:, -1] > 0).nonzero().flatten()
-        assert torch.equal(first_beyond(probs, uniforms)[possible], expected[possible])
+        assert torch.equal(search_cumulative(probs, uniforms)[possible], expected[possible])
 
 
 def test_the_least_and_the_largest_chance_find_possible_words():
@@ -191,11 +191,11 @@ def test_the_least_and_the_largest_chance_find_possible_words():
     for first, last in ((0, words - 1), (BLOCK - 1, BLOCK), (BLOCK, 2 * BLOCK - 1), (2 * BLOCK, 2 * BLOCK + 76)):
         probs = torch.zeros(1, words)
         probs[0, first], probs[0, last] = 0.3, 0.7
-        assert first_beyond(probs, least) == first
-        assert first_beyond(probs, largest) == last
+        assert search_cumulative(probs, least) == first
+        assert search_cumulative(probs, largest) == last
     even = torch.full((1, words), 1 / words)  # its blocks' sums and its words' are rounded differently
-    assert first_beyond(even, least) == 0
-    assert first_beyond(even, largest) == words - 1
+    assert search_cumulative(even, least) == 0
+    assert search_cumulative(even, largest) == words - 1
 
 
 def test_a_token_of_no_probability_is_never_drawn():
@@ -221,5 +221,5 @@ def test_a_chance_between_two_sums_of_a_block_stays_in_it():
         chance = one_by_one / total
         if one_by_one <= chance * total < at_once:
             found += 1
-            assert first_beyond(probs, chance.reshape(1)) < BLOCK  # beyond it, words that cannot come
+            assert search_cumulative(probs, chance.reshape(1)) < BLOCK  # beyond it, words that cannot come
     assert found > 5

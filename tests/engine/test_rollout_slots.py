@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from onecard.models.attention import use_own_attention
+from onecard.models.attention import use_onecard_attention
 from onecard.models.roles import Roles
 from onecard.rollout import CachedBatch, PaddedBatch, Sampling, cache_slots, sampler
-from onecard.rollout.cache_slots import GROWTH, CacheSlots, SlotLayer, takes_slots
-from onecard.rollout.cuda_graphs import cuda_graph, recorder_for, use_recorder
+from onecard.rollout.cache_slots import GROWTH, CacheSlots, SlotLayer, supports_slots
+from onecard.rollout.cuda_graphs import capture_function_for, cuda_graph, use_capture_function
 from tests.engine.rollout_material import LoadedPolicy, frequent_stop_tokens, load, one_pass_logprobs, recorded_shapes
 
 SMALL = {
@@ -116,7 +116,7 @@ def test_recorded_passes_give_the_same_answers(monkeypatch, policy: LoadedPolicy
         return policy.sample(Sampling(50), prompts, stop_tokens=ends, batch_size=6, seed=5).responses
 
     plain, recorder = sampled(), Kept()
-    with use_recorder(recorder), recorded_shapes(policy.model) as shapes:
+    with use_capture_function(recorder), recorded_shapes(policy.model) as shapes:
         replayed = sampled()
     for one, other in zip(plain, replayed, strict=True):
         assert one.tokens == other.tokens
@@ -137,7 +137,7 @@ def test_after_all_rows_end_the_next_begin_with_new_memory(monkeypatch, policy: 
         return prefill(self, prompts, *given)
 
     monkeypatch.setattr(CacheSlots, "prefill", watched)
-    with use_recorder(recorder):
+    with use_capture_function(recorder):
         found = policy.sample(Sampling(9), policy.prompts * 2, stop_tokens=(), batch_size=4, seed=3).responses
     assert taken == [(4, True)] * 3
     assert len(recorder.shapes) == 3
@@ -203,11 +203,11 @@ def test_a_pass_that_cannot_be_recorded_is_run(capsys, policy: LoadedPolicy):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     plain = policy.sample(Sampling(9), batch_size=4, seed=2).responses
-    with use_recorder(refuses):
+    with use_capture_function(refuses):
         found = policy.sample(Sampling(9), batch_size=4, seed=2).responses
     assert [one.tokens for one in found] == [one.tokens for one in plain]
     assert len(tried) == 1
-    assert "goes on without a recorded pass: operation not permitted" in capsys.readouterr().err
+    assert "cannot be captured as a CUDA graph, so it runs eagerly: operation not permitted" in capsys.readouterr().err
 
 
 def test_memory_that_runs_out_while_recording_is_no_refusal(policy: LoadedPolicy):
@@ -220,7 +220,7 @@ def test_memory_that_runs_out_while_recording_is_no_refusal(policy: LoadedPolicy
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return run
 
-    with use_recorder(too_much):
+    with use_capture_function(too_much):
         found = policy.sample(Sampling(9), batch_size=4, seed=2).responses
     assert sizes[:2] == [4, 2]
     assert [one.tokens for one in found] == [
@@ -229,13 +229,13 @@ def test_memory_that_runs_out_while_recording_is_no_refusal(policy: LoadedPolicy
 
 
 def test_passes_are_recorded_on_a_gpu_where_one_asks_for_it(monkeypatch):
-    assert recorder_for(torch.device("cuda")) is None
+    assert capture_function_for(torch.device("cuda")) is None
     monkeypatch.setenv("ONECARD_ROLLOUT_GRAPHS", "1")
-    assert recorder_for(torch.device("cuda")) is cuda_graph
-    assert recorder_for(torch.device("cpu")) is None
-    assert recorder_for(torch.device("meta")) is None
-    with use_recorder(None):
-        assert recorder_for(torch.device("cuda")) is None
+    assert capture_function_for(torch.device("cuda")) is cuda_graph
+    assert capture_function_for(torch.device("cpu")) is None
+    assert capture_function_for(torch.device("meta")) is None
+    with use_capture_function(None):
+        assert capture_function_for(torch.device("cuda")) is None
 
 
 def test_memory_grows_no_further_than_the_longest_row_s_end(policy: LoadedPolicy):
@@ -296,20 +296,20 @@ def test_the_cache_is_gone_when_sampling_is_over(monkeypatch, policy: LoadedPoli
 
 
 def test_which_models_take_slots(tinystories):
-    assert takes_slots(load(tinystories).model)
-    assert not takes_slots(load(tinystories, attn_implementation="eager").model)  # its masks are made elsewhere
+    assert supports_slots(load(tinystories).model)
+    assert not supports_slots(load(tinystories, attn_implementation="eager").model)  # its masks are made elsewhere
     plain = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
-    assert not takes_slots(plain)
-    assert use_own_attention(plain)
-    assert takes_slots(plain)
+    assert not supports_slots(plain)
+    assert use_onecard_attention(plain)
+    assert supports_slots(plain)
     for kind in ("dynamic", "longrope"):  # whose rotations depend on what stands beside a row
         stretched = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
-        use_own_attention(stretched)
+        use_onecard_attention(stretched)
         stretched.config.rope_parameters = {**stretched.config.rope_parameters, "rope_type": kind}
-        assert not takes_slots(stretched)
+        assert not supports_slots(stretched)
     windowed = AutoModelForCausalLM.from_config(MistralConfig(**SMALL, sliding_window=16))
-    use_own_attention(windowed)
-    assert not takes_slots(windowed)
+    use_onecard_attention(windowed)
+    assert not supports_slots(windowed)
     from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
     assert SlotLayer not in DYNAMIC_LAYER_TYPE_MAPPING.values()

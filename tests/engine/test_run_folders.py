@@ -57,7 +57,7 @@ def test_a_reward_run_writes_no_texts(tmp_path, tiny_model, onecard):
     roles = load_roles(config, trained="reward", scalar=True)
     roles.export("reward", tmp_path / "rm" / "reward", load_tokenizer(config))
     result = onecard("generate", "--model", tmp_path / "rm", "--prompt", "a", "--max_new_tokens", 4)
-    assert "is a reward model, which scores texts and writes none" in error_line(result)
+    assert "is a reward model; expected a language model" in error_line(result)
 
 
 def test_a_run_is_not_replaced_by_one_that_starts_from_it(run, onecard):

@@ -234,7 +234,7 @@ def test_a_folder_of_something_else_is_left_alone(config, foreign, changes):
     folder = Path(config.output_dir)
     foreign(folder)
     before = tree(folder)
-    with pytest.raises(OnecardError, match=r"holds no run, but '.*', which a run would replace"):
+    with pytest.raises(OnecardError, match=r"is not a run folder, but has '.*', which a run would replace"):
         run_folder.open_run(replace(config, **changes))
     assert tree(folder) == before
 
@@ -292,7 +292,7 @@ def test_a_link_to_a_folder_works_and_one_to_nothing_does_not(config, tmp_path):
     begin(config)
     assert (tmp_path / "disk" / "run.json").is_file()
     shutil.rmtree(tmp_path / "disk")
-    with pytest.raises(OnecardError, match="run is a link to nothing"):
+    with pytest.raises(OnecardError, match="run is a broken link"):
         run_folder.open_run(config)
 
 
@@ -304,7 +304,7 @@ def test_a_finished_run_with_a_torn_checkpoint_is_kept(config):
     log_and_save(folder, 2)
     os.truncate(folder / "checkpoint-2" / "training.pt", 1)
     before = tree(folder)
-    with pytest.raises(OnecardError, match=r"checkpoint-2 is torn .*, and no checkpoint is whole; --overwrite"):
+    with pytest.raises(OnecardError, match=r"checkpoint-2 is damaged .* no complete checkpoint; add --overwrite"):
         run_folder.open_run(replace(config, resume=True))
     assert tree(folder) == before
 

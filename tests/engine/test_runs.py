@@ -86,7 +86,7 @@ def test_resume_names_the_first_setting_that_differs(config):
 def test_resume_may_look_more_often(config):
     begin(config)
     more = replace(config, resume=True, save_steps=1, eval_steps=5)
-    assert run_folder.open_run(more).notes == ("no whole checkpoint to go on from: starting at step 0.",)
+    assert run_folder.open_run(more).notes == ("no complete checkpoint to resume from: starting at step 0.",)
     saved(replace(config, overwrite=True))
     found = run_folder.open_run(more).checkpoint
     assert found is not None
@@ -97,7 +97,7 @@ def test_resume_may_look_more_often(config):
 def test_another_command_or_other_data_does_not_go_on(config, other):
     saved(config)
     name = next(name for name in SAME if SAME[name] != other[name])
-    with pytest.raises(OnecardError, match=f"--resume: the {name} of the run in .* was another one"):
+    with pytest.raises(OnecardError, match=f"--resume: expected the {name} of the run in "):
         begin(replace(config, resume=True), other)
 
 
@@ -111,7 +111,7 @@ def test_the_fingerprint_knows_data_order_and_masks():
 
 def test_a_folder_with_things_of_another_is_left_alone(config, tmp_path):
     (tmp_path / "run" / "reward").mkdir(parents=True)
-    with pytest.raises(OnecardError, match="holds no run, but 'reward'"):
+    with pytest.raises(OnecardError, match="is not a run folder, but has 'reward'"):
         run_folder.open_run(config)
 
 
@@ -130,7 +130,7 @@ def test_going_on_sets_damaged_checkpoints_aside(config):
     (folder / "checkpoint-9" / "training.pt").write_bytes(b"")
     (folder / ".checkpoint-7.4194305.tmp").mkdir()  # beyond the largest process id
     run = begin(replace(config, resume=True))
-    assert run.notes[0] == "checkpoint-9 is torn (files are missing or damaged) and is passed over."
+    assert run.notes[0] == "checkpoint-9 is damaged (files are missing or changed) and is skipped."
     assert sorted(path.name for path in folder.glob("*checkpoint*")) == ["checkpoint-5", "checkpoint-9.damaged"]
     assert not (folder / ".checkpoint-7.4194305.tmp").exists()
 
@@ -160,7 +160,7 @@ def test_an_output_dir_that_is_a_file_is_named(tmp_path):
     [
         (None, r"holds a run but no readable config\.yaml"),
         ("learning_rate: [1", r"holds a run but no readable config\.yaml"),
-        ("learning_rate: 1.0e-4\n", r"config\.yaml is not what the run wrote"),
+        ("learning_rate: 1.0e-4\n", r"config\.yaml has been changed or truncated"),
     ],
 )
 def test_resume_without_the_settings_of_the_run_touches_nothing(config, text, message):
@@ -178,8 +178,8 @@ def test_a_run_keeps_its_date(config, monkeypatch):
     monkeypatch.setattr(run_folder, "today", lambda: "2026-11-30")
     resumed = replace(config, resume=True)
     path = Path(config.output_dir) / "run.json"
-    assert run_folder.open_run(resumed).date == "2026-11-29"
-    assert run_folder.open_run(replace(config, overwrite=True)).date == "2026-11-30"
+    assert run_folder.open_run(resumed).info.date == "2026-11-29"
+    assert run_folder.open_run(replace(config, overwrite=True)).info.date == "2026-11-30"
     before = path.read_text()
     begin(resumed)
     assert path.read_text() == before

@@ -13,12 +13,12 @@ import torch
 from onecard.algorithms import dpo
 from onecard.algorithms.common import Recipe
 from onecard.algorithms.dpo import losses
-from onecard.algorithms.dpo.losses import pair_reference
+from onecard.algorithms.dpo.losses import pair_ref_logps
 from onecard.algorithms.reward import command as reward_command
 from onecard.algorithms.reward.kinds import collate, collate_shared, example_size, reward_loss
 from onecard.config import DPOConfig, RewardConfig
 from onecard.data.batches import (
-    LEAST_SHARED,
+    MIN_SHARED_TOKENS,
     PreferencePair,
     Ranking,
     ScoredSequence,
@@ -101,7 +101,7 @@ def test_every_loss_of_pairs_is_the_same(fresh, kind):
 
 
 def test_precomputed_references_belong_to_the_same_answers(fresh):
-    table = pair_reference(fresh, pack_pairs(PAIRS)).view(2, -1).T.tolist()
+    table = pair_ref_logps(fresh, pack_pairs(PAIRS)).view(2, -1).T.tolist()
     known = [replace(item, ref_logps=tuple(row)) for item, row in zip(PAIRS, table, strict=True)]
     objective = recipe_of().objective(fresh)
     for examples in (known, known[::-1]):
@@ -127,8 +127,8 @@ def test_only_a_model_that_takes_shared_records_gets_them(fresh, monkeypatch, la
 
 
 def test_labelled_answers_have_nothing_to_share(fresh):
-    assert recipe_of(loss_type=["kto"]).sharing is None
-    assert recipe_of(loss_type=["apo_zero_unpaired"]).sharing is None
+    assert recipe_of(loss_type=["kto"]).shared_collation is None
+    assert recipe_of(loss_type=["apo_zero_unpaired"]).shared_collation is None
 
 
 def test_padding_free_off_shares_nothing(tiny_model):
@@ -143,9 +143,9 @@ def test_rows_that_a_pair_takes():
     assert [size_when_sharing(item) for item in PAIRS] == [30 + 6, 20 + 6, 6 + 5, 26 + 7]
     for item in PAIRS:
         assert size_when_sharing(item) == pack_pairs([item], share_prompts=True).sequences.num_tokens
-    short, enough = (pair(LONG[:length], [1], [2]) for length in (LEAST_SHARED - 1, LEAST_SHARED))
+    short, enough = (pair(LONG[:length], [1], [2]) for length in (MIN_SHARED_TOKENS - 1, MIN_SHARED_TOKENS))
     assert size_when_sharing(short) == len(short)
-    assert size_when_sharing(enough) == len(enough) - LEAST_SHARED
+    assert size_when_sharing(enough) == len(enough) - MIN_SHARED_TOKENS
 
 
 def test_a_budget_counts_the_rows_that_are_run(fresh):
@@ -269,7 +269,7 @@ def test_the_evaluation_of_a_reward_model_lays_answers_apart(tiny_model, monkeyp
     scores = type(roles).scores
     monkeypatch.setattr(type(roles), "scores", lambda self, batch: seen.append(batch) or scores(self, batch))
     with progress("evaluate", 1) as bar:
-        reward_command.heldout_row(roles, PAIRS, config, forward_budget(config), bar)
+        reward_command.heldout_metrics(roles, PAIRS, config, forward_budget(config), bar)
     assert len(seen) == 2 * len(PAIRS)
     assert all(batch.shared is None for batch in seen)
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from onecard.data.batches import TokenSequence, pack, to_device
-from onecard.models.attention import attend, has_own_attention, use_own_attention
+from onecard.models.attention import attend, has_onecard_attention, use_onecard_attention
 from onecard.models.load import without_dropout
 from onecard.models.roles import Roles
 from onecard.rollout import Sampling, sample_responses
@@ -23,7 +23,7 @@ EXACT = 1e-4
 def roles_of(name: str | Family, dtype: torch.dtype = torch.float32, layout: str = "packed") -> Roles:
     family = FAMILIES[name] if isinstance(name, str) else name
     model = random_model(family).to(dtype)
-    use_own_attention(model)
+    use_onecard_attention(model)
     return Roles(model, ("policy",), {"policy": None}, layout).eval()
 
 
@@ -159,7 +159,7 @@ def test_noise_that_the_config_names_is_turned_off(name, settings, capsys):
     config = without_dropout(config_of(Family(name, settings)))
     assert [getattr(config, noise) for noise in settings] == [0.0]
     model = AutoModelForCausalLM.from_config(config)
-    use_own_attention(model)
+    use_onecard_attention(model)
     roles = Roles(model, ("policy",), {"policy": None}, "packed").eval()
     check_model(roles, 30)
     assert not roles.trained_in_evaluation_mode
@@ -204,13 +204,13 @@ def test_a_model_that_draws_noise_is_trained_in_evaluation_mode(checkpointing, c
 def test_a_layer_that_is_not_told_of_segments_is_refused():
     """The mask of a packed row would let every token see every other."""
     query = torch.zeros(1, 2, 3, 8)
-    with pytest.raises(OnecardError, match="Identity is not told where packed sequences begin"):
+    with pytest.raises(OnecardError, match="Identity got a packed batch without `segments`"):
         attend(torch.nn.Identity(), query, query, query, torch.ones(1, 1, 1, 1, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(("name", "own"), [("llama", True), ("deepseek_v32", False), ("falcon_h1", False)])
 def test_layers_that_choose_keys_keep_their_own_attention(name, own):
-    assert has_own_attention(roles_of(name).model) == own
+    assert has_onecard_attention(roles_of(name).model) == own
 
 
 # --- memory

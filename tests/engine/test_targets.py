@@ -54,7 +54,7 @@ LINEAR = {
         ATTENTION | {f"feed_forward.shared_expert.{name}": 3 for name in MLP},
         ("the experts of 3 layers",),
     ),
-    "deepseek_v32": (None, ("the experts of 2 layers", "9 layers that would never learn")),  # what picks keys
+    "deepseek_v32": (None, ("the experts of 2 layers", "9 layers that get no gradient")),  # what picks keys
     "mamba": (
         {"backbone.layers.mixer.in_proj": 3, "backbone.layers.mixer.x_proj": 3},
         ("out_proj and dt_proj of 3 Mamba layers",),
@@ -133,8 +133,8 @@ def test_a_linear_layer_that_gives_no_product_gets_none():
         ("llama", ["q_proj", "all_linear"], r"is called all_linear; .* Did you mean 'all-linear'\?"),
         ("llama", ["proj"], "is called proj;"),  # the end of a name is no name
         ("llama", ["norm"], r"model.norm is a LlamaRMSNorm; expected linear layers or embeddings of the text decoder"),
-        ("qwen3_moe", ["down_proj"], r"down_proj names experts alone \(model.layers.0.mlp.experts.down_proj, ...\); to "
-                                     "adapt them, write experts.down_proj"),
+        ("qwen3_moe", ["down_proj"], r"down_proj matches only experts \(model.layers.0.mlp.experts.down_proj, ...\); "
+                                     "to adapt them, write experts.down_proj"),
         ("qwen3_moe", ["mlp.gate"], "model.layers.0.mlp.gate is a Qwen3MoeTopKRouter, which takes no adapter"),
         ("llama4_text", ["router"], "model.layers.0.feed_forward.router is a Llama4Router, which takes no adapter"),
         ("phimoe", ["q_proj", "router"], "model.layers.0.mlp.router is a PhimoeTopKRouter, which takes no adapter"),
@@ -167,13 +167,13 @@ def test_experts_that_are_modules_are_named_without_their_number():
     assert found.left_out == ("the experts of 3 layers",)
     assert len(find_targets(model, ["experts.w1"]).modules) == 6
     assert find_targets(model, ["layers.1.mlp.experts.1.w1"]).modules == ("model.layers.1.mlp.experts.1.w1",)
-    with pytest.raises(OnecardError, match="w1 names experts alone"):
+    with pytest.raises(OnecardError, match="w1 matches only experts"):
         find_targets(model, ["w1"])
 
 
 def test_every_role_has_the_same_layers_but_for_the_head(tiny_model):
     roles = load_ppo_roles(PPOConfig(model=str(tiny_model), lora_target_modules=["all-linear", "lm_head"]))
-    assert (roles.adapted_layers("policy"), roles.adapted_layers("value")) == (15, 14)
+    assert (roles.num_adapted_layers("policy"), roles.num_adapted_layers("value")) == (15, 14)
     policy, value = (
         {name.split(".lora_")[0] for name in roles.trained_parameters() if f".{role}." in name}
         for role in ("policy", "value")

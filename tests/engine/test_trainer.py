@@ -173,6 +173,6 @@ def test_an_update_that_breaks_the_weights_is_not_saved(onecard, monkeypatch, tm
         "--test_size", 0,
     )  # fmt: skip
     assert result.code == 2
-    assert "weights that are no numbers after step 1" in result.err.splitlines()[-1]
+    assert "weights are NaN or infinite after step 1" in result.err.splitlines()[-1]
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     assert not (tmp_path / "run" / "policy").exists()

@@ -19,7 +19,7 @@ from tests.kernels import oracle
 
 CARD = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CARD else "cpu")
-needs_triton = pytest.mark.skipif(launch.why_not(DEVICE) is not None, reason="triton does not run here")
+needs_triton = pytest.mark.skipif(launch.unavailable_reason(DEVICE) is not None, reason="triton does not run here")
 BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ import torch
 from benchmarks.measure import peak_bytes
 from onecard.data.batches import pack, to_device
 from onecard.models import attention
-from onecard.models.attention import Score, has_flash, segments_of
+from onecard.models.attention import AttentionOptions, has_flash, segments_of
 from tests.engine.attention_material import (
     answer,
     distance,
@@ -94,7 +94,7 @@ def test_memory_does_not_grow_with_the_square_of_the_record():
 def test_a_plan_on_meta_tensors_picks_the_kernel_that_runs():
     query = torch.zeros(1, 4, 8, 64, dtype=torch.bfloat16)
     with attention.planned_for(torch.device("cuda")):
-        planned = attention.kernel_for(query.to("meta"), query, Score(1.0))
+        planned = attention.kernel_for(query.to("meta"), query, AttentionOptions(1.0))
     assert planned is attention.by_torch_varlen
-    runs = attention.kernel_for(query.to(DEVICE), query, Score(1.0))
+    runs = attention.kernel_for(query.to(DEVICE), query, AttentionOptions(1.0))
     assert runs in (planned, attention.by_flash_attn) if has_flash(DEVICE, query.dtype) else runs is attention.by_sdpa

@@ -7,6 +7,6 @@ import torch
 
 from onecard_kernels import launch
 
-TRITON = launch.why_not(torch.device("cpu")) is None
+TRITON = launch.unavailable_reason(torch.device("cpu")) is None
 needs_triton = pytest.mark.skipif(not TRITON, reason="triton does not run here")
 BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]

@@ -105,7 +105,7 @@ def test_another_head_is_refused(change: dict[str, Any]) -> None:
     model = build("Gemma2")
     head = k.read_head(model)
     with pytest.raises(
-        ValueError, match=r"Gemma2ForCausalLM makes its logits in a way .* a logit of its head is off by"
+        ValueError, match=r"Gemma2ForCausalLM computes its logits in a way .* a logit of its head is off by"
     ):
         k.check_head(model, replace(head, **change))
 
@@ -158,7 +158,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a norm before the head": ({"before": lambda _, h: h / h.norm(dim=-1, keepdim=True)}, "more than scale"),
     "a layer before the head": ({"before": lambda m, h: m.embed.weight.T[:, :D] @ h.mT}, "more than scale"),
     "scaled before a bias": ({"before": lambda _, h: h / 3.0, "bias": True}, "a head with a bias"),
-    "a head that is not called": ({"after": lambda m, z: z}, "in front of its output embeddings, a Linear"),
+    "a head that is not called": ({"after": lambda m, z: z}, "before its output embeddings, a Linear"),
 }
 
 
@@ -169,7 +169,9 @@ def test_what_is_no_scale_and_no_softcap_is_refused(case: str) -> None:
     if "not called" in case:
         unused = nn.Linear(D, V)
         model.get_output_embeddings = lambda: unused
-    with pytest.raises(ValueError, match=f"Toy makes its logits in a way that the linear functions cannot .*{words}"):
+    with pytest.raises(
+        ValueError, match=f"Toy computes its logits in a way that the linear functions cannot .*{words}"
+    ):
         k.read_head(model)
     assert not model.trunk._forward_hooks, "hooks are left on the model"
 

@@ -215,6 +215,6 @@ def test_torch_means_torch_throughout(kind: str, monkeypatch: pytest.MonkeyPatch
     for name, row in dispatch.TABLE.items():
         monkeypatch.setitem(dispatch.TABLE, name, {**row, "triton": "nowhere:at_all"})
     assert torch.equal(run("torch"), plain_loss)
-    if launch.why_not(torch.device("cpu")) is None:  # the other one is there to be preferred
+    if launch.unavailable_reason(torch.device("cpu")) is None:  # the other one is there to be preferred
         with pytest.raises(ModuleNotFoundError, match="nowhere"):
             run("auto")

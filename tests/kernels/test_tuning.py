@@ -209,7 +209,7 @@ def test_tiled_with_a_trained_head_has_its_gradients() -> None:
 
 
 def test_tiled_where_triton_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "why_not", lambda device: "triton is not installed")
+    monkeypatch.setattr(launch, "unavailable_reason", lambda device: "triton is not installed")
     calls = watched(monkeypatch)
     run("auto")
     run("auto", grad=True)

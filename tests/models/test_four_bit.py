@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from onecard.config import ModelConfig, SFTConfig
 from onecard.data.batches import TokenSequence, pack
 from onecard.models.build import load_roles
-from onecard.models.four_bit import is_packed, linear_weights
+from onecard.models.four_bit import is_quantized, linear_weights
 from onecard.models.load import load_base
 from onecard.utils.errors import OnecardError
 from tests.models.families import FAMILIES, random_model, write_model
@@ -35,7 +35,7 @@ def unpacked(family, packed):
     plain = random_model(FAMILIES[family])
     own = dict(plain.named_parameters())
     for name, weight in linear_weights(packed).items():
-        if is_packed(weight):
+        if is_quantized(weight):
             numbers = dequantize_4bit(weight.data, weight.quant_state)
             turned = isinstance(plain.get_submodule(name.rpartition(".")[0]), Conv1D)
             own[name].copy_(numbers.T if turned else numbers)
@@ -77,7 +77,7 @@ def test_experts_are_packed_not_held_in_16_bit(tmp_path, family):
     experts = {name: weight for name, weight in linear_weights(model).items() if ".experts." in name}
     assert experts
     for name, weight in experts.items():
-        assert is_packed(weight), name
+        assert is_quantized(weight), name
         assert weight.numel() * weight.element_size() <= HELD * weight.quant_state.shape.numel(), name
 
 

@@ -1,1 +1,1 @@
-"""Each file reads from top to bottom: rows -> record -> loss, metrics."""
+"""Training algorithms: SFT, reward models, DPO and its family, PPO. Each: rows -> batch -> loss, metrics."""

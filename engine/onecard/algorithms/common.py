@@ -1,4 +1,4 @@
-"""The steps that SFT, reward and DPO runs share (`run_recipe`), and what differs between them (`Recipe`)."""
+"""The run of SFT, reward and DPO (`run_recipe`); a `Recipe` has what differs between them. PPO uses parts of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from onecard import reporting
-from onecard.algorithms.samples import HeldoutSamples, heldout_samples
+from onecard.algorithms.samples import HeldoutSampler, make_heldout_sampler
 from onecard.algorithms.supervised import Supervised
 from onecard.config import EvaluateConfig, PolicyTrainConfig, TrainConfig
 from onecard.config.base import NO_DATASET
@@ -37,36 +37,37 @@ if TYPE_CHECKING:
 
 E = TypeVar("E", TokenSequence, PreferencePair, LabelledSequence)  # one example
 P = TypeVar("P")  # an example, or a prompt
-B = TypeVar("B", bound="DataclassInstance")  # a record of several
+B = TypeVar("B", bound="DataclassInstance")  # a batch of examples
 
 
 @dataclass(frozen=True)
-class Sharing(Generic[E, B]):
-    """Collate examples so that a prompt is run once for all its responses; `size` is the tokens of an example then."""
+class Collation(Generic[E, B]):
+    """A way to batch examples. `collate(examples)` makes the batch; `size(example)`: its tokens in a forward pass."""
 
     collate: Callable[[Sequence[E]], B]
     size: Callable[[E], int] = len
 
 
-def padded_rows(lengths: Sequence[int]) -> int:
-    """Tokens of texts padded to the longest. Empty texts take none."""
+def padded_size(lengths: Sequence[int]) -> int:
+    """Number of tokens, with padding, of texts that are padded to the longest. Empty texts take none."""
     return sum(length > 0 for length in lengths) * max(lengths)
 
 
-def check_start(
+def check_layout_and_decoding(
     config: TrainConfig,
     roles: Roles,
     training: Sequence[object],
     heldout: Sequence[object],
-    samples: HeldoutSamples | None,
+    sampler: HeldoutSampler | None,
 ) -> None:
-    """Startup checks of the model, on texts as long as the run's longest."""
+    """Startup checks that choose layout and decoding mode, on texts as long as the run's longest."""
     lengths = [*all_lengths(training), *all_lengths(heldout)]
-    longest, together = max(map(max, lengths)), max(map(sum, lengths))
+    longest_text, largest_example = max(map(max, lengths)), max(map(sum, lengths))
     items = max(config.per_device_train_batch_size, config.per_device_eval_batch_size)
-    check_model(roles, longest, row=max(config.micro_batch_tokens or items * together, together))
-    if samples is not None:
-        check_decoding(roles, samples.longest)
+    row = max(config.micro_batch_tokens or items * largest_example, largest_example)
+    check_model(roles, longest_text, row=row)
+    if sampler is not None:
+        check_decoding(roles, sampler.longest)
 
 
 @dataclass(frozen=True)
@@ -83,35 +84,37 @@ class Recipe(Generic[E, B]):
     collate: Callable[[Sequence[E]], B]
     count: Callable[[Sequence[E]], int]
     loss: Callable[[Roles, B, int], Loss]
-    reference: bool = False  # a frozen reference beside the trained role
-    scalar: bool = False  # a scalar head on the trained role
-    # metrics of the held-out examples, where they are not sums over micro-batches
-    heldout: Callable[[Roles, Sequence[E], TokenBudget, Bar], dict[str, float]] | None = None
-    adjust: Callable[[Roles, Sequence[E]], None] | None = None  # changes the trained weights before they are exported
+    reference: bool = False  # the loss needs a frozen reference
+    scalar: bool = False  # the trained role has a scalar head
+    # metrics of the held-out examples, if they are not sums over micro-batches
+    heldout_metrics: Callable[[Roles, Sequence[E], TokenBudget, Bar], dict[str, float]] | None = None
+    adjust: Callable[[Roles, Sequence[E]], None] | None = None  # changes the trained weights before the export
     check: Callable[[Sequence[E]], None] | None = None  # raises if the settings do not fit the training examples
-    prepare: Callable[[Roles, Sequence[E], Sequence[E]], tuple[Sequence[E], Sequence[E]]] | None = (
-        None  # runs before step 0
-    )
-    sharing: Sharing[E, B] | None = None  # for models that pack
+    # (roles, training, held-out examples) -> both with added fields; called before the first step
+    prepare: Callable[[Roles, Sequence[E], Sequence[E]], tuple[Sequence[E], Sequence[E]]] | None = None
+    # used instead of `collate` with packed batches: runs a prompt once for all its responses
+    shared_collation: Collation[E, B] | None = None
     unsplittable: str = ""  # `Objective.unsplittable`
 
     def objective(self, roles: Roles) -> Objective[E, B]:
-        """What a step minimises. Prompts are shared if the model runs packed batches."""
-        plain = Sharing(
-            self.collate, (lambda example: padded_rows(lengths_of(example))) if roles.layout == "padded" else len
-        )
-        packing = self.sharing if self.sharing and roles.layout == "packed" else plain
+        """The objective of an optimizer step in the roles' layout."""
+        if self.shared_collation and roles.layout == "packed":
+            collation = self.shared_collation
+        elif roles.layout == "padded":
+            collation = Collation(self.collate, lambda example: padded_size(lengths_of(example)))
+        else:
+            collation = Collation(self.collate)
         return Objective(
-            packing.collate,
+            collation.collate,
             self.count,
             lambda batch, normalizer: (self.loss(roles, batch, normalizer),),
-            packing.size,
+            collation.size,
             self.unsplittable,
         )
 
 
 def pair_tokenizer(config: TrainConfig) -> Callable[[Iterable[Row], Any, int], Tokenized[PreferencePair]]:
-    """`Recipe.tokenize` of the commands that learn from pairs."""
+    """`Recipe.tokenize` for `prompt`, `chosen`, `rejected` rows."""
 
     def tokenize(rows: Iterable[Row], tokenizer: Any, max_length: int) -> Tokenized[PreferencePair]:
         return preference_examples(
@@ -125,19 +128,19 @@ def pair_tokenizer(config: TrainConfig) -> Callable[[Iterable[Row], Any, int], T
     return tokenize
 
 
-def longest_sequence(config: TrainConfig | EvaluateConfig) -> int:
-    """`max_length`, or the model's context length if that is less."""
+def effective_max_length(config: TrainConfig | EvaluateConfig) -> int:
+    """`max_length`, or the model's context length if that is less. Prints a line then."""
     limit = context_length(config)
     if limit is None or config.max_length <= limit:
         return config.max_length
-    say(f"max_length: {limit} instead of {config.max_length}: the model's context has no more.")
+    say(f"max_length: {limit} is used instead of {config.max_length}, because the model's context is no longer.")
     return limit
 
 
 def load_examples(
     config: TrainConfig, tokenize: Callable[[Iterable[Row]], Tokenized[P]]
 ) -> tuple[Sequence[P], Sequence[P]]:
-    """Training and held-out examples. Prints how many were cut, skipped or unusual."""
+    """Training and held-out examples. Prints how many there are, and how many were truncated, skipped or unusual."""
     if not config.dataset:
         raise OnecardError(NO_DATASET)
     parts = [tokenize(open_rows(config.dataset, split=config.dataset_train_split))]
@@ -154,7 +157,7 @@ def load_examples(
 
 
 def export_and_report(roles: Roles, tokenizer: Any, run: Run) -> Path:
-    """Export the (first) trained role, write the report, and print where they are."""
+    """Export the first trained role (PPO: the policy), write the report, and print their paths."""
     role = roles.trained[0]
     exported = run.folder / role
     run_folder.write_folder(run.folder, role, lambda folder: roles.export(role, folder, tokenizer))
@@ -164,34 +167,37 @@ def export_and_report(roles: Roles, tokenizer: Any, run: Run) -> Path:
 
 
 def describe_adapter(roles: Roles, role: str, source: Path | None) -> str:
-    """A trained role in words. An adapter that training continues has its own rank, not lora_r."""
+    """A trained adapter in words. `source`: the adapter folder that training continues; its rank may not be lora_r."""
     if source is not None:
-        return f"an adapter of rank {roles.rank(role)}, as it is in {source}"
+        return f"an adapter of rank {roles.rank(role)}, continued from {source}"
     without = f", without {' and '.join(roles.left_out)}" if roles.left_out else ""
-    return f"an adapter of rank {roles.rank(role)} on {roles.adapted_layers(role)} layers{without}"
+    return f"an adapter of rank {roles.rank(role)} on {roles.num_adapted_layers(role)} layers{without}"
 
 
 def run_recipe(config: TrainConfig, recipe: Recipe[E, B]) -> Path:
-    """A training command from valid settings to its exported weights. Nothing is written before all of it is loaded."""
+    """Run a training command and return the folder of its weights. `config` is validated already.
+
+    Nothing is written before data and model are loaded and checked.
+    """
     config = with_output_dir(config, recipe.command)
     run = open_run(config)
-    with head_chunks(config.head_chunk_tokens), template_date(run.date):
+    with head_chunks(config.head_chunk_tokens), template_date(run.info.date):
         tokenizer = load_tokenizer(config)
-        max_length = longest_sequence(config)
+        max_length = effective_max_length(config)
         training: Sequence[E]
         heldout: Sequence[E]
         training, heldout = load_examples(config, lambda rows: recipe.tokenize(rows, tokenizer, max_length))
         if recipe.check:
             recipe.check(training)
-        roles, samples = load_and_check(config, recipe, tokenizer, training, heldout)
+        roles, sampler = load_and_check(config, recipe, tokenizer, training, heldout)
         if config.dry_run:
             dry_run.show(config, roles, tokenizer, training[0])
             return run.folder
         identity = supervised_identity(config, recipe.command, training, heldout)
         if recipe.prepare:
             training, heldout = recipe.prepare(roles, training, heldout)
-        row = partial(recipe.heldout, roles, heldout) if recipe.heldout else None
-        job = Supervised(config, recipe.command, recipe.objective(roles), training, heldout, samples, row)
+        metrics = partial(recipe.heldout_metrics, roles, heldout) if recipe.heldout_metrics else None
+        job = Supervised(config, recipe.command, recipe.objective(roles), training, heldout, sampler, metrics)
         with run_folder.locked(run):
             Trainer(config, job, roles, run).train(identity)
             if recipe.adjust:
@@ -201,16 +207,16 @@ def run_recipe(config: TrainConfig, recipe: Recipe[E, B]) -> Path:
 
 def load_and_check(
     config: TrainConfig, recipe: Recipe[E, B], tokenizer: Any, training: Sequence[E], heldout: Sequence[E]
-) -> tuple[Roles, HeldoutSamples | None]:
-    """The run's weights, checked on texts as long as its longest, and the prompts that are answered at evaluations."""
+) -> tuple[Roles, HeldoutSampler | None]:
+    """Load the roles and run the startup checks. Returns the roles, and the sampler for held-out prompts if any."""
     roles = load_roles(config, trained=recipe.trained, reference=recipe.reference, scalar=recipe.scalar)
     check_tokens(roles.causal_model(), tokenizer, [*all_tokens(training), *all_tokens(heldout)])
-    samples = heldout_samples(config, roles, tokenizer, heldout) if isinstance(config, PolicyTrainConfig) else None
-    check_start(config, roles, training, heldout, samples)
+    sampler = make_heldout_sampler(config, roles, tokenizer, heldout) if isinstance(config, PolicyTrainConfig) else None
+    check_layout_and_decoding(config, roles, training, heldout, sampler)
     trained = sum(parameter.numel() for parameter in roles.trained_parameters().values())
     if config.use_peft:
         say(f"{recipe.trained}: {describe_adapter(roles, recipe.trained, find_source(config.model).adapter)}.")
     say(f"model: {trained:,} trained parameters on {roles.device}, {roles.layout} batches.")
     for note in memory_option_notes(roles, config):
         say(note)
-    return roles, samples
+    return roles, sampler

@@ -1,4 +1,4 @@
-"""What a policy says to a few held-out prompts while it learns from fixed examples: for the eye, not for a metric."""
+"""The policy's responses to a few held-out prompts at each evaluation of SFT and DPO; written to `samples.jsonl`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from onecard.rollout import Response, Sampling, find_stop_tokens, sample_respons
 from onecard.utils.progress import Bar
 from onecard.utils.rng import seeded_rng
 
-BEGINNING = 8  # tokens of a text without a prompt that stand for one
+PREFIX_LENGTH = 8  # tokens at the start of a text without a prompt that are used as its prompt
 
-# record -> a sequence that begins with its prompt
+# type of an example -> its sequence that starts with the prompt
 SEQUENCES: dict[type, Callable[[Any], TokenSequence]] = {
     TokenSequence: lambda sequence: sequence,
     PreferencePair: lambda pair: pair.chosen,
@@ -26,17 +26,17 @@ SEQUENCES: dict[type, Callable[[Any], TokenSequence]] = {
 
 
 def prompt_of(example: object) -> tuple[int, ...]:
-    """The tokens before the first one that is learned; the first few of a text that is learned whole."""
+    """The tokens before the response; of a text without a prompt, the first `PREFIX_LENGTH` tokens."""
     sequence = SEQUENCES[type(example)](example)
-    return sequence.tokens[: sequence.response_mask.index(True)] or sequence.tokens[:BEGINNING]
+    return sequence.tokens[: sequence.response_mask.index(True)] or sequence.tokens[:PREFIX_LENGTH]
 
 
 @dataclass(frozen=True)
-class HeldoutSamples:
-    """The policy's responses to a few held-out prompts.
+class HeldoutSampler:
+    """Samples the policy's responses to a few held-out prompts.
 
-    They are drawn the same way each time, so they differ by what was learned in between. Training draws as if nothing
-    had been drawn here.
+    Each call uses the same seed, so responses differ only because the weights do. The random state of training is
+    restored.
     """
 
     config: PolicyTrainConfig
@@ -50,7 +50,7 @@ class HeldoutSamples:
         return max(map(len, self.prompts)) + self.config.eval_sample_length
 
     def __call__(self, bar: Bar) -> list[dict[str, Any]]:
-        """A row of prompt and completion, both as text, for each prompt."""
+        """Sample one response to each prompt. Returns rows of prompt and completion, both as text."""
         config, roles, prompts = self.config, self.roles, self.prompts
         with bar.part("samples", len(prompts)) as part, seeded_rng(roles.device, config.seed, "samples"):
             rollout = sample_responses(
@@ -64,18 +64,18 @@ class HeldoutSamples:
         return [self.row(prompt, response) for prompt, response in zip(prompts, rollout.responses, strict=True)]
 
     def row(self, prompt: Sequence[int], response: Response) -> dict[str, str]:
-        """Prompt and completion, which together read as their tokens do."""
+        """Prompt and completion as text. Joined, they are the decoded text of all tokens."""
         completion = text_before_end(self.tokenizer, prompt, response.tokens, finished=response.finished)
-        whole = decode([*prompt, *response.body], self.tokenizer, skip_special_tokens=True)
-        return {"prompt": whole.removesuffix(completion), "completion": completion}
+        full_text = decode([*prompt, *response.body], self.tokenizer, skip_special_tokens=True)
+        return {"prompt": full_text.removesuffix(completion), "completion": completion}
 
 
-def heldout_samples(
+def make_heldout_sampler(
     config: PolicyTrainConfig, roles: Roles, tokenizer: Any, heldout: Sequence[object]
-) -> HeldoutSamples | None:
-    """Samples for the first `eval_samples` held-out prompts that leave room for a response; None if there are none."""
-    different = list(dict.fromkeys(map(prompt_of, heldout)))
+) -> HeldoutSampler | None:
+    """A sampler for the first `eval_samples` held-out prompts that leave room for a response; None without any."""
+    unique_prompts = list(dict.fromkeys(map(prompt_of, heldout)))
     context = context_of(trunk_of(roles.causal_model()).config)
-    room = None if context is None else context - config.eval_sample_length
-    prompts = [prompt for prompt in different if room is None or len(prompt) <= room][: config.eval_samples]
-    return HeldoutSamples(config, roles, tokenizer, prompts) if prompts else None
+    limit = None if context is None else context - config.eval_sample_length
+    prompts = [prompt for prompt in unique_prompts if limit is None or len(prompt) <= limit][: config.eval_samples]
+    return HeldoutSampler(config, roles, tokenizer, prompts) if prompts else None

@@ -2,8 +2,8 @@
 
     loss = -1/N sum_t log pi(y_t | y_<t),   N: all response tokens of the optimizer step
 
-Left out: packing several texts into one fixed-length sequence (sequences are packed end to end with their own attention
-instead), and NEFTune.
+Not implemented: several texts in one fixed-length sequence (sequences are packed end to end, each with its own
+attention, instead), and NEFTune.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def sft_loss(roles: Roles, batch: TokenBatch, normalizer: int) -> Loss:
 
 
 def count_tokens(sequences: Sequence[TokenSequence]) -> int:
-    """The normaliser: response tokens that something predicts."""
+    """The normaliser: response tokens. A first token of a sequence is not counted, because nothing predicts it."""
     return sum(predicted_tokens(sequence) for sequence in sequences)
 
 
 def make_recipe(config: SFTConfig) -> Recipe[TokenSequence, TokenBatch]:
-    """What an SFT run is made of."""
+    """The recipe of an SFT run."""
 
     def tokenize(rows: Iterable[Row], tokenizer: Any, max_length: int) -> Tokenized[TokenSequence]:
         return sft_examples(

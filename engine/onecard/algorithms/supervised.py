@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic
 
-from onecard.algorithms.samples import HeldoutSamples
+from onecard.algorithms.samples import HeldoutSampler
 from onecard.config import TrainConfig
 from onecard.data import step_indices
 from onecard.data.batches import to_device
@@ -66,26 +66,20 @@ class Supervised(Generic[E, B]):
         objective: Objective[E, B],
         training: Sequence[E],
         heldout: Sequence[E],
-        samples: HeldoutSamples | None = None,
-        # metrics of held-out examples, where they are not sums over micro-batches
-        heldout_row: Callable[[TokenBudget, Bar], dict[str, float]] | None = None,
+        sampler: HeldoutSampler | None = None,
+        # metrics of held-out examples, if they are not sums over micro-batches
+        heldout_metrics: Callable[[TokenBudget, Bar], dict[str, float]] | None = None,
     ) -> None:
-        self.name, self.objective, self.training, self.heldout, self.samples = (
-            name,
-            objective,
-            training,
-            heldout,
-            samples,
-        )
-        self.heldout_row = heldout_row
-        self.budget = TokenBudget(
-            MicroBatchSize(config.per_device_eval_batch_size, config.micro_batch_tokens)
-        )  # of evaluations
-        self.plan = make_schedule(config, len(training))
-        self.total_steps = self.plan.total_steps
+        self.name, self.objective = name, objective
+        self.training, self.heldout = training, heldout
+        self.sampler, self.heldout_metrics = sampler, heldout_metrics
+        # of evaluations; the trainer has that of training
+        self.budget = TokenBudget(MicroBatchSize(config.per_device_eval_batch_size, config.micro_batch_tokens))
+        self.schedule = make_schedule(config, len(training))
+        self.total_steps = self.schedule.total_steps
 
     def batches(self, first_step: int) -> Iterator[tuple[float, list[int]]]:
-        return self.plan.batches(first_step)
+        return self.schedule.batches(first_step)
 
     def step(self, trainer: Trainer, indices: Sequence[int], bar: Bar) -> dict[str, float]:
         began = time.perf_counter()
@@ -97,26 +91,26 @@ class Supervised(Generic[E, B]):
         return {**row, "time/tokens_per_second": tokens / (time.perf_counter() - began)}
 
     def evaluate(self, trainer: Trainer, bar: Bar) -> dict[str, float]:
-        """Loss and metrics over all held-out examples; the policy's answers to some go to `samples.jsonl`."""
+        """Loss and metrics over all held-out examples. Writes responses to a few prompts to `samples.jsonl`."""
         if not self.heldout:
             return {}
-        if self.heldout_row is not None:
-            return self.heldout_row(self.budget, bar)
+        if self.heldout_metrics is not None:
+            return self.heldout_metrics(self.budget, bar)
         objective, heldout, model = self.objective, self.heldout, trainer.model
         normalizer = objective.count(heldout)
         with bar.part("evaluate", len(heldout)) as part:
 
-            def read(indices: list[int]) -> list[Loss]:
+            def compute_losses(indices: list[int]) -> list[Loss]:
                 batch = to_device(objective.collate([heldout[index] for index in indices]), model.device)
                 with trainer.nan_as_divergence():
-                    found = list(objective.losses(batch, normalizer))
+                    batch_losses = list(objective.losses(batch, normalizer))
                 part.advance(by=len(indices))
-                return found
+                return batch_losses
 
             sizes = [objective.size(example) for example in heldout]
-            passes = run_micro_batches(sizes, self.budget, read, padded=model.layout == "padded")
-        losses = [loss for _, found in passes for loss in found]
-        for sample in self.samples(bar) if self.samples else []:
+            passes = run_micro_batches(sizes, self.budget, compute_losses, padded=model.layout == "padded")
+        losses = [loss for _, batch_losses in passes for loss in batch_losses]
+        for sample in self.sampler(bar) if self.sampler else []:
             run_folder.log(trainer.run.folder, {"step": trainer.step, **sample}, run_folder.SAMPLES)
         return means_per_kind(sum_metrics(losses))
 

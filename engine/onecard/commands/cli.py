@@ -86,7 +86,7 @@ class FiniteFloat(click.FloatRange):
         if isinstance(value, bool) or not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
         if abs(number) > LARGEST_FLOAT:
-            self.fail(f"{number:g} is beyond {LARGEST_FLOAT:g}.", param, ctx)
+            self.fail(f"{number:g}, expected an absolute value of at most {LARGEST_FLOAT:g}.", param, ctx)
         return number
 
     def _describe_range(self) -> str:
@@ -141,7 +141,7 @@ def check_yaml(text: str, path: str) -> None:
             raise OnecardError(f"--config: {path} has an alias (*{event.anchor}), expected plain values.")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
-            raise OnecardError(f"--config: {path} is nested deeper than settings are.")
+            raise OnecardError(f"--config: {path} is nested deeper than {MAX_DEPTH} levels, expected plain values.")
 
 
 def check_trust_remote_code(context: click.Context) -> None:
@@ -149,8 +149,8 @@ def check_trust_remote_code(context: click.Context) -> None:
     source = context.get_parameter_source("trust_remote_code")
     if context.params.get("trust_remote_code") and source is click.core.ParameterSource.DEFAULT_MAP:
         raise OnecardError(
-            "--config turns trust_remote_code on, which runs code that comes with the model. Give --trust_remote_code "
-            "on the command line too."
+            "--config turns on trust_remote_code, which runs code that comes with the model. If you trust it, give "
+            "--trust_remote_code on the command line too."
         )
 
 
@@ -191,7 +191,7 @@ def load_config_file(context: click.Context, parameter: click.Parameter, path: s
     for name, value in values.items():
         option = known[name]
         if any(part is None or isinstance(part, dict) for part in (value if isinstance(value, list) else [value])):
-            raise OnecardError(f"--config: {path}: {name} has no plain value; leave it out for its default.")
+            raise OnecardError(f"--config: {path}: {name}: expected a plain value; for its default, leave it out.")
         if option.multiple and not isinstance(value, list):
             values[name] = [value]
         if option.is_flag and not isinstance(value, bool):
@@ -201,7 +201,7 @@ def load_config_file(context: click.Context, parameter: click.Parameter, path: s
         except click.BadParameter as error:
             raise OnecardError(f"--config: {path}: {name}: {error.format_message()}") from None
         except (TypeError, ValueError):
-            raise OnecardError(f"--config: {path}: {name}: {value!r} is not a value for it.") from None
+            raise OnecardError(f"--config: {path}: {name}: {value!r} is not a valid value.") from None
     context.default_map = values
 
 
@@ -247,7 +247,7 @@ class FitCommand(click.Command):
             algorithm = self.find_algorithm(args)
             planned = COMMANDS[algorithm][0]
             planned_flags = {param.name: param for param in options_of(planned)}
-            # of a name that both have (ppo has a response_length), the planned command's flag is used
+            # a flag that both have (response_length with ppo) is the planned command's
             own_flags = [planned_flags.pop(param.name, param) for param in self.params]
             self.params = own_flags + [param for name, param in planned_flags.items() if name not in known]
             next(param for param in own_flags if param.name == "algorithm").default = algorithm
@@ -261,18 +261,18 @@ class FitCommand(click.Command):
             for position, (name, equals, value) in enumerate(names):
                 if name != flag:
                     continue
-                found = value if equals else args[position + 1] if position + 1 < len(args) else ""
+                given = value if equals else args[position + 1] if position + 1 < len(args) else ""
                 if flag == "--config":
-                    found = str(read_mapping(found).get("algorithm", "")) or command_of_run(found)
-                if found in get_args(config.Algorithm):
-                    return found
+                    given = str(read_mapping(given).get("algorithm", "")) or command_of_run(given)
+                if given in get_args(config.Algorithm):
+                    return given
         return default
 
 
 def make_command(name: str, settings: type, target: str, example: str) -> click.Command:
-    """A click command with a flag for each field of `settings`. It returns a function that runs the command."""
+    """A click command with a flag for each field of `settings`. Parsing returns a function that runs the command."""
     params = [config_option(), *options_of(settings)]
-    kind = FitCommand if settings is config.FitConfig else click.Command
+    command_class = FitCommand if settings is config.FitConfig else click.Command
 
     def parse(**values: Any) -> Callable[[], object]:
         check_trust_remote_code(click.get_current_context())
@@ -283,7 +283,7 @@ def make_command(name: str, settings: type, target: str, example: str) -> click.
         return partial(run, build_config(settings, values))
 
     summary = (settings.__doc__ or "").strip()
-    return kind(name, params=params, callback=parse, help=f"{summary}\n\n\b\nExample:\n  {example}")
+    return command_class(name, params=params, callback=parse, help=f"{summary}\n\n\b\nExample:\n  {example}")
 
 
 class Commands(click.Group):
@@ -294,7 +294,7 @@ class Commands(click.Group):
 
 
 def make_cli() -> click.Group:
-    """All commands. `--learning-rate` is taken for `--learning_rate`."""
+    """The `onecard` command with all its subcommands. Flags are accepted with hyphens too: `--learning-rate`."""
     settings = {
         "help_option_names": ["-h", "--help"],
         "max_content_width": 120,
@@ -348,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = 130
     except (click.Abort, EOFError, KeyboardInterrupt):
         click.echo(
-            "onecard: interrupted. A training run goes on from its last checkpoint with the same command and --resume.",
+            "onecard: interrupted. Resume a training run from its last checkpoint with the same command and --resume.",
             err=True,
         )
         code = 130
@@ -356,8 +356,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not is_out_of_memory(error):
             raise
         code = fail(  # out-of-memory errors in forward and backward passes are retried with smaller batches
-            "out of memory where no batch can be made smaller: in loading weights, or in the optimizer's step. What "
-            "helps: --load_in_4bit, --optim paged_adamw_8bit, a smaller --lora_r, a smaller model. `onecard fit` says "
-            "beforehand what fits. With other settings a training run cannot be resumed and starts anew."
+            "out of memory while loading weights or in the optimizer step, where a smaller batch does not help. Use "
+            "--load_in_4bit, --optim paged_adamw_8bit, a smaller --lora_r or a smaller model; `onecard fit` says "
+            "beforehand what fits. With other settings a training run cannot be resumed: it starts at step 0."
         )
     sys.exit(code)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from onecard.algorithms.common import longest_sequence
+from onecard.algorithms.common import effective_max_length
 from onecard.commands.evaluation_report import Evaluation, show, write, written_before
 from onecard.commands.outputs import output_folder
 from onecard.commands.statistics import Estimate, distinct, estimate, win_rate
@@ -26,8 +26,7 @@ from onecard.data.batches import Episode, ResponseTargets, TokenBatch, TokenSequ
 from onecard.data.columns import TEMPLATE_COLUMNS, has
 from onecard.data.templates import template_date, today
 from onecard.models.build import check_is_policy, load_frozen_roles, read_scalar_head, reward_adapter, same_base
-from onecard.models.classifier import find_model_source
-from onecard.models.load import find_source, load_tokenizer
+from onecard.models.load import find_source, find_source_of, load_tokenizer
 from onecard.models.passes import per_token, sequence_passes
 from onecard.models.roles import Roles
 from onecard.models.vocabulary import check_tokens
@@ -70,7 +69,7 @@ def load_material(config: EvaluateConfig, tokenizer: Any) -> EvaluationData:
     """The prompts of the first `max_prompts` rows, and their responses in `completion` or `chosen`."""
     rows = load_rows(config.dataset, split=config.dataset_split)
     rows = rows[: config.max_prompts or len(rows)]
-    limit = longest_sequence(config)
+    limit = effective_max_length(config)
     prompts = prompt_examples(rows, tokenizer, max_length=longest_prompt(config, limit))
     answers, notes = given_answers(rows, tokenizer, limit)
     for note in (*prompts.notes, *notes):
@@ -135,10 +134,7 @@ def measure_answers(
             bar=part,
             seed=config.seed,
         )
-    episodes = [
-        make_episode(prompt, index, response)
-        for index, (prompt, response) in enumerate(zip(prompts, rollout.responses, strict=True))
-    ]
+    episodes = [make_episode(prompt, response) for prompt, response in zip(prompts, rollout.responses, strict=True)]
     bar.advance()
     measures = {"objective/kl": estimate(kl_of(roles, role, episodes, config))} if kl else {}
     bodies = [response.body for response in rollout.responses]
@@ -182,8 +178,8 @@ def with_scores(
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Measure the policy and, if there is one, the baseline."""
     policy = find_source(config.model)
-    baseline = find_model_source(config.baseline, "baseline") if config.baseline else None
-    reference = find_model_source(config.ref_adapter, "ref_adapter") if config.ref_adapter else None
+    baseline = find_source_of(config.baseline, "baseline") if config.baseline else None
+    reference = find_source_of(config.ref_adapter, "ref_adapter") if config.ref_adapter else None
     if reference is not None and (reference.adapter is None or not same_base(reference, policy)):
         raise OnecardError(f"ref_adapter: {config.ref_adapter} is no adapter on the policy's base, {policy.base}.")
     for setting, source in {"model": policy, "baseline": baseline, "ref_adapter": reference}.items():

@@ -28,7 +28,7 @@ def option(default: Any, help: str, least: float | None = None) -> Any:
 
 
 def raise_first(complaints: Mapping[str, bool]) -> None:
-    """Raise `OnecardError` with the first message whose value is True."""
+    """Raise `OnecardError` with the first message whose value is True. `complaints`: message -> whether it applies."""
     for message, applies in complaints.items():
         if applies:
             raise OnecardError(message)
@@ -76,13 +76,13 @@ class TrainConfig(ModelConfig):
     max_length: int = option(1024, "Longest sequence in tokens, prompt and response together.", least=2)
     truncation_mode: Truncation = option(
         "keep_start", "What is cut from a sequence longer than max_length. keep_start: the response's end; keep_end: "
-        "the prompt's beginning; error: nothing, such a row is a bad row.",
+        "the prompt's start; error: nothing, such a row is a bad row.",
     )  # fmt: skip
     padding_free: bool = option(True, "Pack sequences end to end. Off: pad to the micro-batch's longest.")
 
     output_dir: str = option("", "Run folder. Empty: runs/<command>.")
     resume: bool = option(
-        False, "Continue from the newest complete checkpoint in output_dir; start anew if there is none."
+        False, "Continue from the newest complete checkpoint in output_dir; if there is none, start at step 0."
     )
     overwrite: bool = option(False, "Replace a run that output_dir already holds.")
     dry_run: bool = option(
@@ -151,8 +151,10 @@ class TrainConfig(ModelConfig):
         if self.use_peft:
             return
         raise_first({
-            "use_peft: all weights cannot be trained on a 4-bit base; leave --no_use_peft out.": self.load_in_4bit,
-            "dtype: all weights cannot be trained in float16, where small updates vanish; use float32.": (
+            "use_peft: a 4-bit base can only be trained with adapters; leave --no_use_peft or --load_in_4bit out.": (
+                self.load_in_4bit
+            ),
+            "dtype: float16 is only for adapter training: small updates of the weights would vanish; use float32.": (
                 self.dtype == "float16"
             ),
             f"adapter_dtype: {self.adapter_dtype}, but with --no_use_peft there are no adapters.": (
@@ -161,13 +163,13 @@ class TrainConfig(ModelConfig):
         })  # fmt: skip
 
     def input_paths(self) -> dict[str, str]:
-        """The settings that name an input folder or file -> its path; empty settings are left out."""
+        """Setting -> its value, for the non-empty settings that name a model or data to read."""
         return {name: value for name in self.INPUTS if (value := getattr(self, name))}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyTrainConfig(TrainConfig):
-    """Settings of the supervised commands that train a policy: its samples at each evaluation."""
+    """Settings of SFT and DPO: samples of the policy at each evaluation."""
 
     eval_samples: int = option(
         4, "Held-out prompts that are answered at each evaluation, for samples.jsonl and the report; 0: none.", least=0
@@ -179,7 +181,7 @@ class PolicyTrainConfig(TrainConfig):
 class ReferenceConfig:
     """The reference model of the commands that have one."""
 
-    ref_adapter: str = option("", "Folder of the adapter that is the reference. Empty: the policy as it starts.")
+    ref_adapter: str = option("", "Adapter folder of the reference. Empty: the reference is the policy at the start.")
 
 
 @dataclass(frozen=True, kw_only=True)

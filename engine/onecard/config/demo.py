@@ -9,7 +9,7 @@ from onecard.config.base import option
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Train a tiny model from nothing: SFT, reward model, DPO and PPO; downloads nothing."""
+    """Train a tiny model from random weights: SFT, reward model, DPO and PPO; downloads nothing."""
 
     output_dir: str = option("runs/demo", "Folder of the demo's runs and its report.html.")
     seed: int = option(4, "Seed of the corpus, the data order and every new weight.")

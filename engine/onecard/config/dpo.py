@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 from onecard.config.base import PolicyTrainConfig, ReferenceConfig, TrainConfig, option, raise_first
 from onecard.utils.errors import OnecardError, nearest
 
-# Losses that cannot be summed with others -> keyword of the kernel -> the setting with its value
-ALONE: dict[str, dict[str, str]] = {
+# Loss that cannot be summed with others -> keyword of its kernel -> setting that gives the value
+UNSUMMABLE: dict[str, dict[str, str]] = {
     "simpo": {"beta": "beta", "label_smoothing": "label_smoothing", "gamma": "simpo_gamma"},
     "orpo": {"beta": "beta"},
     "cpo": {"beta": "beta", "label_smoothing": "label_smoothing", "cpo_alpha": "cpo_alpha"},
@@ -17,9 +17,9 @@ ALONE: dict[str, dict[str, str]] = {
     "apo_zero_unpaired": {name: name for name in ("beta", "desirable_weight", "undesirable_weight")},
 }
 LABELLED = ("kto", "apo_zero_unpaired")  # losses on labelled responses; all others are losses on pairs
-REFERENCE = ("ref_adapter", "precompute_ref_log_probs")
-# Keyword of the kernel -> setting, for the losses on pairs that can be summed
-SUMMED = {
+REFERENCE_SETTINGS = ("ref_adapter", "precompute_ref_log_probs")
+# The same for all losses that can be summed: keyword of `dpo_loss` -> setting
+SUMMABLE = {
     name: name
     for name in (
         "beta", "loss_type", "loss_weights", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef",
@@ -55,7 +55,7 @@ class DPOConfig(ReferenceConfig, PolicyTrainConfig):
     cpo_alpha: float = option(1.0, "Weight of the likelihood of the chosen answer in cpo.", least=0)
     desirable_weight: float = option(1.0, "Weight of the desirable answers in kto and apo_zero_unpaired.", least=0)
     undesirable_weight: float = option(1.0, "Weight of the undesirable answers in kto and apo_zero_unpaired.", least=0)
-    share_prompts: bool = option(True, "Run a prompt once for all its answers; equal to rounding. Needs padding_free.")
+    share_prompts: bool = option(True, "Run a prompt once for its answers: equal up to rounding. Needs padding_free.")
     precompute_ref_log_probs: bool = option(
         False, "Compute the reference's log-probs once, before training, and keep them on disk for other runs."
     )
@@ -63,44 +63,44 @@ class DPOConfig(ReferenceConfig, PolicyTrainConfig):
     def validate(self) -> None:
         super().validate()
         check_names(self.loss_type)
-        first, unset = self.loss_type[0], DPOConfig()
-        for name in sorted(OPTIONAL - settings_of(first)):
+        first, defaults = self.loss_type[0], DPOConfig()
+        for name in sorted(LOSS_SETTINGS - settings_of(first)):
             value = getattr(self, name)
-            if value != getattr(unset, name):
-                raise OnecardError(f"{name}: {value!r} came, but loss_type {first} does not take this setting.")
+            if value != getattr(defaults, name):
+                raise OnecardError(f"{name}: {value!r} is not used by loss_type {first}; leave it out.")
         check_whole_batch(self)
 
 
 def settings_of(loss_type: str) -> set[str]:
-    """The optional settings that a loss uses."""
-    used = {*ALONE.get(loss_type, SUMMED).values()} - {"loss_type"}
-    if loss_type not in ALONE:
+    """The settings of `LOSS_SETTINGS` that a loss uses."""
+    used = {*UNSUMMABLE.get(loss_type, SUMMABLE).values()} - {"loss_type"}
+    if loss_type not in UNSUMMABLE:
         used |= {"use_weighting"}
-    return used | {*REFERENCE} if loss_type in LABELLED or loss_type not in ALONE else used
+    return used | {*REFERENCE_SETTINGS} if loss_type in LABELLED or loss_type not in UNSUMMABLE else used
 
 
-# Settings that only some losses use
-OPTIONAL = set.union(*map(settings_of, (*ALONE, "sigmoid")))
+# Settings that some loss does not use
+LOSS_SETTINGS = set.union(*map(settings_of, (*UNSUMMABLE, "sigmoid")))
 
 
 def check_names(names: list[str]) -> None:
     """Raise for unknown losses, and for sums with a loss that cannot be summed."""
     from onecard_kernels.dpo.losses import LOSSES
 
-    known = (*LOSSES, *ALONE)
+    known = (*LOSSES, *UNSUMMABLE)
     if not names:
         raise OnecardError("loss_type: empty, expected a loss such as sigmoid.")
     for name in names:
         if name not in known:
             hint = nearest(name, known) or f" Expected one of {', '.join(known)}."
             raise OnecardError(f"loss_type: no loss is called '{name}'.{hint}")
-    alone = [name for name in names if name in ALONE]
-    if alone and len(names) > 1:
-        raise OnecardError(f"loss_type: {alone[0]} stands alone, and came with {len(names) - 1} more: {names}.")
+    unsummable = [name for name in names if name in UNSUMMABLE]
+    if unsummable and len(names) > 1:
+        raise OnecardError(f"loss_type: {unsummable[0]} cannot be summed with others, but {names} were given.")
 
 
 def check_whole_batch(config: DPOConfig) -> None:
-    """Raise if the batch would be split although the loss sorts the whole batch."""
+    """Raise if a loss sorts the whole batch, and the batch would be split or its pairs weighted."""
     from onecard_kernels.dpo import WHOLE_BATCH
 
     sorting = sorted(WHOLE_BATCH.intersection(config.loss_type))
@@ -108,12 +108,12 @@ def check_whole_batch(config: DPOConfig) -> None:
         return
     raise_first({
         f"gradient_accumulation_steps is {config.gradient_accumulation_steps}, expected 1 with loss_type {sorting[0]}, "
-        "which sorts the whole batch; raise per_device_train_batch_size instead": (
+        "which sorts the whole batch; raise per_device_train_batch_size instead.": (
             config.gradient_accumulation_steps > 1
         ),
         f"micro_batch_tokens is {config.micro_batch_tokens}, expected 0 with loss_type {sorting[0]}, which sorts the "
-        "whole batch": config.micro_batch_tokens > 0,
-        f"use_weighting: loss_type {sorting[0]} sorts the whole batch, so no weight belongs to one of its terms.": (
+        "whole batch.": config.micro_batch_tokens > 0,
+        f"use_weighting: loss_type {sorting[0]} sorts the whole batch, so no term of it is one pair's; leave it out.": (
             config.use_weighting
         ),
     })  # fmt: skip

@@ -22,7 +22,7 @@ class FitConfig:
     card: str = option(
         "", "Memory of the card, such as 12GB, or a card's name, such as 'RTX 3060'. Empty: print only the plan."
     )
-    device: Target = option("cuda", "What the run is planned for. cpu: for comparison with what a CPU run allocates.")
-    prompt_length: int = option(0, "Tokens of a prompt; 0: what max_length leaves beside the response.", least=0)
+    device: Target = option("cuda", "Device that the run is planned for. cpu: to compare the plan with a run on a CPU.")
+    prompt_length: int = option(0, "Tokens of a prompt; 0: max_length less the response.", least=0)
     response_length: int = option(0, "Tokens of a response; 0: half of max_length. With ppo: its setting.", least=0)
     json: bool = option(False, "Print the answer as JSON.")

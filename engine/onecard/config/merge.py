@@ -16,7 +16,7 @@ class MergeConfig(ModelConfig):
     def validate(self) -> None:
         super().validate()
         raise_first({
-            "load_in_4bit: weights in 4 bit cannot take an adapter in; leave it out and give --dtype.": (
+            "load_in_4bit: an adapter cannot be merged into 4-bit weights; leave it out, and give --dtype.": (
                 self.load_in_4bit
             )
         })  # fmt: skip

@@ -33,12 +33,12 @@ class PPOConfig(ReferenceConfig, ScoringConfig, TrainConfig):
     constraint_model_path: str = option("", "Model of each answer's cost; takes the same values as reward_model_path.")
     constraint_label: str = option("", "Label that is the cost of a classifier with several labels.")
     constraint_funcs: list[str] = option([], "Functions of each answer's cost, as in reward_funcs; costs are summed.")
-    constraint_threshold: float = option(0.0, "An answer that costs more violates the constraint.")
+    constraint_threshold: float = option(0.0, "An answer with a higher cost violates the constraint.")
     constraint_mode: ConstraintMode = option(
         "skip", "skip: an answer that violates the constraint gives no gradient. lagrangian: its cost times a "
-        "multiplier is subtracted from its score. The multiplier is adapted: the mean cost approaches the threshold.",
+        "multiplier is subtracted from its score; the multiplier is adapted so that the mean cost nears the threshold.",
     )  # fmt: skip
-    constraint_lambda: float = option(1.0, "First multiplier of lagrangian.", least=0)
+    constraint_lambda: float = option(1.0, "Multiplier of lagrangian in the first iteration.", least=0)
     constraint_lambda_lr: float = option(0.1, "Step size of the multiplier's adaptation.", least=0)
 
     total_episodes: int = option(
@@ -81,7 +81,7 @@ class PPOConfig(ReferenceConfig, ScoringConfig, TrainConfig):
         "adapter", "adapter: the critic has its own adapter; shared: it is a scalar head on the policy."
     )
     bootstrap_truncated: bool = option(
-        False, "Add the critic's value after the last token to the return of an answer that was cut."
+        False, "Add the critic's value of the state after the last token to the return of a truncated answer."
     )
     gamma: float = option(1.0, "Discount of later rewards, per token.", least=0)
     lam: float = option(0.95, "lambda of GAE: 1 is Monte-Carlo, 0 is one step ahead.", least=0)
@@ -143,19 +143,19 @@ class PPOConfig(ReferenceConfig, ScoringConfig, TrainConfig):
             "use_peft: PPO holds its roles as adapters on one base; leave --no_use_peft out.": not self.use_peft,
         })  # fmt: skip
         super().validate()
-        for complaints in (batch_sizes(self), ranges(self), estimator_needs(self), unused_settings(self)):
+        for complaints in (batch_sizes(self), ranges(self), unsupported_settings(self), unused_settings(self)):
             raise_first(complaints)
 
 
 def batch_sizes(config: PPOConfig) -> dict[str, bool]:
     """Message -> whether it applies, for batch sizes that do not divide each other."""
     batch, minibatch, per_prompt = config.episodes_per_step, config.minibatch_size, config.num_generations
-    made_of = f"per_device_train_batch_size * gradient_accumulation_steps = {minibatch}"
+    product = f"a minibatch, per_device_train_batch_size * gradient_accumulation_steps = {minibatch}"
     return {
-        f"batch_size: {batch} is smaller than a minibatch of {made_of}; expected a multiple of it.": minibatch > batch,
-        f"batch_size: {batch} is no multiple of a minibatch of {made_of}.": batch % minibatch != 0,
-        f"num_generations: {per_prompt} does not divide the {batch} responses of an iteration.": batch % per_prompt
-        != 0,
+        f"batch_size: {batch}, expected a multiple of {product}.": batch % minibatch != 0,
+        f"num_generations: {per_prompt}, expected a divisor of the {batch} responses of an iteration.": (
+            batch % per_prompt != 0
+        ),
     }
 
 
@@ -163,9 +163,7 @@ def ranges(config: PPOConfig) -> dict[str, bool]:
     """Message -> whether it applies, for values out of range."""
     batch, adapts = config.episodes_per_step, config.adap_kl_ctrl
     return {
-        f"temperature: {config.temperature:g}, expected above 0: PPO learns from answers that are drawn.": (
-            config.temperature <= 0
-        ),
+        f"temperature: {config.temperature:g}, expected above 0: PPO needs sampled answers.": (config.temperature <= 0),
         f"dual_clip: {config.dual_clip:g}, expected above 1, or 0 for none.": 0 < config.dual_clip <= 1,
         f"cliprange: {config.cliprange:g}, expected above 0 and below 1.": not 0 < config.cliprange < 1,
         f"gamma: {config.gamma:g}, expected 0 to 1.": config.gamma > 1,
@@ -180,20 +178,22 @@ def ranges(config: PPOConfig) -> dict[str, bool]:
     }
 
 
-def estimator_needs(config: PPOConfig) -> dict[str, bool]:
+def unsupported_settings(config: PPOConfig) -> dict[str, bool]:
     """Message -> whether it applies, for settings that the advantage estimator does not support."""
-    groups, single, critic = config.has_groups, config.is_single_pass, config.has_critic
+    groups, single_pass, critic = config.has_groups, config.is_single_pass, config.has_critic
     given = f"with advantage_estimator {config.advantage_estimator}"
     return {
-        f"num_generations: {config.num_generations}, expected at least 2 {given}, which compares them.": (
+        f"num_generations: {config.num_generations}, expected at least 2 {given}, which compares a prompt's answers.": (
             groups and config.num_generations < 2
         ),
-        f"gamma: {config.gamma:g}, expected 1 {given}, which judges whole answers.": groups and config.gamma != 1,
-        f"whiten_rewards: expected off {given}: whitened rewards add up to more in a longer answer.": (
+        f"gamma: {config.gamma:g}, expected 1 {given}, which rewards whole answers.": groups and config.gamma != 1,
+        f"whiten_rewards: expected off {given}: whitened rewards have a larger sum in a longer answer.": (
             groups and config.whiten_rewards
         ),
-        f"dual_clip: {config.dual_clip:g}, expected 0 {given}, which does not clip.": single and config.dual_clip > 0,
-        f"bootstrap_truncated: expected off {given}, which has no critic to go on with.": (
+        f"dual_clip: {config.dual_clip:g}, expected 0 {given}, which does not clip.": (
+            single_pass and config.dual_clip > 0
+        ),
+        f"bootstrap_truncated: expected off {given}, which has no critic to bootstrap from.": (
             config.bootstrap_truncated and not critic
         ),
         f"critic: shared, expected adapter (the default) {given}, which has no critic.": (

@@ -19,7 +19,7 @@ class RewardConfig(TrainConfig):
     center_rewards_coefficient: float = option(
         0.0, "Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0; for pairs and rankings.", least=0
     )
-    share_prompts: bool = option(True, "Run a prompt once for all its answers; equal to rounding. Needs padding_free.")
+    share_prompts: bool = option(True, "Run a prompt once for its answers: equal up to rounding. Needs padding_free.")
     score_activation: Activation = option(
         "none", "sigmoid: the sigmoid of the head's output is fitted to the scores, which must be from 0 to 1."
     )
@@ -30,6 +30,6 @@ class RewardConfig(TrainConfig):
     def validate(self) -> None:
         super().validate()
         raise_first({
-            "normalize_scores: scores from a sigmoid lie in 0 to 1, and not around 0 with standard deviation 1; leave "
-            "it or --score_activation sigmoid out.": self.normalize_scores and self.score_activation == "sigmoid",
+            "normalize_scores: with score_activation sigmoid, scores lie in 0 to 1 and cannot have mean 0; leave one "
+            "of the two out.": self.normalize_scores and self.score_activation == "sigmoid",
         })  # fmt: skip

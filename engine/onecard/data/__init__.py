@@ -1,6 +1,6 @@
 """Data: files or datasets -> validated examples -> tokens and response masks.
 
-    from onecard.data import hold_out, load_rows, preference_examples, step_indices
+    from onecard.data import hold_out, open_rows, preference_examples, step_indices
 
     rows = open_rows("pairs.jsonl", split="train")       # {"prompt": "Hello", "chosen": " you", "rejected": " no"}
     pairs = preference_examples(rows, tokenizer, max_length=512, skip_bad_rows=True)

@@ -17,8 +17,8 @@ from onecard.utils.errors import nearest
 ROLES = ("system", "developer", "user", "assistant", "tool")
 IMAGE_COLUMNS = ("image", "images")  # TRL's names
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # arguments of a chat template besides the messages
-# Settings of `apply_chat_template` itself, which a row's variables must not change.
-TEMPLATE_SETTINGS = (
+# Parameters of `apply_chat_template` itself. A row's `chat_template_kwargs` must not set them.
+RESERVED_ARGUMENTS = (
     "conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message",
     "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
     "return_assistant_tokens_mask", "tokenizer_kwargs",
@@ -30,7 +30,7 @@ Text: TypeAlias = str | Messages
 
 
 class BadRowError(Exception):
-    """The reason that a row cannot be used. Becomes an `OnecardError` or a `BadRow`, which add the row's location."""
+    """Why a row cannot be used. The caller turns it into an `OnecardError` or a `BadRow`, with the row's location."""
 
 
 def is_chat(text: Text) -> TypeGuard[Messages]:
@@ -38,21 +38,21 @@ def is_chat(text: Text) -> TypeGuard[Messages]:
 
 
 def has(values: Mapping[str, Any], name: str) -> bool:
-    """Whether a row has a value in a column. Null counts as missing: it stands for a missing key in Parquet and CSV."""
+    """Whether a row has a value in a column. Null counts as missing: Parquet and CSV write it for a missing key."""
     return values.get(name) is not None
 
 
 def check_no_images(values: Mapping[str, Any]) -> None:
-    """Raise BadRowError for a row with images: its text alone would be a different example."""
+    """Raise BadRowError for a row with images: without them its text would be a different example."""
     name = next((name for name in IMAGE_COLUMNS if has(values, name) and values[name] != []), None)
     if name is not None:
-        raise BadRowError(f"{name}: expected rows of text alone")
+        raise BadRowError(f"{name}: images are not supported; expected rows that have only text")
 
 
 def column(values: Mapping[str, Any], name: str) -> Any:
     """A column's value. Raises BadRowError if the column is missing or null."""
     if name not in values:
-        raise BadRowError(f"no column '{name}'; {columns_present(values)}{nearest(name, unused(values))}")
+        raise BadRowError(f"no column '{name}'; {columns_present(values)}{nearest(name, unknown_columns(values))}")
     if values[name] is None:
         raise BadRowError(f"{name} is null")
     return values[name]
@@ -64,9 +64,9 @@ def text_or_messages(values: Mapping[str, Any], name: str) -> Text:
 
 
 def as_text(value: object, name: str) -> Text:
-    """Check a text or messages. `name` is its name in errors."""
+    """Check a text or a list of messages, and return it as `Text`. `name` is its name in errors."""
     if isinstance(value, str):
-        return unicode(value, name)
+        return check_unicode(value, name)
     if not isinstance(value, list):
         raise BadRowError(f"{name}: expected text or a list of messages, got {json_type(value)}")
     if not value:
@@ -75,33 +75,33 @@ def as_text(value: object, name: str) -> Text:
 
 
 def message(value: object, where: str) -> dict[str, Any]:
-    """Check one chat message. Null entries are left out: Parquet adds them so that all messages have the same keys.
+    """Check one chat message, and return it without null entries: Parquet adds them to give all messages the same keys.
 
     An assistant's message with tool calls may have no content.
     """
     if not isinstance(value, dict):
         raise BadRowError(f"{where}: expected an object with role and content, got {json_type(value)}")
-    kept = {key: item for key, item in value.items() if item is not None}
-    if kept.get("function_call"):
-        raise BadRowError(f"{where}: function_call is of an older protocol; expected a list in tool_calls")
-    if kept.get("tool_calls"):
-        kept["tool_calls"] = tool_calls(kept["tool_calls"], f"{where}: tool_calls")
-    calls = kept.get("role") == "assistant" and bool(kept.get("tool_calls"))
-    for key in ("role",) if calls and "content" not in kept else ("role", "content"):
-        if key not in kept:
-            state = (
+    fields = {key: item for key, item in value.items() if item is not None}
+    if fields.get("function_call"):
+        raise BadRowError(f"{where}: function_call is deprecated; expected a list in tool_calls")
+    if fields.get("tool_calls"):
+        fields["tool_calls"] = tool_calls(fields["tool_calls"], f"{where}: tool_calls")
+    has_calls = fields.get("role") == "assistant" and bool(fields.get("tool_calls"))
+    for key in ("role",) if has_calls and "content" not in fields else ("role", "content"):
+        if key not in fields:
+            problem = (
                 f"{key} is null" if key in value else f"no '{key}'; there are {', '.join(map(str, value)) or 'none'}"
             )
-            raise BadRowError(f"{where}: {state}")
-        if not isinstance(kept[key], str):
-            raise BadRowError(f"{where}: {key}: expected text, got {json_type(kept[key])}")
-    if kept["role"] not in ROLES:
-        role = kept["role"]
+            raise BadRowError(f"{where}: {problem}")
+        if not isinstance(fields[key], str):
+            raise BadRowError(f"{where}: {key}: expected text, got {json_type(fields[key])}")
+    if fields["role"] not in ROLES:
+        role = fields["role"]
         raise BadRowError(
             f"{where}: unknown role '{role[:40]}'; expected one of {', '.join(ROLES)}.{nearest(role, ROLES)}"
         )
-    unicode(kept.get("content", ""), where)
-    return kept
+    check_unicode(fields.get("content", ""), where)
+    return fields
 
 
 def tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
@@ -131,7 +131,7 @@ def tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def from_json(text: str, where: str) -> Any:
-    """Parse JSON that a column has as a string."""
+    """Parse a JSON string. `where` is its location in errors."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -141,33 +141,35 @@ def from_json(text: str, where: str) -> Any:
 def template_arguments(values: Mapping[str, Any], text: Text) -> dict[str, Any]:
     """Arguments of the chat template besides the messages: `tools`, and the variables in `chat_template_kwargs`.
 
-    Both columns may be JSON strings. They are ignored for plain text, which has no template.
+    Both columns may be JSON strings. If `text` is a string, they are ignored, because no template is applied.
     """
     if not is_chat(text):
         return {}
-    tools = parsed(values, "tools", list, "a list of tools")
+    tools = list_or_object(values, "tools", list, "a list of tools")
     for index, tool in enumerate(tools or ()):
         if not isinstance(tool, dict):
             raise BadRowError(f"tools[{index}]: expected an object (a JSON schema), got {json_type(tool)}")
-    variables = parsed(values, "chat_template_kwargs", dict, "an object") or {}
-    reserved = next((name for name in variables if name in TEMPLATE_SETTINGS), None)
+    variables = list_or_object(values, "chat_template_kwargs", dict, "an object") or {}
+    reserved = next((name for name in variables if name in RESERVED_ARGUMENTS), None)
     if reserved is not None:
-        raise BadRowError(f"chat_template_kwargs: '{reserved}' is no variable of a chat template")
+        raise BadRowError(
+            f"chat_template_kwargs: '{reserved}' is reserved; expected names of variables of the chat template"
+        )
     return ({"tools": tools} if tools else {}) | {name: item for name, item in variables.items() if item is not None}
 
 
-def parsed(values: Mapping[str, Any], name: str, expected: type, what: str) -> Any:
+def list_or_object(values: Mapping[str, Any], name: str, expected: type, description: str) -> Any:
     """A column's list or object, or the value of its JSON string; None if the column is missing."""
     value = values.get(name)
     if isinstance(value, str):
         value = from_json(value, name) if value.strip() else None
     if value is not None and not isinstance(value, expected):
-        raise BadRowError(f"{name}: expected {what}, or its JSON as text, got {json_type(value)}")
+        raise BadRowError(f"{name}: expected {description}, or its JSON as text, got {json_type(value)}")
     return value
 
 
-def unicode(text: str, where: str) -> str:
-    """Check that a text can be encoded: JSON can contain half of a surrogate pair, which tokenizers reject."""
+def check_unicode(text: str, where: str) -> str:
+    """Check that a text can be encoded, and return it. JSON can hold half a surrogate pair, which tokenizers reject."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -189,7 +191,7 @@ def number(values: Mapping[str, Any], name: str) -> float:
     return result
 
 
-def truth(values: Mapping[str, Any], name: str) -> bool:
+def boolean(values: Mapping[str, Any], name: str) -> bool:
     """A column's boolean; 1 and 0 are accepted."""
     value = column(values, name)
     if value not in (0, 1):  # True and False are 1 and 0
@@ -198,24 +200,24 @@ def truth(values: Mapping[str, Any], name: str) -> bool:
     return bool(value)
 
 
-def must_match(name: str, text: Text, other: str, expected: Text) -> None:
+def check_same_form(name: str, text: Text, other: str, expected: Text) -> None:
     """Raise BadRowError unless both texts are strings, or both are messages."""
     if is_chat(text) != is_chat(expected):
         words = {True: "messages", False: "text"}
         raise BadRowError(f"{name} is {words[is_chat(text)]} but {other} is {words[is_chat(expected)]}")
 
 
-def must_ask(name: str, text: Text) -> None:
+def check_prompt_end(name: str, text: Text) -> None:
     """Raise BadRowError if a prompt ends with an assistant's message."""
     if is_chat(text) and text[-1]["role"] == "assistant":
-        raise BadRowError(f"{name}: its last message is the assistant's, which leaves nothing to answer")
+        raise BadRowError(f"{name}: its last message is the assistant's; expected a message to answer")
 
 
-def must_answer(name: str, text: Text) -> None:
-    """Raise BadRowError unless an answer's first and last messages are the assistant's; tools may come in between."""
+def check_answer_roles(name: str, text: Text) -> None:
+    """Raise BadRowError unless an answer's first and last messages are the assistant's. Others may be of any role."""
     if is_chat(text) and not text[0]["role"] == text[-1]["role"] == "assistant":
         roles = ", ".join(item["role"] for item in text)
-        raise BadRowError(f"{name}: expected to open and end with the assistant's message, got {roles}")
+        raise BadRowError(f"{name}: expected an assistant's message first and last, got {roles}")
 
 
 def columns_present(values: Mapping[str, Any]) -> str:
@@ -226,9 +228,9 @@ def columns_present(values: Mapping[str, Any]) -> str:
     return f"there are {', '.join(present)}."
 
 
-def unused(values: Mapping[str, Any]) -> list[str]:
-    """Columns of a row that are not KNOWN, so that one may be a misspelling of a missing column."""
-    return [str(name) for name in values if name not in KNOWN and has(values, name)]
+def unknown_columns(values: Mapping[str, Any]) -> list[str]:
+    """Columns of a row that are not in KNOWN_COLUMNS. One of them may be a misspelling of a missing column."""
+    return [str(name) for name in values if name not in KNOWN_COLUMNS and has(values, name)]
 
 
-KNOWN = ("text", "messages", "prompt", "completion", "chosen", "rejected", "margin", "score")
+KNOWN_COLUMNS = ("text", "messages", "prompt", "completion", "chosen", "rejected", "margin", "score")

@@ -16,15 +16,15 @@ from onecard.utils.errors import OnecardError
 
 Cell: TypeAlias = str | None
 
-# Always text: the answer to a sum may be `4`, which a tokenizer needs as text.
+# Always text, also if every cell is a number: a completion of `4` has to be tokenized.
 TEXT_COLUMNS = ("text", "prompt", "completion", "chosen", "rejected", "answer", "solution")
 NUMBER_COLUMNS = ("score", "margin")  # numbers even if written `1.50`
-TRUTH_COLUMNS = ("label",)
-TRUTHS: Mapping[str, Any] = {"true": True, "false": False, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
+BOOLEAN_COLUMNS = ("label",)
+BOOLEANS: Mapping[str, Any] = {"true": True, "false": False, "1": 1, "0": 0, "1.0": 1, "0.0": 0}
 
 
 def read_table(path: str, text: str, delimiter: str) -> Iterator[tuple[int, dict[str, Cell]]]:
-    """(row number, cells by column name) of each row below the header. Blank lines are skipped, but counted.
+    """(row number, cells by column name) of each row below the header. Blank lines are skipped, but have numbers.
 
     Row numbers are those of a spreadsheet: the header is row 1. Raises OnecardError if the CSV is malformed.
     """
@@ -51,7 +51,7 @@ def records(path: str, text: str, delimiter: str) -> Iterator[tuple[int, list[Ce
         match = cell.match(text, position)
         if match is None:
             closed = re.compile(quoted).match(text, position)
-            raise parse_error(path, number, f"{'Text behind a closing quote' if closed else 'A quote is not closed'}")
+            raise parse_error(path, number, "Text after a closing quote" if closed else "A quote is not closed")
         inner, plain, end = match.groups()
         cells.append(plain if inner is None else inner.replace('""', '"'))
         position = match.end()
@@ -64,21 +64,21 @@ def records(path: str, text: str, delimiter: str) -> Iterator[tuple[int, list[Ce
             cells, start, number = [], position, number + 1
 
 
-def parse_error(path: str, number: int, what: str) -> OnecardError:
-    return OnecardError(f"{path}: CSV parse error: Row #{number}: {what}.")
+def parse_error(path: str, number: int, problem: str) -> OnecardError:
+    return OnecardError(f"{path}: CSV parse error: Row #{number}: {problem}.")
 
 
-def with_values(tables: Sequence[Mapping[str, Cell]]) -> list[dict[str, Any]]:
-    """The rows of one or more CSV files, with values for cells. A column's type depends on all of its cells."""
+def convert_cells(rows: Sequence[Mapping[str, Cell]]) -> list[dict[str, Any]]:
+    """Convert the cells of the rows of one or more CSV files. A column's type depends on all of its cells."""
     columns: dict[str, list[Cell]] = {}
-    for row in tables:
+    for row in rows:
         for name, cell in row.items():
             columns.setdefault(name, []).append(cell)
-    readers = {name: cell_reader(name, cells) for name, cells in columns.items()}
-    return [{name: readers[name](cell) for name, cell in row.items()} for row in tables]
+    converters = {name: cell_converter(name, cells) for name, cells in columns.items()}
+    return [{name: converters[name](cell) for name, cell in row.items()} for row in rows]
 
 
-def cell_reader(name: str, cells: Sequence[Cell]) -> Callable[[Cell], Any]:
+def cell_converter(name: str, cells: Sequence[Cell]) -> Callable[[Cell], Any]:
     """The function that converts a cell of this column to its value."""
     if name == "prompt":
         return lambda cell: cell or ""  # an empty prompt is text, not null
@@ -87,9 +87,9 @@ def cell_reader(name: str, cells: Sequence[Cell]) -> Callable[[Cell], Any]:
     if all(exact_number(cell) is not None for cell in cells if cell):
         return lambda cell: exact_number(cell) if cell else None
     if name in NUMBER_COLUMNS:
-        return lambda cell: any_number(cell) if cell else None
-    if name in TRUTH_COLUMNS:
-        return lambda cell: TRUTHS.get(cell.strip().lower(), cell) if cell else None
+        return lambda cell: number_or_text(cell) if cell else None
+    if name in BOOLEAN_COLUMNS:
+        return lambda cell: BOOLEANS.get(cell.strip().lower(), cell) if cell else None
     return lambda cell: cell
 
 
@@ -104,7 +104,7 @@ def exact_number(cell: str) -> int | float | None:
     return None
 
 
-def any_number(cell: str) -> float | str:
+def number_or_text(cell: str) -> float | str:
     """The cell as a float, in any notation; its text if it is not a number."""
     try:
         return cell if "_" in cell else float(cell)

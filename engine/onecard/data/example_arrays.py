@@ -2,8 +2,8 @@
 
 Two pairs; the first has texts of 3 and 2 tokens, the second of 4 and 4:
 
-    firsts   0           2               4       index of each example's first text
-    stops    0     3     5       9      13       index of each text's first token
+    firsts   0           2               4       example i has the texts firsts[i] to firsts[i + 1] - 1
+    stops    0     3     5       9      13       text j has the tokens stops[j] to stops[j + 1] - 1
     tokens   a b c d e   f g h i j k l m
 """
 
@@ -25,16 +25,16 @@ from onecard.data.batches import LabelledSequence, PreferencePair, Ranking, Scor
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
-# record -> its sequences, and its number (margin, score or label) if it has one
-CONTENTS: Mapping[type, Callable[[Any], tuple[Sequence[TokenSequence], Sequence[float]]]] = {
+# record -> its sequences, and a list of its number (margin, score or label), empty if its type has none
+SPLIT_RECORD: Mapping[type, Callable[[Any], tuple[Sequence[TokenSequence], Sequence[float]]]] = {
     TokenSequence: lambda sequence: ((sequence,), ()),
     PreferencePair: lambda pair: ((pair.chosen, pair.rejected), (pair.margin,)),
     ScoredSequence: lambda scored: ((scored.sequence,), (scored.score,)),
     Ranking: lambda ranking: (ranking.sequences, ()),
     LabelledSequence: lambda labelled: ((labelled.sequence, labelled.mismatched), (labelled.desirable,)),
 }
-# sequences and number -> record
-RECORDS: Mapping[type, Callable[[tuple[TokenSequence, ...], Sequence[float]], Any]] = {
+# the reverse: sequences and number -> record
+BUILD_RECORD: Mapping[type, Callable[[tuple[TokenSequence, ...], Sequence[float]], Any]] = {
     TokenSequence: lambda texts, _: texts[0],
     PreferencePair: lambda texts, numbers: PreferencePair(texts[0], texts[1], numbers[0]),
     ScoredSequence: lambda texts, numbers: ScoredSequence(texts[0], numbers[0]),
@@ -46,7 +46,11 @@ DTYPES = {"tokens": "int32", "response_mask": "bool", "stops": "int64", "firsts"
 
 @dataclass(frozen=True)
 class Arrays:
-    """n tokens of S texts of E examples: int32 [n], bool [n], int64 [S + 1], int64 [E + 1], float64 [E or 0]."""
+    """E examples with S texts of n tokens in all.
+
+    `tokens` int32 [n], `response_mask` bool [n], `stops` int64 [S + 1], `firsts` int64 [E + 1]; `numbers` float64 [E],
+    or [0] if examples of this type have none.
+    """
 
     tokens: NDArray[np.int32]
     response_mask: NDArray[np.bool_]
@@ -56,7 +60,7 @@ class Arrays:
 
 
 class Examples(Sequence[T_co], Generic[T_co]):
-    """Records of type `kind`, built when indexed. `indices`: the examples of the arrays, in their order here."""
+    """Records of type `kind`, built when indexed. Record i is example `indices[i]` of the arrays."""
 
     def __init__(self, kind: type[T_co], arrays: Arrays, indices: Sequence[int] | None = None) -> None:
         self.kind, self.arrays = kind, arrays
@@ -76,7 +80,7 @@ class Examples(Sequence[T_co], Generic[T_co]):
             TokenSequence(tuple(tokens.tolist()), tuple(mask.tolist()))
             for tokens, mask in self.sequences(self.indices[position])
         )
-        return cast(T_co, RECORDS[self.kind](sequences, self.numbers(self.indices[position])))
+        return cast(T_co, BUILD_RECORD[self.kind](sequences, self.numbers(self.indices[position])))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(eq, self, other))
@@ -93,14 +97,14 @@ class Examples(Sequence[T_co], Generic[T_co]):
             yield self.arrays.tokens[span], self.arrays.response_mask[span]
 
     def numbers(self, index: int) -> list[float]:
-        """The example's margin, score or label, if its kind has one."""
+        """A list of the example's margin, score or label; empty if its type has none."""
         return [float(number) for number in self.arrays.numbers[index : index + 1]]
 
     def lengths(self) -> Iterator[list[int]]:
         """The token counts of each example's texts."""
-        texts, firsts = np.diff(self.arrays.stops).tolist(), self.arrays.firsts.tolist()
+        lengths, firsts = np.diff(self.arrays.stops).tolist(), self.arrays.firsts.tolist()
         for index in self.indices:
-            yield texts[firsts[index] : firsts[index + 1]]
+            yield lengths[firsts[index] : firsts[index + 1]]
 
     def distinct_tokens(self) -> list[int]:
         """The token ids that occur in the arrays."""
@@ -121,7 +125,7 @@ class ExampleWriter(Generic[T]):
         return BytesIO() if self.folder is None else open(self.folder / name, "wb")
 
     def add(self, example: T) -> None:
-        sequences, numbers = CONTENTS[self.kind](example)
+        sequences, numbers = SPLIT_RECORD[self.kind](example)
         for sequence in sequences:
             self.sinks["tokens"].write(array("i", sequence.tokens))
             self.sinks["response_mask"].write(bytes(sequence.response_mask))
@@ -135,8 +139,8 @@ class ExampleWriter(Generic[T]):
             self.sinks[name].write(getattr(self, name))
         if self.folder is None:
             buffers = {name: cast(BytesIO, sink).getbuffer() for name, sink in self.sinks.items()}
-            parts = {name: np.frombuffer(buffers[name], kind) for name, kind in DTYPES.items()}
-            return Examples(self.kind, Arrays(**parts))
+            arrays = {name: np.frombuffer(buffers[name], kind) for name, kind in DTYPES.items()}
+            return Examples(self.kind, Arrays(**arrays))
         for sink in self.sinks.values():
             sink.close()
         return open_examples(self.kind, self.folder)
@@ -164,7 +168,7 @@ def as_examples(examples: Iterable[T], kind: type[T]) -> Examples[T]:
 
 def lengths_of(example: object) -> list[int]:
     """The token counts of an example's texts."""
-    return [len(sequence) for sequence in CONTENTS[type(example)](example)[0]]
+    return [len(sequence) for sequence in SPLIT_RECORD[type(example)](example)[0]]
 
 
 def all_lengths(examples: Sequence[object]) -> Iterator[list[int]]:
@@ -173,25 +177,25 @@ def all_lengths(examples: Sequence[object]) -> Iterator[list[int]]:
 
 
 def all_numbers(examples: Sequence[object]) -> Iterator[Sequence[float]]:
-    """Each example's number (margin, score or label), if its kind has one."""
+    """For each example, a list of its margin, score or label; empty if its type has none."""
     if isinstance(examples, Examples):
         return map(examples.numbers, examples.indices)
-    return (CONTENTS[type(example)](example)[1] for example in examples)
+    return (SPLIT_RECORD[type(example)](example)[1] for example in examples)
 
 
 def all_tokens(examples: Sequence[object]) -> Iterator[Sequence[int]]:
-    """Sequences of token ids that contain every id of the examples."""
+    """Sequences of token ids. Together they have every id that occurs in the examples, but maybe not as often."""
     if isinstance(examples, Examples):
         return iter([examples.distinct_tokens()])
-    return (sequence.tokens for example in examples for sequence in CONTENTS[type(example)](example)[0])
+    return (sequence.tokens for example in examples for sequence in SPLIT_RECORD[type(example)](example)[0])
 
 
-def contents(examples: Iterable[object]) -> Iterator[tuple[list[tuple[Any, Any]], Sequence[float]]]:
-    """For each example, the (tokens, response mask) of its texts, and its number."""
+def texts_and_numbers(examples: Iterable[object]) -> Iterator[tuple[list[tuple[Any, Any]], Sequence[float]]]:
+    """For each example: (tokens, response mask) of each of its texts, and a list of its number (see `all_numbers`)."""
     if isinstance(examples, Examples):
         for index in examples.indices:
             yield list(examples.sequences(index)), examples.numbers(index)
         return
     for example in examples:
-        sequences, numbers = CONTENTS[type(example)](example)
+        sequences, numbers = SPLIT_RECORD[type(example)](example)
         yield [(sequence.tokens, sequence.response_mask) for sequence in sequences], numbers

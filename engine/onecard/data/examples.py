@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from onecard.config import Truncation
 from onecard.data.batches import LabelledSequence, PreferencePair, Ranking, ScoredSequence, TokenSequence
-from onecard.data.columns import BadRowError, Messages, Text, is_chat, must_match, template_arguments
+from onecard.data.columns import BadRowError, Messages, Text, check_same_form, is_chat, template_arguments
 from onecard.data.data_report import BuiltExample, DataReport, Tokenized, built_example, count_note
 from onecard.data.example_arrays import all_numbers
 from onecard.data.files import Row
@@ -44,8 +44,8 @@ from onecard.data.typed_rows import (
     SFTRow,
     labelled_row,
     preference_row,
-    prompt_row,
     ranking_row,
+    row_prompt,
     scored_row,
     sft_row,
 )
@@ -53,16 +53,16 @@ from onecard.utils.errors import OnecardError
 
 T = TypeVar("T")
 
-SIDE_BY_SIDE = "rows have the prompt of the row after them, so their answers are not mismatched; shuffle the file"
+SAME_PROMPT_NOTE = "rows have the prompt of the next row, so its answer is not a mismatched one; shuffle the file"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to answer. `text`: as given, or as rendered by the chat template. `tokens`: the ids for generation.
+    """A prompt to answer. `text`: the row's text, or its messages rendered by the chat template. `tokens`: its ids.
 
     `columns`: the row's other columns, for rewards (an expected answer, for example). `messages`: the prompt's
-    messages, if it was a chat; `arguments`: arguments of the chat template besides them. A classifier with its own chat
-    template renders the messages again.
+    messages, or None for a text; a reward classifier with a chat template of its own renders them again. `arguments`:
+    arguments of the chat template besides the messages.
     """
 
     text: str
@@ -84,8 +84,8 @@ def sft_examples(
 ) -> Tokenized[TokenSequence]:
     """SFT rows (`messages`, `prompt` + `completion`, or `text`) as sequences with their response masks.
 
-    `completion_only_loss` learns the completion of prompt + completion rows, else the prompt too;
-    `assistant_only_loss` learns the assistant's turns of `messages`, else the whole conversation.
+    `completion_only_loss`: only the completion of `prompt` + `completion` rows is learned, not the prompt.
+    `assistant_only_loss`: only the assistant's turns of `messages` are learned, not the whole conversation.
     """
     limit = LengthLimit(max_length, truncation_mode)
 
@@ -93,13 +93,13 @@ def sft_examples(
         example = sft_row(row)
         learn_all = isinstance(example, CompletionRow) and not completion_only_loss
         arguments = template_arguments(row.values, group_texts(example)[1])
-        text = sft_transcript(example, tokenizer, arguments, assistant_only_loss=assistant_only_loss)
+        transcript = sft_transcript(example, tokenizer, arguments, assistant_only_loss=assistant_only_loss)
 
-        def build(texts: list[MaskedTokens]) -> BuiltExample[TokenSequence]:
-            answers = truncate_answers(texts, tokenizer, limit, learn_all=learn_all)
+        def build(tokenized: list[MaskedTokens]) -> BuiltExample[TokenSequence]:
+            answers = truncate_answers(tokenized, tokenizer, limit, learn_all=learn_all)
             return built_example(answers[0].sequence, group_of(*group_texts(example)), answers)
 
-        return PendingExample([text], build)
+        return PendingExample([transcript], build)
 
     settings = {"completion_only_loss": completion_only_loss, "assistant_only_loss": assistant_only_loss}
     job = Tokenization(TokenSequence, rows, tokenizer, limit, skip_bad_rows, settings)
@@ -109,9 +109,9 @@ def sft_examples(
 def answer_examples(
     job: Tokenization[T], parse: Callable[[Row], tuple[Text, Sequence[Text], Callable[..., T]]]
 ) -> TokenizedExamples[T]:
-    """One example for each row with answers to one prompt. Examples with two equal answers are `is_odd`.
+    """One example for each row, which has a prompt and its answers. With two equal answers it is `is_suspicious`.
 
-    `parse(row)`: the prompt, its answers, and the function that makes the example of the answers' sequences.
+    `parse(row)` returns the prompt, its answers, and the function that builds the example from the answers' sequences.
     """
 
     def prepare(row: Row) -> PendingExample[BuiltExample[T]]:
@@ -121,7 +121,7 @@ def answer_examples(
             answers = truncate_answers(tokenized, job.tokenizer, job.limit)
             sequences = [answer.sequence for answer in answers]
             equal = any(first == second for first, second in combinations(sequences, 2))
-            return built_example(example_of(*sequences), group_of(prompt, texts[0]), answers, is_odd=equal)
+            return built_example(example_of(*sequences), group_of(prompt, texts[0]), answers, is_suspicious=equal)
 
         return PendingExample(answers_of(row, prompt, texts, job.tokenizer), build)
 
@@ -136,14 +136,15 @@ def preference_examples(
     truncation_mode: Truncation = "keep_start",
     skip_bad_rows: bool,
 ) -> Tokenized[PreferencePair]:
-    """`prompt`, `chosen`, `rejected` rows (and `margin`) as pairs. `max_length` counts a prompt and one answer."""
+    """Rows with `prompt`, `chosen`, `rejected` (and `margin`) as pairs. `max_length`: of a prompt with one answer."""
 
     def parse(row: Row) -> tuple[Text, Sequence[Text], Callable[..., PreferencePair]]:
         pair = preference_row(row)
         return pair.prompt, (pair.chosen, pair.rejected), partial(PreferencePair, margin=pair.margin)
 
-    limit, odd = LengthLimit(max_length, truncation_mode), "pairs have the same tokens on both sides"
-    return answer_examples(Tokenization(PreferencePair, rows, tokenizer, limit, skip_bad_rows, odd=odd), parse)
+    limit, note = LengthLimit(max_length, truncation_mode), "pairs have the same tokens on both sides"
+    job = Tokenization(PreferencePair, rows, tokenizer, limit, skip_bad_rows, suspicious_note=note)
+    return answer_examples(job, parse)
 
 
 def scored_examples(
@@ -155,7 +156,7 @@ def scored_examples(
     skip_bad_rows: bool,
     bounds: tuple[float, float] | None = None,
 ) -> Tokenized[ScoredSequence]:
-    """`prompt`, `completion`, `score` rows. A row with a score outside `bounds` is bad."""
+    """Rows with `prompt`, `completion`, `score` as scored answers. A row with a score outside `bounds` is bad."""
 
     def parse(row: Row) -> tuple[Text, Sequence[Text], Callable[..., ScoredSequence]]:
         answer = scored_row(row, bounds)
@@ -173,14 +174,15 @@ def ranking_examples(
     truncation_mode: Truncation = "keep_start",
     skip_bad_rows: bool,
 ) -> Tokenized[Ranking]:
-    """`prompt`, `completions` rows: two or more answers, best first."""
+    """Rows with `prompt` and `completions` (two or more answers, best first) as rankings."""
 
     def parse(row: Row) -> tuple[Text, Sequence[Text], Callable[..., Ranking]]:
         ranking = ranking_row(row)
         return ranking.prompt, ranking.completions, lambda *sequences: Ranking(sequences)
 
-    limit, odd = LengthLimit(max_length, truncation_mode), "rankings have answers with the same tokens"
-    return answer_examples(Tokenization(Ranking, rows, tokenizer, limit, skip_bad_rows, odd=odd), parse)
+    limit, note = LengthLimit(max_length, truncation_mode), "rankings have answers with the same tokens"
+    job = Tokenization(Ranking, rows, tokenizer, limit, skip_bad_rows, suspicious_note=note)
+    return answer_examples(job, parse)
 
 
 def labelled_examples(
@@ -192,53 +194,56 @@ def labelled_examples(
     skip_bad_rows: bool,
     mismatched: bool = True,
 ) -> Tokenized[LabelledSequence]:
-    """`prompt`, `completion`, `label` rows.
+    """Rows with `prompt`, `completion`, `label` as labelled answers.
 
-    With `mismatched`, an example also has its row's prompt with the next row's completion; after the last row comes the
-    first. The truncation of mismatched answers is not counted in the report. Raises OnecardError if `mismatched` and
-    only one row can be used.
+    `mismatched`: each example also has its row's prompt with the next row's completion; the first row is next after the
+    last. If a mismatched answer is too long, it is cut, and the report does not count it. Raises OnecardError if
+    `mismatched` and only one row can be used.
     """
     limit = LengthLimit(max_length, truncation_mode)
-    lenient = replace(limit, truncation_mode="keep_start") if truncation_mode == "error" else limit
+    mismatched_limit = replace(limit, truncation_mode="keep_start") if truncation_mode == "error" else limit
 
-    def own(row: Row) -> PendingExample[tuple[Row, LabelledRow, TruncatedAnswer]]:
+    def prepare_answer(row: Row) -> PendingExample[tuple[Row, LabelledRow, TruncatedAnswer]]:
         example = labelled_row(row)
-        texts = answers_of(row, example.prompt, [example.completion], tokenizer)
-        return PendingExample(texts, lambda texts: (row, example, truncate_answers(texts, tokenizer, limit)[0]))
+        transcripts = answers_of(row, example.prompt, [example.completion], tokenizer)
+        return PendingExample(transcripts, lambda texts: (row, example, truncate_answers(texts, tokenizer, limit)[0]))
 
-    def prepare(
-        row: Row, example: LabelledRow, answer: TruncatedAnswer, other: LabelledRow
+    def prepare_mismatched(
+        row: Row, example: LabelledRow, answer: TruncatedAnswer, next_example: LabelledRow
     ) -> PendingExample[BuiltExample[LabelledSequence]]:
         if mismatched:
-            must_match("the next row's completion", other.completion, "prompt", example.prompt)
+            check_same_form("the next row's completion", next_example.completion, "prompt", example.prompt)
 
         def build(texts: list[MaskedTokens]) -> BuiltExample[LabelledSequence]:
-            mismatch = truncate_answers(texts, tokenizer, lenient)[0].sequence if texts else TokenSequence((), ())
-            labelled = LabelledSequence(answer.sequence, example.desirable, mismatch)
-            side_by_side = mismatched and example.prompt == other.prompt
-            return built_example(labelled, group_of(example.prompt, example.completion), [answer], is_odd=side_by_side)
+            other = TokenSequence((), ())
+            if mismatched:
+                other = truncate_answers(texts, tokenizer, mismatched_limit)[0].sequence
+            labelled = LabelledSequence(answer.sequence, example.desirable, other)
+            same_prompt = mismatched and example.prompt == next_example.prompt
+            group = group_of(example.prompt, example.completion)
+            return built_example(labelled, group, [answer], is_suspicious=same_prompt)
 
-        return PendingExample(answers_of(row, example.prompt, [other.completion] * mismatched, tokenizer), build)
+        return PendingExample(answers_of(row, example.prompt, [next_example.completion] * mismatched, tokenizer), build)
 
     def with_mismatched(
-        good: Iterable[tuple[Row, LabelledRow, TruncatedAnswer]],
+        answers: Iterable[tuple[Row, LabelledRow, TruncatedAnswer]],
     ) -> Pending[BuiltExample[LabelledSequence]]:
-        for (row, example, answer), (after, other, _) in with_next(good):
-            if mismatched and row is after:
+        for (row, example, answer), (next_row, next_example, _) in with_next(answers):
+            if mismatched and row is next_row:
                 raise OnecardError(
-                    f"{row}: is the only row to use; expected 2 or more, whose answers can be exchanged."
+                    f"{row}: is the only usable row; expected 2 or more: KTO uses the answer of another row too."
                 )
             try:
-                yield row, prepare(row, example, answer, other)
+                yield row, prepare_mismatched(row, example, answer, next_example)
             except BadRowError as error:
                 yield row, error
 
     job = Tokenization(
-        LabelledSequence, rows, tokenizer, limit, skip_bad_rows, {"mismatched": mismatched}, SIDE_BY_SIDE
+        LabelledSequence, rows, tokenizer, limit, skip_bad_rows, {"mismatched": mismatched}, SAME_PROMPT_NOTE
     )
 
     def make(rows: Iterable[Row], report: DataReport) -> Iterator[BuiltExample[LabelledSequence]]:
-        return job.build(with_mismatched(job.build(pending_examples(rows, report, own), report)), report)
+        return job.build(with_mismatched(job.build(pending_examples(rows, report, prepare_answer), report)), report)
 
     tokenized = job.examples_from(make)
     examples = tokenized.examples
@@ -255,28 +260,28 @@ def prompt_examples(
     truncation_mode: Truncation = "keep_start",
     skip_bad_rows: bool = False,
 ) -> Tokenized[Prompt]:
-    """`prompt` rows as prompts for generation.
+    """Rows with `prompt` as prompts for generation.
 
-    A prompt of more than `max_length` tokens is a bad row; with keep_end, its first tokens are cut instead (`text` is
-    not). A column that only some rows have is None in the others.
+    A row whose prompt has more than `max_length` tokens is bad. With keep_end, the first tokens are cut instead, but
+    `text` keeps the whole prompt. A column that only some rows have is None for the others.
     """
     names: dict[str, None] = {}
 
     def prepare(row: Row) -> PendingExample[BuiltExample[Prompt]]:
-        prompt = prompt_row(row).prompt
+        prompt = row_prompt(row)
         arguments = template_arguments(row.values, prompt)
         transcript = prompt_transcript(prompt, tokenizer, arguments)
         columns = {name: value for name, value in row.values.items() if name != "prompt"}
 
         def build(texts: list[MaskedTokens]) -> BuiltExample[Prompt]:
-            tokens = kept = texts[0].tokens
+            tokens = truncated = texts[0].tokens
             if not tokens:
-                raise BadRowError("prompt: it has no tokens, so there is nothing to go on from")
+                raise BadRowError("prompt: it has no tokens; expected one or more")
             if max_length is not None:
-                kept = truncate_prompt(tokens, tokenizer, LengthLimit(max_length, truncation_mode))
+                truncated = truncate_prompt(tokens, tokenizer, LengthLimit(max_length, truncation_mode))
             messages = prompt if is_chat(prompt) else None
-            example = Prompt(transcript.prefixes[0], tuple(kept), columns, messages, arguments)
-            return BuiltExample(example, group_of(prompt), prompt_cut=len(kept) < len(tokens))
+            example = Prompt(transcript.prefixes[0], tuple(truncated), columns, messages, arguments)
+            return BuiltExample(example, group_of(prompt), prompt_cut=len(truncated) < len(tokens))
 
         return PendingExample([transcript], build)
 
@@ -298,7 +303,7 @@ def prompt_examples(
 
 
 def answers_of(row: Row, prompt: Text, answers: Sequence[Text], tokenizer: Tokenizer) -> list[Transcript]:
-    """The transcripts of a row's answers to one prompt, with the row's arguments of the chat template."""
+    """The transcripts of a row's answers to one prompt. The chat template gets the row's arguments."""
     arguments = template_arguments(row.values, answers[0]) if answers else {}
     return [answer_transcript(prompt, answer, tokenizer, arguments) for answer in answers]
 
@@ -307,21 +312,21 @@ def with_next(items: Iterable[T]) -> Iterator[tuple[T, T]]:
     """Each item with the next one; the last item with the first."""
     iterator = iter(items)
     for first in iterator:
-        last = first
+        current = first
         for item in iterator:
-            yield last, item
-            last = item
-        yield last, first
+            yield current, item
+            current = item
+        yield current, first
 
 
 def group_of(*texts: Text) -> bytes:
-    """A digest of the first text that is not empty: the prompt, or the text that replaces an empty prompt."""
+    """A digest of the first text that is not empty (`Tokenized.groups`). Callers pass the prompt first."""
     text = json.dumps(next((text for text in texts if text), ""), sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=GROUP_BYTES).digest()
 
 
 def group_texts(row: SFTRow) -> tuple[Text, Text]:
-    """The texts of `group_of` for an SFT row: its prompt, and the text that replaces it if it is empty."""
+    """The texts that `group_of` takes for an SFT row: its prompt, and a text in case the prompt is empty."""
     if isinstance(row, CompletionRow):
         return row.prompt, row.completion
     if isinstance(row, MessagesRow):

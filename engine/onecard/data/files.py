@@ -1,4 +1,4 @@
-"""Open a file, a folder or a hub dataset as rows. Each row has its source and number.
+"""Open a file, a folder or a hub dataset as rows, each with its source (such as a file name) and number.
 
 An error in a file as a whole raises an `OnecardError` at once, because skipping rows would not help. Errors in single
 rows are handled in `examples.py`.
@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from onecard.data.columns import TEMPLATE_COLUMNS
-from onecard.data.csv_table import with_values
+from onecard.data.csv_table import convert_cells
 from onecard.data.readers import (
     COMPRESSED,
     MESSAGE_COLUMNS,
@@ -28,11 +28,11 @@ from onecard.data.readers import (
     reason,
     suffixes,
 )
-from onecard.data.splits import data_files, files_by_split, has_settings
+from onecard.data.splits import data_files, files_by_split, has_loading_config
 from onecard.utils.errors import OnecardError, nearest
 from onecard.utils.files import blocks, digest
 
-# A file with one of these suffixes in a folder of data files raises an error.
+# Not supported: a folder of data files that has such a file raises an error.
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar", ".xz", ".lz4")
 NESTED_COLUMNS = (*MESSAGE_COLUMNS, *TEMPLATE_COLUMNS)
 # Data of this size or larger is not kept in memory, and its tokens are cached.
@@ -42,10 +42,10 @@ SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 
 @dataclass(frozen=True)
 class Row:
-    """One record, and where it is from. `number` counts from 1.
+    """One record, and where it is from.
 
-    It is the line of a JSONL file, the row of a CSV file as a spreadsheet shows it (the header is row 1), otherwise the
-    position in the file.
+    `number`: the line of a JSONL file, the row of a CSV file as a spreadsheet shows it (the header is row 1), otherwise
+    the position in the file. It counts from 1.
     """
 
     source: str
@@ -87,7 +87,7 @@ def open_rows(source: str, *, split: str) -> Rows:
         raise OnecardError("dataset: empty; expected a file, a folder or a Hugging Face dataset name.")
     path = Path(source).expanduser()
     if path.is_file() and "[" in split:
-        raise OnecardError(f"{source}: split '{split}': a file has no splits, so no part of one can be taken.")
+        raise OnecardError(f"{source}: split '{split}': a file has no splits to slice; expected a name without '['.")
     if path.is_dir():
         rows = open_folder(source, path, split)
     elif path.exists() or looks_like_file(source):
@@ -148,7 +148,10 @@ def looks_like_file(source: str) -> bool:
 
 
 def rows_from_records(source: str, records: NumberedRecords, *, tabular: bool = False) -> Iterator[Row]:
-    """Rows of numbered records. `tabular`: a null may stand for a missing key. Raises OnecardError for non-objects."""
+    """Rows of (number, object) records. `tabular`: nulls in messages may stand for missing keys, and are removed.
+
+    Raises OnecardError for a record that is not an object.
+    """
     for number, values in records:
         if not isinstance(values, dict):
             raise OnecardError(f"{source}:{number}: expected an object, got {json_type(values)}.")
@@ -182,7 +185,7 @@ def open_files(files: Mapping[str, Path]) -> Rows:
 
     def read_with_tables() -> Iterator[Row]:
         rows = list(read())  # a column's type depends on all of its cells
-        table_values = iter(with_values([row.values for row in rows if row.source in tables]))
+        table_values = iter(convert_cells([row.values for row in rows if row.source in tables]))
         return (replace(row, values=next(table_values)) if row.source in tables else row for row in rows)
 
     reader = read_with_tables if tables else read
@@ -204,20 +207,20 @@ def open_folder(source: str, path: Path, split: str) -> Rows:
         return dataset_rows(source, load_saved(path, split))
     compressed = (suffix + compression for suffix in READERS for compression in COMPRESSED)
     files = data_files(path, (*READERS, *compressed, *ARCHIVES))
-    if has_settings(path) or not any(suffixes(Path(file))[0] in READERS for file in files):
+    if has_loading_config(path) or not any(suffixes(Path(file))[0] in READERS for file in files):
         return dataset_rows(source, load_hub(str(path), split))
 
-    def open_chosen(chosen: Sequence[PurePosixPath]) -> Rows:
-        return open_files({str(Path(source) / file): path / file for file in chosen})
+    def open_selected(selected: Sequence[PurePosixPath]) -> Rows:
+        return open_files({str(Path(source) / file): path / file for file in selected})
 
     splits = files_by_split(files)
     if split in splits:
-        return open_chosen(splits[split])
+        return open_selected(splits[split])
     if SPLIT_NAME.fullmatch(split) and split != "all":
         if splits:
             raise OnecardError(f"{source}: no split '{split}'; there are {', '.join(splits)}.{nearest(split, splits)}")
-        return open_chosen(files)
-    parts = {name: list(open_chosen(chosen)) for name, chosen in (splits or {"train": files}).items()}
+        return open_selected(files)
+    parts = {name: list(open_selected(selected)) for name, selected in (splits or {"train": files}).items()}
     return in_memory(select_split(source, split, parts))
 
 
@@ -246,17 +249,17 @@ def load_saved(path: Path, split: str) -> Any:
             raise OnecardError(f"{path}: no split '{split}'; there are {', '.join(dataset)}.{nearest(split, dataset)}")
         dataset = dataset[split]
     elif "[" in split:
-        raise OnecardError(f"{path}: split '{split}': it has no splits, so no part of one can be taken.")
+        raise OnecardError(f"{path}: split '{split}': the dataset has no splits to slice; expected a name without '['.")
     return dataset
 
 
 def load_hub(source: str, split: str) -> Any:
-    """Load a dataset by its name with `datasets.load_dataset`."""
+    """Load a split of a dataset with `datasets.load_dataset`. `source`: a hub name, or a folder."""
     import datasets
 
     try:
         return datasets.load_dataset(source, split=split)
     except Exception as error:  # the library, its parsers and the network may raise anything
         raise OnecardError(
-            f"{source}: no such file, nor a dataset with split '{split}' that can be loaded: {reason(error)}."
+            f"{source}: not a file, and split '{split}' of a dataset with this name cannot be loaded: {reason(error)}."
         ) from error

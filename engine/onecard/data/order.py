@@ -18,15 +18,15 @@ def hold_out(
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     """Split into (train, held out). A `test_size` below 1 is a share (rounded up), else it is a count.
 
-    Examples of one group (`Tokenized.groups`: one prompt, or copies of one text) are not split, so that no held-out
-    prompt is trained on. If prompts repeat, fewer than `test_size` may be held out; or more, if even the rarest prompt
-    has more examples than that. Both parts keep the order of `examples`. Raises OnecardError if nothing is left to
-    train on.
+    Examples of one group (`Tokenized.groups`: one prompt, or copies of one text) stay together, so that no held-out
+    prompt is trained on. If prompts repeat, fewer than `test_size` may be held out. If every prompt has more examples
+    than that, all examples of the rarest one are held out. Both parts keep the order of `examples`. Raises OnecardError
+    if nothing is left to train on.
 
         >>> hold_out([1, 2, 3, 4, 5], ["a", "b", "c", "d", "a"], test_size=2, seed=0)
         ([1, 4, 5], [2, 3])
     """
-    size = target(len(examples), test_size)
+    size = num_held_out(len(examples), test_size)
     if size == 0:
         return examples, take(examples, [])
     by_group: dict[Hashable, list[int]] = {}
@@ -35,7 +35,7 @@ def hold_out(
     if size >= len(examples) or len(by_group) == 1:
         raise OnecardError(
             f"test_size: {test_size:g} of {len(examples)} examples with {len(by_group)} different prompts would leave "
-            "nothing to train on; give fewer, or 0, or an eval_dataset."
+            "nothing to train on; set a smaller test_size, or 0, or an eval_dataset."
         )
     order = list(by_group.values())
     random.Random(seed).shuffle(order)
@@ -54,14 +54,14 @@ def take(examples: Sequence[Example], indices: Sequence[int]) -> Sequence[Exampl
     return examples.take(indices) if isinstance(examples, Examples) else [examples[index] for index in indices]
 
 
-def target(count: int, test_size: float) -> int:
-    """The number of examples that `test_size` stands for."""
+def num_held_out(count: int, test_size: float) -> int:
+    """The number of examples to hold out: `test_size` is a share below 1, or a count."""
     if not (math.isfinite(test_size) and test_size >= 0):
         raise OnecardError(f"test_size: expected a share below 1, a count, or 0; got {test_size}.")
     if test_size < 1:
         return math.ceil(count * test_size - 1e-9)  # 0.07 * 100 is slightly more than 7
     if test_size != int(test_size):
-        raise OnecardError(f"test_size: from 1 on it is a count of examples, so {test_size:g} is not one.")
+        raise OnecardError(f"test_size: expected a share below 1 or a whole number of examples, got {test_size:g}.")
     return int(test_size)
 
 

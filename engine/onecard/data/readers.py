@@ -49,7 +49,7 @@ def suffixes(path: Path) -> tuple[str, str]:
 def read_file(path: Path) -> NumberedRecords:
     """Yield (number, record) for each record of a file. The cells of a CSV file are text, or None if empty.
 
-    Raises OnecardError if the file does not exist, is empty, or cannot be read as its suffix says.
+    Raises OnecardError if the file does not exist, is empty, or is not of the type that its suffix says.
     """
     if not path.exists():
         raise OnecardError(f"{path}: no such file.")
@@ -57,8 +57,8 @@ def read_file(path: Path) -> NumberedRecords:
     if suffix not in READERS:
         suffix = suffix or compression
         raise OnecardError(
-            f"{path}: unknown kind of file '{suffix}'; expected one of {', '.join(READERS)}, "
-            f"or one of them with {', '.join(COMPRESSED)} behind it.{nearest(suffix, READERS)}"
+            f"{path}: unknown file type '{suffix}'; expected one of {', '.join(READERS)}, "
+            f"or one of them followed by {', '.join(COMPRESSED)}.{nearest(suffix, READERS)}"
         )
     try:
         if READERS[suffix] is read_jsonl and not compression and is_utf8_readable(path):
@@ -97,7 +97,7 @@ def decode_text(path: Path, content: bytes) -> str:
     mark, encoding = next((pair for pair in BYTE_ORDER_MARKS if content.startswith(pair[0])), (b"", "UTF-8"))
     if not mark and b"\0" in content[:4]:
         raise OnecardError(
-            f"{path}: UTF-16 or UTF-32 without a byte order mark; expected UTF-8, or one of them with its mark."
+            f"{path}: UTF-16 or UTF-32 without a byte order mark; expected UTF-8, or UTF-16 or UTF-32 with the mark."
         )
     content = content[len(mark) :]
     try:
@@ -147,7 +147,7 @@ def stream_jsonl(path: Path) -> NumberedRecords:
 
 
 def read_jsonl(path: Path, content: bytes) -> NumberedRecords:
-    """One object per line. Blank lines are skipped, but counted."""
+    """One object per line. Blank lines are skipped; line numbers include them."""
     # Not `splitlines`: it also splits at separators that JSON allows inside a string.
     for number, line in enumerate(decode_text(path, content).split("\n"), start=1):
         if line.strip():
@@ -193,17 +193,17 @@ def parse(text: str, location: str) -> Any:
         ValueError,
         RecursionError,
     ) as error:  # a duplicate key, thousands of digits, too deep nesting
-        raise OnecardError(f"{location}: not JSON that can be read: {reason(error)}.") from error
+        raise OnecardError(f"{location}: unsupported JSON: {reason(error)}.") from error
 
 
 def parse_number(text: str) -> float | Decimal:
-    """Parse a JSON number: a float if it is exact, else a Decimal. A row's answer may have more digits than a float."""
+    """A JSON number as a float if that is exact, else as a Decimal: an answer may have more digits than a float."""
     value = float(text)
     return value if math.isinf(value) or Decimal(repr(value)) == Decimal(text) else Decimal(text)
 
 
 def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for a duplicate key: JSON does not define which value counts."""
+    """A JSON object. Raises ValueError for a duplicate key: JSON does not define which of its values is used."""
     values = dict(pairs)
     if len(values) < len(pairs):
         names = [name for name, _ in pairs]

@@ -1,6 +1,6 @@
-"""The data files of a folder, and the split of each, by the same names as in `datasets`.
+"""Find the data files of a folder and the split of each, by the naming rules of `datasets`.
 
-There are three rules. The first that matches any file is used for all files; files that it does not match are left out:
+There are three rules. The first that matches any file is used for all files. Files that it does not match are ignored:
 
 1. `data/NAME-00000-of-00002.*`
 2. the folder's name: `train/a.csv`, `my-train/a.csv`
@@ -22,9 +22,9 @@ SHARD = re.compile(r"data/(.+)-\d{5}-of-\d{5}[^/]*\.[^/]*")
 BEFORE, AFTER = "(?:.*[-._ 0-9])?", "[-._ 0-9].*"
 FOLDER_NAMES = {split: re.compile(f"{BEFORE}(?:{names})(?:{AFTER})?") for split, names in KEYWORDS.items()}
 FILE_NAMES = {split: re.compile(f"{BEFORE}(?:{names}){AFTER}") for split, names in KEYWORDS.items()}
-NO_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-CARD_HEADER = re.compile(r"\ufeff?---\s*\n(.*?\n)---", re.DOTALL)
-CARD_SETTING = re.compile(r"^(?:configs|dataset_info)\s*:", re.MULTILINE)
+METADATA_FILES = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+README_HEADER = re.compile(r"\ufeff?---\s*\n(.*?\n)---", re.DOTALL)
+README_CONFIG = re.compile(r"^(?:configs|dataset_info)\s*:", re.MULTILINE)
 
 
 def data_files(folder: Path, suffixes: Sequence[str]) -> list[PurePosixPath]:
@@ -35,7 +35,7 @@ def data_files(folder: Path, suffixes: Sequence[str]) -> list[PurePosixPath]:
             PurePosixPath(file.as_posix())
             for file in files
             if (folder / file).is_file()
-            and file.name not in NO_DATA
+            and file.name not in METADATA_FILES
             and not any(part.startswith(".") for part in file.parts)
             and not any(part.startswith("__") for part in file.parts[:-1])
         ),
@@ -43,13 +43,13 @@ def data_files(folder: Path, suffixes: Sequence[str]) -> list[PurePosixPath]:
     )
 
 
-def has_settings(folder: Path) -> bool:
+def has_loading_config(folder: Path) -> bool:
     """Whether the folder has its own loading configuration, as a dataset from the hub may have."""
     if (folder / ".huggingface.yaml").exists() or (folder / "dataset_infos.json").exists():
         return True
-    card = folder / "README.md"
-    header = CARD_HEADER.match(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
-    return header is not None and CARD_SETTING.search(header[1]) is not None
+    readme = folder / "README.md"
+    header = README_HEADER.match(readme.read_text(encoding="utf-8", errors="replace")) if readme.is_file() else None
+    return header is not None and README_CONFIG.search(header[1]) is not None
 
 
 def files_by_split(files: Sequence[PurePosixPath]) -> dict[str, list[PurePosixPath]]:

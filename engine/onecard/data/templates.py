@@ -1,4 +1,4 @@
-"""Chat templates: render messages, fix the date that they write, and find the token that ends an answer.
+"""Chat templates: render messages, set the date that templates write, and find the token that ends an answer.
 
 An example of ChatML: `<|im_end|>` ends an answer, and the line break after it is not part of the answer:
 
@@ -20,12 +20,12 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
-from onecard.data.columns import BadRowError, Messages, unicode
+from onecard.data.columns import BadRowError, Messages, check_unicode
 from onecard.data.readers import reason
 from onecard.utils.errors import OnecardError
 
 NO_ARGUMENTS: Mapping[str, Any] = MappingProxyType({})
-# Words that templates do not change, and that occur in no other text
+# Markers: words that templates do not change, and that occur in no other text
 QUESTION, ANSWER, CALL = "onecardquestion", "onecardanswer", "onecardcall"
 CALL_ID = "onecallid"  # nine letters: Mistral's templates require this length
 
@@ -95,14 +95,14 @@ def rendered(
     """Messages rendered by the chat template, with its special tokens as text.
 
     `arguments`: arguments of the template besides the messages, such as `tools`. `answer_next`: add the generation
-    prompt. If the template raises an error, messages without content get an empty one; then the arguments of tool calls
-    also become JSON strings (DeepSeek-V3). Raises OnecardError without a template, and BadRowError if it raises, or
-    leaves out a message or the tool calls.
+    prompt. If the template raises an error, it is applied again with "" for each missing content. If it raises again,
+    the arguments of tool calls also become JSON strings (DeepSeek-V3). Raises OnecardError if there is no template, and
+    BadRowError if the template raises an error each time, or leaves out a message or the tool calls.
     """
     if not tokenizer.chat_template:
         raise OnecardError(
-            f"the tokenizer '{tokenizer.name_or_path}' has no chat template, which rows of chat messages need: take a "
-            "model that was tuned for chat, put a chat_template.jinja beside its tokenizer, or give rows of plain text."
+            f"the tokenizer '{tokenizer.name_or_path}' has no chat template, which rows of chat messages need: use a "
+            "model that was tuned for chat, add a chat_template.jinja to its folder, or use rows of plain text."
         )
 
     def render(messages: Messages) -> str:
@@ -121,7 +121,7 @@ def rendered(
     last = len(messages) - 1
     missing = [index for index, item in enumerate(messages) if item.get("content", "").strip() not in text]
     check_written(messages, render, missing if answer_next else [index for index in missing if index == last])
-    return unicode(text, "chat template")
+    return check_unicode(text, "chat template")
 
 
 def with_json_arguments(message: dict[str, Any]) -> dict[str, Any]:
@@ -159,8 +159,8 @@ def apply_template(
 def check_written(messages: Messages, render: Callable[[Messages], str], missing: Sequence[int]) -> None:
     """Raise BadRowError if the template leaves out a message's content, or tool calls.
 
-    Otherwise an empty answer, or an answer to another question, would be learned. Contents and calls are replaced by
-    markers that occur in no other text. `missing`: indices of messages whose content is not in the rendered text.
+    Otherwise an empty answer, or an answer to another question, would be learned. To find them in the rendered text,
+    contents and calls are replaced by markers. `missing`: indices of messages whose content was not in that text.
     """
     for index in missing:
         marked = {**messages[index], "content": ANSWER}
@@ -197,8 +197,8 @@ def with_marker(call: dict[str, Any], key: str, marker: str) -> dict[str, Any]:
 class EndTokens:
     """The token ids that end an answer. `ids_by_text`: text -> id of these and of all special tokens.
 
-    `closing`: the token with which the chat template closes an answer; None without a template, or if it writes none.
-    `chat_ids`: all tokens with which the template may close an answer, such as another one after tool calls.
+    `closing`: the token that the chat template writes after an answer; None without a template, or if it writes none.
+    `chat_ids`: all tokens that the template may write there: it may write another one after tool calls.
     """
 
     ids: frozenset[int]
@@ -211,7 +211,7 @@ def answer_end_tokens(tokenizer: Any) -> EndTokens:
     """The tokens that end an answer.
 
     These are the tokenizer's EOS, the EOS ids of the model's generation config (`load_tokenizer` stores them on the
-    tokenizer as `generation_eos`), and the token with which the chat template closes an answer.
+    tokenizer as `generation_eos`), and the token that the chat template writes after an answer.
     """
     template = getattr(tokenizer, "chat_template", None)
     eos_ids = frozenset({tokenizer.eos_token_id, *getattr(tokenizer, "generation_eos", ())} - {None})
@@ -219,7 +219,10 @@ def answer_end_tokens(tokenizer: Any) -> EndTokens:
 
 
 def closing_token(tokenizer: Any, *, chat: bool) -> int:
-    """The last token of training answers: the chat template's for messages, else EOS. Raises OnecardError if none."""
+    """The end token of training answers: `EndTokens.closing` if `chat` and there is one, else EOS.
+
+    Raises OnecardError if there is no EOS.
+    """
     closing = answer_end_tokens(tokenizer).closing if chat else None
     end = tokenizer.eos_token_id if closing is None else closing
     if end is None:
@@ -229,7 +232,10 @@ def closing_token(tokenizer: Any, *, chat: bool) -> int:
 
 @lru_cache(maxsize=8)
 def template_end_tokens(tokenizer: Any, template: str, eos_ids: frozenset[int]) -> EndTokens:
-    """`answer_end_tokens` of a tokenizer with a template. `template` and `eos_ids` may change: they are cache keys."""
+    """`answer_end_tokens` of a tokenizer with a template.
+
+    `template` and `eos_ids` are parameters because a tokenizer's may change: they are part of the cache key.
+    """
     special = {str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     ids_by_text = special | {text: token_id for token_id in eos_ids if (text := tokenizer.decode([token_id]))}
     closing = find_closing_token(tokenizer, eos_ids, ids_by_text)
@@ -244,8 +250,8 @@ def template_end_tokens(tokenizer: Any, template: str, eos_ids: frozenset[int]) 
 def find_closing_token(tokenizer: Any, eos_ids: frozenset[int], ids_by_text: Mapping[str, int]) -> int | None:
     """The first token after an answer that is one of `eos_ids`, or else the first special token; None if there is none.
 
-    Some templates write more after the last answer than after others (Phi-3: EOS). Then only tokens written after both
-    count.
+    Some templates write more after the last answer than after earlier ones (Phi-3: EOS). Only tokens that are written
+    after both count, if there are any.
     """
     question, answer = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
     for opening in ((question,), ({**question, "role": "system"}, question)):
@@ -269,7 +275,7 @@ def text_after(content: str, messages: Messages, tokenizer: Any) -> str | None:
 
 
 def leading_tokens(text: str, ids_by_text: Mapping[str, int]) -> list[tuple[int, int]]:
-    """(end offset, id) of each special token at the start of the text. White space may come between them."""
+    """(end offset, id) of each special token at the start of the text. White space between them is skipped."""
     tokens, offset = list[tuple[int, int]](), 0
     while offset < len(text):
         match = max((token for token in ids_by_text if text.startswith(token, offset)), key=len, default="")
@@ -296,7 +302,7 @@ def trailing_tokens(text: str, ids_by_text: Mapping[str, int]) -> list[tuple[int
 
 
 def cut_after_end_token(text: str, tokenizer: Any) -> tuple[str, int | None]:
-    """A rendered text up to the token that ends its last turn, and that token; the whole text and None without one."""
+    """(text up to the end token of its last turn, that token) of a rendered text; (all text, None) without one."""
     ends = answer_end_tokens(tokenizer)
     tail = trailing_tokens(text, ends.ids_by_text)
     offset, end = next(((offset, token) for offset, token in tail if token in ends.ids), (len(text), None))

@@ -1,6 +1,9 @@
-"""The token cache: tokenized examples of large datasets on disk, for later runs over the same rows.
+"""The token cache: stores the tokenized examples of large datasets on disk, for later runs over the same rows.
 
-$ONECARD_CACHE/tokens/KEY/    tokens, response_mask, ... (`example_arrays`), groups, account.json
+$ONECARD_CACHE/tokens/KEY/
+    tokens, response_mask, stops, firsts, numbers    the arrays (see `example_arrays.py`)
+    groups                                           `Tokenized.groups`
+    account.json                                     notes, bad rows, and the digests of the other files
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from onecard.utils.progress import say
 T = TypeVar("T")
 
 GROUP_BYTES = 16
-ACCOUNT, GROUPS = "account.json", "groups"
+METADATA, GROUPS = "account.json", "groups"
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,10 @@ class TokenizedExamples(Tokenized[T]):
 
 
 def cache_key(rows: Iterable[Row], tokenizer: Tokenizer, kind: type, settings: Mapping[str, Any]) -> str:
-    """SHA-256 of everything the examples depend on; empty if nothing is cached (`rows` are few or have no identity)."""
+    """SHA-256 of everything the examples depend on; empty if they are not cached.
+
+    Small data, rows without an identity (`Rows.identity`) and tokenizers written in Python are not cached.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(rows, Rows) or not rows.identity or backend is None:
         return ""
@@ -63,15 +69,15 @@ def cache_key(rows: Iterable[Row], tokenizer: Tokenizer, kind: type, settings: M
 
 @lru_cache(maxsize=1)
 def code_digest() -> str:
-    """SHA-256 of this package's source files: another version may tokenize differently."""
+    """SHA-256 of the source files of `onecard.data`: another version may tokenize differently."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def cached(key: str, kind: type[T], write: Callable[[Path | None], TokenizedExamples[T]]) -> TokenizedExamples[T]:
-    """Read the examples from the cache, or call `write` with a new folder of the cache.
+    """Read the examples of `key` from the cache, or compute them with `write(folder)`, which writes them to the folder.
 
-    `write(None)` is called if `key` is empty, or if the folder cannot be written: it keeps the examples in memory.
+    `write(None)`, which keeps them in memory, is called if `key` is empty or the folder cannot be written.
     """
     if not key:
         return write(None)
@@ -86,22 +92,22 @@ def cached(key: str, kind: type[T], write: Callable[[Path | None], TokenizedExam
         recover(folder)
         remove(new)
         new.mkdir()
-        made = write(new)
-        (new / GROUPS).write_bytes(b"".join(made.groups))
+        tokenized = write(new)
+        (new / GROUPS).write_bytes(b"".join(tokenized.groups))
         files = {name: digest(new / name) for name in (*DTYPES, GROUPS)}
-        metadata = {"files": files, "notes": made.notes, "bad_rows": [asdict(bad) for bad in made.bad_rows]}
-        (new / ACCOUNT).write_text(json.dumps(metadata), encoding="utf-8")
+        metadata = {"files": files, "notes": tokenized.notes, "bad_rows": [asdict(bad) for bad in tokenized.bad_rows]}
+        (new / METADATA).write_text(json.dumps(metadata), encoding="utf-8")
         remove(folder)
         os.replace(new, folder)
     except OSError as error:
         with suppress(OSError):
             remove(new)
-        say(f"data: {folder} cannot be written ({error}); the examples are held in memory and not cached.")
+        say(f"data: {folder} cannot be written ({error}); the examples are kept in memory and not cached.")
         return write(None)
     except BaseException:
         remove(new)
         raise
-    return made
+    return tokenized
 
 
 def read_cache(folder: Path, kind: type[T]) -> TokenizedExamples[T] | None:
@@ -109,10 +115,10 @@ def read_cache(folder: Path, kind: type[T]) -> TokenizedExamples[T] | None:
     if not folder.exists():
         return None
     try:
-        metadata = json.loads((folder / ACCOUNT).read_text(encoding="utf-8"))
-        wrong = next((name for name, sha in metadata["files"].items() if digest(folder / name) != sha), None)
-        if wrong is not None:
-            raise ValueError(f"{wrong} is not what was written")
+        metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+        damaged = next((name for name, sha in metadata["files"].items() if digest(folder / name) != sha), None)
+        if damaged is not None:
+            raise ValueError(f"the digest of {damaged} is wrong")
         groups = (folder / GROUPS).read_bytes()
         return TokenizedExamples(
             open_examples(kind, folder),

@@ -1,6 +1,6 @@
 """Tokenize rows in batches: the tokenizer is faster on many texts at once.
 
-rows -> pending examples (texts) -> token ids of a batch of them -> examples, and a data report
+rows -> pending examples (texts) -> token ids of a batch -> examples, with a data report
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ PendingBatch: TypeAlias = list[tuple[Row, PendingExample[T] | Exception]]
 def pending_examples(
     rows: Iterable[Row], report: DataReport, prepare: Callable[[Row], PendingExample[T]]
 ) -> Pending[T]:
-    """Apply `prepare` to each row. Errors are yielded; `build_examples` raises them in the order of the rows."""
+    """Apply `prepare` to each row. Errors are yielded like examples; `build_examples` handles them in row order."""
     for row in rows:
         report.add_row(row)
         try:
@@ -69,12 +69,13 @@ def tokenized_batches(
 ) -> Iterator[tuple[PendingBatch[T], list[MaskedTokens]]]:
     """Batches of rows, each with the ids and masks of its texts.
 
-    A thread encodes the next batch while the caller builds the examples of this one. An error while rows are read is
-    raised after the batches before it.
+    A thread encodes the next batch while the caller builds the examples of this one. If reading a row raises an error,
+    the batches before it are yielded first.
     """
     rows = iter(pending)
     is_fast = getattr(tokenizer, "backend_tokenizer", None) is not None
-    encode("a", tokenizer)  # drops a truncation that the tokenizer's file sets: a thread cannot while others encode
+    # The first call removes a truncation that the tokenizer's file may set. That fails while another thread encodes.
+    encode("a", tokenizer)
     with ThreadPoolExecutor(max_workers=1) as pool:
 
         def read() -> tuple[PendingBatch[T], list[Transcript], Future[dict[str, list[int]]]]:
@@ -122,7 +123,10 @@ def build_examples(pending: Pending[T], tokenizer: Tokenizer, report: DataReport
 
 @dataclass(frozen=True)
 class Tokenization(Generic[T]):
-    """Everything that the tokenized examples of one kind depend on. `odd`: the note on examples that are `is_odd`."""
+    """Tokenization of rows into examples of type `kind`, with all settings that the examples depend on.
+
+    `settings`: those of this kind alone. `suspicious_note`: the note on examples that are `is_suspicious`.
+    """
 
     kind: type[T]
     rows: Iterable[Row]
@@ -130,7 +134,7 @@ class Tokenization(Generic[T]):
     limit: LengthLimit
     skip_bad_rows: bool
     settings: Mapping[str, Any] = field(default_factory=dict)
-    odd: str = ""
+    suspicious_note: str = ""
 
     def examples(self, prepare: Callable[[Row], PendingExample[BuiltExample[T]]]) -> TokenizedExamples[T]:
         """One example for each row."""
@@ -147,12 +151,12 @@ class Tokenization(Generic[T]):
 
         def write(folder: Path | None) -> TokenizedExamples[T]:
             report, groups, writer = DataReport(self.tokenizer), list[bytes](), ExampleWriter(self.kind, folder)
-            with with_progress(self.rows) as rows, fewer_collections():
+            with with_progress(self.rows) as rows, fewer_garbage_collections():
                 for item in make(rows, report):
                     report.add(item)
                     groups.append(item.group)
                     writer.add(item.example)
-            notes = report.notes(self.limit.max_length, self.odd)
+            notes = report.notes(self.limit.max_length, self.suspicious_note)
             return TokenizedExamples(writer.finish(), groups, notes, tuple(report.bad))
 
         settings = {**asdict(self.limit), "skip_bad_rows": self.skip_bad_rows, **self.settings}
@@ -160,8 +164,8 @@ class Tokenization(Generic[T]):
 
 
 @contextmanager
-def fewer_collections() -> Iterator[None]:
-    """Context with fewer garbage collections: rows have no cycles, and collections took a fifth of the time."""
+def fewer_garbage_collections() -> Iterator[None]:
+    """Context with fewer garbage collections: rows have no cycles, and collections took a fifth of the run time."""
     before = gc.get_threshold()
     gc.set_threshold(100_000, *before[1:])
     try:

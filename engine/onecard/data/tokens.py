@@ -2,14 +2,13 @@
 
 Four rules hold for text and for chat:
 
-- A prompt's ids are `prompt_tokens`, for training and for generation, so that training and
-  scoring put the same ids before a response as sampling.
+- `prompt_tokens` gives a prompt's ids in training, scoring and sampling, so a response always follows the same ids.
 - A response ends with exactly one end token, unless it was cut at `max_length`. For text it is the EOS; for chat
   messages it is the token with which the chat template closes an answer (`templates.closing_token`).
-- What a chat template writes after that token (ChatML: a line break) is not part of the answer, because generation
-  stops at the token.
-- No special token is added twice: a text that begins with the BOS gets no other BOS, and no special tokens are added to
-  a chat template's.
+- The text that a chat template writes after the end token (ChatML: a line break) is not part of the answer, because
+  generation stops at that token.
+- No special token is added twice: a text that begins with the BOS gets no second BOS, and text from a chat template
+  gets no special tokens besides those that the template writes.
 
 An example, in which `<s>` is BOS and `</s>` is EOS, prompt "Hello", completion " you":
 
@@ -41,8 +40,8 @@ class Transcript:
     """A text before tokenization, as a series of prefixes.
 
     `prefixes[i]` extends `prefixes[i - 1]`; `is_answer[i]`: whether the part that it adds is an answer. `plain`: the
-    text is not from a chat template. `end`: the token with which the template closes the last answer, or None.
-    `num_answers`: answers of the conversation; `num_left_out` of them are not in the text.
+    text is not from a chat template. `end`: the token with which the template ends the last answer, or None.
+    `num_answers`: number of the conversation's answers; `num_left_out` of them are not learned (`chat_transcript`).
     """
 
     prefixes: tuple[str, ...]
@@ -55,7 +54,7 @@ class Transcript:
 
 @dataclass(frozen=True)
 class MaskedTokens:
-    """Token ids with their response mask, before truncation. `num_left_out` of `num_answers` answers are not in it."""
+    """Token ids with their response mask, before truncation. `num_answers`, `num_left_out`: as in `Transcript`."""
 
     tokens: list[int]
     mask: list[bool]
@@ -75,8 +74,8 @@ class LengthLimit:
 class TruncatedAnswer:
     """One text after truncation.
 
-    `cut`: response tokens were lost. `prompt_cut`: the prompt's first tokens were lost. `empty`: the response is only
-    white space and special tokens. `num_left_out` of the text's `num_answers` answers are not learned.
+    `cut`: response tokens were removed. `prompt_cut`: the prompt's first tokens were removed. `empty`: the response is
+    only white space and special tokens. `num_answers`, `num_left_out`: as in `Transcript`.
     """
 
     sequence: TokenSequence
@@ -118,7 +117,7 @@ def answer_transcript(
 def sft_transcript(
     row: SFTRow, tokenizer: Tokenizer, arguments: Mapping[str, Any] = NO_ARGUMENTS, *, assistant_only_loss: bool
 ) -> Transcript:
-    """The transcript of an SFT row. Without `assistant_only_loss`, the answer is all of the conversation."""
+    """The transcript of an SFT row. Without `assistant_only_loss`, all of a conversation is learned like an answer."""
     if isinstance(row, CompletionRow):
         return answer_transcript(row.prompt, row.completion, tokenizer, arguments)
     if not isinstance(row, MessagesRow):
@@ -137,15 +136,15 @@ def chat_transcript(
 ) -> Transcript:
     """The transcript of a chat, up to its last answer: the assistant's turns from message `first` on are answers.
 
-    Each turn is rendered as it would be sampled after its own prompt. A template may render a turn differently once the
-    conversation goes on (Qwen3: without its thought). Such a turn is left out, because it would not be sampled in this
-    text. Raises BadRowError if there is no answer, or no prompt before the first.
+    Each turn is rendered as it would be sampled after its own prompt. A template may render a turn differently when
+    more messages follow (Qwen3: without its reasoning). Such a turn is left out, because it would not be sampled in
+    this text. Raises BadRowError if there is no answer, or no prompt before the first.
     """
     turns = [index for index in range(first, len(messages)) if messages[index]["role"] == "assistant"]
     if not turns:
-        raise BadRowError("messages: no assistant's message to learn")
+        raise BadRowError("messages: no message of the assistant; expected one or more to learn")
     if turns[0] == 0:
-        raise BadRowError("messages: the assistant speaks first, so nothing can be told apart as its prompt")
+        raise BadRowError("messages: the first message is the assistant's; expected a prompt before it")
     answers = [rendered_answer(messages[: turn + 1], tokenizer, arguments) for turn in turns]
     learned = [answer for answer in answers if answers[-1].whole.startswith(answer.whole)]
     prefixes = tuple(text for answer in learned for text in (answer.prompt, answer.whole))
@@ -154,7 +153,7 @@ def chat_transcript(
 
 
 def encode_transcripts(transcripts: Iterable[Transcript], tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """Each prefix of the transcripts -> its ids. All are tokenized in one call."""
+    """Tokenize all prefixes of the transcripts in one call: prefix -> its ids."""
     texts = list(dict.fromkeys(text for transcript in transcripts for text in transcript.prefixes))
     return dict(zip(texts, encode_batch(texts, tokenizer), strict=True))
 
@@ -162,7 +161,7 @@ def encode_transcripts(transcripts: Iterable[Transcript], tokenizer: Tokenizer) 
 def mask_transcripts(
     transcripts: Sequence[Transcript], ids: Mapping[str, list[int]], tokenizer: Tokenizer
 ) -> list[MaskedTokens]:
-    """Token ids and response masks of transcripts. `ids`: of `encode_transcripts`."""
+    """Token ids and response masks of transcripts. `ids`: prefix -> its ids, from `encode_transcripts`."""
     leading = leading_special_tokens(tokenizer)
     eos = closing_token(tokenizer, chat=False) if any(item.plain and item.is_answer[-1] for item in transcripts) else -1
     return [masked_tokens(transcript, ids, leading, eos, tokenizer) for transcript in transcripts]
@@ -194,16 +193,18 @@ def truncate_prompt(tokens: list[int], tokenizer: Tokenizer, limit: LengthLimit)
         return tokens
     num_leading = leading_length(tokens, tokenizer)
     if limit.truncation_mode != "keep_end" or num_leading >= limit.max_length:
-        raise BadRowError(f"prompt: {len(tokens)} tokens, expected at most {limit.max_length} beside the response")
+        raise BadRowError(
+            f"prompt: {len(tokens)} tokens, expected at most {limit.max_length}, so that the response has room"
+        )
     return tokens[:num_leading] + tokens[num_leading + excess :]
 
 
 def truncate_answers(
     answers: Sequence[MaskedTokens], tokenizer: Tokenizer, limit: LengthLimit, *, learn_all: bool = False
 ) -> list[TruncatedAnswer]:
-    """Truncate answers to one prompt to `limit`, so that all keep the same prompt ids.
+    """Truncate the answers to one prompt. All of them keep the same prompt ids.
 
-    keep_end cuts the beginning of the prompt first; the ends of the answers are cut last. Raises BadRowError if the
+    keep_end first cuts the beginning of the prompt, then the ends of the answers. Raises BadRowError if the
     prompt leaves no room for a response, or the mode is `error` and an answer is too long.
     """
     prompt_length = min(answer.mask.index(True) for answer in answers)
@@ -226,14 +227,17 @@ def truncate_answers(
 def truncate_answer(
     item: MaskedTokens, num_leading: int, num_cut: int, tokenizer: Tokenizer, max_length: int, learn_all: bool
 ) -> TruncatedAnswer:
-    """Cut `num_cut` tokens after the first `num_leading`, and those past `max_length`. `learn_all`: a mask of True."""
+    """Cut `num_cut` tokens after the first `num_leading`, and all tokens after `max_length`.
+
+    `learn_all`: the response mask is True for every token.
+    """
     tokens, mask = item.tokens, item.mask
     if num_cut:
         tokens, mask = tokens[:num_leading] + tokens[num_leading + num_cut :], mask[num_cut:]
     learned = [True] * len(mask) if learn_all else mask
     sequence = TokenSequence(tuple(tokens[:max_length]), tuple(learned[:max_length]))
     if True not in sequence.response_mask[1:]:
-        raise BadRowError("nothing to learn: no token of the response has one before it")
+        raise BadRowError("nothing to learn: expected a response token with a token before it")
     empty = is_empty(tokens, mask, tokenizer)
     cut = any(mask[max_length:])
     return TruncatedAnswer(
@@ -245,7 +249,7 @@ def truncate_answer(
 
 
 def encode(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of the text. No special tokens are added; those written in the text are kept."""
+    """Ids of the text. No special tokens are added; special tokens written in the text are parsed as such."""
     # verbose=False: the tokenizer would warn about long texts, which `max_length` handles
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
@@ -277,7 +281,7 @@ def leading_special_tokens(tokenizer: Tokenizer) -> list[int]:
 
 
 def leading_length(tokens: Sequence[int], tokenizer: Tokenizer) -> int:
-    """The number of leading tokens that are special tokens of the tokenizer; these are not cut."""
+    """The number of special tokens that the tokenizer added before the text; truncation keeps them."""
     leading = leading_special_tokens(tokenizer)
     return len(leading) if list(tokens[: len(leading)]) == leading else 0
 
@@ -301,9 +305,9 @@ def continuation_ids(before: list[int], whole: list[int], response: str, tokeniz
 def encode_after(before: list[int], response: str, expected: str, tokenizer: Tokenizer) -> list[int]:
     """Ids of `response`, tokenized apart from the ids `before`, so that both together decode to `expected`.
 
-    A sentencepiece tokenizer adds a space at the start of a text. It does not after another character, but that
-    character may merge with the response. Several characters are tried, and the first that decodes correctly is used;
-    if none does, the ids of the response alone.
+    A SentencePiece tokenizer adds a space at the start of a text, but not after another character. So `response` is
+    tokenized after a character, whose ids are then removed. A character may merge with the response: several are tried,
+    and the first that decodes correctly is used. If none does, the result is the ids of the response alone.
     """
     for character in ("", "\n", ".", "0"):
         character_ids, both = encode(character, tokenizer), encode(character + response, tokenizer)
@@ -314,7 +318,8 @@ def encode_after(before: list[int], response: str, expected: str, tokenizer: Tok
 
 
 def is_empty(tokens: Sequence[int], mask: Sequence[bool], tokenizer: Tokenizer) -> bool:
-    """Whether the masked tokens are white space and special tokens only. Usually one of the first tokens decides."""
+    """Whether the tokens where `mask` is True are white space and special tokens only."""
+    # usually one of the first tokens is readable, so that the text need not be decoded
     if any(is_readable(token, tokenizer) for token in islice(compress(tokens, mask), 8)):
         return False
     return not tokenizer.decode(list(compress(tokens, mask)), skip_special_tokens=True).strip()
@@ -328,7 +333,7 @@ def is_readable(token: int, tokenizer: Tokenizer) -> bool:
 
 
 def with_eos(response: Sequence[int], eos: int, tokenizer: Tokenizer) -> list[int]:
-    """The response with exactly one EOS at its end. After its last EOS, text is kept and white space is cut."""
+    """The response with exactly one EOS at its end. White space after its last EOS is removed, other text is not."""
     if eos not in response:
         return [*response, eos]
     end = max(stop for stop, token in enumerate(response, start=1) if token == eos)
@@ -352,7 +357,7 @@ def continuation_text(
 ) -> str:
     """The text that the ids `after` add to the ids `before`: text(before + after) without text(before).
 
-    Decoded alone, `after` would lose its leading space in a sentencepiece tokenizer. A character that begins in
+    Decoded alone, `after` would lose its leading space with a SentencePiece tokenizer. A character that begins in
     `before` and ends in `after` is part of the result.
     """
 
@@ -363,8 +368,8 @@ def continuation_text(
 
     start, whole = start_and_whole(before)
     if not whole.startswith(start) and not start.endswith(REPLACEMENT):
-        # The first bytes of `after` are not a valid character, and make the bytes before them invalid too: use a letter
-        # in place of `before`.
+        # `after` begins with bytes that are no valid character, and the decoder replaces the bytes before them too.
+        # Decode `after` behind a letter instead of `before`.
         start, whole = start_and_whole(encode("a", tokenizer))
     while not whole.startswith(start):  # the incomplete character at the end of `before` is complete now
         start = start[:-1]

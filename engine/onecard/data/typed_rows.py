@@ -1,6 +1,6 @@
-"""Rows to typed examples: find the columns of each kind of training, and check their values.
+"""Convert rows to typed rows: find the columns that each kind of training needs, and check their values.
 
-The columns are TRL's. A text is a string or a tuple of chat messages:
+The column names are TRL's. A text is a string or a tuple of chat messages:
 
 | training | columns |
 |---|---|
@@ -26,17 +26,17 @@ from onecard.data.columns import (
     Messages,
     Text,
     as_text,
+    boolean,
+    check_answer_roles,
+    check_prompt_end,
+    check_same_form,
     column,
     columns_present,
     has,
     is_chat,
-    must_answer,
-    must_ask,
-    must_match,
     number,
     text_or_messages,
-    truth,
-    unused,
+    unknown_columns,
 )
 from onecard.data.files import Row
 from onecard.data.readers import json_type
@@ -80,7 +80,7 @@ class PreferenceRow:
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """One answer and its given score."""
+    """A prompt with one answer, and the answer's score."""
 
     prompt: Text
     completion: Text
@@ -97,18 +97,11 @@ class RankingRow:
 
 @dataclass(frozen=True)
 class LabelledRow:
-    """One answer, and whether it is desirable."""
+    """A prompt with one answer, and whether the answer is desirable."""
 
     prompt: Text
     completion: Text
     desirable: bool
-
-
-@dataclass(frozen=True)
-class PromptRow:
-    """A prompt to answer."""
-
-    prompt: Text
 
 
 def sft_row(row: Row) -> SFTRow:
@@ -116,32 +109,32 @@ def sft_row(row: Row) -> SFTRow:
     values = row.values
     complete = [make for columns, make in SFT_KINDS.items() if all(has(values, name) for name in columns)]
     partial = [make for columns, make in SFT_KINDS.items() if any(has(values, name) for name in columns)]
-    for make in complete + partial:  # for a partial kind, `make` raises an error that names the missing column
-        return make(values)
+    if partial:
+        return (complete or partial)[0](values)  # if a column is missing, it raises an error that names the column
     null = [name for columns in SFT_KINDS for name in columns if name in values]
     if null:
         others = f"; {columns_present(values)}" if any(has(values, str(name)) for name in values) else ""
         raise BadRowError(f"{', '.join(null)} {'is' if len(null) == 1 else 'are'} null{others}")
-    near = next(filter(None, (nearest(name, unused(values)) for name in ("messages", "text"))), "")
+    near = next(filter(None, (nearest(name, unknown_columns(values)) for name in ("messages", "text"))), "")
     raise BadRowError(f"no column 'messages', 'prompt' + 'completion', or 'text'; {columns_present(values)}{near}")
 
 
 def preference_row(row: Row) -> PreferenceRow:
-    """A pair with its prompt, which chat answers may include at their start."""
+    """A pair with its prompt. Chat answers may begin with the prompt's messages; these are then removed from them."""
     values = row.values
     chosen, rejected = text_or_messages(values, "chosen"), text_or_messages(values, "rejected")
-    must_match("rejected", rejected, "chosen", chosen)
+    check_same_form("rejected", rejected, "chosen", chosen)
     given = text_or_messages(values, "prompt") if has(values, "prompt") or not is_chat(chosen) else None
     if is_chat(chosen) and is_chat(rejected) and not isinstance(given, tuple):
-        # A text prompt in a row of whole conversations repeats their first message, as in UltraFeedback.
+        # If the prompt is text beside chat answers, it repeats their first message (UltraFeedback), and is not used.
         prompt: Text = shared_start(chosen, rejected)
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     else:
         prompt = given or ""
-        must_match("chosen", chosen, "prompt", prompt)
-    must_ask("prompt", prompt)
-    must_answer("chosen", chosen)
-    must_answer("rejected", rejected)
+        check_same_form("chosen", chosen, "prompt", prompt)
+    check_prompt_end("prompt", prompt)
+    check_answer_roles("chosen", chosen)
+    check_answer_roles("rejected", rejected)
     margin = number(values, "margin") if has(values, "margin") else 0.0
     return PreferenceRow(prompt, chosen, rejected, margin)
 
@@ -160,40 +153,40 @@ def ranking_row(row: Row) -> RankingRow:
     values = row.values
     given = column(values, "completions")
     if not isinstance(given, list):
-        raise BadRowError(f"completions: expected a list of answers, the best first, got {json_type(given)}")
+        raise BadRowError(f"completions: expected a list of answers, best first, got {json_type(given)}")
     if len(given) < 2:
         raise BadRowError(f"completions: expected 2 answers or more, got {len(given)}")
     prompt = text_or_messages(values, "prompt")
-    must_ask("prompt", prompt)
+    check_prompt_end("prompt", prompt)
     answers = {f"completions[{index}]": as_text(item, f"completions[{index}]") for index, item in enumerate(given)}
     for name, answer in answers.items():
-        must_match(name, answer, "prompt", prompt)
-        must_answer(name, answer)
+        check_same_form(name, answer, "prompt", prompt)
+        check_answer_roles(name, answer)
     return RankingRow(prompt, tuple(answers.values()))
 
 
 def labelled_row(row: Row) -> LabelledRow:
     """An answer with its label."""
     answer = completion_kind(row.values)
-    return LabelledRow(answer.prompt, answer.completion, truth(row.values, "label"))
+    return LabelledRow(answer.prompt, answer.completion, boolean(row.values, "label"))
 
 
 def shared_start(chosen: Messages, rejected: Messages) -> Messages:
-    """The messages that both begin with; each keeps at least one message as its answer."""
+    """The common messages at the start of both answers. At least the last message of each is not part of them."""
     limit = min(len(chosen), len(rejected)) - 1
     count = next((i for i in range(limit) if chosen[i] != rejected[i]), limit)
     if count == 0:
         raise BadRowError(
-            "no prompt: 'prompt' holds no messages, and chosen and rejected share no message at their start"
+            "no prompt: expected messages in 'prompt', or chosen and rejected that begin with the same message"
         )
     return chosen[:count]
 
 
-def prompt_row(row: Row) -> PromptRow:
+def row_prompt(row: Row) -> Text:
     """The prompt of a row. The other columns are for rewards."""
     prompt = text_or_messages(row.values, "prompt")
-    must_ask("prompt", prompt)
-    return PromptRow(prompt)
+    check_prompt_end("prompt", prompt)
+    return prompt
 
 
 def messages_kind(values: Mapping[str, Any]) -> MessagesRow:
@@ -205,9 +198,9 @@ def messages_kind(values: Mapping[str, Any]) -> MessagesRow:
 
 def completion_kind(values: Mapping[str, Any]) -> CompletionRow:
     prompt, completion = text_or_messages(values, "prompt"), text_or_messages(values, "completion")
-    must_match("completion", completion, "prompt", prompt)
-    must_ask("prompt", prompt)
-    must_answer("completion", completion)
+    check_same_form("completion", completion, "prompt", prompt)
+    check_prompt_end("prompt", prompt)
+    check_answer_roles("completion", completion)
     return CompletionRow(prompt, completion)
 
 

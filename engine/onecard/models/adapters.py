@@ -26,12 +26,12 @@ from onecard.utils.errors import OnecardError, reason
 ADAPTER_SETTINGS, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
 # PEFT settings that do not change what an adapter computes once its tensors are read
-IGNORED = {
+IGNORED_SETTINGS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode", "loftq_config",
     "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "runtime_config", "task_type",
 }  # fmt: skip
 # Supported settings -> the types of their JSON values, and the types of the elements of a list or an object
-SUPPORTED: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
+SUPPORTED_SETTINGS: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
     "r": ((int,), ()),
     "lora_alpha": ((int, float), ()),
     **dict.fromkeys(("fan_in_fan_out", "lora_bias", "use_dora", "use_rslora"), ((bool,), ())),
@@ -41,7 +41,7 @@ SUPPORTED: dict[str, tuple[tuple[type, ...], tuple[type, ...]]] = {
     "layers_to_transform": ((int, list, NoneType), (int,)),
 }
 # Values of `init_lora_weights` that do not change the base's weights; pissa, olora, corda, loftq and lora_ga do
-PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+UNCHANGED_BASE_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def read_settings(folder: Path, setting: str) -> Any:
@@ -56,32 +56,32 @@ def read_settings(folder: Path, setting: str) -> Any:
         values = json.loads((folder / ADAPTER_SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OnecardError(f"{where}: {ADAPTER_SETTINGS} cannot be read: {reason(error)}") from error
-    kind, task = values.get("peft_type"), values.get("task_type")
-    if kind != "LORA":
-        raise OnecardError(f"{where} is of kind {kind}, which is not supported yet; expected LORA.")
+    peft_type, task = values.get("peft_type"), values.get("task_type")
+    if peft_type != "LORA":
+        raise OnecardError(f"{where} has peft_type {peft_type}, which is not supported yet; expected LORA.")
     if task not in (None, "CAUSAL_LM"):
         raise OnecardError(f"{where} was trained for {task}; expected CAUSAL_LM.")
     if (bias := values.get("bias", "none")) != "none":
         raise OnecardError(
-            f"{where} trained biases of the base (bias: {bias}), so the base would be changed even with the adapter "
+            f"{where} has trained biases of the base (bias: {bias}), which stay in the base when the adapter is "
             "off; merge it with PEFT, and use the merged model."
         )
-    if values.get("init_lora_weights") not in PLAIN_INITS:
+    if values.get("init_lora_weights") not in UNCHANGED_BASE_INITS:
         raise OnecardError(
             f"{where} was initialized by {values['init_lora_weights']}, which changes the base's weights; convert it "
             "to plain LoRA with PEFT's path_initial_model_for_weight_conversion."
         )
-    for name in SUPPORTED.keys() & values.keys():
-        value, (types, element_types) = values[name], SUPPORTED[name]
+    for name in SUPPORTED_SETTINGS.keys() & values.keys():
+        value, (types, element_types) = values[name], SUPPORTED_SETTINGS[name]
         elements = value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
         if type(value) not in types or not {type(element) for element in elements} <= {*element_types}:
-            raise OnecardError(f"{where} has {name}: {json.dumps(value)}, which PEFT would not have written.")
+            raise OnecardError(f"{where} has {name}: {json.dumps(value)}, expected the type that PEFT writes.")
     defaults = {
         field.name: field.default if field.default_factory is MISSING else field.default_factory()
         for field in fields(LoraConfig)
     }
     for name, value in values.items():
-        if name in IGNORED or name in SUPPORTED or name in ("bias", "init_lora_weights"):
+        if name in IGNORED_SETTINGS or name in SUPPORTED_SETTINGS or name in ("bias", "init_lora_weights"):
             continue
         if name == "revision" and value in (None, "", "main"):
             continue
@@ -181,21 +181,21 @@ def without_base_copies(
     base = base_tensors(model)
     adapter: dict[str, Tensor] = {}
     for key, tensor in stored.items():
-        plain = key.replace(".base_layer.", ".")
-        base_tensor = base.get(plain)
+        base_name = key.replace(".base_layer.", ".")
+        base_tensor = base.get(base_name)
         if key in expected or base_tensor is None:
             adapter[key] = tensor
         elif base_tensor.shape != tensor.shape:
-            raise OnecardError(resized_base_message(where, plain, tensor, base_tensor))
+            raise OnecardError(resized_base_message(where, base_name, tensor, base_tensor))
         elif not same_values(base_tensor.detach().cpu(), tensor):
-            raise OnecardError(f"{where} holds other weights for {plain} than its base; expected an adapter alone.")
+            raise OnecardError(f"{where} has weights for {base_name} that differ from its base's.")
     return adapter
 
 
 def same_values(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are equal in the narrower of their dtypes."""
-    narrow = min(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
-    return torch.equal(first.to(narrow), second.to(narrow))
+    """Whether two tensors are equal when both are cast to the smaller of their dtypes."""
+    smaller = min(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(first.to(smaller), second.to(smaller))
 
 
 def resized_base_message(where: str, key: str, stored: Tensor, expected: Tensor) -> str:
@@ -203,15 +203,15 @@ def resized_base_message(where: str, key: str, stored: Tensor, expected: Tensor)
     name = key.removeprefix("base_model.model.").removesuffix(".weight")
     return (
         f"{where} was trained on a base whose {name} is {list(stored.shape)}, but it is {list(expected.shape)} in the "
-        "base; where tokens were added, resize the base (resize_token_embeddings), save it, and name that one as the "
-        "base."
+        "base; if tokens were added, resize the base (resize_token_embeddings), save it, and name the saved folder as "
+        "the adapter's base."
     )
 
 
 def renamed_by_peft(model: Any, name: str, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """A file's tensors, renamed as PEFT renames them: checkpoint names become module names.
 
-    A conversion that creates new tensors (one stacked tensor from those of single experts) is not applied.
+    A conversion that creates new tensors, such as one stacked tensor of all experts, is not applied.
     """
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
@@ -219,7 +219,7 @@ def renamed_by_peft(model: Any, name: str, stored: Mapping[str, Tensor]) -> Mapp
         converted = convert_peft_adapter_state_dict_for_transformers(
             model, model.peft_config[name], dict(stored), adapter_name=name
         )
-    except Exception:  # names that are not those of an adapter; `check_tensors` reports them
+    except Exception:  # PEFT does not know these names; `check_tensors` reports them
         return stored
     same = {id(tensor) for tensor in converted.values()} == {id(tensor) for tensor in stored.values()}
     return converted if same and len(converted) == len(stored) else stored
@@ -282,13 +282,13 @@ def read_adapter(model: Any, folder: Path, name: str, setting: str = "model") ->
     except Exception as error:  # PEFT's checks raise ValueError, KeyError or RuntimeError
         raise OnecardError(f"{where}: {reason(error)}") from error
     fill_adapter(model, name, stored, where)
-    check_head(model, name, where)
+    check_head_variant(model, name, where)
     check_rescaled(model, name, where)
     return model
 
 
 def check_rescaled(model: Any, name: str, where: str) -> None:
-    """Raise for an adapter on weights that the model rescales in evaluation mode: its output would change."""
+    """Raise for an adapter on weights that the model rescales in evaluation mode (`is_rescaled`)."""
     from onecard.models.targets import is_rescaled
 
     for path, module in model.named_modules():
@@ -296,7 +296,7 @@ def check_rescaled(model: Any, name: str, where: str) -> None:
             raise OnecardError(f"{where} is on {path}, whose weights the model rescales in evaluation mode.")
 
 
-def check_head(model: Any, name: str, where: str) -> None:
+def check_head_variant(model: Any, name: str, where: str) -> None:
     """Raise for a LoRA variant (such as DoRA) on the head: its output is not that of a single weight matrix."""
     head = model.get_base_model().get_output_embeddings()
     variant = getattr(head, "lora_variant", {}).get(name)

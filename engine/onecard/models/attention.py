@@ -7,7 +7,7 @@ attends to its own rows and to those of a prompt that it shares. There is no mas
 |---|---|
 | GPU of compute capability 8.0 or newer, 16 bit | varlen kernel of flash-attn if installed, else PyTorch's |
 | elsewhere: CPU, float32, older GPUs | PyTorch's `scaled_dot_product_attention`, one sequence at a time |
-| heads wider than 256, or no multiple of 8 | the same |
+| head dimension above 256, or not a multiple of 8 | the same |
 | models with a softcap on attention logits (Gemma 2), without flash-attn | eager attention, one sequence at a time |
 
 Without `Segments` (padded batches, sampling with a cache, models that apply sliding windows by their masks only) it
@@ -34,9 +34,9 @@ from onecard.models.trunk import trunk_of
 from onecard.utils.errors import OnecardError
 
 NAME = "onecard"
-# Keyword arguments that models pass to their attention and that do not change its result
-UNUSED = ("position_ids", "use_cache", "output_attentions", "output_router_logits", "output_hidden_states")
-MOST_FLASH_DIMENSIONS, FLASH_STEP = 256, 8  # largest width of a head, and its divisor
+# Keyword arguments that models pass to the attention function and that do not change its result
+IGNORED_ARGUMENTS = ("position_ids", "use_cache", "output_attentions", "output_router_logits", "output_hidden_states")
+MAX_FLASH_HEAD_DIM, FLASH_HEAD_DIM_MULTIPLE = 256, 8  # of flash attention's kernels
 
 
 # Shape of the mask of a packed row: transformers passes 4-D masks on unchanged, and `attend` recognizes this shape
@@ -69,8 +69,8 @@ def segments_of(batch: TokenBatch) -> Segments:
 
 
 @dataclass(frozen=True)
-class Score:
-    """Scale and softcap of attention logits, and the sliding window in tokens (None: all keys before the query)."""
+class AttentionOptions:
+    """Scale and softcap of attention logits, and sliding window in tokens (None: no window)."""
 
     scale: float
     softcap: float | None = None
@@ -90,7 +90,7 @@ def planned_for(device: torch.device) -> Iterator[None]:
         _planned.pop()
 
 
-def target_of(tensor: Tensor) -> torch.device:
+def kernel_device(tensor: Tensor) -> torch.device:
     """A tensor's device; for a tensor on meta, the device that is planned for."""
     return _planned[-1] if tensor.is_meta and _planned else tensor.device
 
@@ -119,7 +119,7 @@ def attend(
     With `segments`, b is 1 and `attention_mask` is ignored. Of `others`, `sliding_window` is supported; other arguments
     that change the attention (top-k indices, sinks, biases) raise `OnecardError`.
     """
-    known = {*UNUSED, "sliding_window", "is_causal"}
+    known = {*IGNORED_ARGUMENTS, "sliding_window", "is_causal"}
     unknown = [name for name, value in others.items() if value is not None and name not in known]
     if segments is not None and "sliding_window" not in others:
         unknown += windows_of(getattr(module, "config", None))
@@ -127,25 +127,30 @@ def attend(
         unknown.append("is_causal=False")
     if unknown:
         raise OnecardError(
-            f"model: {type(module).__name__} has attention with {unknown[0]}, which onecard's own does not know; "
-            "give --attn_implementation eager."
+            f"model: {type(module).__name__} has attention with {unknown[0]}, which onecard's attention does not "
+            "support; give --attn_implementation eager."
         )
     if segments is None and attention_mask is not None and attention_mask.shape == PACKED_MASK and key.shape[2] > 1:
-        raise OnecardError(f"model: {type(module).__name__} is not told where packed sequences begin.")
-    for name in UNUSED:
+        raise OnecardError(
+            f"model: {type(module).__name__} got a packed batch without `segments`, so a sequence would attend to the "
+            "others; give --no_padding_free."
+        )
+    for name in IGNORED_ARGUMENTS:
         others.pop(name, None)
-    score = Score(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, others.pop("sliding_window", None))
+    options = AttentionOptions(
+        query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, others.pop("sliding_window", None)
+    )
     if segments is not None and dropout:
         raise OnecardError(
-            f"model: {type(module).__name__} drops {dropout:g} of its attention in training, expected 0: old and new "
-            "log-probs of one policy would differ."
+            f"model: {type(module).__name__} has attention dropout {dropout:g} in training mode, expected 0: old and "
+            "new log-probs of one policy would differ."
         )
     if segments is None:
-        return batched(module, query, key, value, attention_mask, score, dropout=dropout, **others), None
+        return padded_attention(module, query, key, value, attention_mask, options, dropout=dropout, **others), None
     if segments.key_rows is not None:
         key, value = (tensor.index_select(2, segments.key_rows) for tensor in (key, value))
-    run = kernel_for(query, value, score)
-    return run(query, key, value, segments, score).to(query.dtype).contiguous(), None
+    run = kernel_for(query, value, options)
+    return run(query, key, value, segments, options).to(query.dtype).contiguous(), None
 
 
 def windows_of(config: Any) -> list[str]:
@@ -158,24 +163,24 @@ def windows_of(config: Any) -> list[str]:
     return [name for name in names if (getattr(config, name, None) or math.inf) < longest]
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Segments, Score], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor, Segments, AttentionOptions], Tensor]
 
 
-def kernel_for(query: Tensor, value: Tensor, score: Score) -> Kernel:
-    """The fastest kernel that supports these tensors and this score."""
-    device = target_of(query)
+def kernel_for(query: Tensor, value: Tensor, options: AttentionOptions) -> Kernel:
+    """The fastest kernel that supports these tensors and options."""
+    device = kernel_device(query)
     width = query.shape[-1]
-    fits = width <= MOST_FLASH_DIMENSIONS and width % FLASH_STEP == 0 and value.shape[-1] <= width
+    fits = width <= MAX_FLASH_HEAD_DIM and width % FLASH_HEAD_DIM_MULTIPLE == 0 and value.shape[-1] <= width
     flash = has_flash(device, query.dtype) and fits
     if flash and importlib.util.find_spec("flash_attn") and not query.is_meta:
         return by_flash_attn
-    if score.softcap is not None:
-        return by_formula
+    if options.softcap is not None:
+        return by_eager
     return by_torch_varlen if flash else by_sdpa
 
 
-def flat(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tuple[Any, ...]:
-    """The leading arguments of both varlen kernels: q, k, v [n, H, d], cumulative lengths, and longest lengths.
+def varlen_arguments(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tuple[Any, ...]:
+    """The first arguments of both varlen kernels: q, k, v [n, H, d], cumulative lengths, and longest lengths.
 
     Multi-head latent attention has values narrower than its queries, which the kernels do not support: the values are
     padded with zeros.
@@ -186,65 +191,65 @@ def flat(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tuple
     return *tokens_first, segments.cu_queries, segments.cu_keys, *longest
 
 
-def by_flash_attn(query: Tensor, key: Tensor, value: Tensor, segments: Segments, score: Score) -> Tensor:
+def by_flash_attn(query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: AttentionOptions) -> Tensor:
     """The varlen kernel of the flash-attn package."""
     flash_attn_varlen_func: Callable[..., Any] = importlib.import_module("flash_attn").flash_attn_varlen_func
-    window = (-1, -1) if score.window is None else (score.window - 1, 0)
+    window = (-1, -1) if options.window is None else (options.window - 1, 0)
     out: Tensor = flash_attn_varlen_func(
-        *flat(query, key, value, segments),
-        softmax_scale=score.scale,
+        *varlen_arguments(query, key, value, segments),
+        softmax_scale=options.scale,
         causal=True,
         window_size=window,
-        softcap=score.softcap or 0.0,
+        softcap=options.softcap or 0.0,
     )
     return out.unsqueeze(0)[..., : value.shape[-1]]
 
 
-def by_torch_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, score: Score) -> Tensor:
+def by_torch_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: AttentionOptions) -> Tensor:
     """PyTorch's varlen flash attention."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters  # older versions support grouped heads without the argument
     grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in known else {}
-    back = -1 if score.window is None else score.window - 1
+    back = -1 if options.window is None else options.window - 1
     attention: Callable[..., Any] = varlen_attn
     out: Tensor = attention(
-        *flat(query, key, value, segments),
-        scale=score.scale,
+        *varlen_arguments(query, key, value, segments),
+        scale=options.scale,
         window_size=(back, 0),
         **grouped,
     )
     return out.unsqueeze(0)[..., : value.shape[-1]]
 
 
-def sees(queries: int, keys: int, score: Score, device: torch.device) -> Tensor:
+def causal_mask(queries: int, keys: int, options: AttentionOptions, device: torch.device) -> Tensor:
     """Causal mask with the window, bool [queries, keys]; True: attended to. The last query is at the last key."""
     causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    return causal if score.window is None else causal.triu(keys - queries - score.window + 1)
+    return causal if options.window is None else causal.triu(keys - queries - options.window + 1)
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, score: Score) -> Tensor:
+def sdpa(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
     """SDPA on one sequence, [1, H, n, d]. A mask is only created where `is_causal` does not describe it."""
     queries, keys = query.shape[2], key.shape[2]
     if key.shape[1] != query.shape[1]:
         key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
-    causal = queries == keys and (score.window is None or score.window >= keys)
-    mask = None if causal else sees(queries, keys, score, query.device)
+    causal = queries == keys and (options.window is None or options.window >= keys)
+    mask = None if causal else causal_mask(queries, keys, options, query.device)
     return functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=causal, scale=score.scale
+        query, key, value, attn_mask=mask, is_causal=causal, scale=options.scale
     )
 
 
-def formula(query: Tensor, key: Tensor, value: Tensor, score: Score, visible: Tensor) -> Tensor:
+def eager_attention(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions, visible: Tensor) -> Tensor:
     """Eager attention, softmax(cap(scale q k)) v with the softmax in fp32; [b, H, n, d].
 
-    cap(x) = softcap * tanh(x / softcap), or x without a softcap. `visible`: mask, True where a query sees a key.
+    cap(x) = softcap * tanh(x / softcap), or x without a softcap. `visible`: mask, True where a query attends to a key.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    logits = (query @ key.transpose(2, 3)).float() * score.scale
-    if score.softcap is not None:
-        logits = score.softcap * torch.tanh(logits / score.softcap)
+    logits = (query @ key.transpose(2, 3)).float() * options.scale
+    if options.softcap is not None:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
     weights = logits.masked_fill(~visible, torch.finfo(torch.float32).min).softmax(-1)
     return weights.to(value.dtype) @ value
 
@@ -264,50 +269,58 @@ def one_by_one(
     return torch.cat([run(*piece) for piece in pieces], dim=2).transpose(1, 2)
 
 
-def by_sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, score: Score) -> Tensor:
+def by_sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: AttentionOptions) -> Tensor:
     """`scaled_dot_product_attention`, one sequence at a time."""
-    return one_by_one(query, key, value, segments, lambda q, k, v: sdpa(q, k, v, score))
+    return one_by_one(query, key, value, segments, lambda q, k, v: sdpa(q, k, v, options))
 
 
-def by_formula(query: Tensor, key: Tensor, value: Tensor, segments: Segments, score: Score) -> Tensor:
-    """Eager attention (`formula`), one sequence at a time."""
+def by_eager(query: Tensor, key: Tensor, value: Tensor, segments: Segments, options: AttentionOptions) -> Tensor:
+    """Eager attention (`eager_attention`), one sequence at a time."""
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return formula(q, k, v, score, sees(q.shape[2], k.shape[2], score, q.device))
+        return eager_attention(q, k, v, options, causal_mask(q.shape[2], k.shape[2], options, q.device))
 
     return one_by_one(query, key, value, segments, run)
 
 
-def newest(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, score: Score) -> Tensor:
-    """A decoding step: one query per row over all its keys, [b, H, 1, d] -> [b, 1, H, d].
+def decode_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: AttentionOptions
+) -> Tensor:
+    """Attention of a decoding step: one query per row over all its keys, [b, H, 1, d] -> [b, 1, H, d].
 
     Query heads that share a key-value head are passed as several queries of that head, so keys and values are not
-    repeated. Older releases of transformers repeat them, and so copy the whole cache for each query head in each step.
+    repeated. Older releases of transformers repeat them, which copies the whole cache for each query head in each step.
     """
     rows, heads, _, width = query.shape
     shared = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
-    out = functional.scaled_dot_product_attention(shared, key, value, attn_mask=mask, scale=score.scale)
+    out = functional.scaled_dot_product_attention(shared, key, value, attn_mask=mask, scale=options.scale)
     return out.reshape(rows, 1, heads, value.shape[-1])
 
 
-def batched(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, score: Score, **others: Any
+def padded_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options: AttentionOptions,
+    **others: Any,
 ) -> Tensor:
-    """Attention over padded rows, or in a decoding step: transformers' SDPA, or `formula` with a softcap."""
-    if score.softcap is not None:
-        visible = sees(query.shape[2], key.shape[2], score, query.device) if mask is None else mask
-        return formula(query, key, value, score, visible).transpose(1, 2)
+    """Attention over padded rows, or in a decoding step: transformers' SDPA, or `eager_attention` with a softcap."""
+    if options.softcap is not None:
+        visible = causal_mask(query.shape[2], key.shape[2], options, query.device) if mask is None else mask
+        return eager_attention(query, key, value, options, visible).transpose(1, 2)
     same_for_heads = mask is None or mask.shape[1] == 1
     if query.shape[2] == 1 and key.shape[1] != query.shape[1] and same_for_heads and not others.get("dropout"):
-        return newest(query, key, value, mask, score)
+        return decode_attention(query, key, value, mask, options)
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    out: Tensor = sdpa_attention_forward(module, query, key, value, mask, scaling=score.scale, **others)[0]
+    out: Tensor = sdpa_attention_forward(module, query, key, value, mask, scaling=options.scale, **others)[0]
     return out
 
 
-def use_own_attention(model: Any) -> bool:
-    """Set this attention on a model that supports attention by name and passes on keyword arguments.
+def use_onecard_attention(model: Any) -> bool:
+    """Set onecard's attention on a model that looks attention up by name and passes its keyword arguments on.
 
     Returns whether it was set.
     """
@@ -318,19 +331,19 @@ def use_own_attention(model: Any) -> bool:
     parameters = inspect.signature(trunk.forward).parameters.values()
     has_kwargs = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     capped = getattr(trunk.config, "attn_logit_softcapping", None) is not None
-    known = capped or getattr(trunk, "_supports_sdpa", False)  # other models compute attention in their own way
+    known = capped or getattr(trunk, "_supports_sdpa", False)  # other models do not call a registered function
     has_backend = getattr(trunk, "_supports_attention_backend", False)
-    if not (has_kwargs and known and has_backend and has_plain_attention(trunk.config)):
+    if not (has_kwargs and known and has_backend and has_causal_attention(trunk.config)):
         return False
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.plain_attention = trunk.config._attn_implementation
+    model.transformers_attention = trunk.config._attn_implementation
     trunk.set_attn_implementation(NAME)
     return True
 
 
 # transformers' cache classes of layers with causal attention, sliding-window attention, or no cache
-PLAIN_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
+CAUSAL_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 
 
 def cached_layers(config: Any) -> set[str]:
@@ -340,40 +353,40 @@ def cached_layers(config: Any) -> set[str]:
     return {type(layer).__name__ for layer in DynamicCache(config=config).layers}
 
 
-def has_plain_attention(config: Any) -> bool:
+def has_causal_attention(config: Any) -> bool:
     """Whether all layers have causal or sliding-window attention.
 
     Other layers have a recurrent state (Mamba, linear attention, short convolutions) or select keys (sparse attention).
     """
-    return cached_layers(config) <= PLAIN_LAYERS
+    return cached_layers(config) <= CAUSAL_LAYERS
 
 
-def chooses_keys(config: Any) -> bool:
-    """Whether a layer selects the keys that it attends to (sparse attention).
+def has_sparse_attention(config: Any) -> bool:
+    """Whether a layer selects the keys that it attends to.
 
     Which of several keys with equal scores is selected depends on the rest of the batch, so such a model is only exact
     with one sequence per forward pass.
     """
     states = {name for name in cached_layers(config) if name.startswith("LinearAttention")}
-    return not cached_layers(config) <= PLAIN_LAYERS | states
+    return not cached_layers(config) <= CAUSAL_LAYERS | states
 
 
-def has_own_attention(model: Any) -> bool:
-    """Whether the model has the attention that `use_own_attention` sets."""
+def has_onecard_attention(model: Any) -> bool:
+    """Whether `use_onecard_attention` has set onecard's attention on the model."""
     return getattr(trunk_of(model).config, "_attn_implementation", "") == NAME
 
 
-def use_plain_attention(model: Any) -> None:
+def use_transformers_attention(model: Any) -> None:
     """Set the attention implementation that transformers chose for the model."""
-    if has_own_attention(model):
-        trunk_of(model).set_attn_implementation(model.plain_attention)
+    if has_onecard_attention(model):
+        trunk_of(model).set_attn_implementation(model.transformers_attention)
 
 
 @contextmanager
-def plain_attention(model: Any) -> Iterator[None]:
+def transformers_attention(model: Any) -> Iterator[None]:
     """Inside, the model has the attention implementation that transformers chose."""
-    restore = has_own_attention(model)
-    use_plain_attention(model)
+    restore = has_onecard_attention(model)
+    use_transformers_attention(model)
     try:
         yield
     finally:
@@ -382,8 +395,8 @@ def plain_attention(model: Any) -> Iterator[None]:
 
 
 def takes_segments(model: Any) -> bool:
-    """Whether the model runs packed sequences with `Segments`, because no part of its pattern is in its masks only."""
-    return has_own_attention(model) and (not windows_of(trunk_of(model).config) or passes_windows_on(model))
+    """Whether the model runs packed sequences with `Segments`: it applies no sliding window by its masks only."""
+    return has_onecard_attention(model) and (not windows_of(trunk_of(model).config) or passes_windows_on(model))
 
 
 def structural_layout(model: Any, layout: str) -> str:
@@ -391,10 +404,10 @@ def structural_layout(model: Any, layout: str) -> str:
     if layout != "packed" or takes_segments(model):
         return layout
     trunk = trunk_of(model)
-    if chooses_keys(trunk.config):
+    if has_sparse_attention(trunk.config):
         return "single"
     takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
-    return "restarted" if takes_positions and has_plain_attention(trunk.config) else "padded"
+    return "restarted" if takes_positions and has_causal_attention(trunk.config) else "padded"
 
 
 def passes_windows_on(model: Any) -> bool:

@@ -23,20 +23,21 @@ from onecard.config import (
 )
 from onecard.models.adapters import add_adapter, read_adapter
 from onecard.models.classifier import is_classifier
-from onecard.models.load import Source, find_source, load_base, reason
+from onecard.models.load import Source, find_source, find_source_of, load_base
 from onecard.models.memory_options import apply_memory_options
 from onecard.models.role_setup import RoleSetup, ppo_setup, supervised_setup
 from onecard.models.roles import HEAD_WEIGHTS, Roles
 from onecard.models.scalar import ScalarHead
 from onecard.models.targets import Targets, find_targets
-from onecard.utils.errors import OnecardError
+from onecard.utils.errors import OnecardError, reason
 
 AdapterFolders: TypeAlias = dict[str, tuple[str, Path]]  # adapter -> the setting that names it, its folder
 
 
-def scalar_head(hidden_size: int, device: torch.device) -> ScalarHead:
+def new_scalar_head(roles: Roles) -> ScalarHead:
     """A reward head: weights N(0, 1/sqrt(D + 1)), bias 0 (Stiennon et al., 2020, https://arxiv.org/abs/2009.01325)."""
-    head = ScalarHead(hidden_size, 1, device=device, dtype=torch.float32)
+    hidden_size = roles.head().weight.shape[1]  # not config.hidden_size: some models project before the head
+    head = ScalarHead(hidden_size, 1, device=roles.device, dtype=torch.float32)
     nn.init.normal_(head.weight, std=1 / math.sqrt(hidden_size + 1))
     nn.init.zeros_(head.bias)
     return head
@@ -86,7 +87,7 @@ def add_adapters(
 
 
 def reference_adapter(config: TrainConfig) -> Path | None:
-    """The adapter folder that `ref_adapter` names; None if it is empty. An adapter on another base raises."""
+    """The adapter folder that `ref_adapter` names; None without one. Raises for an adapter on another base."""
     if not isinstance(config, ReferenceConfig) or not config.ref_adapter:
         return None
     name = config.ref_adapter
@@ -96,10 +97,7 @@ def reference_adapter(config: TrainConfig) -> Path | None:
             "one of the two out."
         )
     policy = find_source(config.model)
-    try:
-        source = find_source(name)
-    except OnecardError as error:
-        raise OnecardError(f"ref_adapter: {str(error).removeprefix('model: ')}") from error
+    source = find_source_of(name, "ref_adapter")
     if source.adapter is None:
         raise OnecardError(f"ref_adapter: {name} is no adapter folder: it has no adapter_config.json.")
     if not same_base(source, policy):
@@ -115,7 +113,7 @@ def check_full_training(config: TrainConfig, *, adapter: bool) -> None:
     """Raise if all weights are to be trained, but `config.model` is an adapter (`adapter` is True)."""
     if adapter and not config.use_peft:
         name = find_source(config.model).adapter
-        raise OnecardError(f"use_peft: all weights cannot be trained on the adapter {name}; leave --no_use_peft out.")
+        raise OnecardError(f"use_peft: {name} is an adapter, not a whole model; leave --no_use_peft out.")
 
 
 def check_no_float16(roles: Roles) -> None:
@@ -145,13 +143,13 @@ def load_roles(config: TrainConfig, *, trained: str, reference: bool = False, sc
         if source.adapter is not None:
             check_no_head_adapter(roles, trained, source.adapter)
         folder = source.adapter or Path(source.base)
-        continued = (folder / HEAD_WEIGHTS).is_file()  # training continues a reward model
-        head = read_scalar_head(roles, folder) if continued else scalar_head(*head_arguments(roles))
+        continued = (folder / HEAD_WEIGHTS).is_file()  # training continues from a reward model
+        head = read_scalar_head(roles, folder) if continued else new_scalar_head(roles)
         activation: Activation = config.score_activation if isinstance(config, RewardConfig) else "none"
         if continued and head.activation != activation:
             raise OnecardError(
-                f"score_activation: {activation}, but the reward model {folder} that training continues was trained "
-                f"with {head.activation}."
+                f"score_activation: {activation}, but the reward model {folder}, from which training continues, was "
+                f"trained with {head.activation}."
             )
         head.activation = activation
         roles.heads[trained] = head
@@ -189,19 +187,14 @@ def check_no_head_adapter(roles: Roles, role: str, folder: Path) -> None:
     head = roles.causal_model().get_output_embeddings()
     if any(role in getattr(head, parts, {}) for parts in ("lora_A", "modules_to_save")):
         raise OnecardError(
-            f"model: adapter {folder} has a part on the head of the language model, which a reward model does not "
-            "run, so it would never learn; merge the adapter (onecard merge), and give the merged model."
+            f"model: adapter {folder} adapts the language model head, which a reward model does not run, so that part "
+            "would get no gradient; merge the adapter (onecard merge), and give the merged model."
         )
-
-
-def head_arguments(roles: Roles) -> tuple[int, torch.device]:
-    """The arguments of `scalar_head` for a model: input size and device."""
-    return roles.head().weight.shape[1], roles.device  # not config.hidden_size: some models project before the head
 
 
 def read_scalar_head(roles: Roles, folder: Path) -> ScalarHead:
     """The scalar head in a reward model's folder."""
-    head = scalar_head(*head_arguments(roles))
+    head = new_scalar_head(roles)
     try:
         head.read(folder / HEAD_WEIGHTS)
     except Exception as error:  # a damaged file: the parsers raise different exceptions
@@ -232,7 +225,7 @@ def load_ppo_roles(config: PPOConfig) -> Roles:
     if critic_init is not None:
         roles.heads["value"] = read_scalar_head(roles, critic_init).as_critic()
     elif config.has_critic:
-        head = scalar_head(*head_arguments(roles))
+        head = new_scalar_head(roles)
         nn.init.zeros_(head.weight)
         roles.heads["value"] = head
     return roles
@@ -245,15 +238,12 @@ SCORER_SETTINGS = {"reward": "reward_model_path", "constraint": "constraint_mode
 def reward_adapter(config: PPOConfig | EvaluateConfig, setting: str = "reward_model_path") -> Path | None:
     """The folder of the reward adapter that a setting names; None if it is empty or names a sequence classifier.
 
-    A folder that is not a reward adapter, or one on another base, raises `OnecardError`.
+    A folder that is no reward adapter, or one on another base, raises `OnecardError`.
     """
     name: str = getattr(config, setting)
     if not name or is_classifier(name, setting, trust_remote_code=config.trust_remote_code):
         return None
-    try:
-        source, policy = find_source(name), find_source(config.model)
-    except OnecardError as error:
-        raise OnecardError(f"{setting}: {str(error).removeprefix('model: ')}") from error
+    source, policy = find_source_of(name, setting), find_source(config.model)
     path = source.adapter
     if path is None or not (path / HEAD_WEIGHTS).is_file():
         raise OnecardError(
@@ -263,7 +253,7 @@ def reward_adapter(config: PPOConfig | EvaluateConfig, setting: str = "reward_mo
     if not same_base(source, policy):
         raise OnecardError(
             f"{setting}: {path} was trained on {source.base}, but the policy's base is {policy.base}; "
-            "all roles share one base, so train the reward on that one."
+            "all roles share one base, so train the reward model on the policy's."
         )
     return path
 
@@ -294,7 +284,7 @@ def check_is_policy(source: Source, setting: str = "model") -> None:
     """Raise for a reward model where a policy is expected: it would load, but it was not trained to generate text."""
     for folder in filter(None, (source.adapter, Path(source.base))):
         if (folder / HEAD_WEIGHTS).is_file():
-            raise OnecardError(f"{setting}: {folder} is a reward model, which scores texts and writes none.")
+            raise OnecardError(f"{setting}: {folder} is a reward model; expected a language model that generates text.")
 
 
 def load_frozen_roles(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from onecard.config import ModelConfig
-from onecard.models.load import Source, check_weights, find_source, pick_device, pick_dtype, reason
+from onecard.models.load import check_weights, find_source_of, pick_device, pick_dtype, reason
 from onecard.models.micro_batching import TokenBudget, as_budget, map_micro_batches
 from onecard.utils.errors import OnecardError, is_out_of_memory, nearest
 
@@ -19,19 +19,11 @@ ARCHITECTURE = "ForSequenceClassification"
 INDEPENDENT_LABELS = ("multi_label_classification", "regression")  # problem types without a softmax over the labels
 
 
-def find_model_source(path: str, setting: str) -> Source:
-    """`find_source` for a setting other than `model`, which error messages then name."""
-    try:
-        return find_source(path)
-    except OnecardError as error:
-        raise OnecardError(f"{setting}: {str(error).removeprefix('model: ')}") from error
-
-
 def is_classifier(path: str, setting: str, *, trust_remote_code: bool = False) -> bool:
     """Whether `path` is a sequence classifier, by the architecture in its config; False for an adapter folder."""
     from transformers import AutoConfig
 
-    source = find_model_source(path, setting)
+    source = find_source_of(path, setting)
     if source.adapter is not None:
         return False
     try:
@@ -45,8 +37,8 @@ def is_classifier(path: str, setting: str, *, trust_remote_code: bool = False) -
 class Classifier:
     """A classifier and the index of the label that is the score.
 
-    `limit`: longest input in tokens, or None. `pad`: pad_token_id of its config. A decoder reads its score at the last
-    token that is not the pad token, so batches must be padded with this token.
+    `limit`: longest input in tokens, or None. `pad`: pad_token_id of its config, or None. A decoder reads its score at
+    the last token that is not the pad token, so batches must be padded with this token.
     """
 
     model: Any
@@ -55,22 +47,22 @@ class Classifier:
     limit: int | None
     pad: int | None
 
-    def values(self, texts: Sequence[Mapping[str, list[int]]], batch_size: int | TokenBudget) -> list[float]:
-        """The label's value for each tokenized text, in order. Batches have similar lengths and are right-padded."""
+    def scores(self, texts: Sequence[Mapping[str, list[int]]], batch_size: int | TokenBudget) -> list[float]:
+        """The label's log-odds for each tokenized text, in order. Batches have similar lengths and are right-padded."""
 
         def read(indices: list[int]) -> list[float]:
             chosen = [texts[index] for index in indices]
-            check_known(chosen, self.rows, self.tokenizer)
-            pad = spare_id(chosen) if self.pad is None or self.pad >= self.rows else self.pad
+            check_token_ids(chosen, self.embedding_rows, self.tokenizer)
+            pad = unused_token_id(chosen) if self.pad is None or self.pad >= self.embedding_rows else self.pad
             self.model.config.get_text_config().pad_token_id = pad  # a decoder raises on batches without it
-            values: list[float] = self.value(self.model(**self.batch(chosen, pad)).logits.float()).tolist()
-            return values
+            scores: list[float] = self.log_odds(self.model(**self.batch(chosen, pad)).logits.float()).tolist()
+            return scores
 
         return map_micro_batches([len(text["input_ids"]) for text in texts], as_budget(batch_size), read, padded=True)
 
     @property
-    def rows(self) -> int:
-        """Number of rows of the embedding."""
+    def embedding_rows(self) -> int:
+        """Number of token ids that have an embedding."""
         rows: int = self.model.get_input_embeddings().weight.shape[0]
         return rows
 
@@ -88,7 +80,7 @@ class Classifier:
         }
         return inputs | ({"use_cache": False} if "use_cache" in accepted else {})
 
-    def value(self, logits: Tensor) -> Tensor:
+    def log_odds(self, logits: Tensor) -> Tensor:
         """Logits [b, L] -> the label's log-odds [b].
 
         With a softmax over several labels, log(p / (1 - p)) is the label's logit minus the log-sum-exp of the others.
@@ -105,10 +97,10 @@ def load_classifier(path: str, setting: str, label: str, label_setting: str, con
     """The classifier that `setting` names, frozen, on the run's device. Errors raise `OnecardError`."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    base, remote = find_model_source(path, setting).base, {"trust_remote_code": config.trust_remote_code}
+    base, remote = find_source_of(path, setting).base, {"trust_remote_code": config.trust_remote_code}
     try:
         names = AutoConfig.from_pretrained(base, **remote).id2label
-        index = label_place(label, label_setting, names)  # before any weights are loaded
+        index = label_index(label, label_setting, names)  # before any weights are loaded
         tokenizer = AutoTokenizer.from_pretrained(base, truncation_side="left", **remote)
         model, info = AutoModelForSequenceClassification.from_pretrained(
             base,
@@ -128,10 +120,10 @@ def load_classifier(path: str, setting: str, label: str, label_setting: str, con
     unexpected = {key for key in info["unexpected_keys"] if ".pooler." not in key}
     check_weights(model, {**info, "unexpected_keys": unexpected}, f"{setting}: '{base}'")
     pad = model.config.get_text_config().pad_token_id
-    return Classifier(model.eval().requires_grad_(False), tokenizer, index, longest_text(model, tokenizer), pad)
+    return Classifier(model.eval().requires_grad_(False), tokenizer, index, max_input_tokens(model, tokenizer), pad)
 
 
-def label_place(label: str, setting: str, names: Mapping[int, str]) -> int:
+def label_index(label: str, setting: str, names: Mapping[int, str]) -> int:
     """The index of a label that is given by name or number; 0 if the classifier has a single label."""
     known = {str(index): index for index in names} | {name: index for index, name in names.items()}
     if not label and len(names) == 1:
@@ -139,14 +131,14 @@ def label_place(label: str, setting: str, names: Mapping[int, str]) -> int:
     if label in known:
         return known[label]
     listed = ", ".join(f"{index} ({name})" for index, name in sorted(names.items()))
-    what = f"'{label}' is no label of the classifier" if label else "missing, and the classifier has several labels"
-    raise OnecardError(f"{setting}: {what}; expected one of {listed}.{nearest(label, known)}")
+    problem = f"'{label}' is no label of the classifier" if label else "missing, and the classifier has several labels"
+    raise OnecardError(f"{setting}: {problem}; expected one of {listed}.{nearest(label, known)}")
 
 
-def longest_text(model: Any, tokenizer: Any) -> int | None:
+def max_input_tokens(model: Any, tokenizer: Any) -> int | None:
     """Longest input in tokens: the tokenizer's limit or the model's positions, whichever is smaller; None: no limit.
 
-    RoBERTa's positions begin after that of its padding, so it has fewer than its config says.
+    RoBERTa numbers positions from `padding_idx + 1`, so it accepts fewer tokens than `max_position_embeddings` says.
     """
     tables = [
         module
@@ -159,17 +151,17 @@ def longest_text(model: Any, tokenizer: Any) -> int | None:
     return min(limits, default=None)
 
 
-def check_known(texts: Sequence[Mapping[str, list[int]]], rows: int, tokenizer: Any) -> None:
+def check_token_ids(texts: Sequence[Mapping[str, list[int]]], embedding_rows: int, tokenizer: Any) -> None:
     """Raise for a token that the classifier has no embedding for."""
-    unknown = next((token for text in texts for token in text["input_ids"] if token >= rows), None)
+    unknown = next((token for text in texts for token in text["input_ids"] if token >= embedding_rows), None)
     if unknown is not None:
         raise OnecardError(
             f"{tokenizer.name_or_path}: token {tokenizer.convert_ids_to_tokens(unknown)!r} has id {unknown}, but the "
-            f"classifier has embeddings for {rows} tokens."
+            f"classifier has embeddings for {embedding_rows} tokens."
         )
 
 
-def spare_id(texts: Sequence[Mapping[str, list[int]]]) -> int:
+def unused_token_id(texts: Sequence[Mapping[str, list[int]]]) -> int:
     """The smallest id that occurs in no text."""
     used = {token for text in texts for token in text["input_ids"]}
     return next(token for token in range(len(used) + 1) if token not in used)

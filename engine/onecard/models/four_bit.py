@@ -1,4 +1,4 @@
-"""NF4 weights. transformers and bitsandbytes quantize linear layers; this module quantizes stacked experts too.
+"""NF4 weights: transformers and bitsandbytes quantize linear layers; this module adds stacked experts.
 
 The experts of a mixture-of-experts layer are one parameter [E, out, in]. It is quantized while it is loaded, so the
 model is never in memory in 16 bit as a whole. A forward pass dequantizes the experts of one layer at a time, and the
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from onecard.models.targets import is_linear, is_mamba_mixer, is_stack
+from onecard.models.targets import has_stacked_experts, is_linear, is_mamba_mixer
 from onecard.utils.errors import OnecardError
 
-MOST_UNPACKED = 0.1  # largest share of linear weights that may stay in 16 bit
-MOST_NUMBERS = 1 << 31  # bitsandbytes' kernels take tensors with fewer elements than this
+MAX_16_BIT_SHARE = 0.1  # largest share of linear weights that may stay in 16 bit
+ELEMENT_LIMIT = 1 << 31  # bitsandbytes' kernels take tensors with fewer elements than this
 
 
 def nf4_settings(dtype: torch.dtype) -> Any:
@@ -34,28 +34,28 @@ def nf4_settings(dtype: torch.dtype) -> Any:
     )
 
 
-def stack_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+def stacked_experts(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters [E, out, in] of a module of stacked experts; empty for other modules."""
     return {
         name: parameter
         for name, parameter in module.named_parameters(recurse=False)
-        if is_stack(module) and len(shape_of(parameter)) == 3
+        if has_stacked_experts(module) and len(original_shape(parameter)) == 3
     }
 
 
-def shape_of(parameter: Tensor) -> torch.Size:
-    """The shape of a weight before quantization."""
+def original_shape(parameter: Tensor) -> torch.Size:
+    """The shape that a weight has, or had before quantization."""
     state = getattr(parameter, "quant_state", None)
     return parameter.shape if state is None else state.shape
 
 
-def is_packed(parameter: Tensor) -> bool:
+def is_quantized(parameter: Tensor) -> bool:
     """Whether a parameter is quantized to 4 bit."""
     return getattr(parameter, "quant_state", None) is not None
 
 
-def read_directly(model: nn.Module) -> list[str]:
-    """Linear layers whose weights the model reads directly instead of calling the layer. They cannot be quantized.
+def layers_read_directly(model: nn.Module) -> list[str]:
+    """Linear layers that cannot be quantized, because the model reads their weights instead of calling them.
 
     Gemma 3n clamps the weights of AltUp's layers in training mode; Mamba's kernels multiply with those of dt_proj.
     """
@@ -65,10 +65,10 @@ def read_directly(model: nn.Module) -> list[str]:
 
 
 @contextmanager
-def packing_experts(enabled: bool = True) -> Iterator[list[str]]:
-    """Inside, transformers also quantizes stacked experts when it loads a model in 4 bit.
+def quantizing_experts(enabled: bool) -> Iterator[list[str]]:
+    """Context in which transformers also quantizes stacked experts when it loads a model in 4 bit.
 
-    Yields a list of error messages, which loading fills. `enabled`: False changes nothing.
+    Yields a list to which loading adds error messages. With `enabled` False nothing is changed.
     """
     if not enabled:
         yield []
@@ -80,35 +80,35 @@ def packing_experts(enabled: bool = True) -> Iterator[list[str]]:
 
     faults: list[str] = []
 
-    class Pack(Bnb4bitQuantize):
+    class QuantizeExperts(Bnb4bitQuantize):
         def convert(self, input_dict: Any, full_layer_name: Any = None, model: Any = None, **kwargs: Any) -> Any:
             [(name, value)] = input_dict.items()
             path, _, parameter = name.rpartition(".")
-            if parameter not in stack_parameters(model.get_submodule(path)):
+            if parameter not in stacked_experts(model.get_submodule(path)):
                 return super().convert(input_dict, full_layer_name=full_layer_name, model=model, **kwargs)
             weight = value[0] if isinstance(value, list) else value
             expected = model.get_parameter(name).shape
             if weight.shape != expected:
                 faults.append(f"its {name} is {list(weight.shape)}, expected {list(expected)} by its config")
-            if weight.numel() >= MOST_NUMBERS:
-                faults.append(f"its {name} has {weight.numel():,} numbers, more than can be packed in 4 bit")
-            packed = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
-            return {name: packed.to(weight.device)}
+            if weight.numel() >= ELEMENT_LIMIT:
+                faults.append(f"its {name} has {weight.numel():,} elements, more than bitsandbytes can quantize")
+            quantized = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
+            return {name: quantized.to(weight.device)}
 
     class Quantizer(Bnb4BitHfQuantizer):
         def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
             path, _, parameter = param_name.rpartition(".")
-            return super().param_needs_quantization(model, param_name, **kwargs) or parameter in stack_parameters(
+            return super().param_needs_quantization(model, param_name, **kwargs) or parameter in stacked_experts(
                 model.get_submodule(path)
             )
 
         def get_quantize_ops(self) -> Any:
-            return Pack(self)
+            return QuantizeExperts(self)
 
         @staticmethod
         def get_modules_to_not_convert(model: Any, *args: Any, **kwargs: Any) -> list[str]:
             modules: list[str] = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, *args, **kwargs)
-            return [*modules, *read_directly(model)]
+            return [*modules, *layers_read_directly(model)]
 
     key = "bitsandbytes_4bit"
     before = AUTO_QUANTIZER_MAPPING[key]
@@ -120,30 +120,30 @@ def packing_experts(enabled: bool = True) -> Iterator[list[str]]:
 
 
 @contextmanager
-def unpacked(module: nn.Module) -> Iterator[None]:
-    """Inside, a module's quantized experts are dequantized tensors in their compute dtype."""
+def dequantized(module: nn.Module) -> Iterator[None]:
+    """Context in which a module's quantized experts are dequantized tensors in their compute dtype."""
     from bitsandbytes.functional import dequantize_4bit
 
-    packed: dict[str, Any] = {
-        name: parameter for name, parameter in stack_parameters(module).items() if is_packed(parameter)
+    quantized: dict[str, Any] = {
+        name: parameter for name, parameter in stacked_experts(module).items() if is_quantized(parameter)
     }
-    for name, parameter in packed.items():
+    for name, parameter in quantized.items():
         del module._parameters[name]
         module.__dict__[name] = dequantize_4bit(parameter.data, parameter.quant_state)
     try:
         yield
     finally:
-        for name, parameter in packed.items():
+        for name, parameter in quantized.items():
             del module.__dict__[name]
             module._parameters[name] = parameter
 
 
-def unpack_in_passes(model: nn.Module) -> None:
+def dequantize_in_forward(model: nn.Module) -> None:
     """Wrap the forward of each module with quantized experts: they are dequantized in the forward and the backward."""
 
     def forward_of(module: nn.Module) -> Any:
         def run(*args: Any, **kwargs: Any) -> Any:
-            with unpacked(module):
+            with dequantized(module):
                 return type(module).forward(module, *args, **kwargs)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -155,7 +155,7 @@ def unpack_in_passes(model: nn.Module) -> None:
         return forward
 
     for module in model.modules():
-        if any(map(is_packed, stack_parameters(module).values())):
+        if any(map(is_quantized, stacked_experts(module).values())):
             module.forward = forward_of(module)
 
 
@@ -165,26 +165,26 @@ def linear_weights(model: Any) -> dict[str, nn.Parameter]:
     for path, module in model.named_modules():
         if is_linear(module) and module is not head:
             weights[f"{path}.weight"] = module.weight
-        weights |= {f"{path}.{name}": parameter for name, parameter in stack_parameters(module).items()}
+        weights |= {f"{path}.{name}": parameter for name, parameter in stacked_experts(module).items()}
     return weights
 
 
-def check_packed(model: Any) -> None:
-    """Raise if more than `MOST_UNPACKED` of the linear weights stay in 16 bit, or a shape differs from its layer's."""
+def check_quantized(model: Any) -> None:
+    """Raise if more than `MAX_16_BIT_SHARE` of the linear weights stay in 16 bit, or a shape is not its layer's."""
     weights = linear_weights(model)
-    unquantized = {name: weight for name, weight in weights.items() if not is_packed(weight)}
-    total = sum(shape_of(weight).numel() for weight in weights.values())
+    unquantized = {name: weight for name, weight in weights.items() if not is_quantized(weight)}
+    total = sum(original_shape(weight).numel() for weight in weights.values())
     in_16_bit = sum(weight.numel() for weight in unquantized.values())
-    if in_16_bit > MOST_UNPACKED * total:
+    if in_16_bit > MAX_16_BIT_SHARE * total:
         name = max(unquantized, key=lambda key: unquantized[key].numel())
         kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
         size = sum(weight.numel() * weight.element_size() for weight in unquantized.values()) / (1 << 30)
         raise OnecardError(
             f"load_in_4bit: {in_16_bit / total:.0%} of the weights of {type(model).__name__} would stay in 16 bit, "
-            f"{size:.3g} GiB ({name} of a {kind}, and others): transformers and bitsandbytes do not pack them."
+            f"{size:.3g} GiB ({name} of a {kind}, and others): transformers and bitsandbytes do not quantize them."
         )
     for path, module in model.named_modules():
-        if is_linear(module) and is_packed(module.weight):
-            stored, expected = shape_of(module.weight), (module.out_features, module.in_features)
+        if is_linear(module) and is_quantized(module.weight):
+            stored, expected = original_shape(module.weight), (module.out_features, module.in_features)
             if tuple(stored) != expected:
                 raise OnecardError(f"model: {path}.weight is {list(stored)} in the file, expected {list(expected)}.")

@@ -24,10 +24,10 @@ def read_head(model: Any) -> LanguageHead:
     with errors_of(model):
         try:
             if model not in _transforms:
-                planned = model.get_input_embeddings().weight.is_meta
+                on_meta = model.get_input_embeddings().weight.is_meta
                 _transforms[model] = (
-                    named_transform(model.config)
-                    if planned
+                    transform_from_config(model.config)
+                    if on_meta
                     else onecard_kernels.find_logit_transform(model, trunk=trunk_of(model))
                 )
             return onecard_kernels.read_head(model, _transforms[model])
@@ -35,8 +35,8 @@ def read_head(model: Any) -> LanguageHead:
             raise OnecardError(f"model: {error}.") from error
 
 
-def named_transform(config: Any) -> LogitTransform:
-    """The logit transform for memory plans on meta: only the softcap, by the config, because it needs memory."""
+def transform_from_config(config: Any) -> LogitTransform:
+    """The logit transform for memory plans on meta: the config's softcap, the one part that takes memory."""
     names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     text = config.get_text_config()
     return LogitTransform(softcap=next((float(cap) for name in names if (cap := getattr(text, name, None))), None))

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from onecard.config import ModelConfig
-from onecard.models.attention import use_own_attention
+from onecard.models.attention import use_onecard_attention
 from onecard.models.folders import TRAINED, holds_weights, weights_folder
-from onecard.models.four_bit import check_packed, nf4_settings, packing_experts, unpack_in_passes
+from onecard.models.four_bit import check_quantized, dequantize_in_forward, nf4_settings, quantizing_experts
 from onecard.models.trunk import context_of
 from onecard.utils.errors import OnecardError, is_out_of_memory, reason
 
@@ -33,15 +33,15 @@ MODELING_LOGGER = logging.getLogger("transformers.modeling_utils")
 class LoadReport(logging.Filter):
     """Hides transformers' log message on weights that do not match the model; `check_weights` raises for them.
 
-    `unconverted`: weights of the last load's message that could not be converted from the file's, such as stacked
-    experts of which one is missing. transformers reports them nowhere else.
+    `unconverted`: names of the weights that the last load could not convert from those in the file, such as stacked
+    experts of which one is missing. transformers reports them only in this message.
     """
 
     unconverted: tuple[str, ...] = ()
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Context of a load. The message is read whatever level of logging is set."""
+        """Context of a load. The message is read at every logging level."""
         self.unconverted, level = (), MODELING_LOGGER.level
         MODELING_LOGGER.setLevel(logging.WARNING)
         try:
@@ -103,6 +103,14 @@ def find_source(model: str) -> Source:
     return Source(base=model)
 
 
+def find_source_of(model: str, setting: str) -> Source:
+    """`find_source` for a setting other than `model`, which error messages then name."""
+    try:
+        return find_source(model)
+    except OnecardError as error:
+        raise OnecardError(f"{setting}: {str(error).removeprefix('model: ')}") from error
+
+
 def base_of_adapter(path: Path) -> str:
     """The base model that an adapter folder names. Raises if that is an adapter too, which would be ignored."""
     try:
@@ -137,7 +145,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     except Exception as error:  # transformers' loaders may raise any exception
         raise OnecardError(f"model: cannot load the tokenizer of '{name}': {reason(error)}") from error
     if tokenizer.eos_token_id is None:
-        raise OnecardError(f"model: the tokenizer of '{name}' has no EOS token, so no response could end.")
+        raise OnecardError(f"model: the tokenizer of '{name}' has no EOS token, so responses could not end.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is identified by masks, not by ids
     tokenizer.generation_eos = generation_eos(source.base, trust_remote_code=config.trust_remote_code)
@@ -296,7 +304,7 @@ def check_causal_lm(settings: Any, where: str) -> None:
 def join_names(names: Sequence[str]) -> str:
     """Join the first three names, and count the others.
 
-    >>> listed(["a", "b", "c", "d", "e"])
+    >>> join_names(["a", "b", "c", "d", "e"])
     'a, b, c and 2 more'
     """
     shown = ", ".join(names[:NUM_LISTED])
@@ -379,7 +387,7 @@ def load_base(config: ModelConfig, *, train_all: bool = False) -> Any:
         settings = AutoConfig.from_pretrained(base, **remote)
         check_causal_lm(settings, where)
         original_dropouts = dropouts(settings.to_dict())
-        with packing_experts(config.load_in_4bit) as faults, load_report.recording():
+        with quantizing_experts(config.load_in_4bit) as faults, load_report.recording():
             model, info = model_class(settings).from_pretrained(
                 base,
                 config=without_dropout(settings),
@@ -398,22 +406,24 @@ def load_base(config: ModelConfig, *, train_all: bool = False) -> Any:
             raise
         if load_report.unconverted:
             names = join_names(load_report.unconverted)
-            raise OnecardError(f"{where} has not all parts of {names}, or they differ in shape.") from error
+            raise OnecardError(f"{where} lacks parts of {names}, or their shapes differ.") from error
         raise OnecardError(f"model: cannot load '{base}': {reason(error)}") from error
-    if getattr(model, "_hf_peft_config_loaded", False):  # transformers has put the adapter on its base
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers has loaded an adapter and its base
         raise OnecardError(f"{where} is an adapter on the hub; download it (`hf download`) and give its folder.")
     check_weights(model, info, where)
     check_finite(dict(model.named_parameters()), where)
     if faults:
         raise OnecardError(f"{where}: {faults[0]}.")
     if config.load_in_4bit:
-        check_packed(model)
-        unpack_in_passes(model)
+        check_quantized(model)
+        dequantize_in_forward(model)
     if train_all and getattr(model, "quantization_method", None) is not None:
-        raise OnecardError(f"use_peft: all weights cannot be trained, for {where} is stored quantized.")
+        raise OnecardError(
+            f"use_peft: '{base}' is stored quantized, so its weights cannot be trained; leave --no_use_peft out."
+        )
     model.dropouts = original_dropouts  # for `save_model`
     if train_all and dtype.itemsize < 4:
         keep_full_precision(model, base, settings, remote)
     if config.attn_implementation == "auto":
-        use_own_attention(model)
+        use_onecard_attention(model)
     return disable_cpu_repacking(model).requires_grad_(train_all)

@@ -25,7 +25,7 @@ def memory_option_notes(roles: Roles, config: TrainConfig) -> list[str]:
     """One message for each setting that saves little or nothing on this device. These are not errors."""
     notes = []
     if config.activation_offloading and roles.device.type == "cpu":
-        notes.append("activation_offloading: left out on the CPU, whose memory is the host's.")
+        notes.append("activation_offloading: not used on the CPU, where activations are in host memory anyway.")
     dtype = roles.causal_model().dtype
     if config.adapter_dtype != "float32" and dtype != getattr(torch, config.adapter_dtype):
         notes.append(
@@ -36,5 +36,5 @@ def memory_option_notes(roles: Roles, config: TrainConfig) -> list[str]:
 
 
 def head_chunks(tokens: int) -> AbstractContextManager[None]:
-    """Inside, the linear losses compute the logits of `tokens` tokens at a time; 0: the default of the device."""
+    """Context in which the linear losses compute the logits of `tokens` tokens at a time; 0: the device's default."""
     return tuning.override(rows=tokens) if tokens else nullcontext()

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-LEAST_BYTES = 1 << 20  # smallest storage that is offloaded; hidden states have thousands of bytes per token, LoRA's few
-IN_FLIGHT = 2  # storages that stay allocated on the device because their copies to the host may not be finished
+# Smallest storage that is offloaded: hidden states take thousands of bytes per token, LoRA's activations few
+LEAST_BYTES = 1 << 20
+IN_FLIGHT = 2  # storages whose copies to the host may be unfinished; they stay allocated on the device
 AHEAD = 2  # storages that are prefetched before the backward needs them
 
 Event = Any  # torch.cuda.Event, which CPU builds of torch have no type for
@@ -37,8 +38,8 @@ class Copier(Protocol):
         """Start a copy to the host. The device memory is not reused before the copy is finished."""
         ...
 
-    def release(self, most: int = 0) -> None:
-        """Free the device memory of pushed tensors, except the last `most`."""
+    def release(self, keep: int = 0) -> None:
+        """Free the device memory of pushed tensors, except the last `keep`."""
         ...
 
     def pull(self, host: Tensor, nbytes: int) -> tuple[Tensor, Event | None]:
@@ -69,8 +70,8 @@ class CudaCopier:
         self.release(IN_FLIGHT)
         return host
 
-    def release(self, most: int = 0) -> None:
-        while len(self.pushed) > most:
+    def release(self, keep: int = 0) -> None:
+        while len(self.pushed) > keep:
             flat, copied = self.pushed.popleft()
             self.wait(copied)
             del flat  # after the wait, so that its memory is reused only after the copy
@@ -99,7 +100,7 @@ class PlainCopier:
     def push(self, flat: Tensor) -> Tensor:
         return flat.clone()
 
-    def release(self, most: int = 0) -> None:
+    def release(self, keep: int = 0) -> None:
         """Does nothing: no copy is in flight."""
 
     def pull(self, host: Tensor, nbytes: int) -> tuple[Tensor, Event | None]:
@@ -123,12 +124,12 @@ COPIERS: dict[str, type[CudaCopier] | type[PlainCopier]] = {"cuda": CudaCopier, 
 
 
 class OffloadedStorage:
-    """The host copy of one storage. It is freed when no operation's backward refers to it."""
+    """The host copy of one storage. It is freed when no saved tensor refers to it."""
 
-    def __init__(self, flat: Tensor, copier: Copier, before: weakref.ref[OffloadedStorage] | None) -> None:
+    def __init__(self, flat: Tensor, copier: Copier, previous: weakref.ref[OffloadedStorage] | None) -> None:
         self.nbytes = flat.numel()
         self.copier = copier
-        self.before = before  # the storage saved before this one, which the backward needs after it
+        self.previous = previous  # the storage saved before this one, which the backward needs after it
         self.flat: Tensor | None = None
         self.pulled: Event | None = None
         self.host = copier.push(flat)
@@ -157,7 +158,7 @@ class OffloadedStorage:
 
 @dataclass(frozen=True)
 class OffloadedTensor:
-    """The object that autograd saves in place of an offloaded tensor."""
+    """What autograd saves in place of an offloaded tensor: its storage, and its place in the storage."""
 
     storage: OffloadedStorage
     dtype: torch.dtype
@@ -170,13 +171,13 @@ class OffloadedTensor:
         flat = self.storage.fetch()
         tensor = torch.empty(0, dtype=self.dtype, device=flat.device)
         tensor.set_(cast(Any, flat.untyped_storage()), self.offset, self.size, self.stride)
-        before = self.storage.before
+        previous = self.storage.previous
         for _ in range(AHEAD):
-            storage = before() if before is not None else None
+            storage = previous() if previous is not None else None
             if storage is None:
                 break
             storage.prefetch()
-            before = storage.before
+            previous = storage.previous
         return tensor
 
 
@@ -205,7 +206,7 @@ class Offloader:
         self.least_bytes = least_bytes
         self.copier: Copier = COPIERS.get(device.type, PlainCopier)(device)
 
-    def stays(self, tensor: Tensor, weights: set[int]) -> bool:
+    def is_excluded(self, tensor: Tensor, weights: set[int]) -> bool:
         """Whether a tensor is not offloaded. `weights`: keys of the storages of parameters and buffers."""
         if type(tensor) is not Tensor or tensor.layout != torch.strided or not tensor.is_floating_point():
             return True  # parameters, quantized weights, sparse tensors, ids and masks
@@ -221,7 +222,7 @@ class Offloader:
         last: list[weakref.ref[OffloadedStorage]] = []
 
         def pack(tensor: Tensor) -> Tensor | OffloadedTensor:
-            if self.stays(tensor, weights):
+            if self.is_excluded(tensor, weights):
                 return tensor
             source = tensor.untyped_storage()
             known = copied.get(source._cdata)

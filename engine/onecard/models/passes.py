@@ -34,9 +34,9 @@ def per_token(
     size: int | TokenBudget,
     extra: int = 0,
 ) -> list[Tensor]:
-    """The results of `read` for each episode's response tokens under a role, on the CPU, in the episodes' order.
+    """One tensor for each episode: the results of `read` for its response tokens under a role, on the CPU.
 
-    `read` returns one number per response token, then `extra` more numbers, for each episode.
+    `read` returns a flat tensor: for each episode, one number per response token and then `extra` more numbers.
     """
 
     def pieces(batch: TokenBatch) -> list[Tensor]:

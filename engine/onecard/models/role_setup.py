@@ -23,11 +23,11 @@ class RoleSetup:
 
     def roles_by_adapter(self) -> dict[str, str]:
         """Adapter -> its role (the first of several), in the order in which adapters are added."""
-        found: dict[str, str] = {}
+        roles: dict[str, str] = {}
         for role, adapter in self.adapters.items():
             if adapter is not None:
-                found.setdefault(adapter, role)
-        return found
+                roles.setdefault(adapter, role)
+        return roles
 
 
 def supervised_setup(
@@ -59,6 +59,6 @@ def ppo_setup(config: PPOConfig, scorers: Collection[str], *, from_adapter: bool
 
 
 def reference_adapter_name(config: TrainConfig, *, from_adapter: bool) -> str | None:
-    """Name of the reference's adapter; None: the base. The adapter is `ref_adapter`, or a copy of the starting one."""
+    """The reference's adapter: `ref_adapter`, or a copy of the one that training starts from. None: the base alone."""
     named = isinstance(config, ReferenceConfig) and bool(config.ref_adapter)
     return "reference" if named or from_adapter else None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from onecard.data.batches import ResponseTargets, TokenBatch, last_rows
 from onecard.models.adapters import ADAPTER_WEIGHTS, fill_adapter, write_adapter
-from onecard.models.attention import structural_layout, use_plain_attention
+from onecard.models.attention import structural_layout, use_transformers_attention
 from onecard.models.head import LanguageHead, read_head
 from onecard.models.layout import LAYOUTS
 from onecard.models.load import save_model as save_plain_model
@@ -53,7 +53,7 @@ class Roles(nn.Module):
         self.heads = nn.ModuleDict()
         self.copies = nn.ModuleDict()  # role -> a frozen copy of the whole model, where all weights are trained
         self.offloader: Offloader | None = None
-        self.trained_in_evaluation_mode = False  # for models with noise in training mode that no setting turns off
+        self.trained_in_evaluation_mode = False  # for models whose noise in training mode has no setting
         self.left_out: tuple[str, ...] = ()  # descriptions of the layers that get no new adapter
         self.current = ""
         self.activate(self.trained[0])
@@ -63,16 +63,16 @@ class Roles(nn.Module):
         return hasattr(self.model, "peft_config")
 
     def has_own_weights(self, role: str) -> bool:
-        """Whether a role has other weights than the first trained role, besides its scalar head."""
+        """Whether a role is the first trained role or has another adapter; a critic on the policy's trunk has not."""
         first = self.trained[0]
         return role == first or self.adapters[role] != self.adapters[first]
 
     def rank(self, role: str) -> int:
-        """The rank of a role's adapter."""
+        """The LoRA rank of a role's adapter."""
         return self.model.peft_config[self.adapters[role]].r
 
-    def adapted_layers(self, role: str) -> int:
-        """Number of layers with this role's adapter."""
+    def num_adapted_layers(self, role: str) -> int:
+        """Number of layers that a role's adapter changes."""
         name = self.adapters[role]
         return sum(name in getattr(module, "lora_A", ()) or name in getattr(module, "lora_embedding_A", ())
                    for module in self.model.modules())  # fmt: skip
@@ -145,7 +145,7 @@ class Roles(nn.Module):
         self.offloader = Offloader(self, self.device, least_bytes)
 
     def offloading(self) -> AbstractContextManager[None]:
-        """Context of the trunk's forward under every role. It does nothing without offloading or without gradients."""
+        """Context of the trunk's forward. It does nothing without offloading or without gradients."""
         return self.offloader.hooks() if self.offloader is not None and torch.is_grad_enabled() else nullcontext()
 
     def cast_adapters(self, dtype: torch.dtype) -> None:
@@ -165,10 +165,10 @@ class Roles(nn.Module):
             return self.copies[self.current]
         return self.model.get_base_model() if self.has_adapters else self.model
 
-    def use_plain_attention(self) -> None:
+    def use_transformers_attention(self) -> None:
         """Set the attention implementation that transformers chose, for every model of the run."""
         for model in (self.model.get_base_model() if self.has_adapters else self.model, *self.copies.values()):
-            use_plain_attention(model)
+            use_transformers_attention(model)
 
     def head(self) -> LanguageHead:
         """The current role's language model head."""

@@ -25,7 +25,7 @@ from onecard.utils.errors import OnecardError, nearest
 
 ALL_LINEAR = "all-linear"
 SETTING = "lora_target_modules"
-PROBE = 24  # tokens of the forward pass that finds the layers with a gradient
+PROBE_TOKENS = 24  # of the forward pass that finds the layers with a gradient
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def is_linear(module: Any) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def is_product(layer: Any) -> bool:
+def is_plain_linear(layer: Any) -> bool:
     """Whether a linear layer computes `x W^T + b`, as LoRA assumes. Some subclasses of `nn.Linear` do not."""
     if type(layer).forward is nn.Linear.forward or not isinstance(layer, nn.Linear) or hasattr(layer, "quant_state"):
         return True
@@ -66,7 +66,7 @@ def is_product(layer: Any) -> bool:
     return same_shape and (outputs.is_meta or torch.allclose(outputs, expected, rtol=0.05, atol=0.05))
 
 
-def is_stack(module: Any) -> bool:
+def has_stacked_experts(module: Any) -> bool:
     """Whether a module has the weights of several experts as its direct parameters."""
     weights = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() >= 2]
     return bool(weights) and "expert" in type(module).__name__.lower() and not is_linear(module)
@@ -85,8 +85,8 @@ def is_rescaled(model: Any, path: str) -> bool:
     return hasattr(model.config, "rescale_every") and path.endswith((".attention.output", ".feed_forward.value"))
 
 
-def block_of(path: str) -> str:
-    """Path of the mixture-of-experts block of the experts at `path`: the part before `.experts`, or the parent."""
+def moe_block_of(path: str) -> str:
+    """Path of the mixture-of-experts block of the experts at `path`: the part before `.experts`, else the parent."""
     before, separator, _ = f"{path}.".partition(".experts.")
     return before if separator else path.rpartition(".")[0]
 
@@ -96,9 +96,9 @@ class Layers:
     """The layers of a text decoder by full name, grouped by kind.
 
     `linear`: plain linear layers, experts among them; `other`: linear layers that do not compute `x W^T + b`, at least
-    in evaluation mode; `experts`: linear layers that are experts; `stacks`: parameters of stacked experts; `routers`:
-    modules that choose among experts; `mixers`: layers whose weights a Mamba mixer's kernels read; `blocks`:
-    mixture-of-experts blocks.
+    in evaluation mode; `experts`: linear layers that are experts; `stacked`: parameters of stacked experts; `routers`:
+    modules that choose among experts; `read_by_mixers`: linear layers whose weights a Mamba mixer's kernels read;
+    `moe_blocks`: mixture-of-experts blocks.
     """
 
     linear: Mapping[str, nn.Module]
@@ -106,10 +106,10 @@ class Layers:
     embeddings: tuple[str, ...]
     head: str
     experts: frozenset[str]
-    stacks: Mapping[str, nn.Parameter]
+    stacked: Mapping[str, nn.Parameter]
     routers: frozenset[str]
-    mixers: frozenset[str]
-    blocks: frozenset[str]
+    read_by_mixers: frozenset[str]
+    moe_blocks: frozenset[str]
 
 
 def layers_of(model: Any) -> Layers:
@@ -118,13 +118,13 @@ def layers_of(model: Any) -> Layers:
     names = {id(module): name for name, module in model.named_modules()}
     prefix = names[id(trunk)]
     inside = {f"{prefix}.{name}" if prefix else name: module for name, module in trunk.named_modules() if name}
-    stacked = [name for name, module in inside.items() if is_stack(module)]
+    stacked = [name for name, module in inside.items() if has_stacked_experts(module)]
     listed = [name for name in inside if name.endswith(".experts")]
-    blocks = frozenset(block_of(name) for name in (*stacked, *listed))
+    blocks = frozenset(moe_block_of(name) for name in (*stacked, *listed))
     other = {
         name: module
         for name, module in inside.items()
-        if is_linear(module) and (not is_product(module) or is_rescaled(model, name))
+        if is_linear(module) and (not is_plain_linear(module) or is_rescaled(model, name))
     }
     linear = {name: module for name, module in inside.items() if is_linear(module) and name not in other}
     routers = {name for name in inside if is_router(name, blocks)}
@@ -162,28 +162,28 @@ def is_router(path: str, blocks: frozenset[str]) -> bool:
     return any(part == "gate" or "router" in part or part.endswith("_gate") for part in parts)
 
 
-def idle_layers(model: Any, layers: Layers) -> frozenset[str]:
-    """The linear layers, except experts, without a gradient after a pass over a few tokens, in either mode.
+def layers_without_gradient(model: Any, layers: Layers) -> frozenset[str]:
+    """Linear layers, except experts, that get no gradient from a few tokens in evaluation mode or in training mode.
 
-    Evaluation mode and training mode are both tried. On meta nothing is run, and the result is empty.
+    Empty for a model on meta, which is not run.
     """
     if model.device.type == "meta":
         return frozenset()
     excluded = layers.experts | layers.routers
     candidates = {name: module for name, module in layers.linear.items() if name not in excluded}
-    idle, training = set[str](), model.training
+    without, training = set[str](), model.training
     try:
         for mode in (False, True):
             with errors_of(model):
-                idle |= candidates.keys() - layers_with_gradient(model.train(mode), candidates)
+                without |= candidates.keys() - layers_with_gradient(model.train(mode), candidates)
     finally:
         model.train(training)
-    return frozenset(idle)
+    return frozenset(without)
 
 
 @torch.enable_grad()
 def layers_with_gradient(model: Any, layers: Mapping[str, nn.Module]) -> set[str]:
-    """The layers whose output has a gradient of the sum of the text decoder's hidden states."""
+    """The layers whose outputs get a gradient from the sum of the text decoder's hidden states."""
     trunk, leaves = trunk_of(model), dict[str, Tensor]()
 
     def add_leaf(name: str) -> Any:
@@ -195,7 +195,7 @@ def layers_with_gradient(model: Any, layers: Mapping[str, nn.Module]) -> set[str
 
     hooks = [module.register_forward_hook(add_leaf(name)) for name, module in layers.items()]
     try:
-        tokens = torch.arange(PROBE, device=model.device)[None] % known_tokens(model)
+        tokens = torch.arange(PROBE_TOKENS, device=model.device)[None] % known_tokens(model)
         trunk(input_ids=tokens, use_cache=False).last_hidden_state.float().sum().backward()
     finally:
         for hook in hooks:
@@ -208,28 +208,28 @@ def find_targets(model: Any, names: Sequence[str]) -> Targets:
     if not names:
         raise OnecardError(f"{SETTING}: empty, expected {ALL_LINEAR} or names of layers.")
     layers = layers_of(model)
-    unused = idle_layers(model, layers)
+    unused = layers_without_gradient(model, layers)
     chosen: set[str] = set()
     parameters: set[str] = set()
     left_out: dict[str, int] = {}
     for name in names:
         if name == ALL_LINEAR:
-            excluded = layers.experts | layers.routers | layers.mixers
+            excluded = layers.experts | layers.routers | layers.read_by_mixers
             chosen |= layers.linear.keys() - excluded - unused
-            mixers = {path.rpartition(".")[0] for path in layers.mixers}
+            mixers = {path.rpartition(".")[0] for path in layers.read_by_mixers}
             other = layers.other.keys() - layers.routers
             left_out = {
-                f"the experts of {len(layers.blocks)} layers": len(layers.blocks),
+                f"the experts of {len(layers.moe_blocks)} layers": len(layers.moe_blocks),
                 f"out_proj and dt_proj of {len(mixers)} Mamba layers": len(mixers),
                 f"{len(other)} layers that are not plain linear layers": len(other),
-                f"{len(unused - excluded)} layers that would never learn": len(unused - excluded),
+                f"{len(unused - excluded)} layers that get no gradient": len(unused - excluded),
             }
             continue
-        modules, stacks = named(model, layers, name)
+        modules, stacks = select_layers(model, layers, name)
         chosen |= set(modules)
         parameters |= set(stacks)
     order = [name for name, _ in model.named_modules() if name in chosen]
-    return Targets(tuple(order), tuple(sorted(parameters)), tuple(what for what, count in left_out.items() if count))
+    return Targets(tuple(order), tuple(sorted(parameters)), tuple(layer for layer, count in left_out.items() if count))
 
 
 def matches(path: str, name: str) -> bool:
@@ -238,27 +238,27 @@ def matches(path: str, name: str) -> bool:
     return any(form == name or form.endswith(f".{name}") for form in (path, unnumbered))
 
 
-def named(model: Any, layers: Layers, name: str) -> tuple[list[str], list[str]]:
-    """The modules and the stacked experts' parameters that one name stands for. No match raises `OnecardError`."""
+def select_layers(model: Any, layers: Layers, name: str) -> tuple[list[str], list[str]]:
+    """The modules and the stacked experts' parameters that one name selects. No match raises `OnecardError`."""
     adaptable = [*layers.linear, *layers.embeddings, *([layers.head] if layers.head else [])]
     modules = [path for path in dict.fromkeys(adaptable) if matches(path, name)]
-    stacks = [path for path in layers.stacks if matches(path, name)]
+    stacks = [path for path in layers.stacked if matches(path, name)]
     matched = [*modules, *stacks]
     if "." not in name:  # a name of one part does not select experts, of which there may be hundreds
         modules, stacks = [path for path in modules if path not in layers.experts], []
     if path := next((path for path in layers.other if matches(path, name)), None):
         raise OnecardError(f"{SETTING}: {path} is a {type(layers.other[path]).__name__}, which takes no adapter.")
-    if packed := next((path for path in stacks if not layers.stacks[path].is_floating_point()), None):
-        raise OnecardError(f"{SETTING}: {packed} is held in 4 bit, where experts take no adapter.")
+    if quantized := next((path for path in stacks if not layers.stacked[path].is_floating_point()), None):
+        raise OnecardError(f"{SETTING}: {quantized} is quantized to 4 bit, where stacked experts take no adapter.")
     if not modules and not stacks:
-        raise OnecardError(f"{SETTING}: {no_match(model, layers, name, matched)}")
+        raise OnecardError(f"{SETTING}: {no_match_message(model, layers, name, matched)}")
     return modules, stacks
 
 
-def no_match(model: Any, layers: Layers, name: str, matched: Sequence[str]) -> str:
+def no_match_message(model: Any, layers: Layers, name: str, matched: Sequence[str]) -> str:
     """The error message for a name that selects no layer. `matched`: experts that it would match."""
     if matched:
-        return f"{name} names experts alone ({matched[0]}, ...); to adapt them, write experts.{name}."
+        return f"{name} matches only experts ({matched[0]}, ...); to adapt them, write experts.{name}."
     others = {path: type(module).__name__ for path, module in model.named_modules() if path and matches(path, name)}
     if path := next((path for path in others if path in layers.routers), None):
         return f"{path} is a {others[path]}, which takes no adapter."

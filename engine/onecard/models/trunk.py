@@ -54,8 +54,9 @@ def rotation_limit(config: Any) -> int | None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's mode is restored after. Checkpointed layers in training mode do not cache
-    keys and values, without an error.
+    """Context in which a model is in evaluation mode; afterwards every module has its earlier mode again.
+
+    Checkpointed layers in training mode would not cache keys and values, without an error.
     """
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -20,8 +20,8 @@ def known_tokens(model: Any) -> int:
 
 def placeholders(model: Any) -> dict[int, str]:
     """Token id -> "image", "video" or "audio", for the placeholder tokens in a model's config."""
-    named = {name: PLACEHOLDER.fullmatch(name) for name in vars(model.config)}
-    return {getattr(model.config, name): match[1] for name, match in named.items() if match}
+    matches = {name: PLACEHOLDER.fullmatch(name) for name in vars(model.config)}
+    return {getattr(model.config, name): match[1] for name, match in matches.items() if match}
 
 
 def check_tokens(model: Any, tokenizer: Any, texts: Iterable[Sequence[int]]) -> None:
@@ -31,8 +31,8 @@ def check_tokens(model: Any, tokenizer: Any, texts: Iterable[Sequence[int]]) -> 
         unknown = next((token for token in tokens if token >= rows), None)
         if unknown is not None:
             raise OnecardError(
-                f"model: token {tokenizer.convert_ids_to_tokens(unknown)!r} has id {unknown}, but the model knows "
-                f"{rows} tokens, ids 0 to {rows - 1}: its tokenizer has more (resize_token_embeddings makes room)."
+                f"model: token {tokenizer.convert_ids_to_tokens(unknown)!r} has id {unknown}, but the model has "
+                f"embeddings for {rows} tokens, ids 0 to {rows - 1}; enlarge them with resize_token_embeddings."
             )
         placeholder = next((token for token in tokens if token in special), None)
         if placeholder is not None:

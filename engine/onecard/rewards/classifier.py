@@ -38,7 +38,7 @@ class ClassifierReward:
                 f"{self.setting}: {truncated} of {len(texts)} texts are longer than the {limit} tokens that the "
                 "classifier reads, so their beginning is cut off. Later ones are cut without a message."
             )
-        return self.classifier.values([text["inputs"] for text in texts], inputs.batch_size)
+        return self.classifier.scores([text["inputs"] for text in texts], inputs.batch_size)
 
     def tokenized(self, prompt: Prompt, answer: str, policy_tokenizer: Any = None) -> dict[str, Any]:
         """`inputs`: the classifier's model inputs of one text; `truncated`: whether its beginning was cut off.

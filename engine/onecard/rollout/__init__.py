@@ -1,16 +1,16 @@
 """Rollout: responses sampled from the model for prompts, each token with its log-probability.
 
-    prompts, longest first -> rows of a decode batch -> one pass per token -> a row that ends takes the next prompt
+    prompts, longest first -> rows of a decode batch -> a forward pass per token -> a finished row takes the next prompt
 
     decode_batch.py    the rows of one forward pass: left-padded batches, and rows without a cache
     cache_slots.py     continuous batching: each row of the cache has its own length
-    cuda_graphs.py     its decoding step, captured once on a GPU and replayed
+    cuda_graphs.py     CUDA graphs: the decoding step of cache_slots.py is captured once and replayed
     token_sampling.py  logits -> a token and its log-probability
     stop_tokens.py     stop tokens and stop strings, and the response's text without them
     sampler.py         the decoding loop
 
 Of the model's own `generation_config`, only the EOS ids are used. Its top-k, top-p and repetition penalty are not: the
-policy is sampled as it is, at the temperature that is set. Padding is found by masks, never by token ids: a pad token
+policy is sampled with onecard's own settings alone (`Sampling`). Masks, not token ids, mark the padding: a pad token
 may be the EOS, the EOS may be the BOS, and all of them may occur inside a prompt. There is no beam search.
 """
 

@@ -1,9 +1,9 @@
-"""Continuous batching: each row of the cache has its own length, and a row that ends takes the next prompt.
+"""Continuous batching: each row of the cache has its own length, and a finished row takes the next prompt.
 
     columns      0 1 2 3 4 5
     row 0        7 8 9 4 . .     length 4: the next token's keys and values go to column 4
     row 1        5 6 2 2 3 .     length 5
-    row 2        1 x x x . .     length 1: x is left over from a longer sequence, and is masked
+    row 2        1 x x x . .     length 1: x is of the row's previous sequence, and is masked
 
 Rows never move. All steps have the same shapes, except for the number of columns that attention reads.
 """
@@ -20,26 +20,26 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from onecard.models.attention import has_own_attention, windows_of
+from onecard.models.attention import has_onecard_attention, windows_of
 from onecard.models.trunk import rotation_limit, trunk_of
-from onecard.rollout.cuda_graphs import RecordedPass, recorder_for
+from onecard.rollout.cuda_graphs import CapturedPass, capture_function_for
 from onecard.rollout.decode_batch import CachedBatch, padded
 
-# Prompts are prefilled when at least this share of the rows is free. A prefill is a forward pass of its own, however
-# few prompts it has; a free row costs its share of every decoding step.
+# Prompts are prefilled when at least this share of the rows is free. A prefill is a separate forward pass, also for one
+# prompt. Until then a free row wastes its share of every decoding step.
 REFILL_SHARE = 1 / 8
 GROWTH = 128  # columns by which the cache grows, up to the longest possible row
 
 
-def takes_slots(model: Any) -> bool:
+def supports_slots(model: Any) -> bool:
     """Whether a model can decode rows of different lengths in one cache.
 
-    Attention must take onecard's own masks, all layers must keep all keys, and `position_ids` must be an argument whose
-    meaning does not depend on the other rows (which it does where rotations change with the longest position).
+    Attention must use onecard's masks, and all layers must keep all keys. The model must take `position_ids`, and its
+    rotary embeddings must not depend on the longest position, which may be that of another row.
     """
     config = trunk_of(model).config
     return (
-        has_own_attention(model)
+        has_onecard_attention(model)
         and "position_ids" in inspect.signature(model.forward).parameters
         and not windows_of(config)
         and rotation_limit(config) is None
@@ -48,15 +48,15 @@ def takes_slots(model: Any) -> bool:
 
 
 class SlotLayout:
-    """Where a forward pass writes its keys and values. All layers share one layout."""
+    """The rows and columns where a forward pass writes its keys and values. All layers share one layout."""
 
     def __init__(self, max_columns: int) -> None:
         self.max_columns = max_columns
         self.capacity = 0  # columns allocated
-        self.read = 0  # columns that a decoding step attends to
+        self.num_read = 0  # columns that a decoding step attends to
         self.lengths: Tensor | None = None  # int64 [rows]: the column that a decoding step writes
         self.prefill_rows: Tensor | None = None  # int64 [prompts]: the rows that a prefill writes; None while decoding
-        self.source: Tensor | None = None  # int64 [prompts, width]: columns of the left-padded prompts, padding skipped
+        self.source: Tensor | None = None  # int64 [prompts, width]: cache column -> column of the left-padded prompt
 
     def grow(self, columns: int) -> None:
         """Raise `capacity` to at least this many columns, in multiples of GROWTH, at most `max_columns`."""
@@ -76,7 +76,7 @@ class SlotLayer(DynamicLayer):
         self.layout, self.row_count = layout, row_count
 
     def get_seq_length(self) -> int:
-        return 0 if self.layout.prefill_rows is not None else self.layout.read - 1
+        return 0 if self.layout.prefill_rows is not None else self.layout.num_read - 1
 
     def with_capacity(self, stored: Tensor | None, like: Tensor) -> Tensor:
         """`stored` extended to the layout's capacity. New columns are 0: a masked NaN would still give NaN."""
@@ -89,7 +89,7 @@ class SlotLayer(DynamicLayer):
         return extended
 
     def grow(self) -> None:
-        """Extend to the layout's capacity: keys, then values, so that only one of them is held twice at a time."""
+        """Extend to the layout's capacity. Keys first, then values, so that only one of them is in memory twice."""
         if self.keys is not None:
             self.keys = self.with_capacity(self.keys, self.keys)
             self.values = self.with_capacity(self.values, self.values)
@@ -111,7 +111,7 @@ class SlotLayer(DynamicLayer):
         rows = torch.arange(self.row_count, device=key_states.device)
         for stored, new in both:
             stored[rows, :, layout.lengths] = new[:, :, 0]
-        return self.keys[:, :, : layout.read], self.values[:, :, : layout.read]
+        return self.keys[:, :, : layout.num_read], self.values[:, :, : layout.num_read]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.row_count = len(beam_idx)
@@ -120,9 +120,9 @@ class SlotLayer(DynamicLayer):
 
 
 class CacheSlots(CachedBatch):
-    """A decode batch with continuous batching: rows of at most `max_columns` columns each.
+    """A decode batch with continuous batching: `size` rows of at most `max_columns` columns.
 
-    `lengths` int64 [rows] is the number of cached tokens of each row; `host_lengths` is the same on the host.
+    `lengths` int64 [rows] (on the device) and `host_lengths` (a list) have the number of cached tokens of each row.
     """
 
     continuous = True
@@ -130,9 +130,9 @@ class CacheSlots(CachedBatch):
     def __init__(self, model: Any, size: int, max_columns: int, device: torch.device) -> None:
         super().__init__(model, size, device)
         self.layout = SlotLayout(max_columns)
-        recorder = recorder_for(device)
-        self.recorded_pass = None if recorder is None else RecordedPass(recorder)
-        self.min_free_share = 0.0 if recorder is None else 0.5  # fewer rows need a new recording
+        capture = capture_function_for(device)
+        self.captured_pass = None if capture is None else CapturedPass(capture)
+        self.min_free_share = 0.0 if capture is None else 0.5  # with fewer rows, the pass must be captured again
         state = torch.zeros(4, size, dtype=torch.int64, device=device)
         self.prompt_indices, self.generated, self.lengths, self.tokens = state
         self.row_prompts = [None] * size
@@ -147,42 +147,42 @@ class CacheSlots(CachedBatch):
 
     @property
     def refill_size(self) -> int:
-        """Rows that must be free before a prefill, and the most prompts of one.
+        """The number of rows that must be free before a prefill; a prefill of waiting prompts has at most as many.
 
-        A prefill of more prompts would need too much memory beside a full cache.
+        More prompts would need too much memory beside a full cache.
         """
         return max(1, math.ceil(REFILL_SHARE * self.size))
 
     def free_rows(self, waiting: int) -> list[int]:
         free = [row for row, index in enumerate(self.row_prompts) if index is None]
-        if len(free) == self.size:  # the first prefill, or all rows have ended: nothing in the cache is needed
+        if len(free) == self.size:  # no row is decoding: nothing in the cache is needed
             self.cache, self.layout.capacity = None, 0
-            if self.recorded_pass is not None:
-                self.recorded_pass.forget()
+            if self.captured_pass is not None:
+                self.captured_pass.discard()
             return free[:waiting]
         return free[: min(waiting, self.refill_size)] if len(free) >= self.refill_size else []
 
     def grow(self, columns: int) -> None:
-        """Extend the cache to this many columns. Not inside a pass: a recorded pass needs fixed addresses."""
+        """Extend the cache to this many columns. Not called inside a pass: a captured pass needs fixed addresses."""
         self.layout.grow(columns)
         for layer in self.cache.layers:
             layer.grow()
 
     def prefill(self, prompts: Sequence[Sequence[int]], indices: Sequence[int], rows: Sequence[int]) -> Tensor:
-        layout, at = self.layout, torch.tensor(rows, device=self.device)
+        layout, index = self.layout, torch.tensor(rows, device=self.device)
         self.cache = self.new_cache() if self.cache is None else self.cache
         tokens, mask, positions = padded(prompts, self.device)
         lengths, width = mask.sum(1), mask.shape[1]
         self.grow(width)
-        layout.prefill_rows = at
+        layout.prefill_rows = index
         padding = (width - lengths).unsqueeze(1)
         layout.source = (torch.arange(width, device=self.device) + padding).clamp(max=width - 1)
         logits = self.forward(input_ids=tokens, attention_mask=mask, position_ids=positions)
         layout.prefill_rows = layout.source = None
-        self.prompt_indices[at] = torch.tensor(indices, device=self.device)
-        self.generated[at], self.lengths[at] = 0, lengths
-        for row, index, prompt in zip(rows, indices, prompts, strict=True):
-            self.row_prompts[row], self.host_lengths[row] = index, len(prompt)
+        self.prompt_indices[index] = torch.tensor(indices, device=self.device)
+        self.generated[index], self.lengths[index] = 0, lengths
+        for row, prompt_index, prompt in zip(rows, indices, prompts, strict=True):
+            self.row_prompts[row], self.host_lengths[row] = prompt_index, len(prompt)
         return logits
 
     def inputs(self) -> dict[str, Tensor]:
@@ -190,10 +190,10 @@ class CacheSlots(CachedBatch):
         rows = zip(self.host_lengths, self.row_prompts, strict=True)
         longest = max(length for length, index in rows if index is not None)
         self.grow(longest + 1)
-        layout.read = longest + 1 if self.recorded_pass is None else layout.capacity
+        layout.num_read = longest + 1 if self.captured_pass is None else layout.capacity
         # a free row keeps writing to its last column until it is prefilled
-        lengths = self.lengths.clamp(max=layout.read - 1)
-        visible = torch.arange(layout.read, device=self.device) <= lengths.unsqueeze(1)
+        lengths = self.lengths.clamp(max=layout.num_read - 1)
+        visible = torch.arange(layout.num_read, device=self.device) <= lengths.unsqueeze(1)
         return {
             "input_ids": self.tokens.unsqueeze(1),
             "attention_mask": visible[:, None, None],
@@ -201,16 +201,16 @@ class CacheSlots(CachedBatch):
         }
 
     def step(self, inputs: dict[str, Tensor]) -> Tensor:
-        if self.recorded_pass is None:
+        if self.captured_pass is None:
             logits = self.forward_step(inputs)
         else:
-            logits = self.recorded_pass(self.forward_step, inputs, (len(self.row_prompts), self.layout.capacity))
+            logits = self.captured_pass(self.forward_step, inputs, (len(self.row_prompts), self.layout.capacity))
         self.lengths = self.lengths + 1
         self.host_lengths = [length + 1 for length in self.host_lengths]
         return logits
 
     def forward_step(self, inputs: dict[str, Tensor]) -> Tensor:
-        """One decoding step. Keys and values go to the columns that `position_ids` name."""
+        """One decoding step. Each row's keys and values are written to the column of its `position_ids`."""
         self.layout.lengths = inputs["position_ids"].squeeze(1)
         return self.forward(**inputs)
 

@@ -1,10 +1,11 @@
 """CUDA graphs for decoding: a forward pass of fixed shapes is captured once and replayed.
 
-A decoding step is about a thousand small kernels, and Python takes longer to launch them than a large GPU to run them.
+A decoding step launches about a thousand small kernels. Their launches from Python take longer than a large GPU needs
+to run them.
 In `cache_slots.py` every step has the same shapes and addresses until the cache grows or rows are removed; then the
 pass is captured again.
 
-Off unless ONECARD_ROLLOUT_GRAPHS=1: it has not been measured on a GPU yet. If the capture fails, passes run without it.
+Off unless ONECARD_ROLLOUT_GRAPHS=1: it has not been measured on a GPU yet. If the capture fails, passes run eagerly.
 """
 
 from __future__ import annotations
@@ -21,26 +22,27 @@ from onecard.utils.progress import say
 
 Inputs = dict[str, Tensor]
 Pass = Callable[[Inputs], Tensor]
-Recorder = Callable[[Pass, Inputs], Pass]  # -> the same pass, for new values of inputs of the same shapes
+# captures a pass; returns its replay, which takes new inputs of the same shapes
+CaptureFunction = Callable[[Pass, Inputs], Pass]
 WARMUPS = 2  # passes before the capture: libraries allocate their workspaces in the first
 
-_recorders: list[Recorder | None] = []
+_capture_functions: list[CaptureFunction | None] = []
 
 
 @contextmanager
-def use_recorder(recorder: Recorder | None) -> Iterator[None]:
-    """Context in which `recorder` records decoding passes; None: they are not recorded."""
-    _recorders.append(recorder)
+def use_capture_function(capture: CaptureFunction | None) -> Iterator[None]:
+    """Context in which `capture` captures decoding passes; None: they are not captured."""
+    _capture_functions.append(capture)
     try:
         yield
     finally:
-        _recorders.pop()
+        _capture_functions.pop()
 
 
-def recorder_for(device: torch.device) -> Recorder | None:
-    """The recorder for a device; None if passes are not recorded."""
-    if _recorders:
-        return _recorders[-1]
+def capture_function_for(device: torch.device) -> CaptureFunction | None:
+    """The function that captures passes on this device; None if they are not captured."""
+    if _capture_functions:
+        return _capture_functions[-1]
     enabled = device.type == "cuda" and os.environ.get("ONECARD_ROLLOUT_GRAPHS") == "1"
     return cuda_graph if enabled else None
 
@@ -69,32 +71,33 @@ def cuda_graph(run: Pass, inputs: Inputs) -> Pass:
     return replay
 
 
-class RecordedPass:
-    """Replays a recorded pass, and records it again whenever `shape` changes."""
+class CapturedPass:
+    """Captures a pass and replays it. Captures it again whenever `shape` changes."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder: Recorder | None = recorder
+    def __init__(self, capture: CaptureFunction) -> None:
+        self.capture: CaptureFunction | None = capture
         self.shape: tuple[int, ...] | None = None
         self.replay: Pass | None = None
 
     def __call__(self, run: Pass, inputs: Inputs, shape: tuple[int, ...]) -> Tensor:
         if shape != self.shape:
-            self.shape, self.replay = shape, None  # free the old recording first: it holds the memory of its pass
-            self.replay = self.record(run, inputs)
+            self.shape, self.replay = shape, None  # free the old graph first: it holds the memory of its pass
+            self.replay = self.try_capture(run, inputs)
         return run(inputs) if self.replay is None else self.replay(inputs)
 
-    def forget(self) -> None:
-        """Drop the recording: its memory has been freed."""
+    def discard(self) -> None:
+        """Discard the captured pass: the cache that it reads and writes has been freed."""
         self.shape = self.replay = None
 
-    def record(self, run: Pass, inputs: Inputs) -> Pass | None:
-        if self.recorder is None:
+    def try_capture(self, run: Pass, inputs: Inputs) -> Pass | None:
+        if self.capture is None:
             return None
         try:
-            return self.recorder(run, inputs)
+            return self.capture(run, inputs)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            self.recorder = None
-            say(f"sampling goes on without a recorded pass: {str(error).splitlines()[0][:160]}")
+            self.capture = None
+            problem = str(error).splitlines()[0][:160]
+            say(f"rollout: the decoding pass cannot be captured as a CUDA graph, so it runs eagerly: {problem}")
             return None

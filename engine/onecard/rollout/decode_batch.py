@@ -1,4 +1,4 @@
-"""Decode batches: the rows that one forward pass decodes together. Left-padded batches, and rows without a cache."""
+"""Decode batches: the rows that one forward pass decodes together. Here: left-padded rows, and rows without a cache."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class DecodeBatch(ABC):
     | `generated` | int64 [rows], on the device | the number of tokens sampled so far |
     | `row_prompts` | list [rows], on the host | the index of its prompt; None if the row is free |
 
-    A row is free before its first prompt and when its response has ended.
-    The subclasses differ in the positions and masks they pass to the model, and so in when a prompt can be prefilled.
+    A row is free before its first prompt and after its response has ended. Subclasses differ in the positions and masks
+    that they pass to the model, and in when a prompt can be prefilled.
     """
 
     continuous: bool  # continuous batching: a prompt can be prefilled while other rows are still decoding
-    min_free_share = 0.0  # free rows are not removed before they are this share of all rows
+    min_free_share = 0.0  # free rows are removed only when they are at least this share of all rows
 
     def __init__(self, model: Any, size: int, device: torch.device) -> None:
         self.model, self.size, self.device = model, size, device
@@ -40,19 +40,22 @@ class DecodeBatch(ABC):
 
     @abstractmethod
     def free_rows(self, waiting: int) -> list[int]:
-        """The rows to prefill now, at most `waiting`; empty while no prompt can be prefilled."""
+        """The rows to prefill now, at most `waiting`. Empty if no prompt can be prefilled now."""
 
     @abstractmethod
     def prefill(self, prompts: Sequence[Sequence[int]], indices: Sequence[int], rows: Sequence[int]) -> Tensor:
-        """Put prompts into these rows and run the model on them: fp32 logits [prompts, V] of the first new tokens."""
+        """Put prompts into these rows and run the model on them. Returns fp32 logits [prompts, V] of the next tokens.
+
+        `indices`: the prompts' indices, which `row_prompts` and `prompt_indices` then have.
+        """
 
     @abstractmethod
     def append(self, tokens: Tensor, rows: Sequence[int] | None = None) -> None:
-        """Append one token to each of these rows (None: all)."""
+        """Append a sampled token to each of these rows (None: all). `tokens` int64 [rows]."""
 
     @abstractmethod
     def logits(self) -> Tensor:
-        """One decoding step over all rows: fp32 logits [rows, V] of the next tokens."""
+        """Run one decoding step on all rows. Returns fp32 logits [rows, V] of the next tokens."""
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows."""
@@ -62,7 +65,7 @@ class DecodeBatch(ABC):
 
 
 class CachedBatch(DecodeBatch):
-    """A decode batch that keeps the keys and values of its rows: a decoding step runs the newest tokens alone.
+    """A decode batch with a KV cache: a decoding step runs the model on the newest token of each row.
 
     `on_new_cache` is called with each new cache; the memory planner uses this to track allocations.
     """
@@ -72,7 +75,7 @@ class CachedBatch(DecodeBatch):
         self.cache: Any = None
         self.on_new_cache: Callable[[Any], None] = ignore_cache
         self.cache_argument = cache_argument(model)
-        # false where attention computes distances itself (ALiBi)
+        # false for models whose attention computes distances itself (ALiBi)
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
     def new_cache(self) -> Any:
@@ -85,7 +88,7 @@ class CachedBatch(DecodeBatch):
 
     def select_rows(self, rows: Sequence[int]) -> None:
         super().select_rows(rows)
-        # unlike `batch_select_indices`, every kind of cache layer has it
+        # every type of cache layer has `reorder_cache`, but not `batch_select_indices`
         self.cache.reorder_cache(torch.tensor(rows, device=self.device))
 
     @abstractmethod
@@ -113,7 +116,7 @@ def cache_argument(model: Any) -> str | None:
 
 
 def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Left-padded tokens, mask and positions: int64 [prompts, width]. For `7 8 9` and `5` (token 0 pads, masked):
+    """Left-padded tokens, mask and positions, int64 [prompts, width] each. For `7 8 9` and `5` (padding has token 0):
 
     tokens  7 8 9      mask  1 1 1      positions  0 1 2
             0 0 5            0 0 1                 0 0 0
@@ -128,7 +131,7 @@ def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
 class PaddedBatch(CachedBatch):
     """A left-padded batch of prompts. The next prompts are prefilled when all of its responses have ended.
 
-    It works with any model that has a cache: the model only has to respect a mask and positions.
+    It works with any model that has a cache and uses a mask and positions.
 
     `7 8 9` and `5`, after one sampled token each:
 
@@ -169,9 +172,9 @@ class PaddedBatch(CachedBatch):
 
 
 class UncachedBatch(DecodeBatch):
-    """Rows without a cache: for each token, the model runs on each whole row by itself.
+    """A decode batch without a cache: for each new token, the model runs on all tokens of one row after the other.
 
-    Exact for every model. Slow for long rows.
+    It is exact for every model, and slow for long rows.
     """
 
     continuous = True
@@ -186,10 +189,10 @@ class UncachedBatch(DecodeBatch):
         return [row for row, index in enumerate(self.row_prompts) if index is None][:waiting]
 
     def prefill(self, prompts: Sequence[Sequence[int]], indices: Sequence[int], rows: Sequence[int]) -> Tensor:
-        at = torch.tensor(rows, device=self.device)
-        self.prompt_indices[at], self.generated[at] = torch.tensor(indices, device=self.device), 0
-        for row, index, prompt in zip(rows, indices, prompts, strict=True):
-            self.row_prompts[row], self.row_tokens[row] = index, list(prompt)
+        index = torch.tensor(rows, device=self.device)
+        self.prompt_indices[index], self.generated[index] = torch.tensor(indices, device=self.device), 0
+        for row, prompt_index, prompt in zip(rows, indices, prompts, strict=True):
+            self.row_prompts[row], self.row_tokens[row] = prompt_index, list(prompt)
         return torch.cat([self.forward_row(row) for row in rows])
 
     def append(self, tokens: Tensor, rows: Sequence[int] | None = None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onecard.data import Prompt
 from onecard.data.batches import Episode, TokenSequence, longest_first
-from onecard.models.attention import chooses_keys
+from onecard.models.attention import has_sparse_attention
 from onecard.models.cache import cache_bytes
 from onecard.models.micro_batching import MicroBatchSize, RetryMessages, TokenBudget, run_with_retry
 from onecard.models.roles import Roles
@@ -25,9 +25,10 @@ from onecard.utils.errors import OnecardError
 from onecard.utils.progress import Bar, progress
 from onecard.utils.rng import rng_restored_on_error
 
-# When no prompt waits, free rows are removed from the decode batch once they are this share of its rows. Removal copies
-# the cache of the other rows once, and saves this share of every later step, so a few steps pay for it. On two small
-# models 1/16 to 1/4 take the same time; removal at every single end, or from 1/2 on, is slower.
+# When no prompt waits, free rows are removed from the decode batch once they are this share of its rows. A removal
+# copies the cache of the other rows once, and makes every later step cheaper by this share: it pays off after a few
+# steps. On two small models, shares from 1/16 to 1/4 take the same time; removing each row at once, or from 1/2 on, is
+# slower.
 COMPACTION_SHARE = 1 / 8
 
 
@@ -35,10 +36,10 @@ COMPACTION_SHARE = 1 / 8
 class Response:
     """The response to one prompt: k tokens, and their log-probabilities `logprobs` fp32 [k] (CPU).
 
-    A log-probability is of the distribution that the token was sampled from: `log_softmax(logits / temperature)` in
-    fp32, after top-k and top-p if they are set; at temperature 0 the logits are not divided. `finished`: the last token
-    ends the response, and is included in `tokens`; if false, the response was cut at `max_new_tokens`. `stop`: the stop
-    string that the last token completed, or empty.
+    They are those of the distribution that the tokens were sampled from: `log_softmax(logits / temperature)` in fp32,
+    after top-k and top-p if they are set; at temperature 0 the logits are not divided. `finished`: the last token ended
+    the response and is part of `tokens`; if false, the response was cut at `max_new_tokens`. `stop`: the stop string
+    that the last token completed, or empty.
     """
 
     tokens: tuple[int, ...]
@@ -61,20 +62,20 @@ class Rollout:
 
     @property
     def tokens_per_second(self) -> float:
-        """Response tokens per second, with the tokens that end responses and without prompt tokens."""
+        """Response tokens per second. End tokens count, prompt tokens do not."""
         return sum(len(response.tokens) for response in self.responses) / self.seconds
 
 
 SAMPLING_MESSAGES = RetryMessages(
-    smaller="prompts that are sampled together hold a cache of at most {size} from here on; all are drawn again.",
-    single="the cache of one prompt and its answer, {size}, is too much beside the rest. Lower the length of answers "
-    "(response_length, or max_new_tokens), or add --load_in_4bit; `onecard fit` says beforehand what fits.",
+    smaller="prompts are sampled together with a KV cache of at most {size} from here on; all are sampled again.",
+    single="the KV cache of one prompt and its answer ({size}) does not fit. Set a smaller response_length or "
+    "max_new_tokens, or add --load_in_4bit; `onecard fit` says beforehand what fits.",
     format_size=lambda size: f"{size / 2**20:,.1f} MiB",
 )
 
 
 def sampling_budget(batch_size: int, cache_bytes: int = 0) -> TokenBudget:
-    """At most `batch_size` prompts sampled together, with a cache of at most `cache_bytes` bytes (0: no limit)."""
+    """At most `batch_size` prompts sampled together, with a KV cache of at most `cache_bytes` bytes (0: no limit)."""
     return TokenBudget(
         MicroBatchSize(batch_size, cache_bytes, sort_by_length=True, max_items=batch_size), SAMPLING_MESSAGES
     )
@@ -82,10 +83,10 @@ def sampling_budget(batch_size: int, cache_bytes: int = 0) -> TokenBudget:
 
 def decoding_modes(model: Any) -> list[str]:
     """The decoding modes that a model's structure allows, the fastest first; see `make_decode_batch`."""
-    from onecard.rollout.cache_slots import takes_slots  # imports transformers
+    from onecard.rollout.cache_slots import supports_slots  # imports transformers
 
-    slots = ["slots"] if takes_slots(model) else []
-    cached = cache_argument(model) is not None and not chooses_keys(trunk_of(model).config)
+    slots = ["slots"] if supports_slots(model) else []
+    cached = cache_argument(model) is not None and not has_sparse_attention(trunk_of(model).config)
     return slots + (["padded", "single"] if cached else []) + ["uncached"]
 
 
@@ -97,7 +98,7 @@ def make_decode_batch(roles: Roles, rows: int, columns: int) -> DecodeBatch:
     | `slots` | continuous batching: the row of a finished response takes the next prompt |
     | `padded` | left-padded batches |
     | `single` | padded batches of one row |
-    | `uncached` | no cache: for models without one, and texts whose length changes the rotary embeddings |
+    | `uncached` | no cache: for models without one, and for rows so long that the rotary embeddings change |
     """
     from onecard.rollout.cache_slots import CacheSlots
 
@@ -114,7 +115,7 @@ def make_decode_batch(roles: Roles, rows: int, columns: int) -> DecodeBatch:
 
 
 class SampledTokens:
-    """Tokens sampled for each prompt, on the host; log-probabilities fp32 [prompts, max_new_tokens], on the device."""
+    """The tokens sampled for each prompt (lists), and `logprobs` fp32 [prompts, max_new_tokens] on the device."""
 
     def __init__(
         self,
@@ -132,11 +133,11 @@ class SampledTokens:
         self.stop_tokens, self.stop_strings = stop_tokens, stop_strings
 
     def add(self, index: int, token: int) -> bool:
-        """Append a token to prompt `index`'s response. Returns whether the response has ended."""
+        """Append a token to the response to prompt `index`. Returns whether the response has ended."""
         tokens = self.tokens[index]
         tokens.append(token)
         if self.stop_strings is not None:
-            self.matched_stops[index] = self.stop_strings.found(self.prompts[index], tokens)
+            self.matched_stops[index] = self.stop_strings.match(self.prompts[index], tokens)
         return token in self.stop_tokens or bool(self.matched_stops[index]) or len(tokens) == self.max_new_tokens
 
     def response(self, index: int) -> Response:
@@ -165,12 +166,12 @@ def sample_rows(
     waiting = deque(range(len(prompts)))
 
     def sample_next(logits: Tensor, rows: Sequence[int] | None = None) -> Iterator[tuple[int, Response]]:
-        """Sample one token for each of these rows (None: all); yield the responses that it ends."""
+        """Sample one token for each of these rows (None: all). Yield the responses that end with it."""
         index = slice(None) if rows is None else torch.tensor(rows, device=batch.device)
         prompt_indices = batch.prompt_indices[index]
         positions = batch.generated[index].clamp(max=sampling.max_new_tokens - 1)
         row_uniforms = None if uniforms is None else uniforms[prompt_indices, positions]
-        # Free rows are sampled too. Their log-probs go behind the end of a finished response, where they are not read.
+        # Free rows are sampled too. Their log-probs are written after the end of a finished response, and are not read.
         tokens, sampled.logprobs[prompt_indices, positions] = sample_token(logits, sampling, warpers, row_uniforms)
         batch.append(tokens.clamp(min=0), rows)
         for row, token in zip(range(len(batch.row_prompts)) if rows is None else rows, tokens.tolist(), strict=True):
@@ -179,8 +180,8 @@ def sample_rows(
                 continue
             if token == NOT_FINITE:
                 raise OnecardError(
-                    "model: its logits are not finite, so nothing can be sampled: it has diverged, or its dtype "
-                    "overflows."
+                    "model: its logits are not finite, so no token can be sampled: training has diverged, or the "
+                    "model's dtype overflows."
                 )
             if on_token is not None:
                 on_token(token)
@@ -217,20 +218,20 @@ def sample_responses(
     """Sample one response of the current role to each prompt, in the order of the prompts.
 
     A token of `stop_tokens` or a text of `stop_strings` ends a response. `bar` advances with each response, and
-    `on_token` is called with each token. Random numbers come from torch's global generator; with `seed`, each prompt
-    has its own, made from the seed and the prompt's index.
+    `on_token` is called with each token. Random numbers come from torch's global generator or, with `seed`, from a
+    generator for each prompt, which depends only on the seed and the prompt's index.
 
     Raises OnecardError for an empty prompt. Callers check that prompt and response fit into the model's context. If
-    memory runs out, all prompts are sampled again from the first one, fewer at a time. Responses that had ended are not
-    kept: they are the short ones, and keeping them would bias the sample.
+    memory runs out, all prompts are sampled again from the first one, fewer at a time. Responses that had ended are
+    discarded: most of them are short, and the sample would be biased.
     """
     for index, prompt in enumerate(prompts):
         if not prompt:
-            raise OnecardError(f"prompt {index} has no tokens, so there is nothing to go on from.")
+            raise OnecardError(f"prompt {index} has no tokens; expected one or more.")
     model = roles.causal_model()
     started = time.perf_counter()
     lengths = [len(prompt) + sampling.max_new_tokens for prompt in prompts]
-    # Longest first: a batch has similar lengths, and a later prompt fits into the row of an earlier one.
+    # Longest first: rows of a batch have similar lengths, and a later prompt fits into the row of an earlier one.
     order = longest_first(lengths)
     counts: dict[int, int] = {}  # tokens of each response that the progress bar has counted
 
@@ -262,11 +263,11 @@ def sample_responses(
     return Rollout(tuple(responses[index] for index in range(len(prompts))), time.perf_counter() - started)
 
 
-def make_episode(prompt: Prompt, prompt_index: int, response: Response) -> Episode:
-    """Prompt and response as one sequence. The mask, not a token id, marks the response tokens."""
+def make_episode(prompt: Prompt, response: Response) -> Episode:
+    """An episode of a prompt and its response, as one sequence. Its `response_mask` marks the response tokens."""
     mask = (False,) * len(prompt.tokens) + (True,) * len(response.tokens)
     sequence = TokenSequence(prompt.tokens + response.tokens, mask)
-    return Episode(sequence, response.logprobs, response.finished, prompt_index, response.stop)
+    return Episode(sequence, response.logprobs, response.finished, response.stop)
 
 
 def generate(

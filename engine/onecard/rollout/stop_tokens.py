@@ -1,4 +1,4 @@
-"""Stop tokens and stop strings: what ends a response, and the response's text without it."""
+"""Stop tokens and stop strings, which end a response, and the response's text without its end."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from onecard.data.columns import BadRowError, unicode
+from onecard.data.columns import BadRowError, check_unicode
 from onecard.data.templates import answer_end_tokens
 from onecard.data.tokens import REPLACEMENT, continuation_text, decode, encode, encode_after
 from onecard.models.roles import Roles
 from onecard.utils.errors import OnecardError
 
 BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's name of a byte token
-CONTEXT_TOKENS = 8  # decoded before the window that is searched: a decoder may change the first tokens of a text
+CONTEXT_TOKENS = 8  # decoded with the tokens that are searched: decoders may change the first tokens of a text
 
 
 def find_stop_tokens(roles: Roles, tokenizer: Any, stop: Sequence[str] = ()) -> frozenset[int]:
     """Every token id that ends a response.
 
     These are the tokenizer's EOS, the EOS ids of the model's generation config (chat models have several), the token
-    with which the chat template closes answers, and the `stop` texts that are a single token.
+    that the chat template writes after an answer, and the `stop` texts that are a single token.
     """
     eos_ids = getattr(getattr(roles.causal_model(), "generation_config", None), "eos_token_id", None)
     stop_tokens = {*answer_end_tokens(tokenizer).ids, *([eos_ids] if isinstance(eos_ids, int) else eos_ids or [])}
@@ -28,30 +28,30 @@ def find_stop_tokens(roles: Roles, tokenizer: Any, stop: Sequence[str] = ()) -> 
 
 
 def stop_ids(text: str, tokenizer: Any) -> set[int]:
-    """The ids of single tokens that are exactly the stop text; empty if the text takes several tokens.
+    """The ids of the single tokens whose text is exactly the stop text; empty if the text takes several tokens.
 
     With SentencePiece there may be two (`▁.` and `.`); the second is the one that follows a word. A text that is the
     name of a token (`▁the`, `<0x0A>`) is that token. Raises OnecardError if the text is empty, has a special token
-    beside other text, or cannot be encoded.
+    and other text, or cannot be encoded.
     """
     if not text:
-        raise OnecardError("stop_token: '' is 0 tokens, expected a text.")
+        raise OnecardError("stop_token: the text is empty; expected one character or more.")
     try:
-        unicode(text, "stop_token")  # command line arguments may be invalid UTF-8
+        check_unicode(text, "stop_token")  # command line arguments may be invalid UTF-8
     except BadRowError as error:
         raise OnecardError(f"{error}.") from None
     letter, alone, both = (encode(piece, tokenizer) for piece in ("a", text, f"a{text}"))
     special = special_ids(tokenizer) - {tokenizer.unk_token_id}
     if special.intersection(both) and len(both) > len(letter) + 1:
-        raise OnecardError(f"stop_token: {text!r} has a special token beside other text, expected one or the other.")
+        raise OnecardError(f"stop_token: {text!r} has a special token and other text; expected one or the other.")
     # Characters that are not in the vocabulary become the unknown token, or are dropped.
-    written = decode(both, tokenizer) == f"a{text}" or decode(alone, tokenizer) == text
-    named = tokenizer.get_vocab().get(text)
-    if named is not None and (not written or BYTE_NAME.fullmatch(text)):
-        return {named}
-    if not written:
+    encodable = decode(both, tokenizer) == f"a{text}" or decode(alone, tokenizer) == text
+    entry = tokenizer.get_vocab().get(text)
+    if entry is not None and (not encodable or BYTE_NAME.fullmatch(text)):
+        return {entry}
+    if not encodable:
         raise OnecardError(f"stop_token: {text!r} is not in the tokenizer's vocabulary.")
-    single = {ids[0] for ids in (alone, both[len(letter) :]) if len(ids) == 1} | ({named} - {None})
+    single = {ids[0] for ids in (alone, both[len(letter) :]) if len(ids) == 1} | ({entry} - {None})
     return {token for token in single if is_text(token, text, tokenizer)}
 
 
@@ -63,16 +63,16 @@ def is_text(token: int, text: str, tokenizer: Any) -> bool:
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Special tokens: they are left out of a response's text."""
+    """The ids of all special tokens, which are left out of a response's text."""
     added = (token for token, text in tokenizer.added_tokens_decoder.items() if text.special)
     return frozenset((*tokenizer.all_special_ids, *added))
 
 
 class StopStrings:
-    """Search responses for the `stop` texts.
+    """Search responses for the stop texts `texts`.
 
-    Stop strings are searched in the decoded text, because a token may contain one, or a part of it. Special tokens,
-    which have no text, and names of vocabulary entries are matched as tokens.
+    Most texts are searched in the decoded response, because a token may contain one, or a part of it (`strings`).
+    Special tokens, which are not in the decoded text, and names of vocabulary entries are compared by id (`tokens`).
     """
 
     def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
@@ -85,30 +85,30 @@ class StopStrings:
             if token in special or not is_text(token, text, tokenizer)
         }
         self.strings = [text for text in texts if text not in self.tokens.values()]
-        # Each token of a string has at least one of its bytes.
+        # Each token has one byte or more, so a string of n bytes has at most n tokens.
         self.window = CONTEXT_TOKENS + max((len(text.encode()) for text in self.strings), default=0)
-        self.may_end: dict[int, bool] = {}
+        self.can_end_cache: dict[int, bool] = {}
 
-    def found(self, prompt: Sequence[int], response: Sequence[int]) -> str:
+    def match(self, prompt: Sequence[int], response: Sequence[int]) -> str:
         """The stop string that the response's last token completed; empty if there is none.
 
-        Of several, the one that begins first.
+        If there are several, the one that begins first.
         """
         token = response[-1]
         if token in self.tokens:
             return self.tokens[token]
-        if not self.can_end(token) or not self.first(self.last_text(prompt, response)):
+        if not self.can_end(token) or not self.first_string(self.last_text(prompt, response)):
             return ""
-        return self.first(continuation_text(prompt, response, self.tokenizer))
+        return self.first_string(continuation_text(prompt, response, self.tokenizer))
 
     def can_end(self, token: int) -> bool:
-        """Whether a token may contain the last character of a stop string, or some bytes of it."""
-        if token not in self.may_end:
+        """Whether a token's text has the last character of a stop string, or may be a part of that character."""
+        if token not in self.can_end_cache:
             text = continuation_text(encode("a", self.tokenizer), [token], self.tokenizer)
-            self.may_end[token] = REPLACEMENT in text or any(string[-1] in text for string in self.strings)
-        return self.may_end[token]
+            self.can_end_cache[token] = REPLACEMENT in text or any(string[-1] in text for string in self.strings)
+        return self.can_end_cache[token]
 
-    def first(self, text: str) -> str:
+    def first_string(self, text: str) -> str:
         """The stop string that begins first in a text; empty if there is none."""
         return min((string for string in self.strings if string in text), key=text.index, default="")
 
@@ -149,9 +149,9 @@ def tokens_before_end(
         return list(response[:-1] if finished else response)
     text = text_before_end(tokenizer, prompt, response, finished=finished, stop=stop)
     for count in range(len(response) - 1, -1, -1):
-        kept = list(response[:count])
-        start = continuation_text(prompt, kept, tokenizer)
+        head = list(response[:count])
+        start = continuation_text(prompt, head, tokenizer)
         if text.startswith(start):
-            rest, before = text[len(start) :], [*prompt, *kept]
-            return kept + encode_after(before, rest, decode(before, tokenizer) + rest, tokenizer)
+            rest, before = text[len(start) :], [*prompt, *head]
+            return head + encode_after(before, rest, decode(before, tokenizer) + rest, tokenizer)
     return encode(text, tokenizer)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from onecard.utils.rng import seed_of
 
-BLOCK = 256  # vocabulary entries; near the square root of a large vocabulary, so both searches are short
+BLOCK = 256  # vocabulary entries; about the square root of a large vocabulary, so both searches are short
 NOT_FINITE = -1  # the token of a row whose logits are not finite
 
 
@@ -57,17 +57,17 @@ def sample_token(
         if uniforms is None:
             uniforms = torch.rand(len(logits), device=logits.device)
         probs = logits.softmax(-1)
-        tokens = first_beyond(probs, uniforms)
+        tokens = search_cumulative(probs, uniforms)
         chosen = probs.gather(1, tokens).log()
     tokens = tokens.masked_fill(chosen.isnan(), NOT_FINITE)  # one NaN or +inf logit makes the whole row NaN
     return tokens.squeeze(1), chosen.squeeze(1)
 
 
-def first_beyond(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """For each row, the first token whose cumulative `probs` [b, V] exceed `uniforms` [b] of their sum: int64 [b, 1].
+def search_cumulative(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """For each row, the first token whose cumulative `probs` [b, V] exceed `uniforms` [b] * their sum: int64 [b, 1].
 
-    The probabilities are read once: the sums of blocks are searched, then the entries of one block. `torch.multinomial`
-    draws a random number for every vocabulary entry, which takes most of a rollout's time on a CPU. Sums are float64,
+    The sums of blocks of BLOCK entries are searched first, then the entries of one block. `torch.multinomial` draws a
+    random number for every vocabulary entry instead, which takes most of a rollout's time on a CPU. Sums are float64,
     in which uniform * sum stays below the sum. A token of probability 0 is never returned.
     """
     vocab = probs.shape[1]
@@ -87,9 +87,9 @@ def first_beyond(probs: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def uniforms_of(seed: int, prompt: int, length: int) -> Tensor:
-    """The uniforms of one prompt's response, fp32 [length], in [0, 1).
+    """The uniform random numbers of one prompt's response, fp32 [length], in [0, 1).
 
-    They depend on `seed` and the prompt's index alone, not on the prompts sampled with it.
+    They depend only on `seed` and the prompt's index, not on the prompts sampled with it.
     """
     generator = torch.Generator().manual_seed(seed_of(seed, prompt))
     return torch.rand(length, generator=generator)

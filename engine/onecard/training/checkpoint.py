@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written to a temporary folder, synced, renamed, and recognised when damaged.
+"""Atomic checkpoints: written to a temporary folder, synced, renamed. Their manifest shows whether they are damaged.
 
 `checkpoint-N/` holds the trained weights (`<role>/`, in PEFT's format for adapters), `training.pt` (optimizer,
 schedule, random states; tensors and plain values, read with `weights_only=True`), `state.json` (position in the data,
@@ -30,7 +30,7 @@ NAME = re.compile(r"checkpoint-(\d+)")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: its folder, its optimizer steps, and the rows of each log at that time."""
+    """A complete checkpoint: its folder, its step, and how many rows each log had when it was written."""
 
     folder: Path
     step: int
@@ -39,7 +39,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says: the run and step, size and SHA-256 of each file, and count and SHA-256 of log rows."""
+    """Contents of `manifest.json`: run id, step, size and SHA-256 of each file, count and SHA-256 of log rows."""
 
     run: str
     step: int
@@ -48,8 +48,8 @@ class Manifest:
 
 
 def random_states() -> dict[str, Any]:
-    """Every random state that training may draw from."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None  # of the one card that trains
+    """States of all random generators that training may use."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None  # of the GPU that trains
     return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
 
 
@@ -61,8 +61,8 @@ def set_random_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
 
 
-def first_rows(path: Path, count: int | None = None) -> tuple[int, str]:
-    """How many rows a log has, or has of the first `count`, and their SHA-256."""
+def count_and_digest(path: Path, count: int | None = None) -> tuple[int, str]:
+    """Number of a log's rows, of the first `count` at most, and their SHA-256."""
     lines = path.read_bytes().splitlines(keepends=True)[:count] if path.exists() else []
     return len(lines), hashlib.sha256(b"".join(lines)).hexdigest()
 
@@ -78,7 +78,7 @@ def write_checkpoint(
     keep: int,
     logs: tuple[str, ...] = (),
 ) -> Path:
-    """Write `checkpoint-<step>` of the run with id `run`, and drop its oldest ones beyond `keep`."""
+    """Write `checkpoint-<step>` of the run with id `run`, and remove all but its newest `keep` checkpoints."""
 
     def fill(folder: Path) -> None:
         save_weights(folder)
@@ -87,7 +87,7 @@ def write_checkpoint(
         manifest = {
             "run": run,
             "step": step,
-            "rows": {name: first_rows(run_dir / name) for name in logs},
+            "rows": {name: count_and_digest(run_dir / name) for name in logs},
             "files": {name: [(folder / name).stat().st_size, digest(folder / name)] for name in list_files(folder)},
         }
         (folder / MANIFEST).write_text(json.dumps(manifest))
@@ -99,41 +99,41 @@ def write_checkpoint(
 
 
 def remove_old_checkpoints(run_dir: Path, step: int, *, run: str, keep: int) -> None:
-    """Keep the newest `keep` of a run's checkpoints up to `step`. Removes what an interrupted removal has left, too."""
-    upto = [folder for folder in checkpoint_folders(run_dir) if step_of(folder) <= step]
-    own = [each for each in upto if (found := read_manifest(each)) and found.run == run]
+    """Of a run's checkpoints up to `step`, remove all but the newest `keep`, and empty folders of earlier removals."""
+    up_to_step = [folder for folder in checkpoint_folders(run_dir) if step_of(folder) <= step]
+    own = [each for each in up_to_step if (manifest := read_manifest(each)) and manifest.run == run]
     for old in own[keep:]:
         remove_checkpoint(old)
-    for folder in upto:
+    for folder in up_to_step:
         if folder.is_dir() and not list_files(folder):
             remove_files(folder, ())
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove the files that a checkpoint's manifest names, and the manifest last. Other files stay."""
+    """Remove the files that a checkpoint's manifest lists, the manifest last. Other files are not touched."""
     manifest = read_manifest(folder)
     assert manifest is not None
     remove_files(folder, [*manifest.files, MANIFEST])
 
 
 def step_of(folder: Path) -> int:
-    """7 of `checkpoint-7`."""
+    """The step in a checkpoint folder's name: 7 for `checkpoint-7`."""
     return int(folder.name.removeprefix("checkpoint-"))
 
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:
     """All `checkpoint-N`, newest first, damaged ones included."""
-    found = [path for path in run_dir.glob("checkpoint-*") if NAME.fullmatch(path.name)]
-    return sorted(found, key=step_of, reverse=True)
+    folders = [path for path in run_dir.glob("checkpoint-*") if NAME.fullmatch(path.name)]
+    return sorted(folders, key=step_of, reverse=True)
 
 
 def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a checkpoint; None if it is missing or damaged. Raises on a read error."""
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = {str(name): (int(size), str(sha)) for name, (size, sha) in found["files"].items()}
-        rows = {str(name): (int(count), str(sha)) for name, (count, sha) in found["rows"].items()}
-        return Manifest(str(found["run"]), int(found["step"]), files, rows)
+        contents = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = {str(name): (int(size), str(sha)) for name, (size, sha) in contents["files"].items()}
+        rows = {str(name): (int(count), str(sha)) for name, (count, sha) in contents["rows"].items()}
+        return Manifest(str(contents["run"]), int(contents["step"]), files, rows)
     except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError, TypeError, KeyError):
         return None
     except OSError as error:
@@ -141,12 +141,12 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def unreadable(path: Path, error: OSError) -> OnecardError:
-    """The error for a file that cannot be read. Unreadable does not mean damaged."""
+    """The error for a file that cannot be read now; it may not be damaged, so the checkpoint is not skipped."""
     return OnecardError(f"output_dir: {path} cannot be read ({reason(error)}); nothing was changed.")
 
 
-def is_whole(folder: Path, manifest: Manifest) -> bool:
-    """Whether every file that the manifest names is there with its size and digest."""
+def is_complete(folder: Path, manifest: Manifest) -> bool:
+    """Whether every file that the manifest lists has the listed size and digest."""
     for name, (size, sha) in manifest.files.items():
         path = folder / name
         try:
@@ -160,12 +160,12 @@ def is_whole(folder: Path, manifest: Manifest) -> bool:
 
 
 def newest_checkpoint(run_dir: Path, run: str) -> tuple[Checkpoint | None, tuple[Path, ...]]:
-    """The newest complete checkpoint of a run, and the damaged ones that are newer. Raises for another run's."""
+    """The newest complete checkpoint of a run, and the damaged ones that are newer. Raises for one of another run."""
     damaged: list[Path] = []
     for folder in checkpoint_folders(run_dir):
         manifest = read_manifest(folder)
-        if manifest is None or not is_whole(folder, manifest):
-            damaged += [folder] if list_files(folder) else []  # an empty one is left of a removal
+        if manifest is None or not is_complete(folder, manifest):
+            damaged += [folder] if list_files(folder) else []  # an interrupted removal leaves an empty folder
             continue
         if manifest.run != run:
             raise OnecardError(f"output_dir: {folder} is a checkpoint of another run; move it away.")
@@ -178,20 +178,20 @@ def newest_checkpoint(run_dir: Path, run: str) -> tuple[Checkpoint | None, tuple
 
 
 def check_rows(run_dir: Path, folder: Path, manifest: Manifest) -> None:
-    """Stop if the logs do not begin with the rows that they had when the checkpoint was written."""
+    """Raise if a log does not begin with the rows that it had when the checkpoint was written."""
     for name, (count, sha) in manifest.rows.items():
         try:
-            found, own = first_rows(run_dir / name, count)
+            rows, rows_digest = count_and_digest(run_dir / name, count)
         except OSError as error:
             raise unreadable(run_dir / name, error) from error
-        if found < count:
-            raise OnecardError(f"output_dir: {run_dir / name} has {found} rows, expected {count} at {folder.name}.")
-        if own != sha:
+        if rows < count:
+            raise OnecardError(f"output_dir: {run_dir / name} has {rows} rows, expected {count} at {folder.name}.")
+        if rows_digest != sha:
             raise OnecardError(f"output_dir: {run_dir / name} was changed after {folder.name} was written.")
 
 
 def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`training` and `state` as given to `write_checkpoint`; restores the random states."""
+    """Return `training` and `state` as given to `write_checkpoint`, and restore the random states."""
     training = torch.load(checkpoint.folder / TRAINING, weights_only=True, map_location="cpu")
     set_random_states(training.pop("random"))
     return training, json.loads((checkpoint.folder / STATE).read_text())

@@ -1,11 +1,11 @@
-"""`--dry_run`: what a training command would do, on standard output; nothing is written and nothing is trained.
+"""`--dry_run`: print what a training command would train, to standard output; write and train nothing.
 
-All of it is YAML that `--config` takes: what is no setting is a comment.
+The output is YAML that `--config` accepts: the settings, and the rest as comments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from typing import Any
@@ -22,10 +22,10 @@ from onecard.data.tokens import continuation_text
 from onecard.models.roles import Roles
 from onecard.utils.errors import visible
 
-Named = list[tuple[str, TokenSequence]]
+TitledSequences = list[tuple[str, TokenSequence]]
 
-# kind of example -> its sequences, each with what it is
-SEQUENCES: dict[type, Callable[[Any], Named]] = {
+# type of an example -> its sequences with their titles
+SEQUENCES: dict[type, Callable[[Any], TitledSequences]] = {
     TokenSequence: lambda example: [("example", example)],
     PreferencePair: lambda example: [
         (f"chosen, margin {example.margin:g}" if example.margin else "chosen", example.chosen),
@@ -42,7 +42,7 @@ SEQUENCES: dict[type, Callable[[Any], Named]] = {
 
 
 def show(config: TrainConfig, roles: Roles, tokenizer: Any, example: object) -> None:
-    """The settings, the roles' parameters, and the first example as the model will see it."""
+    """Print the settings, the roles' parameters, and an example's tokens as text."""
     out = Console(highlight=False, markup=False)
     settings = {**asdict(config), "dry_run": False, "resume": False, "overwrite": False}
     out.print(yaml.safe_dump(settings, sort_keys=False), soft_wrap=True, end="")
@@ -55,26 +55,27 @@ def show(config: TrainConfig, roles: Roles, tokenizer: Any, example: object) -> 
         out.print(Text("# ").append_text(line), soft_wrap=True)
 
 
-def count(parameters: Iterator[nn.Parameter] | list[nn.Parameter]) -> int:
-    """Number of elements. bitsandbytes packs two 4-bit elements into a byte and stores the shape apart."""
+def num_elements(parameters: Sequence[nn.Parameter]) -> int:
+    """Number of elements. Of a 4-bit parameter bitsandbytes has the shape in `quant_state`: a byte has two elements."""
     states = [(parameter, getattr(parameter, "quant_state", None)) for parameter in parameters]
     return sum(parameter.numel() if state is None else state.shape.numel() for parameter, state in states)
 
 
 def parameter_lines(roles: Roles) -> list[str]:
-    """A line for each role: all parameters that it runs with, and how many of them are trained."""
+    """A line for each role: the number of parameters that it uses, and how many of them are trained."""
     named = dict(roles.model.named_parameters())
     adapters = {name for name in roles.adapters.values() if name is not None}
     own = {name: [p for path, p in named.items() if f".{name}." in path] for name in adapters}
     base = [p for path, p in named.items() if not any(f".{name}." in path for name in adapters)]
     lines = []
     for role, adapter in roles.adapters.items():
-        copied = list(roles.copies[role].parameters()) if role in roles.copies else base
-        parts = copied + own.get(adapter or "", [])
+        body = list(roles.copies[role].parameters()) if role in roles.copies else base
+        parts = body + own.get(adapter or "", [])
         parts += list(roles.heads[role].parameters()) if role in roles.heads else []
         head = " and a scalar head" if role in roles.heads else ""
-        trained = count([parameter for parameter in parts if parameter.requires_grad and role in roles.trained])
-        lines.append(f"{role}: {weights_of(roles, role)}{head}, {count(parts):,} parameters, {trained:,} trained")
+        trained = num_elements([parameter for parameter in parts if parameter.requires_grad and role in roles.trained])
+        total = num_elements(parts)
+        lines.append(f"{role}: {weights_of(roles, role)}{head}, {total:,} parameters, {trained:,} trained")
     return lines
 
 
@@ -88,16 +89,16 @@ def weights_of(roles: Roles, role: str) -> str:
 
 
 def example_lines(example: object, tokenizer: Any, *, colour: bool) -> Iterator[Text]:
-    """Each sequence of an example, with a title."""
-    for what, sequence in SEQUENCES[type(example)](example):
-        learned = sum(sequence.response_mask)
-        counts = f"{len(sequence)} tokens, {learned} of them the response" if learned else f"{len(sequence)} tokens"
-        yield Text(visible(f"{what}: {counts}", kept=""))
+    """For each sequence of an example: a line with its title and lengths, and a line with its tokens."""
+    for title, sequence in SEQUENCES[type(example)](example):
+        in_response = sum(sequence.response_mask)
+        counts = f"{len(sequence)} tokens" + (f", {in_response} of them the response" if in_response else "")
+        yield Text(visible(f"{title}: {counts}", kept=""))
         yield marked(sequence, tokenizer, colour=colour)
 
 
 def marked(sequence: TokenSequence, tokenizer: Any, *, colour: bool) -> Text:
-    """The decoded tokens on one line, special ones too: the prompt dim and the response green, or in [[ ]]."""
+    """The tokens as text on one line, special tokens included. The response is green, or without `colour` in [[ ]]."""
     text = Text()
     pairs = zip(sequence.tokens, sequence.response_mask, strict=True)
     before: list[int] = []

@@ -1,4 +1,4 @@
-"""One process at a time in a run folder."""
+"""A lock file that lets only one process run in a run folder."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from typing import IO
 from onecard.utils.errors import OnecardError
 
 LOCK = "run.lock"
-_locked: set[Path] = set()  # by this process, which may lock a file twice (POSIX)
+_locked: set[Path] = set()  # by this process: a POSIX lock does not keep a process from locking a file twice
 
 
-def in_use(folder: Path, by: str) -> OnecardError:
+def in_use(folder: Path, process_id: str) -> OnecardError:
+    """The error for a folder that a running process has locked."""
     return OnecardError(
-        f"output_dir: process {by} is running in {folder}; wait for it, stop it, or choose another folder."
+        f"output_dir: process {process_id} is running in {folder}; wait for it, stop it, or choose another folder."
     )
 
 
 def check_unlocked(folder: Path) -> None:
-    """Stop if a running process has the folder's lock. Writes nothing."""
+    """Raise if a running process has locked the folder. Writes nothing."""
     path = folder / LOCK
     if path in _locked:
         raise in_use(folder, str(os.getpid()))
@@ -37,9 +38,9 @@ def check_unlocked(folder: Path) -> None:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Context in which this process alone has the folder's lock. The system releases it when the process ends.
+    """Context in which this process has the folder locked. The system removes the lock if the process is killed.
 
-    Forked workers do not inherit the lock, so one that outlives the process does not keep the folder locked.
+    Forked workers do not inherit the lock, so a worker that outlives the process does not keep the folder locked.
     """
     path = folder / LOCK
     file = open_locked(folder)
@@ -62,14 +63,14 @@ def open_locked(folder: Path) -> IO[str]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            by = file.read().strip()
+            process_id = file.read().strip()
             file.close()
-            raise in_use(folder, by) from None
-        try:
-            same = os.fstat(file.fileno()).st_ino == path.stat().st_ino
+            raise in_use(folder, process_id) from None
+        try:  # its owner may have removed the file after it was opened here
+            still_there = os.fstat(file.fileno()).st_ino == path.stat().st_ino
         except FileNotFoundError:
-            same = False
-        if same:  # not one that its holder has removed meanwhile
+            still_there = False
+        if still_there:
             file.truncate(0)
             file.write(f"{os.getpid()}\n")
             file.flush()

@@ -22,7 +22,7 @@ REDUCE_BY_PREFIX = {"min_": torch.minimum, "max_": torch.maximum}
 def sum_metrics(losses: Iterable[Loss]) -> dict[str, float]:
     """Sum the loss and metrics of a step's micro-batches; `min_...` and `max_...` take the minimum and maximum.
 
-    Reads the values from the device, and so waits for it.
+    Waits for the device, because it copies the values to the CPU.
     """
     total: dict[str, torch.Tensor] = {}
     for loss in losses:
@@ -31,7 +31,7 @@ def sum_metrics(losses: Iterable[Loss]) -> dict[str, float]:
     return {name: float(value) for name, value in total.items()}
 
 
-SUM = "_sum"
+SUM = "_sum"  # suffix of a metric that is a sum
 
 
 def means_per_kind(row: dict[str, float]) -> dict[str, float]:
@@ -54,16 +54,15 @@ def means_per_kind(row: dict[str, float]) -> dict[str, float]:
 
 
 def peak_memory_gib() -> float:
-    """Peak so far: allocated on the GPU where there is one, else the process's resident memory."""
+    """Peak memory of the run so far: allocated on the GPU, or without one the process's resident memory."""
     if torch.cuda.is_available():
         return max(EARLIER_PEAK[0], torch.cuda.max_memory_allocated() / 2**30)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # Linux counts in KiB
 
 
-EARLIER_PEAK = [
-    0.0
-]  # GiB: the highest peak before `phase_memory` last reset the counter (a list, to be changed in place)
+# GiB: the peak before `phase_memory` last reset PyTorch's counter. A list, so that it can be changed in place.
+EARLIER_PEAK = [0.0]
 
 
 @contextmanager
@@ -79,7 +78,7 @@ def phase_memory(row: dict[str, float], name: str) -> Iterator[None]:
 
 
 def resident_memory_gib() -> float:
-    """Resident memory now (Linux); elsewhere the peak."""
+    """Resident memory of the process now; on systems other than Linux, its peak."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -88,11 +87,11 @@ def resident_memory_gib() -> float:
 
 
 class MetricsWindow:
-    """Sums of per-step metrics since the last logged row. Saved in checkpoints, so that a resumed run logs the same."""
+    """Sums of per-step metrics since the last logged row. Checkpoints save them: a resumed run logs the same."""
 
     def __init__(self, sums: dict[str, float] | None = None, steps: dict[str, int] | None = None) -> None:
         self.sums = dict(sums or {})
-        self.steps = dict(steps or {})  # number of steps with the metric; a PPO step without an update has no loss
+        self.steps = dict(steps or {})  # steps that had the metric: a PPO step without an update has no loss
 
     def add(self, row: dict[str, float]) -> None:
         for name, value in row.items():

@@ -1,4 +1,4 @@
-"""Optimizers and learning rate schedules, by TRL's names; float32 masters for weights that are held in 16 bit."""
+"""Optimizers and learning rate schedules, by TRL's names; float32 master weights for weights in 16 bit."""
 
 from __future__ import annotations
 
@@ -12,11 +12,6 @@ from torch import Tensor, nn
 
 from onecard.config import TrainConfig
 from onecard.models.load import FULL_PRECISION
-
-
-def adamw_torch(parameters: Iterable[torch.nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
-    """PyTorch's AdamW."""
-    return torch.optim.AdamW(parameters, **settings)
 
 
 def adamw_8bit(parameters: Iterable[torch.nn.Parameter], **settings: Any) -> torch.optim.Optimizer:
@@ -35,17 +30,17 @@ def paged_adamw_8bit(parameters: Iterable[torch.nn.Parameter], **settings: Any) 
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw_torch": adamw_torch,
+    "adamw_torch": torch.optim.AdamW,
     "adamw_8bit": adamw_8bit,
     "paged_adamw_8bit": paged_adamw_8bit,
 }
 
 
-MASTER_BYTES = 32 << 20  # of the float32 gradients that a step holds at a time
+MASTER_GRADIENT_BYTES = 32 << 20  # float32 gradients that a step has in memory at a time
 
 
 def master_of(weight: nn.Parameter) -> nn.Parameter:
-    """A float32 copy of a 16-bit weight, from its value before rounding if that is attached; frees that value."""
+    """A float32 copy of a 16-bit weight. Takes the value before rounding if the weight has it, and frees that."""
     full = vars(weight).pop(FULL_PRECISION, weight.detach())
     return nn.Parameter(full.to(weight.device, torch.float32, copy=True))
 
@@ -55,16 +50,15 @@ class MasterOptimizer(torch.optim.Optimizer):
 
         master <- update(master, float(gradient));  weight <- round(master)
 
-    An update of less than half a step between two 16-bit numbers (2^-9 of the weight, in bfloat16) is lost on the
-    weight and kept in the master, which starts as the weight was before it was rounded, if that is known. Parameters
-    that are float32 already are their own masters. `state_dict` holds the masters, so that a run that goes on from a
-    checkpoint goes on from them.
+    An update of less than half the distance between two 16-bit numbers (2^-9 of the weight, in bfloat16) does not
+    change the weight, but it changes the master. A master starts as the weight before it was rounded, if that is known.
+    A float32 parameter is its own master. `state_dict` has the masters, so a resumed run starts from them.
     """
 
     def __init__(
         self, make: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer], parameters: Iterable[nn.Parameter]
     ) -> None:
-        # The parent's part is all in the inner optimizer, whose groups and states are these.
+        # No super().__init__: the groups and states are those of the inner optimizer.
         self.parameters = list(parameters)
         self.masters = [each if each.dtype == torch.float32 else master_of(each) for each in self.parameters]
         self.inner = make(self.masters)
@@ -72,8 +66,8 @@ class MasterOptimizer(torch.optim.Optimizer):
         self.state = self.inner.state
         self.defaults = self.inner.defaults
 
-    def rounded(self) -> Iterator[tuple[int, nn.Parameter, nn.Parameter]]:
-        """`(place, weight, master)` of each weight that has a master."""
+    def masters_by_index(self) -> Iterator[tuple[int, nn.Parameter, nn.Parameter]]:
+        """`(index, weight, master)` of each weight that is not its own master."""
         for index, (weight, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
             if weight is not master:
                 yield index, weight, master
@@ -82,20 +76,20 @@ class MasterOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One update. 16-bit gradients are cast to float32 and freed, a few MiB at a time. `closure` is not called."""
         batch: list[tuple[nn.Parameter, nn.Parameter]] = []
-        held = 0
-        for _, weight, master in self.rounded():
+        batch_bytes = 0
+        for _, weight, master in self.masters_by_index():
             if weight.grad is None:
                 continue
             master.grad, weight.grad = weight.grad.float(), None
             batch.append((weight, master))
-            held += master.numel() * master.element_size()
-            if held >= MASTER_BYTES:
+            batch_bytes += master.numel() * master.element_size()
+            if batch_bytes >= MASTER_GRADIENT_BYTES:
                 self.update(batch)
-                batch, held = [], 0
+                batch, batch_bytes = [], 0
         self.update(batch)
 
     def update(self, batch: Sequence[tuple[nn.Parameter, nn.Parameter]]) -> None:
-        """Step the inner optimizer for parameters with a gradient, and free the gradients."""
+        """Step the inner optimizer for the masters with a gradient, free the gradients, and round into the weights."""
         self.inner.step()
         self.inner.zero_grad(set_to_none=True)
         for weight, master in batch:
@@ -108,7 +102,7 @@ class MasterOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state, and the masters by index."""
-        masters = {index: master.detach() for index, _, master in self.rounded()}
+        masters = {index: master.detach() for index, _, master in self.masters_by_index()}
         return {"inner": self.inner.state_dict(), "masters": masters}
 
     @torch.no_grad()
@@ -116,13 +110,13 @@ class MasterOptimizer(torch.optim.Optimizer):
         """Restore what `state_dict` returned."""
         self.inner.load_state_dict(state_dict["inner"])
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
-        for index, weight, master in self.rounded():
+        for index, weight, master in self.masters_by_index():
             master.copy_(state_dict["masters"][index])
             weight.copy_(master)
 
 
 def make_optimizer(config: TrainConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that `config.optim` names; where any weights are held in 16 bit it works on float32 masters."""
+    """The optimizer that `config.optim` names; with float32 masters if any of the parameters is in 16 bit."""
     make = partial(
         OPTIMIZERS[config.optim],
         lr=config.learning_rate,
@@ -135,13 +129,13 @@ def make_optimizer(config: TrainConfig, parameters: Iterable[torch.nn.Parameter]
 
 
 def clip_grad_norm(parameters: Sequence[nn.Parameter], limit: float) -> Tensor:
-    """PyTorch's `clip_grad_norm_`, which would give the norm of 16-bit gradients in 16 bit: here it is float32."""
+    """Clip gradients to norm `limit`, as `clip_grad_norm_`. Returns the norm, in float32 for 16-bit gradients too."""
     gradients = [each.grad for each in parameters if each.grad is not None]
-    measured = [
+    tensors_or_norms = [
         each if each.dtype in (torch.float32, torch.float64) else torch.linalg.vector_norm(each, dtype=torch.float32)
         for each in gradients
     ]
-    norm = torch.nn.utils.get_total_norm(measured)
+    norm = torch.nn.utils.get_total_norm(tensors_or_norms)
     torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return norm
 

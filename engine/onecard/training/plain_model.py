@@ -13,23 +13,22 @@ import torch
 from torch import Tensor
 
 from onecard.data.batches import TokenBatch, TokenSequence, pack, to_device
-from onecard.models.attention import plain_attention
+from onecard.models.attention import transformers_attention
 from onecard.models.roles import Roles
 from onecard.models.trunk import context_of, evaluating, trunk_of
 from onecard.models.vocabulary import known_tokens
 
-# Numbers of tokens
-SHORT_LENGTH = 24  # of short texts
-SHARED_LENGTH = 12  # of the prefix that two short texts share
-TAIL_LENGTH = 7  # that are appended to a text to measure rounding
-MIN_LENGTH = 8  # of the shortest texts that are checked
+SHORT_LENGTH = 24  # tokens of a short text
+SHARED_LENGTH = 12  # tokens of the prefix that two short texts share
+TAIL_LENGTH = 7  # tokens that are appended to a text to measure rounding
+MIN_LENGTH = 8  # tokens of the longest text: with fewer, the check is skipped
 LIMIT = 1e-3  # nat: largest difference of a token in float32
 LIMIT_16_BIT = 0.05  # nat: mean difference over a text in 16 bit, plus three times the plain model's own rounding
 ROUNDING_16_BIT = 0.1  # nat: mean rounding over a text in 16 bit, above which log-probs cannot be compared
 
 
 def made_up_tokens(vocabulary: int, length: int, variant: int) -> tuple[int, ...]:
-    """Token ids of a made-up text, spread over the vocabulary; each `variant` is another text."""
+    """Token ids of a made-up text, spread over the vocabulary. Each `variant` gives a different text."""
     return tuple((7919 * index + 104729 * variant + 13) % vocabulary for index in range(length))
 
 
@@ -39,7 +38,7 @@ def scored_sequence(tokens: tuple[int, ...], prompt: int = 1) -> TokenSequence:
 
 
 def probe_sequences(roles: Roles, longest: int, row_length: int = 0) -> list[TokenSequence]:
-    """A short text, one of `longest` tokens, and a short one that begins as the first does.
+    """A short text, one of `longest` tokens, and a short one that begins with the same tokens as the first.
 
     Together they have at most `row_length` tokens, unless it is 0.
     """
@@ -58,39 +57,40 @@ def logprobs(roles: Roles, batch: TokenBatch, layout: str) -> list[Tensor]:
     before = roles.layout
     roles.layout = layout
     try:
-        found = roles.logprobs(batch, batch.targets)
+        all_logprobs = roles.logprobs(batch, batch.targets)
     finally:
         roles.layout = before
-    return list(found.split(list(batch.num_targets)))
+    return list(all_logprobs.split(list(batch.num_targets)))
 
 
 def is_16_bit(roles: Roles) -> bool:
     return roles.causal_model().dtype in (torch.bfloat16, torch.float16)
 
 
-def trimmed_mean_difference(found: Tensor, truth: Tensor) -> float:
-    """Mean absolute difference in nats, without the eighth of the tokens that differ most: rounding can make a router
-    choose other experts for a few tokens.
+def trimmed_mean_difference(logprobs: Tensor, expected: Tensor) -> float:
+    """Mean absolute difference in nats, without the eighth of the tokens that differ most.
+
+    Rounding can make a router choose other experts for a few tokens, whose log-probs then differ a lot.
     """
-    off = (found - truth).abs().nan_to_num(nan=torch.inf).sort().values
-    return float(off[: max(1, len(off) - len(off) // 8)].mean())
+    differences = (logprobs - expected).abs().nan_to_num(nan=torch.inf).sort().values
+    return float(differences[: max(1, len(differences) - len(differences) // 8)].mean())
 
 
 @dataclass(frozen=True)
 class PlainLogprobs:
-    """The plain model's log-probs of texts, and their mean difference by rounding alone (None for float32)."""
+    """The plain model's log-probs of texts, and their mean error from rounding in 16 bit (None: float32)."""
 
     logprobs: list[Tensor]
     rounding: float | None
 
-    def difference(self, found: Sequence[Tensor]) -> str:
-        """An error text with the difference to `found`; empty if it is within rounding."""
-        pairs = list(zip(found, self.logprobs, strict=True))
+    def fault(self, logprobs: Sequence[Tensor]) -> str:
+        """The end of a message "log-probs ... are" about these log-probs' error; empty if it is within rounding."""
+        pairs = list(zip(logprobs, self.logprobs, strict=True))
         if self.rounding is None:
             largest = max(float((one - other).abs().nan_to_num(nan=torch.inf).max()) for one, other in pairs)
             return "" if largest <= LIMIT else f"off by up to {largest:.3g} nat"
         if self.rounding > ROUNDING_16_BIT:
-            return f"cannot be compared, because rounding alone changes them by {self.rounding:.3g} nat a token"
+            return f"not comparable, because rounding alone changes them by {self.rounding:.3g} nat a token"
         mean = max(trimmed_mean_difference(one, other) for one, other in pairs)
         return "" if mean <= LIMIT_16_BIT + 3 * self.rounding else f"off by {mean:.3g} nat a token"
 
@@ -98,8 +98,8 @@ class PlainLogprobs:
 def plain_logprobs(roles: Roles, texts: Sequence[TokenSequence]) -> PlainLogprobs:
     """The plain model's log-probs of each text, and in 16 bit their rounding.
 
-    Rounding is measured by appending tokens to a text. In a causal model they change the log-probs before them only
-    through matrix products of another shape, which add up in another order.
+    Rounding is measured by appending tokens to a text. In a causal model, earlier log-probs then change only by
+    rounding: the matrix products have another shape and are summed in another order.
     """
     model = roles.causal_model()
     context = context_of(trunk_of(model).config) or math.inf
@@ -111,13 +111,13 @@ def plain_logprobs(roles: Roles, texts: Sequence[TokenSequence]) -> PlainLogprob
         tokens = sequence.tokens + sequence.tokens[:TAIL_LENGTH]
         return scored_sequence(tokens, sequence.response_mask.index(True))
 
-    with evaluating(model), plain_attention(model):
-        truth = [computed(each) for each in texts]
+    with evaluating(model), transformers_attention(model):
+        expected = [computed(each) for each in texts]
         if not is_16_bit(roles):
-            return PlainLogprobs(truth, None)
+            return PlainLogprobs(expected, None)
         rounding = [
             trimmed_mean_difference(computed(with_tail(each))[: len(own)], own)
-            for each, own in zip(texts, truth, strict=True)
+            for each, own in zip(texts, expected, strict=True)
             if len(each) + TAIL_LENGTH <= context
         ]
-    return PlainLogprobs(truth, max(rounding, default=0.0))
+    return PlainLogprobs(expected, max(rounding, default=0.0))

@@ -48,9 +48,9 @@ C = TypeVar("C", bound=TrainConfig)
 class RunInfo:
     """The contents of `run.json`.
 
-    `date`: the day on which the run began, for chat templates that use it. `settings`: digest of the settings in
+    `date`: the day on which the run began; chat templates may use it. `settings`: digest of the settings in
     `config.yaml`. `identity`: the command, and digests of the data and weights that it reads. `replaces`: ids of
-    overwritten runs whose files are not all removed yet. `files`: file names in each exported folder.
+    overwritten runs some of whose files may still exist. `files`: file names in each exported folder.
     """
 
     id: str
@@ -63,9 +63,9 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class Run:
-    """A folder that is ready for a run, the checkpoint to resume from, and notes for the user.
+    """A run that may start in `folder`. `checkpoint`: where it resumes, None for a new run. `notes`: lines to print.
 
-    `previous`: info of the run that is in the folder; `damaged`: checkpoints that are skipped.
+    `previous`: info of the run that the folder already has; `damaged`: its newer checkpoints, which are skipped.
     """
 
     folder: Path
@@ -74,10 +74,6 @@ class Run:
     notes: tuple[str, ...] = ()
     previous: RunInfo | None = None
     damaged: tuple[Path, ...] = ()
-
-    @property
-    def date(self) -> str:
-        return self.info.date
 
 
 def with_output_dir(config: C, command: str) -> C:
@@ -91,14 +87,14 @@ def with_output_dir(config: C, command: str) -> C:
 def read_info(folder: Path) -> RunInfo | None:
     """The run.json of a folder; None if it is missing or belongs to another program."""
     try:
-        found = json.loads((folder / RUN_JSON).read_text(encoding="utf-8"))
+        contents = json.loads((folder / RUN_JSON).read_text(encoding="utf-8"))
         return RunInfo(
-            id=str(found.pop("id")),
-            date=datetime.fromisoformat(found.pop("date")).strftime("%Y-%m-%d"),
-            settings=str(found.pop("settings")),
-            replaces=tuple(map(str, found.pop("replaces"))),
-            files={str(name): tuple(map(str, names)) for name, names in found.pop("files").items()},
-            identity={str(name): str(value) for name, value in found.items()},
+            id=str(contents.pop("id")),
+            date=datetime.fromisoformat(contents.pop("date")).strftime("%Y-%m-%d"),
+            settings=str(contents.pop("settings")),
+            replaces=tuple(map(str, contents.pop("replaces"))),
+            files={str(name): tuple(map(str, names)) for name, names in contents.pop("files").items()},
+            identity={str(name): str(value) for name, value in contents.items()},
         )
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -107,15 +103,15 @@ def read_info(folder: Path) -> RunInfo | None:
 
 
 def write_info(folder: Path, info: RunInfo) -> None:
+    """Write `run.json`: the identity's entries, then the other fields."""
     own = {"id": info.id, "date": info.date, "settings": info.settings, "replaces": info.replaces, "files": info.files}
-    written = {**info.identity, **own}
-    write_text(folder / RUN_JSON, json.dumps(written, indent=1) + "\n")
+    write_text(folder / RUN_JSON, json.dumps({**info.identity, **own}, indent=1) + "\n")
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:
-    """SHA-256 of the settings that a resumed run must share."""
-    kept = {name: value for name, value in sorted(settings.items()) if name not in CHANGEABLE_SETTINGS}
-    return hashlib.sha256(json.dumps(kept, default=str).encode()).hexdigest()
+    """SHA-256 of the settings that must be the same in a resumed run."""
+    fixed = {name: value for name, value in sorted(settings.items()) if name not in CHANGEABLE_SETTINGS}
+    return hashlib.sha256(json.dumps(fixed, default=str).encode()).hexdigest()
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -128,18 +124,18 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or info is None:
         raise OnecardError(f"{folder} holds a run but no readable {CONFIG} with its settings.")
     if settings_digest(settings) != info.settings:
-        raise OnecardError(f"{folder / CONFIG} is not what the run wrote: it was changed or truncated.")
+        raise OnecardError(f"{folder / CONFIG} has been changed or truncated since the run wrote it.")
     return settings
 
 
 def check_same_settings(config: TrainConfig, folder: Path) -> None:
-    """Raise if a resumed run has other settings than the run in the folder."""
+    """Raise if a resumed run's settings differ from those of the run in the folder, except `CHANGEABLE_SETTINGS`."""
     previous = read_settings(folder)
     for name, value in asdict(config).items():
         if name not in CHANGEABLE_SETTINGS and name in previous and previous[name] != value:
             raise OnecardError(
                 f"--resume: {name} is {value!r} here and {previous[name]!r} in {folder / CONFIG}; "
-                "go on with the same settings, or start anew in another output_dir."
+                "resume with the same settings, or start a new run in another output_dir."
             )
 
 
@@ -147,7 +143,10 @@ def check_same_run(info: RunInfo, identity: Mapping[str, str], folder: Path) -> 
     """Raise if a resumed run is another command, or its data or weights have changed."""
     for name, value in identity.items():
         if info.identity.get(name) != value:
-            raise OnecardError(f"--resume: the {name} of the run in {folder} was another one ({folder / RUN_JSON}).")
+            raise OnecardError(
+                f"--resume: expected the {name} of the run in {folder}, got something else ({RUN_JSON}); resume with "
+                "the same, or start a new run in another output_dir."
+            )
 
 
 # --- whether a run may start
@@ -157,8 +156,8 @@ def open_run(config: TrainConfig) -> Run:
     """Decide whether a command starts, replaces or resumes a run in its folder. Writes nothing."""
     folder = Path(config.output_dir).absolute()
     if os.path.lexists(folder) and not folder.is_dir():
-        what = "a link to nothing" if folder.is_symlink() else "a file"
-        raise OnecardError(f"output_dir: {folder} is {what}, expected a folder or a new name.")
+        kind = "a broken link" if folder.is_symlink() else "a file"
+        raise OnecardError(f"output_dir: {folder} is {kind}, expected a folder or a new name.")
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not os.access(parent, os.W_OK):
         raise OnecardError(f"output_dir: {parent} cannot be written to.")
@@ -173,7 +172,7 @@ def open_run(config: TrainConfig) -> Run:
         return Run(folder, new)
     if not (config.overwrite or config.resume):
         raise OnecardError(
-            f"output_dir: {folder} holds a run already; add --resume to go on with it, "
+            f"output_dir: {folder} holds a run already; add --resume to continue it, "
             "--overwrite to replace it, or choose another folder."
         )
     check_only_own_files(folder, previous)
@@ -181,28 +180,31 @@ def open_run(config: TrainConfig) -> Run:
     if config.overwrite and not config.resume:
         check_inputs_are_kept(config, folder)
         return Run(folder, new, previous=previous)
-    found, damaged = checkpoint.newest_checkpoint(folder, previous.id) if not previous.replaces else (None, ())
-    if damaged and (found is None or any((folder / role).is_dir() for role in TRAINED)):
-        state = "no checkpoint is whole" if found is None else "the run has ended"
+    newest, damaged = checkpoint.newest_checkpoint(folder, previous.id) if not previous.replaces else (None, ())
+    if damaged and (newest is None or any((folder / role).is_dir() for role in TRAINED)):
+        state = "the run has no complete checkpoint" if newest is None else "the run has ended"
         raise OnecardError(
-            f"--resume: {damaged[0]} is torn (files are missing or damaged), and {state}; "
-            "--overwrite starts anew, another output_dir as well."
+            f"--resume: {damaged[0]} is damaged (files are missing or changed), and {state}; "
+            "add --overwrite to replace the run, or choose another output_dir."
         )
-    if found is None:
+    if newest is None:
         check_inputs_are_kept(config, folder)
-        return Run(folder, new, notes=("no whole checkpoint to go on from: starting at step 0.",), previous=previous)
+        note = "no complete checkpoint to resume from: starting at step 0."
+        return Run(folder, new, notes=(note,), previous=previous)
     check_same_settings(config, folder)
-    notes = [f"{each.name} is torn (files are missing or damaged) and is passed over." for each in damaged]
-    notes.append(f"going on from {found.folder}.")
-    return Run(folder, previous, found, tuple(notes), previous, damaged)
+    notes = [f"{each.name} is damaged (files are missing or changed) and is skipped." for each in damaged]
+    notes.append(f"resuming from {newest.folder}.")
+    return Run(folder, previous, newest, tuple(notes), previous, damaged)
 
 
 def check_no_foreign_files(folder: Path) -> None:
     """Raise if a folder without a run has files that a run would replace."""
     existing = [folder / name for name in OWN_NAMES if os.path.lexists(folder / name)]
-    for path in [*existing, *checkpoint.checkpoint_folders(folder)]:
+    existing += checkpoint.checkpoint_folders(folder)
+    if existing:
         raise OnecardError(
-            f"output_dir: {folder} holds no run, but '{path.name}', which a run would replace; choose another folder."
+            f"output_dir: {folder} is not a run folder, but has '{existing[0].name}', which a run would replace; "
+            "choose another folder."
         )
 
 
@@ -231,11 +233,9 @@ def check_only_own_files(folder: Path, info: RunInfo) -> None:
 
 def check_inputs_are_kept(config: TrainConfig, folder: Path) -> None:
     """Raise if a new run would replace files that it reads."""
-    removed = [
-        path.resolve() for path in (*checkpoint.checkpoint_folders(folder), *(folder / name for name in OWN_NAMES))
-    ]
+    removed = [*checkpoint.checkpoint_folders(folder), *(folder / name for name in OWN_NAMES)]
     for setting, value in config.input_paths().items():
-        if any(weights_folder(Path(value)).resolve().is_relative_to(path) for path in removed):
+        if any(weights_folder(Path(value)).resolve().is_relative_to(path.resolve()) for path in removed):
             raise OnecardError(
                 f"{setting}: {value} is part of the run in {folder} that would be replaced; choose another output_dir."
             )
@@ -246,9 +246,9 @@ def check_inputs_are_kept(config: TrainConfig, folder: Path) -> None:
 
 @contextmanager
 def locked(run: Run) -> Iterator[None]:
-    """Context that holds the lock of the run's folder. Raises if a run was started there since `open_run`.
+    """Context in which the run's folder exists and is locked. Raises if another run was started there since `open_run`.
 
-    A folder that is created here and stays empty is removed.
+    Folders that are created here and stay empty are removed.
     """
     created = [path for path in (run.folder, *run.folder.parents) if not path.exists()]
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -264,7 +264,7 @@ def locked(run: Run) -> Iterator[None]:
 
 
 def begin(run: Run, config: TrainConfig, identity: dict[str, str]) -> None:
-    """Write `run.json`, remove an overwritten run's files, write `config.yaml`, and cut the logs to the checkpoint.
+    """Write `run.json`, remove an overwritten run's files, write `config.yaml`, and truncate the logs.
 
     `identity`: the command, and digests of the data and weights; a resumed run must have the same. After a kill at any
     point of this function, `--resume` and `--overwrite` both work.
@@ -280,7 +280,7 @@ def begin(run: Run, config: TrainConfig, identity: dict[str, str]) -> None:
         remove_temporaries(run.folder)
         for name in LOGS:
             truncate_log(run.folder / name, run.checkpoint.rows.get(name, 0))
-        if digest == run.previous.settings:  # another version of onecard may have more settings
+        if digest == run.previous.settings:  # not if this version of onecard has other settings than the run's
             write_text(run.folder / CONFIG, text)
         return
     files = run.previous.files if run.previous else {}
@@ -313,7 +313,7 @@ def remove_run(folder: Path, ids: Sequence[str], files: Mapping[str, Sequence[st
 
 def remove_temporaries(folder: Path) -> None:
     """Remove temporary files and folders of the run that killed processes left behind."""
-    names = {found["name"] for path in folder.glob(".*") if (found := TEMPORARY.fullmatch(path.name))}
+    names = {match["name"] for path in folder.glob(".*") if (match := TEMPORARY.fullmatch(path.name))}
     for name in names:
         if name in OWN_NAMES or checkpoint.NAME.fullmatch(name):
             recover(folder / name)
@@ -326,7 +326,7 @@ def truncate_log(path: Path, count: int) -> None:
         write_text(path, b"".join(lines[:count]).decode("utf-8"))
 
 
-def write_folder(folder: Path, name: str, write: Callable[[Path], None]) -> Path:
+def write_folder(folder: Path, name: str, write: Callable[[Path], None]) -> None:
     """Write the folder `policy`, `reward` or `plots` of a run atomically, and list its files in `run.json`."""
 
     def fill(temporary: Path) -> None:
@@ -338,7 +338,6 @@ def write_folder(folder: Path, name: str, write: Callable[[Path], None]) -> Path
             write_info(folder, replace(info, files=files))
 
     replace_folder(folder / name, fill)
-    return folder / name
 
 
 def log(folder: Path, row: dict[str, Any], name: str = METRICS) -> None:

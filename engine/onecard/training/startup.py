@@ -2,14 +2,14 @@
 
 The plain model runs one text per forward pass, in evaluation mode, with transformers' attention.
 
-| what is compared | after a difference |
+| what is compared | if they differ |
 |---|---|
-| log-probs from hidden states, with those from the model's logits | refused |
+| log-probs from hidden states, with those from the model's logits | the model is refused |
 | log-probs in a layout, with the plain model's | the next layout is tried; the last one is the plain model |
 | the gradient of one text with respect to another text's embeddings, with 0 | the next layout is tried |
-| the gradient of a text's start with respect to the embeddings of its end, with 0 | refused: not causal |
+| the gradient of a text's start with respect to the embeddings of its end, with 0 | the model is refused: not causal |
 | log-probs of two passes in training mode, with those in evaluation mode | the model is trained in evaluation mode |
-| whether each adapter has a gradient | refused: the adapter would never learn |
+| the gradient of each adapter, with none | the adapter is refused: it would never learn |
 | log-probs of sampled tokens, with the plain model's | the next decoding mode is tried; the last one has no KV cache |
 
 One text is as long as the run's longest: sliding windows, top-k attention and long-context RoPE affect long texts only.
@@ -18,6 +18,7 @@ In 16 bit the tolerance is derived from the plain model's rounding error, which 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,11 +28,11 @@ from torch import Tensor
 
 from onecard.data.batches import TokenBatch, TokenSequence, pack, to_device
 from onecard.models.attention import (
-    chooses_keys,
-    has_own_attention,
-    has_plain_attention,
-    plain_attention,
+    has_causal_attention,
+    has_onecard_attention,
+    has_sparse_attention,
     takes_segments,
+    transformers_attention,
 )
 from onecard.models.head import check_head
 from onecard.models.layout import LAYOUTS
@@ -65,7 +66,7 @@ DECODING_DESCRIPTIONS = {
     "single": "one prompt at a time",
     "uncached": "one prompt at a time and without a cache, which is slow for long texts",
 }
-NOISE_LIMIT, NOISE_LIMIT_16_BIT = 1e-5, 1e-3  # nat: mean difference of two passes over one text
+NOISE_LIMIT, NOISE_LIMIT_16_BIT = 1e-5, 1e-3  # nat: largest mean difference of two passes over one text
 
 
 def input_gradients(roles: Roles, batch: TokenBatch, layout: str, rows: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -88,10 +89,10 @@ def input_gradients(roles: Roles, batch: TokenBatch, layout: str, rows: Sequence
             passes = [trunk(**inputs).last_hidden_state.flatten(0, 1) for inputs in inputs_in_layout.passes]
             states = torch.cat(passes)[inputs_in_layout.rows].float()
             sums = [states[list(each)].square().sum() for each in rows]
-            found = [torch.autograd.grad(each, leaves[0], retain_graph=True)[0] for each in sums]
+            gradients = [torch.autograd.grad(each, leaves[0], retain_graph=True)[0] for each in sums]
     finally:
         hook.remove()
-    return [each.flatten(0, 1)[inputs_in_layout.rows] for each in found]
+    return [each.flatten(0, 1)[inputs_in_layout.rows] for each in gradients]
 
 
 def mixes_sequences(roles: Roles, layout: str, texts: Sequence[TokenSequence]) -> bool:
@@ -106,27 +107,27 @@ def check_causal(roles: Roles, example: TokenSequence) -> None:
     """Refuse a model in which a hidden state depends on later tokens."""
     model = roles.causal_model()
     batch, half = to_device(pack([example]), roles.device), len(example) // 2
-    with evaluating(model), plain_attention(model):
-        [found] = input_gradients(roles, batch, "single", [range(half)])
-    if found[half:].any():
+    with evaluating(model), transformers_attention(model):
+        [gradient] = input_gradients(roles, batch, "single", [range(half)])
+    if gradient[half:].any():
         raise OnecardError(
-            f"model: {type(model).__name__} is not causal: what it makes of a token depends on the tokens that follow; "
-            "expected a causal language model (of some families, one with is_decoder in its config)."
+            f"model: {type(model).__name__} is not causal: a token's hidden state depends on the tokens that follow; "
+            "expected a causal language model (in some families, is_decoder must be set in its config)."
         )
 
 
 def layout_candidates(roles: Roles) -> Iterator[tuple[bool, str]]:
     """Yield `(with onecard's attention, layout)`, the fastest first, the plain model last."""
-    model, wanted = roles.causal_model(), roles.layout
-    own_attention = has_own_attention(model)
-    if chooses_keys(trunk_of(model).config):
+    model, requested = roles.causal_model(), roles.layout
+    own_attention = has_onecard_attention(model)
+    if has_sparse_attention(trunk_of(model).config):
         yield False, "single"
         return
-    if wanted == "packed" and own_attention and takes_segments(model):
+    if requested == "packed" and own_attention and takes_segments(model):
         yield True, "packed"
-    if wanted != "padded" and has_plain_attention(trunk_of(model).config):
+    if requested != "padded" and has_causal_attention(trunk_of(model).config):
         yield False, "restarted"
-    if wanted == "padded" and own_attention:
+    if requested == "padded" and own_attention:
         yield True, "padded"
     yield False, "padded"
     yield False, "single"
@@ -141,20 +142,23 @@ class ProbeSet:
 
 
 def layout_fault(roles: Roles, layout: str, probe_sets: Sequence[ProbeSet], row: int) -> str:
-    """The reason why a layout cannot be used, for a message; empty if it is exact."""
+    """The reason why a layout cannot be used, for a message; empty if its log-probs are the plain model's.
+
+    `row`: tokens of the run's longest packed row. In the layout "restarted" the batch is filled up to that length.
+    """
     name, first = f"{layout} batches", probe_sets[0].texts
     try:
         if mixes_sequences(roles, layout, [first[0], first[2]]):
-            return f"{name} mix texts up"
+            return f"in {name}, texts influence each other"
         missing = max(0, row - sum(map(len, first))) if layout == "restarted" else 0
-        filler = [first[0]] * -(-missing // len(first[0]))
+        filler = [first[0]] * math.ceil(missing / len(first[0]))
         passes: list[tuple[ProbeSet, Mapping[int, tuple[int, int]]]] = [(probe_set, {}) for probe_set in probe_sets]
         if layout == "packed":
             passes.append((probe_sets[0], {2: (0, len(first[2]) - sum(first[2].response_mask))}))
         with evaluating(roles.causal_model()):
             for probe_set, continued in passes:
                 batch = to_device(pack([*probe_set.texts, *filler], continued), roles.device)
-                fault = probe_set.expected.difference(logprobs(roles, batch, layout)[: len(probe_set.texts)])
+                fault = probe_set.expected.fault(logprobs(roles, batch, layout)[: len(probe_set.texts)])
                 if fault:
                     return f"log-probs of {name} are {fault}"
     except Exception as error:  # as in `errors_of`
@@ -165,40 +169,38 @@ def layout_fault(roles: Roles, layout: str, probe_sets: Sequence[ProbeSet], row:
 
 
 def choose_layout(roles: Roles, longest: int, row: int) -> None:
-    """Choose the fastest layout whose results equal the plain model's. Prints a line if a faster one was rejected.
+    """Choose the fastest layout whose log-probs equal the plain model's. Prints a line if a faster one was rejected.
 
     `row`: tokens of the longest packed row of the run; 0: no limit.
     """
     texts = probe_sequences(roles, longest, row)
     check_causal(roles, texts[0])
-    alone = (
-        [scored_sequence(made_up_tokens(known_tokens(roles.causal_model()), longest, 1))]
-        if len(texts[1]) < longest
-        else []
-    )
-    probe_sets = [ProbeSet(each, plain_logprobs(roles, each)) for each in (texts, alone) if each]
+    batches = [texts]
+    if len(texts[1]) < longest:  # a row has no room for the longest text beside the others
+        batches.append([scored_sequence(made_up_tokens(known_tokens(roles.causal_model()), longest, 1))])
+    probe_sets = [ProbeSet(each, plain_logprobs(roles, each)) for each in batches]
     faults: list[str] = []
     for own_attention, layout in layout_candidates(roles):
         if not own_attention:
-            roles.use_plain_attention()
-        found = "" if layout == "single" else layout_fault(roles, layout, probe_sets, row)
-        if not found:
+            roles.use_transformers_attention()
+        fault = "" if layout == "single" else layout_fault(roles, layout, probe_sets, row)
+        if not fault:
             roles.layout = layout
             break
-        faults.append(found)
+        faults.append(fault)
     if faults:
-        say(f"model: {type(roles.causal_model()).__name__}: {faults[-1]}, so they are {roles.layout}.")
+        say(f"model: {type(roles.causal_model()).__name__}: {faults[-1]}, so the layout is {roles.layout}.")
 
 
 def check_training_mode(roles: Roles, longest: int, row: int) -> None:
-    """Switch training to evaluation mode if training mode adds noise (router jitter, skipped layers).
+    """Train in evaluation mode if training mode adds noise (router jitter, skipped layers).
 
-    With noise, old and new log-probs of one policy would differ.
+    With noise, old and new log-probs of the same weights would differ.
     """
     batch = to_device(pack(probe_sequences(roles, longest, row)), roles.device)
     with evaluating(roles.causal_model()):
         in_evaluation = PlainLogprobs(logprobs(roles, batch, roles.layout), 0.0 if is_16_bit(roles) else None)
-    repeated = NOISE_LIMIT_16_BIT if is_16_bit(roles) else NOISE_LIMIT
+    noise_limit = NOISE_LIMIT_16_BIT if is_16_bit(roles) else NOISE_LIMIT
 
     def training_mode_fault() -> str:
         before = roles.training
@@ -207,43 +209,43 @@ def check_training_mode(roles: Roles, longest: int, row: int) -> None:
             first, second = (logprobs(roles, batch, roles.layout) for _ in range(2))
         roles.train(before)
         noise = max(trimmed_mean_difference(one, other) for one, other in zip(first, second, strict=True))
-        return (
-            f"off by {noise:.3g} nat from one pass to the next" if noise > repeated else in_evaluation.difference(first)
-        )
+        if noise > noise_limit:
+            return f"off by {noise:.3g} nat from one pass to the next"
+        return in_evaluation.fault(first)
 
-    if found := training_mode_fault():
+    if fault := training_mode_fault():
         roles.trained_in_evaluation_mode = True
         name = type(roles.causal_model()).__name__
         if training_mode_fault():
             raise OnecardError(
-                f"model: log-probs of {name} in training mode are {found}, by noise in its layers that its config does "
-                "not name; it can be trained without --gradient_checkpointing, in evaluation mode."
+                f"model: log-probs of {name} in training mode are {fault}, from noise in its layers that its config "
+                "does not name. Leave --gradient_checkpointing out, so that the model is trained in evaluation mode."
             )
-        say(f"model: {name}: log-probs in training mode are {found}, so it is trained in evaluation mode.")
+        say(f"model: {name}: log-probs in training mode are {fault}, so it is trained in evaluation mode.")
 
 
 def check_learning(roles: Roles, longest: int) -> None:
-    """Refuse adapters that get no gradient, and so would never learn. Experts may get none: a router may skip them."""
+    """Refuse adapters that get no gradient, and so would never learn; except on experts, which a router may skip."""
     check_factors(roles)
     batch = to_device(pack(probe_sequences(roles, min(SHORT_LENGTH, longest))[:1]), roles.device)
     try:
         for role in roles.trained:
             with roles.active(role), torch.enable_grad():
-                found = (
-                    roles.scalars(batch, batch.targets.rows)
-                    if role in roles.heads
-                    else roles.logprobs(batch, batch.targets)
-                )
-                found.sum().backward()
+                if role in roles.heads:
+                    outputs = roles.scalars(batch, batch.targets.rows)
+                else:
+                    outputs = roles.logprobs(batch, batch.targets)
+                outputs.sum().backward()
         trained = roles.trained_parameters() if roles.has_adapters else {}
         without_gradient = {name.partition(".lora_")[0] for name, each in trained.items() if each.grad is None}
     finally:
         roles.zero_grad(set_to_none=True)
     names = sorted(name.rpartition("base_model.model.")[2] for name in without_gradient if "expert" not in name)
     if names:
+        listed = f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         raise OnecardError(
-            f"lora_target_modules: {len(names)} adapters would never learn, for texts do not go through their layers "
-            f"or use the weights alone: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; leave them out."
+            f"lora_target_modules: {len(names)} adapters would never learn: the forward pass does not call their "
+            f"layers, or only reads the weights: {listed}; leave them out."
         )
 
 
@@ -254,8 +256,8 @@ def check_factors(roles: Roles) -> None:
         for role in roles.trained:
             own = [getattr(each[role], "weight", each[role]) for each in factors if role in each]
             if own and (module.scaling[role] == 0 or not any(bool(each.any()) for each in own)):
-                what = "lora_alpha is 0" if module.scaling[role] == 0 else "both of its factors are 0"
-                raise OnecardError(f"model: the adapter on {path} would never learn: {what}.")
+                cause = "lora_alpha is 0" if module.scaling[role] == 0 else "both of its factors are 0"
+                raise OnecardError(f"model: the adapter on {path} would never learn: {cause}.")
 
 
 def with_shorter_texts(check: Callable[[int], None], longest: int) -> None:
@@ -263,14 +265,14 @@ def with_shorter_texts(check: Callable[[int], None], longest: int) -> None:
     while unless_out_of_memory(partial(check, longest)) is None:
         longest //= 2
         if longest < MIN_LENGTH:
-            say("out of memory: the startup check is skipped.")  # the run itself says what would help
+            say("out of memory: the startup check is skipped.")  # the run itself prints advice when it fails
             return
         say(f"out of memory: the startup check continues with texts of at most {longest} tokens.")
 
 
 @torch.no_grad()
 def check_model(roles: Roles, longest: int, row: int = 0, *, trains: bool = True) -> None:
-    """Refuse a model whose results would be wrong, and choose the fastest exact layout.
+    """Raise for a model whose results would be wrong, and choose the fastest layout whose results are right.
 
     `longest`: tokens of the run's longest text; `row`: of its longest packed row (0: no limit); `trains`: the run
     trains the model, so training mode and gradients are checked.
@@ -280,10 +282,10 @@ def check_model(roles: Roles, longest: int, row: int = 0, *, trains: bool = True
     longest = max(2, min(longest, context))
 
     def check(tokens: int) -> None:
-        share = min(row, context + 1) * tokens // longest
-        choose_layout(roles, tokens, share)
+        row_tokens = min(row, context + 1) * tokens // longest  # shortened as much as the texts
+        choose_layout(roles, tokens, row_tokens)
         if trains:
-            check_training_mode(roles, tokens, share)
+            check_training_mode(roles, tokens, row_tokens)
             check_learning(roles, tokens)
 
     with errors_of(model):
@@ -318,12 +320,12 @@ def choose_decoding(roles: Roles, longest: int) -> None:
         if decoding == "uncached":
             break
         try:
-            found, texts = sampled_logprobs(roles, prompts, new)
-            fault = plain_logprobs(roles, texts).difference([each.to(roles.device) for each in found])
+            sampled, texts = sampled_logprobs(roles, prompts, new)
+            fault = plain_logprobs(roles, texts).fault([each.to(roles.device) for each in sampled])
         except Exception as error:  # as in `errors_of`
             if is_out_of_memory(error):
                 raise
-            fault = f"not to be had ({reason(error)})"
+            fault = f"not available ({reason(error)})"
         if not fault:
             break
         faults.append(f"log-probs of tokens sampled {DECODING_DESCRIPTIONS[decoding]} are {fault}")
@@ -334,9 +336,9 @@ def choose_decoding(roles: Roles, longest: int) -> None:
 
 @torch.no_grad()
 def check_decoding(roles: Roles, longest: int) -> None:
-    """Choose the decoding mode. `longest`: tokens of the run's longest prompt with its response.
+    """Choose the decoding mode, with one text of `longest` tokens and two short ones.
 
-    One text of the check is as long, two others are short.
+    `longest`: tokens of the run's longest prompt with its response.
     """
     context = context_of(trunk_of(roles.causal_model()).config) or longest
     with_shorter_texts(partial(choose_decoding, roles), max(2, min(longest, context)))

@@ -44,22 +44,22 @@ B = TypeVar("B", bound="DataclassInstance")  # a batch of examples
 
 @dataclass(frozen=True)
 class Objective(Generic[E, B]):
-    """The loss of one optimizer step.
+    """How the loss of one optimizer step is computed.
 
     `count` returns the normaliser: the number of pairs, or of response tokens, in all micro-batches of the step.
     `losses` takes a batch and the normaliser. It may yield several losses, one for each role: the backward of one runs
-    before the forward of the next, so only one role's activations are held.
+    before the forward of the next, so only one role's activations are in memory.
     """
 
     collate: Callable[[Sequence[E]], B]
     count: Callable[[Sequence[E]], int]
     losses: Callable[[B, int], Iterable[Loss]]
     size: Callable[[E], int] = len  # tokens that an example takes in a forward pass
-    unsplittable: str = ""  # name of a loss that cannot be split into micro-batches (it sorts the batch); empty: none
+    unsplittable: str = ""  # the loss that needs the whole step as one batch (it sorts it), for a message; empty: none
 
 
 class TrainedModel(Protocol):
-    """The model, as the trainer uses it (`Roles`)."""
+    """The part of `Roles` that the trainer uses."""
 
     layout: str
 
@@ -114,7 +114,7 @@ def micro_batches(
 def accumulate(
     objective: Objective[E, B], examples: Sequence[E], size: MicroBatchSize, device: torch.device
 ) -> list[Loss]:
-    """Add the loss's gradients to the parameters' `.grad`. Runs on meta tensors too: it reads no tensor values."""
+    """Add the loss's gradients to the parameters' `.grad`. Reads no tensor values, so it runs on meta tensors too."""
     normalizer = objective.count(examples)
     losses = []
     for batch in micro_batches(objective, examples, size, device):
@@ -160,7 +160,7 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of this step. Raises if a weight is NaN or infinite."""
         if not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
-            raise self.diverged("weights that are no numbers")
+            raise self.diverged("weights are NaN or infinite")
         return checkpoint.write_checkpoint(
             self.run.folder,
             self.step,
@@ -177,11 +177,11 @@ class Trainer:
             keep=self.config.save_total_limit,
         )
 
-    def diverged(self, what: str) -> OnecardError:
+    def diverged(self, cause: str) -> OnecardError:
         """The error for a loss or weights that are NaN or infinite."""
         return OnecardError(
-            f"{self.job.name}: {what} after step {self.step}; a lower learning_rate or max_grad_norm usually helps. "
-            "The last checkpoint is from before that."
+            f"{self.job.name}: {cause} after step {self.step}; a lower learning_rate or max_grad_norm usually helps. "
+            "The last checkpoint was written before that."
         )
 
     @contextmanager
@@ -212,8 +212,8 @@ class Trainer:
             self.zero_grad()
             if objective.unsplittable:
                 raise OnecardError(
-                    f"out of memory: {objective.unsplittable} takes the {len(examples)} examples of a step together, "
-                    f"so they cannot be cut. Lower per_device_train_batch_size. {MEMORY_ADVICE}"
+                    f"out of memory: {objective.unsplittable} sorts the {len(examples)} examples of a step as one "
+                    f"batch, which cannot be split. Lower per_device_train_batch_size. {MEMORY_ADVICE}"
                 )
             self.budget.shrink([objective.size(example) for example in examples], padded=self.micro_batch_size.padded)
         norm = clip_grad_norm(self.parameters, self.config.max_grad_norm or math.inf)
@@ -259,7 +259,7 @@ class Trainer:
         return self.step == self.job.total_steps or (every > 0 and self.step % every == 0)
 
     def train(self, identity: dict[str, str]) -> None:
-        """Begin or resume the run, and train to its last step or until it is stopped."""
+        """Start or resume the run, and train to its last step or until Ctrl-C."""
         for note in self.run.notes:
             say(note)
         run_folder.begin(self.run, self.config, identity)

@@ -1,4 +1,4 @@
-"""Rewards to advantages. All results are detached: they are constants of the policy gradient."""
+"""Advantages from rewards. All results are detached: they are constants of the policy gradient."""
 
 from .generalized import gae
 from .normalize import group_advantages, masked_whiten

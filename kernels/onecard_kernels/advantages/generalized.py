@@ -28,8 +28,8 @@ def gae(
     Args:
         rewards: `[B, T]`.
         values: `[B, T]`, in the unit of the rewards.
-        mask: `[B, T]`, bool or 0/1, any pattern. Masked positions are stepped over, not decayed through, and may hold
-            anything (NaN too); a reward there is lost.
+        mask: `[B, T]`, bool or 0/1, any pattern. Masked positions are skipped without discounting, and may hold
+            anything (NaN too); rewards there are ignored.
         gamma: discount, 0 to 1.
         lam: 0 (one-step errors) to 1 (returns minus values).
         last_values: `[B]`, the value after a row's last valid position, for rows that were cut off; 0 by default.
@@ -41,8 +41,8 @@ def gae(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    checks.reverse_mode("gae", rewards=rewards, values=values, last_values=last_values)
-    gamma, lam = checks.plain(gamma), checks.plain(lam)
+    checks.reverse_mode_only("gae", rewards=rewards, values=values, last_values=last_values)
+    gamma, lam = checks.python_number(gamma), checks.python_number(lam)
     checks.within("gamma", gamma, 0.0, 1.0)
     checks.within("lam", lam, 0.0, 1.0)
     checks.floating("rewards", rewards)

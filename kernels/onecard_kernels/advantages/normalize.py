@@ -1,4 +1,4 @@
-"""group_advantages and masked_whiten: scores and advantages on a common scale. Results are detached."""
+"""group_advantages and masked_whiten: normalized scores and advantages. Results are detached."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _grpo_no_std(r: Tensor, eps: float) -> Tensor:
 
 
 def _rloo(r: Tensor, eps: float) -> Tensor:
-    # r - mean of the others, without the others' sum: a common offset of the scores costs no digits.
+    # r - mean of the others, as a multiple of r - mean of all: a common offset of the scores loses no precision.
     return _grpo_no_std(r, eps) * (r.shape[1] / (r.shape[1] - 1))
 
 
@@ -35,11 +35,11 @@ COMPARES_WITH_OTHERS = ("grpo", "rloo")  # undefined in a group of one
 
 
 def group_advantages(scores: Tensor, *, group_size: int, kind: str = "grpo", eps: float = 1e-4) -> Tensor:
-    """Advantages of responses over the others to the same prompt.
+    """Advantages of responses over the other responses to the same prompt.
 
     grpo         (r - mean) / (std + eps), std unbiased (GRPO, https://arxiv.org/abs/2402.03300)
     grpo_no_std  r - mean (Dr. GRPO, https://arxiv.org/abs/2503.20783)
-    rloo         r - mean of the others' (RLOO, https://arxiv.org/abs/2402.14740)
+    rloo         r - mean of the other responses' scores (RLOO, https://arxiv.org/abs/2402.14740)
 
     Args:
         scores: `[B]`, one per response; each group_size consecutive ones answer the same prompt.
@@ -54,7 +54,7 @@ def group_advantages(scores: Tensor, *, group_size: int, kind: str = "grpo", eps
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
     checks.constants("group_advantages", scores=scores)
-    group_size, eps = checks.plain(group_size), checks.plain(eps)
+    group_size, eps = checks.python_number(group_size), checks.python_number(eps)
     checks.one_of("kind", kind, GROUP_KINDS)
     checks.positive("eps", eps)
     checks.floating("scores", scores)
@@ -73,29 +73,29 @@ def group_advantages(scores: Tensor, *, group_size: int, kind: str = "grpo", eps
 def masked_whiten(
     x: Tensor, mask: Tensor, *, shift_mean: bool = True, unbiased: bool = True, eps: float = 1e-8
 ) -> Tensor:
-    """Scale the valid entries to variance 1, and shift them to mean 0.
+    """Shift the valid entries to mean 0, and scale them to variance 1.
 
-    (x - mean) / sqrt(var + eps), mean and var over the valid entries; + mean if shift_mean is False
+    (x - mean) / sqrt(var + eps), plus mean if shift_mean is False; mean and var are those of the valid entries
 
     "High-Dimensional Continuous Control Using Generalized Advantage Estimation", https://arxiv.org/abs/1506.02438, for
     the advantages; "Fine-Tuning Language Models from Human Preferences", https://arxiv.org/abs/1909.08593, for rewards
     (shift_mean=False).
 
     Args:
-        x: `[...]`.
+        x: `[...]`, floating.
         mask: `[...]`, bool or 0/1. Masked entries may hold anything (NaN too).
         shift_mean: False keeps the mean.
         unbiased: divide the sum of squares by the number of entries minus one.
         eps: above 0, in the unit of x squared.
 
     Returns:
-        Detached fp32 `[...]` (fp64 in, fp64 out), 0 at masked entries. One valid entry counts as variance 0.
+        Detached fp32 `[...]` (fp64 in, fp64 out), 0 at masked entries. With one valid entry the variance is 0.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
     checks.constants("masked_whiten", x=x)
-    eps = checks.plain(eps)
+    eps = checks.python_number(eps)
     checks.positive("eps", eps)
     checks.floating("x", x)
     checks.tensor("mask", mask)

@@ -10,17 +10,17 @@ from torch import Tensor
 from ..double_backward import no_forward_ad
 from ..records import Advantages, result_dtype
 
-# Positions that one program scans at once; a longer row takes several turns.
+# Positions that a program scans at a time; a longer row takes several iterations
 LARGEST_BLOCK = 2048
-PER_THREAD = 4  # positions; with eight, two carries and their masks run out of registers
+PER_THREAD = 4  # positions per thread; with eight, the scan's values and masks do not fit into registers
 
 
 @triton.jit
-def _link(later_decay, later_sum, decay, sum_):
+def _combine(later_decay, later_sum, decay, sum_):
     return later_decay * decay, sum_ + decay * later_sum
 
 
-# Scalars are annotated fp64: as plain Python floats they would come as fp32, too coarse for fp64 tensors.
+# Scalars are annotated fp64: as Python floats they would be passed as fp32, too coarse for fp64 tensors.
 @triton.jit
 def _gae_kernel(
     rewards_ptr,
@@ -72,7 +72,7 @@ def _gae_kernel(
         value = tl.load(values_ptr + following * values_step, mask=inside, other=0.0).to(compute)
         sums = tl.where(valid, decay_ * reward + rest_ * value, 0.0)
         decays = tl.where(valid, decay_, 1.0)
-        decays, sums = tl.associative_scan((decays, sums), 0, _link, reverse=True)
+        decays, sums = tl.associative_scan((decays, sums), 0, _combine, reverse=True)
         passed = sums + decays * carry
         carry = tl.sum(tl.where(lane == 0, passed, 0.0), 0)
 

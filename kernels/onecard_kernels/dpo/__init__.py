@@ -1,4 +1,4 @@
-"""Preference losses, on sequence log-probabilities and straight from hidden states."""
+"""Preference losses, from sequence log-probabilities or from hidden states."""
 
 from .dpo import dpo_loss
 from .kto import kto_loss

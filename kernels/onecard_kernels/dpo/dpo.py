@@ -42,8 +42,8 @@ def dpo_loss(
     loss = sum_pairs weight * sum_types loss_weight * loss_type / normalizer
 
     sigmoid       S(l): DPO, https://arxiv.org/abs/2305.18290; with e > 0 cDPO, https://ericmitchell.ai/cdpo.pdf
-    ipo           (d - 1 / (2 beta))^2, d = s_chosen / length_chosen - s_rejected / length_rejected, with lengths where
-                  given: https://arxiv.org/abs/2310.12036 (the lengths are its authors', TRL reports)
+    ipo           (d - 1 / (2 beta))^2, d = s_chosen / length_chosen - s_rejected / length_rejected, or s_chosen -
+                  s_rejected without lengths: https://arxiv.org/abs/2310.12036 (TRL: its authors divide by lengths)
     hinge         max(0, 1 - l): SLiC, https://arxiv.org/abs/2305.10425
     discopop      -(1 - m) logsigmoid(l) + m exp(-l), m = sigmoid(l / discopop_tau): https://arxiv.org/abs/2406.08414
     robust        (-(1 - e) logsigmoid(l) + e logsigmoid(-l)) / (1 - 2e), e below 0.5: https://arxiv.org/abs/2403.00409
@@ -58,36 +58,37 @@ def dpo_loss(
     apo_zero      sigmoid(-c) + sigmoid(j): https://arxiv.org/abs/2408.06266
     apo_down      sigmoid(c) + sigmoid(j - c): the same paper
     sigmoid_norm  S(beta d), d as in ipo: length-normalised DPO, https://arxiv.org/abs/2411.15124
-    sft           -logp_chosen / length_chosen, length where given: MPO, https://arxiv.org/abs/2411.10442
+    sft           -logp_chosen / length_chosen, or -logp_chosen without lengths: MPO, https://arxiv.org/abs/2411.10442
 
     Divergences, https://arxiv.org/abs/2309.16240: reverse_kl s = r; forward_kl s = 1 - e^-r;
     js_divergence s = log 2 + logsigmoid(r); alpha_divergence s = (e^((a - 1) r) - 1) / (a - 1), a = 1 being r.
     nca_pair, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero and apo_down are defined for reverse_kl only.
 
-    Names and values are TRL 1.16's, but for: e in sigmoid and sigmoid_norm (TRL ignores it); sft, a mean over pairs of
-    means over tokens (TRL: the mean over all tokens, which micro-batches cannot add up); exponents of divergences,
-    clamped at 40 with zero gradient above (TRL: alpha_divergence's at 80); ipo and sigmoid_norm without lengths.
+    Names and values are TRL 1.16's, except: sigmoid and sigmoid_norm use e (TRL ignores it); sft is a mean
+    over pairs of means over tokens (TRL: a mean over all tokens, so micro-batches would not add up); exponents of
+    divergences are clamped at 40 with zero gradient above (TRL: those of alpha_divergence, at 80); ipo and sigmoid_norm
+    can be computed without lengths.
 
     Args:
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps: `[B]`, summed over the response, in nats.
-            The reference's are constants, and so are `weights`.
-        beta: strength of the pull towards the reference, above 0.
-        loss_type: one name or several; with several their losses add up.
+            The reference's and `weights` are constants.
+        beta: above 0; a larger beta keeps the policy closer to the reference.
+        loss_type: one name or several, whose losses are added.
         loss_weights: one factor per loss type, 1 each by default.
-        label_smoothing: e, the share of pairs whose preference is taken to be flipped, 0 to 0.5; used by sigmoid,
+        label_smoothing: e, the assumed share of pairs with a flipped preference, 0 to 0.5; used by sigmoid,
             sigmoid_norm, robust, exo_pair, aot and aot_unpaired.
         f_divergence_type: see above.
         f_alpha_divergence_coef: a.
         discopop_tau: temperature of discopop's mixture, above 0.
         chosen_lengths, rejected_lengths: `[B]`, response tokens; both or neither; below 1 counts as 1. Used by ipo,
             sigmoid_norm and sft.
-        weights: `[B]`, a factor for each pair's loss (not for the metrics); not for aot and aot_unpaired, whose sorted
-            places belong to no pair. WPO (https://arxiv.org/abs/2406.11827; TRL's `use_weighting`):
+        weights: `[B]`, a factor for each pair's loss (not for the metrics); not for aot and aot_unpaired, which sort
+            the batch. WPO (https://arxiv.org/abs/2406.11827; TRL's `use_weighting`):
             exp(m_chosen + m_rejected), detached, m = sum_t (logp_t - log_sum_sq_probs_t) / length, with logp_t and
             log_sum_sq_probs_t as `linear_logprobs` returns them and the sums as `sequence_sums` takes them.
-        normalizer: divides the sums of loss and metrics, B by default. Given the whole batch's number of pairs,
-            micro-batches add up to the batch in loss, gradient and metrics. Not for aot and aot_unpaired, which sort
-            the whole batch.
+        normalizer: divides the sums of loss and metrics, B by default. With the number of pairs of a whole batch,
+            losses, gradients and metrics of its micro-batches add up to those of the batch. Not for aot and
+            aot_unpaired, which sort the batch.
 
     Returns:
         Loss, fp32 (fp64 in, fp64 out), with the metrics rewards/chosen and rewards/rejected (beta r), rewards/margins
@@ -97,7 +98,7 @@ def dpo_loss(
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
     numbers = (beta, label_smoothing, f_alpha_divergence_coef, discopop_tau)
-    beta, label_smoothing, f_alpha_divergence_coef, discopop_tau = map(checks.plain, numbers)
+    beta, label_smoothing, f_alpha_divergence_coef, discopop_tau = map(checks.python_number, numbers)
     types, factors = check_options(
         loss_type,
         loss_weights,
@@ -122,7 +123,7 @@ def dpo_loss(
     checks.constants("dpo_loss", **references, weights=weights, normalizer=normalizer)
 
     dtype = result_dtype(*(value.dtype for value in logps.values()))
-    # The reference is a constant of the loss, whatever graph it comes from.
+    # The reference is a constant of the loss, even if it has a graph.
     logps = {name: (x.detach() if name.startswith("ref_") else x).to(dtype) for name, x in logps.items()}
     chosen_ratio = log_ratio(logps["chosen_logps"], logps["ref_chosen_logps"])
     rejected_ratio = log_ratio(logps["rejected_logps"], logps["ref_rejected_logps"])
@@ -158,11 +159,11 @@ def check_options(
     weights: Tensor | None,
     normalizer: float | Tensor | None,
 ) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """(loss types, their factors), after checking that the options fit together."""
-    types = (loss_type,) if isinstance(loss_type, str) else _listed("loss_type", loss_type, "a name or several")
+    """Check the options, and that they can be combined. Returns the loss types and their factors."""
+    types = (loss_type,) if isinstance(loss_type, str) else _as_tuple("loss_type", loss_type, "a name or several")
     factors = (1.0,) * len(types)
     if loss_weights is not None:
-        factors = tuple(map(checks.plain, _listed("loss_weights", loss_weights, "several numbers")))
+        factors = tuple(map(checks.python_number, _as_tuple("loss_weights", loss_weights, "several numbers")))
     if not types:
         raise ValueError("loss_type is empty, expected at least one of " + ", ".join(map(repr, LOSSES)))
     for name in types:
@@ -177,38 +178,38 @@ def check_options(
     checks.finite("f_alpha_divergence_coef", f_alpha_divergence_coef)
     checks.positive("discopop_tau", discopop_tau)
     for name in types:
-        _check_together(name, label_smoothing, f_divergence_type, weights, normalizer)
+        _check_combination(name, label_smoothing, f_divergence_type, weights, normalizer)
     return types, factors
 
 
-def _check_together(
+def _check_combination(
     loss_type: str, label_smoothing: float, f_divergence_type: str, weights: Tensor | None, normalizer: object
 ) -> None:
-    """Raise where an option does not go together with this loss."""
+    """Raise if an option cannot be combined with this loss."""
     if loss_type == "exo_pair" and label_smoothing == 0.0:
         raise ValueError(
-            f"label_smoothing is {label_smoothing!r}, expected above 0 with loss_type 'exo_pair' (or 1e-3)"
+            f"label_smoothing is {label_smoothing!r}, expected above 0 with loss_type 'exo_pair' (1e-3 in the paper)"
         )
     if loss_type == "robust" and label_smoothing == 0.5:
         raise ValueError(f"label_smoothing is {label_smoothing!r}, expected below 0.5 with loss_type 'robust'")
     if loss_type not in ANY_DIVERGENCE and f_divergence_type != "reverse_kl":
         raise ValueError(
             f"f_divergence_type is {f_divergence_type!r}, expected 'reverse_kl' with loss_type {loss_type!r}, "
-            "which is not a function of the difference of scores"
+            "which depends on more than the difference of scores"
         )
     if loss_type in WHOLE_BATCH and normalizer is not None:
         raise ValueError(
             f"normalizer is {normalizer!r}, expected None with loss_type {loss_type!r}, "
-            "which sorts the whole batch: parts of it do not add up"
+            "which sorts the whole batch: micro-batches do not add up to it"
         )
     if loss_type in WHOLE_BATCH and weights is not None:
         raise ValueError(
             f"weights is a {type(weights).__name__}, expected None with loss_type {loss_type!r}, "
-            "whose sorted places belong to no pair"
+            "which sorts the batch: a sorted value belongs to no single pair"
         )
 
 
-def _listed(name: str, value: Sequence[T], expected: str) -> tuple[T, ...]:
+def _as_tuple(name: str, value: Sequence[T], expected: str) -> tuple[T, ...]:
     if not isinstance(value, Sequence):
         raise TypeError(f"{name} is {value!r}, expected {expected}")
     return tuple(value)

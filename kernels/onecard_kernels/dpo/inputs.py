@@ -7,19 +7,19 @@ from torch import Tensor
 from .. import checks
 
 
-def check_responses(logps: dict[str, Tensor], what: str) -> None:
+def check_responses(logps: dict[str, Tensor], item: str) -> None:
     """Check for floating `[B]` tensors of one shape, on one device, without NaN."""
     like_name, like = next(iter(logps.items()))
     checks.floating(like_name, like)
     if like.dim() != 1:
-        raise ValueError(f"{like_name} has shape {tuple(like.shape)}, expected [B], one value per {what}")
+        raise ValueError(f"{like_name} has shape {tuple(like.shape)}, expected [B], one value per {item}")
     for name, value in logps.items():
         checks.alike(name, value, like_name, like)
         checks.no_nan(name, value)
 
 
 def check_lengths(chosen: Tensor | None, rejected: Tensor | None, like_name: str, like: Tensor) -> None:
-    """Check the numbers of tokens: both are given, or neither."""
+    """Check the lengths of responses in tokens. Raises if only one of the two is given."""
     given = {"chosen_lengths": chosen, "rejected_lengths": rejected}
     for name, value in given.items():
         if value is None:
@@ -36,7 +36,7 @@ def check_lengths(chosen: Tensor | None, rejected: Tensor | None, like_name: str
 def check_weights(
     weights: Tensor | None, normalizer: float | Tensor | None, like_name: str, like: Tensor
 ) -> float | Tensor | None:
-    """Check both; returns the normalizer, as a Python number where it is one of NumPy's."""
+    """Check weights and normalizer. Returns the normalizer, with a NumPy number as a Python number."""
     if weights is not None:
         checks.alike("weights", weights, like_name, like)
         checks.no_nan("weights", weights)
@@ -44,7 +44,7 @@ def check_weights(
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:
-    """a - b, with 0 and zero gradient where both are the same infinity."""
+    """a - b; 0 with zero gradient where both are the same infinity."""
     return (a - b).masked_fill((a == b) & a.isinf(), 0.0)
 
 

@@ -23,7 +23,7 @@ def kto_loss(
     weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> Loss:
-    """KTO loss of B responses without partners.
+    """KTO loss of B unpaired responses.
 
     r = logp - ref_logp;  z = max(kl, 0)
     desirable: desirable_weight * sigmoid(beta (z - r));  undesirable: undesirable_weight * sigmoid(beta (r - z))
@@ -35,26 +35,27 @@ def kto_loss(
     Args:
         logps, ref_logps: `[B]`, summed over the response, in nats.
         desirable: `[B]`, bool or 0/1.
-        kl: 0-d or `[1]`, an estimate of KL(pi || ref) in nats: the mean of logp - ref_logp over responses put to
-            prompts that are not theirs, the same for all micro-batches of a batch. A constant: it gets no gradient.
-        beta: strength of the pull towards the reference, above 0.
-        desirable_weight, undesirable_weight: 0 or more. The paper asks for desirable_weight * desirable responses :
-            undesirable_weight * undesirable ones between 1 : 1 and 4 : 3.
+        kl: 0-d or `[1]`, an estimate of KL(pi || ref) in nats: the mean of logp - ref_logp over mismatched pairs, in
+            which a response follows another example's prompt; the same for all micro-batches of a batch. It gets no
+            gradient.
+        beta: above 0; a larger beta keeps the policy closer to the reference.
+        desirable_weight, undesirable_weight: 0 or more. In the paper, (desirable_weight * number of desirable
+            responses) / (undesirable_weight * number of undesirable ones) is from 1 to 4/3.
         weights: `[B]`, a factor for each response's loss (not for the metrics).
-        normalizer: divides the sums of loss and metrics, B by default. Given the whole batch's number of responses,
-            micro-batches add up to the batch in loss, gradient and metrics.
+        normalizer: divides the sums of loss and metrics, B by default. With the number of responses of a whole
+            batch, losses, gradients and metrics of its micro-batches add up to those of the batch.
 
     Returns:
-        Loss, fp32 (fp64 in, fp64 out). `-inf - -inf` counts as r = 0. Metrics, sums over the desirable and over the
-        undesirable: rewards/chosen_sum and rewards/rejected_sum (beta r), count/chosen and count/rejected; and kl (z,
-        times B). All are divided by the normalizer and so add up: rewards/chosen_sum over count/chosen is TRL's
-        rewards/chosen.
+        Loss, fp32 (fp64 in, fp64 out). `-inf - -inf` counts as r = 0. The metrics are sums divided by the normalizer:
+        rewards/chosen_sum and count/chosen (beta r and number of the desirable), rewards/rejected_sum and
+        count/rejected (of the undesirable), and kl (B times z). TRL's rewards/chosen is rewards/chosen_sum /
+        count/chosen.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
     numbers = (beta, desirable_weight, undesirable_weight)
-    beta, desirable_weight, undesirable_weight = map(checks.plain, numbers)
+    beta, desirable_weight, undesirable_weight = map(checks.python_number, numbers)
     checks.positive("beta", beta)
     checks.at_least("desirable_weight", desirable_weight, 0.0)
     checks.at_least("undesirable_weight", undesirable_weight, 0.0)
@@ -66,7 +67,7 @@ def kto_loss(
     desirable, kl = desirable.bool(), kl.reshape(())
     ratio = log_ratio(logps, ref_logps.detach())
     z = kl.detach().to(ratio.dtype).clamp(min=0)
-    # 1 - sigmoid(x) as sigmoid(-x), which keeps small values.
+    # sigmoid(-x) instead of 1 - sigmoid(x), which would round small values to 0.
     losses = torch.where(
         desirable,
         desirable_weight * torch.sigmoid(beta * (z - ratio)),

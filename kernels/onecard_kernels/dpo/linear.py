@@ -1,4 +1,4 @@
-"""linear_dpo_loss: preference losses from hidden states, by token log-probabilities and their sums per response."""
+"""linear_dpo_loss: preference losses from hidden states; sequence_sums: sums of token values per sequence."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .inputs import check_lengths, check_weights
 
 
 def sequence_sums(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
-    """Sum per sequence: sums[i] = sum of values[t] over tokens with sequence_ids[t] = i. Bit-equal from run to run.
+    """Sum per sequence: sums[i] = sum of values[t] over tokens with sequence_ids[t] = i. The same bits on every run.
 
     Args:
         values: `[...]`, floating.
-        sequence_ids: `[...]`, integers from 0 to num_sequences - 1, or -1 for tokens that count nowhere, whatever
-            their value (NaN too).
-        num_sequences: how many sums; a sequence without tokens sums to 0.
+        sequence_ids: `[...]`, integers from 0 to num_sequences - 1, or -1 for tokens that are in no sum, whose
+            values may be anything (NaN too).
+        num_sequences: number of sums; that of a sequence without tokens is 0.
 
     Returns:
         `[num_sequences]`, fp32 (fp64 in, fp64 out).
@@ -30,12 +30,12 @@ def sequence_sums(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> T
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
     checks.floating("values", values)
-    num_sequences = checks.plain(num_sequences)
+    num_sequences = checks.python_number(num_sequences)
     _check_ids(sequence_ids, num_sequences, "values", values)
     dtype = result_dtype(values.dtype)
     flat = values.reshape(-1).to(dtype)
     ids = sequence_ids.reshape(-1).long()
-    # Tokens of no sequence go to one more slot: compacting them away would wait for the device.
+    # Tokens of no sequence go to one extra sum. Selecting the others would synchronize with the device.
     ids = torch.where(ids < 0, num_sequences, ids)
     sums = flat.new_zeros(num_sequences + 1)
     # On CPU index_add adds in order. On CUDA it adds atomically in any order, and index_put sorts first.
@@ -78,9 +78,9 @@ def linear_dpo_loss(
     Args:
         hidden: `[..., D]`, `[2B, T, D]` or packed `[tokens, D]`.
         weight: `[V, D]`. Autocast acts on both as in `linear_logprobs`.
-        targets: `[...]`, integer ids; `targets[t]` is the token that `hidden[t]` predicts. Anything (-100) where
-            sequence_ids is -1.
-        sequence_ids: `[...]`, integers: 0..B-1 for chosen, B..2B-1 for rejected, -1 for no response token.
+        targets: `[...]`, integer ids; `targets[t]` is the token that `hidden[t]` predicts. It may be anything
+            (such as -100) where sequence_ids is -1.
+        sequence_ids: `[...]`, integers: 0..B-1 for chosen, B..2B-1 for rejected, -1 for tokens outside of responses.
         ref_logps: `[2B]`, the reference's sums, chosen first; B is half its length.
         bias, temperature, logit_scale, softcap, forbidden: the head, see `linear_logprobs`.
         chosen_lengths, rejected_lengths: `[B]`; by default the counts of sequence_ids, so that ipo, sigmoid_norm and
@@ -96,9 +96,9 @@ def linear_dpo_loss(
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
     differentiable = {"hidden": hidden, "weight": weight, "bias": bias}
-    checks.reverse_mode("linear_dpo_loss", **differentiable, ref_logps=ref_logps, weights=weights)
+    checks.reverse_mode_only("linear_dpo_loss", **differentiable, ref_logps=ref_logps, weights=weights)
     numbers = (beta, label_smoothing, f_alpha_divergence_coef, discopop_tau)
-    beta, label_smoothing, f_alpha_divergence_coef, discopop_tau = map(checks.plain, numbers)
+    beta, label_smoothing, f_alpha_divergence_coef, discopop_tau = map(checks.python_number, numbers)
     check_options(
         loss_type,
         loss_weights,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .inputs import difference
 
-EXPONENT_LIMIT = 40.0  # e^40 is 2e17: its square, which ipo takes, is inside fp32 too. The gradient is zero above.
+EXPONENT_LIMIT = 40.0  # e^40 is 2e17, whose square (ipo) fits into fp32. Above, the gradient is zero.
 
 
 def _reverse_kl(ratio: Tensor, alpha: float) -> Tensor:
@@ -82,10 +82,10 @@ def per_token(values: Tensor, lengths: Tensor | None) -> Tensor:
 
 def smoothed_logistic(logits: Tensor, label_smoothing: float) -> Tensor:
     """-(1 - e) logsigmoid(x) - e logsigmoid(-x): the logistic loss if a share e of the labels is flipped."""
-    kept = -F.logsigmoid(logits)
+    unflipped = -F.logsigmoid(logits)
     if label_smoothing == 0.0:
-        return kept
-    return (1.0 - label_smoothing) * kept - label_smoothing * F.logsigmoid(-logits)
+        return unflipped
+    return (1.0 - label_smoothing) * unflipped - label_smoothing * F.logsigmoid(-logits)
 
 
 def _sigmoid(pairs: Pairs) -> Tensor:
@@ -102,21 +102,21 @@ def _hinge(pairs: Pairs) -> Tensor:
 
 def _discopop(pairs: Pairs) -> Tensor:
     logits, sharp = pairs.logits, pairs.logits / pairs.discopop_tau
-    # m exp(-l) as one exponential: as two factors they are 0 * inf where l is far below 0.
+    # m exp(-l) as one exponential: as a product it would be 0 * inf where l is far below 0.
     exponential = (F.logsigmoid(sharp) - logits).clamp(max=EXPONENT_LIMIT).exp()
     return torch.sigmoid(-sharp) * -F.logsigmoid(logits) + exponential
 
 
 def _robust(pairs: Pairs) -> Tensor:
     e = pairs.label_smoothing
-    kept, flipped = -F.logsigmoid(pairs.logits), -F.logsigmoid(-pairs.logits)
-    return ((1.0 - e) * kept - e * flipped) / (1.0 - 2.0 * e)
+    unflipped, flipped = -F.logsigmoid(pairs.logits), -F.logsigmoid(-pairs.logits)
+    return ((1.0 - e) * unflipped - e * flipped) / (1.0 - 2.0 * e)
 
 
 def _exo_pair(pairs: Pairs) -> Tensor:
     e, logits = pairs.label_smoothing, pairs.logits
-    kept = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-e))
-    return kept + torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(e))
+    unflipped = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-e))
+    return unflipped + torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(e))
 
 
 def _nca_pair(pairs: Pairs) -> Tensor:
@@ -129,23 +129,23 @@ def _bco_pair(pairs: Pairs) -> Tensor:
 
 
 def _sppo_hard(pairs: Pairs) -> Tensor:
-    aim = 0.5 / pairs.beta
-    return (pairs.chosen_ratio - aim).square() + (pairs.rejected_ratio + aim).square()
+    target = 0.5 / pairs.beta
+    return (pairs.chosen_ratio - target).square() + (pairs.rejected_ratio + target).square()
 
 
 def _aot(pairs: Pairs) -> Tensor:
-    policy = _ordered(difference(pairs.chosen_logps, pairs.rejected_logps))
-    reference = _ordered(difference(pairs.ref_chosen_logps, pairs.ref_rejected_logps))
+    policy = _sorted(difference(pairs.chosen_logps, pairs.rejected_logps))
+    reference = _sorted(difference(pairs.ref_chosen_logps, pairs.ref_rejected_logps))
     return smoothed_logistic(pairs.beta * difference(policy, reference), pairs.label_smoothing)
 
 
 def _aot_unpaired(pairs: Pairs) -> Tensor:
-    delta = difference(_ordered(pairs.chosen_ratio), _ordered(pairs.rejected_ratio))
+    delta = difference(_sorted(pairs.chosen_ratio), _sorted(pairs.rejected_ratio))
     return smoothed_logistic(pairs.beta * delta, pairs.label_smoothing)
 
 
-def _ordered(values: Tensor) -> Tensor:
-    # Stable, so that equal values get the same gradients on every run.
+def _sorted(values: Tensor) -> Tensor:
+    # With a stable sort, equal values get the same gradients on every run.
     return values.sort(dim=0, stable=True).values
 
 
@@ -188,5 +188,5 @@ LOSSES: dict[str, Callable[[Pairs], Tensor]] = {
 # Losses that sort the whole batch: weights have no meaning, and micro-batches do not add up to the batch.
 WHOLE_BATCH = frozenset({"aot", "aot_unpaired"})
 
-# Losses of the difference of scores: each score has an unknown term of the prompt, which cancels only there.
+# Losses that depend only on the difference of scores. A score has an unknown term of its prompt, which cancels there.
 ANY_DIVERGENCE = frozenset({"sigmoid", "ipo", "hinge", "discopop", "robust", "exo_pair", "sigmoid_norm", "sft"})

@@ -27,20 +27,20 @@ def simpo_loss(
     weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> Loss:
-    """SimPO loss of B pairs: the mean log-probability per token is the reward, and a margin is asked of it.
+    """SimPO loss of B pairs: the reward is the mean log-probability per token, with a target margin between the two.
 
     x = beta (logp_chosen / length_chosen - logp_rejected / length_rejected) - gamma;  e = label_smoothing
     loss = sum_pairs weight * (-(1 - e) logsigmoid(x) - e logsigmoid(-x)) / normalizer
 
-    "SimPO: Simple Preference Optimization with a Reference-Free Reward", https://arxiv.org/abs/2405.14734. TRL has it
-    as CPO's loss_type `simpo`, with gamma as `simpo_gamma`; beta there is 0.1 and gamma 0.5 unless said otherwise.
+    "SimPO: Simple Preference Optimization with a Reference-Free Reward", https://arxiv.org/abs/2405.14734. In TRL
+    it is CPO's loss_type `simpo`, and gamma is `simpo_gamma`; the defaults there are beta 0.1 and gamma 0.5.
 
     Args:
         chosen_logps, rejected_logps: `[B]`, summed over the response, in nats.
         chosen_lengths, rejected_lengths: `[B]`, response tokens; below 1 counts as 1.
         beta: scale of the reward, above 0; 2 to 10 in the paper.
         gamma: margin, 0 or more, in units of the reward; the authors' gamma / beta is 0.1 to 0.8.
-        label_smoothing: share of pairs whose preference is taken to be flipped, 0 to 0.5.
+        label_smoothing: assumed share of pairs with a flipped preference, 0 to 0.5.
         weights: `[B]`, a factor for each pair's loss (not for the metrics).
         normalizer: divides the sums of loss and metrics, B by default; see `dpo_loss`.
 
@@ -51,15 +51,15 @@ def simpo_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    beta, gamma, label_smoothing = map(checks.plain, (beta, gamma, label_smoothing))
+    beta, gamma, label_smoothing = map(checks.python_number, (beta, gamma, label_smoothing))
     checks.positive("beta", beta)
     checks.at_least("gamma", gamma, 0.0)
     checks.within("label_smoothing", label_smoothing, 0.0, 0.5)
     checks.constants("simpo_loss", weights=weights, normalizer=normalizer)
     normalizer = checks.normalizer(normalizer)
-    chosen, rejected = _means(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths, weights)
+    chosen, rejected = _mean_logps(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths, weights)
     losses = smoothed_logistic(beta * difference(chosen, rejected) - gamma, label_smoothing)
-    return _reduced(losses, {}, beta, chosen, rejected, weights, normalizer)
+    return _reduce(losses, {}, beta, chosen, rejected, weights, normalizer)
 
 
 def orpo_loss(
@@ -72,7 +72,7 @@ def orpo_loss(
     weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> Loss:
-    """ORPO loss of B pairs: likelihood of the chosen response, and its odds against the rejected one's.
+    """ORPO loss of B pairs: the likelihood of the chosen response, and its odds over the rejected one's.
 
     m = logp / length;  log_odds(m) = m - log(1 - e^m);  x = log_odds(m_chosen) - log_odds(m_rejected)
     loss = sum_pairs weight * (-m_chosen - beta logsigmoid(x)) / normalizer
@@ -89,21 +89,21 @@ def orpo_loss(
 
     Returns:
         Loss, fp32 (fp64 in, fp64 out), with rewards/chosen and rewards/rejected (beta m), rewards/margins,
-        rewards/accuracies, nll_loss (-m_chosen), log_odds_chosen (x) and log_odds_ratio (logsigmoid(x)). Odds are taken
-        of m up to -eps, the dtype's: at certainty they are infinite. `-inf - -inf` counts as 0 in x.
+        rewards/accuracies, nll_loss (-m_chosen), log_odds_chosen (x) and log_odds_ratio (logsigmoid(x)). For the
+        odds, m is clamped at -eps of its dtype: at m = 0 they are infinite. `-inf - -inf` counts as 0 in x.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    beta = checks.plain(beta)
+    beta = checks.python_number(beta)
     checks.positive("beta", beta)
     checks.constants("orpo_loss", weights=weights, normalizer=normalizer)
     normalizer = checks.normalizer(normalizer)
-    chosen, rejected = _means(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths, weights)
+    chosen, rejected = _mean_logps(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths, weights)
     log_odds = difference(_log_odds(chosen), _log_odds(rejected))
     ratio = F.logsigmoid(log_odds)
-    more = {"nll_loss": -chosen, "log_odds_chosen": log_odds, "log_odds_ratio": ratio}
-    return _reduced(-chosen - beta * ratio, more, beta, chosen, rejected, weights, normalizer)
+    extra = {"nll_loss": -chosen, "log_odds_chosen": log_odds, "log_odds_ratio": ratio}
+    return _reduce(-chosen - beta * ratio, extra, beta, chosen, rejected, weights, normalizer)
 
 
 def cpo_loss(
@@ -119,9 +119,10 @@ def cpo_loss(
     weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> Loss:
-    """CPO loss of B pairs: DPO's against a uniform reference, and the likelihood of the chosen response.
+    """CPO loss of B pairs: a DPO loss with a uniform reference, and the likelihood of the chosen response.
 
-    loss = sum_pairs weight * (loss_type - cpo_alpha logp_chosen / length_chosen) / normalizer, lengths where given
+    loss = sum_pairs weight * (loss_type - cpo_alpha logp_chosen / length_chosen) / normalizer; without lengths,
+    length_chosen is 1
 
     loss_type is `dpo_loss`'s sigmoid, hinge or ipo with s = logp. "Contrastive Preference Optimization",
     https://arxiv.org/abs/2401.08417. TRL's second term is the mean over all tokens of the batch; here it is a mean over
@@ -132,7 +133,7 @@ def cpo_loss(
         beta: scale of the preference, above 0.
         loss_type: "sigmoid", "hinge" or "ipo".
         cpo_alpha: weight of the likelihood, 0 or more.
-        label_smoothing: share of pairs whose preference is taken to be flipped, 0 to 0.5; used by sigmoid.
+        label_smoothing: assumed share of pairs with a flipped preference, 0 to 0.5; used by sigmoid.
         chosen_lengths, rejected_lengths: `[B]`, response tokens; both or neither; below 1 counts as 1. Used by the
             likelihood and by ipo.
         weights: `[B]`, a factor for each pair's loss (not for the metrics).
@@ -145,13 +146,13 @@ def cpo_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    beta, cpo_alpha, label_smoothing = map(checks.plain, (beta, cpo_alpha, label_smoothing))
+    beta, cpo_alpha, label_smoothing = map(checks.python_number, (beta, cpo_alpha, label_smoothing))
     checks.one_of("loss_type", loss_type, CPO_LOSSES)
     checks.constants("cpo_loss", weights=weights, normalizer=normalizer)
     normalizer = checks.normalizer(normalizer)
     checks.at_least("cpo_alpha", cpo_alpha, 0.0)
     check_responses({"chosen_logps": chosen_logps, "rejected_logps": rejected_logps}, "pair")
-    # The likelihood is left out at cpo_alpha = 0: 0 * -inf would be NaN.
+    # Without the likelihood at cpo_alpha = 0, where 0 * -inf would be NaN.
     types, factors = ((loss_type, "sft"), (1.0, cpo_alpha)) if cpo_alpha else ((loss_type,), (1.0,))
     uniform = torch.zeros_like(chosen_logps)
     loss, metrics = dpo_loss(
@@ -173,7 +174,7 @@ def cpo_loss(
     return Loss(loss, {**metrics, "nll_loss": nll.sum() / divisor})
 
 
-def _means(
+def _mean_logps(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
     chosen_lengths: Tensor,
@@ -190,18 +191,19 @@ def _means(
     return per_token(chosen_logps.to(dtype), chosen_lengths), per_token(rejected_logps.to(dtype), rejected_lengths)
 
 
-def _reduced(
+def _reduce(
     losses: Tensor,
-    more: dict[str, Tensor],
+    extra: dict[str, Tensor],
     beta: float,
     chosen: Tensor,
     rejected: Tensor,
     weights: Tensor | None,
     normalizer: float | Tensor | None,
 ) -> Loss:
+    """Weighted losses and metrics of pairs, summed and divided. `extra`: more metrics, by name, per pair."""
     divisor = divisor_of(normalizer, float(max(losses.shape[0], 1)), losses.dtype)
     metrics = reward_metrics(beta * chosen.detach(), beta * rejected.detach(), divisor)
-    metrics.update({name: value.detach().sum() / divisor for name, value in more.items()})
+    metrics.update({name: value.detach().sum() / divisor for name, value in extra.items()})
     if weights is not None:
         losses = losses * weights.detach().to(losses.dtype)
     return Loss(losses.sum() / divisor, metrics)

@@ -36,24 +36,24 @@ def linear_kl(
     """Exact KL(pi || ref) per token over the whole vocabulary; the `[tokens, V]` logits never exist.
 
     p = softmax(head(hidden));  q = softmax(head(ref_hidden));  KL_t = sum_v p_tv (log p_tv - log q_tv)
-    dKL_t/dh_t = sum_v p_tv (log p_tv - log q_tv - KL_t) W_v  (times the head's derivative), formed in the forward
+    dKL_t/dh_t = sum_v p_tv (log p_tv - log q_tv - KL_t) W_v  (times the head's derivative), computed in the forward
 
-    "On Information and Sufficiency", Kullback and Leibler, 1951 (https://doi.org/10.1214/aoms/1177729694). Where
-    `token_kl` estimates it from the sampled token, this has no variance, and costs a product with the head for each of
-    the two; with a gradient one more.
+    "On Information and Sufficiency", Kullback and Leibler, 1951 (https://doi.org/10.1214/aoms/1177729694). Unlike
+    `token_kl`, which estimates the KL from the sampled token, it has no variance. It costs a product with the head for
+    the policy and one for the reference, and a third with a gradient.
 
     Args:
-        hidden: `[..., D]`, the policy's, any floating dtype.
-        ref_hidden: `[..., D]`, the reference's, a constant.
+        hidden: `[..., D]`, the policy's hidden states, any floating dtype.
+        ref_hidden: `[..., D']`, the reference's hidden states, a constant. D' is D without a `ref_weight`.
         weight: `[V, D]`, the head, a constant: only `hidden` gets a gradient. Autocast acts on hidden states and heads
             as in `linear_logprobs`.
-        ref_weight: `[V, D']`, the reference's head if it is another one; None: the same head, read once for both.
+        ref_weight: `[V, D']`, the reference's head; None: the policy's head, read once for both.
         ref_bias: `[V]`; None: the policy's bias with the policy's head, no bias with a `ref_weight`.
-        bias, temperature, logit_scale, softcap, forbidden: the head, see `linear_logprobs`; all but the bias serve the
-            reference too.
+        bias, temperature, logit_scale, softcap, forbidden: the head, see `linear_logprobs`; all but the bias are
+            also the reference's.
         mask: `[...]`, bool or 0/1. Masked tokens give 0 with zero gradient and cost nothing.
         backend: "auto", "triton" or "torch".
-        chunk_tokens: rows of logits that are in memory at a time, half of them the reference's; see `linear_logprobs`.
+        chunk_tokens: rows of logits in memory at a time, half of them the reference's; see `linear_logprobs`.
 
     Returns:
         fp32 `[...]` in nats (fp64 in, fp64 out), never negative. Infinite, with zero gradient, where the reference
@@ -64,8 +64,8 @@ def linear_kl(
     """
     constants = {"ref_hidden": ref_hidden, "weight": weight, "ref_weight": ref_weight, "bias": bias}
     constants["ref_bias"] = ref_bias
-    checks.reverse_mode("linear_kl", hidden=hidden, **constants)
-    head = checks.plain_head(bias, temperature, logit_scale, softcap, forbidden)
+    checks.reverse_mode_only("linear_kl", hidden=hidden, **constants)
+    head = checks.make_head(bias, temperature, logit_scale, softcap, forbidden)
     checks.product("hidden", hidden, "weight", weight)
     checks.head(head, weight.shape[0], hidden)
     _check_reference(hidden, ref_hidden, weight, ref_weight, ref_bias)
@@ -111,11 +111,11 @@ def _check_reference(
 
 
 def _check_constants(given: dict[str, Tensor | None]) -> None:
-    """Raise where a gradient is asked for that linear_kl does not give."""
+    """Raise if an input other than `hidden` requires a gradient."""
     for name, value in given.items():
         if torch.is_grad_enabled() and value is not None and value.requires_grad:
             raise ValueError(
-                f"{name} requires a gradient, expected a constant: linear_kl differentiates by hidden alone "
+                f"{name} requires a gradient, expected a constant: linear_kl has a gradient for hidden only "
                 f"(pass {name}.detach())"
             )
 
@@ -159,9 +159,9 @@ def _kl_rows(
     backend: str,
     chunk_tokens: int | None,
 ) -> None:
-    """Fill `kl` and `by_hidden` in chunks of whole rows of logits: the policy's above the reference's in one buffer.
+    """Fill `kl` and `by_hidden` (dKL/dh) in chunks of rows. One buffer has the policy's logits, then the reference's.
 
-    With one head for both there is one product for both.
+    With one head for both, a chunk takes one product.
     """
     ref_weight = weight if ref_weight is None else ref_weight
     vocabulary, dtype = weight.shape[0], kl.dtype
@@ -169,14 +169,14 @@ def _kl_rows(
     ref_operand = matmul.operand_dtype(ref_hidden.dtype, ref_weight.dtype, dtype, hidden.device)
     sizes = choose(vocabulary, dtype, hidden.device, only=CHUNKED, chunk_tokens=chunk_tokens)
     step = max(1, min(sizes.rows // 2, rows.count))
-    both = hidden.new_empty(2 * step * vocabulary, dtype=dtype)
+    buffer = hidden.new_empty(2 * step * vocabulary, dtype=dtype)
     shared = ref_weight is weight and ref_hidden.dtype == hidden.dtype
     scratch = matmul.scratch_for(weight, operand, vocabulary)
     ref_scratch = scratch if shared else matmul.scratch_for(ref_weight, ref_operand, vocabulary)
     kl_pass_ = dispatch.implementation("linear_kl", "torch" if dtype == torch.float64 else backend, hidden.device)
     for piece in rows.chunks(step):
         n = piece.stop - piece.start
-        logits = both[: 2 * n * vocabulary].view(2 * n, vocabulary)
+        logits = buffer[: 2 * n * vocabulary].view(2 * n, vocabulary)
         h = rows.take(hidden, piece).to(operand)
         ref_h = rows.take(ref_hidden, piece).to(ref_operand)
         if shared:
@@ -210,9 +210,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * ctx.inputs
-    mask, possible, direction = ctx.saved_tensors
+    mask, finite, direction = ctx.saved_tensors
     nothing = direction.new_empty(0)
-    by_hidden = torch.ops.onecard.scale_directions(mask, possible, direction, nothing, grad, None)
+    by_hidden = torch.ops.onecard.scale_directions(mask, finite, direction, nothing, grad, None)
     return by_hidden.view(ctx.shape), *(None,) * (ctx.inputs - 1)
 
 
@@ -220,12 +220,12 @@ _forward.register_autograd(no_double_backward(_backward), setup_context=_setup)
 no_forward_ad("linear_kl", _forward)
 
 
-KL_BLOCKS = 5  # of the rows in torch: p, q, and the terms of the sum
+KL_BLOCKS = 5  # tensors of a block's size that the torch implementation has at a time: p, q, and terms of the sum
 
 
 @workspace.formula("onecard::linear_kl")
 def _forward_bytes(device: torch.device, a: SimpleNamespace) -> int:
-    """Bytes that the operator holds inside (see `workspace`). `a` has its arguments by name."""
+    """Temporary memory of the operator in bytes (see `workspace`). `a` has its arguments by name."""
     hidden, ref_hidden, weight, direction = a.hidden, a.ref_hidden, a.weight, a.direction
     ref_weight = weight if a.ref_weight is None else a.ref_weight
     dtype, width = result_dtype(hidden.dtype, weight.dtype), hidden.shape[-1]
@@ -250,6 +250,6 @@ def _forward_bytes(device: torch.device, a: SimpleNamespace) -> int:
     if not by_triton(device, a.backend, dtype):
         in_rows = block * (KL_BLOCKS + (direction and a.softcap is not None)) + bools
     product = piece * width * (dtype.itemsize + hidden.dtype.itemsize * (hidden.dtype != dtype)) * direction
-    inside = count * dtype.itemsize + count * width * hidden.dtype.itemsize * direction
-    kept = (count * IDS if masked else 0) + 2 * step * vocabulary * dtype.itemsize + scratch
-    return max(kept + rows + max(both, narrow + max(in_rows, product)), inside if masked else 0)
+    unmasked = count * dtype.itemsize + count * width * hidden.dtype.itemsize * direction
+    buffers = (count * IDS if masked else 0) + 2 * step * vocabulary * dtype.itemsize + scratch
+    return max(buffers + rows + max(both, narrow + max(in_rows, product)), unmasked if masked else 0)

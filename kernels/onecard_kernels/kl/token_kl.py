@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import checks
 from ..records import result_dtype
 
-LOG_RATIO_LIMIT = 20.0  # e^20 is 5e8 nats: k3 carries no information beyond it, and would overflow fp32 at 89
+LOG_RATIO_LIMIT = 20.0  # e^20 is 5e8 nats: a larger k3 tells nothing more, and overflows fp32 at 89
 
 
 def token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k3") -> Tensor:
@@ -18,20 +18,19 @@ def token_kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k3") -
 
     d = logp - ref_logp
     k1 = d                  unbiased, can be negative
-    k2 = d^2 / 2            biased, never negative; its gradient is the unbiased one
+    k2 = d^2 / 2            biased, never negative; its gradient is an unbiased estimate of the KL's
     k3 = exp(-d) - 1 + d    unbiased, never negative
 
     "Approximating KL Divergence", Schulman, 2020, http://joschu.net/blog/kl-approx.html
 
     Args:
-        logprobs: `[...]`, the policy's.
+        logprobs: `[...]`, the policy's log-probabilities, in nats.
         ref_logprobs: `[...]`, the reference's.
         estimator: "k1", "k2" or "k3".
 
     Returns:
         fp32 `[...]` in nats (fp64 if either input is). `-inf - -inf` counts as d = 0, with no gradient. In k3 d is
-        clamped to +-20 with zero gradient outside, so that log-ratios of +-200 are finite; k1 and k2 need no clamp and
-        have none.
+        clamped to +-20 with zero gradient outside, so that log-ratios of +-200 are finite. k1 and k2 are not clamped.
 
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.

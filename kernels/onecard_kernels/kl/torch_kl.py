@@ -10,7 +10,9 @@ from torch import Tensor
 from ..logprob.rows import blocks
 from ..records import Head
 
-NEAR = -1.0  # of log p - log q; below it q - p cancels nothing, and exp(-d) could overflow
+# For d = log p - log q above this, p (exp(-d) - 1 + d) is computed by expm1. Below, exp(-d) could overflow, and
+# q - p + p d loses nothing by cancellation.
+NEAR = -1.0
 
 
 def kl_pass_(z: Tensor, r: Tensor, head: Head, *, ref_bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -19,8 +21,8 @@ def kl_pass_(z: Tensor, r: Tensor, head: Head, *, ref_bias: Tensor | None = None
     p = softmax(Head(z));  q = softmax(Head(r));  d_v = log p_v - log q_v
     KL = sum_v p_v (exp(-d_v) - 1 + d_v);  dKL/dz_v = p_v (d_v - KL) dHead/dz_v
 
-    The sum is the plain one, sum_v p_v d_v, plus 0 = sum_v q_v - p_v: no term is negative, and nothing cancels when the
-    policy is near the reference.
+    The sum is that of the definition, sum_v p_v d_v, plus 0 = sum_v q_v - p_v. No term is negative, so nothing cancels
+    when the policy is near the reference.
     """
     ref_head = replace(head, bias=ref_bias)
     kl = z.new_empty(z.shape[0])
@@ -47,6 +49,6 @@ def _block(z: Tensor, r: Tensor, head: Head, ref_head: Head, out: Tensor | None)
             gradient *= slope
         if not kl.is_cpu or bool(kl.isinf().any()):
             gradient.masked_fill_(kl.isinf().unsqueeze(1), 0.0)
-        # Last, for `out` may be z.
+        # The last step, because `out` may be z.
         torch.mul(gradient, head.factor, out=out)
     return kl

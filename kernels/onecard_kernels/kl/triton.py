@@ -1,4 +1,4 @@
-"""KL of rows of logits in Triton: a program reads two rows of products and writes the KL and its direction."""
+"""KL of rows of logits in Triton: a program reads a row of each model's logits and writes the KL and its gradient."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def kl_pass_(z: Tensor, r: Tensor, head: Head, *, ref_bias: Tensor | None = None
     p = softmax(Head(z));  q = softmax(Head(r));  d_v = log p_v - log q_v
     KL = sum_v p_v (exp(-d_v) - 1 + d_v);  dKL/dz_v = p_v (d_v - KL) dHead/dz_v
 
-    The sum is the plain one, sum_v p_v d_v, plus 0 = sum_v q_v - p_v. No term is negative, so nothing cancels when the
-    policy is near the reference, and an error common to all d_v changes it in second order only.
+    The sum is that of the definition, sum_v p_v d_v, plus 0 = sum_v q_v - p_v. No term is negative, so nothing cancels
+    when the policy is near the reference, and an error common to all d_v changes the sum in second order only.
 
     Args:
-        z, r: fp32 `[n, V]` with unit stride along V, hidden states times head of policy and of reference.
-        head: between the products and the softmax, for both but the bias, which is the policy's.
-        ref_bias: `[V]`, the reference's; None for none.
+        z, r: fp32 `[n, V]` with unit stride along V, hidden states times weight, for policy and reference.
+        head: the transform between product and softmax; its bias is the policy's, the rest is for both.
+        ref_bias: `[V]`, the reference's bias, or None.
         out: `[n, V]` with unit stride along V, of any floating point dtype; `z` itself may be given.
 
     Returns:
-        fp32 `[n]` in nats; infinite, with a zero direction, where ref excludes a token that the policy does not.
+        fp32 `[n]` in nats; infinite, with gradient 0, where the reference excludes a token that the policy does not.
 
     Raises:
         TypeError: if z or r is not fp32. ValueError: for another shape or stride.
@@ -50,22 +50,23 @@ def kl_pass_(z: Tensor, r: Tensor, head: Head, *, ref_bias: Tensor | None = None
     if n == 0:
         return kl
     inner, outer = scales(head)
-    into = z if out is None else out
-    # A softcap by itself spills on Blackwell in whole blocks (`python -m benchmarks.cards --kernel kl`).
+    target = z if out is None else out
+    # With a softcap and no forbidden tokens, a whole block spills registers on Blackwell
+    # (`python -m benchmarks.cards --kernel kl`).
     most = BLOCK // 2 if head.softcap is not None and head.forbidden is None else BLOCK
     block = min(most, triton.next_power_of_2(v))
     with torch.cuda.device_of(z):
         _kl_kernel[(n,)](
             z,
             r,
-            into,
+            target,
             kl,
             kl if head.bias is None else head.bias.contiguous(),
             kl if ref_bias is None else ref_bias.contiguous(),
             kl if head.forbidden is None else head.forbidden.contiguous().view(torch.uint8),
             z.stride(0),
             r.stride(0),
-            into.stride(0),
+            target.stride(0),
             inner,
             outer,
             head.factor,
@@ -82,7 +83,7 @@ def kl_pass_(z: Tensor, r: Tensor, head: Head, *, ref_bias: Tensor | None = None
 
 @triton.jit
 def excess(d):
-    """exp(-d) - 1 + d for |d| < 1, by its series: from the difference nothing of d^2 / 2 would be left at small d."""
+    """exp(-d) - 1 + d for |d| < 1, by its series: as a difference, d^2 / 2 would be rounded away at small d."""
     s = 2.75573192e-7 - d * 2.50521084e-8
     s = 2.75573192e-6 - d * s
     s = 2.48015873e-5 - d * s
@@ -105,7 +106,7 @@ def tanh_slope(x):
 def _load(
     row, bias, cols, live, vocabulary, inner, outer, BIAS: tl.constexpr, SCALED: tl.constexpr, SOFTCAP: tl.constexpr
 ):
-    """(transformed logits of one block, the products with bias that they are made of)"""
+    """(transformed logits of one block, products plus bias before the transform)"""
     raw = tl.load(row + cols, mask=cols < vocabulary, other=0.0)
     shift = 0.0
     if BIAS:
@@ -172,7 +173,7 @@ def _kl_kernel(
         p, q = tl.exp(a - top_p) * scale_p, tl.exp(b - top_q) * scale_q
         d = (a - b) - shift
         pd = tl.where(p == 0.0, 0.0, p * d)
-        # Where d is large p may have underflowed to 0 while q has not: q is then taken from its own row.
+        # Where d is large, p may have underflowed to 0 while q has not, so q is not computed as p exp(-d).
         sum_excess += tl.where(tl.abs(d) < 1.0, p * excess(d), q - p + pd)
         sum_d += pd
         sum_p += p
@@ -180,7 +181,7 @@ def _kl_kernel(
     tl.store(kl + row, divergence)
 
     if WRITE:
-        # The mean is of the same rounded d and p: rounding that they share cancels in d - mean.
+        # The mean of the same rounded d and p: their common rounding error cancels in d - mean.
         mean = tl.sum(sum_d, 0) / tl.sum(sum_p, 0)
         scale_p = tl.where(mean == float("inf"), 0.0, scale_p)
         for start in range(0, vocabulary, BLOCK):

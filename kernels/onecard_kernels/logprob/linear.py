@@ -91,8 +91,8 @@ def linear_logprobs(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    checks.reverse_mode("linear_logprobs", hidden=hidden, weight=weight, bias=bias)
-    head = checks.plain_head(bias, temperature, logit_scale, softcap, forbidden)
+    checks.reverse_mode_only("linear_logprobs", hidden=hidden, weight=weight, bias=bias)
+    head = checks.make_head(bias, temperature, logit_scale, softcap, forbidden)
     checks.linear(hidden, weight, targets, head, mask)
     chunk_tokens = checks.chunk_tokens(chunk_tokens)
     dispatch.resolve("linear_logprobs", backend, hidden.device)
@@ -217,7 +217,7 @@ def _(hidden: Tensor, weight: Tensor, targets: Tensor, *rest: Any) -> tuple[Tens
 
 def _tiled_kernel_runs(hidden: Tensor, weight: Tensor, backend: str) -> bool:
     dtype, device = result_dtype(hidden.dtype, weight.dtype), weight.device
-    if backend == "torch" or dtype != torch.float32 or launch.why_not(device) is not None:
+    if backend == "torch" or dtype != torch.float32 or launch.unavailable_reason(device) is not None:
         return False
     if weight.dtype != matmul.operand_dtype(hidden.dtype, weight.dtype, dtype, device):  # it would be cast as a whole
         return False

@@ -60,8 +60,8 @@ def selective_log_softmax(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    checks.reverse_mode("selective_log_softmax", logits=logits)
-    temperature = checks.plain(temperature)
+    checks.reverse_mode_only("selective_log_softmax", logits=logits)
+    temperature = checks.python_number(temperature)
     checks.logits(logits, targets, temperature, mask)
     if inplace_backward and any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True)):
         raise ValueError("logits is expanded (stride 0), expected memory of its own for inplace_backward=True")

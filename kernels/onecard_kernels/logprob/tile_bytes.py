@@ -129,7 +129,7 @@ def by_triton(device: torch.device, backend: str, dtype: torch.dtype) -> bool:
     """Whether Triton runs the passes over tiles, which then hold nothing. A GPU that is asked about has Triton."""
     if backend == "torch" or dtype == torch.float64:
         return False
-    return device.type == "cuda" or (backend == "triton" and launch.why_not(device) is None)
+    return device.type == "cuda" or (backend == "triton" and launch.unavailable_reason(device) is None)
 
 
 def id_bytes(targets: Tensor, *, masked: bool) -> int:

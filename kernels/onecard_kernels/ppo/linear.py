@@ -99,9 +99,9 @@ def linear_ppo_loss(
     """
     options = policy_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
     tokens = PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights)
-    head = checks.plain_head(bias, temperature, logit_scale, softcap, forbidden)
+    head = checks.make_head(bias, temperature, logit_scale, softcap, forbidden)
     differentiable = {"hidden": hidden, "weight": weight, "bias": bias}
-    checks.reverse_mode("linear_ppo_loss", **differentiable, **tokens._asdict(), normalizer=normalizer)
+    checks.reverse_mode_only("linear_ppo_loss", **differentiable, **tokens._asdict(), normalizer=normalizer)
     normalizer = checks.normalizer(normalizer)
     checks.integer("targets", targets)
     tokens.check("targets", targets, options)

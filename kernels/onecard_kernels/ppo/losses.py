@@ -80,7 +80,7 @@ def ppo_loss(
         checks.no_nan("entropy", entropy, mask)
     checks.constants("ppo_loss", **tokens._asdict(), normalizer=normalizer)
     if dispatch.resolve("ppo_loss", backend, logprobs.device) == "triton":
-        checks.reverse_mode("ppo_loss", logprobs=logprobs, entropy=entropy)
+        checks.reverse_mode_only("ppo_loss", logprobs=logprobs, entropy=entropy)
     run = dispatch.implementation("ppo_loss", backend, logprobs.device)
     result: Loss = run(logprobs, entropy, tokens, options, normalizer)
     return result
@@ -128,8 +128,8 @@ def logits_ppo_loss(
     """
     options = policy_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
     tokens = PolicyTokens(old_logprobs, advantages, mask, ref_logprobs, weights)
-    checks.reverse_mode("logits_ppo_loss", logits=logits, **tokens._asdict(), normalizer=normalizer)
-    normalizer, temperature = checks.normalizer(normalizer), checks.plain(temperature)
+    checks.reverse_mode_only("logits_ppo_loss", logits=logits, **tokens._asdict(), normalizer=normalizer)
+    normalizer, temperature = checks.normalizer(normalizer), checks.python_number(temperature)
     checks.integer("targets", targets)
     tokens.check("targets", targets, options)
     checks.logits(logits, targets, temperature, mask)
@@ -177,7 +177,7 @@ def value_loss(
     Raises:
         ValueError, TypeError: naming the argument, what came and what was expected.
     """
-    clip, normalizer = checks.plain(clip), checks.normalizer(normalizer)
+    clip, normalizer = checks.python_number(clip), checks.normalizer(normalizer)
     if clip is not None:
         checks.positive("clip", clip)
     checks.floating("values", values)
@@ -194,7 +194,7 @@ def value_loss(
         checks.no_nan(name, value, mask)
     checks.constants("value_loss", **given, normalizer=normalizer)
     if dispatch.resolve("value_loss", backend, values.device) == "triton":
-        checks.reverse_mode("value_loss", values=values)
+        checks.reverse_mode_only("value_loss", values=values)
     result: Loss = dispatch.implementation("value_loss", backend, values.device)(
         values, old_values, returns, mask, clip=clip, weights=weights, normalizer=normalizer
     )

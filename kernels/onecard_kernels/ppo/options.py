@@ -112,7 +112,7 @@ def dtype_of(*given: Tensor | None) -> torch.dtype:
 
 def policy_options(*given: Any) -> PolicyOptions:
     """Check the options, and make plain numbers of NumPy's."""
-    options = PolicyOptions(*map(checks.plain, given))
+    options = PolicyOptions(*map(checks.python_number, given))
     options.check()
     return options
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.data.batches import LabelledBatch, PreferenceBatch, ResponseTargets, TokenBatch, part
+from onecard.data.batches import LabelledBatch, PreferenceBatch, ResponseTargets, TokenBatch, slice_sequences
 from onecard.models.head import LanguageHead
 from onecard.models.roles import Roles
 from onecard_kernels import Loss, dpo_loss, kto_loss, linear_dpo_loss, linear_logprobs, sequence_sums
 from onecard_kernels.dpo import WHOLE_BATCH
 
-Keywords = dict[str, Any]  # settings, as keyword arguments of a kernel
+Keywords = dict[str, Any]  # keyword arguments of a loss in onecard_kernels, with the settings as values
 
 
 def sequence_logps(roles: Roles, sequences: TokenBatch) -> Tensor:
@@ -30,23 +30,24 @@ def reference_logps(roles: Roles, sequences: TokenBatch) -> Tensor:
         return sequence_logps(roles, sequences)
 
 
-def pair_reference(roles: Roles, batch: PreferenceBatch) -> Tensor:
-    """`PreferenceBatch.ref_logps` [2B]."""
+def pair_ref_logps(roles: Roles, batch: PreferenceBatch) -> Tensor:
+    """Log-probs of a batch of pairs under the reference: `PreferenceBatch.ref_logps` [2B]."""
     return reference_logps(roles, batch.sequences)
 
 
 def labelled_parts(batch: LabelledBatch) -> tuple[TokenBatch, TokenBatch]:
-    """The responses, and the mismatched ones."""
+    """The answers of a batch, and its mismatched answers."""
     answers = len(batch.desirable)
-    return part(batch.sequences, 0, answers), part(batch.sequences, answers, 2 * answers)
+    return slice_sequences(batch.sequences, 0, answers), slice_sequences(batch.sequences, answers, 2 * answers)
 
 
-def labelled_reference(roles: Roles, batch: LabelledBatch) -> Tensor:
-    """`LabelledBatch.ref_logps` [2B]; 0 for mismatched answers that are empty."""
+def labelled_ref_logps(roles: Roles, batch: LabelledBatch) -> Tensor:
+    """Log-probs of a labelled batch under the reference: `LabelledBatch.ref_logps` [2B]; 0 if mismatched are empty."""
     answers, mismatched = labelled_parts(batch)
-    known = reference_logps(roles, answers)
-    more = reference_logps(roles, mismatched) if mismatched.num_tokens else torch.zeros_like(known)
-    return torch.cat([known, more])
+    answer_logps = reference_logps(roles, answers)
+    has_mismatched = mismatched.num_tokens > 0
+    mismatched_logps = reference_logps(roles, mismatched) if has_mismatched else torch.zeros_like(answer_logps)
+    return torch.cat([answer_logps, mismatched_logps])
 
 
 def response_lengths(targets: ResponseTargets, sequences: int) -> Tensor:
@@ -56,7 +57,7 @@ def response_lengths(targets: ResponseTargets, sequences: int) -> Tensor:
 
 
 def with_logps(loss: Loss, beta: float, reference: tuple[Tensor, Tensor] | None, normalizer: int) -> Loss:
-    """The same loss with TRL's `logps/` metrics, which follow from its rewards, beta (logp - ref_logp)."""
+    """Add TRL's `logps/` metrics, computed from the rewards: reward = beta (logp - ref_logp)."""
     metrics = dict(loss.metrics)
     for index, side in enumerate(("chosen", "rejected")):
         logps = metrics[f"rewards/{side}"] / beta
@@ -67,8 +68,11 @@ def with_logps(loss: Loss, beta: float, reference: tuple[Tensor, Tensor] | None,
 def preference_loss(
     roles: Roles, batch: PreferenceBatch, keywords: Keywords, normalizer: int, *, use_weighting: bool = False
 ) -> Loss:
-    """`dpo_loss` of the policy against the reference on one batch of pairs. aot sorts within the batch."""
-    reference = pair_reference(roles, batch) if batch.ref_logps is None else batch.ref_logps
+    """`dpo_loss` of the policy against the reference on one batch of pairs. `use_weighting`: WPO's weights.
+
+    aot and aot_unpaired sort the whole batch, so their loss is the batch's mean.
+    """
+    reference = pair_ref_logps(roles, batch) if batch.ref_logps is None else batch.ref_logps
     targets = batch.sequences.targets
     whole = not WHOLE_BATCH.isdisjoint(keywords.get("loss_type", ()))
     options = {**keywords, "normalizer": None if whole else normalizer}
@@ -90,10 +94,9 @@ def preference_loss(
 def weighted_loss(
     hidden: Tensor, head: LanguageHead, targets: ResponseTargets, reference: Tensor, options: Keywords
 ) -> Loss:
-    """`dpo_loss` with a pair's weight w = exp(m_chosen + m_rejected), detached: how likely its answers are by now.
+    """`dpo_loss` with a weight for each pair, w = exp(m_chosen + m_rejected), detached: how likely its answers are now.
 
-    m = sum_t (log p(y_t) - log sum_v p(v)^2) / length; the second is the mean probability of a token that the policy
-    would draw itself.
+    m = sum_t (log p(y_t) - log sum_v p(v)^2) / length; sum_v p(v)^2 is the expected probability of a sampled token.
 
     "WPO: Enhancing RLHF with Weighted Preference Optimization", https://arxiv.org/abs/2406.11827.
     """
@@ -101,8 +104,8 @@ def weighted_loss(
     tokens = linear_logprobs(hidden, head.weight, targets.targets, return_log_sum_sq_probs=True, **head.keywords())
     assert tokens.log_sum_sq_probs is not None
     lengths = response_lengths(targets, sequences)
-    aligned = sequence_sums(tokens.logprobs.detach() - tokens.log_sum_sq_probs, ids, sequences) / lengths.clamp(min=1)
-    chosen, rejected = aligned.chunk(2)
+    sums = sequence_sums(tokens.logprobs.detach() - tokens.log_sum_sq_probs, ids, sequences)
+    chosen, rejected = (sums / lengths.clamp(min=1)).chunk(2)
     chosen_lengths, rejected_lengths = lengths.chunk(2)
     return dpo_loss(
         *sequence_sums(tokens.logprobs, ids, sequences).chunk(2),
@@ -133,14 +136,14 @@ def reference_free_loss(
 
 
 def labelled_loss(roles: Roles, batch: LabelledBatch, keywords: Keywords, normalizer: int) -> Loss:
-    """`kto_loss` of the policy against the reference on one batch of labelled responses.
+    """`kto_loss` of the policy against the reference on one batch of labelled answers.
 
-    kl = mean of logp - ref_logp over the record's mismatched answers, with no gradient; 0 where they are empty
-    (apo_zero_unpaired). As in TRL it is estimated from each micro-batch by itself, so kto, unlike the losses of pairs,
-    is not quite the same for another cut into micro-batches.
+    kl = mean of logp - ref_logp over the batch's mismatched answers, without gradient; 0 if they are empty
+    (apo_zero_unpaired). As in TRL, each micro-batch estimates its own kl, so kto depends on the micro-batch size. The
+    losses of pairs do not.
     """
     answers, mismatched = labelled_parts(batch)
-    reference = labelled_reference(roles, batch) if batch.ref_logps is None else batch.ref_logps
+    reference = labelled_ref_logps(roles, batch) if batch.ref_logps is None else batch.ref_logps
     ref_logps, ref_mismatched = reference.chunk(2)
     kl = torch.zeros((), device=reference.device)
     if mismatched.num_tokens:

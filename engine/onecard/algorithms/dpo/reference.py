@@ -1,4 +1,4 @@
-"""Log-probs under the reference, computed once before training and cached on disk for other runs."""
+"""`--precompute_ref_log_probs`: compute the reference's log-probs before training, and cache them for other runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from onecard import __version__
-from onecard.algorithms.common import padded_rows
+from onecard.algorithms.common import padded_size
 from onecard.config import DPOConfig
 from onecard.data.batches import LabelledSequence, PreferencePair, to_device
 from onecard.data.example_arrays import all_lengths
@@ -70,15 +70,15 @@ def read_table(path: Path, rows: int) -> Tensor | None:
         return None
     try:
         tensors = load_file(str(path))
-        table, found = tensors[NAME], tensors.get(DIGEST, torch.empty(0, dtype=torch.uint8))
+        table, written_digest = tensors[NAME], tensors.get(DIGEST, torch.empty(0, dtype=torch.uint8))
     except (OSError, SafetensorError, KeyError) as error:
-        say(f"reference: {path} is damaged ({error}) and is computed again.")
+        say(f"reference: {path} is damaged ({error}); the log-probs are computed again.")
         return None
-    if not torch.equal(found, digest_of(table)):
-        say(f"reference: {path} is damaged (it is not what was written) and is computed again.")
+    if not torch.equal(written_digest, digest_of(table)):
+        say(f"reference: {path} is damaged (its checksum differs); the log-probs are computed again.")
         return None
     if table.dtype != torch.float32 or table.shape != (rows, 2) or bool(table.isnan().any()):
-        say(f"reference: {path} holds something else than {rows} rows of log-probs and is computed again.")
+        say(f"reference: {path} does not have {rows} rows of log-probs; they are computed again.")
         return None
     say(f"reference: log-probs of {rows} examples are read from {path}.")
     return table
@@ -90,7 +90,7 @@ def digest_of(table: Tensor) -> Tensor:
 
 
 def write_table(path: Path, table: Tensor) -> None:
-    """Write a cache file atomically. If the disk refuses it, this run goes on without the cache."""
+    """Write a cache file atomically. After a write error the run continues without the file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,35 +99,33 @@ def write_table(path: Path, table: Tensor) -> None:
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             temporary.unlink()
-        say(f"reference: {path} cannot be written ({error}); the next run computes it again.")
+        say(f"reference: {path} cannot be written ({error}); the next run computes the log-probs again.")
 
 
 def compute_table(
     roles: Roles,
     examples: Sequence[E],
     collate: Callable[[Sequence[E]], Any],
-    reference: Callable[[Roles, Any], Tensor],
+    compute_ref_logps: Callable[[Roles, Any], Tensor],
     size: int | TokenBudget,
 ) -> Tensor:
-    """Both log-probs of each example under the reference, fp32 [N, 2], on the CPU."""
+    """`ref_logps` of N examples, fp32 [N, 2], on the CPU: chosen and rejected, or answer and mismatched answer."""
     padded = roles.layout == "padded"
-    sizes = [padded_rows(lengths) if padded else sum(lengths) for lengths in all_lengths(examples)]
+    sizes = [padded_size(lengths) if padded else sum(lengths) for lengths in all_lengths(examples)]
     with progress("reference", len(examples)) as bar:
 
-        def read(indices: list[int]) -> Tensor:
+        def compute_rows(indices: list[int]) -> list[Tensor]:
             batch = to_device(collate([examples[index] for index in indices]), roles.device)
-            found = reference(roles, batch).view(2, -1).T.float().cpu()
+            rows = compute_ref_logps(roles, batch).view(2, -1).T.float().cpu()
             bar.advance(by=len(indices))
-            return found
+            return list(rows)
 
-        return torch.stack(
-            map_micro_batches(sizes, as_budget(size), lambda indices: list(read(indices)), padded=padded)
-        )
+        return torch.stack(map_micro_batches(sizes, as_budget(size), compute_rows, padded=padded))
 
 
 @dataclass(frozen=True, eq=False)
-class WithReference(Sequence[E]):
-    """The examples, each with its row of the table as `ref_logps`."""
+class WithRefLogps(Sequence[E]):
+    """A view of the examples in which each has its row of the table as `ref_logps`."""
 
     examples: Sequence[E]
     table: Tensor
@@ -137,24 +135,24 @@ class WithReference(Sequence[E]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return WithReference(self.examples[index], self.table[index])
+            return WithRefLogps(self.examples[index], self.table[index])
         first, second = self.table[index].tolist()
         return replace(self.examples[index], ref_logps=(first, second))
 
 
-def with_reference(
+def with_ref_logps(
     config: DPOConfig,
     roles: Roles,
     examples: Sequence[E],
     collate: Callable[[Sequence[E]], Any],
-    reference: Callable[[Roles, Any], Tensor],
+    compute_ref_logps: Callable[[Roles, Any], Tensor],
 ) -> Sequence[E]:
-    """The examples with their `ref_logps`, from the cache if an earlier run wrote them."""
+    """The examples with their `ref_logps`, which are read from the cache or computed and written to it."""
     if not examples:
         return examples
     path = cache_folder() / NAME / f"{cache_key(config, roles, examples)}.safetensors"
     table = read_table(path, len(examples))
     if table is None:
-        table = compute_table(roles, examples, collate, reference, forward_budget(config))
+        table = compute_table(roles, examples, collate, compute_ref_logps, forward_budget(config))
         write_table(path, table)
-    return WithReference(examples, table)
+    return WithRefLogps(examples, table)

@@ -13,13 +13,13 @@ from torch import Tensor
 from onecard.algorithms.dpo.losses import (
     Keywords,
     labelled_loss,
-    labelled_reference,
-    pair_reference,
+    labelled_ref_logps,
+    pair_ref_logps,
     preference_loss,
     reference_free_loss,
 )
 from onecard.config import DPOConfig
-from onecard.config.dpo import ALONE, LABELLED, SUMMED
+from onecard.config.dpo import LABELLED, SUMMABLE, UNSUMMABLE
 from onecard.models.roles import Roles
 from onecard.utils.errors import OnecardError
 from onecard_kernels import Loss, cpo_loss, dpo_loss, kto_loss, orpo_loss, simpo_loss
@@ -27,16 +27,17 @@ from onecard_kernels import Loss, cpo_loss, dpo_loss, kto_loss, orpo_loss, simpo
 
 @dataclass(frozen=True)
 class Variant:
-    """One kind of loss. `keywords` maps the kernel's keyword arguments to settings.
+    """A loss: how a batch's loss is computed, and the settings that it takes.
 
-    `loss(roles, batch, keywords, normalizer)`. `reference(roles, batch)` computes `ref_logps`; None without a
-    reference. `check` calls the kernel on constant log-probs, so that it raises for settings out of range.
+    `loss(roles, batch, keywords, normalizer)`. `keywords`: keyword argument of the kernel -> setting. `check` calls the
+    kernel on constant log-probs, so that it raises for settings out of range. `compute_ref_logps(roles, batch)`: None
+    for a loss without a reference. `labelled`: the loss is on labelled answers, not on pairs.
     """
 
     loss: Callable[[Roles, Any, Keywords, int], Loss]
     check: Callable[..., Loss]
     keywords: Mapping[str, str]
-    reference: Callable[[Roles, Any], Tensor] | None = None
+    compute_ref_logps: Callable[[Roles, Any], Tensor] | None = None
     labelled: bool = False
 
 
@@ -59,30 +60,30 @@ def reference_free(kernel: Callable[..., Loss], keywords: Mapping[str, str]) -> 
     return Variant(partial(reference_free_loss, kernel), partial(check_free, kernel), keywords)
 
 
-PAIRED = Variant(preference_loss, check_pairs, SUMMED, reference=pair_reference)
+SUMMABLE_VARIANT = Variant(preference_loss, check_pairs, SUMMABLE, compute_ref_logps=pair_ref_logps)
 VARIANTS: dict[str, Variant] = {
-    "simpo": reference_free(simpo_loss, ALONE["simpo"]),
-    "orpo": reference_free(orpo_loss, ALONE["orpo"]),
-    "cpo": reference_free(cpo_loss, ALONE["cpo"]),
+    "simpo": reference_free(simpo_loss, UNSUMMABLE["simpo"]),
+    "orpo": reference_free(orpo_loss, UNSUMMABLE["orpo"]),
+    "cpo": reference_free(cpo_loss, UNSUMMABLE["cpo"]),
     **{
-        name: Variant(labelled_loss, check_labelled, ALONE[name], reference=labelled_reference, labelled=True)
+        name: Variant(labelled_loss, check_labelled, UNSUMMABLE[name], labelled_ref_logps, labelled=True)
         for name in LABELLED
     },
 }
 
 
 def pick_variant(config: DPOConfig) -> Variant:
-    """The kind of loss that `loss_type` asks for."""
-    return VARIANTS.get(config.loss_type[0], PAIRED)
+    """The variant of `loss_type`; all losses that can be summed have the same."""
+    return VARIANTS.get(config.loss_type[0], SUMMABLE_VARIANT)
 
 
 def loss_keywords(config: DPOConfig) -> Keywords:
-    """The keyword arguments of the kernel that are settings. Raises for those that the kernel does not take."""
+    """The kernel's keyword arguments, from the settings. Raises OnecardError for values that the kernel refuses."""
     variant = pick_variant(config)
     keywords = {name: getattr(config, setting) for name, setting in variant.keywords.items()}
     if "loss_weights" in keywords:
         keywords["loss_weights"] = config.loss_weights or None
-    try:  # the loss itself is the judge of its settings: before anything is loaded, on one answer or pair
+    try:  # the kernel validates its arguments; here it runs on one pair or answer, before anything is loaded
         variant.check(**keywords)
     except (TypeError, ValueError) as error:
         raise OnecardError(named_by_settings(str(error), variant)) from error

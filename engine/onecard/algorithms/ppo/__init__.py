@@ -10,13 +10,13 @@
 | `command.py` | `onecard ppo`: loading, startup checks, the run |
 | `job.py` | one iteration from top to bottom, and its losses |
 | `sampling.py` | prompts -> episodes |
-| `scores.py` | scores of responses, and their running scale |
-| `constraint.py` | costs -> which responses are learned from, or what is taken from their scores |
+| `scores.py` | scores and costs of responses; the scale of `normalize_reward` |
+| `constraint.py` | costs -> which responses are in the loss, or what is subtracted from their scores |
 | `experience.py` | episodes and scores -> rewards, advantages, returns; the KL controller |
 | `estimators.py` | rewards -> advantages: GAE, A2C, REINFORCE, RLOO, GRPO |
 | `evaluation.py` | held-out prompts -> scores and samples |
 | `startup.py` | checks of the rewards and settings before the first step |
 
-Left out: training all weights (the roles are adapters on one base), continuing with an earlier run's critic, and more
-than one GPU.
+Not implemented: training all weights (the roles are adapters on one base), continuing with an earlier run's critic, and
+more than one GPU.
 """

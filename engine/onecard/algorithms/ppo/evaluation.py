@@ -1,4 +1,4 @@
-"""The policy's answers to held-out prompts, judged as in training."""
+"""Evaluation of the policy: answers to held-out prompts, scored as in training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from onecard.rewards.scorer import response_text
 from onecard.utils.progress import Bar
 from onecard.utils.rng import seeded_rng
 
-EVALUATED_PROMPTS = 128  # their mean has a standard error of a tenth of the standard deviation
+EVALUATED_PROMPTS = 128  # the mean score then has a standard error of a tenth of the standard deviation
 SHOWN_SAMPLES = 8
 
 
@@ -42,7 +42,7 @@ def evaluate_policy(
     """Sample and score one response to each of at most 128 prompts, always with the same seed."""
     prompts = heldout[:EVALUATED_PROMPTS]
     with bar.part("evaluate", len(prompts)) as part, seeded_rng(roles.device, config.seed, "evaluate"):
-        episodes = sampler.sample(roles, prompts, range(len(prompts)), part).episodes
+        episodes = sampler.sample(roles, prompts, part).episodes
         scored = score(prompts, episodes)
     logprobs, ref_logprobs = (
         response_logprobs(roles, role, episodes, config, budget) for role in ("policy", "reference")

@@ -1,4 +1,4 @@
-"""Make experience of sampled responses: log-probs and values, per-token rewards, advantages.
+"""Experience from sampled responses: log-probs and values, per-token rewards, advantages.
 
     episodes -> old and reference log-probs, values -> -kl_coef * KL and dense reward per token, score on the last one
     -> (whitened rewards) -> the estimator's advantages -> Experience
@@ -43,7 +43,7 @@ class ModelOutputs:
 class ShapedRewards:
     """Padded tensors [B, T]: KL, rewards, values, advantages and returns.
 
-    `mask` bool is True for tokens of answers in the loss, False for padding and for all tokens of other answers.
+    `mask` bool is True for the tokens of answers in the loss, False for padding and for skipped answers.
     """
 
     mask: Tensor
@@ -66,7 +66,7 @@ def response_logprobs(
 
 
 def state_values(roles: Roles, batch: TokenBatch) -> Tensor:
-    """The active role's scalars for the states before each response token and after the last one."""
+    """The active role's scalars of the states before each response token and after the last one."""
     rows, _ = torch.cat([batch.targets.rows, last_rows(batch)]).sort()
     return roles.scalars(batch, rows)
 
@@ -96,11 +96,11 @@ def compute_model_outputs(
         "reference's log-probs": response_logprobs(roles, "reference", episodes, config, budget),
         "critic's values": response_values(roles, episodes, budget) if "value" in roles.adapters else [],
     }
-    for what, pieces in outputs.items():
+    for name, pieces in outputs.items():
         if not all(bool(piece.isfinite().all()) for piece in pieces):
             raise OnecardError(
-                f"ppo: the {what} of sampled answers are not finite: it has diverged, or its dtype overflows; a lower "
-                "learning_rate or another dtype usually helps. The last checkpoint is from before that."
+                f"ppo: the {name} of sampled answers are not finite: training has diverged, or the dtype overflows. A "
+                "lower learning_rate or another dtype usually helps. The last checkpoint was written before that."
             )
     logprobs, ref_logprobs, values = outputs.values()
     last = [0.0 if episode.finished else float(each[-1]) for episode, each in zip(episodes, values, strict=False)]
@@ -124,7 +124,7 @@ def shape_rewards(
     config: PPOConfig,
     *,
     dense: Sequence[Tensor] | None = None,
-    kept: Tensor | None = None,
+    in_loss: Tensor | None = None,
 ) -> ShapedRewards:
     """Rewards, advantages and returns of an iteration.
 
@@ -132,10 +132,10 @@ def shape_rewards(
         A_t = sum_l (gamma lam)^l (reward_{t+l} + gamma V_{t+l+1} - V_{t+l}),  return_t = A_t + V_t    (gae)
 
     `scores` fp32 [B]. The last response token is the stop token of a finished answer. `dense` fp32 [k] of each answer.
-    Whitening is before the advantages and keeps the mean of the rewards. `kept` bool [B]: the answers in the loss, by
-    default all. The others are in no mean and no baseline: if they scored high and were in one, all kept answers would
-    have negative advantages and become less likely. With groups, a kept answer without another one in its group is
-    left out too.
+    Rewards are whitened before the advantages are computed, and keep their mean. `in_loss` bool [B]: the answers in the
+    loss, by default all. The others are in no mean and no baseline: a skipped answer with a high score would make the
+    advantages of all answers in the loss negative, and those answers less likely. With groups, an answer that is the
+    only one of its group in the loss is skipped too.
     """
     lengths = torch.tensor([len(piece) for piece in outputs.logprobs])
     logprobs = pad(outputs.logprobs)
@@ -145,10 +145,10 @@ def shape_rewards(
     if dense is not None:
         rewards += pad(dense)
     rewards[torch.arange(len(lengths)), lengths - 1] += scores
-    if kept is not None:
+    if in_loss is not None:
         if config.has_groups:
-            kept = with_group_peers(kept, config.num_generations)
-        mask &= kept.unsqueeze(1)
+            in_loss = with_group_peers(in_loss, config.num_generations)
+        mask &= in_loss.unsqueeze(1)
     if config.whiten_rewards:
         rewards = masked_whiten(rewards, mask, shift_mean=False)
     values = None if outputs.values is None else pad(outputs.values)
@@ -204,7 +204,7 @@ def objective_metrics(
 ) -> dict[str, float]:
     """Metrics of an iteration's responses, by TRL's names. `penalty`: mean score subtracted by a constraint."""
     kl_reward = -kl_coef * shaped.kl.sum(1).mean()
-    row = {
+    metrics = {
         **answer_metrics(episodes, outputs.logprobs, outputs.ref_logprobs, scores),
         "objective/kl_coef": kl_coef,
         "objective/non_score_reward": float(kl_reward),
@@ -213,12 +213,12 @@ def objective_metrics(
         "val/num_eos_tokens": float(sum(episode.finished for episode in episodes)),
     }
     if shaped.values is not None and shaped.mask.any():
-        row["val/explained_variance"] = explained_variance(shaped.values[shaped.mask], shaped.returns[shaped.mask])
-    return row
+        metrics["val/explained_variance"] = explained_variance(shaped.values[shaped.mask], shaped.returns[shaped.mask])
+    return metrics
 
 
 def next_kl_coef(kl_coef: float, kl: float, episodes: int, config: PPOConfig) -> float:
-    """kl_coef for the next iteration: fixed, or adapted to adap_kl_target.
+    """kl_coef for the next iteration: unchanged, or adapted so that the KL approaches adap_kl_target.
 
         e = clip(kl / target - 1, -0.2, 0.2);  kl_coef *= 1 + e * episodes / horizon
 

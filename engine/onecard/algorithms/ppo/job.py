@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 import warnings
@@ -37,7 +38,7 @@ from onecard.utils.progress import Bar
 from onecard.utils.rng import seeded_rng
 from onecard_kernels import Loss, linear_ppo_loss, value_loss
 
-NO_CLIP = (1.0, 1e12)  # clip_low, clip_high that never clip: the ratio is above 0, and the kernels limit it to e^20
+NO_CLIP = (1.0, 1e12)  # clip_low and clip_high without effect: the kernels keep the ratio between 0 and e^20
 
 # Logged as means over the updates of an iteration, under TRL's names.
 UPDATE_METRICS = {
@@ -67,8 +68,8 @@ def ppo_losses(roles: Roles, batch: ExperienceBatch, config: PPOConfig, normaliz
     """The policy's clipped surrogate, and vf_coef times the critic's clipped squared error where there is a critic.
 
     Estimators with one pass over the responses (a2c, reinforce) do not clip. A critic with its own adapter yields a
-    second loss: the trainer runs the policy's backward first, so only one role's activations are held. The loss of a
-    critic on the policy's trunk is added to the policy's loss, because both use the same forward pass.
+    second loss: the trainer runs the policy's backward first, so only one role's activations are in memory. The loss of
+    a critic on the policy's trunk is added to the policy's loss, because both use the same forward pass.
     """
     targets = batch.sequences.targets
     hidden, head = roles.hidden(batch.sequences, targets.rows), roles.head()
@@ -104,7 +105,7 @@ def ppo_losses(roles: Roles, batch: ExperienceBatch, config: PPOConfig, normaliz
 def critic_loss(values: Tensor, batch: ExperienceBatch, config: PPOConfig, normalizer: int) -> Loss:
     """The clipped squared error of the critic's values, times vf_coef."""
     if batch.old_values is None:
-        raise ValueError("old_values is None, expected the critic's")
+        raise ValueError("old_values is None, expected the critic's values")
     loss = value_loss(
         values,
         batch.old_values,
@@ -127,7 +128,7 @@ def ppo_objective(roles: Roles, config: PPOConfig) -> Objective[Experience, Expe
 
 def update_metrics(rows: Sequence[dict[str, float]], updates: int) -> dict[str, float]:
     """Means over the minibatches of an iteration. `updates`: the number of optimizer steps."""
-    if not rows:  # a constraint excluded all responses
+    if not rows:  # a constraint skipped all responses
         return {"policy/updates": 0.0}
     means = {
         logged: sum(row[name] for row in rows) / len(rows) for name, logged in UPDATE_METRICS.items() if name in rows[0]
@@ -138,7 +139,7 @@ def update_metrics(rows: Sequence[dict[str, float]], updates: int) -> dict[str, 
 
 @dataclass(frozen=True)
 class Collected:
-    """The experiences of an iteration, and the metrics of its sampling and scoring."""
+    """The experiences of an iteration, its metrics before learning, and the sampled episodes with their rollout."""
 
     experiences: list[Experience]
     metrics: dict[str, float]
@@ -148,7 +149,7 @@ class Collected:
 
 @dataclass(frozen=True)
 class AdaptiveState:
-    """Values that carry over between iterations and go into checkpoints."""
+    """Values that an iteration passes to the next one, and that checkpoints save."""
 
     kl_coef: float
     multiplier: float  # lambda of constraint_mode lagrangian
@@ -189,7 +190,7 @@ class PPO:
         self.config, self.roles, self.sampler = config, roles, sampler
         self.reward_scorer, self.constraint = scorer, constraint
         self.prompts, self.heldout, self.total_steps = prompts, heldout, total_steps
-        # Warm-up starts at a learning rate of 0, which would waste an iteration. The schedule starts one step later.
+        # Warm-up starts at a learning rate of 0, which would waste an iteration: skip that step of the schedule.
         self.first_schedule_step = 1 if config.warmup_steps else 0
         self.objective = ppo_objective(roles, config)
         self.budget = budget or forward_budget(config)  # of passes without gradients
@@ -212,21 +213,25 @@ class PPO:
         """Sample responses to these prompts, score them, and compute their advantages."""
         config, roles, adaptive = self.config, self.roles, self.adaptive
         row: dict[str, float] = {}
-        indices = [index for index in indices for _ in range(config.num_generations)]
-        prompts = [self.prompts[index] for index in indices]
+        prompts = [self.prompts[index] for index in indices for _ in range(config.num_generations)]
         with (
-            bar.part("sample", len(indices)) as part,
+            bar.part("sample", len(prompts)) as part,
             phase_memory(row, "memory/rollout_gib"),
             seeded_rng(roles.device, config.seed, step, "sample"),
         ):
-            sampled = self.sampler.sample(roles, prompts, indices, part)
+            sampled = self.sampler.sample(roles, prompts, part)
         episodes = sampled.episodes
         with seeded_rng(roles.device, config.seed, step, "judge"):
             scored = self.score(prompts, episodes)
         constrained = apply_constraint(scored.scores.total, scored.costs, adaptive.multiplier, config)
         outputs = compute_model_outputs(roles, episodes, config, self.budget)
         shaped = shape_rewards(
-            outputs, constrained.scores, adaptive.kl_coef, config, dense=scored.scores.dense, kept=constrained.kept
+            outputs,
+            constrained.scores,
+            adaptive.kl_coef,
+            config,
+            dense=scored.scores.dense,
+            in_loss=constrained.in_loss,
         )
         penalty = float((scored.scores.total - constrained.scores).mean())
         row |= objective_metrics(episodes, outputs, shaped, scored.scores.sums, adaptive.kl_coef, penalty)
@@ -242,8 +247,8 @@ class PPO:
         config = self.config
         collected = self.collect(trainer.step, indices, bar)
         row, rows, updates = dict(collected.metrics), list[dict[str, float]](), 0
-        planned = -(-len(collected.experiences) // config.minibatch_size) * config.num_ppo_epochs
-        with bar.part("learn", planned) as part, phase_memory(row, "memory/learn_gib"):
+        num_minibatches = math.ceil(len(collected.experiences) / config.minibatch_size) * config.num_ppo_epochs
+        with bar.part("learn", num_minibatches) as part, phase_memory(row, "memory/learn_gib"):
             for minibatch in minibatches(collected.experiences, config, trainer.step):
                 rows.append(trainer.compute_gradients(self.objective, minibatch))
                 part.advance()
@@ -252,7 +257,7 @@ class PPO:
                     break
                 trainer.optimizer_step()
                 updates += 1
-        if not updates:  # the learning rate schedule makes a step even without an optimizer step
+        if not updates:  # the learning rate schedule steps even without an optimizer step, and PyTorch would warn
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
         row |= update_metrics(rows, updates)
         if self.constraint is not None and config.constraint_mode == "lagrangian":
@@ -291,5 +296,5 @@ class PPO:
             budget.size = replace(budget.size, tokens=state["tokens"][name])
 
     def budgets(self) -> dict[str, TokenBudget]:
-        """Token budgets, which out-of-memory errors may have reduced during the run."""
+        """The token budgets that out-of-memory errors may reduce, by their names in checkpoints."""
         return {"passes": self.budget, "rollout": self.sampler.budget}

@@ -1,4 +1,4 @@
-"""Prompts -> episodes: the rollout's responses, with what PPO has to know of each."""
+"""Prompts -> rollout -> episodes."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Sampler:
     budget: TokenBudget
     stop_strings: StopStrings | None = None
 
-    def sample(self, roles: Roles, prompts: Sequence[Prompt], indices: Sequence[int], bar: Bar | None) -> Sampled:
-        """One episode for each prompt. `indices` are the prompts' indices in the dataset."""
+    def sample(self, roles: Roles, prompts: Sequence[Prompt], bar: Bar | None) -> Sampled:
+        """One episode for each prompt."""
         rollout = sample_responses(
             roles,
             [prompt.tokens for prompt in prompts],
@@ -52,20 +52,17 @@ class Sampler:
             batch_size=self.budget,
             bar=bar,
         )
-        episodes = [
-            make_episode(prompt, index, response)
-            for prompt, index, response in zip(prompts, indices, rollout.responses, strict=True)
-        ]
+        episodes = [make_episode(prompt, response) for prompt, response in zip(prompts, rollout.responses, strict=True)]
         return Sampled(episodes, rollout)
 
 
 def rollout_budget(config: PPOConfig) -> TokenBudget:
-    """How many prompts are sampled together."""
+    """The limits on prompts that are sampled together: their number, and the size of their KV cache."""
     return sampling_budget(config.local_rollout_forward_batch_size, int(config.rollout_cache_gib * 2**30))
 
 
 def make_sampler(config: PPOConfig, roles: Roles, tokenizer: Any) -> Sampler:
-    """The sampler that the settings ask for."""
+    """The run's sampler: response length, temperature, stop tokens and stop strings come from the settings."""
     stop_tokens = find_stop_tokens(roles, tokenizer, config.stop_token)
     sampling = Sampling(config.response_length, config.temperature)
     stop_strings = StopStrings(tokenizer, config.stop_token) if config.stop_token else None

@@ -1,10 +1,10 @@
 """Scores of responses, and their scale: with `--normalize_reward`, mean 0 and standard deviation 1 on the starting
 policy's responses.
 
-A reward's scale is arbitrary, and kl_coef, cliprange_value and the critic all live on it. "Learning to Summarize from
+A reward's scale is arbitrary, but kl_coef, cliprange_value and the critic depend on it. "Learning to Summarize from
 Human Feedback" (https://arxiv.org/abs/2009.01325) shifts its reward model so that references score 0. TRL's old
-`use_score_scaling` and `use_score_norm` took running numbers, which move the goal while it is aimed at; here both are
-taken once and stay.
+`use_score_scaling` and `use_score_norm` used running statistics, which change the objective during training; here mean
+and standard deviation are measured once, before training.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Scale:
     std: float = 1.0
 
     def of(self, scores: Scores) -> Scores:
-        """(score - mean) / std of each answer: the mean is taken from the terminal part. `parts` stay as they came."""
+        """(score - mean) / std of each answer; the mean is subtracted from the terminal part. `parts` are unchanged."""
         dense = None if scores.dense is None else [each / self.std for each in scores.dense]
         return replace(scores, total=(scores.total - self.mean) / self.std, dense=dense)
 
@@ -62,12 +62,12 @@ def measure_scale(
     indices = stream_indices(len(training), 0, min(SCALE_PROMPTS, len(training)), seed=config.seed)
     prompts = [training[index] for index in indices]
     with seeded_rng(roles.device, config.seed, "normalize_reward"):
-        episodes = sampler.sample(roles, prompts, indices, None).episodes
+        episodes = sampler.sample(roles, prompts, None).episodes
         sums = scorer.scores(roles, sampler.tokenizer, prompts, episodes).sums.double()
     if sums.min() == sums.max():
         raise OnecardError(
-            f"normalize_reward: {len(sums)} answers of the starting policy all score {float(sums[0]):g}: a standard "
-            "deviation of 0, which nothing can be divided by. Leave it out, or look at the reward."
+            f"normalize_reward: {len(sums)} answers of the starting policy all score {float(sums[0]):g}, so their "
+            "standard deviation is 0 and they cannot be scaled. Leave normalize_reward out, or check the reward."
         )
     scale = Scale(float(sums.mean()), float(sums.std(unbiased=False)))
     say(

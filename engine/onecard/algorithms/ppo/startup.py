@@ -1,7 +1,7 @@
 """PPO's checks before the first step, on a few sampled answers. Nothing has been written yet.
 
-Each reward scores the answers, so one that always fails stops the run here. Log-probs of the same tokens that must be
-equal are compared, because PPO's ratio would be wrong otherwise:
+Each reward scores the answers, so one that always fails stops the run here. Three pairs of log-probs of the same tokens
+are compared, because PPO's ratio is wrong if they differ:
 
 | log-probs | compared with | cause of a difference |
 |---|---|---|
@@ -35,7 +35,7 @@ CHECKED_PROMPTS = 8
 # Largest allowed (mean, maximum) of differences in nats. In 16 bit they are rounding, largest for unlikely tokens.
 TOLERANCES = {torch.float32: (1e-4, 1e-3)}
 TOLERANCES_16_BIT = (0.05, 1.0)
-CHECK_MESSAGES = replace(TRAINING_MESSAGES, smaller="the check goes on in micro-batches of at most {size}.")
+CHECK_MESSAGES = replace(TRAINING_MESSAGES, smaller="the startup check continues in micro-batches of at most {size}.")
 
 
 def new_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfig) -> Tensor:
@@ -63,17 +63,17 @@ def check_start(
     parts = [prompts[:CHECKED_PROMPTS] for prompts in (training, heldout) if prompts]
     episodes: list[Episode] = []
     with seeded_rng(roles.device, config.seed, "start"):
-        for chosen in parts:
-            sampled = sampler.sample(roles, chosen, range(len(chosen)), None).episodes
+        for prompts in parts:
+            sampled = sampler.sample(roles, prompts, None).episodes
             for scorer in scorers:
-                scorer.scores(roles, sampler.tokenizer, chosen, sampled)
+                scorer.scores(roles, sampler.tokenizer, prompts, sampled)
             episodes += sampled
     compare_logprobs(roles, episodes, config, budget)
     roles.train(was_training)
 
 
 def compare_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfig, budget: TokenBudget) -> None:
-    """Compare log-probs. New with old comes first: dropout makes all pairs differ, and this one names the cause.
+    """Compare the pairs of log-probs. New and old come first: with dropout all pairs differ, and this names the cause.
 
     The policy is not compared with the reference if `ref_adapter` is not the adapter that the policy starts from.
     """
@@ -83,12 +83,12 @@ def compare_logprobs(roles: Roles, episodes: Sequence[Episode], config: PPOConfi
     reference = torch.cat(response_logprobs(roles, "reference", episodes, config, budget))
     new = new_logprobs(roles, episodes, config)
     mean, largest = TOLERANCES.get(roles.causal_model().dtype, TOLERANCES_16_BIT)
-    cold = min(1.0, config.temperature)  # a temperature below 1 magnifies the rounding of logits
-    limits = (mean / cold, largest / cold)
-    compare("the policy's log-probs in training and in the pass before it", new, old, limits)
-    compare("the sampled tokens' log-probs, as drawn and of the policy's own pass,", sampled, old, limits)
+    scale = min(1.0, config.temperature)  # a temperature below 1 magnifies the rounding of logits
+    limits = (mean / scale, largest / scale)
+    compare("the policy's log-probs in training and in the pass that computes the old ones", new, old, limits)
+    compare("the sampled tokens' log-probs from sampling and from a pass of the policy", sampled, old, limits)
     if starts_as_reference(config):
-        compare("the log-probs of the policy and of the reference, which it starts as,", old, reference, limits)
+        compare("the log-probs of the policy and of the reference, equal at the start,", old, reference, limits)
 
 
 def starts_as_reference(config: PPOConfig) -> bool:
@@ -99,12 +99,12 @@ def starts_as_reference(config: PPOConfig) -> bool:
     return policy is not None and reference is not None and policy.resolve() == reference.resolve()
 
 
-def compare(what: str, first: Tensor, second: Tensor, limits: tuple[float, float]) -> None:
-    """Raise if two log-probs of the same tokens differ by more than `limits` (mean, maximum)."""
+def compare(names: str, first: Tensor, second: Tensor, limits: tuple[float, float]) -> None:
+    """Raise if two log-probs of the same tokens differ by more than `limits` (mean, maximum). `names`: of the two."""
     difference = (first - second).abs()
     mean, largest = float(difference.mean()), float(difference.max())
     if not (mean <= limits[0] and largest <= limits[1]):
         raise OnecardError(
-            f"startup check: {what} differ by {mean:.3g} nat on average and {largest:.3g} at most "
+            f"startup check: {names} differ by {mean:.3g} nat on average and {largest:.3g} at most "
             f"(limits {limits[0]:g}, {limits[1]:g}), so PPO's ratio would be wrong from the start. Nothing was trained."
         )

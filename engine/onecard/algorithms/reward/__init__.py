@@ -1,15 +1,15 @@
 """Reward models: an adapter and a scalar head, read at each answer's last token.
 
-    rows -> tokens -> record of pairs, scores or rankings -> scores -> (loss, metrics)
+    rows -> tokens -> batch of pairs, scores or rankings -> scores -> (loss, metrics)
 
 | file | what |
 |---|---|
-| `command.py` | `onecard reward`: settings, the run, held-out rows, the scores' mean and standard deviation |
-| `kinds.py` | the table of kinds of rows: their columns, tokens, records and losses |
-| `losses.py` | scores and records -> loss, metrics |
-| `agreement.py` | how well scores agree with given ones: correlations, order |
+| `command.py` | `onecard reward`: the run, its held-out metrics, `normalize_scores` |
+| `kinds.py` | the table of dataset kinds: columns, tokens, batches and loss of each |
+| `losses.py` | scores -> loss, metrics |
+| `agreement.py` | agreement of the model's scores with the dataset's: correlations, order |
 
-Left out: rewards of each token or step (process rewards), several objectives in one model, and ties.
+Not implemented: rewards of each token or step (process rewards), several objectives in one model, and ties.
 """
 
 from onecard.algorithms.reward.command import run

@@ -1,4 +1,4 @@
-"""How well scores agree with those that were given, over all rows together: these are no sums over micro-batches."""
+"""Agreement of the model's scores with the dataset's (`given`). It is no sum over micro-batches: it needs all rows."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ def agreement(scores: Tensor, given: Tensor) -> dict[str, float]:
         "pearson": pearson(scores, given),
         "spearman": pearson(ranks(scores), ranks(given)),
         "accuracy": concordance(scores, given),
-        **labels(scores, given),
+        **label_metrics(scores, given),
     }
 
 
-def labels(scores: Tensor, given: Tensor) -> dict[str, float]:
-    """Where the given scores are two, they are labels: the share that is nearer to its own one than to the other, and
-    what the commoner one alone would get right.
+def label_metrics(scores: Tensor, given: Tensor) -> dict[str, float]:
+    """Metrics for given scores with two values, which are then labels; empty for other numbers of values.
+
+    `label_accuracy`: share of scores that are nearer to their own label than to the other. `majority_class`: the
+    accuracy of always predicting the more frequent label.
     """
     values, counts = given.unique(return_counts=True)
     if len(values) != 2:
         return {}
-    right = (scores > values.mean()) == (given == values[1])
-    return {"label_accuracy": float(right.double().mean()), "majority_class": float(counts.max() / counts.sum())}
+    correct = (scores > values.mean()) == (given == values[1])
+    return {"label_accuracy": float(correct.double().mean()), "majority_class": float(counts.max() / counts.sum())}
 
 
 def pearson(x: Tensor, y: Tensor) -> float:
-    """The correlation coefficient of [n] and [n]."""
+    """Pearson's correlation coefficient of x [n] and y [n]."""
     x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
     return float((x * y).sum() / (x.norm() * y.norm()))
 
@@ -46,11 +48,11 @@ def ranks(values: Tensor) -> Tensor:
 
 
 def concordance(scores: Tensor, given: Tensor) -> float:
-    """The share of pairs of rows with different given scores whose scores are in the same order."""
-    right = total = 0
-    for index in range(1, len(given)):  # a row of the n x n table at a time
+    """Share of pairs in the right order, among the pairs of rows whose given scores differ."""
+    correct = total = 0
+    for index in range(1, len(given)):  # one row of the [n, n] comparisons at a time, to save memory
         order = (given[:index] - given[index]).sign()
         same = (scores[:index] - scores[index]).sign() == order
-        right += int((same & (order != 0)).sum())
+        correct += int((same & (order != 0)).sum())
         total += int((order != 0).sum())
-    return right / total
+    return correct / total

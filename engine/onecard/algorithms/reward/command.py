@@ -1,4 +1,4 @@
-"""`onecard reward`: from settings to a reward adapter with its head."""
+"""`onecard reward`: settings -> a reward adapter with a scalar head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.algorithms.common import Recipe, Sharing, run_recipe
+from onecard.algorithms.common import Collation, Recipe, run_recipe
 from onecard.algorithms.reward.kinds import (
     KIND_OF_EXAMPLE,
     check_settings,
@@ -30,49 +30,50 @@ from onecard.training.metrics import sum_metrics
 from onecard.utils.errors import OnecardError
 from onecard.utils.progress import Bar, progress, say
 
-MOST_NORMALIZED = 2048  # rows that the mean and standard deviation of the scores are taken from
+MAX_NORMALIZATION_ROWS = 2048  # training rows, at most, whose scores normalize_scores uses
 
 
 def scores_of(roles: Roles, batch: TokenBatch, budget: TokenBudget, bar: Bar) -> Tensor:
     """Scores fp32 [S] of a batch's sequences, on the CPU."""
-    with bar.part("scores", len(batch.lengths)) as shown:
+    with bar.part("scores", len(batch.lengths)) as part:
 
-        def read(some: TokenBatch) -> Tensor:
-            scores = roles.scores(some).cpu()
-            shown.advance(by=len(scores))
-            return scores
+        def score(micro_batch: TokenBatch) -> list[Tensor]:
+            scores = roles.scores(micro_batch).cpu()
+            part.advance(by=len(scores))
+            return list(scores)
 
-        return torch.stack(sequence_passes(roles, unpack(batch), budget, lambda some: list(read(some))))
+        return torch.stack(sequence_passes(roles, unpack(batch), budget, score))
 
 
-def heldout_row(
+def heldout_metrics(
     roles: Roles, examples: Sequence[Any], config: RewardConfig, budget: TokenBudget, bar: Bar
 ) -> dict[str, float]:
     """Loss and metrics of all held-out examples together."""
     batch = collate(examples)
     scores = scores_of(roles, batch.sequences, budget, bar)
-    row = sum_metrics([loss_from_scores(scores, batch, config, len(examples))])
-    spread = {"std_reward": float(scores.std())} if len(scores) > 1 else {}
-    return {**row, **spread, **KIND_OF_EXAMPLE[type(examples[0])].summary(scores, batch)}
+    metrics = sum_metrics([loss_from_scores(scores, batch, config, len(examples))])
+    if len(scores) > 1:
+        metrics["std_reward"] = float(scores.std())
+    return {**metrics, **KIND_OF_EXAMPLE[type(examples[0])].summary(scores, batch)}
 
 
 def normalize(roles: Roles, examples: Sequence[Any], config: RewardConfig) -> None:
-    """Fold the scores' mean and standard deviation over training rows into the head: they become 0 and 1."""
-    some = examples[:: math.ceil(len(examples) / MOST_NORMALIZED)]  # spread over all: a file may be sorted
+    """Shift and scale the head, so that training rows' scores have mean 0 and standard deviation 1."""
+    some = examples[:: math.ceil(len(examples) / MAX_NORMALIZATION_ROWS)]  # every k-th row, because files may be sorted
     with progress("normalize_scores", 1) as bar:
         scores = scores_of(roles, collate(some).sequences, forward_budget(config), bar).double()
     mean, std = float(scores.mean()), float(scores.std(correction=0))
     if not std > 0:
         raise OnecardError(
-            f"normalize_scores: the answers of {len(some)} training rows all score {mean:g}, which has no scale; the "
-            "last checkpoint holds the weights."
+            f"normalize_scores: the answers of {len(some)} training rows all score {mean:g}, so their standard "
+            "deviation is 0 and they cannot be scaled. The last checkpoint has the trained weights."
         )
     roles.scalar_head(roles.current).fold(mean, std)
     say(f"normalize_scores: mean {mean:.4g} and standard deviation {std:.4g} of {len(some)} training rows' scores.")
 
 
 def make_recipe(config: RewardConfig) -> Recipe[Any, Any]:
-    """What a reward run is made of."""
+    """The recipe of a reward run."""
     return Recipe(
         command="reward",
         trained="reward",
@@ -81,9 +82,9 @@ def make_recipe(config: RewardConfig) -> Recipe[Any, Any]:
         count=len,
         loss=lambda roles, batch, normalizer: reward_loss(roles, batch, config, normalizer),
         scalar=True,
-        heldout=lambda roles, examples, budget, bar: heldout_row(roles, examples, config, budget, bar),
+        heldout_metrics=lambda roles, examples, budget, bar: heldout_metrics(roles, examples, config, budget, bar),
         check=lambda examples: check_settings(examples, config),
-        sharing=Sharing(collate_shared, example_size) if config.share_prompts else None,
+        shared_collation=Collation(collate_shared, example_size) if config.share_prompts else None,
         adjust=(lambda roles, examples: normalize(roles, examples, config)) if config.normalize_scores else None,
     )
 

@@ -12,6 +12,7 @@ from onecard.algorithms.common import pair_tokenizer
 from onecard.algorithms.reward.agreement import agreement
 from onecard.algorithms.reward.losses import bradley_terry_loss, ranking_loss, regression_loss
 from onecard.config import RewardConfig
+from onecard.config.base import raise_first
 from onecard.data import Row, Rows, Tokenized, ranking_examples, scored_examples
 from onecard.data.batches import (
     PreferenceBatch,
@@ -34,7 +35,7 @@ from onecard_kernels import Loss
 
 @dataclass(frozen=True)
 class Kind:
-    """A dataset kind, recognised by `columns`. `example_type` and `batch_type`: classes of an example and of a batch.
+    """A dataset kind, recognised by `columns`. `example_type` and `batch_type`: classes of its examples and batches.
 
     `loss(scores, batch, config, normalizer)`. `summary(scores, batch)`: evaluation metrics that need the scores of all
     held-out rows at once. `shares_prompts`: an example has several responses to one prompt, and `collate` has the
@@ -165,11 +166,11 @@ def detect_kind(rows: Iterable[Row]) -> tuple[Kind, Rows]:
     first_row, expected = str(first), kind
 
     def check(row: Row) -> None:
-        found = kind_of(row)
-        if found not in (None, expected):
+        row_kind = kind_of(row)
+        if row_kind not in (None, expected):
             raise OnecardError(
-                f"{row}: a row of {found.name}, but {first_row} is one of {expected.name}; a reward model is trained "
-                "from one kind of rows."
+                f"{row}: a row of {row_kind.name}, but {first_row} is a row of {expected.name}; expected one kind of "
+                "rows in a dataset."
             )
 
     return expected, with_check(rows, check)
@@ -184,14 +185,12 @@ def tokenize(rows: Iterable[Row], tokenizer: Any, max_length: int, config: Rewar
 def check_settings(examples: Sequence[Any], config: RewardConfig) -> None:
     """Raise for a setting that the training examples' kind does not use. Held-out rows may be of any kind."""
     kind = KIND_OF_EXAMPLE[type(examples[0])]
-    complaints = {
-        "score_activation: sigmoid is for rows with scores": (
+    but = f"but {config.dataset} has {kind.name}."
+    raise_first({
+        f"score_activation: sigmoid is for rows with scores, {but}": (
             config.score_activation == "sigmoid" and kind.name != "scores"
         ),
-        f"center_rewards_coefficient: {config.center_rewards_coefficient:g} is for pairs and rankings": (
+        f"center_rewards_coefficient: {config.center_rewards_coefficient:g} is for pairs and rankings, {but}": (
             config.center_rewards_coefficient > 0 and kind.name == "scores"
         ),
-    }
-    for complaint, holds in complaints.items():
-        if holds:
-            raise OnecardError(f"{complaint}, but {config.dataset} has {kind.name}.")
+    })  # fmt: skip

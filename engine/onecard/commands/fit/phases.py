@@ -78,7 +78,7 @@ def labelled(lengths: Lengths, *, mismatched: bool) -> LabelledSequence:
 def experience(lengths: Lengths, *, values: bool) -> Experience:
     """An episode of PPO with all its per-token numbers 0, with values if `values`."""
     numbers = torch.zeros(lengths.response)
-    episode = Episode(lengths.sequence(1), numbers, True, 0)
+    episode = Episode(lengths.sequence(1), numbers, True)
     return Experience(episode, numbers, numbers if values else None, numbers, numbers)
 
 
@@ -144,7 +144,8 @@ def rows_of(config: TrainConfig, lengths: Lengths) -> tuple[int, int]:
         return lengths.total, max(config.minibatch_size, config.episodes_per_step)
     recipe = recipe_of(config)
     example = example_of(config, lengths)
-    size = recipe.sharing.size if recipe.sharing and config.padding_free else len
+    shared = recipe.shared_collation if config.padding_free else None
+    size = shared.size if shared else len
     return size(example), config.per_device_train_batch_size * config.gradient_accumulation_steps
 
 
@@ -258,13 +259,13 @@ class Rehearsal:
     def precompute(self, config: DPOConfig) -> None:
         """The reference's forward pass before training. A reference that is a full copy of the model is freed then."""
         roles, variant = self.roles, pick_variant(config)
-        assert variant.reference is not None
+        assert variant.compute_ref_logps is not None
         example = replace(example_of(config, self.lengths), ref_logps=None)
         micro_batch_size = replace(forward_budget(config).size, padded=roles.layout == "padded")
         indices = next(micro_batch_size.split([len(example)] * max(config.per_device_eval_batch_size, 1)))
         batch = recipe_of(config).collate([example] * len(indices))
         with self.phase("reference pass"), torch.no_grad():
-            variant.reference(roles, to_device(batch, META))
+            variant.compute_ref_logps(roles, to_device(batch, META))
         if "reference" in roles.copies:
             del roles.copies["reference"], roles.adapters["reference"], batch
 

@@ -19,7 +19,7 @@ from onecard.commands.fit.tracker import PAGED, Phase, Tracker
 from onecard.commands.fit.weights import META, load_peak, plan_base, plan_roles
 from onecard.commands.fit.workspaces import workspaces
 from onecard.config import PPOConfig, TrainConfig
-from onecard.models.attention import has_own_attention, planned_for
+from onecard.models.attention import has_onecard_attention, planned_for
 from onecard.models.memory_options import head_chunks
 from onecard.models.trunk import trunk_of
 from onecard.utils.progress import say
@@ -129,7 +129,7 @@ class OperatorCount(TorchDispatchMode):
 def runs_token_by_token(model: Any, config: TrainConfig, target: torch.device) -> bool:
     """Whether a model's forward runs more operators for more tokens, as a Python loop over a recurrence does."""
     base = plan_base(model, config, target)
-    if has_own_attention(base):
+    if has_onecard_attention(base):
         return False
     trunk = trunk_of(base)
     counts = []

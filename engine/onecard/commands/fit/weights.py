@@ -17,10 +17,16 @@ from torch import nn
 from onecard.config import ModelConfig, TrainConfig
 from onecard.data.batches import TokenSequence, pack, to_device
 from onecard.models.adapters import ADAPTER_SETTINGS, add_adapter, parameters_to_modules, read_settings
-from onecard.models.attention import use_own_attention
-from onecard.models.build import head_arguments, lora_config, scalar_head
+from onecard.models.attention import use_onecard_attention
+from onecard.models.build import lora_config, new_scalar_head
 from onecard.models.folders import weights_folder
-from onecard.models.four_bit import check_packed, nf4_settings, read_directly, stack_parameters, unpack_in_passes
+from onecard.models.four_bit import (
+    check_quantized,
+    dequantize_in_forward,
+    layers_read_directly,
+    nf4_settings,
+    stacked_experts,
+)
 from onecard.models.load import model_class, reason, without_dropout
 from onecard.models.memory_options import apply_memory_options
 from onecard.models.role_setup import RoleSetup
@@ -83,17 +89,17 @@ def quantize(model: Any, dtype: torch.dtype) -> Any:
     from transformers.integrations import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    unquantized = [*get_keys_to_not_convert(model), *read_directly(model)]
+    unquantized = [*get_keys_to_not_convert(model), *layers_read_directly(model)]
     model = replace_with_bnb_linear(model, modules_to_not_convert=unquantized, quantization_config=nf4_settings(dtype))
     for layer in model.modules():
         if isinstance(layer, Linear4bit):
             layer.weight = nf4_weight(layer, dtype)
             if layer.bias is not None:  # created in torch's default dtype; the loader casts it
                 layer.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
-        for name, parameter in stack_parameters(layer).items():
+        for name, parameter in stacked_experts(layer).items():
             setattr(layer, name, nf4_weight(layer, dtype, parameter.shape))
-    check_packed(model)
-    unpack_in_passes(model)
+    check_quantized(model)
+    dequantize_in_forward(model)
     model.is_loaded_in_4bit = True
     return model
 
@@ -126,7 +132,7 @@ def plan_base(settings: Any, config: ModelConfig, target: torch.device, *, train
     except Exception as error:  # a model class may raise any exception on unusual sizes
         raise OnecardError(f"model: nothing can be built of this config: {reason(error)}") from error
     if config.attn_implementation == "auto":
-        use_own_attention(model)
+        use_onecard_attention(model)
     return model.requires_grad_(train_all)
 
 
@@ -158,7 +164,7 @@ def choose_layout(roles: Roles) -> None:
     context = context_of(trunk_of(roles.causal_model()).config) or SHORT_LENGTH
     for own_attention, layout in layout_candidates(roles):
         if not own_attention:
-            roles.use_plain_attention()
+            roles.use_transformers_attention()
         length = (
             context // 2 + 1 if layout == "restarted" else SHORT_LENGTH
         )  # some models have masks of the context's length
@@ -180,5 +186,5 @@ def plan_roles(base: Any, copy: Any, config: TrainConfig, setup: RoleSetup) -> R
     if copy is not None:
         roles.copies["reference"] = copy.requires_grad_(False)
     for role in setup.scalar:
-        roles.heads[role] = scalar_head(*head_arguments(roles)).requires_grad_(role in setup.trained)
+        roles.heads[role] = new_scalar_head(roles).requires_grad_(role in setup.trained)
     return roles

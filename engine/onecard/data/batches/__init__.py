@@ -17,7 +17,7 @@ Its `targets`: the hidden state of each of `rows` predicts the token in `targets
     sequence_ids   0  0  1  1
 
 Two answers to one prompt can share the prompt's rows. `[7 8 | 9 2]` and `[7 8 | 5 2]` then take six rows instead of
-eight: the second sequence is only its answer, and attends to the prompt's rows before its own.
+eight. Only the answer of the second sequence is packed; it attends to the prompt's rows, then to its own.
 
     tokens         7  8  9  2  5  2
     positions      0  1  2  3  2  3        shared.spans      (0, 0) (0, 2)
@@ -29,7 +29,7 @@ In PPO the same two answers are episodes, sampled by the policy. `ExperienceBatc
 """
 
 from onecard.data.batches.answers import (
-    LEAST_SHARED,
+    MIN_SHARED_TOKENS,
     LabelledBatch,
     LabelledSequence,
     PreferenceBatch,
@@ -38,11 +38,11 @@ from onecard.data.batches.answers import (
     RankingBatch,
     ScoredBatch,
     ScoredSequence,
-    known_logps,
     pack_labelled,
     pack_pairs,
     pack_rankings,
     pack_scored,
+    ref_logps_tensor,
     shared_tokens,
     size_when_sharing,
 )
@@ -55,14 +55,14 @@ from onecard.data.batches.tokens import (
     last_rows,
     longest_first,
     pack,
-    part,
     predicted_tokens,
+    slice_sequences,
     to_device,
     unpack,
 )
 
 __all__ = [
-    "LEAST_SHARED",
+    "MIN_SHARED_TOKENS",
     "Episode",
     "Experience",
     "ExperienceBatch",
@@ -78,7 +78,6 @@ __all__ = [
     "SharedPrompts",
     "TokenBatch",
     "TokenSequence",
-    "known_logps",
     "last_rows",
     "longest_first",
     "pack",
@@ -87,10 +86,11 @@ __all__ = [
     "pack_pairs",
     "pack_rankings",
     "pack_scored",
-    "part",
     "predicted_tokens",
+    "ref_logps_tensor",
     "shared_tokens",
     "size_when_sharing",
+    "slice_sequences",
     "to_device",
     "unpack",
 ]

@@ -1,4 +1,4 @@
-"""Training data from given answers: preference pairs, scored answers, rankings, labelled answers."""
+"""Training data with answers from a dataset: preference pairs, scored answers, rankings, labelled answers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from onecard.data.batches.tokens import TokenBatch, TokenSequence, pack
 
-# Tokens of a shared prompt. Shorter prompts are not shared: the rows saved hardly outweigh the cost of gathering each
-# sequence's keys (`python -m benchmarks.sharing --shape 8/48` and less).
-LEAST_SHARED = 8
+# Prompts with fewer common tokens are not shared: the rows saved hardly outweigh the cost of gathering each sequence's
+# keys (`python -m benchmarks.sharing --shape 8/48`, and shorter shapes).
+MIN_SHARED_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Two answers to one prompt. `margin`: by how much the chosen one is better, in reward units; 0 if unknown.
+    """Two answers to one prompt. `margin`: the chosen one's reward minus the rejected one's; 0 if unknown.
 
     `ref_logps`: both answers' summed log-probs under the reference model (nats), if precomputed.
     """
@@ -39,7 +39,7 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class ScoredSequence:
-    """One answer and its given score."""
+    """A prompt with one answer, and the answer's score from the dataset."""
 
     sequence: TokenSequence
     score: float
@@ -60,7 +60,7 @@ class Ranking:
 
 @dataclass(frozen=True)
 class LabelledSequence:
-    """One answer, and whether it is desirable.
+    """A prompt with one answer, and whether the answer is desirable.
 
     `mismatched` is the same prompt with the answer to another prompt: KTO estimates its KL to the reference model on
     it. It is empty if the loss does not need it.
@@ -103,7 +103,7 @@ class ScoredBatch:
 
 @dataclass(frozen=True)
 class RankingBatch:
-    """All answers of R packed rankings, ranking by ranking, best first. `counts`: the number of answers of each."""
+    """All answers of R packed rankings, ranking by ranking, best first. `counts[i]`: number of answers of ranking i."""
 
     sequences: TokenBatch
     counts: tuple[int, ...]
@@ -123,28 +123,28 @@ def pack_pairs(pairs: Sequence[PreferencePair], *, share_prompts: bool = False) 
     sequences = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     firsts = [*range(len(pairs)), *range(len(pairs))]
     return PreferenceBatch(
-        sequences=pack(sequences, shared_heads(sequences, firsts) if share_prompts else None),
+        sequences=pack(sequences, shared_prefixes(sequences, firsts) if share_prompts else None),
         margins=torch.tensor([pair.margin for pair in pairs], dtype=torch.float32),
-        ref_logps=known_logps([pair.ref_logps for pair in pairs]),
+        ref_logps=ref_logps_tensor([pair.ref_logps for pair in pairs]),
     )
 
 
-def shared_heads(sequences: Sequence[TokenSequence], firsts: Sequence[int]) -> dict[int, tuple[int, int]]:
-    """The argument `continued` of `pack`, if sequence i shares the prompt of sequence `firsts[i]` (i: of none)."""
-    heads = ((i, j, shared_tokens(sequences[j], sequences[i])) for i, j in enumerate(firsts) if i != j)
-    return {i: (j, head) for i, j, head in heads if head}
+def shared_prefixes(sequences: Sequence[TokenSequence], firsts: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """`shared_prefixes` of `pack`. Sequence i may share the prompt of sequence `firsts[i]`, or of none if that is i."""
+    shared = ((i, j, shared_tokens(sequences[j], sequences[i])) for i, j in enumerate(firsts) if i != j)
+    return {i: (j, length) for i, j, length in shared if length}
 
 
 def shared_tokens(first: TokenSequence, second: TokenSequence) -> int:
-    """The number of prompt tokens that two answers share; 0 for fewer than `LEAST_SHARED`.
+    """The number of prompt tokens that two answers share; 0 for fewer than `MIN_SHARED_TOKENS`.
 
     Response tokens are never shared, nor is the last token: each sequence keeps at least one row.
     """
     limit = min(len(first), len(second)) - 1
     columns = zip(first.tokens, second.tokens, first.response_mask, second.response_mask, strict=False)
-    differ = (index for index, (one, other, *learned) in enumerate(columns) if one != other or any(learned))
-    head = min(next(differ, limit), limit)
-    return head if head >= LEAST_SHARED else 0
+    differences = (index for index, (one, other, *masks) in enumerate(columns) if one != other or any(masks))
+    length = min(next(differences, limit), limit)
+    return length if length >= MIN_SHARED_TOKENS else 0
 
 
 def size_when_sharing(example: PreferencePair | Ranking) -> int:
@@ -153,10 +153,10 @@ def size_when_sharing(example: PreferencePair | Ranking) -> int:
     return len(first) + sum(len(other) - shared_tokens(first, other) for other in others)
 
 
-def known_logps(pairs: Sequence[tuple[float, float] | None]) -> Tensor | None:
-    """The first of each pair, then the second of each, fp32 [2B]; None if any pair is unknown."""
-    known = [pair for pair in pairs if pair is not None]
-    return torch.tensor(known, dtype=torch.float32).T.flatten() if len(known) == len(pairs) else None
+def ref_logps_tensor(pairs: Sequence[tuple[float, float] | None]) -> Tensor | None:
+    """The examples' `ref_logps`: the first of each, then the second of each, fp32 [2B]; None if any are None."""
+    computed = [pair for pair in pairs if pair is not None]
+    return torch.tensor(computed, dtype=torch.float32).T.flatten() if len(computed) == len(pairs) else None
 
 
 def pack_scored(examples: Sequence[ScoredSequence]) -> ScoredBatch:
@@ -170,7 +170,7 @@ def pack_rankings(rankings: Sequence[Ranking], *, share_prompts: bool = False) -
     sequences = [sequence for ranking in rankings for sequence in ranking.sequences]
     counts = tuple(len(ranking.sequences) for ranking in rankings)
     firsts = [start for start, count in zip(accumulate((0, *counts)), counts, strict=False) for _ in range(count)]
-    return RankingBatch(pack(sequences, shared_heads(sequences, firsts) if share_prompts else None), counts)
+    return RankingBatch(pack(sequences, shared_prefixes(sequences, firsts) if share_prompts else None), counts)
 
 
 def pack_labelled(examples: Sequence[LabelledSequence]) -> LabelledBatch:
@@ -178,5 +178,5 @@ def pack_labelled(examples: Sequence[LabelledSequence]) -> LabelledBatch:
     return LabelledBatch(
         sequences=pack([example.sequence for example in examples] + [example.mismatched for example in examples]),
         desirable=torch.tensor([example.desirable for example in examples]),
-        ref_logps=known_logps([example.ref_logps for example in examples]),
+        ref_logps=ref_logps_tensor([example.ref_logps for example in examples]),
     )

@@ -15,15 +15,14 @@ from onecard.data.batches.tokens import TokenBatch, TokenSequence, pack
 class Episode:
     """One prompt with an answer sampled by the policy.
 
-    `sampling_logprobs` fp32 [k] (CPU): the log-prob of each response token at sampling. The response includes the token
-    that ended it. `finished` is False if it was cut at `response_length` instead. `prompt` is the prompt's index in the
-    dataset. `stop`: the stop string that ended the response, or empty.
+    `sampling_logprobs` fp32 [k] (CPU): the log-prob of each response token when it was sampled. `finished`: the last
+    token ended the response and is part of it; if false, the response was cut at `response_length`. `stop`: the stop
+    string that ended the response, or empty.
     """
 
     sequence: TokenSequence
     sampling_logprobs: Tensor
     finished: bool
-    prompt: int
     stop: str = ""
 
     def __len__(self) -> int:
@@ -42,7 +41,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Experience:
-    """PPO's training data of one episode: fp32 [k] each on the CPU, one entry per response token.
+    """PPO's training data of one episode. Tensors are fp32 [k] on the CPU, with one entry per response token.
 
     `old_values[t]` and `returns[t]` belong to the state before response token t, in which it is sampled. `old_values`
     is None without a critic.

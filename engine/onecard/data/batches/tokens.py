@@ -18,7 +18,7 @@ T = TypeVar("T", bound="DataclassInstance")
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One tokenized text. `response_mask[t]` is True if token t is learned or scored."""
+    """One tokenized text. `response_mask[t]` is True if token t is trained on, or belongs to a scored response."""
 
     tokens: tuple[int, ...]
     response_mask: tuple[bool, ...]
@@ -29,7 +29,7 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class ResponseTargets:
-    """The packed row that predicts each response token: int64 [r] each, in the order of the tokens.
+    """Which packed row predicts which response token: three int64 tensors [r], in the order of the tokens.
 
     The hidden state of `rows[i]` predicts the token `targets[i]`, which belongs to sequence `sequence_ids[i]`.
     """
@@ -44,7 +44,8 @@ class SharedPrompts:
     """The rows that each sequence attends to, in a batch where sequences share another one's prompt.
 
     `spans`: for each sequence, the packed rows `[start, stop)` of its shared prompt; (0, 0) if it has none.
-    `key_rows` int64 [k], `cu_seqlens` int32 [S + 1]: those rows and the sequence's own, sequence by sequence.
+    `key_rows` int64 [k]: for each sequence, the rows of its shared prompt and then its own. `cu_seqlens` int32 [S + 1]:
+    the offset of each sequence in `key_rows`.
     """
 
     spans: tuple[tuple[int, int], ...]
@@ -56,15 +57,16 @@ class SharedPrompts:
 class TokenBatch:
     """S packed sequences. `tokens`, `positions` int64 [n]; `cu_seqlens` int32 [S + 1]; `response_mask` bool [n].
 
-    `targets` are made with the batch, on the CPU, so that no step waits for the device to count its rows.
+    `targets`, `lengths` and `num_targets` are computed on the CPU when the batch is built: on a GPU, counting the rows
+    would make each step wait for the device. `lengths` and `num_targets` have one entry for each sequence.
     """
 
     tokens: Tensor
     positions: Tensor
     cu_seqlens: Tensor
     response_mask: Tensor
-    lengths: tuple[int, ...]  # of each sequence: Python integers, for the same reason
-    num_targets: tuple[int, ...]  # of each sequence
+    lengths: tuple[int, ...]
+    num_targets: tuple[int, ...]
     targets: ResponseTargets
     shared: SharedPrompts | None = None
 
@@ -79,25 +81,30 @@ class TokenBatch:
         return max(own + stop - start for own, (start, stop) in zip(self.lengths, spans, strict=True))
 
 
-def pack(sequences: Sequence[TokenSequence], continued: Mapping[int, tuple[int, int]] | None = None) -> TokenBatch:
+def pack(
+    sequences: Sequence[TokenSequence], shared_prefixes: Mapping[int, tuple[int, int]] | None = None
+) -> TokenBatch:
     """Pack sequences (CPU tensors).
 
-    `continued[i] = (j, p)`: the first p tokens of sequence i are those of sequence j < i, and are not packed again.
+    `shared_prefixes[i] = (j, p)`: the first p tokens of sequence i equal those of sequence j < i. They are packed once.
     """
-    continued = continued or {}
-    heads = [continued.get(index, (0, 0))[1] for index in range(len(sequences))]
-    lengths = tuple(len(sequence) - head for sequence, head in zip(sequences, heads, strict=True))
+    shared_prefixes = shared_prefixes or {}
+    prefixes = [shared_prefixes.get(index, (0, 0)) for index in range(len(sequences))]  # (j, p)
+    prefix_lengths = [length for _, length in prefixes]
+    lengths = tuple(len(sequence) - prefix for sequence, prefix in zip(sequences, prefix_lengths, strict=True))
     starts = [0, *accumulate(lengths)]
-    spans = tuple((starts[j], starts[j] + p) for j, p in (continued.get(i, (0, 0)) for i in range(len(sequences))))
+    spans = tuple((starts[j], starts[j] + p) for j, p in prefixes)
     spans = tuple((start, stop) if stop > start else (0, 0) for start, stop in spans)
     mask = torch.tensor(
-        [flag for item, head in zip(sequences, heads, strict=True) for flag in item.response_mask[head:]],
+        [flag for item, prefix in zip(sequences, prefix_lengths, strict=True) for flag in item.response_mask[prefix:]],
         dtype=torch.bool,
     )
     tokens = torch.tensor(
-        [token for item, head in zip(sequences, heads, strict=True) for token in item.tokens[head:]], dtype=torch.int64
+        [token for item, prefix in zip(sequences, prefix_lengths, strict=True) for token in item.tokens[prefix:]],
+        dtype=torch.int64,
     )
-    positions = torch.cat([torch.arange(head, head + n) for head, n in zip(heads, lengths, strict=True)])
+    ranges = zip(prefix_lengths, lengths, strict=True)
+    positions = torch.cat([torch.arange(prefix, prefix + length) for prefix, length in ranges])
     targets = response_targets(tokens, positions, mask, starts, spans)
     return TokenBatch(
         tokens=tokens,
@@ -107,14 +114,14 @@ def pack(sequences: Sequence[TokenSequence], continued: Mapping[int, tuple[int, 
         lengths=lengths,
         num_targets=tuple(torch.bincount(targets.sequence_ids, minlength=len(sequences)).tolist()),
         targets=targets,
-        shared=shared_prompts(starts, spans) if continued else None,
+        shared=shared_prompts(starts, spans) if shared_prefixes else None,
     )
 
 
 def response_targets(
     tokens: Tensor, positions: Tensor, mask: Tensor, starts: Sequence[int], spans: Sequence[tuple[int, int]]
 ) -> ResponseTargets:
-    """Pair each response token with the row before it. The only shift by one in onecard.
+    """Pair each response token with the row before it. No other code in onecard shifts tokens by one.
 
     A response token at position 0 is not predicted. The first token of a sequence with a shared prompt is predicted by
     the last row of that prompt.
@@ -136,12 +143,12 @@ def shared_prompts(starts: Sequence[int], spans: tuple[tuple[int, int], ...]) ->
     )
 
 
-def part(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
+def slice_sequences(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
     """Sequences `start` to `stop - 1` as a batch. Raises ValueError if the batch has shared prompts."""
     first = sum(batch.lengths[:start])
     rows = slice(first, sum(batch.lengths[:stop]))
     if batch.shared is not None:
-        raise ValueError("a part of sequences that share prompts is no record of its own")
+        raise ValueError("slice_sequences: the batch has shared prompts; expected a batch without them")
     targets = batch.targets
     predicted = slice(sum(batch.num_targets[:start]), sum(batch.num_targets[:stop]))
     return TokenBatch(
@@ -160,13 +167,13 @@ def part(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
 def unpack(batch: TokenBatch) -> list[TokenSequence]:
     """The sequences of a batch. Raises ValueError if the batch has shared prompts."""
     if batch.shared is not None:
-        raise ValueError("sequences that share prompts are not whole")
+        raise ValueError("unpack: the batch has shared prompts; expected a batch without them")
     tokens, mask = (tensor.split(list(batch.lengths)) for tensor in (batch.tokens, batch.response_mask))
     return [TokenSequence(tuple(t.tolist()), tuple(m.tolist())) for t, m in zip(tokens, mask, strict=True)]
 
 
 def predicted_tokens(sequence: TokenSequence) -> int:
-    """The number of this sequence's rows in `ResponseTargets`; the loss normalizer of a step counts these."""
+    """The number of response tokens that are predicted: the sequence's rows in `ResponseTargets`."""
     return sum(sequence.response_mask[1:])
 
 
@@ -176,7 +183,7 @@ def last_rows(batch: TokenBatch) -> Tensor:
 
 
 def longest_first(lengths: Sequence[int]) -> list[int]:
-    """Indices by falling length: neighbours need little padding, and memory runs out at the start if it does.
+    """Indices by falling length. Neighbours then need little padding, and the first batch needs the most memory.
 
     >>> longest_first([3, 9, 4])
     [1, 2, 0]
