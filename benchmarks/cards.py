@@ -1,7 +1,6 @@
-"""`python -m benchmarks.cards`: compiles every Triton kernel for every card, without a GPU, and prints what it takes.
+"""`python -m benchmarks.cards`: compiles every Triton kernel for every card, without a GPU.
 
-Registers, stack and shared memory are settled when a kernel is compiled, not when it runs, so a kernel that would
-spill on one card, or not start on another for want of shared memory, is found here.
+It prints the registers, stack and shared memory of each kernel, and names kernels that would spill or would not start.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,7 +23,10 @@ from typing import Any
 
 import click
 import torch
+from rich.console import Console
+from rich.markdown import Markdown
 
+from benchmarks import cli
 from benchmarks.launches import LAUNCHES, Capability, Configuration
 from benchmarks.render import table
 from onecard_kernels.launch import Launch, interpreted, recording, unavailable_reason
@@ -70,8 +72,10 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One program: a kernel as it is specialised for these configurations on this card. Sizes in bytes, stack and
-    spills of each thread; None: unknown, for it did not compile."""
+    """A kernel as Triton specialises it for these configurations on this card.
+
+    Sizes are in bytes, stack and spills those of a thread. None: it did not compile.
+    """
 
     kernel: str
     configurations: tuple[str, ...]
@@ -91,7 +95,7 @@ class Row:
 
 @dataclass
 class Program:
-    """What is to be compiled, and the configurations that come down to it."""
+    """A kernel to compile, and the configurations that Triton specialises to it."""
 
     card: Card
     launch: Launch
@@ -110,8 +114,8 @@ def name_of(launch: Launch) -> str:
     return f"{kernel.__module__.removeprefix(PACKAGE)}:{kernel.__name__}"
 
 
-class Absent:
-    """Stands where Triton looks for a driver: a card that is not here, but whose code can be compiled."""
+class CompileOnlyDriver:
+    """A driver for Triton of a card that is not here: enough to compile for it."""
 
     def __init__(self, card: Card) -> None:
         self.card = card
@@ -129,13 +133,10 @@ class Absent:
 
 
 def warm_up(launch: Launch, card: Card) -> Any:
-    """What Triton itself does before a kernel's first start: it picks types and specialises arguments, then compiles.
-
-    So the program is the very one that would run, whatever the installed Triton's rules of specialisation are.
-    """
+    """Compile a kernel as Triton does before its first launch, with its own rules of specialisation."""
     from triton.runtime.driver import driver
 
-    driver.set_active(Absent(card))
+    driver.set_active(CompileOnlyDriver(card))
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     return launch.kernel.warmup(*launch.args, grid=launch.grid, **options, **launch.constexprs)
 
@@ -206,7 +207,7 @@ def broken_bars(row: Row, grid: Sequence[int], tensor_memory: int) -> Iterator[s
 
 
 def nvidia_usage(program: Program, compiled: Any) -> dict[str, int]:
-    """Of the finished machine code; spills from the assembler, which is asked again only where there is a stack."""
+    """Registers and stack of the machine code; spills from the assembler's log, only where there is a stack."""
     from triton.backends import nvidia
 
     tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -214,11 +215,11 @@ def nvidia_usage(program: Program, compiled: Any) -> dict[str, int]:
         file.write(compiled.asm["cubin"])
         file.flush()
         done = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    registers, stack = (_number(rf"\b{name}:(\d+)", done.stdout) for name in ("REG", "STACK"))
-    return {"registers": registers, "stack": stack, "spilled": _spilled(program) if stack else 0}
+    registers, stack = (number(rf"\b{name}:(\d+)", done.stdout) for name in ("REG", "STACK"))
+    return {"registers": registers, "stack": stack, "spilled": spilled_bytes(program) if stack else 0}
 
 
-def _spilled(program: Program) -> int:
+def spilled_bytes(program: Program) -> int:
     from triton import knobs
 
     log = io.StringIO()
@@ -226,19 +227,18 @@ def _spilled(program: Program) -> int:
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
         warm_up(program.launch, program.card)
-    return _number(r"(\d+) bytes spill stores", log.getvalue())
+    return number(r"(\d+) bytes spill stores", log.getvalue())
 
 
 def amd_usage(program: Program, compiled: Any) -> dict[str, int]:
     text = compiled.asm["amdgcn"]
     registers, spilled, stack = (
-        _number(rf"\.{name}:\s+(\d+)", text)
-        for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+        number(rf"\.{name}:\s+(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     )
     return {"registers": registers, "stack": stack, "spilled": 4 * spilled}
 
 
-def _number(pattern: str, text: str) -> int:
+def number(pattern: str, text: str) -> int:
     found = re.search(pattern, text)
     if found is None:
         raise ValueError(f"no {pattern!r} in the tool's answer: {text[:300]!r}")
@@ -247,57 +247,53 @@ def _number(pattern: str, text: str) -> int:
 
 USAGE = {"cuda": nvidia_usage, "hip": amd_usage}
 
-_todo: Sequence[Program] = ()  # of a worker; handed over by forking, for kernels cannot be pickled
+TODO: list[Program] = []  # of a worker, which gets it by forking: kernels cannot be pickled
 
 
-def _take(todo: Sequence[Program]) -> None:
-    global _todo
-    _todo = todo
+def measured_at(index: int) -> Row:
+    return measured(TODO[index])
 
 
-def _measure(index: int) -> Row:
-    return measured(_todo[index])
-
-
-def _pool(workers: int, todo: Sequence[Program]) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer=_take, initargs=(todo,))
-
-
-def measure_all(todo: Sequence[Program], workers: int) -> Iterator[tuple[int, Row]]:
+def measure_all(programs: Sequence[Program], workers: int) -> Iterator[tuple[int, Row]]:
     """(index, row) as they come. A program that kills the compiler is found by giving each a process of its own."""
-    left = set(range(len(todo)))
-    with _pool(workers, todo) as pool:
-        futures: dict[Future[Row], int] = {pool.submit(_measure, index): index for index in left}
+    TODO[:] = programs
+    fork = multiprocessing.get_context("fork")
+    left = set(range(len(programs)))
+    with ProcessPoolExecutor(workers, fork) as pool:
+        futures = {pool.submit(measured_at, index): index for index in left}
         for future in as_completed(futures):
             with contextlib.suppress(BrokenProcessPool):
                 row = future.result()
                 left.remove(futures[future])
                 yield futures[future], row
     for index in sorted(left):
-        with _pool(1, todo) as pool:
+        with ProcessPoolExecutor(1, fork) as pool:
             try:
-                yield index, pool.submit(_measure, index).result()
+                yield index, pool.submit(measured_at, index).result()
             except BrokenProcessPool:
-                yield index, todo[index].row(broken=("does not compile: the compiler crashed",))
+                yield index, programs[index].row(broken=("does not compile: the compiler crashed",))
 
 
 # --- the command
 
+HEADINGS = ("configuration", "card", "registers", "spilled", "stack", "shared, KiB")
 
-def line_of(row: Row) -> list[str]:
+
+def cells(row: Row) -> list[str]:
     alike = len(row.configurations) - 1
+    name = row.configurations[0] + (f" (and {alike} more)" if alike else "")
     shared = None if row.shared is None else f"{row.shared / KIB:.1f} / {row.shared_limit // KIB}"
-    found = ["–" if x is None else str(x) for x in (row.registers, row.spilled, row.stack, shared)]
-    return [row.configurations[0] + (f" (and {alike} more)" if alike else ""), row.card, *found]
+    numbers = (row.registers, row.spilled, row.stack, shared)
+    return [name, row.card, *("–" if number is None else str(number) for number in numbers)]
 
 
 def show(rows: Sequence[Row]) -> bool:
-    """Print a table for each kernel, then what is broken; whether every bar holds that must."""
+    """Print a table for each kernel, then what is broken; whether every required bar holds."""
+    console = Console()
     kernels = dict.fromkeys(row.kernel for row in rows)
     for kernel in kernels:
-        headings = ("configuration", "card", "registers", "spilled", "stack", "shared, KiB")
-        lines = [line_of(row) for row in rows if row.kernel == kernel]
-        click.echo(f"{kernel}\n{table(headings, lines, aligned=True)}\n")
+        lines = [cells(row) for row in rows if row.kernel == kernel]
+        console.print(Markdown(f"**{kernel}**\n\n{table(HEADINGS, lines)}"))
     for row in rows:
         for reason in row.broken:
             mark = "BROKEN" if row.required else "shown only"
@@ -312,7 +308,7 @@ def show(rows: Sequence[Row]) -> bool:
 KNOWN = "; ".join(f"{card.name} {card.examples}" for card in CARDS.values())
 
 
-@click.command(context_settings={"max_content_width": 100})
+@click.command(context_settings=cli.SETTINGS)
 @click.option(
     "--card", "names", type=click.Choice(list(CARDS)), multiple=True, help=f"Only this card, or these: {KNOWN}."
 )

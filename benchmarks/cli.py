@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import click
 import torch
 
+from benchmarks.measure import Timing
 from benchmarks.records import Recorder
 
 CLOCKS = {False: (time.perf_counter, "wall time"), True: (time.process_time, "processor time of one thread")}
@@ -20,12 +22,9 @@ SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 OUT = click.option(
     "--out",
-    "--output",
-    "out",
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder of the JSON, the Markdown and the plots. Default: benchmarks/results/<device>.",
 )
-ONLY_PRINT = click.option("--print", "only_print", is_flag=True, help="Leave the page of the docs as it is.")
 DEVICE = click.option(
     "--device",
     "name",
@@ -34,7 +33,6 @@ DEVICE = click.option(
     show_default=True,
     help="cpu: fp32; cuda: bf16.",
 )
-DATA_ONLY = click.option("--data-only", is_flag=True, help="Write the JSON alone; benchmarks.render makes the rest.")
 SOME = {
     "minutes": click.option("--minutes", type=click.FloatRange(min=0), help="Begin no case after so many minutes."),
     "repeats": click.option("--repeats", type=click.IntRange(1), help="Timed rounds of a case. Default: the device's."),
@@ -44,7 +42,7 @@ SOME = {
 
 @dataclass(frozen=True)
 class Options:
-    """What every benchmark can be told."""
+    """The common options of a benchmark."""
 
     device: torch.device
     clock: Callable[[], float]
@@ -52,7 +50,12 @@ class Options:
     repeats: int | None
     minutes: float | None
     out: Path | None
-    data_only: bool
+
+    def timing(self, usual: Timing) -> Timing:
+        """The usual timing by this clock. All of the rounds that were asked for are made."""
+        if self.repeats is not None:
+            usual = replace(usual, repeats=self.repeats, budget=math.inf)
+        return replace(usual, clock=self.clock)
 
     def recorder(self, benchmark: str, repeats: int, *, quick: bool = False, name: str = "") -> Recorder:
         return Recorder(
@@ -61,23 +64,27 @@ class Options:
 
 
 def options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command --device, --out, --data-only and these of the others, as one record before its own options."""
+    """Give a command --device, --out and these of the others, as one record before its own options."""
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
         def with_options(
-            name: str, out: Path | None, data_only: bool, minutes: float | None = None, repeats: int | None = None,
-            busy: bool = False, **own: Any,
-        ) -> None:  # fmt: skip
+            name: str,
+            out: Path | None,
+            minutes: float | None = None,
+            repeats: int | None = None,
+            busy: bool = False,
+            **own: Any,
+        ) -> None:
             device = ready_device(name)
             if busy and name == "cuda":
                 raise click.UsageError("--busy counts processor time, which says nothing of a GPU; leave it out.")
             if busy:
                 torch.set_num_threads(1)  # threads that wait for a preempted one would count their waiting
-            command(Options(device, *CLOCKS[busy], repeats, minutes, out, data_only), **own)
+            command(Options(device, *CLOCKS[busy], repeats, minutes, out), **own)
 
         made = with_options
-        for option in (DATA_ONLY, OUT, *(SOME[name] for name in reversed(names)), DEVICE):
+        for option in (OUT, *(SOME[name] for name in reversed(names)), DEVICE):
             made = option(made)
         return made
 
@@ -85,7 +92,7 @@ def options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]
 
 
 class Refused(Exception):
-    """Ours is wrong, or does not run: there is nothing to time. Exit status 1."""
+    """Ours is wrong or does not run, so nothing is timed. Exit status 1."""
 
 
 def ready_device(name: str) -> torch.device:

@@ -7,8 +7,6 @@ in turns with each other and with the limits: bare matrix products and a copy.
 from __future__ import annotations
 
 import importlib
-import math
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.cli import Refused
+from benchmarks.measure import Timing
 from benchmarks.oracle import Bar, Errors, Expected, Inputs
 from benchmarks.records import LIMIT, OURS, Row
 from benchmarks.shapes import ROTATE_BELOW, Shape, Shapes
@@ -58,7 +57,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Mode:
-    """One way of calling: which outputs it has, and which inputs get a gradient."""
+    """A way of calling an operation: its outputs, and the inputs that get a gradient."""
 
     about: str
     outputs: tuple[str, ...]
@@ -74,7 +73,10 @@ class Mode:
 
 @dataclass(frozen=True)
 class Candidate:
-    """`load` returns the function, or raises Unavailable. `role` "setting": what is wrong has a reason, no time."""
+    """`load` returns the function, or raises Unavailable.
+
+    `role` "setting": one of ours that may be wrong; it is then not timed, and has the reason in its row.
+    """
 
     name: str
     load: Callable[[torch.device], Function]
@@ -98,16 +100,6 @@ class Benchmark:
     bars: Mapping[str, Bar]  # by result
     candidates: tuple[Candidate, ...]
     launches: bool = False  # count kernel launches
-
-
-@dataclass(frozen=True)
-class Timing:
-    """How often, for how long, and by which clock."""
-
-    repeats: int
-    warmup: int = 0
-    budget: float = math.inf  # seconds of a case's timed rounds
-    clock: Callable[[], float] = time.perf_counter
 
 
 def input_sets(benchmark: Benchmark, shape: Shape, device: torch.device) -> list[Inputs]:
@@ -197,41 +189,38 @@ class Check:
 
 def limits(
     benchmark: Benchmark, sets: Sequence[Inputs], work: Work, device: torch.device
-) -> dict[str, tuple[Row, list[measure.Work], int]]:
-    """name -> (row without times, works, FLOPs or bytes of one call): bare GEMMs where there are any, and a copy."""
+) -> list[tuple[Row, list[measure.Work], int]]:
+    """Rows without times, works, and FLOPs or bytes of one call: bare GEMMs where there are any, and a copy."""
     copy, moved = measure.copy_work(device)
-    found: dict[str, tuple[Row, list[measure.Work], int]] = {"copy": (Row("copy", LIMIT), [copy], moved)}
-    if work.products is None:
-        return found
-    of, name = work.products, f"bare GEMMs, {work.products.count}u"
-    bare: list[measure.Work] = [
-        measure.gemm_work(s["hidden"], s["weight"], of.logits, of.hidden, of.head) for s in sets
-    ]
-    return {name: (Row(name, LIMIT, gemms=of.count), bare, work.flops), **found}
+    found: list[tuple[Row, list[measure.Work], int]] = [(Row("copy", LIMIT), [copy], moved)]
+    if (of := work.products) is not None:
+        row = Row(f"bare GEMMs, {of.count}u", LIMIT, gemms=of.count)
+        bare = [measure.gemm_work(s["hidden"], s["weight"], of.logits, of.hidden, of.head) for s in sets]
+        found.insert(0, (row, [*bare], work.flops))
+    return found
 
 
 def measure_case(
     benchmark: Benchmark,
     shape: Shape,
     mode: str,
-    sets: Sequence[Inputs],
-    expected: Mapping[str, Expected],
     candidates: Sequence[Candidate],
+    device: torch.device,
     timing: Timing,
     *,
     main: bool = True,
     tick: Callable[[str], None] = lambda name: None,
 ) -> tuple[Row, ...]:
     """Check all candidates, take their memory, time them in turns. `main`: also time what compiles for long."""
-    device = next(iter(sets[0].values())).device
-    taking_part = [
-        c for c in candidates if mode in (c.modes or (mode,)) and device.type in (c.devices or (device.type,))
-    ]
+    tick("inputs and fp64 oracle")
+    sets = input_sets(benchmark, shape, device)
+    expected = benchmark.expected(sets[0], benchmark.modes[mode].results)
+    chosen = [c for c in candidates if mode in (c.modes or (mode,)) and device.type in (c.devices or (device.type,))]
     check = Check(benchmark, mode, sets[0], expected)
     rows: dict[str, Row] = {}
     works: dict[str, list[measure.Work]] = {}
     # Eager comes first: its error is the yardstick of our gradients. The table keeps the given order.
-    for candidate in sorted(taking_part, key=lambda c: c.name != EAGER):
+    for candidate in sorted(chosen, key=lambda c: c.name != EAGER):
         tick(candidate.name)
         row = Row(candidate.name, "ours" if candidate.role == "setting" else candidate.role)
         try:
@@ -251,20 +240,14 @@ def measure_case(
         works[candidate.name] = list(jobs)
     work = benchmark.modes[mode].work(shape, benchmark.dtypes[device.type].itemsize)
     bare = limits(benchmark, sets, work, device)
-    for _, made, _ in bare.values():
+    for row, made, _ in bare:
         made[0]()  # the candidates have all run by now
-    ordered = {c.name: works[c.name] for c in taking_part if c.name in works}
-    times = measure.interleave(
-        {**ordered, **{name: made for name, (_, made, _) in bare.items()}},
-        measure.stopwatch(device, timing.clock),
-        repeats=timing.repeats,
-        warmup=timing.warmup,
-        budget=timing.budget,
-        tick=tick,
-    )
-    done = [replace(rows[c.name], seconds=tuple(times.get(c.name, ()))) for c in taking_part if c.name in rows]
-    for name, (row, _, units) in bare.items():
-        done.append(replace(row, seconds=tuple(times[name]), rate=units / measure.spread(times[name]).median))
+        works[row.name] = made
+    times = measure.interleave(works, device, timing, tick)
+    done = [replace(rows[c.name], seconds=tuple(times.get(c.name, ()))) for c in chosen]
+    for row, _, units in bare:
+        seconds = times[row.name]
+        done.append(replace(row, seconds=tuple(seconds), rate=units / measure.spread(seconds).median))
     return with_share(done, work)
 
 

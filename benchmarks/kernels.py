@@ -2,88 +2,74 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import click
 import torch
-from rich.console import Console
 
 from benchmarks import cli, harness, render
 from benchmarks.cli import Refused
-from benchmarks.harness import Benchmark, Timing, measure_case
-from benchmarks.measure import free_memory
-from benchmarks.records import Case, Recorder
+from benchmarks.harness import Benchmark, Candidate, one_line
+from benchmarks.measure import Timing, free_memory
+from benchmarks.records import Case
 from benchmarks.shapes import Shape
 from benchmarks.suite import BENCHMARKS
 
-REPEATS = {"cpu": 7, "cuda": 30}
-BUDGET = {"cpu": 20.0, "cuda": 3.0}  # seconds of timed rounds a case, so that a run ends: 15 and 8 minutes
-QUICK_REPEATS, QUICK_BUDGET = 5, 1.0
-WARMUP = {"cpu": 0, "cuda": 3}  # on top of the check and the memory pass, which run every candidate in full
+# A case's check and memory pass run every candidate in full before the warm-up. The budgets end a run after about 15
+# minutes on a CPU and 8 on a GPU.
+TIMING = {"cpu": Timing(7, budget=20.0), "cuda": Timing(30, warmup=3, budget=3.0)}
+QUICK = Timing(5, budget=1.0)
 MODES = list(dict.fromkeys(mode for benchmark in BENCHMARKS.values() for mode in benchmark.modes))
 
 
-Part = tuple[Benchmark, tuple[Shape, ...], tuple[str, ...]]  # what a run takes of one operation: shapes and modes
-
-
-def parts_of(
+def select_cases(
     device: str, names: Sequence[str], shapes: Sequence[str], modes: Sequence[str], *, quick: bool, every: bool
-) -> list[Part]:
-    """Operations that have any of the shapes and modes asked for."""
-    parts, known = list[Part](), dict[str, None]()
+) -> list[tuple[Benchmark, Shape, str, bool]]:
+    """Operation, shape, mode, and whether candidates that compile for long are timed: at the first shape alone."""
+    cases, known = [], dict[str, None]()
     for benchmark in (benchmark for name, benchmark in BENCHMARKS.items() if not names or name in names):
         # A shape that is named need not be among the usual ones.
         table = benchmark.shapes[device].of(quick=quick, every=every or bool(shapes))
         known |= dict.fromkeys(shape.name for shape in table)
-        chosen = tuple(shape for shape in table if not shapes or shape.name in shapes)
-        wanted = tuple(mode for mode in benchmark.modes if not modes or mode in modes)
-        if chosen and wanted:
-            parts.append((benchmark, chosen, wanted))
+        chosen = [shape for shape in table if not shapes or shape.name in shapes]
+        wanted = [mode for mode in benchmark.modes if not modes or mode in modes]
+        cases += [(benchmark, shape, mode, every or shape == chosen[0]) for shape in chosen for mode in wanted]
     unknown = [name for name in shapes if name not in known]
     if unknown:
         raise click.UsageError(f"--shape {unknown[0]}: not among the shapes of {device}: {', '.join(known)}.")
-    if not parts:
+    if not cases:
         raise click.UsageError("--benchmark, --shape and --mode: no benchmark has them all.")
-    return parts
+    return cases
 
 
-def blank(benchmark: Benchmark, shape: Shape, mode: str, device: torch.device) -> Case:
+def measure_case(
+    benchmark: Benchmark,
+    shape: Shape,
+    mode: str,
+    candidates: Sequence[Candidate],
+    device: torch.device,
+    timing: Timing,
+    tell: Callable[[str], None],
+    *,
+    main: bool = True,
+) -> Case:
+    """Inputs, fp64 oracle, checks, memory and times of a case; the reason where ours is wrong or does not run."""
     dtype = str(benchmark.dtypes[device.type]).removeprefix("torch.")
     about = {"operation": benchmark.about, "mode": benchmark.modes[mode].about}
-    return Case(benchmark.name, shape.name, dict(shape.sizes), dtype, mode, about=about)
+    case = Case(benchmark.name, shape.name, dict(shape.sizes), dtype, mode, about=about)
 
+    def tick(name: str) -> None:
+        tell(f"{benchmark.name} {shape} {mode}  {name}")
 
-def measure(
-    part: Part, recorder: Recorder, timing: Timing, device: torch.device, console: Console, *, quick: bool, every: bool
-) -> None:
-    """All cases of an operation. Once ours is wrong nothing of it stays."""
-    benchmark, shapes, modes = part
-    chosen = [c for c in benchmark.candidates if not (quick and c.slow_start)]
-    wanted = {name for mode in modes for name in benchmark.modes[mode].results}
-    before = recorder.report.cases
-    with console.status("") as status:
-        for shape in shapes:
-            status.update(f"{benchmark.name} {shape}  inputs and fp64 oracle")
-            sets = harness.input_sets(benchmark, shape, device)
-            expected = benchmark.expected(sets[0], wanted)
-            main = every or shape == shapes[0]
-            for mode in modes:
-
-                def tick(name: str, label: str = f"{benchmark.name} {shape} {mode}") -> None:
-                    status.update(f"{label}  {name}")
-
-                case = blank(benchmark, shape, mode, device)
-                try:
-                    rows = measure_case(benchmark, shape, mode, sets, expected, chosen, timing, main=main, tick=tick)
-                except Refused as error:
-                    recorder.put((*before, replace(case, refused=str(error))))
-                    raise
-                render.show(recorder, replace(case, rows=rows), console)
-                free_memory()
-            del sets, expected
+    try:
+        rows = harness.measure_case(benchmark, shape, mode, candidates, device, timing, main=main, tick=tick)
+    except Exception as error:  # the other cases go on
+        return replace(case, refused=str(error) if isinstance(error, Refused) else one_line(error))
+    finally:
+        free_memory()
+    return replace(case, rows=rows)
 
 
 @click.command(context_settings=cli.SETTINGS)
@@ -94,14 +80,18 @@ def measure(
 @click.option("--all-shapes", "every", is_flag=True, help="Every shape, and torch.compile at every shape. Hours.")
 @cli.options("repeats", "busy")
 def command(
-    options: cli.Options, quick: bool, names: tuple[str, ...], shapes: tuple[str, ...], modes: tuple[str, ...],
+    options: cli.Options,
+    quick: bool,
+    names: tuple[str, ...],
+    shapes: tuple[str, ...],
+    modes: tuple[str, ...],
     every: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Time the kernel library against eager PyTorch, torch.compile, TRL, Liger and cut-cross-entropy.
 
     Every candidate gets the same tensors in the same process, is first compared with fp64, and is then timed in turns
-    with the others and with bare matrix products and a copy, the limits. An operation in which ours is wrong is not
-    timed; the others are, and the exit status is 1. The file is written after every case.
+    with the others and with bare matrix products and a copy, the limits. A case in which ours is wrong is not timed;
+    the others are, and the exit status is 1. The file is written after every case.
 
     \b
     python -m benchmarks.kernels --quick --out /tmp/bench     a minute: does it run?
@@ -109,22 +99,15 @@ def command(
     python -m benchmarks.kernels --device cuda                the GPU tables (about eight minutes on an H200)
     python -m benchmarks.kernels --device cuda --benchmark linear_logprobs --shape llama3-8b-8k --mode frozen
     """
-    device = options.device.type
-    parts = parts_of(device, names, shapes, modes, quick=quick, every=every)
-    repeats = options.repeats or (QUICK_REPEATS if quick else REPEATS[device])
-    budget = math.inf if options.repeats else QUICK_BUDGET if quick else BUDGET[device]
-    timing = Timing(repeats, WARMUP[device], budget, options.clock)
-    recorder, console = options.recorder("kernels", repeats, quick=quick), Console()
-    console.print(recorder.opening(), highlight=False)
-    refused = []
-    for part in parts:
-        try:
-            measure(part, recorder, timing, options.device, console, quick=quick, every=every)
-        except Refused as error:
-            refused.append(str(error))
-    render.finish(recorder, data_only=options.data_only)
-    if refused:
-        raise Refused(" ".join(refused))
+    cases = select_cases(options.device.type, names, shapes, modes, quick=quick, every=every)
+    timing = options.timing(QUICK if quick else TIMING[options.device.type])
+
+    def measure(case: tuple[Benchmark, Shape, str, bool], tell: Callable[[str], None]) -> Case:
+        benchmark, shape, mode, main = case
+        candidates = [candidate for candidate in benchmark.candidates if not (quick and candidate.slow_start)]
+        return measure_case(benchmark, shape, mode, candidates, options.device, timing, tell, main=main)
+
+    render.run(options.recorder("kernels", timing.repeats, quick=quick), cases, measure)
 
 
 if __name__ == "__main__":

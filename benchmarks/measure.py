@@ -1,6 +1,6 @@
-"""The instruments: a stopwatch, interleaved repetitions, quartiles, and the peak of allocated memory.
+"""Stopwatch, interleaved rounds, quartiles, peak memory, launches, and the works that are the limits.
 
-Nothing here knows what is measured: works are functions without arguments.
+A work is a function without arguments.
 """
 
 from __future__ import annotations
@@ -9,11 +9,17 @@ import gc
 import math
 import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from resource import struct_rusage
 
 import torch
+
+ROOT = Path(__file__).resolve().parent.parent
 
 Work = Callable[[], object]  # with a method `ready()`, it is called before each call, outside of time and memory
 
@@ -22,7 +28,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or the profiler announces ever
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles: a few calls that another process disturbed do not move them."""
+    """Median and quartiles. A few calls that another process disturbed do not move them."""
 
     median: float
     q1: float
@@ -73,26 +79,33 @@ def stopwatch(device: torch.device, clock: Callable[[], float] = time.perf_count
 LEAST_ROUNDS = 3
 
 
+@dataclass(frozen=True)
+class Timing:
+    """How many rounds, and by which clock. After `budget` seconds of calls no round begins beyond the `least`."""
+
+    repeats: int
+    warmup: int = 0
+    budget: float = math.inf
+    least: int = LEAST_ROUNDS
+    clock: Callable[[], float] = time.perf_counter
+
+
 def interleave(
     works: Mapping[str, Sequence[Work]],
-    seconds: Callable[[Work], float],
-    *,
-    repeats: int,
-    warmup: int = 0,
-    budget: float = math.inf,
-    least: int = LEAST_ROUNDS,
+    device: torch.device,
+    timing: Timing,
     tick: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[float]]:
-    """Time A B C A B C ..., so that a slow minute of the machine falls on all and ratios within a round hold.
+    """Seconds of each round A B C A B C ...: what slows the machine for a minute slows all, and ratios hold.
 
     A work comes as its variants (one per set of inputs). Every call takes another variant than the call before it, so
-    that no work finds its inputs in a cache that its neighbour warmed. Once the calls have taken `budget` seconds, no
-    further round is begun after the `least`.
+    that no work finds its inputs in a cache that its neighbour warmed.
     """
+    seconds = stopwatch(device, timing.clock)
     times: dict[str, list[float]] = {name: [] for name in works}
     spent = 0.0
-    for turn in range(-warmup, repeats):
-        if turn >= least and spent > budget:
+    for turn in range(-timing.warmup, timing.repeats):
+        if turn >= timing.least and spent > timing.budget:
             break
         for position, (name, variants) in enumerate(works.items()):
             tick(name)
@@ -122,11 +135,7 @@ def peak_bytes(work: Work, device: torch.device) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = work()
         del result
-    total = peak = 0
-    for _, change in allocations(profile):
-        total += change
-        peak = max(peak, total)
-    return peak
+    return max(accumulate((change for _, change in allocations(profile)), initial=0))
 
 
 def allocations(profile: torch.profiler.profile) -> list[tuple[int, int]]:
@@ -156,8 +165,19 @@ def launches(work: Work, device: torch.device) -> int | None:
     return sum(not getattr(event, "is_user_annotation", False) for event in on_gpu) or None
 
 
+def run_process(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> tuple[int, float, struct_rusage]:
+    """Run a command in the repository's root: its exit code, its seconds, and what it used."""
+    with open(log, "wb") as file:
+        began = time.perf_counter()
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=file, stderr=file)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, seconds, usage
+
+
 def free_memory() -> None:
-    """Return freed and cached memory, or the next case pays for the last one's fragments."""
+    """Return freed and cached memory, so that the next case does not meet the fragments of this one."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -16,7 +16,7 @@
 # cut-cross-entropy) that are not installed are in the tables with the reason. Without .git, set ONECARD_COMMIT=<hash>.
 #
 # OUT (default: benchmarks/results/<device>) gets a log of each part, and JSON files that are written after every case. So
-# a run that is cut off keeps its finished cases. Tables and plots are made from the JSON later, on any machine:
+# a run that is cut off keeps its finished cases. A whole run also writes its tables and plots; for others, on any machine:
 #   python -m benchmarks.render *.json
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -44,19 +44,19 @@ minutes() { # seconds, share of them (0.7): minutes after which no further case 
 gpu() { case $1 in
   tests) run=(pytest -q -p no:cacheprovider --durations=15 tests/gpu) ;;
   sanitize) run=(benchmarks.sanitize --minutes "$(minutes "$2" 0.9)") ;;
-  benchmark) run=(benchmarks.kernels --device cuda --data-only) ;;
-  tune) run=(benchmarks.tune --device cuda --data-only --minutes "$(minutes "$2" 0.9)") ;;
-  train_step) run=(benchmarks.train_step --device cuda --data-only --minutes "$(minutes "$2")") ;;
-  rollout) run=(benchmarks.rollout --table --device cuda --data-only --minutes "$(minutes "$2")") ;;
+  benchmark) run=(benchmarks.kernels --device cuda) ;;
+  tune) run=(benchmarks.tune --device cuda --minutes "$(minutes "$2" 0.9)") ;;
+  train_step) run=(benchmarks.train_step --device cuda --minutes "$(minutes "$2")") ;;
+  rollout) run=(benchmarks.rollout --device cuda --minutes "$(minutes "$2")") ;;
   profile) run=(benchmarks.profile_ppo --device cuda) ;;
 esac; }
 dry() { case $1 in
   tests) run=(pytest -q -p no:cacheprovider tests/gpu) ;;
   sanitize) run=(benchmarks.sanitize --dry) ;;
-  benchmark) run=(benchmarks.kernels --quick --benchmark gae --data-only) ;;
-  tune) run=(benchmarks.tune --dry --data-only) ;;
-  train_step) run=(benchmarks.train_step --smoke --data-only) ;;
-  rollout) run=(benchmarks.rollout --smoke --data-only) ;;
+  benchmark) run=(benchmarks.kernels --quick --benchmark gae) ;;
+  tune) run=(benchmarks.tune --dry) ;;
+  train_step) run=(benchmarks.train_step --smoke) ;;
+  rollout) run=(benchmarks.rollout --smoke) ;;
   profile) run=(benchmarks.profile_ppo --smoke) ;;
 esac; }
 

@@ -1,6 +1,6 @@
-"""fp64 oracles, written out from the equations with their derivatives, and how far a candidate may be from them.
+"""fp64 oracles, written out from the equations with their derivatives, and the largest errors that pass.
 
-An oracle shares no code, and no autograd, with what it judges.
+An oracle shares no code and no autograd with the function that it checks.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -57,15 +56,12 @@ class Operator:
     count: float = 0
     flops: float = 0
 
-    def plus(self, seconds: float, count: float, flops: float) -> Operator:
-        return Operator(self.seconds + seconds, self.count + count, self.flops + flops)
-
 
 @dataclass(frozen=True)
 class Digest:
     """A profiled piece of work, and the seconds it took under the profiler."""
 
-    operators: dict[str, Operator] = field(default_factory=dict)
+    operators: dict[str, Operator]
     flops: float = 0.0
     launches: int = 0
     synchronisations: int = 0
@@ -76,13 +72,8 @@ def profiled(work: Callable[[], Any], device: torch.device) -> Digest:
     """The digest of a call. Nothing else is kept of the profile: an iteration on a GPU is a million events."""
     on_gpu = device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
-    synchronize = partial(torch.cuda.synchronize, device) if on_gpu else lambda: None
-    synchronize()
     with torch.profiler.profile(activities=activities, with_flops=True) as profile:
-        began = time.perf_counter()
-        work()
-        synchronize()
-        seconds = time.perf_counter() - began
+        seconds = measure.stopwatch(device)(work)
     operators: dict[str, Operator] = {}
     flops, counts = 0, {LAUNCHES: 0, SYNCHRONISATIONS: 0}
     for row in profile.key_averages():
@@ -95,7 +86,8 @@ def profiled(work: Callable[[], Any], device: torch.device) -> Digest:
         if is_kernel == on_gpu:
             own = row.self_device_time_total if on_gpu else row.self_cpu_time_total
             name = short(row.key) if on_gpu else row.key.removeprefix("autograd::engine::evaluate_function: ")
-            operators[name] = operators.get(name, Operator()).plus(own / 1e6, row.count, row.flops)
+            before = operators.get(name, Operator())
+            operators[name] = Operator(before.seconds + own / 1e6, before.count + row.count, before.flops + row.flops)
     return Digest(operators, flops, *counts.values(), seconds)
 
 
@@ -289,7 +281,7 @@ def command(options: cli.Options, case_name: str, smoke: bool) -> None:
     dtype = torch.bfloat16 if smoke or device.type == "cuda" else torch.float32
     recorder = options.recorder("ppo-profile", 1, quick=smoke, name=case.name)
     try:
-        render.run(recorder, [case], lambda case, tell: measured(case, device, dtype, tell), options)
+        render.run(recorder, [case], lambda case, tell: measured(case, device, dtype, tell))
     except TOO_MUCH as error:
         raise click.ClickException(f"--case {case.name!r}: {one_line(error)}") from None
 

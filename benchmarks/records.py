@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Spread, spread
+from benchmarks.measure import ROOT, Spread, spread
 
 SCHEMA = 4
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "peft", "accelerate",
             "bitsandbytes", "datasets")  # fmt: skip
@@ -121,7 +120,7 @@ def per_second(amounts: tuple[int, ...], seconds: tuple[float, ...]) -> Spread |
 
 
 def ratio(row: Row, other: Row) -> Spread | None:
-    """Time over the other's time, round by round: what slowed both in a round cancels."""
+    """Time over the other's time, round by round: a slow round slows both."""
     pairs = list(zip(row.seconds, other.seconds, strict=False))  # one that is timed alone may have fewer rounds
     return spread([mine / theirs for mine, theirs in pairs]) if pairs else None
 
@@ -198,7 +197,7 @@ def now() -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Whole or not at all: no reader and no run that is cut off sees half a file."""
+    """Write a temporary file and rename it, so that nobody reads half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(data)
@@ -253,9 +252,6 @@ class Recorder:
         report = self.report
         dirty = " (dirty)" if report.dirty else ""
         return f"{report.machine}; {torch.__version__}; commit {report.commit[:12]}{dirty}"
-
-    def add(self, case: Case) -> None:
-        self.put((*self.report.cases, case))
 
     def put(self, cases: Iterable[Case], *, complete: bool = False) -> None:
         """Replace the cases, and write the file. The tree must not have changed since the run began either."""

@@ -1,6 +1,6 @@
 """`python -m benchmarks.render FILE.json...`: Markdown and plots of a report, and its tables in regions of pages.
 
-One table serves every benchmark: a line for each row, and the columns that any row of the case has a value for.
+All benchmarks share one table: a line for each row, and a column for each value that any row of the case has.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-import matplotlib
+from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markdown import Markdown
 
 from benchmarks import cli, records, targets
 from benchmarks.measure import Spread
 from benchmarks.records import LIMIT, OURS, WHOLE, Case, Report, Row
 
-matplotlib.use("Agg")  # before pyplot is there: no display is needed
-from matplotlib import pyplot
-
 NONE = "–"
 COLOURS = {"ours": "#1b7837", "peer": "#9e9e9e", LIMIT: "#d9d9d9"}
 ROLLOUT_TARGET = 2.0  # times the tokens per second of generate, on mixed lengths
 MOST_OFF = 0.05  # of a measured peak, by which the memory plan may be off
+LOG_WIDTH = 160  # columns of what is printed into a file
 LEAST_STEPS = 2  # whole ones, of a case under a memory cap
 
 
@@ -50,36 +50,38 @@ def percent(value: float | None) -> str:
     return NONE if value is None else f"{value:.0%}" if value >= 0.01 else f"{value:.2%}"
 
 
-def factor(value: Spread | None) -> str:
-    if value is None:
-        return NONE
-    return f"{value.median:.2f}x" + (f" ({value.q1:.2f} to {value.q3:.2f})" if value.count > 1 else "")
-
-
 def median(value: Spread | None, form: str = ",.0f") -> str:
     return NONE if value is None else format(value.median, form)
 
 
+def ranged(value: Spread | None, form: str = ",.0f", unit: str = "") -> str:
+    """The median, and the quartiles of more than one value."""
+    if value is None or value.count == 1:
+        return NONE if value is None else f"{value.median:{form}}{unit}"
+    return f"{value.median:{form}}{unit} ({value.q1:{form}} to {value.q3:{form}})"
+
+
+def factor(value: Spread | None) -> str:
+    return ranged(value, ".2f", "x")
+
+
 def whole_bytes(row: Row) -> int | None:
-    """At once, weights and all."""
+    """Peak memory with the weights."""
     return None if row.peak_bytes is None or row.held_bytes is None else row.peak_bytes + row.held_bytes
 
 
 def named(row: Row) -> str:
-    """The limits' names carry the rate that was measured."""
+    """The name; a limit's has the measured rate."""
     if row.rate is None:
         return row.name
     scale, unit = (1e12, "TFLOP/s") if row.gemms else (1e9, "GB/s")
     return f"{row.name} ({row.rate / scale:.3g} {unit})"
 
 
-def table(headings: Sequence[str], lines: Iterable[Sequence[str]], *, aligned: bool = False) -> str:
-    """A Markdown table; `aligned`: with columns as wide as their cells, for a terminal."""
+def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
     rows = [[value.replace("|", "\\|") for value in row] for row in (headings, *lines)]
     rows.insert(1, ["---", *["---:"] * (len(headings) - 1)])
-    if aligned:
-        widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(headings))]
-        rows = [[f"{x:{'>' if i else '<'}{widths[i]}}" for i, x in enumerate(row)] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -90,14 +92,11 @@ def size(case: Case) -> str:
     return " x ".join(map(str, case.sizes.values()))
 
 
-def reference(case: Case) -> Row | None:
-    """The row that times are relative to."""
-    return case.row(OURS) or case.row(WHOLE) or next(iter(case.rows), None)
-
-
 def columns(case: Case) -> dict[str, Callable[[Row], str]]:
-    """Heading -> cell, of everything that a row may have."""
-    base, step = reference(case), case.found.get("step")
+    """Heading -> cell, of everything that a row may have. Times are relative to our row."""
+    base = case.row(OURS) or case.row(WHOLE) or next(iter(case.rows), None)
+    step = case.found.get("step")  # of a rollout
+    step_seconds: dict[str, float] = step["seconds"] if step else {}
 
     def times(row: Row) -> str:
         if row.name == "copy" or base is None or step is not None:
@@ -108,46 +107,36 @@ def columns(case: Case) -> dict[str, Callable[[Row], str]]:
         found = row.time
         return NONE if found is None or found.count == 1 else f"{milliseconds(found.q1)} to {milliseconds(found.q3)}"
 
-    def rate(row: Row) -> str:
-        found = row.token_rate
-        if found is None:
-            return NONE
-        return f"{found.median:,.0f}" + (f" ({found.q1:,.0f} to {found.q3:,.0f})" if found.count > 1 else "")
-
-    def a_step(row: Row) -> float | None:
-        return None if step is None else step["seconds"].get(row.name)
-
     def reading(row: Row) -> str:
-        taken = a_step(row)
-        return percent(step["bytes_read"] / step["bandwidth"] / taken) if taken else NONE
+        taken = step_seconds.get(row.name)
+        return percent(step["bytes_read"] / step["bandwidth"] / taken) if step and taken else NONE
 
-    def more(name: str, form: str) -> Callable[[Row], str]:
+    def more(name: str, form: str = ",.0f") -> Callable[[Row], str]:
         return lambda row: format(row.more[name], form) if name in row.more else NONE
 
     def error(name: str) -> Callable[[Row], str]:
         return lambda row: f"{row.errors[name]:.1e}" if name in row.errors else NONE
 
-    errors = dict.fromkeys(name for row in case.rows for name in row.errors)
     return {
         "time, ms": lambda row: milliseconds(row.time and row.time.median),
         "quartiles": quartiles,
         f"time / {base.name if base else OURS}": times,
-        "tokens/s": rate,
+        "tokens/s": lambda row: ranged(row.token_rate),
         "of limit": lambda row: percent(records.share_of_limit(row, case)),
-        "ms a step": lambda row: milliseconds(a_step(row)),
+        "ms a step": lambda row: milliseconds(step_seconds.get(row.name)),
         "of the reading's rate": reading,
         "peak, MiB": lambda row: mebibytes(row.peak_bytes),
         "with weights, MiB": lambda row: mebibytes(whole_bytes(row)),
         "busy": more("busy", ".0%"),
         "launches": lambda row: NONE if row.launches is None else str(row.launches),
-        "launches a phase": more("launches", ",.0f"),
-        "synchronisations": more("synchronisations", ",.0f"),
-        **{f"error {name}": error(name) for name in errors},
+        "launches a phase": more("launches"),
+        "synchronisations": more("synchronisations"),
+        **{f"error {name}": error(name) for row in case.rows for name in row.errors},
     }
 
 
-def cells(case: Case) -> tuple[list[str], list[list[str]]]:
-    """Headings and lines. A row that did not run has its reason in the second cell."""
+def case_table(case: Case) -> str:
+    """The columns that are used. A row that did not run has its reason in the second cell."""
     ran = [row for row in case.rows if row.reason is None]
     used = {name: cell for name, cell in columns(case).items() if any(cell(row) != NONE for row in ran)}
     lines = []
@@ -156,7 +145,7 @@ def cells(case: Case) -> tuple[list[str], list[list[str]]]:
             lines.append([named(row), *(cell(row) for cell in used.values())])
         else:
             lines.append([row.name, row.reason, *[""] * (len(used) - 1)][: 1 + max(len(used), 1)])
-    return ["", *used], lines
+    return table(["", *used], lines)
 
 
 def title(case: Case, report: Report) -> str:
@@ -173,18 +162,17 @@ def heading(case: Case, report: Report) -> str:
 
 def settings(case: Case) -> str:
     """Model, sizes and settings in a line."""
-    about = dict(case.about)
+    if "state" in case.found:  # of the sanitizer
+        return f"{case.found['state'].capitalize()}, {case.found['seconds']:.0f} s."
+    about = {**case.about, **case.about.get("settings", {})}
     parts = [about.pop("operation", ""), about.pop("model", ""), case.dtype]
     if "parameters" in about:
         parts.append(f"{about.pop('parameters') / 1e6:,.0f}M parameters")
     if not case.mode:
         parts += [f"{name} {value:,}" for name, value in case.sizes.items()]
-    about.pop("mode", None)
-    for name, value in {**about, **about.pop("settings", {})}.items():
-        if name not in ("settings", "in_turns") and value:
+    for name, value in about.items():
+        if name not in ("mode", "settings", "in_turns") and value:
             parts.append(name if value is True else f"{name} {value}")
-    if "state" in case.found:  # of the sanitizer
-        parts = [case.found["state"], f"{case.found['seconds']:.0f} s"]
     text = ", ".join(filter(None, parts))
     return f"{text[:1].upper()}{text[1:]}."
 
@@ -195,7 +183,7 @@ def off(planned: int, measured: int | None) -> float | None:
 
 
 def memory_lines(memory: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Each phase as `onecard fit` plans it and as measured: all at once, and above what stays between steps."""
+    """Each phase as `onecard fit` plans it and as measured: in all, and above what stays between steps."""
 
     def compared(planned: int, measured: int | None) -> list[str]:
         distance = off(planned, measured)
@@ -275,14 +263,16 @@ def operators(row: Row) -> list[str]:
     return parts
 
 
-def notes(case: Case, *, aligned: bool = False) -> list[str]:
-    """What stands below a case's table. The operators of a profile are left out on a terminal."""
+MEMORY = ("peak, MiB", "planned", "measured", "difference", "above what stays: planned", "measured", "difference")
+COSTS = ("avoidable cost", "phase", "ms", "of the iteration")
+
+
+def notes(case: Case) -> list[str]:
+    """What stands below a case's table."""
     found, parts = case.found, []
     if "learned" in found:
         if found.get("memory"):
-            headings = ["peak, MiB", "planned", "measured", "difference", "above what stays: planned", "measured",
-                        "difference"]  # fmt: skip
-            parts.append(table(headings, memory_lines(found["memory"]), aligned=aligned))
+            parts.append(table(MEMORY, memory_lines(found["memory"])))
         parts.append(f"{plan_verdict(case)} {steps_verdict(case)}")
     if found.get("step"):
         parts.append(rollout_note(case))
@@ -296,25 +286,17 @@ def notes(case: Case, *, aligned: bool = False) -> list[str]:
             [each["what"], each["phase"], milliseconds(each["seconds"]), f"{each['seconds'] / whole:.1%}"]
             for each in found["costs"]
         ]
-        parts.append(table(["avoidable cost", "phase", "ms", "of the iteration"], lines, aligned=aligned))
-        profiled = [row for row in case.rows if "operators" in row.more and not aligned]
-        parts += [part for row in profiled for part in operators(row)]
+        parts.append(table(COSTS, lines))
+        parts += [part for row in case.rows if "operators" in row.more for part in operators(row)]
     return parts
 
 
-def parts_of(case: Case, report: Report, *, aligned: bool = False) -> list[str]:
-    """A case: its heading, settings, table and notes; `aligned`: for a terminal."""
+def parts_of(case: Case, report: Report) -> list[str]:
+    """A case: its heading, settings, table and notes."""
     parts = [f"### {heading(case, report)}", settings(case)]
     if case.refused is not None:
         return [*parts, f"REFUSED, nothing was timed: {case.refused}"]
-    if not case.rows:
-        return parts
-    headings, lines = cells(case)
-    if aligned:  # a reason in a cell would widen its column
-        reasons = [f"{row.name}: {row.reason}" for row in case.rows if row.reason is not None]
-        lines = [line for row, line in zip(case.rows, lines, strict=True) if row.reason is None]
-        return [*parts, table(headings, lines, aligned=True), *reasons, *notes(case, aligned=True)]
-    return [*parts, table(headings, lines), *notes(case)]
+    return [*parts, case_table(case), *notes(case)] if case.rows else parts
 
 
 # --- a report
@@ -373,7 +355,8 @@ def markdown(report: Report, name: str) -> str:
 
 def plot(report: Report, cases: Sequence[Case]) -> bytes:
     """A line of two panels for each case: tokens per second or time, with quartiles; and peak memory."""
-    figure, grid = pyplot.subplots(len(cases), 2, figsize=(11, 0.8 + 2.2 * len(cases)), squeeze=False)
+    figure = Figure(figsize=(11, 0.8 + 2.2 * len(cases)))
+    grid = figure.subplots(len(cases), 2, squeeze=False)
     for (left, right), case in zip(grid, cases, strict=True):
         ran = [row for row in case.rows if row.seconds and row.name not in ("copy", WHOLE)][::-1]
         by_rate = bool(case.row(OURS)) and all(row.tokens for row in ran if row.role != LIMIT)
@@ -399,7 +382,6 @@ def plot(report: Report, cases: Sequence[Case]) -> bytes:
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})  # the same bytes from the same file
-    pyplot.close(figure)
     return buffer.getvalue()
 
 
@@ -425,53 +407,40 @@ def render(path: Path) -> list[Path]:
 C = TypeVar("C")
 
 
-def show(recorder: records.Recorder, case: Case, console: Console) -> None:
-    """Put a case into the file and on the terminal."""
-    recorder.add(case)
-    text = "\n\n".join([f"## {case.what}", *parts_of(case, recorder.report, aligned=True)])
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
 def run(
     recorder: records.Recorder,
     cases: Sequence[C],
     measure: Callable[[C, Callable[[str], None]], Case],
-    options: cli.Options,
+    minutes: float | None = None,
 ) -> None:
-    """Measure the cases that begin within the minutes that there are, and write the report after each.
+    """Measure the cases that begin within the minutes, write the report after each, and render it at the end.
 
     `measure` gets a case and a function that shows what it does. Raises Refused at the end if a case was refused.
     """
-    console, began = Console(), time.monotonic()
+    console, began = Console(width=None if sys.stdout.isatty() else LOG_WIDTH), time.monotonic()
     console.print(recorder.opening(), highlight=False)
     for index, case in enumerate(cases):
-        if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
-            click.echo(f"{len(cases) - index} cases were not begun after {options.minutes:g} minutes.")
+        if minutes is not None and time.monotonic() - began > 60 * minutes:
+            console.print(f"{len(cases) - index} cases were not begun after {minutes:g} minutes.")
             break
         with console.status("") as status:
             result = measure(case, status.update)
-        show(recorder, result, console)
-    finish(recorder, complete=len(recorder.report.cases) == len(cases), data_only=options.data_only)
-    refused = [f"{case.name}: {case.refused}" for case in recorder.report.cases if case.refused]
+        recorder.put((*recorder.report.cases, result))
+        ran = replace(result, rows=tuple(row for row in result.rows if row.reason is None))
+        console.print(Markdown("\n\n".join([f"## {result.what}", *parts_of(ran, recorder.report)])))
+        for row in result.rows:
+            if row.reason is not None:  # in a cell it would be cut
+                console.print(f"{row.name}: {row.reason}", markup=False, highlight=False)
+    report = recorder.report
+    if not report.cases:
+        return
+    recorder.put(report.cases, complete=len(report.cases) == len(cases))
+    console.print(Markdown("\n\n".join(conclusions(report))))
+    for made in (recorder.path, *render(recorder.path)):
+        click.echo(f"wrote {made}")
+    refused = [f"{case.refused} (case {case.name})" for case in recorder.report.cases if case.refused]
     if refused:
         raise cli.Refused(" ".join(refused))
-
-
-def finish(
-    recorder: records.Recorder, *, complete: bool = True, data_only: bool = False, page: Path | None = None
-) -> None:
-    """Write a report for the last time, its Markdown and plots unless the data alone is asked for, and its tables into
-    a page if there is one.
-    """
-    if not recorder.report.cases:
-        return
-    recorder.put(recorder.report.cases, complete=complete)
-    for part in conclusions(recorder.report):
-        click.echo(part)
-    for made in (recorder.path, *([] if data_only else render(recorder.path))):
-        click.echo(f"wrote {made}")
-    if page is not None:
-        update(page, summaries(recorder.report, recorder.path.name))
 
 
 # --- summaries: the tables of READMEs and pages
@@ -567,7 +536,7 @@ def memory_summary(cases: Sequence[Case], source: str) -> str:
 
 def scale_summary(cases: Sequence[Case], source: str) -> str:
     lines = [
-        [row.name, f"{row.seconds[0]:.0f} s", f"{(row.peak_bytes or 0) / 2**30:.2f} GiB"]
+        [row.name, f"{median(row.time, '.0f')} s", f"{(row.peak_bytes or 0) / 2**30:.2f} GiB"]
         for case in cases
         for row in case.rows
     ]
@@ -583,13 +552,14 @@ def summaries(report: Report, name: str) -> dict[str, str]:
     if report.benchmark == "kernels":
         return {what: kernel_summary(cases, source) for what, cases in kinds.items()}
     made: dict[str, Callable[[Sequence[Case], str], str]] = {
-        "dpo": partial(dpo_summary, report), "ppo": partial(ppo_summary, report), "rollout": rollout_summary,
-        "memory-options": memory_summary, "scale": scale_summary,
-    }  # fmt: skip
-    prefix = "train-step-" if report.benchmark == "train-step" else ""
-    known = ("train-step", "rollout", "memory-options", "scale")
-    found = kinds.items() if report.benchmark in known else ()
-    return {f"{prefix}{what}": made[what](cases, source) for what, cases in found}
+        "train-step-dpo": partial(dpo_summary, report),
+        "train-step-ppo": partial(ppo_summary, report),
+        "rollout": rollout_summary,
+        "memory-options": memory_summary,
+        "scale": scale_summary,
+    }
+    named = {f"train-step-{what}" if report.benchmark == "train-step" else what: cases for what, cases in kinds.items()}
+    return {region: made[region](cases, source) for region, cases in named.items() if region in made}
 
 
 OPENING, CLOSING = "<!-- benchmark:{} -->", "<!-- /benchmark -->"

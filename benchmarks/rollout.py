@@ -8,12 +8,11 @@ and ours does.
 
 from __future__ import annotations
 
-import math
 import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,10 @@ import click
 import torch
 
 from benchmarks import cli, measure, render
-from benchmarks.measure import free_memory
+from benchmarks.harness import one_line
+from benchmarks.measure import Timing, free_memory
 from benchmarks.records import OURS, Case, Row
-from benchmarks.train_step.cases import LLAMA_8B, QWEN_0_5B, QWEN_1_5B, TINY
+from benchmarks.train_step.cases import LLAMA_8B, QWEN_0_5B, QWEN_1_5B, TINY, with_names
 from benchmarks.train_step.dpo import held_bytes, quantization_of, quiet, randomize_adapters, stored_bytes
 from benchmarks.train_step.synthetic import DTYPES, FIRST_WORD, PAD, SEED, Model, random_weights, write_folder
 from onecard.config import ModelConfig, SFTConfig
@@ -38,8 +38,7 @@ from onecard.rollout import Sampling, find_stop_tokens, sample_responses
 from onecard.rollout.cuda_graphs import cuda_graph, use_capture_function
 from onecard.utils.errors import OnecardError
 
-REPEATS = {"cpu": 7, "cuda": 3}
-BUDGET = {"cpu": math.inf, "cuda": 40.0}  # seconds of timed rounds of a case
+TIMING = {"cpu": Timing(7, warmup=1, least=1), "cuda": Timing(3, warmup=1, budget=40.0, least=1)}
 RECORDED, PEER = "onecard, recorded passes", "transformers generate"
 BAR = {torch.float32: 1e-3, torch.bfloat16: 0.5}  # nats by which a log-probability as sampled may be off
 CHECKED, CHECKED_TOKENS = 8, 32  # responses that are compared, of at most so many tokens
@@ -47,7 +46,6 @@ WINDOW = 32  # tokens over which a step of decoding is timed
 STEP_REPEATS = 3
 NEVER = 1 << 30  # an id that no token has
 
-SHAPES = {"8B": LLAMA_8B, "1.5B": QWEN_1_5B, "0.5B": QWEN_0_5B}
 RANDOM = "random Llama"
 SMALL = Model(RANDOM, hidden=128, layers=2, heads=8, kv_heads=4, intermediate=384, vocab=2048)
 
@@ -70,6 +68,10 @@ class RolloutCase:
     load_in_4bit: bool = False
     temperature: float = 1.0
 
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.max_new_tokens, self.temperature)
+
 
 @dataclass(frozen=True)
 class Task:
@@ -77,27 +79,26 @@ class Task:
 
     roles: Roles
     prompts: tuple[tuple[int, ...], ...]
-    ends: frozenset[int]
+    stop_tokens: frozenset[int]
     pad: int
     sampling: Sampling
     batch_size: int
 
 
-def of_shape(shape: str, *, load_in_4bit: bool, batch_size: int = 16) -> RolloutCase:
+def rows_of(name: str, model: Model, rows: int) -> RolloutCase:
     """A real model's sizes, and two batches of prompts, as a PPO iteration has."""
-    name = f"{shape}, {'NF4' if load_in_4bit else 'bf16'}, {batch_size} rows"
-    return RolloutCase(name, SHAPES[shape], 2 * batch_size, batch_size, 64, 512, 192, 64, load_in_4bit)
+    return RolloutCase(f"{name}, {rows} rows", model, 2 * rows, rows, 64, 512, 192, 64, load_in_4bit="NF4" in name)
 
 
 # The case of a CPU, which takes seconds
 ON_CPU = RolloutCase(RANDOM, SMALL, prompts=64, batch_size=32, least=4, most=64, max_new_tokens=128, mean=32)
-# The table of a GPU: the README's claim first, then smaller models, then more rows.
+# The cases of a GPU: the README's claim first, then smaller models, then more rows.
 ON_A_GPU = (
-    of_shape("8B", load_in_4bit=True),
-    of_shape("1.5B", load_in_4bit=False, batch_size=32),
-    of_shape("8B", load_in_4bit=False),
-    of_shape("0.5B", load_in_4bit=False, batch_size=64),
-    of_shape("8B", load_in_4bit=True, batch_size=64),
+    rows_of("8B, NF4", LLAMA_8B, 16),
+    rows_of("1.5B, bf16", QWEN_1_5B, 32),
+    rows_of("8B, bf16", LLAMA_8B, 16),
+    rows_of("0.5B, bf16", QWEN_0_5B, 64),
+    rows_of("8B, NF4", LLAMA_8B, 64),
 )
 
 
@@ -121,11 +122,10 @@ def random_task(case: RolloutCase, folder: Path, dtype: torch.dtype) -> Task:
     with random_weights():
         roles = load_roles(config, trained="policy")
     randomize_adapters(roles.model)
-    roles.eval()
     draw = random.Random(SEED)
     prompts = [tuple(draw.randrange(FIRST_WORD, case.model.vocab) for _ in range(length)) for length in lengths(case)]
-    ends = frozenset(range(FIRST_WORD, case.model.vocab, case.mean))
-    return Task(roles, tuple(prompts), ends, PAD, Sampling(case.max_new_tokens, case.temperature), case.batch_size)
+    stops = frozenset(range(FIRST_WORD, case.model.vocab, case.mean))
+    return Task(roles.eval(), tuple(prompts), stops, PAD, case.sampling, case.batch_size)
 
 
 def model_task(case: RolloutCase, model: str, file: str) -> Task:
@@ -138,10 +138,8 @@ def model_task(case: RolloutCase, model: str, file: str) -> Task:
         raise click.UsageError(f"--prompts: {file} has neither a `prompt` nor a `text` column.")
     texts = [tokenizer.encode(rows[index % len(rows)].values[column])[: case.most] for index in range(case.prompts)]
     prompts = tuple(tuple(text[:length]) for text, length in zip(texts, lengths(case), strict=True))
-    ends = find_stop_tokens(roles, tokenizer)
-    return Task(
-        roles, prompts, ends, tokenizer.pad_token_id, Sampling(case.max_new_tokens, case.temperature), case.batch_size
-    )
+    stops = find_stop_tokens(roles, tokenizer)
+    return Task(roles, prompts, stops, tokenizer.pad_token_id, case.sampling, case.batch_size)
 
 
 # --- what a step of decoding has to read
@@ -160,25 +158,25 @@ def weight_bytes(model: Any) -> int:
     return stored_bytes([*read, *quantization_of(model)])
 
 
-def step_bytes(model: Any, rows: int, length: int) -> int:
-    """Bytes that a step over so many rows reads, each with `length` tokens in its cache."""
-    return weight_bytes(model) + rows * cache_bytes(model, length)
-
-
 def bandwidth(device: torch.device, repeats: int = 5) -> float:
     """Bytes per second that a plain copy moves here, both ways counted."""
     copy, size = measure.copy_work(device)
-    seconds = measure.stopwatch(device)
-    copy()
-    return size / statistics.median(seconds(copy) for _ in range(repeats))
+    return size / statistics.median(measure.interleave({"copy": [copy]}, device, Timing(repeats, warmup=1))["copy"])
 
 
 # --- the samplers
 
 
+def sampled(task: Task) -> list[Any]:
+    found = sample_responses(
+        task.roles, task.prompts, task.sampling, stop_tokens=task.stop_tokens, batch_size=task.batch_size
+    )
+    return list(found.responses)
+
+
 def ours(task: Task) -> int:
     """Response tokens of our sampler."""
-    return sum(len(response.tokens) for response in sampled(task).responses)
+    return sum(len(response.tokens) for response in sampled(task))
 
 
 def recorded(task: Task) -> int:
@@ -187,18 +185,19 @@ def recorded(task: Task) -> int:
         return ours(task)
 
 
-def sampled(task: Task) -> Any:
-    return sample_responses(task.roles, task.prompts, task.sampling, stop_tokens=task.ends, batch_size=task.batch_size)
-
-
 def peer(task: Task) -> int:
     """Response tokens of transformers' `generate`."""
     from transformers import GenerationConfig
 
     settings = GenerationConfig(
-        do_sample=True, temperature=task.sampling.temperature, top_k=0, top_p=1.0, pad_token_id=task.pad,
-        max_new_tokens=task.sampling.max_new_tokens, eos_token_id=sorted(task.ends) or [NEVER],
-    )  # fmt: skip
+        do_sample=True,
+        temperature=task.sampling.temperature,
+        top_k=0,
+        top_p=1.0,
+        pad_token_id=task.pad,
+        max_new_tokens=task.sampling.max_new_tokens,
+        eos_token_id=sorted(task.stop_tokens) or [NEVER],
+    )
     order = sorted(task.prompts, key=len, reverse=True)
     total = 0
     with torch.no_grad():
@@ -208,21 +207,17 @@ def peer(task: Task) -> int:
             ids = torch.tensor([[task.pad] * (width - len(row)) + list(row) for row in part], device=task.roles.device)
             mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in part], device=task.roles.device)
             out = task.roles.causal_model().generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-            total += sum(ended_length(row, task.ends) for row in out[:, width:].tolist())
+            total += sum(ended_length(row, task.stop_tokens) for row in out[:, width:].tolist())
     return total
 
 
-Clock = Callable[[], float]
-Samplers = dict[str, tuple[str, Callable[[Task], int]]]
-SAMPLERS: dict[str, Samplers] = {
-    "cpu": {OURS: ("ours", ours), PEER: ("peer", peer)},
-    "cuda": {OURS: ("ours", ours), RECORDED: ("ours", recorded), PEER: ("peer", peer)},
-}
-
-
-def ended_length(tokens: Sequence[int], ends: Collection[int]) -> int:
+def ended_length(tokens: Sequence[int], stop_tokens: Collection[int]) -> int:
     """Number of tokens up to and including the first stop token."""
-    return next((place for place, token in enumerate(tokens, start=1) if token in ends), len(tokens))
+    return next((count for count, token in enumerate(tokens, start=1) if token in stop_tokens), len(tokens))
+
+
+def samplers(device: torch.device) -> dict[str, Callable[[Task], int]]:
+    return {OURS: ours, **({RECORDED: recorded} if device.type == "cuda" else {}), PEER: peer}
 
 
 @torch.no_grad()
@@ -232,12 +227,10 @@ def error_of_ours(task: Task) -> float:
     short = min(task.sampling.max_new_tokens, CHECKED_TOKENS)
     task = replace(task, sampling=replace(task.sampling, max_new_tokens=short))
     worst = 0.0
-    for prompt, response in list(zip(task.prompts, sampled(task).responses, strict=True))[:CHECKED]:
+    for prompt, response in list(zip(task.prompts, sampled(task), strict=True))[:CHECKED]:
         mask = (False,) * len(prompt) + (True,) * len(response.tokens)
-        batch = pack([TokenSequence(prompt + response.tokens, mask)])
-        targets = to_device(batch.targets, task.roles.device)
-        batch = to_device(batch, task.roles.device)
-        own = task.roles.logprobs(batch, targets, temperature=task.sampling.temperature)
+        batch = to_device(pack([TokenSequence(prompt + response.tokens, mask)]), task.roles.device)
+        own = task.roles.logprobs(batch, batch.targets, temperature=task.sampling.temperature)
         worst = max(worst, (own.cpu() - response.logprobs).abs().max().item())
     return worst
 
@@ -245,8 +238,8 @@ def error_of_ours(task: Task) -> float:
 class Work:
     """A sampler with its task. It keeps the number of tokens of each call, and a GPU's peak."""
 
-    def __init__(self, task: Task, sampler: Callable[[Task], int], device: torch.device) -> None:
-        self.task, self.sampler, self.device = task, sampler, device
+    def __init__(self, task: Task, sampler: Callable[[Task], int]) -> None:
+        self.task, self.sampler, self.device = task, sampler, task.roles.device
         self.tokens: list[int] = []
         self.before, self.peak = 0, 0
 
@@ -262,88 +255,91 @@ class Work:
             self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.device) - self.before)
 
 
-def take_turns(task: Task, device: torch.device, repeats: int, clock: Clock) -> tuple[Row, ...]:
+def time_rollouts(task: Task, timing: Timing) -> Iterator[Row]:
     """All samplers, timed in turns on the same seeds."""
-    samplers = SAMPLERS[device.type]
-    works = {name: Work(task, sampler, device) for name, (_, sampler) in samplers.items()}
-    turns: dict[str, list[measure.Work]] = {name: [work] for name, work in works.items()}
-    seconds_of, budget = measure.stopwatch(device, clock), BUDGET[device.type]
-    times = measure.interleave(turns, seconds_of, repeats=repeats, warmup=1, budget=budget, least=1)
-
-    def row(name: str) -> Row:
-        peak = works[name].peak if device.type == "cuda" else measure.peak_bytes(works[name], device)
-        tokens = tuple(works[name].tokens[1 : 1 + len(times[name])])
-        return Row(name, samplers[name][0], seconds=tuple(times[name]), tokens=tokens, peak_bytes=peak)
-
-    return tuple(map(row, samplers))
+    device = task.roles.device
+    works = {name: Work(task, sampler) for name, sampler in samplers(device).items()}
+    times = measure.interleave({name: [work] for name, work in works.items()}, device, timing)
+    for name, work in works.items():
+        peak = work.peak if device.type == "cuda" else measure.peak_bytes(work, device)
+        tokens = tuple(work.tokens[timing.warmup : timing.warmup + len(times[name])])
+        role = "peer" if name == PEER else "ours"
+        yield Row(name, role, seconds=tuple(times[name]), tokens=tokens, peak_bytes=peak)
 
 
-def time_a_step(task: Task, device: torch.device, clock: Clock) -> dict[str, Any]:
-    """One step over a full batch in which nothing ends, in the middle of the longest answers.
+def time_a_step(task: Task, clock: Callable[[], float]) -> dict[str, Any]:
+    """One decoding step of a full batch in which nothing ends, in the middle of the longest answers.
 
-    Its seconds by sampler are what more tokens take beyond one, over their number: so the pass over the prompts does
-    not count, and nothing needs to be known of how a sampler steps. `bytes_read`: weights and cache. `bandwidth`: of a
-    plain copy in the same run, bytes/s.
+    Its seconds by sampler are what more tokens take beyond one, over their number: the pass over the prompts does not
+    count. `bytes_read`: weights and cache. `bandwidth`: of a plain copy in the same run, bytes/s.
     """
-    tokens = min(WINDOW, max(1, task.sampling.max_new_tokens // 2))
+    model, device = task.roles.causal_model(), task.roles.device
+    count = min(WINDOW, max(1, task.sampling.max_new_tokens // 2))
     length = max(map(len, task.prompts)) + task.sampling.max_new_tokens // 2
     words = [word for prompt in task.prompts for word in prompt]
     draw = random.Random(0)
-    # of one length no mask would be needed, and real batches need one
-    shortest = length - tokens // 2
+    # Prompts of one length would need no mask, and real batches need one.
+    shortest = length - count // 2
     prompts = tuple(tuple(draw.choices(words, k=max(1, shortest - row % 2))) for row in range(task.batch_size))
-
-    def of(count: int) -> Task:
-        return replace(task, prompts=prompts, ends=frozenset(), sampling=Sampling(count, task.sampling.temperature))
-
-    samplers = SAMPLERS[device.type]
-    works: dict[str, list[measure.Work]] = {
-        f"{name} {count}": [Work(of(count), sampler, device)]
-        for name, (_, sampler) in samplers.items()
-        for count in (1 + tokens, 1)
+    works: dict[str, list[Work]] = {}
+    for name, sampler in samplers(device).items():
+        for tokens in (1 + count, 1):
+            sampling = replace(task.sampling, max_new_tokens=tokens)
+            one = replace(task, prompts=prompts, stop_tokens=frozenset(), sampling=sampling)
+            works[f"{name} {tokens}"] = [Work(one, sampler)]
+    times = measure.interleave(works, device, Timing(STEP_REPEATS, warmup=1, clock=clock))
+    seconds = {}
+    for name in samplers(device):
+        pairs = zip(times[f"{name} {1 + count}"], times[f"{name} 1"], strict=True)
+        seconds[name] = statistics.median((many - one) / count for many, one in pairs)
+    return {
+        "rows": task.batch_size,
+        "length": length,
+        "seconds": seconds,
+        "bytes_read": weight_bytes(model) + task.batch_size * cache_bytes(model, length),
+        "bandwidth": bandwidth(device),
     }
-    times = measure.interleave(works, measure.stopwatch(device, clock), repeats=STEP_REPEATS, warmup=1)
-    seconds = {
-        name: statistics.median(
-            (many - one) / tokens for many, one in zip(times[f"{name} {1 + tokens}"], times[f"{name} 1"], strict=True)
-        )
-        for name in samplers
-    }
-    size = step_bytes(task.roles.causal_model(), task.batch_size, length)
-    return {"rows": task.batch_size, "length": length, "seconds": seconds, "bytes_read": size,
-            "bandwidth": bandwidth(device)}  # fmt: skip
 
 
 # --- the command
 
 
-def measured(case: RolloutCase, task: Task, device: torch.device, repeats: int, clock: Clock) -> Case:
+def measured(case: RolloutCase, task: Task, timing: Timing) -> Case:
     """Log-probabilities are checked first; then a step is timed, then whole rollouts in turns."""
     causal, lengths = task.roles.causal_model(), [len(prompt) for prompt in task.prompts]
-    sizes = {"prompts": case.prompts, "shortest": min(lengths), "longest": max(lengths), "batch_size": case.batch_size,
-             "max_new_tokens": case.max_new_tokens}  # fmt: skip
-    about = {"model": case.model.name, "load_in_4bit": case.load_in_4bit, "temperature": case.temperature,
-             "parameters": sum(each.numel() for each in causal.parameters())}  # fmt: skip
+    sizes = {
+        "prompts": case.prompts,
+        "shortest": min(lengths),
+        "longest": max(lengths),
+        "batch_size": case.batch_size,
+        "max_new_tokens": case.max_new_tokens,
+    }
+    about = {
+        "model": case.model.name,
+        "load_in_4bit": case.load_in_4bit,
+        "temperature": case.temperature,
+        "parameters": sum(each.numel() for each in causal.parameters()),
+    }
     result = Case("rollout", case.name, sizes, str(causal.dtype).removeprefix("torch."), about=about)
     error = error_of_ours(task)
     if not error <= BAR.get(causal.dtype, 0.5):
         return replace(result, refused=f"log-probabilities as sampled are off by {error:.3g} nat")
-    step = time_a_step(task, device, clock)
+    step = time_a_step(task, timing.clock)
     held = held_bytes(causal, torch.optim.SGD(causal.parameters()))
-    rows = tuple(replace(row, held_bytes=held) for row in take_turns(task, device, repeats, clock))
+    rows = tuple(replace(row, held_bytes=held) for row in time_rollouts(task, timing))
     mean = sum(rows[0].tokens) / len(rows[0].tokens) / len(task.prompts)
     return replace(result, rows=rows, found={"mean_response": mean, "error_logprobs": error, "step": step})
 
 
-def measure_case(case: RolloutCase, model: str, prompts: str, device: torch.device, repeats: int, clock: Clock) -> Case:
+def measure_case(case: RolloutCase, model: str, prompts: str, device: torch.device, timing: Timing) -> Case:
     """One case; one that does not fit is reported with the reason."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with tempfile.TemporaryDirectory() as folder:
         try:
             task = model_task(case, model, prompts) if model else random_task(case, Path(folder), dtype)
-            return measured(case, task, device, repeats, clock)
+            return measured(case, task, timing)
         except torch.OutOfMemoryError as error:
-            refused = f"out of memory: {str(error).splitlines()[0][:160]}"
+            refused = f"out of memory: {one_line(error)}"
             return Case("rollout", case.name, {"prompts": case.prompts}, DTYPES[dtype], refused=refused)
         except OnecardError as error:
             raise click.UsageError(str(error)) from None
@@ -352,13 +348,12 @@ def measure_case(case: RolloutCase, model: str, prompts: str, device: torch.devi
 
 
 @click.command(context_settings=cli.SETTINGS)
-@click.option("--model", default="", help="Hugging Face name or folder. Default: a small Llama of random weights.")
+@click.option("--model", default="", help="Hugging Face name or folder. Default: random weights.")
 @click.option("--prompts", default="", help="File whose `prompt` or `text` column begins the prompts of --model.")
-@click.option("--table", is_flag=True, help="The cases of a GPU, most telling first.")
-@click.option("--case", "names", multiple=True, help="Only this case of the table, by name.")
-@click.option("--smoke", is_flag=True, help="The table at tiny sizes: shows that it runs, and measures nothing.")
+@click.option("--case", "names", multiple=True, help="Only this case of a GPU, by name.")
+@click.option("--smoke", is_flag=True, help="A GPU's cases at tiny sizes: shows that they run, measures nothing.")
 @cli.options("minutes", "repeats", "busy")
-def command(options: cli.Options, model: str, prompts: str, table: bool, names: tuple[str, ...], smoke: bool) -> None:
+def command(options: cli.Options, model: str, prompts: str, names: tuple[str, ...], smoke: bool) -> None:
     """Time onecard's sampler against transformers' generate, in response tokens per second.
 
     Before anything is timed, the log-probabilities that ours keeps are compared with a pass over the finished
@@ -366,27 +361,21 @@ def command(options: cli.Options, model: str, prompts: str, table: bool, names: 
     """
     if bool(model) != bool(prompts):
         raise click.UsageError("--model and --prompts: give both, or none for random weights and prompts.")
-    if model and (table or names or smoke):
-        raise click.UsageError("--model is a case of its own; leave out --table, --case and --smoke.")
-    found = [ON_CPU]
-    if table or names or smoke:
-        unknown = sorted(set(names) - {case.name for case in ON_A_GPU})
-        if unknown:
-            known = ", ".join(repr(case.name) for case in ON_A_GPU)
-            raise click.UsageError(f"--case {unknown[0]!r}: expected one of {known}.")
-        found = [tiny(case) if smoke else case for case in ON_A_GPU if not names or case.name in names]
+    if model and (names or smoke):
+        raise click.UsageError("--model is a case of its own; leave out --case and --smoke.")
+    device = options.device
+    cases = [ON_CPU]
     if model:
         name = Path(model).name
-        found = [replace(case, name=name, model=replace(case.model, name=name)) for case in found]
-    cli.refuse_unused_gpu(options.device)
+        cases = [replace(ON_CPU, name=name, model=replace(ON_CPU.model, name=name))]
+    elif names or smoke or device.type == "cuda":
+        cases = [tiny(case) if smoke else case for case in with_names(ON_A_GPU, names)]
+    cli.refuse_unused_gpu(device)
     quiet()
-    repeats = options.repeats or (2 if smoke else REPEATS[options.device.type])
-    name = found[0].name if len(found) == 1 else "table"
-    recorder = options.recorder("rollout", repeats, quick=smoke, name=name)
-    render.run(
-        recorder, found,
-        lambda case, _: measure_case(case, model, prompts, options.device, repeats, options.clock), options,
-    )  # fmt: skip
+    timing = options.timing(replace(TIMING[device.type], repeats=2) if smoke else TIMING[device.type])
+    name = cases[0].name if len(cases) == 1 else "table"
+    recorder = options.recorder("rollout", timing.repeats, quick=smoke, name=name)
+    render.run(recorder, cases, lambda case, _: measure_case(case, model, prompts, device, timing), options.minutes)
 
 
 if __name__ == "__main__":

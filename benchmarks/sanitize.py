@@ -59,27 +59,31 @@ def judged(tool: str, group: str, text: str, status: int | None, seconds: float)
     return Case(tool, group, {}, "", found={"state": state, "seconds": round(seconds, 1), "tail": tail})
 
 
-def check(tool: str, group: str, checker: str | None, deadline: float) -> Case:
+def check(tool: str, group: str, deadline: float) -> Case:
     """Run a group of tests under a tool until the deadline."""
     file, expression = GROUPS[group]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", expression, f"tests/gpu/{file}"]
     more = {"TRITON_INTERPRET": "1"}
-    if checker is not None:
-        command = [checker, "--tool", tool, *TOOLS[tool], "--target-processes", "all", *command]
+    if tool != DRY:
+        command = [str(checker()), "--tool", tool, *TOOLS[tool], "--target-processes", "all", *command]
         more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "ONECARD_SMALL_SIZES": "1"}
-    path = [*(str(records.ROOT / part) for part in ("kernels", "engine", "")), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path)), "OMP_NUM_THREADS": "1", **more}
     began = time.monotonic()
-    with subprocess.Popen(
-        command, cwd=records.ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", start_new_session=True,
-    ) as process:  # fmt: skip
-        try:
-            text, status = process.communicate(timeout=max(0.0, deadline - began))[0], process.returncode
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            text, status = process.communicate()[0], None
-    return judged(tool, group, text, status, time.monotonic() - began)
+    done = subprocess.run(
+        ["timeout", "--signal=KILL", f"{max(1.0, deadline - began):.0f}", *command],  # with the processes it started
+        cwd=records.ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **more},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    status = None if done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL) else done.returncode
+    return judged(tool, group, done.stdout, status, time.monotonic() - began)
+
+
+def checker() -> str | None:
+    """Where compute-sanitizer is."""
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=USUAL_PLACE)
 
 
 @click.command(context_settings=cli.SETTINGS)
@@ -92,21 +96,19 @@ def command(groups: Sequence[str], minutes: float, dry: bool, out: Path | None) 
 
     Exit status: 0 if every group is clean with both tools; 1 if not; 2 where there is no GPU or no compute-sanitizer.
     """
-    checker = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=USUAL_PLACE)
     if not dry and not torch.cuda.is_available():
         raise click.UsageError("a GPU is needed, torch sees none (--dry runs the same kernels in the interpreter).")
-    if not dry and checker is None:
+    if not dry and checker() is None:
         raise click.UsageError(f"compute-sanitizer is neither on PATH nor in {USUAL_PLACE}; it is in the CUDA toolkit.")
     deadline = time.monotonic() + 60 * minutes
-    recorder = Recorder("sanitizer", torch.device("cpu" if dry else "cuda"), quick=dry, out=out)
     jobs = [(tool, group) for tool in ((DRY,) if dry else TOOLS) for group in groups or GROUPS]
     with ThreadPoolExecutor(max_workers=min(AT_ONCE, records.cores())) as pool:
-        cases = list(pool.map(lambda job: check(*job, None if dry else checker, deadline), jobs))
+        cases = list(pool.map(lambda job: check(*job, deadline), jobs))
+    recorder = Recorder("sanitizer", torch.device("cpu" if dry else "cuda"), quick=dry, out=out)
     recorder.put(cases, complete=not groups and all(case.found["state"] != "cut off" for case in cases))
     for case in cases:
-        click.echo(f"{case.what:12} {case.name:20} {case.found['state']}, {case.found['seconds']:.0f} s")
-        for text in case.found["tail"]:
-            click.echo(f"    {text}")
+        lines = [f"{case.what:12} {case.name:20} {case.found['state']}, {case.found['seconds']:.0f} s"]
+        click.echo("\n    ".join([*lines, *case.found["tail"]]))
     click.echo(f"wrote {recorder.path}")
     wrong = [f"{case.what} of {case.name}: {case.found['state']}" for case in cases if case.found["state"] != "clean"]
     if wrong:

@@ -15,7 +15,7 @@ import click
 import torch
 
 from benchmarks import cli, render
-from benchmarks.harness import Timing
+from benchmarks.measure import Timing
 from benchmarks.records import OURS
 from benchmarks.render import UNSHARED
 from benchmarks.train_step.cases import StepCase
@@ -56,15 +56,16 @@ def command(options: cli.Options, shapes: tuple[str, ...], tokens: int | None, q
     device = options.device.type
     tokens = tokens or (QUICK_TOKENS if quick else TOKENS[device])
     cases = [case_of(shape, device, tokens) for shape in shapes or (QUICK_SHAPES if quick else SHAPES[device])]
-    timing = Timing(options.repeats or (QUICK_REPEATS if quick else REPEATS[device]), warmup=1, clock=options.clock)
+    timing = options.timing(Timing(QUICK_REPEATS if quick else REPEATS[device], warmup=1))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     quiet()
     # Short prompts are shared too: from which length sharing pays is what is measured.
     with mock.patch.object(answers, "MIN_SHARED_TOKENS", 1):
         render.run(
-            options.recorder("sharing", timing.repeats, quick=quick), cases,
-            lambda case, tell: measure_case(case, options.device, dtype, timing, tell, (OURS, UNSHARED)), options,
-        )  # fmt: skip
+            options.recorder("sharing", timing.repeats, quick=quick),
+            cases,
+            lambda case, tell: measure_case(case, options.device, dtype, timing, tell, (OURS, UNSHARED)),
+        )
 
 
 if __name__ == "__main__":

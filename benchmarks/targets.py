@@ -1,4 +1,4 @@
-"""The figures that this library set itself, each computed from a run's rows: met or missed. A GPU's are for an H200."""
+"""The library's targets: each is a figure of a case's rows and a bar. Targets of a GPU are for an H200."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """`python -m benchmarks.tune`: times settings of the kernels against their defaults, and proposes what is faster.
 
 A knob varies one thing (rows of a chunk, a tile, blocks and warps, the implementation) for one public function in one
-mode. All are first compared with fp64; what is wrong is not timed. A setting is proposed where it is faster in one case
-and slower in none, beyond the quartiles of both, ran in all cases, and keeps the promised workspace.
+mode. Each setting is first compared with fp64, and not timed if it is wrong. A setting is proposed if it ran in all
+cases, is faster in one and slower in none, beyond the quartiles of both, and keeps the promised workspace.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from itertools import product
 from typing import Any
@@ -21,16 +22,14 @@ from unittest import mock
 import click
 import torch
 
-from benchmarks import cli, harness, kernels, measure, records, render
-from benchmarks.cli import Refused
-from benchmarks.harness import EAGER, Benchmark, Timing, one_line
+from benchmarks import cli, kernels, measure, records, render
+from benchmarks.harness import EAGER, Benchmark
+from benchmarks.measure import Timing
 from benchmarks.records import OURS, Case, Report, Row
 from benchmarks.shapes import CUDA_FEW, LINEAR, LOGITS, Shape, linear, logits
 from benchmarks.suite import linear_kl, linear_logprobs, selective
 
-REPEATS = {"cpu": 5, "cuda": 30}
-BUDGET = {"cpu": 60.0, "cuda": 5.0}  # seconds of a case's timed rounds
-WARMUP = {"cpu": 0, "cuda": 2}
+TIMING = {"cpu": Timing(5, budget=60.0), "cuda": Timing(30, warmup=2, budget=5.0)}
 CPU, CUDA = "cpu", "cuda"
 
 Values = Mapping[str, Any]
@@ -78,7 +77,7 @@ def tile(values: Values) -> Iterator[None]:
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """On CPU tensors, what a GPU would run: its plans, and Triton's kernels where their interpreter is on."""
+    """Run a GPU's plans on CPU tensors, and Triton's kernels if its interpreter is on."""
     preference, table = library("dispatch").PREFERENCE, library("logprob.tuning").TABLE
     with (
         mock.patch.dict(preference, cpu=preference["cuda"]),
@@ -179,24 +178,21 @@ def cases_of(knob: Knob, device: str, *, dry: bool) -> tuple[tuple[Shape, ...], 
     return (shape,), (found[0], found[-1])[: len(found)]
 
 
-# --- measuring
-
-
-def measure_case(knob: Knob, shape: Shape, settings: Sequence[Values], device: torch.device, timing: Timing) -> Case:
+def measure_case(
+    knob: Knob,
+    shape: Shape,
+    settings: Sequence[Values],
+    device: torch.device,
+    timing: Timing,
+    tell: Callable[[str], None],
+) -> Case:
     """Eager, the default, each setting, and the limits."""
-    benchmark, mode = knob.benchmark, knob.mode
-    case = replace(kernels.blank(benchmark, shape, mode, device), what=knob.name)
-    eager, default = (next(c for c in benchmark.candidates if c.name == name) for name in (EAGER, OURS))
-    made = [replace(default, name=label(v), role="setting", around=lambda v=v: knob.apply(v)) for v in settings]
-    chosen = [eager, replace(default, around=lambda: knob.apply({})), *made]
-    sets = harness.input_sets(benchmark, shape, device)
-    expected = benchmark.expected(sets[0], benchmark.modes[mode].results)
-    try:
-        return replace(case, rows=harness.measure_case(benchmark, shape, mode, sets, expected, chosen, timing))
-    except Exception as error:  # the other knobs go on
-        return replace(case, refused=str(error) if isinstance(error, Refused) else one_line(error))
-    finally:
-        measure.free_memory()
+    eager, default = (next(c for c in knob.benchmark.candidates if c.name == name) for name in (EAGER, OURS))
+    candidates = [eager, replace(default, around=lambda: knob.apply({}))]
+    for values in settings:
+        candidates.append(replace(default, name=label(values), role="setting", around=partial(knob.apply, values)))
+    case = kernels.measure_case(knob.benchmark, shape, knob.mode, candidates, device, timing, tell)
+    return replace(case, what=knob.name)
 
 
 # --- proposing
@@ -219,7 +215,7 @@ def tried(case: Case) -> list[Row]:
 
 
 def proposal(knob: Knob, cases: Sequence[Case]) -> tuple[float, str] | None:
-    """(mean time over the default's, setting) of the best one that is nowhere slower and somewhere faster."""
+    """The best setting that is faster in one case and slower in none: (mean time over the default's, setting)."""
     found = []
     for name in dict.fromkeys(row.name for case in cases for row in tried(case)):
         pairs = [(row, default, case) for case in cases if (row := case.row(name)) and (default := case.row(OURS))]
@@ -285,11 +281,12 @@ def command(options: cli.Options, dry: bool, names: tuple[str, ...]) -> None:
         todo += [(knob, shape, settings) for shape in shapes if settings and (not names or knob.name in names)]
     if not todo:
         raise click.UsageError(f"--knob {', '.join(names)}: no knob of {device}.")
-    repeats = 1 if dry else REPEATS[device]
-    timing = Timing(repeats, 0 if dry else WARMUP[device], BUDGET[device], options.clock)
+    timing = options.timing(Timing(1) if dry else TIMING[device])
+    recorder = options.recorder("tune", timing.repeats, quick=dry)
     with as_on_a_gpu() if dry else nullcontext():
-        recorder = options.recorder("tune", repeats, quick=dry)
-        render.run(recorder, todo, lambda each, _: measure_case(*each, options.device, timing), options)
+        render.run(
+            recorder, todo, lambda each, tell: measure_case(*each, options.device, timing, tell), options.minutes
+        )
 
 
 if __name__ == "__main__":

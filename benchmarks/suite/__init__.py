@@ -1,7 +1,7 @@
 """The table of benchmarks, in the order of a run: what the library stands for comes first."""
 
 from benchmarks.harness import Benchmark
-from benchmarks.suite import gae, linear_kl, linear_logprobs, linear_losses, selective, tokens
+from benchmarks.suite import linear_kl, linear_logprobs, linear_losses, selective, tokens
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
@@ -11,7 +11,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         selective.BENCHMARK,
         tokens.PPO_LOSS,
         tokens.VALUE_LOSS,
-        gae.BENCHMARK,
+        tokens.GAE_BENCHMARK,
         linear_losses.DPO,
         linear_kl.BENCHMARK,
     )

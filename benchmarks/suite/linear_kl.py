@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.harness import Benchmark, Candidate, Function, Mode, Products, Work, attribute, ours, plain, takes
 from benchmarks.oracle import NATS, Bar, Expected, Inputs, overall, sample
 from benchmarks.shapes import LINEAR_DTYPES, LINEAR_FEW, Shape
-from benchmarks.suite import linear
+from benchmarks.suite import linear_logprobs as linear
 
 NAME = "linear_kl"
 FORWARD, FROZEN = "forward", "frozen"
@@ -30,12 +30,12 @@ def forward_work(shape: Shape, itemsize: int) -> Work:
         shape["D"] * itemsize  # read the reference's hidden states
         + 4  # write the divergences, fp32
     )
-    return linear.work(shape, itemsize, Products(2), token_bytes=per_token)  # two policies' logits
+    return linear.work(shape, itemsize, products=Products(2), token_bytes=per_token)  # two policies' logits
 
 
 def frozen_work(shape: Shape, itemsize: int) -> Work:
     per_token = shape["D"] * itemsize + 4 + 4  # and read the gradient of the divergences, fp32
-    return linear.work(shape, itemsize, Products(2, 1), token_bytes=per_token)  # two policies' logits; dHidden
+    return linear.work(shape, itemsize, products=Products(2, 1), token_bytes=per_token)  # two policies' logits; dHidden
 
 
 def expected(inputs: Inputs, wanted: Collection[str]) -> dict[str, Expected]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from benchmarks.harness import (
     Benchmark,
@@ -24,40 +26,74 @@ from benchmarks.harness import (
 )
 from benchmarks.oracle import GRADIENT, NATS, Expected, Inputs, directions, exact_logprobs, head_gradient, sample
 from benchmarks.records import OURS
-from benchmarks.shapes import LINEAR, LINEAR_DTYPES, Shape
-from benchmarks.suite import linear
+from benchmarks.shapes import LINEAR, LINEAR_DTYPES, LOGIT_STD, Shape
 from onecard_kernels.logprob import tuning
 
 NAME = "linear_logprobs"
 FORWARD, FROZEN, TRAINED = "forward", "frozen", "trained"
 TENSORS = ("hidden", "weight", "targets")
 
+# --- what all operations from hidden states share
+
+FROZEN_ABOUT = "forward + backward, frozen head (LoRA: a gradient for the hidden states alone)"
+
+
+def make_inputs(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Inputs:
+    """Normal hidden states and head, scaled so that the logits have the standard deviation of a trained model's.
+
+    Every second target is the most likely token, as most tokens of real text nearly are; the others are uniform.
+    `grad` is what a loss sends back: another number for every token.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
+    tokens = shape["N"]
+    hidden = normal(tokens, shape["D"]).to(dtype)
+    weight = normal(shape["V"], shape["D"]).mul_(LOGIT_STD / shape["D"] ** 0.5).to(dtype)
+    targets = torch.randint(shape["V"], (tokens,), generator=generator, device=device)
+    for rows in torch.arange(0, tokens, 2, device=device).split(1024):  # in parts: never all logits at once
+        targets[rows] = (hidden[rows] @ weight.t()).argmax(-1)
+    return {"hidden": hidden, "weight": weight, "targets": targets, "grad": normal(tokens)}
+
+
+def work(shape: Shape, itemsize: int, *, products: Products, token_bytes: int) -> Work:
+    """`token_bytes`: what is read and written for each token besides hidden states and head."""
+    n, d, v = shape["N"], shape["D"], shape["V"]
+    one = 2 * n * d * v  # a multiply and an add for every (token, hidden, vocabulary) triple
+    traffic = (
+        n * d * itemsize  # read the hidden states
+        + v * d * itemsize  # read the head
+        + n * token_bytes
+        + (n * d * itemsize if products.hidden else 0)  # write the gradient of the hidden states
+        + (v * d * itemsize if products.head else 0)  # write the gradient of the head
+    )
+    return Work(traffic, products.count * one, products)
+
+
+# --- this one
+
 TARGETS = 8  # bytes a token: read, int64
 LOGPROBS = 4  # written, fp32
 GRADIENT_OF_LOGPROBS = 4  # read, fp32
-
-
-def forward_work(shape: Shape, itemsize: int) -> Work:
-    return linear.work(shape, itemsize, Products(1), token_bytes=TARGETS + LOGPROBS)  # logits = hidden @ W.T
-
-
-def frozen_work(shape: Shape, itemsize: int) -> Work:
-    per_token = TARGETS + LOGPROBS + GRADIENT_OF_LOGPROBS
-    return linear.work(shape, itemsize, Products(1, 1), token_bytes=per_token)  # logits; dHidden = dLogits @ W
-
-
-def trained_work(shape: Shape, itemsize: int) -> Work:
-    per_token = TARGETS + LOGPROBS + GRADIENT_OF_LOGPROBS
-    return linear.work(shape, itemsize, Products(1, 1, 1), token_bytes=per_token)  # and dW = dLogits.T @ hidden
-
-
+BACK = TARGETS + LOGPROBS + GRADIENT_OF_LOGPROBS
 MODES = {
-    FORWARD: Mode("forward only (old and reference log-probabilities)", ("logp",), forward_work),
-    FROZEN: Mode(linear.FROZEN_ABOUT, ("logp",), frozen_work, {"dHidden": "hidden"}),
+    FORWARD: Mode(
+        "forward only (old and reference log-probabilities)",
+        ("logp",),
+        partial(work, products=Products(1), token_bytes=TARGETS + LOGPROBS),  # logits = hidden @ W.T
+    ),
+    FROZEN: Mode(
+        FROZEN_ABOUT,
+        ("logp",),
+        partial(work, products=Products(1, 1), token_bytes=BACK),  # logits; dHidden = dLogits @ W
+        {"dHidden": "hidden"},
+    ),
     TRAINED: Mode(
         "forward + backward, trained head (gradients for the hidden states and the head)",
         ("logp",),
-        trained_work,
+        partial(work, products=Products(1, 1, 1), token_bytes=BACK),  # and dW = dLogits.T @ hidden
         {"dHidden": "hidden", "dW": "weight"},
     ),
 }
@@ -118,7 +154,7 @@ BENCHMARK = Benchmark(
     modes=MODES,
     shapes=LINEAR,
     dtypes=LINEAR_DTYPES,
-    inputs=linear.make_inputs,
+    inputs=make_inputs,
     expected=expected,
     bars={"logp": NATS, "dHidden": GRADIENT, "dW": GRADIENT},
     candidates=(

@@ -27,7 +27,7 @@ from benchmarks.harness import (
 )
 from benchmarks.oracle import LOGPROB_BARS, Bar, Inputs
 from benchmarks.shapes import LINEAR_DTYPES, LINEAR_FEW, LINEAR_LOSS, Shape, Shapes
-from benchmarks.suite import linear
+from benchmarks.suite import linear_logprobs as linear
 from benchmarks.suite.formulas import CLIP, clip_share_inputs, policy_loss, policy_oracle
 
 FROZEN = "frozen"
@@ -64,7 +64,7 @@ def benchmark(
         return {**found, **batch(found, seed), "one": torch.ones((), device=device)}
 
     def work(shape: Shape, itemsize: int) -> Work:
-        return linear.work(shape, itemsize, Products(1, 1), token_bytes=token_bytes)  # logits; dHidden
+        return linear.work(shape, itemsize, products=Products(1, 1), token_bytes=token_bytes)  # logits; dHidden
 
     def of(logprobs: LogProbs) -> Loss:
         return lambda hidden, weight, targets, *rest: loss(logprobs(hidden, weight, targets), *rest)

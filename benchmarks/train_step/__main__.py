@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import sys
 
 import click
 import torch
 
 from benchmarks import cli, render
-from benchmarks.harness import Timing
+from benchmarks.measure import Timing
 from benchmarks.train_step.cases import select_cases
 from benchmarks.train_step.dpo import quiet
 from benchmarks.train_step.run import measure_case
 
-REPEATS = {"cpu": 7, "cuda": 10}
-BUDGET = {"cpu": 60.0, "cuda": 30.0}  # seconds of timed rounds a case
-WARMUP = {"cpu": 1, "cuda": 2}
+TIMING = {"cpu": Timing(7, warmup=1, budget=60.0), "cuda": Timing(10, warmup=2, budget=30.0)}
 
 
 @click.command(context_settings=cli.SETTINGS)
@@ -33,17 +30,16 @@ def command(options: cli.Options, quick: bool, smoke: bool, kinds: tuple[str, ..
     """
     device, few = options.device.type, quick or smoke
     cli.refuse_unused_gpu(options.device)
-    chosen = select_cases(device, kinds, names, quick=quick, smoke=smoke)
-    timing = Timing(
-        repeats=options.repeats or (3 if few else REPEATS[device]),
-        warmup=0 if few else WARMUP[device],
-        budget=math.inf if options.repeats else 0.0 if few else BUDGET[device],
-        clock=options.clock,
-    )
-    quiet()
-    recorder = options.recorder("train-step", timing.repeats, quick=few)
+    cases = select_cases(device, kinds, names, quick=quick, smoke=smoke)
+    timing = options.timing(Timing(3, budget=0.0) if few else TIMING[device])
     dtype = torch.bfloat16 if smoke or device == "cuda" else torch.float32
-    render.run(recorder, chosen, lambda case, tell: measure_case(case, options.device, dtype, timing, tell), options)
+    quiet()
+    render.run(
+        options.recorder("train-step", timing.repeats, quick=few),
+        cases,
+        lambda case, tell: measure_case(case, options.device, dtype, timing, tell),
+        options.minutes,
+    )
 
 
 if __name__ == "__main__":

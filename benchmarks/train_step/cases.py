@@ -125,22 +125,26 @@ def tiny(case: StepCase) -> StepCase:
     )
 
 
+def with_names(cases: Sequence[Any], names: Sequence[str]) -> list[Any]:
+    """The cases with these names, or all. Raises UsageError for an unknown name."""
+    known = dict.fromkeys(case.name for case in cases)
+    for name in names:
+        if name not in known:
+            raise click.UsageError(f"--case {name!r}: expected one of {', '.join(map(repr, known))}.")
+    return [case for case in cases if not names or case.name in names]
+
+
 def select_cases(
     device: str, kinds: Sequence[str] = (), names: Sequence[str] = (), *, quick: bool = False, smoke: bool = False
 ) -> list[StepCase]:
     """The cases that the options select. `quick`: the first of each kind; `smoke`: GPU cases at tiny sizes."""
-    found = gpu_cases() if smoke or device == "cuda" else cpu_cases()
-    unknown = sorted(set(names) - {case.name for case in found})
-    if unknown:
-        known = ", ".join(dict.fromkeys(repr(case.name) for case in found))
-        raise click.UsageError(f"--case {unknown[0]!r}: not among those of {device}: {known}.")
+    found = with_names(gpu_cases() if smoke or device == "cuda" else cpu_cases(), names)
+    found = [case for case in found if not kinds or case.kind in kinds]
     if quick:
-        found = [next(case for case in found if case.kind == kind) for kind in ("dpo", "ppo")]
-    found = [tiny(case) if smoke else case for case in found]
-    found = [case for case in found if (not kinds or case.kind in kinds) and (not names or case.name in names)]
+        found = list({case.kind: case for case in reversed(found)}.values())[::-1]
     if not found:
-        raise click.UsageError("--only, --case and --quick: no case matches all of them.")
-    return found
+        raise click.UsageError("--only and --case: no case matches both.")
+    return [tiny(case) for case in found] if smoke else found
 
 
 def layer_matrices(model: Model) -> list[tuple[int, int]]:

@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from rich.progress import Progress
 
 from benchmarks.train_step.cases import StepCase
 from benchmarks.train_step.phases import OPTIMIZER, TRAIN, PhaseTimer
-from benchmarks.train_step.synthetic import DTYPES, Pair, load_word_tokenizer, random_weights, text
+from benchmarks.train_step.synthetic import DTYPES, Pair, load_word_tokenizer, random_model, random_weights, text
 from onecard.algorithms.common import Recipe
 from onecard.algorithms.dpo.command import make_recipe
 from onecard.algorithms.supervised import Supervised
@@ -60,7 +59,7 @@ class Task:
         return sum(self.pairs[index].tokens for index in self.indices(step))
 
 
-class DPOStepper(ABC):
+class DPOStepper:
     """A trainer that takes one optimizer step on the next pairs each time it is called.
 
     A method `ready`, if there is one, does what is outside of a step's time.
@@ -74,9 +73,9 @@ class DPOStepper(ABC):
         self.row: dict[str, float] = {}
         self.learned: list[tuple[float, float]] = []  # loss and gradient norm of each step
 
-    @abstractmethod
     def step(self, indices: Sequence[int]) -> dict[str, float]:
-        """One optimizer step on these pairs; its row."""
+        """One optimizer step on these pairs; its metrics."""
+        raise NotImplementedError
 
     def __call__(self) -> None:
         self.row = self.step(self.task.indices(self.done))
@@ -161,15 +160,12 @@ class TrlDPO(DPOStepper):
         quiet()
         datasets.disable_progress_bars()
         ours = DPOConfig(model=str(task.folder))
-        with random_weights():
-            from transformers import AutoModelForCausalLM
-
-            base = AutoModelForCausalLM.from_pretrained(
-                str(task.folder),
-                dtype=task.dtype,
-                device_map={"": task.device},
-                quantization_config=nf4_settings(task.dtype) if task.case.load_in_4bit else None,
-            )
+        base = random_model(
+            str(task.folder),
+            dtype=task.dtype,
+            device_map={"": task.device},
+            quantization_config=nf4_settings(task.dtype) if task.case.load_in_4bit else None,
+        )
         settings = TheirConfig(
             output_dir=str(task.folder / "trl"),
             use_cpu=task.device.type == "cpu",
@@ -189,10 +185,7 @@ class TrlDPO(DPOStepper):
             report_to=[],
             save_strategy="no",
         )
-        rows = [
-            {"prompt": text(pair.prompt), "chosen": text(pair.chosen), "rejected": text(pair.rejected)}
-            for pair in task.pairs
-        ]
+        rows = [{name: text(getattr(pair, name)) for name in ("prompt", "chosen", "rejected")} for pair in task.pairs]
         adapter = LoraConfig(
             r=ours.lora_r, lora_alpha=ours.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
         )
@@ -225,15 +218,11 @@ class TrlDPO(DPOStepper):
     def step(self, indices: Sequence[int]) -> dict[str, float]:
         # Without Triton, TRL's head also sees prompts and padding, unless its check says that Triton is there.
         patch = mock.patch("trl.trainer.utils._use_triton", return_value=True)
+        trainer, losses = self.trainer, []
         with patch if self.answers_alone else nullcontext():
-            return self.whole_step()
-
-    def whole_step(self) -> dict[str, float]:
-        trainer = self.trainer
-        losses = []
-        for index, batch in enumerate(self.batches):
-            trainer.accelerator.gradient_state._set_sync_gradients(index == len(self.batches) - 1)
-            losses.append(trainer.training_step(self.wrapped, batch))
+            for index, batch in enumerate(self.batches):
+                trainer.accelerator.gradient_state._set_sync_gradients(index == len(self.batches) - 1)
+                losses.append(trainer.training_step(self.wrapped, batch))
         norm = trainer.accelerator.clip_grad_norm_(self.wrapped.parameters(), trainer.args.max_grad_norm)
         trainer.optimizer.step()
         self.wrapped.zero_grad()

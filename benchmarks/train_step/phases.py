@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -108,16 +110,10 @@ def phase_peaks(work: Callable[[PhaseTimer], Any], device: torch.device) -> Peak
 
 def peaks_within(changes: list[tuple[int, int]], spans: list[tuple[str, int, int]]) -> dict[str, int]:
     """The highest running sum of `(when, bytes)` within each `(name, from, to)`, with what was there when it began."""
+    times = [when for when, _ in changes]
+    sums = list(accumulate((size for _, size in changes), initial=0))  # sums[i]: before change i
     peaks: dict[str, int] = {}
     for name, start, stop in spans:
-        total, peak = 0, None
-        for when, size in changes:
-            if when > stop:
-                break
-            if when >= start and peak is None:
-                peak = total
-            total += size
-            if when >= start:
-                peak = max(peak or 0, total)
-        peaks[name] = max(peaks.get(name, 0), total if peak is None else peak)
+        peak = max(sums[bisect_left(times, start) : bisect_right(times, stop) + 1])
+        peaks[name] = max(peaks.get(name, 0), peak)
     return peaks

@@ -18,7 +18,7 @@ from benchmarks.train_step.phases import OLD, OPTIMIZER, PHASES, REFERENCE, REWA
 from benchmarks.train_step.synthetic import DTYPES, FIRST_WORD, SEED, random_pairs, random_weights, text
 from onecard.algorithms.ppo import experience
 from onecard.algorithms.ppo.job import PPO
-from onecard.algorithms.ppo.sampling import make_sampler
+from onecard.algorithms.ppo.sampling import Sampler, make_sampler
 from onecard.config import PPOConfig, RewardConfig
 from onecard.data import Prompt
 from onecard.models.build import load_ppo_roles, load_roles
@@ -95,38 +95,30 @@ class PPORun:
 
         `again`: on the last one's prompts and random numbers, so that answers are hardly longer or shorter.
         """
-        job, trainer = self.job, self.trainer
+        job, trainer, real_sample = self.job, self.trainer, Sampler.sample
         if again:
             trainer.step -= 1
         else:
             _, self.indices = next(self.order)
 
-        class Sampler:
-            """The job's sampler with a timer; its episodes are kept for counting."""
+        def sample(*arguments: Any, **keywords: Any) -> Any:
+            found = timer.wrap(ROLLOUT, real_sample)(*arguments, **keywords)
+            self.episodes = list(found.episodes)
+            return found
 
-            def __getattr__(_, name: str) -> Any:
-                return getattr(sampler, name)
-
-            def sample(_, *arguments: Any, **keywords: Any) -> Any:
-                found = timer.wrap(ROLLOUT, sampler.sample)(*arguments, **keywords)
-                self.episodes = list(found.episodes)
-                return found
-
-        def role_of(roles: Any, role: str, *_: Any) -> str:
+        def pass_of(roles: Any, role: str, *_: Any) -> str:
             return PASS_OF[role]
 
-        sampler = job.sampler
         with ExitStack() as stack:
             for target, name, changed in (
-                (job, "sampler", Sampler()),
+                (Sampler, "sample", sample),
                 (job, "score", timer.wrap(REWARD, job.score)),
                 (trainer, "compute_gradients", timer.wrap(TRAIN, trainer.compute_gradients)),
                 (trainer, "optimizer_step", timer.wrap(OPTIMIZER, trainer.optimizer_step)),
+                (experience, "response_logprobs", timer.wrap(pass_of, experience.response_logprobs)),
+                (experience, "response_values", timer.wrap(VALUES, experience.response_values)),
             ):
                 stack.enter_context(mock.patch.object(target, name, changed))
-            for name, phase in (("response_logprobs", role_of), ("response_values", VALUES)):
-                changed = timer.wrap(phase, getattr(experience, name))
-                stack.enter_context(mock.patch.object(experience, name, changed))
             with timer.whole():
                 row = job.step(trainer, self.indices, no_bar())
         trainer.step += 1
@@ -139,27 +131,25 @@ class PPORun:
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """(tokens, FLOPs that cannot be left out) of each phase of the last iteration."""
-        model = self.case.model
-        found: dict[str, list[int]] = {name: [0, 0] for name in (*PHASES, WHOLE)}
+        found = {name: [0, 0] for name in (*PHASES, WHOLE)}
         for episode in self.episodes:
-            tokens, scored = len(episode), len(episode.sampling_logprobs)
-            spoken, silent = Flops.of(model, tokens, scored), Flops.of(model, tokens, 0)
+            tokens, response = len(episode), len(episode.sampling_logprobs)
+            scored, unscored = Flops.of(self.case.model, tokens, response), Flops.of(self.case.model, tokens, 0)
             work = {
                 # every token goes through once, with the keys and values of those before it at hand
-                ROLLOUT: (scored, spoken.forward),
-                REWARD: (tokens, silent.forward),
-                OLD: (tokens, spoken.forward),
-                REFERENCE: (tokens, spoken.reference),
-                VALUES: (tokens, silent.forward),
+                ROLLOUT: (response, scored.forward),
+                REWARD: (tokens, unscored.forward),
+                OLD: (tokens, scored.forward),
+                REFERENCE: (tokens, scored.reference),
+                VALUES: (tokens, unscored.forward),
                 # policy, then critic
-                TRAIN: (tokens, spoken.forward + spoken.backward + silent.forward + silent.backward),
+                TRAIN: (tokens, scored.forward + scored.backward + unscored.forward + unscored.backward),
+                OPTIMIZER: (tokens, 0),
             }
+            work[WHOLE] = (tokens, sum(flops for _, flops in work.values()))
             for name, (count, flops) in work.items():
                 found[name][0] += count
                 found[name][1] += flops
-                found[WHOLE][1] += flops
-            found[OPTIMIZER][0] += tokens
-            found[WHOLE][0] += tokens
         return {name: (count, flops) for name, (count, flops) in found.items()}
 
 

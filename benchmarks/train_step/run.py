@@ -15,8 +15,8 @@ import torch
 
 from benchmarks import measure
 from benchmarks.cli import Refused
-from benchmarks.harness import Timing, one_line
-from benchmarks.measure import free_memory
+from benchmarks.harness import one_line
+from benchmarks.measure import Timing, free_memory
 from benchmarks.records import LIMIT, OURS, WHOLE, Case, Row
 from benchmarks.render import TRL, UNSHARED
 from benchmarks.train_step import dpo, phases, ppo
@@ -61,24 +61,24 @@ class BareProducts:
     """
 
     def __init__(self, case: StepCase, device: torch.device, dtype: torch.dtype, rows: int, step: float) -> None:
-        one = 2 * rows * case.model.hidden * case.model.intermediate
-        self.sizes, self.device, self.dtype = (rows, case.model.hidden, case.model.intermediate), device, dtype
+        hidden, inner = case.model.hidden, case.model.intermediate
+        one = 2 * rows * hidden * inner
         self.times = max(1, int(min(GEMM_FLOPS[device.type], step) / one))
         self.flops = one * self.times
-        self.operands: tuple[torch.Tensor, ...] = ()
+        self.make = partial(torch.randn, device=device, dtype=dtype)
+        self.shapes = (rows, hidden), (inner, hidden)
+        self.products: measure.Work | None = None
 
     def ready(self) -> None:
         """Make the operands, and warm up."""
-        rows, hidden, inner = self.sizes
-        left = torch.randn(rows, hidden, device=self.device, dtype=self.dtype)
-        right = torch.randn(hidden, inner, device=self.device, dtype=self.dtype)
-        self.operands = left, right, left @ right
+        left, right = (self.make(*shape) for shape in self.shapes)
+        measure.gemm_work(left, right, 1)()
+        self.products = measure.gemm_work(left, right, self.times)
 
     def __call__(self) -> None:
-        left, right, out = self.operands
-        for _ in range(self.times):
-            torch.mm(left, right, out=out)
-        self.operands = ()
+        assert self.products is not None
+        self.products()
+        self.products = None
 
 
 @contextmanager
@@ -106,19 +106,18 @@ def config_of(case: StepCase, dtype: torch.dtype) -> TrainConfig:
     return dpo.config_of(Task(case, nowhere, dtype))
 
 
-def plan_of(case: StepCase, dtype: torch.dtype, device: torch.device) -> MemoryPlan:
-    """The plan of a case at its full lengths. Cases that differ in nothing that a plan depends on share one."""
-    return cached_plan(
-        replace(case, name="", memory_cap_gib=0.0, interleaved=True, mixed_lengths=False), dtype, device.type
-    )
-
-
 @lru_cache
-def cached_plan(case: StepCase, dtype: torch.dtype, device: str) -> MemoryPlan:
+def full_plan(case: StepCase, dtype: torch.dtype, device: torch.device) -> MemoryPlan:
     from transformers import AutoConfig
 
     model = AutoConfig.for_model(**case.model.settings)
-    return plan_memory(model, config_of(case, dtype), Lengths(case.prompt, case.response), torch.device(device))
+    return plan_memory(model, config_of(case, dtype), Lengths(case.prompt, case.response), device)
+
+
+def plan_of(case: StepCase, dtype: torch.dtype, device: torch.device) -> MemoryPlan:
+    """The plan of a case at its full lengths. Cases that differ in nothing that a plan depends on share one."""
+    plain = replace(case, name="", memory_cap_gib=0.0, interleaved=True, mixed_lengths=False)
+    return full_plan(plain, dtype, torch.device(device.type))
 
 
 def too_large(case: StepCase, dtype: torch.dtype) -> str | None:
@@ -199,14 +198,13 @@ def measure_case(
                 rows, found = measure_dpo(task, names or list(candidates(device)), timing, tell)
             else:
                 rows, found = measure_ppo(task, timing, tell)
+            for pair in found["learned"]:
+                if not all(map(math.isfinite, pair)):  # nothing measured of such a run means anything
+                    raise Refused(f"loss and gradient norm of a step are {pair}")
         except Refused as error:
             return replace(result, refused=str(error), found={"learned": []})
         finally:
             free_memory()
-    wrong = next((pair for pair in found["learned"] if not all(map(math.isfinite, pair))), None)
-    if wrong:  # nothing measured of such a run means anything
-        refused = f"loss and gradient norm of a step are {wrong}"
-        return replace(result, found={"learned": []}, refused=refused)
     return replace(result, rows=tuple(rows), found=found)
 
 
@@ -268,8 +266,8 @@ def measure_dpo(task: Task, names: Sequence[str], timing: Timing, tell: Tell) ->
     found = found_of(task)
     firsts: dict[str, dict[str, float]] = {}
     for group in [names] if task.case.interleaved else [[name] for name in names]:
-        more, about = measure_together(task, group, firsts, timing, tell)
-        rows, found = rows + more, about or found
+        more, ours = measure_together(task, group, firsts, timing, tell)
+        rows, found = rows + more, ours or found
         free_memory()
     return rows, found
 
@@ -296,14 +294,8 @@ def measure_together(
     check_first_steps(firsts, task.dtype)
     longest = max(pair.tokens for pair in task.pairs)
     bare = BareProducts(case, device, task.dtype, longest, step_flops(task, 0))
-    times = measure.interleave(
-        {**{name: [side] for name, side in sides.items()}, GEMMS: [bare]},
-        measure.stopwatch(device, timing.clock),
-        repeats=timing.repeats,
-        warmup=timing.warmup,
-        budget=timing.budget,
-        tick=lambda name: tell(f"{case.name}: {name}"),
-    )
+    works: dict[str, list[measure.Work]] = {**{name: [side] for name, side in sides.items()}, GEMMS: [bare]}
+    times = measure.interleave(works, device, timing, lambda name: tell(f"{case.name}: {name}"))
     timed = range(1 + timing.warmup, 1 + timing.warmup + len(times[GEMMS]))
     flops = tuple(step_flops(task, step) for step in timed)
     tokens = tuple(task.tokens(step) for step in timed)
@@ -349,15 +341,10 @@ def measure_ppo(task: Task, timing: Timing, tell: Tell) -> tuple[list[Row], dict
             iterations.run(watches[-1])
             counts.append(iterations.counts())
 
-        times = measure.interleave(
-            {WHOLE: [iterate], GEMMS: [bare]},
-            measure.stopwatch(device, timing.clock),
-            repeats=timing.repeats,
-            warmup=1,  # it makes the optimizer's states
-            budget=timing.budget,
-            least=1,  # an iteration of a large model takes a minute
-            tick=lambda name: tell(f"{case.name}: {name}"),
-        )
+        # The warm-up makes the optimizer's states. An iteration of a large model takes a minute: one is enough.
+        timing = replace(timing, warmup=1, least=1)
+        works: dict[str, list[measure.Work]] = {WHOLE: [iterate], GEMMS: [bare]}
+        times = measure.interleave(works, device, timing, lambda name: tell(f"{case.name}: {name}"))
         tell(f"{case.name}: memory")
         del watches[0], counts[0]
         held = held_bytes(iterations.roles, iterations.trainer.optimizer)

@@ -162,7 +162,7 @@ def random_model(
             setattr(module, name, quantized(module, name, value, device))
     rebuild_rotary_embeddings(model, device)
     model.tie_weights()
-    info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    info: dict[str, Any] = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     return (model.eval(), info) if output_loading_info else model.eval()
 
 
@@ -170,18 +170,10 @@ def quantized(module: nn.Module, name: str, value: torch.Tensor, device: torch.d
     """The parameter; the weight of a 4-bit layer is quantized immediately."""
     if name != "weight" or type(module).__name__ != "Linear4bit":
         return nn.Parameter(value)
-    import bitsandbytes
+    from bitsandbytes.nn import Params4bit
 
-    meta: Any = module.weight
-    unquantized: Any = bitsandbytes.nn.Params4bit(
-        value,
-        requires_grad=False,
-        compress_statistics=meta.compress_statistics,
-        quant_type=meta.quant_type,
-        quant_storage=meta.quant_storage,
-        module=module,
-    )
-    parameter: nn.Parameter = unquantized._quantize(device)
+    weight: Any = Params4bit(value, requires_grad=False, quant_type="nf4", compress_statistics=True, module=module)
+    parameter: nn.Parameter = weight.to(device)
     return parameter
 
 

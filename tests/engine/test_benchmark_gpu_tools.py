@@ -36,7 +36,7 @@ def test_every_knob_runs_dry_and_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def test_a_knob_runs_dry(tmp_path: Path) -> None:
-    assert cli.main(tune.command, ["--dry", "--knob", "chunk-rows", "--data-only", "--out", str(tmp_path)]) == 0
+    assert cli.main(tune.command, ["--dry", "--knob", "chunk-rows", "--out", str(tmp_path)]) == 0
     [path] = tmp_path.glob("*.json")
     [case] = records.load(path).cases
     assert [row.name for row in case.rows][1:4] == [OURS, "rows=256", "rows=4096"]

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("trl", reason="times TRL's own trainer")
 
 from benchmarks import cli, measure, profile_ppo, records, rollout, sharing
-from benchmarks.harness import Timing
+from benchmarks.measure import Timing
 from benchmarks.profile_ppo import Digest, Operator
 from benchmarks.records import OURS, WHOLE, Case
 from benchmarks.render import MOST_OFF, TRL, UNSHARED, off
@@ -196,7 +196,7 @@ def test_both_samplers_count_the_same_work(tmp_path):
 
 def test_wrong_log_probabilities_are_not_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rollout, "error_of_ours", lambda task: 0.1)
-    words = ["--smoke", "--case", "0.5B, bf16, 64 rows", "--output", str(tmp_path)]
+    words = ["--smoke", "--case", "0.5B, bf16, 64 rows", "--out", str(tmp_path)]
     assert cli.main(rollout.command, words) == 1
     assert "off by 0.1 nat" in capsys.readouterr().err
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from benchmarks import cli, harness, kernels, measure, records, render, targets
-from benchmarks.harness import EAGER, Candidate, Products, Timing, Unavailable, Work, eager_logprobs, takes
+from benchmarks.harness import EAGER, Candidate, Products, Unavailable, Work, eager_logprobs, takes
+from benchmarks.measure import Timing
 from benchmarks.records import LIMIT, OURS, Case, Row
 from benchmarks.shapes import Shape, Shapes, linear, logits
-from benchmarks.suite import BENCHMARKS, gae, linear_kl, linear_losses, selective
+from benchmarks.suite import BENCHMARKS, linear_kl, linear_losses, selective
 from benchmarks.suite import tokens as token_losses
 from benchmarks.suite.linear_logprobs import BENCHMARK, FORWARD, FROZEN, TENSORS, TRAINED
 
@@ -40,13 +41,13 @@ def test_times_are_interleaved_without_the_warmup_and_end_with_the_budget() -> N
     calls: list[str] = []
     works = {name: [lambda n=name, i=i: calls.append(f"{n}{i}") for i in range(2)] for name in "ab"}
     clock = iter([0, 100, 0, 100, 0, 1, 0, 2, 0, 3, 0, 4])  # a warm-up round of 100 s, then 1, 2, 3, 4 s
-    times = measure.interleave(works, measure.stopwatch(CPU, lambda: next(clock)), repeats=2, warmup=1)
+    times = measure.interleave(works, CPU, Timing(2, warmup=1, clock=lambda: next(clock)))
     assert times == {"a": [1, 3], "b": [2, 4]}
     assert all(before[1] != after[1] for before, after in zip(calls[::2], calls[1::2], strict=True))  # other inputs
     for budget, rounds in ((0.5, 3), (4.5, 5)):
         ticks = iter(range(1000))  # every call takes a second
-        seconds = measure.stopwatch(CPU, lambda ticks=ticks: float(next(ticks)))
-        assert len(measure.interleave({"a": [lambda: None]}, seconds, repeats=9, budget=budget)["a"]) == rounds
+        timing = Timing(9, budget=budget, clock=lambda ticks=ticks: float(next(ticks)))
+        assert len(measure.interleave({"a": [lambda: None]}, CPU, timing)["a"]) == rounds
 
 
 def test_peak_memory_of_known_allocations_is_exact() -> None:
@@ -114,7 +115,7 @@ def test_work_counts_every_term_by_hand() -> None:
     grid = Shape("", {"B": 2, "T": 3})
     assert token_losses.forward_work(grid, 4) == Work(6 * 13)
     assert token_losses.backward_work(grid, 4) == Work(6 * 17)
-    assert gae.work(grid, 4) == Work(6 * 17)
+    assert token_losses.gae_work(grid, 4) == Work(6 * 17)
 
 
 # --- what is wrong is not timed
@@ -144,9 +145,7 @@ PEER, RIGHT = named(eager_logprobs, EAGER, "peer"), named(eager_logprobs)
 
 
 def tiny_rows(mode: str, *chosen: Candidate) -> dict[str, Row]:
-    sets = harness.input_sets(BENCHMARK, SMALL, CPU)
-    expected = BENCHMARK.expected(sets[0], BENCHMARK.modes[TRAINED].results)
-    return {row.name: row for row in harness.measure_case(BENCHMARK, SMALL, mode, sets, expected, chosen, Timing(3))}
+    return {row.name: row for row in harness.measure_case(BENCHMARK, SMALL, mode, chosen, CPU, Timing(3))}
 
 
 @pytest.mark.parametrize(

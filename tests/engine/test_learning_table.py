@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import learning, records
-from benchmarks.learning import KL, PACKAGES, RECORD, SCORE, TASKS, VIOLATIONS, Bar, Finished, Job, after, deviations
+from benchmarks import records
+from docs.examples import learning
+from docs.examples.learning import KL, PACKAGES, RECORD, SCORE, TASKS, VIOLATIONS, Bar, Finished, Job, after, deviations
 from onecard.commands.cli import COMMANDS, make_cli
 
 
@@ -89,7 +90,7 @@ def test_a_run_that_fails_is_named_and_leaves_no_record(tmp_path, monkeypatch):
 
 
 def test_the_page_in_docs_is_of_these_tasks():
-    """After a change of tasks: `python -m benchmarks.learning --render`, and run what it then lacks."""
+    """After a change of tasks: `python -m docs.examples.learning --render`, and run what it then lacks."""
     text = (records.ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     assert learning.INTRODUCTION in text
     for task in TASKS.values():

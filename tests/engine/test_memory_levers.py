@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import memory_options, render
+from benchmarks import memory_options, records, render
 from benchmarks.measure import peak_bytes
 from benchmarks.records import Case, Row
 from onecard.config import DPOConfig, TrainConfig
@@ -216,7 +216,7 @@ def test_the_measured_table_has_every_option():
     case = Case("memory-options", "", {"pairs": 4}, "bfloat16", rows=(base, other))
     text = render.memory_summary([case], "From here.")
     assert "| `--x 1` | 1.0 | 0.0 | 2.00x |" in text
-    page = memory_options.PAGE.read_text(encoding="utf-8")
+    page = (records.ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
     assert text in render.updated(page, {"memory-options": text})
     measured = page.split("<!-- benchmark:memory-options -->")[1].split("<!-- /benchmark -->")[0]
     for option in (*memory_options.OPTIONS, memory_options.ALL):

@@ -1,4 +1,4 @@
-"""The learning table with one seed: every bar of benchmarks/learning.py, on runs made here. `make test-long`."""
+"""The learning table with one seed: every bar of docs/examples/learning.py, on runs made here. `make test-long`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import records
-from benchmarks.learning import SHARED, TASKS, Found, bar_cell, found_of, jobs_of, run_all, verdicts
+from docs.examples.learning import SHARED, TASKS, Found, bar_cell, found_of, jobs_of, run_all, verdicts
 
 pytestmark = pytest.mark.long
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.learning`: trains a small real model with every training command and writes docs/results.md.
+"""`python -m docs.examples.learning`: trains a small real model with every training command and writes docs/results.md.
 
 A task is an `onecard` command, a metric of its held-out rows, and bars that every seed has to meet. Runs go to
 `runs/results`; the page and its picture are made from their `metrics.jsonl` alone.
@@ -11,9 +11,7 @@ import json
 import os
 import runpy
 import shlex
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -22,14 +20,15 @@ from typing import Any, NamedTuple
 
 import click
 
-from benchmarks import cli, records
+from benchmarks import cli, measure, records
 from benchmarks.cli import Refused
-from onecard.reporting.plots import COLOURS, FAINT, png
+from onecard.reporting import plots
 
 # --- data. Paths are relative to the repository's root, where every run starts: commands read the same on any machine.
 
 SHARED = "../shared/data"
-LLAMA = f"{SHARED}/models/TinyStories-656K"
+MODEL = "TinyStories-656K"
+LLAMA = f"{SHARED}/models/{MODEL}"
 STORIES, POLITENESS = f"{SHARED}/text/tinystories.jsonl", f"{SHARED}/prefs/rasbt_politeness.jsonl"
 MADE = "runs/results-data"
 JOY, LABELLED = f"{MADE}/joy.jsonl", f"{MADE}/labelled.jsonl"
@@ -87,7 +86,6 @@ class Task:
 
     name: str
     title: str
-    model: str
     data: str
     arguments: tuple[str, ...]
     metric: str  # of the evaluations: the first is before training, the last after
@@ -131,12 +129,11 @@ def over_the_majority(rows: Rows, other: Rows) -> float:
     return labels - majority
 
 
-TINY = "TinyStories-656K"
 ON_A_CPU = " --no_padding_free --save_steps 0"  # packed, each of these short texts would be an attention call
 
 
 def task(name: str, title: str, data: str, command: str, metric: str, unit: str, *bars: Bar, **more: Any) -> Task:
-    return Task(name, title, TINY, data, tuple((command + ON_A_CPU).split()), metric, unit, bars, **more)
+    return Task(name, title, data, tuple((command + ON_A_CPU).split()), metric, unit, bars, **more)
 
 
 JOYFUL = (
@@ -279,6 +276,8 @@ TASKS: dict[str, Task] = {
 # --- runs
 
 RECORD = "learning.json"
+PAGE = records.ROOT / "docs" / "results.md"
+RUNS = Path("runs/results")
 
 
 @dataclass(frozen=True)
@@ -344,16 +343,15 @@ def run(job: Job, origin: Mapping[str, Any]) -> str:
     job.output.mkdir(parents=True, exist_ok=True)
     sources = [str(records.ROOT / part) for part in ("engine", "kernels")] + [os.environ.get("PYTHONPATH", "")]
     own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sources))}
-    command, began = [sys.executable, "-m", "onecard", *job.arguments, "--overwrite"], time.monotonic()
-    with open(log, "wb") as file:
-        process = subprocess.Popen(command, cwd=records.ROOT, env={**os.environ, **own}, stdout=file, stderr=file)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+    command = [sys.executable, "-m", "onecard", *job.arguments, "--overwrite"]
+    code, seconds, usage = measure.run_process(command, log, own)
+    if code:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return f"{name}: exit status {process.returncode}: {lines[-1] if lines else 'no output'} ({log})"
-    seconds = round(time.monotonic() - began, 1), round(usage.ru_utime + usage.ru_stime, 1)
-    record = Finished(job.command, **origin, date=records.now(), wall_seconds=seconds[0], cpu_seconds=seconds[1])
+        return f"{name}: exit status {code}: {lines[-1] if lines else 'no output'} ({log})"
+    cpu = usage.ru_utime + usage.ru_stime
+    record = Finished(
+        job.command, **origin, date=records.now(), wall_seconds=round(seconds, 1), cpu_seconds=round(cpu, 1)
+    )
     records.write_atomically(job.folder / RECORD, (json.dumps(asdict(record), indent=1) + "\n").encode())
     return ""
 
@@ -372,7 +370,7 @@ def run_all(jobs: Sequence[Job], at_a_time: int) -> list[str]:
             for done, future in enumerate(as_completed(futures), start=1):
                 failures += filter(None, [future.result()])
                 click.echo(f"{done} of {len(waiting)}: {futures[future].folder.name}", err=True)
-        finally:  # the runs themselves end by the same Ctrl-C
+        finally:  # Ctrl-C ends the runs too
             pool.shutdown(cancel_futures=True)
     return failures
 
@@ -384,9 +382,9 @@ COLUMNS = 4  # panels in a row of the picture
 PACKAGES = ("python", "torch", "transformers")
 INTRODUCTION = """\
 Every training command on a small pretrained model and small real data: a number on held-out rows before and after
-training, and its bar, the value that it must reach in `make test-long`. `python -m benchmarks.learning` makes the runs,
-this page and the picture; no number here is typed by hand. The data is in `../shared/data`, beside the repository; what
-[benchmarks/learning.py](../benchmarks/learning.py) makes from it goes to `runs/results-data`.
+training, and its bar, the value that it must reach in `make test-long`. `python -m docs.examples.learning` makes the
+runs, this page and the picture; no number here is typed by hand. The data is in `../shared/data`, beside the
+repository; what [examples/learning.py](examples/learning.py) makes from it goes to `runs/results-data`.
 
 Numbers are means over seeds, with the smallest and the largest; a bar is met if every seed meets it. The models are so
 small that a run takes a minute on one processor core. The table shows that the algorithms work, not how good a larger
@@ -455,7 +453,7 @@ def table(found: Sequence[Found]) -> list[str]:
         before, after = [spread([edge[end] for edge in edges]) if edges else NONE for end in (0, 1)]
         cells = [
             f"`{task.name}`: {task.title}",
-            f"{task.model}; {task.data}",
+            f"{MODEL}; {task.data}",
             task.unit,
             str(len(each.runs)) if each.runs else "not run",
             before,
@@ -511,65 +509,49 @@ def page(found: Sequence[Found], picture: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def curves(found: Sequence[Found]) -> Any:
-    """A panel for each task with the evaluations of each seed. Panels of one metric share their axis."""
-    from matplotlib.figure import Figure
-
-    shown = [each for each in found if each.runs]
-    count = -(-len(shown) // COLUMNS)
-    figure = Figure(figsize=(3.6 * COLUMNS, 2.7 * count), layout="constrained", facecolor="white")
-    axes = list(figure.subplots(count, COLUMNS, squeeze=False).flat)
-    first: dict[str, Any] = {}
-    for axis, each in zip(axes, shown, strict=False):
-        if first.setdefault(each.task.metric, axis) is not axis:
-            axis.sharey(first[each.task.metric])
-        for run, colour in zip(each.runs, COLOURS * len(each.runs), strict=False):
-            points = [(row["step"], row[each.task.metric]) for row in run.rows if each.task.metric in row]
-            steps, values = zip(*points, strict=True)
-            axis.plot(steps, values, color=colour, marker="o", markersize=3, linewidth=1.3, label=f"seed {run.seed}")
-        axis.set_title(each.task.name, loc="left", fontsize=10, fontweight="bold")
-        axis.set_ylabel(each.task.metric.removeprefix("eval_"), fontsize=8)
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=8, length=0)
-        axis.grid(color=FAINT, linewidth=0.7)
-        for side in axis.spines.values():
-            side.set_visible(False)
-    for axis in axes[len(shown) :]:
-        axis.set_visible(False)
-    axes[0].legend(fontsize=8, frameon=False)
-    return figure
+def panel(found: Found) -> plots.Panel:
+    """The evaluations of each seed."""
+    metric = found.task.metric
+    rows = [
+        {"step": row["step"], f"eval_seed {run.seed}": row[metric]}
+        for run in found.runs
+        for row in run.rows
+        if metric in row
+    ]
+    names = tuple(f"seed {run.seed}" for run in found.runs)
+    return plots.Panel(rows, names, found.task.name, metric.removeprefix("eval_"))
 
 
 def write_page(path: Path, found: Sequence[Found]) -> list[Path]:
     """The page, and its picture beside it where there is any run."""
     picture = path.with_name(f"{path.stem}-curves.png")
     written = [path]
-    if any(each.runs for each in found):
-        records.write_atomically(picture, png(curves(found)))
+    panels = [panel(each) for each in found if each.runs]
+    if panels:
+        rows = [panels[first : first + COLUMNS] for first in range(0, len(panels), COLUMNS)]
+        records.write_atomically(picture, plots.png(plots.grid(rows)))
         written.append(picture)
     records.write_atomically(path, page(found, picture.name).encode())
     return written
 
 
-@click.command(context_settings={"max_content_width": 120})
+@click.command(context_settings=cli.SETTINGS)
 @click.option("--only", multiple=True, type=click.Choice(list(TASKS)), help="A task; several times. Default: all.")
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(min=1), help="Seeds 1 to N of each task.")
 @click.option("--jobs", default=2, show_default=True, type=click.IntRange(min=1), help="Runs at a time.")
-@click.option("--output", default="runs/results", show_default=True, help="Folder of the runs.")
-@click.option("--page", "target", default="docs/results.md", show_default=True, help="The page; a PNG goes beside it.")
 @click.option("--render", is_flag=True, help="Write the page from the finished runs; run nothing.")
-def command(only: tuple[str, ...], seeds: int, jobs: int, output: str, target: str, render: bool) -> None:
-    """Run each task of the table through the `onecard` command line, and write the page with the results.
+def command(only: tuple[str, ...], seeds: int, jobs: int, render: bool) -> None:
+    """Run each task of the table through the `onecard` command line, and write docs/results.md with the results.
 
-    A finished run is kept until its command changes or its folder is removed. The page has all tasks. The exit status
-    is 1 if a run fails.
+    A finished run is kept until its command changes or its folder is removed; a change of the code does not make it
+    again. The page has all tasks. The exit status is 1 if a run fails.
 
     \b
-    python -m benchmarks.learning                             all of it (a quarter of an hour on two idle cores)
-    python -m benchmarks.learning --only sft --seeds 1        one run
-    python -m benchmarks.learning --render                    the page again
+    python -m docs.examples.learning                             all of it (a quarter of an hour on two idle cores)
+    python -m docs.examples.learning --only sft --seeds 1        one run
+    python -m docs.examples.learning --render                    the page again
     """
-    all_jobs = jobs_of(Path(output), seeds)
+    all_jobs = jobs_of(RUNS, seeds)
     failures: list[str] = []
     if not render:
         if not (records.ROOT / SHARED).is_dir():
@@ -577,7 +559,7 @@ def command(only: tuple[str, ...], seeds: int, jobs: int, output: str, target: s
         wanted = {name for name in TASKS if not only or name in only}
         wanted |= {TASKS[name].against for name in wanted} - {""}
         failures = run_all([job for name in TASKS if name in wanted for job in all_jobs[name]], jobs)
-    for path in write_page(Path(target), found_of(all_jobs)):
+    for path in write_page(PAGE, found_of(all_jobs)):
         click.echo(f"wrote {path}")
     if failures:
         raise Refused("; ".join(failures))
