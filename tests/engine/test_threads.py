@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from onecard.utils import threads
+
 PROGRAM = """
 import os, sys
 from onecard.data import tokens
@@ -68,3 +70,17 @@ def test_a_command_configures_its_threads():
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     done = subprocess.run([sys.executable, "-c", COMMAND], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "PASSIVE false"
+
+
+@pytest.mark.parametrize(
+    ("users", "expected"),
+    [
+        ({}, ("PASSIVE", "600")),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ("ACTIVE", None)),
+        ({"GOMP_SPINCOUNT": "9"}, ("PASSIVE", "9")),
+    ],
+)
+def test_waiting_threads_spin_shortly_unless_the_user_decides(monkeypatch, users, expected):
+    monkeypatch.setattr(os, "environ", {"TOKENIZERS_PARALLELISM": "false", **users})
+    threads.configure()
+    assert (os.environ["OMP_WAIT_POLICY"], os.environ.get("GOMP_SPINCOUNT")) == expected

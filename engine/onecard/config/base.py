@@ -87,7 +87,7 @@ class TrainConfig(ModelConfig):
     overwrite: bool = option(False, "Replace a run that output_dir already holds.")
     dry_run: bool = option(
         False,
-        "Print the settings, each role's parameters and the first example with its mask; train nothing.",
+        "Print the settings, each role's parameters and the first example with learned tokens marked; train nothing.",
     )
     seed: int = option(42, "Seed of the data order and of every new weight.")
 
@@ -100,10 +100,14 @@ class TrainConfig(ModelConfig):
     )
     lora_target_modules: list[str] = option(
         ["all-linear"],
-        "Layers that get an adapter. all-linear: all linear layers except the head, experts and routers.",
+        "Names of layers that get an adapter; may be given several times. all-linear: all linear layers except the "
+        "head, experts and routers.",
     )
 
-    optim: Optim = option("adamw_torch", "Optimizer: adamw_torch, or bitsandbytes' 8-bit AdamW, plain or paged.")
+    optim: Optim = option(
+        "adamw_torch",
+        "Optimizer. adamw_8bit: bitsandbytes' 8-bit AdamW; paged_adamw_8bit: its states can move to host memory.",
+    )
     learning_rate: float = option(1e-4, "Peak learning rate.", least=0)
     lr_scheduler_type: Scheduler = option("linear", "Schedule of the learning rate after the warm-up.")
     warmup_steps: float = option(0.0, "Steps of linear warm-up; below 1: that share of all steps.", least=0)
@@ -115,18 +119,20 @@ class TrainConfig(ModelConfig):
     num_train_epochs: float = option(1.0, "Passes over the training rows.", least=0)
     max_steps: int = option(-1, "Number of steps; overrides num_train_epochs if above 0.")
     per_device_train_batch_size: int = option(
-        8, "Sequences (for reward and dpo: pairs) in one micro-batch. With micro_batch_tokens, it does not "
-        "limit micro-batches, and only sets how many sequences a step has.", least=1,
+        8, "Sequences (for reward and dpo: pairs) in one micro-batch. With micro_batch_tokens, it "
+        "sets only how many sequences a step has.", least=1,
     )  # fmt: skip
     gradient_accumulation_steps: int = option(1, "Micro-batches in one optimizer step.", least=1)
-    per_device_eval_batch_size: int = option(16, "Sequences (pairs) in one evaluation micro-batch.", least=1)
+    per_device_eval_batch_size: int = option(
+        16, "Sequences (for reward and dpo: pairs) in one pass of an evaluation.", least=1
+    )
     micro_batch_tokens: int = option(
-        0, "Tokens in one micro-batch. It limits memory and does not change the result (except with kto, which "
+        0, "Most tokens in one micro-batch. It limits memory and does not change the result (except with kto, which "
         "estimates its KL in each micro-batch). 0: per_device_train_batch_size sequences.", least=0,
     )  # fmt: skip
     head_chunk_tokens: int = option(
-        0, "Tokens whose logits are in memory at a time; fewer take less memory and more time. 0: chosen for the "
-        "device.", least=0,
+        0, "Tokens whose logits are in memory at a time; fewer take less memory and more time. 0: the "
+        "device's default.", least=0,
     )  # fmt: skip
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass: less memory, about a third slower."
@@ -140,7 +146,7 @@ class TrainConfig(ModelConfig):
         0, "Steps between evaluations on held-out rows; 0: only before and after training.", least=0
     )
     save_steps: int = option(100, "Steps between checkpoints; 0: only after the last step.", least=0)
-    save_total_limit: int = option(2, "Checkpoints to keep, newest first.", least=1)
+    save_total_limit: int = option(2, "Number of checkpoints to keep, the newest ones.", least=1)
 
     def validate(self) -> None:
         super().validate()
@@ -174,14 +180,14 @@ class PolicyTrainConfig(TrainConfig):
     eval_samples: int = option(
         4, "Held-out prompts that are answered at each evaluation, for samples.jsonl and the report; 0: none.", least=0
     )
-    eval_sample_length: int = option(64, "Longest of those answers, in tokens.", least=1)
+    eval_sample_length: int = option(64, "Longest answer to an eval_samples prompt, in tokens.", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
     """The reference model of the commands that have one."""
 
-    ref_adapter: str = option("", "Adapter folder of the reference. Empty: the reference is the policy at the start.")
+    ref_adapter: str = option("", "Folder of an adapter to use as the reference. Empty: the policy before training.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,10 +197,13 @@ class ScoringConfig:
     reward_model_path: str = option(
         "", "Reward adapter that `onecard reward` trained on the same base, or any Hugging Face sequence classifier."
     )
-    reward_label: str = option("", "Label, by name or number, that is the reward of a classifier with several labels.")
+    reward_label: str = option(
+        "", "For a classifier with several labels: the label, by name or number, whose log-odds are the reward."
+    )
     reward_funcs: list[str] = option(
-        [], "fluency, relevance, diversity, length, exact_answer, regex:PATTERN, or a Python function: module:function "
-        "or file.py:function. May be given several times, or as one line: '0.5*fluency + 2*judge.py:polite'.",
+        [], "fluency, relevance, diversity, length, length:N, exact_answer, regex:PATTERN, or a Python function: "
+        "module:function or file.py:function. May be given several times, or as one line: "
+        "'0.5*fluency + 2*judge.py:polite'.",
     )  # fmt: skip
     reward_weights: list[float] = option(
         [], "One weight for each reward: the reward model's first, then those of reward_funcs in order. Empty: the "
@@ -204,7 +213,9 @@ class ScoringConfig:
         0.0, "Subtracted from the score of a response that reached the length limit before it ended.", least=0
     )
     reward_timeout: float = option(
-        60.0, "Report a reward function that runs longer than this many seconds; it is not stopped. 0: never.", least=0
+        60.0,
+        "Print a message when a reward function runs longer than this many seconds; it is not stopped. 0: never.",
+        least=0,
     )
 
 
@@ -213,9 +224,9 @@ class SamplingConfig(ModelConfig):
     """Sampling settings of `generate` and `chat`."""
 
     max_new_tokens: int = option(128, "Longest response in tokens.", least=1)
-    temperature: float = option(1.0, "Divides the logits; 0: the likeliest token each time.", least=0)
+    temperature: float = option(1.0, "Divides the logits; 0: greedy decoding.", least=0)
     top_p: float = option(1.0, "Sample from the smallest set of tokens with this total probability.", least=0)
-    top_k: int = option(0, "Sample from this number of the likeliest tokens; 0: all.", least=0)
+    top_k: int = option(0, "Sample from the top_k likeliest tokens; 0: from all.", least=0)
     seed: int = option(42, "Seed of the sampling.")
 
     def validate(self) -> None:

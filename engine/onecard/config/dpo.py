@@ -36,20 +36,28 @@ class DPOConfig(ReferenceConfig, PolicyTrainConfig):
     INPUTS: ClassVar[tuple[str, ...]] = (*TrainConfig.INPUTS, "ref_adapter")
 
     learning_rate: float = option(5e-5, "Peak learning rate.", least=0)
-    beta: float = option(0.1, "Weight of the reference; a larger beta keeps the policy closer to it.", least=0)
+    beta: float = option(
+        0.1,
+        "A larger beta keeps the policy closer to the reference. In simpo and cpo it scales the log-probs, in orpo "
+        "it is the weight of the odds ratio.",
+        least=0,
+    )
     loss_type: list[str] = option(
         ["sigmoid"], "sigmoid, ipo, hinge, discopop, robust, exo_pair, nca_pair, bco_pair, sppo_hard, aot, "
-        "aot_unpaired, apo_zero, apo_down, sigmoid_norm or sft; several are summed with loss_weights. Without a "
-        "reference: simpo, orpo, cpo. From labelled answers: kto, apo_zero_unpaired. These five cannot be summed.",
+        "aot_unpaired, apo_zero, apo_down, sigmoid_norm or sft; may be given several times: the losses are "
+        "summed, weighted by loss_weights. Without a reference: simpo, orpo, cpo. From labelled answers: kto, "
+        "apo_zero_unpaired. These five cannot be summed.",
     )  # fmt: skip
     loss_weights: list[float] = option([], "One weight for each loss_type; empty: 1 each.")
     label_smoothing: float = option(
         0.0, "Probability that a label is flipped, 0 to 0.5; used by sigmoid (cDPO), sigmoid_norm, aot, aot_unpaired, "
         "simpo, cpo, robust (below 0.5) and exo_pair (above 0).", least=0,
     )  # fmt: skip
-    f_divergence_type: Divergence = option("reverse_kl", "Divergence to the reference.")
-    f_alpha_divergence_coef: float = option(0.5, "alpha of alpha_divergence.")
-    discopop_tau: float = option(0.05, "Temperature of discopop.")
+    f_divergence_type: Divergence = option(
+        "reverse_kl", "Divergence to the reference, for losses of the difference between the two answers."
+    )
+    f_alpha_divergence_coef: float = option(0.5, "alpha of f_divergence_type alpha_divergence.")
+    discopop_tau: float = option(0.05, "Temperature of the blend of logistic and exponential loss in discopop.")
     use_weighting: bool = option(False, "Weight each pair by how likely its answers are under the policy (WPO).")
     simpo_gamma: float = option(0.5, "Target margin of simpo.")
     cpo_alpha: float = option(1.0, "Weight of the likelihood of the chosen answer in cpo.", least=0)

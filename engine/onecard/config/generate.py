@@ -14,7 +14,7 @@ class GenerateConfig(SamplingConfig):
     prompt: list[str] = option([], "A prompt; may be given several times.")
     dataset: str = option("", "Rows with a `prompt` column, instead of --prompt.")
     dataset_split: str = option("test", "Split to use when dataset is a folder or a hub dataset.")
-    output: str = option("", "Write JSONL rows `prompt, completion` here. Empty: print them.")
+    output: str = option("", "JSON lines file for rows with `prompt` and `completion`. Empty: print them.")
     overwrite: bool = option(False, "Replace the output file if it exists.")
     num_generations: int = option(1, "Responses to each prompt.", least=1)
     batch_size: int = option(16, "Prompts generated together.", least=1)

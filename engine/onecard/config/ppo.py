@@ -38,18 +38,22 @@ class PPOConfig(ReferenceConfig, ScoringConfig, TrainConfig):
         "skip", "skip: an answer that violates the constraint gives no gradient. lagrangian: its cost times a "
         "multiplier is subtracted from its score; the multiplier is adapted so that the mean cost nears the threshold.",
     )  # fmt: skip
-    constraint_lambda: float = option(1.0, "Multiplier of lagrangian in the first iteration.", least=0)
-    constraint_lambda_lr: float = option(0.1, "Step size of the multiplier's adaptation.", least=0)
+    constraint_lambda: float = option(1.0, "Multiplier of constraint_mode lagrangian in the first iteration.", least=0)
+    constraint_lambda_lr: float = option(0.1, "Learning rate of the multiplier of constraint_mode lagrangian.", least=0)
 
     total_episodes: int = option(
-        0, "Responses to sample in all; 0: num_train_epochs over the prompts. max_steps overrides both.", least=0
+        0,
+        "Responses to sample in all; 0: enough for num_train_epochs passes over the prompts. max_steps overrides both.",
+        least=0,
     )
     batch_size: int = option(
         0, "Responses in one iteration; 0: num_mini_batches minibatches of per_device_train_batch_size "
         "* gradient_accumulation_steps.", least=0,
     )  # fmt: skip
     num_mini_batches: int = option(
-        4, "Minibatches, each an optimizer step, in an iteration; not used if batch_size is given.", least=1
+        4,
+        "Minibatches, each an optimizer step, in one pass over an iteration; not used if batch_size is given.",
+        least=1,
     )
     num_ppo_epochs: int = option(4, "Passes over an iteration's responses.", least=1)
     num_generations: int = option(1, "Responses to each prompt; batch_size counts all of them.", least=1)
@@ -65,7 +69,7 @@ class PPOConfig(ReferenceConfig, ScoringConfig, TrainConfig):
     )
 
     kl_coef: float = option(0.05, "Weight of the KL to the reference in each token's reward.", least=0)
-    kl_estimator: KLEstimator = option("k1", "Estimator of that KL from the sampled token.")
+    kl_estimator: KLEstimator = option("k1", "Estimator of the KL of a token: k1, k2 or k3 (Schulman).")
     adap_kl_ctrl: bool = option(False, "Adapt kl_coef, so that objective/kl approaches adap_kl_target.")
     adap_kl_target: float = option(6.0, "The KL per response, in nats, that adap_kl_ctrl aims at.", least=0)
     adap_kl_horizon: int = option(10000, "Episodes over which adap_kl_ctrl adapts; smaller is faster.", least=1)
@@ -84,19 +88,23 @@ class PPOConfig(ReferenceConfig, ScoringConfig, TrainConfig):
         False, "Add the critic's value of the state after the last token to the return of a truncated answer."
     )
     gamma: float = option(1.0, "Discount of later rewards, per token.", least=0)
-    lam: float = option(0.95, "lambda of GAE: 1 is Monte-Carlo, 0 is one step ahead.", least=0)
+    lam: float = option(0.95, "lambda of GAE: 1: Monte-Carlo returns; 0: one-step TD.", least=0)
     whiten_rewards: bool = option(
         False, "Scale the rewards of an iteration to standard deviation 1, keeping their mean."
     )
     cliprange: float = option(0.2, "The policy's ratio is clipped to 1 - cliprange .. 1 + cliprange.", least=0)
     cliprange_high: float = option(0.0, "Upper clip range (DAPO's clip-higher); 0: the same as cliprange.", least=0)
     dual_clip: float = option(
-        0.0, "Limits the loss of tokens with a negative advantage; above 1, or 0 for off.", least=0
+        0.0, "Limits the loss of tokens with a negative advantage A to dual_clip * |A|; above 1, or 0 for off.", least=0
     )
-    cliprange_value: float = option(0.2, "Values move at most this far from the old ones; 0: not clipped.", least=0)
+    cliprange_value: float = option(
+        0.2, "The value loss clips values to this distance from the old ones; 0: no clipping.", least=0
+    )
     vf_coef: float = option(0.1, "Weight of the value loss.", least=0)
     entropy_coef: float = option(0.0, "Weight of the entropy bonus.", least=0)
-    value_init: ValueInit = option("reward", "The critic starts as the reward model (if there is one), or at zero.")
+    value_init: ValueInit = option(
+        "reward", "reward: the critic starts as the reward adapter, if there is one; zero: with a head of zeros."
+    )
 
     @property
     def minibatch_size(self) -> int:
