@@ -77,16 +77,17 @@ def write_material(folder: Path) -> Path:
 def cases(material: Path) -> dict[str, Case]:
     model, often = f"--model {material / 'model'}", "--max_steps 4 --save_steps 1 --logging_steps 1 --eval_steps 2"
     small = f"{model} {often} --test_size 4 --learning_rate 1e-2 --per_device_train_batch_size 4"
+    sampled = f"{small} --eval_sample_length 8"
     stop_strings = " ".join(f"--stop_token {token}" for token in STOPS)
     score = f"--reward_funcs {material / 'good.py'}:score"
     ppo = f"{score} --batch_size 8 --num_ppo_epochs 2 --response_length 8 {stop_strings}"
     adapter, prompts = f"--model {material / 'adapter' / 'policy'}", f"--dataset {material / 'prompts.jsonl'}"
     labels = f"--loss_type kto --dataset {material / 'labels.jsonl'}"
     told: dict[str, tuple[str, str, str | None]] = {
-        "sft": (f"sft {small} --dataset {material / 'sft.jsonl'} --output_dir {{}}/run", "run", "--resume"),
+        "sft": (f"sft {sampled} --dataset {material / 'sft.jsonl'} --output_dir {{}}/run", "run", "--resume"),
         "reward": (f"reward {small} --dataset {material / 'pairs.jsonl'} --output_dir {{}}/run", "run", "--resume"),
-        "dpo": (f"dpo {small} --dataset {material / 'pairs.jsonl'} --output_dir {{}}/run", "run", "--resume"),
-        "dpo, kto": (f"dpo {small} {labels} --output_dir {{}}/run", "run", "--resume"),
+        "dpo": (f"dpo {sampled} --dataset {material / 'pairs.jsonl'} --output_dir {{}}/run", "run", "--resume"),
+        "dpo, kto": (f"dpo {sampled} {labels} --output_dir {{}}/run", "run", "--resume"),
         "ppo": (f"ppo {small} {ppo} {prompts} --output_dir {{}}/run", "run", "--resume"),
         "merge": (f"merge {adapter} --output_dir {{}}/merged", "merged", None),
         "evaluate": (

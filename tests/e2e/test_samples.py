@@ -57,7 +57,7 @@ def test_answers_are_kept_and_change_nothing(onecard, monkeypatch, tmp_path, tin
 
 def test_a_response_without_room_in_the_context_is_not_asked_for(onecard, tmp_path, tiny_model, pairs, quick):
     """128 positions: no prompt fits beside 128 tokens."""
-    flags = arguments(tiny_model, pairs, tmp_path / "run", "--eval_sample_length", 128)
+    flags = arguments(tiny_model, pairs, tmp_path / "run", "--eval_samples", 4, "--eval_sample_length", 128)
     flags[flags.index("--max_steps") + 1] = "1"
     assert onecard("dpo", *flags).code == 0
     assert samples(tmp_path / "run") == []

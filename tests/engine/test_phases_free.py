@@ -29,6 +29,7 @@ from onecard.rewards.scorer import load_scorer
 from onecard.rollout import Sampling
 from onecard.training.trainer import Objective, Trainer
 from onecard.utils.progress import progress
+from tests.grid import grid
 
 SEQUENCES, PROMPT, RESPONSE = 8, 40, 24
 
@@ -79,11 +80,6 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def make_test_has(name):
-    """All settings; those that are not `name` in the grid."""
-    return [pytest.param(each, marks=() if each == name else pytest.mark.grid) for each in SETTINGS]
-
-
 def ppo_job(model, reward, **settings):
     config = PPOConfig(
         model=str(model), reward_model_path=str(reward), reward_funcs=["fluency"], per_device_train_batch_size=4,
@@ -108,7 +104,7 @@ def states_of(trainer) -> list:
     return [list(trainer.optimizer.state.values()), getattr(trainer.optimizer, "masters", [])]
 
 
-@pytest.mark.parametrize("settings", make_test_has("all levers"))
+@pytest.mark.parametrize("settings", grid(SETTINGS, ["all levers"]))
 def test_after_each_ppo_phase_only_records_are_left(tiny_model, reward, settings):
     """Rollout, judgement, passes, learning, evaluation, by themselves and then as iterations."""
     config, job, roles = ppo_job(tiny_model, reward, **SETTINGS[settings])
@@ -142,7 +138,7 @@ def test_after_each_ppo_phase_only_records_are_left(tiny_model, reward, settings
         assert alive.storages(states_of(trainer)) == rows[2][1]
 
 
-@pytest.mark.parametrize("settings", make_test_has("NF4, padded"))
+@pytest.mark.parametrize("settings", grid(SETTINGS, ["NF4, padded"]))
 def test_after_a_dpo_step_nothing_is_left(tiny_model, settings):
     """Gradients are gone, the metrics are numbers; the second step and its evaluation leave as much as the first."""
     config = DPOConfig(model=str(tiny_model), per_device_train_batch_size=4, **SETTINGS[settings])

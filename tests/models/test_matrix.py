@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.grid import grid
 from tests.models.checks import CHECKS
 from tests.models.matrix import make_row
 
@@ -39,9 +40,7 @@ def test_numbers_are_those_of_plain_transformers(name: str) -> None:
     assert row.cells == dict.fromkeys(NUMBERS, "exact")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in WITH_COMMANDS else pytest.mark.grid) for name in FAMILIES]
-)
+@pytest.mark.parametrize("name", grid(FAMILIES, WITH_COMMANDS))
 def test_commands_have_the_numbers_of_plain_transformers(name: str) -> None:
     columns = [column for column in CHECKS if column not in NUMBERS]
     assert make_row(name, columns).cells == dict.fromkeys(columns, "exact")
