@@ -1,7 +1,7 @@
 """300 random inputs, of which `make test` has 90: settings, data files, run folders and reward functions.
 
-Whatever comes in, a command ends with exit code 0, 2 or 130, without a traceback, leaves nothing half-written, and
-changes nothing of anybody else's. A command that refuses has changed nothing at all.
+Each command ends with exit code 0, 2 or 130 and without a traceback, leaves no half-written file, and changes no file
+that is not its own. A command that refuses changes no file at all.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CONFIGS = {
 }  # fmt: skip
 TRAINING = ("sft", "reward", "dpo", "ppo")
 LONGEST = 90  # seconds that one command may take
-# Each kind of input in so many tests, for the sake of workers.
+# Each kind of input is divided into ten tests, which workers share.
 PARTS = [*range(3), *(pytest.param(part, marks=pytest.mark.grid) for part in range(3, 10))]
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -70,7 +70,7 @@ def in_time() -> Iterator[None]:
 
 
 class Fuzz:
-    """Runs commands in a folder that holds files of somebody else too."""
+    """Runs commands in a folder that also holds files of somebody else."""
 
     def __init__(self, onecard: Callable[..., Any], folder: Path) -> None:
         self.onecard, self.folder = onecard, folder
@@ -80,7 +80,7 @@ class Fuzz:
         (self.notes / ".mine.tmp").write_text("mine")
 
     def run(self, *words: object, its_own: str = "") -> int:
-        """Run a command, check all that is said above, and return its exit code.
+        """Run a command, check what the top of this file says, and return its exit code.
 
         A command that fails may leave files whose names begin with `its_own`.
         """
