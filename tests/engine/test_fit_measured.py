@@ -124,6 +124,7 @@ def test_the_plan_is_what_the_profiler_sees(case, folders, request, tmp_path):
     check_close(*compared(config, tmp_path))
 
 
+@pytest.mark.grid
 def test_a_rollouts_cache_at_its_final_length(folders):
     """Short prompts and long answers: most is held when the last token is drawn."""
     config = PPOConfig(model=str(folders / "llama"), response_length=240, **STEP, num_mini_batches=1)
