@@ -89,7 +89,11 @@ def write_policy(config: DPOConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("work", "least"), [(start, 8), (go_on, 6), (overwrite, 18), (save, 10), (write_policy, 8)],
+    ("work", "least"),
+    [
+        (overwrite, 18), (save, 10),
+        *(pytest.param(*each, marks=pytest.mark.grid) for each in ((start, 8), (go_on, 6), (write_policy, 8))),
+    ],
     ids=lambda value: getattr(value, "__name__", ""),
 )  # fmt: skip
 def test_a_run_killed_before_any_file_operation_can_go_on(
