@@ -167,17 +167,17 @@ with run_folder.locked(run):
 """
 
 
-@pytest.mark.parametrize("changes", [{}, {"resume": True}, {"overwrite": True}])
-def test_a_folder_that_another_process_uses_is_refused(config, changes):
+def test_a_folder_that_another_process_uses_is_refused(config):
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, config.output_dir], stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         before = tree(Path(config.output_dir))
-        with pytest.raises(OnecardError, match=f"process {other.pid} is running in "):
-            run_folder.open_run(replace(config, **changes))
-        assert tree(Path(config.output_dir)) == before
+        for changes in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(OnecardError, match=f"process {other.pid} is running in "):
+                run_folder.open_run(replace(config, **changes))
+            assert tree(Path(config.output_dir)) == before
         other.kill()  # the lock dies with its process
     assert begin(replace(config, resume=True)).is_dir()
 
