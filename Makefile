@@ -8,7 +8,7 @@ SOURCES := pyproject.toml setup.py constraints.txt
 help:
 	@echo "make demo   install into .venv, then SFT, reward model, DPO and PPO from nothing in a few minutes (runs/demo/report.html)"
 	@echo "make test   install into .venv with the test tools, then lint, types and the tests"
-	@echo "make test-all   the same with the whole of every grid, as continuous integration runs it"
+	@echo "make test-all   the same and the tests marked grid, as continuous integration runs it"
 	@echo "make test-long  the tests that 'make test' leaves out: every model family, learning runs held to bars (an hour; needs ../shared/data)"
 	@echo "make lint   ruff and mypy alone"
 	@echo "make bench  the CPU kernel benchmarks against their peers, a quarter of an hour (benchmarks/results/)"
