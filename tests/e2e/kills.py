@@ -7,6 +7,7 @@ would do: the same command with `--resume` where there is a run, with `--overwri
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import mmap
 import os
@@ -203,6 +204,9 @@ def kill_all(
     count: int, seed: int, *, only: Sequence[str] = (), told: Callable[[Kill], None] | None = None
 ) -> list[Kill]:
     """`count` kills, the commands in turns."""
+    modules = [target.partition(":")[0] for _, target, _ in cli.COMMANDS.values()]
+    for name in (*modules, "bitsandbytes", "peft"):  # here, so that no child has to
+        importlib.import_module(name)
     draw, kills = random.Random(seed), list[Kill]()
     with tempfile.TemporaryDirectory() as name:
         material = write_material(Path(name) / "material")
