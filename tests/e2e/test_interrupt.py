@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of a run: the step is finished, a checkpoint is there, and the command that is shown goes on."""
+"""Ctrl-C in a run: the step is finished, a checkpoint is written, and the command that is shown resumes the run."""
 
 from __future__ import annotations
 
