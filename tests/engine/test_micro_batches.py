@@ -143,9 +143,7 @@ PACKED = [place for place, (_, _, layout) in enumerate(CUTS) if layout == "packe
 
 
 IN_BFLOAT16 = [
-    pytest.param(
-        name, "bfloat16", marks=() if name in ("dpo, prompts shared", "ppo, critic shared") else pytest.mark.grid
-    )
+    pytest.param(name, "bfloat16", marks=() if name == "ppo, critic shared" else pytest.mark.grid)
     for name in ALGORITHMS
 ]
 
