@@ -230,9 +230,7 @@ def test_autocast_is_followed_and_noticed(step: Step) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    "step", grid([frozen, kl, logits_ppo, whole_ppo], [frozen, whole_ppo]), ids=lambda step: step.__name__
-)
+@pytest.mark.parametrize("step", grid([frozen, kl, logits_ppo, whole_ppo], [whole_ppo]), ids=lambda step: step.__name__)
 def test_the_same_on_triton(step: Step) -> None:
     trunk, plain = nn.Linear(D, D), train(step, "triton")
     compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
