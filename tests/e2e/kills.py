@@ -1,12 +1,13 @@
-"""Kill commands at random places, have them go on, and compare: `python -m tests.e2e.kills` prints the table.
+"""Kill commands at random places, resume them, and compare: `python -m tests.e2e.kills` prints the table.
 
-Half of the kills come just before a file operation of the command, half at a random moment. Going on is what a person
-would do: the same command with `--resume` where there is a run, with `--overwrite` where there is an output.
+Half of the kills come just before a file operation of the command, half at a random moment. A killed command is run
+again: with `--resume` if its run exists, with `--overwrite` if its output exists.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import mmap
 import os
@@ -38,15 +39,15 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """A command. After a kill it is run again, with the flag `goes_on` if the path `where` exists.
+    """A command. After a kill it is run again, with `resume_flag` if the path `where` exists.
 
-    `goes_on` None: the command does not replace its output, which is complete once it exists.
+    `resume_flag` None: the command does not replace its output, which is complete once it exists.
     """
 
     name: str
     words: tuple[str, ...]
     output: str  # below the folder that `{}` in the words stands for
-    goes_on: str | None
+    resume_flag: str | None
     where: str
 
 
@@ -57,7 +58,7 @@ class Kill:
     command: str
     phase: str
     between: bool
-    going_on: str
+    resumed_by: str
     equal: bool
 
 
@@ -77,16 +78,17 @@ def write_material(folder: Path) -> Path:
 def cases(material: Path) -> dict[str, Case]:
     model, often = f"--model {material / 'model'}", "--max_steps 4 --save_steps 1 --logging_steps 1 --eval_steps 2"
     small = f"{model} {often} --test_size 4 --learning_rate 1e-2 --per_device_train_batch_size 4"
+    sampled = f"{small} --eval_sample_length 8"
     stop_strings = " ".join(f"--stop_token {token}" for token in STOPS)
     score = f"--reward_funcs {material / 'good.py'}:score"
     ppo = f"{score} --batch_size 8 --num_ppo_epochs 2 --response_length 8 {stop_strings}"
     adapter, prompts = f"--model {material / 'adapter' / 'policy'}", f"--dataset {material / 'prompts.jsonl'}"
     labels = f"--loss_type kto --dataset {material / 'labels.jsonl'}"
-    told: dict[str, tuple[str, str, str | None]] = {
-        "sft": (f"sft {small} --dataset {material / 'sft.jsonl'} --output_dir {{}}/run", "run", "--resume"),
+    commands: dict[str, tuple[str, str, str | None]] = {
+        "sft": (f"sft {sampled} --dataset {material / 'sft.jsonl'} --output_dir {{}}/run", "run", "--resume"),
         "reward": (f"reward {small} --dataset {material / 'pairs.jsonl'} --output_dir {{}}/run", "run", "--resume"),
-        "dpo": (f"dpo {small} --dataset {material / 'pairs.jsonl'} --output_dir {{}}/run", "run", "--resume"),
-        "dpo, kto": (f"dpo {small} {labels} --output_dir {{}}/run", "run", "--resume"),
+        "dpo": (f"dpo {sampled} --dataset {material / 'pairs.jsonl'} --output_dir {{}}/run", "run", "--resume"),
+        "dpo, kto": (f"dpo {sampled} {labels} --output_dir {{}}/run", "run", "--resume"),
         "ppo": (f"ppo {small} {ppo} {prompts} --output_dir {{}}/run", "run", "--resume"),
         "merge": (f"merge {adapter} --output_dir {{}}/merged", "merged", None),
         "evaluate": (
@@ -99,7 +101,7 @@ def cases(material: Path) -> dict[str, Case]:
     }  # fmt: skip
     return {
         name: Case(name, tuple(words.split()), output, flag, f"{output}/run.json" if flag == "--resume" else output)
-        for name, (words, output, flag) in told.items()
+        for name, (words, output, flag) in commands.items()
     }
 
 
@@ -154,7 +156,7 @@ def run(words: Sequence[str], folder: Path, *, before: int = -1, after: float = 
 
 
 def phase_of(path: str, output: Path) -> str:
-    """What a command is at, by the file that it writes."""
+    """The phase of a command, by the file that it writes."""
     if not path:
         return "loading"
     name = Path(path).relative_to(output.parent).parts
@@ -164,7 +166,7 @@ def phase_of(path: str, output: Path) -> str:
 
 
 def result_of(output: Path) -> Result:
-    """What a command leaves, without what the clock and the process write into it."""
+    """What a command writes, without times and memory."""
     found: Result = {}
     files = sorted(path for path in output.rglob("*") if path.is_file()) if output.is_dir() else [output]
     for path in files:
@@ -180,29 +182,32 @@ def result_of(output: Path) -> Result:
 
 
 def kill_once(
-    case: Case, whole: Result, operations: int, seconds: float, draw: random.Random, folder: Path, *, between: bool
+    case: Case, whole: Result, operations: int, seconds: float, rng: random.Random, folder: Path, *, between: bool
 ) -> Kill:
     """Kill a command once and resume it. A command that ended before its kill is run again."""
     words = [word.format(folder) for word in case.words]
     while True:
-        before, after = (draw.randrange(operations), 0.0) if between else (-1, draw.uniform(0.02, seconds))
+        before, after = (rng.randrange(operations), 0.0) if between else (-1, rng.uniform(0.02, seconds))
         code, _, path = run(words, folder, before=before, after=after)
         if code == -signal.SIGKILL:
             break
         shutil.rmtree(folder)
         folder.mkdir()
-    going_on = case.goes_on if (folder / case.where).exists() else ""
-    code = 0 if going_on is None else run([*words, *going_on.split()], folder)[0]
+    flag = case.resume_flag if (folder / case.where).exists() else ""
+    code = 0 if flag is None else run([*words, *flag.split()], folder)[0]
     equal = code == 0 and result_of(folder / case.output) == whole
-    shown = "nothing to do" if going_on is None else going_on or "the same command"
+    shown = "nothing to do" if flag is None else flag or "the same command"
     return Kill(case.name, phase_of(path, folder / case.output), between, shown, equal)
 
 
 def kill_all(
-    count: int, seed: int, *, only: Sequence[str] = (), told: Callable[[Kill], None] | None = None
+    count: int, seed: int, *, only: Sequence[str] = (), on_kill: Callable[[Kill], None] | None = None
 ) -> list[Kill]:
     """`count` kills, the commands in turns."""
-    draw, kills = random.Random(seed), list[Kill]()
+    modules = [target.partition(":")[0] for _, target, _ in cli.COMMANDS.values()]
+    for name in (*modules, "bitsandbytes", "peft"):  # here, so that no child has to
+        importlib.import_module(name)
+    rng, kills = random.Random(seed), list[Kill]()
     with tempfile.TemporaryDirectory() as name:
         material = write_material(Path(name) / "material")
         chosen = {each: case for each, case in cases(material).items() if not only or each in only}
@@ -224,9 +229,9 @@ def kill_all(
             folder = Path(name) / f"kill-{number}"
             folder.mkdir()
             between = (number + number // len(chosen)) % 2 == 0
-            kills.append(kill_once(chosen[each], *whole[each], draw, folder, between=between))
-            if told:
-                told(kills[-1])
+            kills.append(kill_once(chosen[each], *whole[each], rng, folder, between=between))
+            if on_kill:
+                on_kill(kills[-1])
             elif not kills[-1].equal:
                 raise AssertionError(f"{kills[-1]}: {(folder.parent / 'output.txt').read_text()[-2000:]}")
     return kills
@@ -254,10 +259,10 @@ def table(kills: Sequence[Kill]) -> str:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--reports/--no_reports", default=True, show_default=True, help="Write plots and reporting.html too.")
 def command(count: int, seed: int, reports: bool) -> None:
-    """Kill every command at random places, have it go on, and print how often that came to the same (ten minutes)."""
+    """Kill every command at random places, resume it, and print how often the result was the same (a few minutes)."""
     if not reports:
         reporting.write_run_report = no_report
-    kills = kill_all(count, seed, told=lambda kill: click.echo(f"{kill}", err=True))
+    kills = kill_all(count, seed, on_kill=lambda kill: click.echo(f"{kill}", err=True))
     click.echo(table(kills))
     sys.exit(0 if all(kill.equal for kill in kills) else 1)
 

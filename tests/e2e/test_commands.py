@@ -29,7 +29,7 @@ def test_sft_lowers_heldout_loss(onecard, tmp_path, stories260k, stories):
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-def test_reward_learns_pairs_and_keeps_its_head(onecard, tmp_path, tinystories, politeness):
+def test_reward_learns_pairs_and_keeps_its_head(quick, onecard, tmp_path, tinystories, politeness):
     result = onecard(
         "reward", "--model", tinystories, "--dataset", politeness, "--output_dir", tmp_path / "run", "--max_steps", 40,
         "--learning_rate", 3e-3, "--per_device_train_batch_size", 16, "--test_size", 100,
@@ -40,13 +40,13 @@ def test_reward_learns_pairs_and_keeps_its_head(onecard, tmp_path, tinystories, 
     assert (tmp_path / "run" / "reward" / "head.safetensors").is_file()
 
 
-def test_dpo_raises_heldout_margin_and_peft_loads_the_policy(onecard, tmp_path, tinystories, politeness):
+def test_dpo_raises_heldout_margin_and_peft_loads_it(quick, onecard, tmp_path, tinystories, politeness):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     result = onecard(
         "dpo", "--model", tinystories, "--dataset", politeness, "--output_dir", tmp_path / "run", "--max_steps", 25,
-        "--learning_rate", 2e-3, "--test_size", 60,
+        "--learning_rate", 2e-3, "--test_size", 60, "--eval_samples", 0,
     )  # fmt: skip
     assert result.code == 0, result.err
     assert first_and_last(tmp_path / "run", "eval_rewards/margins")[0] == 0.0
@@ -64,9 +64,9 @@ def test_dpo_raises_heldout_margin_and_peft_loads_the_policy(onecard, tmp_path, 
     assert settings["max_steps"] == 25
 
 
-def test_the_adapter_that_dpo_starts_from_is_its_reference(onecard, tmp_path, tiny_model, pairs):
+def test_the_adapter_that_dpo_starts_from_is_its_reference(quick, onecard, tmp_path, tiny_model, pairs):
     """DPO on top of an SFT adapter: margin 0 at first, because the reference is that adapter and not the bare base."""
-    small = ["--max_steps", 3, "--learning_rate", 1e-2, "--test_size", 4]
+    small = ["--max_steps", 3, "--learning_rate", 1e-2, "--test_size", 4, "--eval_samples", 0]
     rows = tmp_path / "sft.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"a {i}", "completion": " cat"}) + "\n" for i in range(8)))
     assert onecard("sft", "--model", tiny_model, "--dataset", rows, "--output_dir", tmp_path / "sft", *small).code == 0
@@ -89,10 +89,10 @@ def load(folder: Path) -> torch.Tensor:
     return weights[sorted(weights)[0]]
 
 
-def test_all_weights_are_written_as_a_plain_model(onecard, tmp_path, tiny_model, pairs):
+def test_all_weights_are_written_as_a_plain_model(quick, onecard, tmp_path, tiny_model, pairs):
     from transformers import AutoModelForCausalLM
 
-    small = ["--max_steps", 2, "--learning_rate", 1e-2, "--test_size", 4, "--no_use_peft"]
+    small = ["--max_steps", 2, "--learning_rate", 1e-2, "--test_size", 4, "--no_use_peft", "--eval_samples", 0]
     result = onecard("dpo", "--model", tiny_model, "--dataset", pairs, "--output_dir", tmp_path / "run", *small)
     assert result.code == 0, result.err
     model, before = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "run" / "policy", tiny_model))

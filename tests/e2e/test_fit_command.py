@@ -56,7 +56,7 @@ def test_a_card_that_holds_it(onecard, small):
 
 
 def test_a_card_that_holds_it_with_other_settings(onecard, small):
-    large = ("--per_device_train_batch_size", 4096, "--max_length", 512)
+    large = ("--per_device_train_batch_size", 512, "--max_length", 512)
     free = json.loads(onecard("fit", "--model", small, "--algorithm", "sft", *large, "--json").out)
     card = f"{(free['peak_gib'] / 2 + 0.5) / 0.96:.2f}GiB"
     done = onecard("fit", "--model", small, "--algorithm", "sft", *large, "--card", card, "--json")

@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of a run: the step is finished, a checkpoint is there, and the command that is shown goes on."""
+"""Ctrl-C in a run: the step is finished, a checkpoint is written, and the command that is shown resumes the run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 @pytest.fixture(autouse=True)
 def usual_handlers() -> Iterator[None]:
-    """Those of a terminal: under a script that runs tests in the background, Ctrl-C would be ignored from the start."""
+    """Signal handlers of a terminal. A process in the background of a script ignores Ctrl-C from the start."""
     before = {number: signal.getsignal(number) for number in signals.SIGNALS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -46,7 +46,7 @@ def signal_at(monkeypatch: pytest.MonkeyPatch, step: int, *numbers: int) -> None
 
 
 @pytest.mark.parametrize("number", signals.SIGNALS)
-def test_a_signal_stops_after_its_step(onecard, monkeypatch, tmp_path, tiny_model, pairs, quick, number):
+def test_a_signal_stops_after_its_step(onecard, monkeypatch, tmp_path, tiny_model, pairs, number):
     handlers = [signal.getsignal(each) for each in signals.SIGNALS]
     assert onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "whole")).code == 0
     with monkeypatch.context() as patch:
@@ -61,7 +61,7 @@ def test_a_signal_stops_after_its_step(onecard, monkeypatch, tmp_path, tiny_mode
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
-def test_ppo_stops_after_its_iteration(onecard, monkeypatch, tmp_path, tiny_model, material, quick):
+def test_ppo_stops_after_its_iteration(onecard, monkeypatch, tmp_path, tiny_model, material):
     run = settings(tiny_model, material, tmp_path / "run")
     with monkeypatch.context() as patch:
         signal_at(patch, 0, signal.SIGINT)
@@ -71,7 +71,7 @@ def test_ppo_stops_after_its_iteration(onecard, monkeypatch, tmp_path, tiny_mode
     assert weights(tmp_path / "run") == weights(material / "old")
 
 
-def test_a_second_one_stops_at_once(onecard, monkeypatch, tmp_path, tiny_model, pairs):
+def test_a_second_signal_stops_at_once(onecard, monkeypatch, tmp_path, tiny_model, pairs):
     signal_at(monkeypatch, 4, signal.SIGINT, signal.SIGINT)
     stopped = onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "run"))
     assert stopped.code == 130
@@ -79,21 +79,21 @@ def test_a_second_one_stops_at_once(onecard, monkeypatch, tmp_path, tiny_model, 
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
 
 
-def test_a_signal_that_is_ignored_stays_so(onecard, monkeypatch, tmp_path, tiny_model, pairs, quick):
+def test_an_ignored_signal_stays_ignored(onecard, monkeypatch, tmp_path, tiny_model, pairs):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal_at(monkeypatch, 4, signal.SIGINT)
     assert onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "run")).code == 0
     assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
-def test_in_the_last_step_there_is_nothing_left_to_stop(onecard, monkeypatch, tmp_path, tiny_model, pairs, quick):
+def test_a_signal_in_the_last_step_lets_the_run_end(onecard, monkeypatch, tmp_path, tiny_model, pairs):
     signal_at(monkeypatch, 7, signal.SIGINT)
     assert onecard("dpo", *arguments(tiny_model, pairs, tmp_path / "run")).code == 0
     assert (tmp_path / "run" / "policy").exists()
 
 
-def test_the_shown_command_goes_on_as_it_stands(tmp_path, tiny_model, pairs):
-    """A real process, a real signal, and what it says typed into a shell."""
+def test_the_shown_command_resumes_the_run(tmp_path, tiny_model, pairs):
+    """A real process and a real signal; the command in its last line parses, and resumes the run."""
     words = [sys.executable, "-m", "onecard", "dpo", *arguments(tiny_model, pairs, tmp_path / "run"), "--overwrite"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words[words.index("--max_steps") + 1] = "200"

@@ -1,4 +1,4 @@
-"""Twenty of the kills that `python -m tests.e2e.kills` makes, each of which goes on to the same."""
+"""Kills of `python -m tests.e2e.kills`: each resumed command ends with the same files as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 
-def test_twenty_kills_go_on_to_the_same() -> None:
+def test_twenty_killed_commands_resume_to_the_same_result() -> None:
     """In a process of its own, since its children are forked."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.e2e.kills", "--kills", "20", "--no_reports"],

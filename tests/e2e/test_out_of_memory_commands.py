@@ -75,7 +75,7 @@ def dpo(model: Path, material: Path, folder: str, *more: object) -> list[object]
     return [
         "dpo", "--model", model, "--dataset", material / "pairs.jsonl", "--output_dir", material / folder,
         "--test_size", 4, "--per_device_train_batch_size", 6, "--max_steps", 4, "--learning_rate", 1e-2,
-        "--save_steps", 1, "--eval_steps", 2, *more,
+        "--save_steps", 1, "--eval_steps", 2, "--eval_samples", 0, *more,
     ]  # fmt: skip
 
 

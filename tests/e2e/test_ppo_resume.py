@@ -33,6 +33,7 @@ from onecard.training import checkpoint, run_folder
 from onecard.training.trainer import Trainer
 from onecard.utils import files
 from tests.e2e.ppo_material import STOPS, WORDS, no_report, run_command, write_rows
+from tests.grid import grid
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -171,7 +172,8 @@ VARIANTS: dict[str, tuple[set[str], tuple[object, ...]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+# test_kills.py has plain LoRA
+@pytest.mark.parametrize("variant", grid(VARIANTS, VARIANTS.keys() - {"LoRA"}))
 def test_interrupted_twice_and_resumed_equals_uninterrupted(
     onecard, monkeypatch, tmp_path, tiny_model, material, variant
 ):

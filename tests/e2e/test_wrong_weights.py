@@ -16,6 +16,7 @@ from onecard.config import ModelConfig
 from onecard.models.load import load_tokenizer
 from tests.e2e.ppo_material import error_line, tree, write_rows
 from tests.e2e.wrong_weights_material import ADAPTERS, BASES, on_base, write_adapters, write_bases
+from tests.grid import grid
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -98,7 +99,7 @@ def check(line: str, command: str, name: str, parts: list[str]) -> None:
         assert part in line, line
 
 
-def grid(commands: Iterable[str], kinds: Iterable[str], usual: Collection[str]) -> list[Any]:
+def every_kind(commands: Iterable[str], kinds: Iterable[str], usual: Collection[str]) -> list[Any]:
     """Every command with every kind of wrong weights. `make test` has all kinds in generate and the usual in all."""
     return [
         pytest.param(command, kind, marks=() if command == "generate" or kind in usual else pytest.mark.grid)
@@ -107,7 +108,7 @@ def grid(commands: Iterable[str], kinds: Iterable[str], usual: Collection[str]) 
     ]
 
 
-@pytest.mark.parametrize(("command", "kind"), grid(MODELS, BASES, ["no head", "layer left over", "classifier"]))
+@pytest.mark.parametrize(("command", "kind"), every_kind(MODELS, BASES, ["no head", "classifier"]))
 def test_a_wrong_base_is_one_line_from_every_command(refused, wrong, command, kind):
     check(refused(MODELS[command], wrong / "bases" / kind), command, f"bases/{kind}'", BASES[kind][2])
 
@@ -117,15 +118,13 @@ def test_the_base_of_an_adapter_is_looked_at(refused, wrong, command):
     check(refused(ADAPTED[command], wrong / "adapters" / "no head"), command, "bases/no head'", BASES["no head"][2])
 
 
-@pytest.mark.parametrize(
-    ("command", "kind"), grid(ADAPTED | SCORED, ADAPTERS, ["prefix", "half there", "other kind", "biases"])
-)
+@pytest.mark.parametrize(("command", "kind"), every_kind(ADAPTED | SCORED, ADAPTERS, ["half there", "other kind"]))
 def test_a_wrong_adapter_is_one_line_from_every_command(refused, wrong, command, kind):
     it = wrong / ("rewards" if command in SCORED or command == "reward" else "adapters") / kind
     check(refused((ADAPTED | SCORED)[command], it), command, f"{it.parent.name}/{kind} ", ADAPTERS[kind][2])
 
 
-@pytest.mark.parametrize("command", ADAPTED)
+@pytest.mark.parametrize("command", grid(ADAPTED, ["generate", "dpo's reference"]))
 def test_adapters_that_name_themselves_or_each_other_as_base(refused, wrong, command):
     setting = SETTINGS.get(command, "model")
     itself, mutual = (refused(ADAPTED[command], wrong / "adapters" / name) for name in ("itself", "first"))
@@ -134,7 +133,7 @@ def test_adapters_that_name_themselves_or_each_other_as_base(refused, wrong, com
 
 
 @pytest.mark.parametrize("names", ["v_prj", "q_proj v_prj", "all-linear v_prj", "norm"])
-@pytest.mark.parametrize("command", ["sft", "reward", "dpo", "kto", "ppo"])
+@pytest.mark.parametrize("command", grid(["sft", "reward", "dpo", "kto", "ppo"], ["sft", "ppo"]))
 def test_a_target_that_means_no_layer_is_one_line(refused, tiny_model, command, names):
     words = " ".join(f"--lora_target_modules {name}" for name in names.split())
     line = refused(f"{MODELS[command]} {words}", tiny_model)
@@ -154,7 +153,7 @@ def dora_on_the_head(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path)
     return folder
 
 
-@pytest.mark.parametrize("command", [name for name in ADAPTED if name != "reward"])
+@pytest.mark.parametrize("command", grid([name for name in ADAPTED if name != "reward"], ["merge", "dpo"]))
 def test_a_variant_of_lora_on_the_head_is_one_line(refused, dora_on_the_head, command):
     line = refused(ADAPTED[command], dora_on_the_head)
     assert "on the head; expected plain LoRA there" in line

@@ -66,7 +66,7 @@ OVERLAPS = ("rows=512", (8.0, 8.0, 9.0, 10.3, 10.4), 0)  # the best median, and 
 SLOWER = ("rows=2048", (12.0, 12.1, 12.2, 12.3, 12.4), 0)
 
 
-def test_a_proposal_is_faster_beyond_the_spread_slower_nowhere_and_small() -> None:
+def test_a_proposal_is_faster_beyond_the_spread() -> None:
     knob = KNOBS["chunk-rows"]
     found = tune.proposal(knob, [case(DEFAULT, OVERLAPS, CLEAR)])
     assert found == (pytest.approx(9.2 / 10.2, abs=1e-3), "rows=2048")
@@ -98,6 +98,7 @@ def test_clean_is_what_passed_with_a_summary_of_no_errors(tool: str, text: str, 
     assert judged(tool, "tiled", text, status, 1.0).found["state"] == state
 
 
+@pytest.mark.grid
 def test_dry_runs_the_tests_in_the_interpreter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(sanitize.command, ["--dry", "--group", "tiled", "--out", str(tmp_path)]) == 0
     [path] = tmp_path.glob("sanitizer-*-quick.json")

@@ -12,14 +12,13 @@ pytest.importorskip("trl", reason="times TRL's own trainer")
 
 from benchmarks import cli, measure, profile_ppo, records, rollout, sharing
 from benchmarks.measure import Timing
-from benchmarks.profile_ppo import Digest, Operator
 from benchmarks.records import OURS, WHOLE, Case
 from benchmarks.render import MOST_OFF, TRL, UNSHARED, off
-from benchmarks.train_step import cases, phases, ppo, run, synthetic
+from benchmarks.train_step import cases, phases, run, synthetic
 from benchmarks.train_step.__main__ import command as train_step
 from benchmarks.train_step.cases import LORA_RANK, TINY, Flops, StepCase, dpo_flops
-from benchmarks.train_step.dpo import SAME, OnecardDPO, no_bar
-from benchmarks.train_step.synthetic import END, load_word_tokenizer, random_model, random_pairs, text, write_folder
+from benchmarks.train_step.dpo import SAME, OnecardDPO
+from benchmarks.train_step.synthetic import random_model, write_folder
 
 CPU = torch.device("cpu")
 TIMING = Timing(repeats=2, budget=0.0)
@@ -37,18 +36,6 @@ def folder(tmp_path: Path) -> Path:
 
 def measured(case: StepCase) -> Case:
     return run.measure_case(case, CPU, torch.float32, TIMING, lambda _: None)
-
-
-# --- what both sides are given
-
-
-def test_pairs_have_their_lengths_and_their_text_is_their_tokens(folder):
-    tokenizer = load_word_tokenizer(folder)
-    mixed = random_pairs(50, 20, 12, TINY.vocab, mixed=True)
-    assert {len(p.prompt) for p in mixed} == set(range(10, 21))
-    for pair in mixed[:5]:
-        assert pair.chosen[-1] == pair.rejected[-1] == END
-        assert tuple(tokenizer(text(pair.prompt + pair.chosen))["input_ids"]) == pair.prompt + pair.chosen
 
 
 # --- what is counted
@@ -108,32 +95,6 @@ def test_a_wrong_first_step_is_not_timed(monkeypatch):
         assert "grad_norm of the first step is 1000" in result.refused
 
 
-# --- PPO
-
-
-def test_watching_an_iteration_changes_nothing_and_counts_its_phases(tmp_path):
-    made = []
-    for name in ("watched", "alone"):
-        (tmp_path / name).mkdir()
-        made.append(ppo.PPORun(PPO, write_folder(TINY, tmp_path / name), CPU, torch.float32))
-    watched, alone = made
-    watching = phases.PhaseTimer(CPU)
-    row = watched.run(watching)
-    _, indices = next(alone.order)
-    plain = alone.job.step(alone.trainer, indices, no_bar())
-    timed = {name for name in row if name.startswith(("time/", "memory/"))}
-    assert {name: row[name] for name in row.keys() - timed} == {name: plain[name] for name in plain.keys() - timed}
-    assert set(watching.seconds) == {*phases.PHASES, WHOLE}
-    counts = watched.counts()
-    assert counts[phases.ROLLOUT][0] == sum(len(episode.sampling_logprobs) for episode in watched.episodes)
-    assert counts[WHOLE][0] == sum(map(len, watched.episodes))
-    assert counts[WHOLE][1] == sum(counts[name][1] for name in phases.PHASES)
-    first, step = [each.sequence.tokens[: PPO.prompt - 1] for each in watched.episodes], watched.trainer.step
-    watched.run(phases.PhaseTimer(CPU), again=True)
-    assert watched.trainer.step == step
-    assert [len(each.sequence.tokens[: PPO.prompt - 1]) for each in watched.episodes] == [len(each) for each in first]
-
-
 # --- the memory plan
 
 
@@ -151,6 +112,7 @@ def test_the_promised_caps_are_among_the_cases():
     assert "expected at most the cap of 0.001 GiB" in measured(replace(PLANNED, memory_cap_gib=0.001)).refused
 
 
+@pytest.mark.grid  # test_fit_measured.py compares the same plans with the profiler
 @pytest.mark.parametrize("case", [PLANNED, replace(PLANNED, kind="ppo", batch_size=8)], ids=["dpo", "ppo"])
 def test_the_plan_stands_beside_each_phase_and_is_right(case):
     found = measured(case).found
@@ -163,24 +125,10 @@ def test_the_plan_stands_beside_each_phase_and_is_right(case):
     assert len(found["learned"]) >= 2
 
 
-def test_on_a_gpu_peaks_are_above_what_was_held_when_the_step_began(monkeypatch):
-    """A simulated allocator: 100 bytes are held, a phase takes 50 more, the next 30, the first one again 70."""
-    peaks = iter([150, 130, 170])
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
-    watching = phases.PhaseTimer(torch.device("cuda"))
-    with watching.whole():
-        for name in "aba":
-            with watching.phase(name):
-                pass
-    assert phases.highest([watching]) == phases.Peaks(100, {"a": 70, "b": 30, WHOLE: 70})
-
-
 # --- rollouts
 
 
+@pytest.mark.grid
 def test_both_samplers_count_the_same_work(tmp_path):
     """Every token of random weights ends with the same probability: both draw lengths of the same distribution."""
     assert rollout.ended_length([5, 6, 2, 0, 0, 2], {2, 9}) == 3
@@ -199,20 +147,6 @@ def test_wrong_log_probabilities_are_not_timed(tmp_path, monkeypatch, capsys):
     words = ["--smoke", "--case", "0.5B, bf16, 64 rows", "--out", str(tmp_path)]
     assert cli.main(rollout.command, words) == 1
     assert "off by 0.1 nat" in capsys.readouterr().err
-
-
-# --- the profile's arithmetic
-
-
-def test_a_phase_s_seconds_and_costs_by_hand():
-    # A CPU's profile of 4 s, of which 3 in operators, of a phase that takes 1 s twice without the profiler.
-    digest = Digest({"aten::mm": Operator(2, 3, 10e9), "aten::cat": Operator(1, 1)}, 10e9, seconds=4.0)
-    row, costs = profile_ppo.phase_row("train", 2.0, (1, 12 * 10**9), 1.0, digest, 40e9, on_gpu=False)
-    assert row.more["busy"] == 0.75
-    assert sum(each["seconds"] for each in row.more["operators"]) == pytest.approx(0.75 * 2.0)
-    assert costs[profile_ppo.WAITS[False]] == pytest.approx(0.25 * 2.0)
-    assert costs[profile_ppo.BEYOND] == pytest.approx(8 / 40)
-    assert costs[profile_ppo.SLOW] == pytest.approx(1.0 - 20 / 40)
 
 
 # --- the commands, at tiny sizes
@@ -241,7 +175,7 @@ def test_a_command_runs_dry_and_its_table_has_the_columns(command, words, rows, 
     assert "QUICK RUN" in page
 
 
-def test_no_case_begins_after_the_minutes_and_unknown_cases_are_one_line(tmp_path, capsys):
+def test_minutes_run_out_and_unknown_cases_are_one_line(tmp_path, capsys):
     assert cli.main(train_step, ["--smoke", "--minutes", "0", "--out", str(tmp_path)]) == 0
     assert "not begun" in capsys.readouterr().out
     for command in (train_step, rollout.command, profile_ppo.command):

@@ -60,7 +60,8 @@ def test_the_readme_has_the_table_of_the_committed_plans(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model", "algorithm", "level"), [("Qwen2.5-0.5B", "sft", "4 bit"), ("Gemma-2-2B", "dpo", "16 bit")]
+    ("model", "algorithm", "level"),
+    [("Qwen2.5-0.5B", "sft", "4 bit"), pytest.param("Gemma-2-2B", "dpo", "16 bit", marks=pytest.mark.grid)],
 )
 def test_the_committed_plans_are_those_of_this_engine(model, algorithm, level):
     """An engine that takes more or less memory than the table says needs a new table."""

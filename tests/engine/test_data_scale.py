@@ -122,7 +122,7 @@ def test_the_first_bad_row_is_named(kind: str) -> None:
         KINDS[kind](rows(*some(23)), built("<s> $A"), max_length=24, skip_bad_rows=False)
 
 
-def test_a_bad_row_is_named_before_a_later_one_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_row_is_named_before_a_later_unreadable_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are read a batch ahead."""
 
     def unreadable_at(number: int) -> Any:

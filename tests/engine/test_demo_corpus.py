@@ -82,7 +82,7 @@ def test_columns_and_counts(paths):
     assert len(rows(paths.prompts)) >= 16
 
 
-def test_held_out_rows_use_combinations_that_no_training_row_names(paths):
+def test_held_out_rows_combine_what_no_training_row_does(paths):
     def combinations(*files):
         requests = [corpus.REQUESTS[row["prompt"]] for file in files for row in rows(file)]
         return {(request.family.name, request.topic, request.detail) for request in requests}
@@ -164,7 +164,7 @@ def test_no_single_token_tells_the_answers_apart(paths):
 
 
 @pytest.mark.parametrize("place", [0, -1])
-def test_neither_the_first_nor_the_last_token_tells_the_answers_apart(paths, place):
+def test_first_and_last_tokens_do_not_tell_answers_apart(paths, place):
     rule = learned_rule(rows(paths.pairs), lambda answer: words(answer)[place])
     assert rule_accuracy(rows(paths.pairs_eval), rule) < TOO_EASY
 
@@ -199,7 +199,7 @@ def test_tiny_model_is_an_ordinary_folder(texts, tmp_path):
     assert tokenizer.decode(ids, skip_special_tokens=True) == "Where is the red kite? Gladly! Déjà vu, 日本."
 
 
-def test_prompt_and_completion_have_the_same_tokens_joined_or_apart(texts, tmp_path):
+def test_prompt_and_completion_tokenize_alike_when_joined(texts, tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(make_tiny_model(tmp_path / "model", texts, 0))

@@ -16,6 +16,7 @@ from onecard.config import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from onecard.models.build import load_ppo_roles
 from onecard.rollout import Sampling, sample_responses, sampling_budget
 from tests.engine.fit_material import CPU, MOST_OFF, check_close, compared
+from tests.grid import grid
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")
 
@@ -106,13 +107,15 @@ def folders(tmp_path_factory):
     return root
 
 
-LONG = (  # as others are
-    "ppo", "ppo, padded", "ppo, pretrained", "ppo, entropy bonus", "ppo, no critic", "ppo, experts", "dpo, eager",
-    "dpo, padded", "dpo, prompts not shared", "sft, experts in 4 bit, not checkpointed",
+# Each setting once
+USUAL = (
+    "sft, lean", "sft, all weights", "sft, adapter on the head", "sft, small chunks of the head",
+    "sft, capped attention", "sft, 16 bit", "sft, experts", "reward", "dpo, padded and checkpointed", "dpo, 4 bit",
+    "dpo, a few tokens", "kto", "ppo, shared critic", "ppo, lean",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.grid if case in LONG else ()) for case in CASES])
+@pytest.mark.parametrize("case", grid(CASES, USUAL))
 def test_the_plan_is_what_the_profiler_sees(case, folders, request, tmp_path):
     model, kind, settings = CASES[case]
     folder = request.getfixturevalue(model) if model == "tinystories" else folders / model
@@ -121,6 +124,7 @@ def test_the_plan_is_what_the_profiler_sees(case, folders, request, tmp_path):
     check_close(*compared(config, tmp_path))
 
 
+@pytest.mark.grid
 def test_a_rollouts_cache_at_its_final_length(folders):
     """Short prompts and long answers: most is held when the last token is drawn."""
     config = PPOConfig(model=str(folders / "llama"), response_length=240, **STEP, num_mini_batches=1)
@@ -138,7 +142,7 @@ def test_a_rollouts_cache_at_its_final_length(folders):
     assert phase.parts["kv cache"] > 0.7 * real
 
 
-@pytest.mark.parametrize("lengths", [Lengths(96, 64), pytest.param(Lengths(120, 130), marks=pytest.mark.grid)], ids=str)
+@pytest.mark.parametrize("lengths", grid([Lengths(96, 64), Lengths(120, 130)], [Lengths(96, 64)]), ids=str)
 def test_a_rollout_with_prompts_coming_in_beside_a_full_cache(folders, lengths):
     """More episodes than rows. Answers end one after the other, so that the cache is full when the last ones come."""
     rows, more = 4, {"local_rollout_forward_batch_size": 4, "per_device_train_batch_size": 16}

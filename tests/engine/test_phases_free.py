@@ -29,6 +29,7 @@ from onecard.rewards.scorer import load_scorer
 from onecard.rollout import Sampling
 from onecard.training.trainer import Objective, Trainer
 from onecard.utils.progress import progress
+from tests.grid import grid
 
 SEQUENCES, PROMPT, RESPONSE = 8, 40, 24
 
@@ -103,7 +104,7 @@ def states_of(trainer) -> list:
     return [list(trainer.optimizer.state.values()), getattr(trainer.optimizer, "masters", [])]
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", grid(SETTINGS, ["all levers"]))
 def test_after_each_ppo_phase_only_records_are_left(tiny_model, reward, settings):
     """Rollout, judgement, passes, learning, evaluation, by themselves and then as iterations."""
     config, job, roles = ppo_job(tiny_model, reward, **SETTINGS[settings])
@@ -137,7 +138,7 @@ def test_after_each_ppo_phase_only_records_are_left(tiny_model, reward, settings
         assert alive.storages(states_of(trainer)) == rows[2][1]
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", grid(SETTINGS, ["NF4, padded"]))
 def test_after_a_dpo_step_nothing_is_left(tiny_model, settings):
     """Gradients are gone, the metrics are numbers; the second step and its evaluation leave as much as the first."""
     config = DPOConfig(model=str(tiny_model), per_device_train_batch_size=4, **SETTINGS[settings])

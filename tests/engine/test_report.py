@@ -154,8 +154,9 @@ def test_run_without_metrics_is_one_clear_line(tmp_path):
 # --- the report of the demo ---
 
 
-@pytest.fixture
-def demo(tmp_path):
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("demo")
     sft = [{"step": step, "loss": 5.0 / step, "learning_rate": 1e-3} for step in range(1, 9)]
     reward = [{"step": step, "loss": 0.6, "accuracy": 0.9, "eval_accuracy": 0.9} for step in range(1, 9)]
     runs = {"SFT": sft, "Reward model": reward, "DPO": dpo_rows()}

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -179,7 +178,7 @@ def test_workers_end_when_their_pool_does():
 def test_a_worker_that_is_ended_at_once_ends():
     """A signal sent right after the fork ends the child: it is not lost, and the run's handler does not get it."""
     with stop_requests() as stopping:
-        for _ in range(40):
+        for _ in range(20):
             child = os.fork()
             if not child:
                 time.sleep(30)
@@ -213,17 +212,16 @@ def test_what_a_file_does_when_it_is_imported_is_one_line(tmp_path, text, messag
         load_function(f"{tmp_path / 'mine.py'}:score")
 
 
-def test_a_function_that_ends_the_process_gives_exit_code_2(tmp_path, tiny_model):
+def test_a_function_that_ends_the_process_gives_exit_code_2(quick, onecard, tmp_path, tiny_model):
     (tmp_path / "mine.py").write_text("import os\ndef score(**_):\n    os._exit(0)\n")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "the cat"}\n' * 8)
-    done = subprocess.run(
-        [sys.executable, "-m", "onecard", "ppo", "--model", str(tiny_model), "--dataset", str(tmp_path / "rows.jsonl"),
-         "--reward_funcs", f"{tmp_path / 'mine.py'}:score", "--response_length", "4", "--batch_size", "8",
-         "--output_dir", str(tmp_path / "run"), "--test_size", "0"],
-        capture_output=True, text=True, timeout=300, check=False,
+    done = onecard(
+        "ppo", "--model", tiny_model, "--dataset", tmp_path / "rows.jsonl", "--reward_funcs",
+        f"{tmp_path / 'mine.py'}:score", "--response_length", 4, "--batch_size", 8, "--output_dir", tmp_path / "run",
+        "--test_size", 0,
     )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "raised SystemExit: os._exit(0)" in done.stderr.splitlines()[-1]
+    assert done.code == 2, done.err
+    assert "raised SystemExit: os._exit(0)" in done.err.splitlines()[-1]
     assert not (tmp_path / "run").exists()
 
 

@@ -89,7 +89,11 @@ def write_policy(config: DPOConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("work", "least"), [(start, 8), (go_on, 6), (overwrite, 18), (save, 10), (write_policy, 8)],
+    ("work", "least"),
+    [
+        (overwrite, 18), (save, 10),
+        *(pytest.param(*each, marks=pytest.mark.grid) for each in ((start, 8), (go_on, 6), (write_policy, 8))),
+    ],
     ids=lambda value: getattr(value, "__name__", ""),
 )  # fmt: skip
 def test_a_run_killed_before_any_file_operation_can_go_on(
@@ -163,17 +167,17 @@ with run_folder.locked(run):
 """
 
 
-@pytest.mark.parametrize("changes", [{}, {"resume": True}, {"overwrite": True}])
-def test_a_folder_that_another_process_uses_is_refused(config, changes):
+def test_a_folder_that_another_process_uses_is_refused(config):
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, config.output_dir], stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         before = tree(Path(config.output_dir))
-        with pytest.raises(OnecardError, match=f"process {other.pid} is running in "):
-            run_folder.open_run(replace(config, **changes))
-        assert tree(Path(config.output_dir)) == before
+        for changes in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(OnecardError, match=f"process {other.pid} is running in "):
+                run_folder.open_run(replace(config, **changes))
+            assert tree(Path(config.output_dir)) == before
         other.kill()  # the lock dies with its process
     assert begin(replace(config, resume=True)).is_dir()
 

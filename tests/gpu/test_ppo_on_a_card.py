@@ -53,7 +53,7 @@ DRY = [pytest.param("NF4, checkpointing, paged")]
 
 
 @pytest.mark.parametrize("variant", sized(list(VARIANTS), DRY))
-def test_a_run_from_a_reward_adapter(onecard, tmp_path, tiny_model, pairs, variant):
+def test_a_run_from_a_reward_adapter(quick, onecard, tmp_path, tiny_model, pairs, variant):
     """Startup checks pass in every dtype, all numbers are finite, and a resumed run takes its checkpoint."""
     reward = onecard("reward", "--model", tiny_model, "--dataset", pairs, "--output_dir", tmp_path / "reward",
                      "--max_steps", 2)  # fmt: skip

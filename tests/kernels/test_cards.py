@@ -67,6 +67,7 @@ def test_every_kernel_keeps_the_bars_on_every_card(tmp_path: Path) -> None:
     assert not [row for row in rows if row["dot"] and row["card"] == "sm_75"]
 
 
+@pytest.mark.grid
 def test_every_size_and_option_keeps_the_bars_on_a_4090(tmp_path: Path) -> None:
     done, rows = run("--card", "sm_89", "--json", str(tmp_path / "rows.json"))
     assert rows, done.stderr
@@ -215,6 +216,7 @@ def known(tmp_path: Path, launches: str, *arguments: str) -> tuple[int, list[dic
     return done.returncode, rows, done.stdout
 
 
+@pytest.mark.grid
 def test_faults_are_found(tmp_path: Path) -> None:
     code, rows, out = known(
         tmp_path,
@@ -253,6 +255,7 @@ def test_faults_are_found(tmp_path: Path) -> None:
     assert "break a bar" in out
 
 
+@pytest.mark.grid
 def test_arguments_are_specialised_as_triton_does(tmp_path: Path) -> None:
     """Equal programs share a line: multiples of 16 are one, 1 is a constant, and so is None; wide ints are 64 bits."""
     sizes = {"16": "16", "32": "32", "17": "17", "33": "33", "1": "1", "long": "1 << 31"}

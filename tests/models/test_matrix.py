@@ -1,9 +1,14 @@
-"""A dozen families of the matrix, one for each mechanism; `make test-long` has all of them."""
+"""A dozen families of the matrix, one for each mechanism; `make test-long` has all of them.
+
+`make test` has the numbers of each family, and the commands of four: a command adds to a family's numbers only the
+batch layout and the decoding mode that the startup check chose, and the four have every one of these.
+"""
 
 from __future__ import annotations
 
 import pytest
 
+from tests.grid import grid
 from tests.models.checks import CHECKS
 from tests.models.matrix import make_row
 
@@ -24,8 +29,18 @@ FAMILIES = {
 }
 
 
+NUMBERS = ("log-probs", "bf16", "gradients", "scores", "greedy")
+WITH_COMMANDS = ("llama", "gemma2", "mamba2", "openai-gpt")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_numbers_are_those_of_plain_transformers(name: str) -> None:
-    row = make_row(name)
+    row = make_row(name, NUMBERS)
     assert row.how == FAMILIES[name]
-    assert row.cells == dict.fromkeys(CHECKS, "exact")
+    assert row.cells == dict.fromkeys(NUMBERS, "exact")
+
+
+@pytest.mark.parametrize("name", grid(FAMILIES, WITH_COMMANDS))
+def test_commands_have_the_numbers_of_plain_transformers(name: str) -> None:
+    columns = [column for column in CHECKS if column not in NUMBERS]
+    assert make_row(name, columns).cells == dict.fromkeys(columns, "exact")
