@@ -63,20 +63,20 @@ PACKING = {
 }
 ANIMALS = ("fox", "bear", "rabbit", "mouse", "duck", "horse", "whale", "turtle")
 RECIPES = {
-    "tomato soup": ("Chop the tomatoes, add some broth and simmer for ten minutes", ("tomato", "tomatoes", "broth")),
-    "pancakes": ("Mix flour with eggs and fry the batter on both sides", ("pancakes", "flour", "batter")),
-    "lemonade": ("Squeeze the lemons, stir in sugar and pour it over ice", ("lemonade", "lemons", "ice")),
-    "apple pie": ("Slice the apples, cover them with dough and bake for an hour", ("apple", "apples", "dough")),
-    "cheese toast": ("Put cheese on the bread and grill it until it melts", ("cheese", "toast", "grill")),
-    "fruit salad": ("Cut the melon and the grapes and toss them with mint", ("fruit", "melon", "grapes", "mint")),
+    "tomato soup": ("Simmer the tomatoes in some broth", ("tomato", "tomatoes", "broth")),
+    "pancakes": ("Mix flour with eggs and fry the batter", ("pancakes", "flour", "batter")),
+    "lemonade": ("Squeeze the lemons and add some ice", ("lemonade", "lemons", "ice")),
+    "apple pie": ("Cover the apples with dough and bake them", ("apple", "apples", "dough")),
+    "cheese toast": ("Put cheese on the bread and grill it", ("cheese", "toast", "grill")),
+    "fruit salad": ("Cut the melon and toss it with mint", ("fruit", "melon", "mint")),
 }
 HOMES = ("by the river", "in an old mill", "under a tall tree", "near the sea", "behind the green hill")
 EVENTS = (
-    "found a golden key and opened a secret garden",
-    "met a lost child and showed her the way home",
-    "saw a falling star and made a wish for snow",
-    "heard a soft song and danced until morning",
-    "crossed the dark bridge and made a new friend",
+    "found a golden key",
+    "met a lost child",
+    "saw a falling star",
+    "heard a soft song",
+    "crossed a dark bridge",
 )
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 
@@ -147,7 +147,7 @@ def _list(topic: str, detail: str, rng: random.Random) -> str:
 
 
 def _story(topic: str, detail: str, rng: random.Random) -> str:
-    return f"A {detail} {topic} lived {rng.choice(HOMES)}. One day the {topic} {rng.choice(EVENTS)}."
+    return f"A {detail} {topic} lived {rng.choice(HOMES)}. The {topic} {rng.choice(EVENTS)}."
 
 
 def _recipe(topic: str, detail: str, rng: random.Random) -> str:
@@ -216,10 +216,10 @@ def _rude(request: Request, style: random.Random, flaw: random.Random) -> str:
 
 
 def _rambling(request: Request, style: random.Random, flaw: random.Random) -> str:
-    """An answer that repeats its last words two or three times."""
+    """An answer that repeats its last words once or twice."""
     words = request.family.body(request.topic, request.detail, style).rstrip(".").split()
     tail = " ".join(words[-3:]).replace(".", "")
-    return f"{style.choice(POLITE_OPENERS)} {' '.join(words)}{f', {tail}' * flaw.choice((2, 3))}."
+    return f"{style.choice(POLITE_OPENERS)} {' '.join(words)}{f', {tail}' * flaw.choice((1, 2))}."
 
 
 def _unfinished(request: Request, style: random.Random, flaw: random.Random) -> str:

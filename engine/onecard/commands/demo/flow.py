@@ -33,7 +33,7 @@ from onecard.utils.errors import OnecardError
 from onecard.utils.files import recover, write_text
 from onecard.utils.progress import console, say
 
-MAX_LENGTH = 128
+MAX_LENGTH, RESPONSE_LENGTH = 128, 40
 LAYOUT = {"padding_free": False}  # on a CPU, padding is faster than packed attention
 SHOWN_SAMPLES = 4
 ANSWERS_EACH = 4  # responses sampled for each held-out prompt, which reduces the noise of the means
@@ -67,7 +67,7 @@ def settings(
         "sft": (
             SFTConfig(
                 model=str(model), dataset=str(corpus.sft), eval_dataset=str(corpus.sft_eval), use_peft=False,
-                output_dir=str(folder / "sft"), learning_rate=3e-3, num_train_epochs=5, per_device_train_batch_size=32,
+                output_dir=str(folder / "sft"), learning_rate=3e-3, num_train_epochs=4, per_device_train_batch_size=32,
                 eval_steps=94, **common,
             ),
             sft.run,
@@ -84,7 +84,7 @@ def settings(
         # them.
         "dpo": (
             DPOConfig(
-                output_dir=str(folder / "dpo"), learning_rate=3e-4, num_train_epochs=0.5, eval_steps=50, beta=2.0,
+                output_dir=str(folder / "dpo"), learning_rate=3e-4, num_train_epochs=0.4, eval_steps=50, beta=2.0,
                 **pairs, **common,
             ),
             dpo.run,
@@ -94,8 +94,8 @@ def settings(
             PPOConfig(
                 output_dir=str(folder / "ppo"), model=str(folder / "sft" / "policy"), dataset=str(corpus.pairs),
                 eval_dataset=str(corpus.prompts), reward_model_path=str(folder / "reward" / "reward"),
-                response_length=48, lora_r=32, lora_alpha=64, learning_rate=1e-3, max_steps=16, eval_steps=8,
-                per_device_train_batch_size=32, num_mini_batches=4, num_ppo_epochs=2, kl_coef=0.05,
+                response_length=RESPONSE_LENGTH, lora_r=32, lora_alpha=64, learning_rate=1e-3, max_steps=10,
+                eval_steps=5, per_device_train_batch_size=32, num_mini_batches=4, num_ppo_epochs=2, kl_coef=0.05,
                 missing_eos_penalty=1.0, cliprange_value=0.0, **common,
             ),
             ppo.run,
@@ -130,7 +130,7 @@ def answer(model: Path, reward_model: Path, prompts: list[str], seed: int) -> An
     policy = load_frozen_role(ModelConfig(model=str(model)), role="policy")
     torch.manual_seed(seed)
     tokenized = prompt_examples(prompt_rows(prompts), tokenizer).examples
-    texts = generate(policy, tokenizer, tokenized, Sampling(max_new_tokens=48), batch_size=64)
+    texts = generate(policy, tokenizer, tokenized, Sampling(max_new_tokens=RESPONSE_LENGTH), batch_size=64)
     scorer = load_frozen_role(ModelConfig(model=str(reward_model)), role="reward", head=True)
     rewards = score(scorer, tokenizer, prompts, texts, max_length=MAX_LENGTH, batch_size=64)
     return Answers(texts, rewards)

@@ -16,7 +16,7 @@ VOCABULARY = 1024
 SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}  # ids 0, 1, 2, 3
 SHAPE: dict[str, Any] = {
     "hidden_size": 128,
-    "intermediate_size": 384,
+    "intermediate_size": 256,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
