@@ -216,12 +216,12 @@ def exponentials() -> Iterator[Configuration]:
         triton_exp.exp_tile(z, out, spread, meta(n, dtype=torch.int64), 0, state, HEADS[kind](v), wanted)
 
     uses = {
-        "frozen bf16, entropy": (BF16, True, TileOutputs(moment=True, exponentials=True)),
+        "frozen bf16, entropy": (BF16, True, TileOutputs(entropy_sum=True, exponentials=True)),
         "frozen bf16": (BF16, False, TileOutputs(exponentials=True)),
         "frozen fp16": (FP16, False, TileOutputs(exponentials=True)),
-        "trained, entropy": (None, True, TileOutputs(moment=True, exponentials=True)),
+        "trained, entropy": (None, True, TileOutputs(entropy_sum=True, exponentials=True)),
         "trained": (None, False, TileOutputs(exponentials=True)),
-        "forward, entropy": (None, False, TileOutputs(moment=True, square=True)),
+        "forward, entropy": (None, False, TileOutputs(entropy_sum=True, sum_sq=True)),
         "forward": (None, False, TileOutputs()),
     }
     shapes = (*((CHUNK, v) for v in VOCABULARIES), TILE, (TILE[0], ODD % TILE[1]))

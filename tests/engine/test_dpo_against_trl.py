@@ -25,7 +25,7 @@ from onecard.algorithms.dpo.variants import pick_variant
 from onecard.config import DPOConfig
 from onecard.data.batches import LabelledSequence, PreferencePair, TokenSequence, pack, pack_labelled, pack_pairs
 from onecard.models.roles import Roles
-from onecard.training.metrics import means_per_kind, sum_metrics
+from onecard.training.metrics import divide_sums_by_counts, sum_metrics
 from onecard_kernels import Loss
 from onecard_kernels.dpo.losses import ANY_DIVERGENCE, LOSSES
 from tests.engine.dpo_material import LABELLED, LEVEL, load, moved, text
@@ -267,7 +267,7 @@ def test_labelled_answers(roles, models, kl, kind):
     their_loss = theirs._compute_loss(policy, inputs, False)
     mine = ours(roles, config, examples if loss_type == "kto" else stripped)
     assert_equal(roles, mine, policy, their_loss)
-    row = means_per_kind(sum_metrics([mine]))
+    row = divide_sums_by_counts(sum_metrics([mine]))
     logged = {name: values[0] for name, values in theirs._metrics["train"].items() if values}
     assert set(row) == {"loss"} | {name for name in logged if name.startswith(("rewards/", "logps/", "kl"))}
     for name, value in row.items():

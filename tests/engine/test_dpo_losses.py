@@ -14,7 +14,7 @@ from onecard.config import DPOConfig
 from onecard.data import load_rows
 from onecard.data.batches import TokenSequence, pack, pack_labelled, pack_pairs, slice_sequences
 from onecard.models.load import load_tokenizer
-from onecard.training.metrics import MetricsWindow, means_per_kind, sum_metrics
+from onecard.training.metrics import MetricsWindow, divide_sums_by_counts, sum_metrics
 from onecard.utils.errors import OnecardError
 from onecard_kernels import Loss
 from onecard_kernels.dpo.losses import LOSSES, WHOLE_BATCH
@@ -66,7 +66,7 @@ def test_labelled_metrics_are_means_over_their_kind_in_any_cut(roles):
     kinds = [[one for one in examples if one.desirable is kind] for kind in (True, False)]
     assert [len(kind) for kind in kinds] == [3, 2]
     rows = [
-        means_per_kind(sum_metrics([recipe.loss(roles, pack_labelled(part), 5) for part in parts]))
+        divide_sums_by_counts(sum_metrics([recipe.loss(roles, pack_labelled(part), 5) for part in parts]))
         for parts in ([examples], kinds, [examples[:1], examples[1:]])
     ]
     assert set(rows[0]) == {
@@ -74,7 +74,7 @@ def test_labelled_metrics_are_means_over_their_kind_in_any_cut(roles):
     }  # fmt: skip
     for row in rows[1:]:
         assert row == pytest.approx(rows[0], rel=1e-5, abs=1e-6)
-    alone = [means_per_kind(sum_metrics([recipe.loss(roles, pack_labelled(kind), len(kind))])) for kind in kinds]
+    alone = [divide_sums_by_counts(sum_metrics([recipe.loss(roles, pack_labelled(kind), len(kind))])) for kind in kinds]
     for side, row in zip(("chosen", "rejected"), alone, strict=True):
         assert set(row) == {"loss", "kl", f"rewards/{side}", f"logps/{side}"}
         assert row[f"rewards/{side}"] == pytest.approx(rows[0][f"rewards/{side}"], rel=1e-5, abs=1e-6)
@@ -150,7 +150,7 @@ def test_labelled_answers_start_at_a_half(fresh, loss_type):
     recipe = dpo.make_recipe(DPOConfig(loss_type=[loss_type], desirable_weight=2.0))
     loss = recipe.loss(fresh, pack_labelled(LABELLED), 5)
     assert loss.loss.item() == pytest.approx((3 * 2.0 + 2 * 1.0) / 2 / 5, rel=1e-6)
-    row = means_per_kind(sum_metrics([loss]))
+    row = divide_sums_by_counts(sum_metrics([loss]))
     assert (row["kl"], row["rewards/chosen"], row["rewards/rejected"], row["rewards/margins"]) == (0.0,) * 4
 
 

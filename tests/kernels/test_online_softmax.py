@@ -23,7 +23,7 @@ def test_results_of_16_bits_are_those_of_fp32_rounded(
     dtype: torch.dtype, level: float, softcap: float | None, moment: bool
 ) -> None:
     z = torch.randn(N, V) * 4 + level
-    wanted, head = TileOutputs(moment=moment, square=True, exponentials=True), Head(softcap=softcap)
+    wanted, head = TileOutputs(entropy_sum=moment, sum_sq=True, exponentials=True), Head(softcap=softcap)
     shares, found = [], []
     for kept in (torch.float32, dtype):
         logits = z.clone()

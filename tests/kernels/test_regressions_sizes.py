@@ -74,7 +74,7 @@ def test_offsets_beyond_two_to_the_31_in_a_tile() -> None:
         tile, other, beside, out = place(z), place(r), place(spread), place(spread)
         kl = kl_pass_(tile, other, Head(), out=out)
         state = new_state(3, z)
-        exp_tile(tile, other, beside, y, 0, state, Head(), TileOutputs(moment=True, exponentials=True))
+        exp_tile(tile, other, beside, y, 0, state, Head(), TileOutputs(entropy_sum=True, exponentials=True))
         results.append((kl, out, other, beside, state))
     for near, far in zip(*results, strict=True):
         assert_within(far, near, 8 * EPS * float(near.abs().max()))
@@ -104,7 +104,7 @@ def tiles_on_meta() -> None:
     from onecard_kernels.logprob.triton_tiled import tiled_statistics
 
     z, ids = meta(N, 37), meta(N, dtype=torch.int64)
-    exp_tile(z, z, meta(N, 37), ids, 0, new_state(N, z), Head(), TileOutputs(moment=True, exponentials=True))
+    exp_tile(z, z, meta(N, 37), ids, 0, new_state(N, z), Head(), TileOutputs(entropy_sum=True, exponentials=True))
     kl_pass_(z, meta(N, 37), Head(), out=z)
     tiled_statistics(meta(N, 16), meta(37, 16), ids, Head(), entropy=True, sum_sq=True)
 

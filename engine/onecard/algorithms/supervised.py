@@ -14,7 +14,7 @@ from onecard.data import step_indices
 from onecard.data.batches import to_device
 from onecard.models.micro_batching import MicroBatchSize, TokenBudget, run_micro_batches
 from onecard.training import run_folder
-from onecard.training.metrics import means_per_kind, sum_metrics
+from onecard.training.metrics import divide_sums_by_counts, sum_metrics
 from onecard.training.trainer import B, E, Objective, Trainer
 from onecard.utils.errors import OnecardError
 from onecard.utils.progress import Bar
@@ -112,7 +112,7 @@ class Supervised(Generic[E, B]):
         losses = [loss for _, batch_losses in passes for loss in batch_losses]
         for sample in self.sampler(bar) if self.sampler else []:
             run_folder.log(trainer.run.folder, {"step": trainer.step, **sample}, run_folder.SAMPLES)
-        return means_per_kind(sum_metrics(losses))
+        return divide_sums_by_counts(sum_metrics(losses))
 
     def counts(self, step: int) -> dict[str, int]:
         return {}

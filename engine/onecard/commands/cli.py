@@ -314,7 +314,7 @@ def fail(message: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `onecard` command."""
     threads.configure()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # as on standard error, escape characters that its encoding lacks
+    if isinstance(sys.stdout, io.TextIOWrapper):  # escape what its encoding lacks, as Python does on stderr
         sys.stdout.reconfigure(errors="backslashreplace")
     if not sys.stderr.isatty():  # no progress bars of model loading in log files
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -367,8 +367,8 @@ def has_sparse_attention(config: Any) -> bool:
     Which of several keys with equal scores is selected depends on the rest of the batch, so such a model is only exact
     with one sequence per forward pass.
     """
-    states = {name for name in cached_layers(config) if name.startswith("LinearAttention")}
-    return not cached_layers(config) <= CAUSAL_LAYERS | states
+    recurrent = {name for name in cached_layers(config) if name.startswith("LinearAttention")}
+    return not cached_layers(config) <= CAUSAL_LAYERS | recurrent  # a layer of another kind may be sparse
 
 
 def has_onecard_attention(model: Any) -> bool:
@@ -395,7 +395,7 @@ def transformers_attention(model: Any) -> Iterator[None]:
 
 
 def takes_segments(model: Any) -> bool:
-    """Whether the model runs packed sequences with `Segments`: it applies no sliding window by its masks only."""
+    """Whether the model can run packed sequences with `Segments`: not if only its masks apply its sliding window."""
     return has_onecard_attention(model) and (not windows_of(trunk_of(model).config) or passes_windows_on(model))
 
 
@@ -407,6 +407,7 @@ def structural_layout(model: Any, layout: str) -> str:
     if has_sparse_attention(trunk.config):
         return "single"
     takes_positions = "position_ids" in inspect.signature(trunk.forward).parameters
+    # restarted: packed, with position ids that start again at 0 for each sequence
     return "restarted" if takes_positions and has_causal_attention(trunk.config) else "padded"
 
 

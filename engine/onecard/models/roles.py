@@ -64,7 +64,7 @@ class Roles(nn.Module):
         return hasattr(self.model, "peft_config")
 
     def has_own_weights(self, role: str) -> bool:
-        """Whether a role is the first trained role or has another adapter; a critic on the policy's trunk has not."""
+        """False for a role on the weights of the first trained role: a critic that shares the policy's trunk."""
         first = self.trained[0]
         return role == first or self.adapters[role] != self.adapters[first]
 

@@ -121,7 +121,8 @@ def load_constraint(config: PPOConfig, budget: TokenBudget | None = None) -> Sco
 def make_scorer(spec: RewardSpec, config: ModelConfig, batch_size: int | TokenBudget) -> Scorer | None:
     """The scorer of `spec`; None if it has no parts.
 
-    Functions and classifiers are loaded here; an adapter is loaded with the run's other roles.
+    Functions and classifiers are loaded here; an adapter is loaded with the run's other roles. A term is an entry of
+    reward_funcs with its weight; a part is a reward, by its name in the metrics.
     """
     terms = parse_terms(spec.functions, spec.functions_setting)
     names = part_names([term.entry for term in terms], setting=spec.functions_setting, model=spec.model_part)

@@ -36,8 +36,8 @@ COMPACTION_SHARE = 1 / 8
 class Response:
     """The response to one prompt: k tokens, and their log-probabilities `logprobs` fp32 [k] (CPU).
 
-    They are those of the distribution that the tokens were sampled from: `log_softmax(logits / temperature)` in fp32,
-    after top-k and top-p if they are set; at temperature 0 the logits are not divided. `finished`: the last token ended
+    The log-probs are those of the distribution that the tokens were sampled from: `log_softmax(logits / temperature)`
+    in fp32, after top-k and top-p if they are set; at temperature 0 the logits are not divided. `finished`: the last token ended
     the response and is part of `tokens`; if false, the response was cut at `max_new_tokens`. `stop`: the stop string
     that the last token completed, or empty.
     """
@@ -67,7 +67,7 @@ class Rollout:
 
 
 SAMPLING_MESSAGES = RetryMessages(
-    smaller="prompts are sampled together with a KV cache of at most {size} from here on; all are sampled again.",
+    smaller="the KV cache of a batch of prompts takes at most {size} from here on; all prompts are sampled again.",
     single="the KV cache of one prompt and its answer ({size}) does not fit. Set a smaller response_length or "
     "max_new_tokens, or add --load_in_4bit; `onecard fit` says beforehand what fits.",
     format_size=lambda size: f"{size / 2**20:,.1f} MiB",
@@ -101,7 +101,7 @@ def make_decode_batch(roles: Roles, rows: int, columns: int) -> DecodeBatch:
     | `slots` | continuous batching: the row of a finished response takes the next prompt |
     | `padded` | left-padded batches |
     | `single` | padded batches of one row |
-    | `uncached` | no cache: for models without one, and for rows so long that the rotary embeddings change |
+    | `uncached` | no cache: for models without one, and for rows so long that rotary frequencies change (LongRoPE) |
     """
     from onecard.rollout.cache_slots import CacheSlots
 
@@ -174,7 +174,7 @@ def sample_rows(
         prompt_indices = batch.prompt_indices[index]
         positions = batch.generated[index].clamp(max=sampling.max_new_tokens - 1)
         row_uniforms = None if uniforms is None else uniforms[prompt_indices, positions]
-        # Free rows are sampled too. Their log-probs are written after the end of a finished response, and are not read.
+        # Free rows are sampled too. What they write belongs to a finished response, which has already been copied.
         tokens, sampled.logprobs[prompt_indices, positions] = sample_token(logits, sampling, warpers, row_uniforms)
         batch.append(tokens.clamp(min=0), rows)
         for row, token in zip(range(len(batch.row_prompts)) if rows is None else rows, tokens.tolist(), strict=True):
@@ -236,7 +236,7 @@ def sample_responses(
     lengths = [len(prompt) + sampling.max_new_tokens for prompt in prompts]
     # Longest first: rows of a batch have similar lengths, and a later prompt fits into the row of an earlier one.
     order = longest_first(lengths)
-    counts: dict[int, int] = {}  # tokens of each response that the progress bar has counted
+    response_lengths: dict[int, int] = {}  # of the responses for which the progress bar has advanced
 
     def sample(rows: int) -> dict[int, Response]:
         uniforms = None
@@ -253,10 +253,11 @@ def sample_responses(
             for position, response in sampled:
                 index = order[position]
                 responses[index] = response
-                counted = index in counts  # by an attempt that ran out of memory
-                counts[index] = len(response.tokens)
-                if bar is not None and not counted:
-                    bar.advance({"time/tokens_per_second": sum(counts.values()) / (time.perf_counter() - started)})
+                is_new = index not in response_lengths  # else an attempt that ran out of memory had sampled it too
+                response_lengths[index] = len(response.tokens)
+                if bar is not None and is_new:
+                    tokens, seconds = sum(response_lengths.values()), time.perf_counter() - started
+                    bar.advance({"time/tokens_per_second": tokens / seconds})
         return responses
 
     budget = batch_size if isinstance(batch_size, TokenBudget) else sampling_budget(batch_size)

@@ -34,12 +34,13 @@ def sum_metrics(losses: Iterable[Loss]) -> dict[str, float]:
 SUM = "_sum"  # suffix of a metric that is a sum
 
 
-def means_per_kind(row: dict[str, float]) -> dict[str, float]:
+def divide_sums_by_counts(row: dict[str, float]) -> dict[str, float]:
     """Replace each `NAME/KIND_sum` and its `count/KIND` by the mean `NAME/KIND`; a count of 0 gives no mean.
 
     Sums and counts can be added over micro-batches and steps. Means over different numbers of examples cannot.
 
-    >>> means_per_kind({"logps/chosen_sum": 3.0, "count/chosen": 2.0, "logps/rejected_sum": 0.0, "count/rejected": 0.0})
+    >>> sums = {"logps/chosen_sum": 3.0, "count/chosen": 2.0, "logps/rejected_sum": 0.0, "count/rejected": 0.0}
+    >>> divide_sums_by_counts(sums)
     {'logps/chosen': 1.5}
     """
     means = {name: value for name, value in row.items() if not name.endswith(SUM) and not name.startswith("count/")}
@@ -102,7 +103,7 @@ class MetricsWindow:
         """Return the means and reset."""
         means = {name: value / self.steps[name] for name, value in self.sums.items()}
         self.sums, self.steps = {}, {}
-        return means_per_kind(means)
+        return divide_sums_by_counts(means)
 
     def state(self) -> dict[str, Any]:
         return {"sums": self.sums, "steps": self.steps}

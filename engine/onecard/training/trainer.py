@@ -27,7 +27,7 @@ from onecard.models.micro_batching import (
     free_memory,
 )
 from onecard.training import checkpoint, run_folder
-from onecard.training.metrics import MetricsWindow, means_per_kind, peak_memory_gib, sum_metrics
+from onecard.training.metrics import MetricsWindow, divide_sums_by_counts, peak_memory_gib, sum_metrics
 from onecard.training.optim import clip_grad_norm, make_optimizer, make_scheduler
 from onecard.training.run_folder import Run
 from onecard.training.signals import interrupted, stop_requests
@@ -279,7 +279,7 @@ class Trainer:
                 self.step += 1
                 row["memory/peak_gib"] = peak_memory_gib()
                 self.log_step(epoch, row)
-                bar.advance(means_per_kind(row))
+                bar.advance(divide_sums_by_counts(row))
                 if self.is_due(self.config.eval_steps):
                     self.evaluate(bar)
                 stop = stopping() and self.step < self.job.total_steps

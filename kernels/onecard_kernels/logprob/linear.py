@@ -187,9 +187,9 @@ def _forward_rows(
         *(hidden.new_empty(rows.count, hidden.shape[-1]) if x else None for x in (frozen, entropy_direction)),
     ]
     saved = hidden.new_empty(SAVED, rows.count, dtype=dtype)
-    outputs = TileOutputs(moment=entropy, square=sum_sq, exponentials=frozen)
+    outputs = TileOutputs(entropy_sum=entropy, sum_sq=sum_sq, exponentials=frozen)
     for piece in rows.chunks(tiles.rows):
-        h = rows.take(hidden, piece).to(tiles.operand)
+        h = rows.take(hidden, piece).to(tiles.operand_dtype)
         stats, exp_times_head, term_times_head = tiles.sweep(h, y[piece], outputs, second_product=frozen)
         for into, value in zip(results[:3], (stats.logprobs, stats.entropy, stats.log_sum_sq_probs), strict=True):
             if into is not None and value is not None:
@@ -361,9 +361,9 @@ def _recompute_rows(
     grads = Gradients(hidden, weight, rows, needed, tiles.dtype, hidden.dtype)
     state = new_state(rows.count, saved)
     state[SHIFT] = saved[0]  # the forward's final shift: no tile changes it
-    outputs = TileOutputs(moment=with_entropy, exponentials=True)
+    outputs = TileOutputs(entropy_sum=with_entropy, exponentials=True)
     for piece in rows.chunks(tiles.rows):
-        h = rows.take(hidden, piece).to(tiles.operand)
+        h = rows.take(hidden, piece).to(tiles.operand_dtype)
         stats = Statistics._make((*saved[:, piece], None))
         logit_grad = _loss_gradient(stats, *(None if x is None else x[piece] for x in (grad_logprobs, grad_entropy)))
         for part, tile in tiles.tiles():
@@ -418,14 +418,15 @@ def _forward_bytes(device: torch.device, a: SimpleNamespace) -> int:
         entropy_term=num_directions == 2,
     )
     # the terms of the entropy's sum take memory of their own, unless the buffer of the entropy term has their dtype
-    own_term = a.entropy and not (num_directions == 2 and tiles.operand == tiles.accumulated)
+    own_term = a.entropy and not (num_directions == 2 and tiles.operand_itemsize == tiles.accumulator_itemsize)
     in_pass = tiles.exp_pass(a.backend, entropy_term=own_term, slope=num_directions > 0 and a.softcap is not None)
-    directions = num_directions * tiles.hidden_rows * tiles.accumulated  # of a step's tokens
+    directions = num_directions * tiles.hidden_rows * tiles.accumulator_itemsize  # of a step's tokens
     sweep = max(in_pass + directions * (tiles.count > 1), directions + tiles.target_rows * (num_directions > 0))
-    saved = SAVED * tiles.tokens * tiles.accumulated
+    saved = SAVED * tiles.tokens * tiles.accumulator_itemsize
+    # `saved` is an output with a trained head; outputs are not counted
     throughout = id_bytes(a.targets, masked=masked) + saved * (not trained)
-    in_loop = tiles.buffers + tiles.taken(a.hidden, masked=masked, sweep=sweep + tiles.per_token(STATISTICS))
-    results = (1 + a.entropy + a.sum_sq) * tiles.tokens * tiles.accumulated
+    in_loop = tiles.buffers + tiles.chunk_bytes(a.hidden, masked=masked, sweep=sweep + tiles.per_token(STATISTICS))
+    results = (1 + a.entropy + a.sum_sq) * tiles.tokens * tiles.accumulator_itemsize
     results += num_directions * a.hidden.numel() * a.hidden.dtype.itemsize
     scattered = results + saved * trained if masked else 0
     return throughout + max(in_loop, scattered)
@@ -439,23 +440,23 @@ def _recompute_bytes(device: torch.device, a: SimpleNamespace) -> int:
     )
     num_grads = (a.grad_logprobs is not None) + with_entropy
     of_valid_tokens = (
-        (SAVED + num_grads) * count * tiles.accumulated if masked else 0
+        (SAVED + num_grads) * count * tiles.accumulator_itemsize if masked else 0
     )  # copies of `saved` and gradients
-    state = SLOTS * (count + tiles.step) * tiles.accumulated
-    grad_rows = tiles.hidden_rows * tiles.accumulated * a.need_hidden  # the hidden gradient of a step's tokens
-    cast_tile = tiles.logits * tiles.operand * (tiles.operand != tiles.accumulated)
+    state = SLOTS * (count + tiles.chunk) * tiles.accumulator_itemsize
+    grad_rows = tiles.hidden_rows * tiles.accumulator_itemsize * a.need_hidden  # the hidden gradient of a step's tokens
+    cast_tile = tiles.logits * tiles.operand_itemsize * (tiles.operand_itemsize != tiles.accumulator_itemsize)
     itemsize = a.hidden.dtype.itemsize
-    cast_grad_rows = tiles.hidden_rows * itemsize * (a.need_hidden and itemsize != tiles.accumulated)
+    cast_grad_rows = tiles.hidden_rows * itemsize * (a.need_hidden and itemsize != tiles.accumulator_itemsize)
     in_pass = tiles.exp_pass(a.backend, entropy_term=False, slope=a.softcap is not None)
     step = max(in_pass + grad_rows * (tiles.count > 1), grad_rows + cast_tile, grad_rows + cast_grad_rows)
     step += tiles.per_token(10)  # the statistics, and the coefficients of the logits' gradient
-    in_loop = tiles.buffers + state + tiles.taken(a.hidden, masked=masked, sweep=step)
+    in_loop = tiles.buffers + state + tiles.chunk_bytes(a.hidden, masked=masked, sweep=step)
     grad_hidden = a.hidden.numel() * itemsize * a.need_hidden
-    grad_weight = a.weight.numel() * tiles.accumulated * a.need_weight
+    grad_weight = a.weight.numel() * tiles.accumulator_itemsize * a.need_weight
     outputs = grad_hidden + a.weight.numel() * a.weight.dtype.itemsize * a.need_weight
     gradients = grad_hidden + grad_weight
     at_end = gradients + (grad_hidden if masked else 0)  # scattered, and cast
-    at_end += outputs - grad_hidden if a.weight.dtype.itemsize != tiles.accumulated else 0
+    at_end += outputs - grad_hidden if a.weight.dtype.itemsize != tiles.accumulator_itemsize else 0
     return id_bytes(a.targets, masked=masked) + of_valid_tokens + max(gradients + in_loop, at_end) - outputs
 
 

@@ -32,8 +32,8 @@ SHIFT_MARGIN = 30.0
 class TileOutputs(NamedTuple):
     """What the pass over a tile computes besides the sum of exponentials."""
 
-    moment: bool = False  # the sum for the entropy
-    square: bool = False  # the sum of squares
+    entropy_sum: bool = False  # sum of e (z - shift), for the entropy
+    sum_sq: bool = False  # sum of e^2
     exponentials: bool = False  # write them, for a second product with the head
 
 
@@ -77,7 +77,7 @@ def exp_tile(
     # The entropy and its gradient subtract sums of e (z - shift), whose terms are smallest if the shift is the maximum.
     # In fp16, whose largest number is 65504, e^30 would overflow.
     half = torch.float16 in (out.dtype, None if entropy_term is None else entropy_term.dtype)
-    margin = 0.0 if outputs.moment or half else SHIFT_MARGIN
+    margin = 0.0 if outputs.entropy_sum or half else SHIFT_MARGIN
     for block in blocks(z.shape[0], z.shape[1], z.element_size(), z.device):
         part = None if entropy_term is None else entropy_term[block]
         _exp_block(z[block], part, y[block], first, state[:, block], head, outputs, margin)
@@ -106,12 +106,12 @@ def _exp_block(
     if not shift.is_cpu or bool(shift.any()):
         z.sub_(shift.unsqueeze(1))
     term = None
-    if outputs.moment:
+    if outputs.entropy_sum:
         term = entropy_term if entropy_term is not None and entropy_term.dtype == z.dtype else torch.empty_like(z)
         torch.clamp(z, min=torch.finfo(z.dtype).min, out=term)  # finite at z = -inf, where e is 0: 0 * -inf is NaN
     z.exp_()
     state[OFF] += z.sum(1)
-    if outputs.square:
+    if outputs.sum_sq:
         state[SQUARE] += torch.linalg.vector_norm(z, dim=1).square_()
     if term is not None:
         state[MOMENT] += term.mul_(z).sum(1)
@@ -166,11 +166,11 @@ def statistics(state: Tensor, head: Head, outputs: TileOutputs) -> Statistics:
     logprobs = torch.where(e > off, -(off / e).log1p(), at_target - log_sum)
     one_minus_p = off / total
     entropy = lssp = None
-    if outputs.moment:
+    if outputs.entropy_sum:
         p = e / total
         # Both terms are of the size of 1 - p_y near p_y = 1, as the entropy is.
         entropy = torch.where(p > 0, -p * logprobs, 0.0) + (off * log_sum - state[MOMENT]) / total
-    if outputs.square:
+    if outputs.sum_sq:
         lssp = (state[SQUARE] + e.square()).log() - 2.0 * log_sum
     return Statistics(shift.clone(), total, one_minus_p, head.slope_at(state[TARGET]), logprobs, entropy, lssp)
 

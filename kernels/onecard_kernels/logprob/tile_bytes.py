@@ -28,11 +28,11 @@ class TileBytes:
     dtype: torch.dtype  # of logits
     tokens: int
     width: int  # of hidden states
-    step: int  # tokens of a tile
+    chunk: int  # tokens of a tile
     columns: int  # of a tile
     count: int  # tiles of the vocabulary
-    accumulated: int  # bytes of a logit
-    operand: int  # bytes of an element of the products' operands
+    accumulator_itemsize: int  # bytes of a logit
+    operand_itemsize: int  # bytes of an element of the products' operands
     weight_itemsize: int
     buffers: int  # bytes of all buffers
 
@@ -68,11 +68,11 @@ class TileBytes:
             dtype=dtype,
             tokens=tokens,
             width=width,
-            step=even_step(tokens, most),
+            chunk=even_step(tokens, most),
             columns=columns,
             count=math.ceil(vocabulary / columns),
-            accumulated=dtype.itemsize,
-            operand=operand.itemsize,
+            accumulator_itemsize=dtype.itemsize,
+            operand_itemsize=operand.itemsize,
             weight_itemsize=weight.dtype.itemsize,
             buffers=buffers,
         )
@@ -80,33 +80,33 @@ class TileBytes:
     @property
     def logits(self) -> int:
         """Elements of a tile."""
-        return self.step * self.columns
+        return self.chunk * self.columns
 
     @property
     def hidden_rows(self) -> int:
         """Elements of a step's hidden states."""
-        return self.step * self.width
+        return self.chunk * self.width
 
     @property
     def target_rows(self) -> int:
         """Bytes of a block of the head's rows of the targets, in the head's dtype and cast."""
-        block = min(self.step, max(1, rows.BLOCK_BYTES // (self.width * self.accumulated)))
-        cast = 0 if self.weight_itemsize == self.accumulated else self.accumulated
+        block = min(self.chunk, max(1, rows.BLOCK_BYTES // (self.width * self.accumulator_itemsize)))
+        cast = 0 if self.weight_itemsize == self.accumulator_itemsize else self.accumulator_itemsize
         return block * self.width * (self.weight_itemsize + cast)
 
     def per_token(self, numbers: int) -> int:
-        return self.step * numbers * self.accumulated
+        return self.chunk * numbers * self.accumulator_itemsize
 
     def exp_pass(self, backend: str, *, entropy_term: bool, slope: bool) -> int:
         """Bytes inside the pass over a tile: a block for the entropy's term, one for the softcap's derivative."""
         if by_triton(self.device, backend, self.dtype):
             return 0
-        return block_bytes(self.device, self.step, self.columns, self.accumulated) * (entropy_term + slope)
+        return block_bytes(self.device, self.chunk, self.columns, self.accumulator_itemsize) * (entropy_term + slope)
 
-    def taken(self, hidden: Tensor, *, masked: bool, sweep: int) -> int:
+    def chunk_bytes(self, hidden: Tensor, *, masked: bool, sweep: int) -> int:
         """Bytes of a step: its copy of the hidden states (gathered, cast, or both), and `sweep`, allocated after it."""
-        gathered, cast = masked or rows.flat_view(hidden) is None, hidden.dtype.itemsize != self.operand
-        copy = self.hidden_rows * self.operand * (cast or gathered)
+        gathered, cast = masked or rows.flat_view(hidden) is None, hidden.dtype.itemsize != self.operand_itemsize
+        copy = self.hidden_rows * self.operand_itemsize * (cast or gathered)
         return max(copy + self.hidden_rows * hidden.dtype.itemsize * (gathered and cast), copy + sweep)
 
 

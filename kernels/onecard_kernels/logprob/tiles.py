@@ -42,16 +42,18 @@ class HeadTiles:
     ) -> None:
         self.weight, self.head, self.vocabulary = weight, head, weight.shape[0]
         self.dtype = result_dtype(hidden.dtype, weight.dtype)  # of logits, statistics and accumulated sums
-        self.operand = matmul.operand_dtype(hidden.dtype, weight.dtype, self.dtype, weight.device)
+        self.operand_dtype = matmul.operand_dtype(hidden.dtype, weight.dtype, self.dtype, weight.device)
         self.rows = max(1, min(sizes.rows, tokens))
         self.columns = columns_of(sizes, self.vocabulary, self.rows)
         self.has_whole_rows = self.columns == self.vocabulary  # one tile has all columns
         size = self.rows * padded(self.columns)
         self._z = weight.new_empty(size, dtype=self.dtype)
-        separate = exp_operand and self.operand != self.dtype
-        self._e = weight.new_empty(size, dtype=self.operand) if separate else self._z
-        self._term = weight.new_empty(size, dtype=self.operand if exp_operand else self.dtype) if entropy_term else None
-        self.scratch = matmul.scratch_for(weight, self.operand, self.columns)
+        separate = exp_operand and self.operand_dtype != self.dtype
+        self._e = weight.new_empty(size, dtype=self.operand_dtype) if separate else self._z
+        self._term = (
+            weight.new_empty(size, dtype=self.operand_dtype if exp_operand else self.dtype) if entropy_term else None
+        )
+        self.scratch = matmul.scratch_for(weight, self.operand_dtype, self.columns)
         backend = "torch" if self.dtype == torch.float64 else backend
         self.exp_tile: Callable[..., None] = dispatch.implementation("linear_logprobs", backend, weight.device)
 
@@ -143,7 +145,7 @@ class Gradients:
         """Add one tile's part. d: dL/d(h @ W.T) of the tile, in the dtype of accumulation."""
         if self.bias is not None:
             self.bias[part] += d.sum(0)
-        d = d.to(tiles.operand)
+        d = d.to(tiles.operand_dtype)
         if self.hidden is not None:
             self._piece_sum = matmul.project_back(d, tile, self._piece_sum, tiles.dtype, tiles.scratch)
         if self.weight is not None:

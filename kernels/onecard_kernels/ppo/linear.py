@@ -2,8 +2,8 @@
 
 A token's coefficient, dL/dlogp, is known as soon as its log-probability is. So the forward computes the gradients too,
 from the same tile of logits, and the backward scales them: two products with a frozen head, three with a trained one.
-A token whose advantage or weight is 0 has one product. Where a tile has whole rows of logits (chunked), a clipped token
-has one product too, and the entropy bonus needs no product of its own.
+A token whose advantage or weight is 0 has one product. In the implementation `chunked`, whose tiles have whole rows of
+logits, a clipped token has one product too, and the entropy bonus needs no product of its own.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def linear_ppo_loss(
     normalizer = checks.normalizer(normalizer)
     checks.integer("targets", targets)
     tokens.check("targets", targets, options)
-    checks.linear(hidden, weight, targets, head, None)  # the mask is checked
+    checks.linear(hidden, weight, targets, head, None)  # no mask: `tokens.check` has checked it
     chunk_tokens = checks.chunk_tokens(chunk_tokens)
     dispatch.resolve("linear_logprobs", backend, hidden.device)
     hidden, weight = matmul.under_autocast(hidden, weight)
@@ -119,7 +119,8 @@ def linear_ppo_loss(
         [with_grad and x is not None and x.requires_grad for x in (hidden, weight, bias)],
         *(backend, chunk_tokens),
     )
-    divisor = divisor_of(normalizer, sums[-1].detach().clamp(min=1.0), total.dtype)
+    num_tokens = sums[-1].detach()  # the last of SUMS
+    divisor = divisor_of(normalizer, num_tokens.clamp(min=1.0), total.dtype)
     metrics = metrics_of(sums.detach() / divisor, entropy=True, kl=ref_logprobs is not None)
     return Loss(total / divisor, metrics)
 
@@ -164,8 +165,8 @@ def linear_ppo(
         # The gradient of a trained head needs each token's coefficient: known only if a tile has whole rows of logits.
         only, chunk_tokens = CHUNKED if trained else None, more[0] if more else None
         sizes = choose(weight.shape[0], dtype, hidden.device, only=only, chunk_tokens=chunk_tokens)
-        # With a trained head dL/dz is formed in fp32 and cast. With a frozen one the exponentials are, in the operands'
-        # dtype, the operand of the second product (exp_operand).
+        # With a trained head dL/dz is formed in fp32 and cast. With a frozen head the exponentials themselves are an
+        # input of the second product, so they are stored in its input dtype (exp_operand).
         exp_operand, entropy_term = differentiable and not trained, differentiable and options.entropy_in_loss
         tiles = HeadTiles(
             hidden, weight, head, rows.count, sizes, backend, exp_operand=exp_operand, entropy_term=entropy_term
@@ -173,10 +174,10 @@ def linear_ppo(
         assert tiles.has_whole_rows or not trained
         policy_terms = dispatch.implementation("policy_terms", backend, hidden.device)
         grads = Gradients(hidden, weight, rows, needs, dtype, stored_gradient_dtype(hidden.dtype))
-        outputs = TileOutputs(moment=True, exponentials=differentiable)
+        outputs = TileOutputs(entropy_sum=True, exponentials=differentiable)
         totals = None
         for piece in (*rows.chunks(tiles.rows, 0, num_active), *rows.chunks(tiles.rows, num_active)):
-            h, with_grad = rows.take(hidden, piece).to(tiles.operand), differentiable and piece.start < num_active
+            h, with_grad = rows.take(hidden, piece).to(tiles.operand_dtype), differentiable and piece.start < num_active
             second_product = exp_operand and with_grad and not tiles.has_whole_rows
             stats, exp_times_head, term_times_head = tiles.sweep(h, y[piece], outputs, second_product=second_product)
             terms = policy_terms(stats.logprobs, stats.entropy, tokens.part(piece), options)
@@ -299,7 +300,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     hidden, weight, bias = inputs[0], inputs[1], inputs[8]
     ctx.shape, ctx.needs, ctx.inputs = hidden.shape, inputs[13 + OPTIONS], len(inputs)
     ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
-    # The backward checks that ZeRO-3 has not emptied a parameter. A weight that was computed need not stay in memory.
+    # The backward checks that ZeRO-3 has not emptied a parameter. A weight that is not a leaf is not kept for this check.
     ctx.weight = weight if ctx.needs[1] and weight.is_leaf else None
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -367,22 +368,21 @@ def _linear_ppo_bytes(device: torch.device, a: SimpleNamespace) -> int:
         entropy_term=with_entropy,
         only=CHUNKED if trained else None,
     )
-    term_in_buffer = with_entropy and (trained or tiles.operand == tiles.accumulated)
+    term_in_buffer = with_entropy and (trained or tiles.operand_itemsize == tiles.accumulator_itemsize)
     in_pass = tiles.exp_pass(a.backend, entropy_term=not term_in_buffer, slope=differentiable and a.softcap is not None)
-    grad_rows = tiles.hidden_rows * tiles.accumulated  # the hidden gradient of a step's tokens
+    grad_rows = tiles.hidden_rows * tiles.accumulator_itemsize  # the hidden gradient of a step's tokens
     stored = stored_gradient_dtype(a.hidden.dtype)
-    cast_grad_rows = tiles.hidden_rows * stored.itemsize * (stored.itemsize != tiles.accumulated)
+    cast_grad_rows = tiles.hidden_rows * stored.itemsize * (stored.itemsize != tiles.accumulator_itemsize)
     if not differentiable:
         sweep = in_pass
     elif trained:
-        cast_tile = tiles.logits * tiles.operand * (tiles.operand != tiles.accumulated)
+        cast_tile = tiles.logits * tiles.operand_itemsize * (tiles.operand_itemsize != tiles.accumulator_itemsize)
         sweep = max(in_pass, grad_rows * grad_hidden + max(cast_tile, cast_grad_rows * grad_hidden))
     elif tiles.count == 1:
-        size = tiles.logits * tiles.operand * with_entropy
-        first_block = block_bytes(device, tiles.step, tiles.columns, tiles.operand) * with_entropy
-        last_block = (
-            size - first_block * (math.ceil(size / first_block) - 1) if size else 0
-        )  # lives through the product
+        size = tiles.logits * tiles.operand_itemsize * with_entropy
+        first_block = block_bytes(device, tiles.chunk, tiles.columns, tiles.operand_itemsize) * with_entropy
+        # of the entropy term's cast; it is still allocated during the product
+        last_block = size - first_block * (math.ceil(size / first_block) - 1) if size else 0
         sweep = max(
             in_pass,
             first_block + min(first_block, size - first_block),
@@ -394,7 +394,7 @@ def _linear_ppo_bytes(device: torch.device, a: SimpleNamespace) -> int:
     # fp32 old log-probs, advantages and so on; a bool mask; targets and rows; the bool mask of active tokens
     per_token = (2 + (a.ref_logprobs is not None) + (a.weights is not None)) * 4 + 1 + 2 * IDS + 1
     sweep += tiles.per_token(STATISTICS + 8)  # the statistics, and the loss's terms and derivatives
-    return count * per_token + max(tiles.buffers + tiles.taken(a.hidden, masked=True, sweep=sweep), scattered)
+    return count * per_token + max(tiles.buffers + tiles.chunk_bytes(a.hidden, masked=True, sweep=sweep), scattered)
 
 
 @workspace.formula("onecard::scale_linear_ppo")

@@ -286,6 +286,7 @@ class PPO:
         return {"episode": step * self.config.episodes_per_step}
 
     def state(self) -> dict[str, Any]:
+        # of the rollout's budget: bytes of the KV cache
         tokens = {name: budget.size.tokens for name, budget in self.budgets().items()}
         return {"controls": asdict(self.adaptive), "tokens": tokens}
 

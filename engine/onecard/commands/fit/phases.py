@@ -88,7 +88,7 @@ class TrainingStep:
 
     objective: Objective[Any, Any]
     example: Any
-    examples: int
+    num_examples: int
 
 
 def recipe_of(config: TrainConfig) -> Recipe[Any, Any]:
@@ -185,7 +185,7 @@ class PhaseRunner:
                 parameter.grad = torch.empty_like(parameter)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer of the run, with the methods that need a device replaced."""
+        """The optimizer of the run. Methods that need a real device are replaced."""
         with self.tracker.allocating(STATES):
             optimizer = make_optimizer(self.config, self.parameters)
         inner: Any = getattr(optimizer, "inner", optimizer)
@@ -212,6 +212,7 @@ class PhaseRunner:
             clip_grad_norm(self.parameters, self.config.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        # The states that the step allocated were counted as activations. Paged ones have their own tag already.
         for state in optimizer.state.values():
             tensors = [value for value in state.values() if isinstance(value, Tensor)]
             self.tracker.tag(STATES, [tensor for tensor in tensors if self.tracker.kind(tensor) == ACTIVATIONS])
@@ -220,6 +221,7 @@ class PhaseRunner:
         """Run the prefill, the decoding step at which the cache grows for the last time, and the last decoding step."""
         model = self.roles.causal_model()
         sizes = [cache_bytes(model, self.lengths.total)] * config.episodes_per_step
+        # prompts of the first decode batch, the largest; the sizes are bytes of the cache, and rows are padded
         rows = len(next(replace(rollout_budget(config).size, padded=True).split(sizes)))
         sampling = Sampling(config.response_length, config.temperature)
         waiting, cache_memory = len(sizes) - rows, partial(self.tracker.allocating, CACHE)
@@ -278,7 +280,7 @@ class PhaseRunner:
         micro_batch_size = MicroBatchSize(
             config.per_device_train_batch_size, config.micro_batch_tokens, padded=self.roles.layout == "padded"
         )
-        examples = [step.example] * step.examples
+        examples = [step.example] * step.num_examples
         micro_batches = list(micro_batch_size.split([step.objective.size(example) for example in examples]))
         if step.objective.unsplittable_loss:
             micro_batches = [list(range(len(examples)))]

@@ -100,7 +100,7 @@ def flags(settings: Mapping[str, object]) -> str:
 
 
 def largest_micro_batch_tokens(
-    config: TrainConfig, plan_of: PlanOf, card: Card, example_tokens: int, examples: int
+    config: TrainConfig, plan_of: PlanOf, card: Card, example_tokens: int, num_examples: int
 ) -> int | None:
     """The largest `micro_batch_tokens` that fits, a multiple of `example_tokens`; None if one example does not fit.
 
@@ -111,14 +111,15 @@ def largest_micro_batch_tokens(
     def peak(count: int) -> int:
         return plan_of(replace(config, micro_batch_tokens=count * example_tokens)).peak
 
-    enough, too_many = 1, examples  # numbers of examples
-    low, high = peak(1), peak(examples)
+    enough, too_many = 1, num_examples  # numbers of examples
+    low, high = peak(1), peak(num_examples)
     if card.holds(high):
-        return examples * example_tokens
+        return num_examples * example_tokens
     if not card.holds(low):
         return None
-    bisect = False  # True after a plan above the line: e.g. the step has no more examples, but other passes grow
+    bisect = False  # True once a plan needed more than the line predicted
     for _ in range(MAX_PLANS):
+        # the peak for which `card.needed`, which is linear, is `card.usable`
         largest_peak = (card.usable - card.needed(0)) / (card.needed(10**9) - card.needed(0)) * 10**9
         linear = max(1, int((largest_peak - low) * (too_many - enough) / (high - low)))
         step = min(linear, (too_many - enough) // 2 if bisect else too_many - enough - 1)

@@ -130,7 +130,10 @@ def pack_pairs(pairs: Sequence[PreferencePair], *, share_prompts: bool = False) 
 
 
 def shared_prefixes(sequences: Sequence[TokenSequence], firsts: Sequence[int]) -> dict[int, tuple[int, int]]:
-    """`shared_prefixes` of `pack`. Sequence i may share the prompt of sequence `firsts[i]`, or of none if that is i."""
+    """The argument `shared_prefixes` of `pack`.
+
+    `firsts[i]`: index of the first sequence with the prompt of sequence i; i itself if no earlier one has it.
+    """
     shared = ((i, j, shared_tokens(sequences[j], sequences[i])) for i, j in enumerate(firsts) if i != j)
     return {i: (j, length) for i, j, length in shared if length}
 
