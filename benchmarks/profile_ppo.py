@@ -36,7 +36,7 @@ from benchmarks.train_step.cases import Flops, StepCase, select_cases
 from benchmarks.train_step.dpo import quiet
 from benchmarks.train_step.phases import MARK, PHASES, ROLLOUT, PhaseTimer
 from benchmarks.train_step.ppo import PPORun
-from benchmarks.train_step.run import DOES_NOT_FIT, BareProducts, case_without_rows, capped
+from benchmarks.train_step.run import DOES_NOT_FIT, BareProducts, capped, case_without_rows
 from benchmarks.train_step.synthetic import write_folder
 
 TOP = 12  # operators of a phase, and costs of an iteration

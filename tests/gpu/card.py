@@ -58,10 +58,7 @@ SHAPES: list[Shape] = sized(
 )
 # bf16 at all shapes; fp16 and fp32 only at the first shape (most tokens) and the last (odd vocabulary)
 SHAPES_AND_DTYPES = [
-    (shape, dtype)
-    for shape in SHAPES
-    for dtype in DTYPES
-    if dtype == "bf16" or shape in (SHAPES[0], SHAPES[-1])
+    (shape, dtype) for shape in SHAPES for dtype in DTYPES if dtype == "bf16" or shape in (SHAPES[0], SHAPES[-1])
 ]
 over_sizes = pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_DTYPES, ids=str)
 

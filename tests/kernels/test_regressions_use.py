@@ -23,10 +23,10 @@ from tests.kernels.regression_running import (
     assert_gradients,
     cases,
     compare,
-    poison_masked,
     double,
     evaluate,
     over,
+    poison_masked,
 )
 
 pytest.importorskip("triton", reason="triton is not installed")
