@@ -203,8 +203,9 @@ def main(revision: str, timed: bool, ways: bool) -> None:
                 for code in codes:
                     click.echo(f"  {code.co_name}  {Path(code.co_filename).relative_to(ROOT)}:{code.co_firstlineno}")
         return
+    rows = measured(revision)
     click.echo("| what | before | now |\n|---|---|---|")
-    for row in measured(revision):
+    for row in rows:
         click.echo(f"| {' | '.join(row)} |")
     if timed:
         began = time.perf_counter()

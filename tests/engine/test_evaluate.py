@@ -249,12 +249,12 @@ def test_what_cannot_be_evaluated_is_one_line_and_leaves_nothing(onecard, materi
     other = adapter(tiny_model, tmp_path / "other", 1)
     bad = {
         "has a training run in it": {"--output_dir": tmp_path / "run"},
-        "holds 'thoughts.txt'": {"--output_dir": tmp_path / "mine"},
+        "has 'thoughts.txt'": {"--output_dir": tmp_path / "mine"},
         "torn.jsonl:2": {"--dataset": tmp_path / "torn.jsonl"},
         "--dataset is missing": {"--dataset": ""},
         "baseline: no folder": {"--baseline": "./nowhere"},
         "expected a model or adapter with the same tokenizer": {"--baseline": tiny_model},
-        "is no adapter on the policy's base": {"--ref_adapter": other},
+        "is not an adapter on the policy's base": {"--ref_adapter": other},
         "ref_adapter: no folder": {"--ref_adapter": "./nowhere"},
         "reward_model_path": {"--reward_model_path": other},
         "raising.py:raising raised ValueError": {"--reward_funcs": f"{tmp_path / 'raising.py'}:raising"},

@@ -83,7 +83,7 @@ def reward(model: str, texts: list[tuple[int, ...]], **settings: Any) -> Made:
     roles = moved(load_roles(config, trained="reward", scalar=True))
     recipe = Recipe(
         "reward", "reward", tokenize, collate, len, lambda roles, batch, n: reward_loss(roles, batch, config, n),
-        shared_collation=Collation(collate_shared, example_size),
+        prompt_sharing_collation=Collation(collate_shared, example_size),
     )  # fmt: skip
     return roles, lambda: recipe.objective(roles), pairs_of(texts)
 

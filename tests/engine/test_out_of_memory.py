@@ -91,12 +91,12 @@ class Model:
             raise no_memory()
         yield Loss(other.sum() / normalizer, {})
 
-    def objective(self, unsplittable: str = "") -> Objective[Example, Numbers]:
+    def objective(self, unsplittable_loss: str = "") -> Objective[Example, Numbers]:
         return Objective(
             collate=lambda examples: Numbers(torch.tensor([value for example in examples for value in example])),
             count=lambda examples: sum(map(len, examples)),
             losses=self.losses,
-            unsplittable=unsplittable,
+            unsplittable_loss=unsplittable_loss,
         )
 
 
@@ -175,7 +175,7 @@ def test_a_loss_that_sorts_its_batch_is_never_cut():
     model = Model(20)
     trainer = trainer_of(model)
     with pytest.raises(OnecardError, match="out of memory: loss_type aot sorts the 8 examples of a step as one batch"):
-        trainer.compute_gradients(model.objective(unsplittable="loss_type aot"), EXAMPLES)
+        trainer.compute_gradients(model.objective(unsplittable_loss="loss_type aot"), EXAMPLES)
     assert model.passes == [36]
     assert model.weights.grad is None
 

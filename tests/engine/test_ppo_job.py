@@ -173,7 +173,7 @@ def test_an_answer_that_is_cut_pays_missing_eos_penalty():
     scorer = Scorer({"length": function}, {"length": 0.5}, missing_eos_penalty=1.5, batch_size=8)
     episodes = [random_episode(0, 2, 4), random_episode(1, 2, 4, finished=False)]
     scores = scorer.scores(None, WordTokenizer(), [Prompt("p", (1, 2))] * 2, episodes)
-    assert scores.total.tolist() == [2.0, 0.5]
+    assert scores.terminal.tolist() == [2.0, 0.5]
     assert scores.parts["length"].tolist() == [4.0, 4.0]
 
 
@@ -214,5 +214,5 @@ def test_the_reward_model_reads_every_answer_at_an_eos(tinystories, tmp_path):
     with torch.no_grad():
         read = trained.scores(pack([TokenSequence((1, 40, 50, eos), (False, True, True, True))])).item()
     torch.testing.assert_close(scores.parts["reward_model"], torch.tensor([read] * 3))
-    torch.testing.assert_close(scores.total, torch.tensor([read - 0.5, read, read]))
+    torch.testing.assert_close(scores.terminal, torch.tensor([read - 0.5, read, read]))
     assert answers[0].sequence.tokens == (1, 40, 50)

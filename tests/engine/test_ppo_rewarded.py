@@ -39,12 +39,12 @@ def test_a_scale_takes_the_mean_from_the_terminal_part_alone():
     """Sums 2.75 and 5 at mean 1 and deviation 2: 0.875 and 2. Per token only the deviation counts."""
     scores = Scores(torch.tensor([2.0, -1.0]), {"a": torch.tensor([7.0, 8.0])}, DENSE)
     scaled = Scale(mean=1.0, std=2.0).of(scores)
-    assert scaled.total.tolist() == [0.5, -1.0]
+    assert scaled.terminal.tolist() == [0.5, -1.0]
     assert [each.tolist() for each in scaled.dense] == [[0.25, 0.125], [0.5, 1.0, 1.5]]
     assert scaled.sums.tolist() == [0.875, 2.0]
     assert scaled.parts["a"].tolist() == [7.0, 8.0]
     same = Scale().of(scores)
-    assert torch.equal(same.total, scores.total)
+    assert torch.equal(same.terminal, scores.terminal)
     assert all(map(torch.equal, same.dense, DENSE))
 
 

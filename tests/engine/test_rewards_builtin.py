@@ -61,7 +61,7 @@ def test_fluency_is_the_reference_s_mean_log_likelihood(tiny_model):
         expected.append(chosen.mean().item())
     got = scorer.scores(roles, load_tokenizer(config), [Prompt("p", (1,))] * 3, episodes)
     assert got.parts["fluency"].tolist() == pytest.approx(expected, rel=1e-5)
-    assert got.total.tolist() == got.parts["fluency"].tolist()
+    assert got.terminal.tolist() == got.parts["fluency"].tolist()
     assert roles.current == "policy"
 
 

@@ -144,7 +144,7 @@ def test_the_classifier_is_frozen_and_draws_nothing(tmp_path):
     """With dropout of 0.5 in its config, it scores the same twice."""
     folder = classifier(tmp_path, "bert")
     scorer = load_scorer(config(folder))
-    model = scorer.model_rewards["reward_model"].classifier.model
+    model = scorer.input_rewards["reward_model"].classifier.model
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert scores(scorer, PROMPTS, TEXTS) == scores(scorer, PROMPTS, TEXTS)

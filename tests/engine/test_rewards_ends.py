@@ -109,7 +109,7 @@ def test_training_ppo_and_evaluation_give_an_answer_one_score(gemma_like: Path, 
     settings = PPOConfig(model=str(gemma_like), reward_model_path=str(tmp_path / "reward"))
     [prompt] = prompt_examples(rows({"prompt": [USER]}), tokenizer).examples
     scores = load_scorer(settings).scores(load_ppo_roles(settings), tokenizer, [prompt] * 2, episodes)
-    torch.testing.assert_close(scores.total, torch.tensor(expected), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores.terminal, torch.tensor(expected), atol=1e-5, rtol=0)
 
     def sampled(*args: object, **settings: object) -> Rollout:
         return Rollout(tuple(Response(e.response, e.sampling_logprobs, e.finished) for e in episodes), 1.0)

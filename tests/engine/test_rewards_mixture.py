@@ -78,7 +78,7 @@ def test_one_line_is_what_several_entries_with_weights_are(mine):
         assert {name: part.tolist() for name, part in scores.parts.items()} == {
             "length": [4.0, 2.0], "length:4": [1.0, 0.5], "one": [1.0, 1.0],
         }  # fmt: skip
-        assert scores.total.tolist() == [0.5 * 4 - 2 + 3, 0.5 * 2 - 1 + 3]
+        assert scores.terminal.tolist() == [0.5 * 4 - 2 + 3, 0.5 * 2 - 1 + 3]
 
 
 def test_the_reward_model_s_weight_may_stand_in_the_line(tiny_model, tmp_path):
@@ -94,14 +94,14 @@ def test_the_reward_model_s_weight_may_stand_in_the_line(tiny_model, tmp_path):
 def test_evaluation_takes_the_same_settings():
     scorer = load_scorer(EvaluateConfig(reward_funcs=["2*length"], missing_eos_penalty=3.0))
     scores = scorer.scores(None, WordTokenizer(), [Prompt("p", (1,))] * 2, [episode(5), episode(5, finished=False)])
-    assert scores.total.tolist() == [2.0, -1.0]
+    assert scores.terminal.tolist() == [2.0, -1.0]
 
 
 def test_dense_and_terminal_rewards_in_one_mixture_and_a_penalty(mine):
     scorer = load_scorer(PPOConfig(reward_funcs=[f"0.5*{mine}:dense + length"], missing_eos_penalty=1.5))
     episodes = [episode(5, 6, 2), episode(7, finished=False)]
     scores = scorer.scores(None, WordTokenizer(), [Prompt("p", (1,))] * 2, episodes)
-    assert scores.total.tolist() == [3.0, -0.5]
+    assert scores.terminal.tolist() == [3.0, -0.5]
     assert [each.tolist() for each in scores.dense] == [[2.5, 3.0, 1.0], [3.5]]
     assert scores.sums.tolist() == [9.5, 3.0]
     assert scores.parts["dense"].tolist() == [13.0, 7.0]
@@ -114,7 +114,7 @@ def test_costs_have_settings_of_their_own_and_no_penalty(mine):
     )  # fmt: skip
     constraint = load_constraint(config)
     costs = constraint.scores(None, WordTokenizer(), [Prompt("p", (1,))], [episode(5, 6, finished=False)])
-    assert costs.total.tolist() == [4.0]
+    assert costs.terminal.tolist() == [4.0]
     assert load_constraint(PPOConfig(reward_funcs=["length"], constraint_threshold=1.0)) is None
 
 
@@ -135,7 +135,7 @@ def test_the_constraint_s_adapter_plays_a_role_of_its_own(tiny_model, tmp_path, 
     )  # fmt: skip
     for scorer, total in ((load_scorer(config), 1.0), (load_constraint(config), 4.0)):
         judged = scorer.scores(None, WordTokenizer(), [Prompt("p", (1,))], [episode(5, 6, finished=False)])
-        assert judged.total.tolist() == [total]
+        assert judged.terminal.tolist() == [total]
     assert spec == [(role, [(1, 5, 6, 2)], 3) for role in ("reward", "constraint")]
 
 

@@ -133,32 +133,32 @@ def test_scoring_keeps_nothing_for_a_backward_pass(scorer, monkeypatch):
 
 def test_a_mixture_is_the_weighted_sum_and_keeps_its_parts():
     got = combine({"reward_model": [0.5, -1.0], "length": (3, 20)}, {"length": 0.1, "reward_model": 1.0})
-    assert got.total.tolist() == pytest.approx([0.8, 1.0])
+    assert got.terminal.tolist() == pytest.approx([0.8, 1.0])
     assert list(got.parts) == ["reward_model", "length"]
     assert got.parts["reward_model"].tolist() == [0.5, -1.0]
     assert got.parts["length"].tolist() == [3.0, 20.0]
-    assert {got.total.dtype, *(part.dtype for part in got.parts.values())} == {torch.float32}
+    assert {got.terminal.dtype, *(part.dtype for part in got.parts.values())} == {torch.float32}
 
 
 def test_dense_parts_stay_at_tokens_and_nothing_counts_twice():
     """Two answers, of two tokens and one: 1 * a + 0.5 * b on whole answers, 0.1 * c + 2 * d on tokens."""
     parts = {"c": [[1.0, 2.0], [20.0]], "a": [0.5, -1.0], "d": [(0.0, 1.0), (0.25,)], "b": [4.0, 0.0]}
     got = combine(parts, {"a": 1.0, "b": 0.5, "c": 0.1, "d": 2.0})
-    assert got.total.tolist() == [2.5, -1.0]
+    assert got.terminal.tolist() == [2.5, -1.0]
     assert [each.tolist() for each in got.dense] == [pytest.approx([0.1, 2.2]), pytest.approx([2.5])]
     assert got.sums.tolist() == pytest.approx([4.8, 1.5])
     assert {name: part.tolist() for name, part in got.parts.items()} == {
         "c": [3.0, 20.0], "a": [0.5, -1.0], "d": [1.0, 0.25], "b": [4.0, 0.0],
     }  # fmt: skip
     assert list(got.parts) == ["c", "a", "d", "b"]
-    assert {x.dtype for x in (got.total, got.sums, *got.dense, *got.parts.values())} == {torch.float32}
-    paid = replace(got, total=apply_missing_eos_penalty(got.total, [True, False], 1.0))
+    assert {x.dtype for x in (got.terminal, got.sums, *got.dense, *got.parts.values())} == {torch.float32}
+    paid = replace(got, terminal=apply_missing_eos_penalty(got.terminal, [True, False], 1.0))
     assert paid.sums.tolist() == pytest.approx([4.8, 0.5])
 
 
 def test_dense_parts_alone_and_none_at_all():
     alone = combine({"c": [[1.0, 2.0], [20.0]]}, {"c": -1.0})
-    assert alone.total.tolist() == [0.0, 0.0]
+    assert alone.terminal.tolist() == [0.0, 0.0]
     assert alone.sums.tolist() == [-3.0, -20.0]
     whole = combine({"a": [1.0]}, {"a": 2.0})
     assert whole.dense is None
@@ -170,7 +170,7 @@ def test_dense_parts_alone_and_none_at_all():
 def test_a_mixture_does_not_depend_on_the_order_of_its_parts():
     parts = {"a": [1e8], "b": [1.0], "c": [-1e8]}  # in fp32 the 1 would be lost in one order
     for names in ("abc", "acb", "cab"):
-        assert combine({name: parts[name] for name in names}, dict.fromkeys("abc", 1.0)).total.tolist() == [1.0]
+        assert combine({name: parts[name] for name in names}, dict.fromkeys("abc", 1.0)).terminal.tolist() == [1.0]
 
 
 def test_a_mixture_of_what_does_not_fit_together_is_refused():

@@ -127,8 +127,8 @@ def test_only_a_model_that_takes_shared_records_gets_them(fresh, monkeypatch, la
 
 
 def test_labelled_answers_have_nothing_to_share(fresh):
-    assert recipe_of(loss_type=["kto"]).shared_collation is None
-    assert recipe_of(loss_type=["apo_zero_unpaired"]).shared_collation is None
+    assert recipe_of(loss_type=["kto"]).prompt_sharing_collation is None
+    assert recipe_of(loss_type=["apo_zero_unpaired"]).prompt_sharing_collation is None
 
 
 def test_padding_free_off_shares_nothing(tiny_model):

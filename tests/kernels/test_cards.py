@@ -106,9 +106,9 @@ class Module:
         return self.imports.get(name, f"{self.name}:{name}")
 
     def launched(self) -> Iterator[str]:
-        """Full names of kernels: what is called as `name[grid](..., num_stages=...)`."""
+        """Full names of kernels: what is called as `..._kernel[grid](...)`."""
         for call in calls(self.tree):
-            if isinstance(call.func, ast.Subscript) and any(word.arg == "num_stages" for word in call.keywords):
+            if isinstance(call.func, ast.Subscript) and ast.unparse(call.func.value).endswith("_kernel"):
                 yield self.full_name(ast.unparse(call.func.value))
 
     def helpers(self) -> Iterator[str]:

@@ -93,13 +93,13 @@ class Recipe(Generic[E, B]):
     # (roles, training, held-out examples) -> both with added fields; called before the first step
     prepare: Callable[[Roles, Sequence[E], Sequence[E]], tuple[Sequence[E], Sequence[E]]] | None = None
     # used instead of `collate` with packed batches: runs a prompt once for all its responses
-    shared_collation: Collation[E, B] | None = None
-    unsplittable: str = ""  # `Objective.unsplittable`
+    prompt_sharing_collation: Collation[E, B] | None = None
+    unsplittable_loss: str = ""  # `Objective.unsplittable_loss`
 
     def objective(self, roles: Roles) -> Objective[E, B]:
         """The objective of an optimizer step in the roles' layout."""
-        if self.shared_collation and roles.layout == "packed":
-            collation = self.shared_collation
+        if self.prompt_sharing_collation and roles.layout == "packed":
+            collation = self.prompt_sharing_collation
         elif roles.layout == "padded":
             collation = Collation(self.collate, lambda example: padded_size(lengths_of(example)))
         else:
@@ -109,7 +109,7 @@ class Recipe(Generic[E, B]):
             self.count,
             lambda batch, normalizer: (self.loss(roles, batch, normalizer),),
             collation.size,
-            self.unsplittable,
+            self.unsplittable_loss,
         )
 
 

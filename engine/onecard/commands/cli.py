@@ -255,9 +255,10 @@ class FitCommand(click.Command):
             for position, (name, equals, value) in enumerate(words):
                 if name != flag:
                     continue
-                algorithm = value if equals else args[position + 1] if position + 1 < len(args) else ""
+                given = value if equals else args[position + 1] if position + 1 < len(args) else ""
+                algorithm = given
                 if flag == "--config":
-                    algorithm = str(read_mapping(algorithm).get("algorithm", "")) or command_of_run(algorithm)
+                    algorithm = str(read_mapping(given).get("algorithm", "")) or command_of_run(given)
                 if algorithm in get_args(config.Algorithm):
                     return algorithm
         return config.FitConfig.algorithm

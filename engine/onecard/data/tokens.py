@@ -137,8 +137,8 @@ def chat_transcript(
     """The transcript of a chat, up to its last answer: the assistant's turns from message `first` on are answers.
 
     Each turn is rendered as it would be sampled after its own prompt. A template may render a turn differently when
-    more messages follow (Qwen3: without its reasoning). Such a turn is left out, because it would not be sampled in
-    this text. Raises BadRowError if there is no answer, or no prompt before the first.
+    more messages follow (Qwen3: without its reasoning). Such a turn is not learned: in this text it is not
+    what the model would sample. Raises BadRowError if there is no answer, or no prompt before the first.
     """
     turns = [index for index in range(first, len(messages)) if messages[index]["role"] == "assistant"]
     if not turns:

@@ -53,7 +53,8 @@ class Roles(nn.Module):
         self.heads = nn.ModuleDict()
         self.copies = nn.ModuleDict()  # role -> a frozen copy of the whole model, where all weights are trained
         self.offloader: Offloader | None = None
-        self.trained_in_evaluation_mode = False  # for models whose noise in training mode has no setting
+        # for models with random noise in training mode that no setting of their config turns off
+        self.trained_in_evaluation_mode = False
         self.left_out: tuple[str, ...] = ()  # descriptions of the layers that get no new adapter
         self.current = ""
         self.activate(self.trained[0])

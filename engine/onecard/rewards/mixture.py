@@ -1,4 +1,4 @@
-"""The weighted sum of several rewards, its parts: total = sum over parts of weight * part."""
+"""The weighted sum of several rewards: score = sum over the parts of weight * part."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ Part: TypeAlias = Sequence[float] | Sequence[Sequence[float]]
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of B answers. An answer's score is its `total` plus the sum of its `dense`; no reward is in both.
+    """Scores of B answers. An answer's score is its `terminal` plus the sum of its `dense`; no reward is in both.
 
-    `total` fp32 [B]: the weighted sum of the rewards with one number per answer, which PPO puts on the last token.
+    `terminal` fp32 [B]: the weighted sum of the rewards with one number per answer, which PPO puts on the last token.
     `dense`: the weighted sum of the per-token rewards, fp32 [k] for an answer of k tokens; None if no reward is dense.
     `parts`: each reward fp32 [B] without its weight; of a dense reward, the sum over the answer's tokens.
 
     Two answers, of two tokens and of one, with a reward model of weight 1 and a dense reward of weight 0.1:
 
         parts    {"reward_model": [0.5, -1.0], "dense": [3.0, 20.0]}
-        total    [0.5, -1.0]
+        terminal [0.5, -1.0]
         dense    [[0.1, 0.2], [2.0]]
         sums     [0.8, 1.0]
     """
 
-    total: Tensor
+    terminal: Tensor
     parts: dict[str, Tensor]
     dense: list[Tensor] | None = None
 
     @property
     def sums(self) -> Tensor:
-        """The answers' scores, fp32 [B], as in metrics: `total` plus the sums of `dense`."""
+        """The answers' scores, fp32 [B], as in metrics: `terminal` plus the sums of `dense`."""
         if self.dense is None:
-            return self.total
-        return (self.total.double() + torch.stack([rewards.double().sum() for rewards in self.dense])).float()
+            return self.terminal
+        return (self.terminal.double() + torch.stack([rewards.double().sum() for rewards in self.dense])).float()
 
 
 def is_dense(part: Part) -> TypeGuard[Sequence[Sequence[float]]]:
@@ -68,7 +68,7 @@ def combine(parts: Mapping[str, Part], weights: Mapping[str, float]) -> Scores:
     answers = next(iter(counts.values()))
     tokens = {name: [to_float64(values) for values in part] for name, part in parts.items() if is_dense(part)}
     per_answer = {name: to_float64(part) for name, part in parts.items() if is_per_answer(part)}
-    total = weighted_sum({name: weights[name] for name in per_answer}, per_answer, answers).float()
+    terminal = weighted_sum({name: weights[name] for name in per_answer}, per_answer, answers).float()
     dense = None
     if tokens:
         by_answer = [{name: values[index] for name, values in tokens.items()} for index in range(answers)]
@@ -78,7 +78,7 @@ def combine(parts: Mapping[str, Part], weights: Mapping[str, float]) -> Scores:
             for columns, length in zip(by_answer, lengths, strict=True)
         ]
     sums = {name: torch.stack([values.sum() for values in tokens[name]]) for name in tokens}
-    scores = Scores(total, {name: (sums | per_answer)[name].float() for name in parts}, dense)
+    scores = Scores(terminal, {name: (sums | per_answer)[name].float() for name in parts}, dense)
     columns = {**scores.parts, "the weighted sum": scores.sums}
     for limit, expected in ((torch.finfo(torch.float32).max, "a finite number"), (MAX_SCORE, f"at most {MAX_SCORE:g}")):
         for name, column in columns.items():

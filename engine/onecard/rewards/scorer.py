@@ -26,19 +26,19 @@ from onecard.utils.errors import OnecardError
 
 @dataclass(frozen=True)
 class Scorer:
-    """The rewards of a run and their weights: reward functions, and `model_rewards`, which may run models."""
+    """The rewards of a run and their weights: reward functions, and rewards that take a `RewardInput`, as models do."""
 
     functions: Mapping[str, RewardFunction]
     weights: Mapping[str, float]
     missing_eos_penalty: float
     batch_size: int | TokenBudget
-    model_rewards: Mapping[str, ModelReward] = field(default_factory=dict)
+    input_rewards: Mapping[str, ModelReward] = field(default_factory=dict)
     timeout: float = 0.0  # seconds after which a warning names a function that still runs; 0: never
 
     def check_columns(self, prompts: Sequence[Prompt]) -> None:
         """Raise OnecardError at startup for the first row with an expected answer that `exact_answer` cannot use."""
         known = {name for prompt in prompts for name in prompt.columns}
-        if exact_answer in self.model_rewards.values() and known.intersection(ANSWER_COLUMNS):
+        if exact_answer in self.input_rewards.values() and known.intersection(ANSWER_COLUMNS):
             for prompt in prompts:
                 expected_answer(prompt.columns, prompt.text)
 
@@ -47,14 +47,14 @@ class Scorer:
         answers = make_answers(tokenizer, prompts, episodes)
         inputs = RewardInput(roles, tokenizer, prompts, episodes, answers, self.batch_size)
         parts = {
-            name: self.model_rewards[name](inputs)
-            if name in self.model_rewards
+            name: self.input_rewards[name](inputs)
+            if name in self.input_rewards
             else call_function(self.functions[name], answers, self.timeout)
             for name in self.weights
         }
         scores = combine(parts, self.weights)
         finished = [episode.finished for episode in episodes]
-        return replace(scores, total=apply_missing_eos_penalty(scores.total, finished, self.missing_eos_penalty))
+        return replace(scores, terminal=apply_missing_eos_penalty(scores.terminal, finished, self.missing_eos_penalty))
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class RewardSpec:
 
     @property
     def model_part(self) -> str:
-        """The name of the reward model's part."""
+        """The name under which the reward model appears among the rewards: in weights, metrics and reward_funcs."""
         return f"{self.role}_model"
 
 
@@ -126,7 +126,7 @@ def make_scorer(spec: RewardSpec, config: ModelConfig, batch_size: int | TokenBu
     terms = parse_terms(spec.functions, spec.functions_setting)
     names = part_names([term.entry for term in terms], setting=spec.functions_setting, model=spec.model_part)
     term_of_part = {spec.model_part: Term(spec.model_part)} if spec.model_path else {}
-    if spec.model_part in names and not term_of_part:
+    if spec.model_part in names and not spec.model_path:  # an entry of reward_funcs that weights the reward model
         raise OnecardError(f"{spec.functions_setting}: '{spec.model_part}' needs --{spec.path_setting}.")
     term_of_part |= dict(zip(names, terms, strict=True))
     weights = part_weights(spec, term_of_part)
@@ -136,14 +136,14 @@ def make_scorer(spec: RewardSpec, config: ModelConfig, batch_size: int | TokenBu
         for name, entry in entries.items()
         if builtin_name(entry) is None
     }
-    model_rewards = {
+    input_rewards = {
         name: load_builtin(entry, spec.functions_setting) for name, entry in entries.items() if name not in functions
     }
     model = load_model(spec, config)
-    model_rewards |= {spec.model_part: model} if model else {}
+    input_rewards |= {spec.model_part: model} if model else {}
     if not weights:
         return None
-    return Scorer(functions, weights, spec.missing_eos_penalty, batch_size, model_rewards, spec.timeout)
+    return Scorer(functions, weights, spec.missing_eos_penalty, batch_size, input_rewards, spec.timeout)
 
 
 def part_weights(spec: RewardSpec, term_of_part: Mapping[str, Term]) -> dict[str, float]:

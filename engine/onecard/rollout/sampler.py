@@ -75,7 +75,10 @@ SAMPLING_MESSAGES = RetryMessages(
 
 
 def sampling_budget(batch_size: int, cache_bytes: int = 0) -> TokenBudget:
-    """At most `batch_size` prompts sampled together, with a KV cache of at most `cache_bytes` bytes (0: no limit)."""
+    """At most `batch_size` prompts sampled together, with a KV cache of at most `cache_bytes` bytes (0: no limit).
+
+    The sizes of this budget are bytes, not tokens.
+    """
     return TokenBudget(
         MicroBatchSize(batch_size, cache_bytes, sort_by_length=True, max_items=batch_size), SAMPLING_MESSAGES
     )
@@ -223,7 +226,7 @@ def sample_responses(
 
     Raises OnecardError for an empty prompt. Callers check that prompt and response fit into the model's context. If
     memory runs out, all prompts are sampled again from the first one, fewer at a time. Responses that had ended are
-    discarded: most of them are short, and the sample would be biased.
+    discarded too: most of them are short, so keeping them would bias the sample.
     """
     for index, prompt in enumerate(prompts):
         if not prompt:

@@ -55,7 +55,7 @@ class Objective(Generic[E, B]):
     count: Callable[[Sequence[E]], int]
     losses: Callable[[B, int], Iterable[Loss]]
     size: Callable[[E], int] = len  # tokens that an example takes in a forward pass
-    unsplittable: str = ""  # the loss that needs the whole step as one batch (it sorts it), for a message; empty: none
+    unsplittable_loss: str = ""  # name of a loss that sorts all examples of a step, so the step cannot be split
 
 
 class TrainedModel(Protocol):
@@ -210,9 +210,9 @@ class Trainer:
                     raise
             free_memory()
             self.zero_grad()
-            if objective.unsplittable:
+            if objective.unsplittable_loss:
                 raise OnecardError(
-                    f"out of memory: {objective.unsplittable} sorts the {len(examples)} examples of a step as one "
+                    f"out of memory: {objective.unsplittable_loss} sorts the {len(examples)} examples of a step as one "
                     f"batch, which cannot be split. Lower per_device_train_batch_size. {MEMORY_ADVICE}"
                 )
             self.budget.shrink([objective.size(example) for example in examples], padded=self.micro_batch_size.padded)

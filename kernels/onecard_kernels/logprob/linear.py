@@ -74,7 +74,7 @@ def linear_logprobs(
             products still accumulate in fp32; torch.autocast(enabled=False) around the call keeps them as they are.
         targets: `[...]`, integer ids; `targets[t]` is the token that `hidden[t]` predicts.
         bias: `[V]`, finite.
-        temperature, logit_scale, softcap: numbers, in the order of the equation.
+        temperature, logit_scale, softcap: numbers, applied as in the equation.
         forbidden: bool `[V]`, tokens that cannot be sampled (padded rows of the head).
         mask: `[...]`, bool or 0/1. Masked tokens give 0 with zero gradient and cost nothing; their targets may be
             anything (-100). Without a mask a target of -100 is an error: the caller would count it as a token.
@@ -190,17 +190,19 @@ def _forward_rows(
     outputs = TileOutputs(moment=entropy, square=sum_sq, exponentials=frozen)
     for piece in rows.chunks(tiles.rows):
         h = rows.take(hidden, piece).to(tiles.operand)
-        stats, sum_exp, sum_term = tiles.sweep(h, y[piece], outputs, sums=frozen)
+        stats, exp_times_head, term_times_head = tiles.sweep(h, y[piece], outputs, second_product=frozen)
         for into, value in zip(results[:3], (stats.logprobs, stats.entropy, stats.log_sum_sq_probs), strict=True):
             if into is not None and value is not None:
                 into[piece] = value
         entropies = torch.zeros_like(stats.total) if stats.entropy is None else stats.entropy
-        saved[:, piece] = torch.stack([stats.shift, stats.total, stats.miss, stats.slope, stats.logprobs, entropies])
-        # The entropy's direction first: it overwrites sum_term alone; the log-prob's then overwrites sum_exp.
+        saved[:, piece] = torch.stack(
+            [stats.shift, stats.total, stats.one_minus_p, stats.slope, stats.logprobs, entropies]
+        )
+        # The entropy's direction first: it overwrites only term_times_head. The log-prob's overwrites exp_times_head.
         for into, gradient_of in ((results[4], entropy_gradient), (results[3], logprob_gradient)):
-            if into is not None and sum_exp is not None:
-                into[piece] = tiles.hidden_grad_(sum_exp, sum_term, gradient_of(stats), y[piece])
-        del h, stats, sum_exp, sum_term, entropies  # or they would live through the next sweep
+            if into is not None and exp_times_head is not None:
+                into[piece] = tiles.hidden_grad_(exp_times_head, term_times_head, gradient_of(stats), y[piece])
+        del h, stats, exp_times_head, term_times_head, entropies  # or they would live through the next sweep
     return results, saved
 
 
@@ -405,27 +407,28 @@ no_forward_ad("linear_logprobs", _forward, scale_directions, _recompute)
 @workspace.formula("onecard::linear_logprobs")
 def _forward_bytes(device: torch.device, a: SimpleNamespace) -> int:
     frozen, trained, masked = a.mode == FROZEN, a.mode == TRAINED, a.mask is not None
-    sums = frozen + (frozen and a.entropy_grad)
+    num_directions = frozen + (frozen and a.entropy_grad)
     tiles = TileBytes.of(
         device,
         a.hidden,
         a.weight,
         a.targets.numel(),
         chunk_tokens=a.chunk_tokens,
-        exp_operand=sums > 0,
-        entropy_term=sums == 2,
+        exp_operand=num_directions > 0,
+        entropy_term=num_directions == 2,
     )
-    kept_term = a.entropy and not (sums == 2 and tiles.operand == tiles.accumulated)
-    in_pass = tiles.exp_pass(a.backend, entropy_term=kept_term, slope=sums > 0 and a.softcap is not None)
-    totals = sums * tiles.hidden_rows * tiles.accumulated
-    sweep = max(in_pass + totals * (tiles.count > 1), totals + tiles.target_rows * (sums > 0))
+    # the terms of the entropy's sum take memory of their own, unless the buffer of the entropy term has their dtype
+    own_term = a.entropy and not (num_directions == 2 and tiles.operand == tiles.accumulated)
+    in_pass = tiles.exp_pass(a.backend, entropy_term=own_term, slope=num_directions > 0 and a.softcap is not None)
+    directions = num_directions * tiles.hidden_rows * tiles.accumulated  # of a step's tokens
+    sweep = max(in_pass + directions * (tiles.count > 1), directions + tiles.target_rows * (num_directions > 0))
     saved = SAVED * tiles.tokens * tiles.accumulated
-    kept = id_bytes(a.targets, masked=masked) + saved * (not trained)
-    during = tiles.buffers + tiles.taken(a.hidden, masked=masked, sweep=sweep + tiles.per_token(STATISTICS))
-    numbers = (1 + a.entropy + a.sum_sq) * tiles.tokens * tiles.accumulated
-    numbers += sums * a.hidden.numel() * a.hidden.dtype.itemsize
-    scattered = numbers + saved * trained if masked else 0
-    return kept + max(during, scattered)
+    throughout = id_bytes(a.targets, masked=masked) + saved * (not trained)
+    in_loop = tiles.buffers + tiles.taken(a.hidden, masked=masked, sweep=sweep + tiles.per_token(STATISTICS))
+    results = (1 + a.entropy + a.sum_sq) * tiles.tokens * tiles.accumulated
+    results += num_directions * a.hidden.numel() * a.hidden.dtype.itemsize
+    scattered = results + saved * trained if masked else 0
+    return throughout + max(in_loop, scattered)
 
 
 @workspace.formula("onecard::linear_logprobs_backward")
@@ -434,32 +437,35 @@ def _recompute_bytes(device: torch.device, a: SimpleNamespace) -> int:
     tiles = TileBytes.of(
         device, a.hidden, a.weight, count, chunk_tokens=a.chunk_tokens, exp_operand=False, entropy_term=with_entropy
     )
-    given = (a.grad_logprobs is not None) + with_entropy
-    picked = (SAVED + given) * count * tiles.accumulated if masked else 0
+    num_grads = (a.grad_logprobs is not None) + with_entropy
+    of_valid_tokens = (
+        (SAVED + num_grads) * count * tiles.accumulated if masked else 0
+    )  # copies of `saved` and gradients
     state = SLOTS * (count + tiles.step) * tiles.accumulated
-    of_piece = tiles.hidden_rows * tiles.accumulated * a.need_hidden
-    narrow = tiles.logits * tiles.operand * (tiles.operand != tiles.accumulated)
+    grad_rows = tiles.hidden_rows * tiles.accumulated * a.need_hidden  # the hidden gradient of a step's tokens
+    cast_tile = tiles.logits * tiles.operand * (tiles.operand != tiles.accumulated)
     itemsize = a.hidden.dtype.itemsize
-    written = tiles.hidden_rows * itemsize * (a.need_hidden and itemsize != tiles.accumulated)
+    cast_grad_rows = tiles.hidden_rows * itemsize * (a.need_hidden and itemsize != tiles.accumulated)
     in_pass = tiles.exp_pass(a.backend, entropy_term=False, slope=a.softcap is not None)
-    step = max(in_pass + of_piece * (tiles.count > 1), of_piece + narrow, of_piece + written)
-    during = tiles.buffers + state + tiles.taken(a.hidden, masked=masked, sweep=step + tiles.per_token(10))
-    by_hidden = a.hidden.numel() * itemsize * a.need_hidden
-    by_weight = a.weight.numel() * tiles.accumulated * a.need_weight
-    outputs = by_hidden + a.weight.numel() * a.weight.dtype.itemsize * a.need_weight
-    inside = by_hidden + by_weight
-    at_end = inside + (by_hidden if masked else 0)
-    at_end += outputs - by_hidden if a.weight.dtype.itemsize != tiles.accumulated else 0
-    return id_bytes(a.targets, masked=masked) + picked + max(inside + during, at_end) - outputs
+    step = max(in_pass + grad_rows * (tiles.count > 1), grad_rows + cast_tile, grad_rows + cast_grad_rows)
+    step += tiles.per_token(10)  # the statistics, and the coefficients of the logits' gradient
+    in_loop = tiles.buffers + state + tiles.taken(a.hidden, masked=masked, sweep=step)
+    grad_hidden = a.hidden.numel() * itemsize * a.need_hidden
+    grad_weight = a.weight.numel() * tiles.accumulated * a.need_weight
+    outputs = grad_hidden + a.weight.numel() * a.weight.dtype.itemsize * a.need_weight
+    gradients = grad_hidden + grad_weight
+    at_end = gradients + (grad_hidden if masked else 0)  # scattered, and cast
+    at_end += outputs - grad_hidden if a.weight.dtype.itemsize != tiles.accumulated else 0
+    return id_bytes(a.targets, masked=masked) + of_valid_tokens + max(gradients + in_loop, at_end) - outputs
 
 
 @workspace.formula("onecard::scale_directions")
 def _scale_directions_bytes(device: torch.device, a: SimpleNamespace) -> int:
     count, width = a.direction.shape
     block = block_bytes(device, count, width, 4)
-    given = (a.grad_logprobs is not None) + (a.grad_entropy is not None)
-    numbers = count * (2 + 5 * given)
-    if given == 2:
-        return numbers + 3 * block
+    num_grads = (a.grad_logprobs is not None) + (a.grad_entropy is not None)
+    factors = count * (2 + 5 * num_grads)  # two bool masks; for each gradient an fp32 factor and a bool
+    if num_grads == 2:
+        return factors + 3 * block
     # On a CPU, factors of two dtypes are cast to the wider one, and the product is cast back.
-    return numbers + (2 * block if device.type == "cpu" and a.direction.dtype.itemsize < 4 else 0)
+    return factors + (2 * block if device.type == "cpu" and a.direction.dtype.itemsize < 4 else 0)

@@ -38,11 +38,11 @@ class TileOutputs(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Per token, flat. `total` is sum_v exp(z_v - shift) with the target's, `miss` is 1 - p_y, `slope` as in SLOPE."""
+    """Per token, flat. `total`: sum_v exp(z_v - shift), with the target's; `one_minus_p`: 1 - p_y; `slope`: SLOPE."""
 
     shift: Tensor
     total: Tensor
-    miss: Tensor
+    one_minus_p: Tensor
     slope: Tensor
     logprobs: Tensor
     entropy: Tensor | None
@@ -145,15 +145,15 @@ def _target_column(y: Tensor, first: int, tile: Tensor) -> tuple[Tensor, Tensor]
     return inside, (y - first).clamp(0, tile.shape[1] - 1).unsqueeze(1)
 
 
-def rescale_sums_(sum_exp: Tensor, sum_term: Tensor | None, state: Tensor) -> None:
+def rescale_sums_(exp_times_head: Tensor, term_times_head: Tensor | None, state: Tensor) -> None:
     """Rescale sums of e_v W_v and of e_v (z_v - shift) W_v over earlier tiles to the shift of the last tile."""
     rescale = state[RESCALE].unsqueeze(1)
     if rescale.is_cpu and bool((rescale == 1.0).all()):
         return
-    if sum_term is not None:
+    if term_times_head is not None:
         moved = torch.where(rescale > 0.0, rescale.log(), 0.0)
-        sum_term.addcmul_(sum_exp, moved).mul_(rescale)
-    sum_exp.mul_(rescale)
+        term_times_head.addcmul_(exp_times_head, moved).mul_(rescale)
+    exp_times_head.mul_(rescale)
 
 
 def statistics(state: Tensor, head: Head, outputs: TileOutputs) -> Statistics:
@@ -164,7 +164,7 @@ def statistics(state: Tensor, head: Head, outputs: TileOutputs) -> Statistics:
     total = e + off
     log_sum = total.log()
     logprobs = torch.where(e > off, -(off / e).log1p(), at_target - log_sum)
-    miss = off / total
+    one_minus_p = off / total
     entropy = lssp = None
     if outputs.moment:
         p = e / total
@@ -172,7 +172,7 @@ def statistics(state: Tensor, head: Head, outputs: TileOutputs) -> Statistics:
         entropy = torch.where(p > 0, -p * logprobs, 0.0) + (off * log_sum - state[MOMENT]) / total
     if outputs.square:
         lssp = (state[SQUARE] + e.square()).log() - 2.0 * log_sum
-    return Statistics(shift.clone(), total, miss, head.slope_at(state[TARGET]), logprobs, entropy, lssp)
+    return Statistics(shift.clone(), total, one_minus_p, head.slope_at(state[TARGET]), logprobs, entropy, lssp)
 
 
 class LogitGrad(NamedTuple):
@@ -185,7 +185,7 @@ class LogitGrad(NamedTuple):
 
 def logprob_gradient(stats: Statistics, coefficient: Tensor | None = None) -> LogitGrad:
     """dlogp/dz_v = onehot - p_v, times the coefficient of each token."""
-    logit_grad = LogitGrad(-1.0 / stats.total, None, stats.miss * stats.slope)
+    logit_grad = LogitGrad(-1.0 / stats.total, None, stats.one_minus_p * stats.slope)
     if coefficient is None:
         return logit_grad
     return _scaled(logit_grad, coefficient.masked_fill(stats.logprobs.isinf(), 0.0))

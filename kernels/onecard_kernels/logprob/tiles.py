@@ -74,35 +74,39 @@ class HeadTiles:
         return z, e, term
 
     def sweep(
-        self, h: Tensor, y: Tensor, outputs: TileOutputs, *, sums: bool
+        self, h: Tensor, y: Tensor, outputs: TileOutputs, *, second_product: bool
     ) -> tuple[Statistics, Tensor | None, Tensor | None]:
         """Multiply hidden states h `[n, D]` (in the operands' dtype) with every tile, for the softmax at targets y.
 
         Returns:
-            The statistics; with `sums` also sum_v e_v W_v and, with an entropy term, sum_v e_v (z_v - shift) W_v, both
-            `[n, D]` and without the target. The buffers hold the last tile's results.
+            The statistics; with `second_product` also sum_v e_v W_v and, with an entropy term, sum_v e_v (z_v - shift)
+            W_v, both `[n, D]` and without the target. The buffers hold the last tile's results.
         """
         state = new_state(h.shape[0], self._z)
-        sum_exp = sum_term = None
+        exp_times_head = term_times_head = None
         for part, tile in self.tiles():
             z, e, term = self.buffers(h.shape[0], tile.shape[0])
             matmul.project(h, tile, z, self.scratch)
             self.exp_tile(z, e, term, y, part.start, state, self.head.columns(part), outputs)
-            if not sums:
+            if not second_product:
                 continue
-            if sum_exp is not None:
-                rescale_sums_(sum_exp, sum_term, state)
-            sum_exp = matmul.project_back(e, tile, sum_exp, self.dtype, self.scratch)
+            if exp_times_head is not None:
+                rescale_sums_(exp_times_head, term_times_head, state)
+            exp_times_head = matmul.project_back(e, tile, exp_times_head, self.dtype, self.scratch)
             if term is not None:
-                sum_term = matmul.project_back(term, tile, sum_term, self.dtype, self.scratch)
-        return statistics(state, self.head, outputs), sum_exp, sum_term
+                term_times_head = matmul.project_back(term, tile, term_times_head, self.dtype, self.scratch)
+        return statistics(state, self.head, outputs), exp_times_head, term_times_head
 
-    def hidden_grad_(self, sum_exp: Tensor, sum_term: Tensor | None, logit_grad: LogitGrad, y: Tensor) -> Tensor:
-        """dL/dh `[n, D]` from dL/dz as `logit_grad`. Overwrites `sum_term` if used, else `sum_exp`."""
-        if logit_grad.term_coef is not None and sum_term is not None:
-            total = sum_term.mul_(logit_grad.term_coef.unsqueeze(1)).addcmul_(sum_exp, logit_grad.exp_coef.unsqueeze(1))
+    def hidden_grad_(
+        self, exp_times_head: Tensor, term_times_head: Tensor | None, logit_grad: LogitGrad, y: Tensor
+    ) -> Tensor:
+        """dL/dh `[n, D]` from dL/dz as `logit_grad`. Overwrites `term_times_head` if used, else `exp_times_head`."""
+        if logit_grad.term_coef is not None and term_times_head is not None:
+            total = term_times_head.mul_(logit_grad.term_coef.unsqueeze(1)).addcmul_(
+                exp_times_head, logit_grad.exp_coef.unsqueeze(1)
+            )
         else:
-            total = sum_exp.mul_(logit_grad.exp_coef.unsqueeze(1))
+            total = exp_times_head.mul_(logit_grad.exp_coef.unsqueeze(1))
         at_target, last = logit_grad.target_coef.unsqueeze(1), self.vocabulary - 1
         for rows in blocks(total.shape[0], total.shape[1], total.element_size()):
             # clamped, so that no id reads out of bounds

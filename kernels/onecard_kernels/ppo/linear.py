@@ -150,7 +150,7 @@ def linear_ppo(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the summed loss, the other sums in the order of SUMS, and the gradients of hidden, weight and bias.
 
-    None is divided by the normalizer. A gradient that is not needed is an empty tensor.
+    The sums and gradients are not divided by the normalizer. A gradient that is not needed is an empty tensor.
     """
     options, (needs, backend, *more) = PolicyOptions(*rest[:OPTIONS]), rest[OPTIONS:]
     differentiable, trained = any(needs), needs[1] or needs[2]
@@ -164,7 +164,8 @@ def linear_ppo(
         # The gradient of a trained head needs each token's coefficient: known only if a tile has whole rows of logits.
         only, chunk_tokens = CHUNKED if trained else None, more[0] if more else None
         sizes = choose(weight.shape[0], dtype, hidden.device, only=only, chunk_tokens=chunk_tokens)
-        # With a trained head dL/dz is formed in fp32 and cast; with a frozen one the exponentials are the operand.
+        # With a trained head dL/dz is formed in fp32 and cast. With a frozen one the exponentials are, in the operands'
+        # dtype, the operand of the second product (exp_operand).
         exp_operand, entropy_term = differentiable and not trained, differentiable and options.entropy_in_loss
         tiles = HeadTiles(
             hidden, weight, head, rows.count, sizes, backend, exp_operand=exp_operand, entropy_term=entropy_term
@@ -176,13 +177,19 @@ def linear_ppo(
         totals = None
         for piece in (*rows.chunks(tiles.rows, 0, num_active), *rows.chunks(tiles.rows, num_active)):
             h, with_grad = rows.take(hidden, piece).to(tiles.operand), differentiable and piece.start < num_active
-            sweep_sums = exp_operand and with_grad and not tiles.has_whole_rows
-            stats, sum_exp, sum_term = tiles.sweep(h, y[piece], outputs, sums=sweep_sums)
+            second_product = exp_operand and with_grad and not tiles.has_whole_rows
+            stats, exp_times_head, term_times_head = tiles.sweep(h, y[piece], outputs, second_product=second_product)
             terms = policy_terms(stats.logprobs, stats.entropy, tokens.part(piece), options)
             totals = terms.totals if totals is None else totals + terms.totals
             if with_grad:
-                _add_gradients(grads, piece, tiles, h, y[piece], stats, sum_exp, sum_term, terms, options)
-            del h, stats, sum_exp, sum_term, terms  # or they would live through the next sweep and the scatter
+                _add_gradients(grads, piece, tiles, h, y[piece], stats, exp_times_head, term_times_head, terms, options)
+            del (
+                h,
+                stats,
+                exp_times_head,
+                term_times_head,
+                terms,
+            )  # or they would live through the next sweep and the scatter
         del tiles, tokens
         sums = hidden.new_zeros(len(SUMS), dtype=dtype) if totals is None else totals
         grad_hidden, grad_weight, grad_bias = (
@@ -220,8 +227,8 @@ def _add_gradients(
     h: Tensor,
     y: Tensor,
     stats: Statistics,
-    sum_exp: Tensor | None,
-    sum_term: Tensor | None,
+    exp_times_head: Tensor | None,
+    term_times_head: Tensor | None,
     terms: PolicyTerms,
     options: PolicyOptions,
 ) -> None:
@@ -230,8 +237,8 @@ def _add_gradients(
     if options.entropy_in_loss:
         logit_grad = add_gradients(logit_grad, entropy_gradient(stats, terms.entropy_slope.to(tiles.dtype)))
         active |= terms.entropy_slope != 0.0
-    if sum_exp is not None:
-        grads.write(piece, tiles.hidden_grad_(sum_exp, sum_term, logit_grad, y))
+    if exp_times_head is not None:
+        grads.write(piece, tiles.hidden_grad_(exp_times_head, term_times_head, logit_grad, y))
         return
     _, e, term = tiles.buffers(h.shape[0], tiles.vocabulary)
     if grads.weight is not None or grads.bias is not None:
@@ -259,8 +266,8 @@ def _add_gradients(
             both = e[block] * logit_grad.exp_coef[block].unsqueeze(1)
             e[block] = both.addcmul_(term[block], logit_grad.term_coef[block].unsqueeze(1))
         logit_grad = logit_grad._replace(exp_coef=torch.ones_like(logit_grad.exp_coef), term_coef=None)
-    sum_exp = matmul.project_back(e, tiles.weight, None, tiles.dtype, tiles.scratch)
-    grads.write(into, tiles.hidden_grad_(sum_exp, None, logit_grad, y))
+    exp_times_head = matmul.project_back(e, tiles.weight, None, tiles.dtype, tiles.scratch)
+    grads.write(into, tiles.hidden_grad_(exp_times_head, None, logit_grad, y))
 
 
 @linear_ppo.register_fake
@@ -360,27 +367,34 @@ def _linear_ppo_bytes(device: torch.device, a: SimpleNamespace) -> int:
         entropy_term=with_entropy,
         only=CHUNKED if trained else None,
     )
-    wide_term = with_entropy and (trained or tiles.operand == tiles.accumulated)
-    in_pass = tiles.exp_pass(a.backend, entropy_term=not wide_term, slope=differentiable and a.softcap is not None)
-    sums = tiles.hidden_rows * tiles.accumulated
+    term_in_buffer = with_entropy and (trained or tiles.operand == tiles.accumulated)
+    in_pass = tiles.exp_pass(a.backend, entropy_term=not term_in_buffer, slope=differentiable and a.softcap is not None)
+    grad_rows = tiles.hidden_rows * tiles.accumulated  # the hidden gradient of a step's tokens
     stored = stored_gradient_dtype(a.hidden.dtype)
-    written = tiles.hidden_rows * stored.itemsize * (stored.itemsize != tiles.accumulated)
+    cast_grad_rows = tiles.hidden_rows * stored.itemsize * (stored.itemsize != tiles.accumulated)
     if not differentiable:
         sweep = in_pass
     elif trained:
-        narrow = tiles.logits * tiles.operand * (tiles.operand != tiles.accumulated)
-        sweep = max(in_pass, sums * grad_hidden + max(narrow, written * grad_hidden))
+        cast_tile = tiles.logits * tiles.operand * (tiles.operand != tiles.accumulated)
+        sweep = max(in_pass, grad_rows * grad_hidden + max(cast_tile, cast_grad_rows * grad_hidden))
     elif tiles.count == 1:
         size = tiles.logits * tiles.operand * with_entropy
-        first = block_bytes(device, tiles.step, tiles.columns, tiles.operand) * with_entropy
-        last = size - first * (math.ceil(size / first) - 1) if size else 0  # stays allocated during the product
-        sweep = max(in_pass, first + min(first, size - first), last + sums + max(tiles.target_rows, written))
+        first_block = block_bytes(device, tiles.step, tiles.columns, tiles.operand) * with_entropy
+        last_block = (
+            size - first_block * (math.ceil(size / first_block) - 1) if size else 0
+        )  # lives through the product
+        sweep = max(
+            in_pass,
+            first_block + min(first_block, size - first_block),
+            last_block + grad_rows + max(tiles.target_rows, cast_grad_rows),
+        )
     else:
-        sweep = sums * (1 + with_entropy) + max(in_pass, tiles.target_rows, written)
-    inside = a.hidden.numel() * stored.itemsize * grad_hidden
+        sweep = grad_rows * (1 + with_entropy) + max(in_pass, tiles.target_rows, cast_grad_rows)
+    scattered = a.hidden.numel() * stored.itemsize * grad_hidden
+    # fp32 old log-probs, advantages and so on; a bool mask; targets and rows; the bool mask of active tokens
     per_token = (2 + (a.ref_logprobs is not None) + (a.weights is not None)) * 4 + 1 + 2 * IDS + 1
-    sweep += tiles.per_token(STATISTICS + 8)
-    return count * per_token + max(tiles.buffers + tiles.taken(a.hidden, masked=True, sweep=sweep), inside)
+    sweep += tiles.per_token(STATISTICS + 8)  # the statistics, and the loss's terms and derivatives
+    return count * per_token + max(tiles.buffers + tiles.taken(a.hidden, masked=True, sweep=sweep), scattered)
 
 
 @workspace.formula("onecard::scale_linear_ppo")

@@ -78,8 +78,10 @@ def make_recipe(config: DPOConfig) -> Recipe[Any, Any]:
         loss=lambda roles, batch, normalizer: loss(roles, batch, keywords, normalizer),
         reference=variant.compute_ref_logps is not None,
         prepare=reference_pass(config, variant, collate) if config.precompute_ref_log_probs else None,
-        shared_collation=Collation(partial(pack_pairs, share_prompts=True), size_when_sharing) if shares else None,
-        unsplittable=next((f"loss_type {name}" for name in config.loss_type if name in WHOLE_BATCH), ""),
+        prompt_sharing_collation=Collation(partial(pack_pairs, share_prompts=True), size_when_sharing)
+        if shares
+        else None,
+        unsplittable_loss=next((f"loss_type {name}" for name in config.loss_type if name in WHOLE_BATCH), ""),
     )
 
 

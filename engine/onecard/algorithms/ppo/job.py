@@ -223,7 +223,7 @@ class PPO:
         episodes = sampled.episodes
         with seeded_rng(roles.device, config.seed, step, "judge"):
             scored = self.score(prompts, episodes)
-        constrained = apply_constraint(scored.scores.total, scored.costs, adaptive.multiplier, config)
+        constrained = apply_constraint(scored.scores.terminal, scored.costs, adaptive.multiplier, config)
         outputs = compute_model_outputs(roles, episodes, config, self.budget)
         shaped = shape_rewards(
             outputs,
@@ -233,7 +233,7 @@ class PPO:
             dense=scored.scores.dense,
             in_loss=constrained.in_loss,
         )
-        penalty = float((scored.scores.total - constrained.scores).mean())
+        penalty = float((scored.scores.terminal - constrained.scores).mean())
         row |= objective_metrics(episodes, outputs, shaped, scored.scores.sums, adaptive.kl_coef, penalty)
         row |= score_metrics(scored, config)
         return Collected(make_experiences(episodes, outputs, shaped), row, episodes, sampled.rollout)

@@ -38,7 +38,7 @@ class Scale:
     def of(self, scores: Scores) -> Scores:
         """(score - mean) / std of each answer; the mean is subtracted from the terminal part. `parts` are unchanged."""
         dense = None if scores.dense is None else [each / self.std for each in scores.dense]
-        return replace(scores, total=(scores.total - self.mean) / self.std, dense=dense)
+        return replace(scores, terminal=(scores.terminal - self.mean) / self.std, dense=dense)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def make_recipe(config: RewardConfig) -> Recipe[Any, Any]:
         scalar=True,
         heldout_metrics=lambda roles, examples, budget, bar: heldout_metrics(roles, examples, config, budget, bar),
         check=lambda examples: check_settings(examples, config),
-        shared_collation=Collation(collate_shared, example_size) if config.share_prompts else None,
+        prompt_sharing_collation=Collation(collate_shared, example_size) if config.share_prompts else None,
         adjust=(lambda roles, examples: normalize(roles, examples, config)) if config.normalize_scores else None,
     )
 

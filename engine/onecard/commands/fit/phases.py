@@ -126,7 +126,7 @@ def setup_of(config: TrainConfig, *, from_adapter: bool) -> RoleSetup:
 
 def is_unsplittable(config: TrainConfig) -> bool:
     """Whether a step cannot be split into micro-batches, because the loss sorts the whole batch."""
-    return not isinstance(config, PPOConfig) and bool(recipe_of(config).unsplittable)
+    return not isinstance(config, PPOConfig) and bool(recipe_of(config).unsplittable_loss)
 
 
 def training_step(config: TrainConfig, roles: Roles, lengths: Lengths) -> TrainingStep:
@@ -144,7 +144,7 @@ def largest_pass(config: TrainConfig, lengths: Lengths) -> tuple[int, int]:
         return lengths.total, max(config.minibatch_size, config.episodes_per_step)
     recipe = recipe_of(config)
     example = example_of(config, lengths)
-    shared = recipe.shared_collation if config.padding_free else None
+    shared = recipe.prompt_sharing_collation if config.padding_free else None
     size = shared.size if shared else len
     return size(example), config.per_device_train_batch_size * config.gradient_accumulation_steps
 
@@ -280,7 +280,7 @@ class PhaseRunner:
         )
         examples = [step.example] * step.examples
         micro_batches = list(micro_batch_size.split([step.objective.size(example) for example in examples]))
-        if step.objective.unsplittable:
+        if step.objective.unsplittable_loss:
             micro_batches = [list(range(len(examples)))]
         hooks = [
             parameter.register_post_accumulate_grad_hook(lambda trained: self.tracker.tag(GRADIENTS, [trained.grad]))
