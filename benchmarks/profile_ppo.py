@@ -36,7 +36,7 @@ from benchmarks.train_step.cases import Flops, StepCase, select_cases
 from benchmarks.train_step.dpo import quiet
 from benchmarks.train_step.phases import MARK, PHASES, ROLLOUT, PhaseTimer
 from benchmarks.train_step.ppo import PPORun
-from benchmarks.train_step.run import TOO_MUCH, BareProducts, blank, capped
+from benchmarks.train_step.run import DOES_NOT_FIT, BareProducts, capped, case_without_rows
 from benchmarks.train_step.synthetic import write_folder
 
 TOP = 12  # operators of a phase, and costs of an iteration
@@ -238,7 +238,7 @@ def measured(case: StepCase, device: torch.device, dtype: torch.dtype, tell: Cal
         rows.append(row)
         costs += [{"phase": name, "what": what, "seconds": taken} for what, taken in found.items()]
     return replace(
-        blank(case, dtype),
+        case_without_rows(case, dtype),
         rows=(*rows, Row(WHOLE, "ours", seconds=(timer.seconds[WHOLE],))),
         found={
             "profiled_seconds": profiled_seconds,
@@ -282,7 +282,7 @@ def command(options: cli.Options, case_name: str, smoke: bool) -> None:
     recorder = options.recorder("ppo-profile", 1, quick=smoke, name=case.name)
     try:
         render.run(recorder, [case], lambda case, tell: measured(case, device, dtype, tell))
-    except TOO_MUCH as error:
+    except DOES_NOT_FIT as error:
         raise click.ClickException(f"--case {case.name!r}: {one_line(error)}") from None
 
 

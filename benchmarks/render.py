@@ -211,12 +211,12 @@ def plan_verdict(case: Case) -> str:
 
 def steps_verdict(case: Case) -> str:
     """How many whole steps were made, that their losses are finite, and whether memory held."""
-    learned, cap = case.found.get("learned", ()), case.about.get("cap_gib")
-    words = f"Whole steps{f' under a cap of {cap:g} GiB' if cap else ''}: {len(learned)}"
-    if learned:
-        losses, norms = zip(*learned, strict=True)
+    losses_and_norms, cap = case.found.get("learned", ()), case.about.get("cap_gib")
+    words = f"Whole steps{f' under a cap of {cap:g} GiB' if cap else ''}: {len(losses_and_norms)}"
+    if losses_and_norms:
+        losses, norms = zip(*losses_and_norms, strict=True)
         words += f", loss {min(losses):.4g} to {max(losses):.4g}, gradient norm {min(norms):.4g} to {max(norms):.4g}"
-    if cap and len(learned) < LEAST_STEPS:
+    if cap and len(losses_and_norms) < LEAST_STEPS:
         words += f"; MISSED, expected {LEAST_STEPS}"
     return words + ("; MEMORY RAN OUT, and passes were made smaller." if case.found.get("shrunk") else ".")
 
@@ -466,7 +466,7 @@ def kernel_summary(cases: Sequence[Case], source: str) -> str:
         against = [f"{median(records.ratio(limit, ours), '.2f')}x"] if limit else [NONE] if bare else []
         lines.append([case.mode, size(case), *(short(case.row(name), ours) for name in ran), *against])
     absent = {row.name: row.reason for row in rows if row.reason is not None and row.name not in ran}
-    missing = "".join(f" {name}: {reason}." for name, reason in absent.items())
+    missing = f" Not run: {'; '.join(f'{name} ({reason})' for name, reason in absent.items())}." if absent else ""
     made = table(["pass", " x ".join(cases[0].sizes), *ran, *(["bare GEMMs"] if bare else [])], lines)
     return (
         f"{made}\n\nTime relative to {OURS} (smaller is faster) and peak memory above the inputs ({cases[0].dtype}). "
@@ -491,7 +491,7 @@ def dpo_summary(report: Report, cases: Sequence[Case], source: str) -> str:
         shared = factor(records.ratio(plain, ours) if plain else None)
         rate = median(ours.token_rate)
         lines.append([title(case, report), rate, faster, shared, mebibytes(whole_bytes(ours)), memory])
-    headings = ("DPO step", "tokens/s", "faster than TRL by", "of that by sharing prompts", "peak, MiB",
+    headings = ("DPO step", "tokens/s", "faster than TRL by", "speed-up from shared prompts alone", "peak, MiB",
                 "step's memory / TRL's")  # fmt: skip
     return f"{table(headings, lines)}\n\n{source}"
 

@@ -2,7 +2,7 @@
 
 A constant tolerance says nothing about a kernel: it is either looser than the error of the code it replaces or tighter
 than the dtype allows. So a gradient may be at most twice as wrong as eager is on the same inputs, and values keep the
-library's stated bars.
+library's stated tolerances.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Bars on |logp - fp64|, by input dtype and standard deviation of the logits.
-LOGPROB_BARS = {
+# Tolerances on |logp - fp64|, by input dtype and standard deviation of the logits.
+LOGPROB_TOLERANCES = {
     (torch.bfloat16, 4): 1e-4,
     (torch.float16, 4): 1e-4,
     (torch.float32, 4): 2e-5,
@@ -39,12 +39,12 @@ def floor(truth: Tensor, dtype: torch.dtype) -> float:
     return FLOOR_ULPS * torch.finfo(dtype).eps * max(scale, torch.finfo(dtype).tiny)
 
 
-def assert_within(got: Tensor, truth: Tensor, bar: float, what: str = "value") -> None:
+def assert_within(got: Tensor, truth: Tensor, tolerance: float, what: str = "value") -> None:
     off = error(got, truth)
-    assert off <= bar, f"{what}: off by {off:.3g}, bar {bar:.3g}"
+    assert off <= tolerance, f"{what}: off by {off:.3g}, tolerance {tolerance:.3g}"
 
 
 def assert_like_eager(got: Tensor, eager: Tensor, truth: Tensor, what: str = "gradient", factor: float = 2.0) -> None:
     """At most `factor` times the error of `eager`, the same-dtype eager result."""
-    bar = factor * error(eager, truth) + floor(truth, got.dtype)
-    assert_within(got, truth, bar, what)
+    tolerance = factor * error(eager, truth) + floor(truth, got.dtype)
+    assert_within(got, truth, tolerance, what)

@@ -37,7 +37,7 @@ from onecard.utils.progress import Bar
 
 CPU = torch.device("cpu")
 NOISE = 0.01  # standard deviation of adapters' second matrix: with zeros the policy would equal its reference
-SAME = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins")
+COMPARED_METRICS = ("loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class DPOStepper:
     def __init__(self, task: Task) -> None:
         self.task, self.done = task, 0
         self.row: dict[str, float] = {}
-        self.learned: list[tuple[float, float]] = []  # loss and gradient norm of each step
+        self.losses_and_grad_norms: list[tuple[float, float]] = []  # of each step
 
     def step(self, indices: Sequence[int]) -> dict[str, float]:
         """One optimizer step on these pairs; its metrics."""
@@ -79,7 +79,7 @@ class DPOStepper:
 
     def __call__(self) -> None:
         self.row = self.step(self.task.indices(self.done))
-        self.learned.append((self.row["loss"], self.row["grad_norm"]))
+        self.losses_and_grad_norms.append((self.row["loss"], self.row["grad_norm"]))
         self.done += 1
 
 
@@ -123,16 +123,16 @@ class OnecardDPO(DPOStepper):
         self.trainer = Trainer(config, self.job, self.roles, Run(task.folder, None, ()))
         self.roles.train()
         self.model, self.optimizer = self.roles.model, self.trainer.optimizer
-        self.bar, self.first_cuts = no_bar(), self.cuts()
+        self.bar, self.first_micro_batch_sizes = no_bar(), self.micro_batch_sizes()
 
     def step(self, indices: Sequence[int]) -> dict[str, float]:
         return self.job.step(self.trainer, indices, self.bar)
 
-    def cuts(self) -> tuple[Any, ...]:
-        """Micro-batches as they are cut now: smaller than at first if memory ran out."""
+    def micro_batch_sizes(self) -> tuple[Any, ...]:
+        """The limits on micro-batches now. They are smaller than at first if memory ran out."""
         return self.trainer.micro_batch_size, self.job.budget.size
 
-    def watched(self, timer: PhaseTimer) -> None:
+    def timed_step(self, timer: PhaseTimer) -> None:
         """A step, timed by phase."""
         with ExitStack() as stack:
             for phase, name in ((TRAIN, "compute_gradients"), (OPTIMIZER, "optimizer_step")):

@@ -84,11 +84,11 @@ class PPORun:
         )
         self.trainer = Trainer(self.config, self.job, self.roles, Run(folder, None, ()))
         self.roles.train()
-        self.first_cuts = self.cuts()
+        self.first_micro_batch_sizes = self.micro_batch_sizes()
         self.order = self.job.batches(0)
         self.indices: list[int] = []  # of the last iteration's prompts
         self.episodes: list[Any] = []
-        self.learned: list[tuple[float, float]] = []  # loss and gradient norm of each iteration
+        self.losses_and_grad_norms: list[tuple[float, float]] = []  # of each iteration
 
     def run(self, timer: PhaseTimer, *, again: bool = False) -> dict[str, float]:
         """One iteration; its row. The episodes are kept for counting.
@@ -122,11 +122,11 @@ class PPORun:
             with timer.whole():
                 row = job.step(trainer, self.indices, no_bar())
         trainer.step += 1
-        self.learned.append((row["loss"], row["grad_norm"]))
+        self.losses_and_grad_norms.append((row["loss"], row["grad_norm"]))
         return row
 
-    def cuts(self) -> tuple[Any, ...]:
-        """Micro-batches as they are cut now: smaller than at first if memory ran out."""
+    def micro_batch_sizes(self) -> tuple[Any, ...]:
+        """The limits on micro-batches now. They are smaller than at first if memory ran out."""
         return self.trainer.micro_batch_size, self.job.budget.size, self.job.sampler.budget.size
 
     def counts(self) -> dict[str, tuple[int, int]]:

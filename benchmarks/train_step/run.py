@@ -1,4 +1,7 @@
-"""One case of a training step: compared and planned, then timed in turns, then its memory in a pass of its own."""
+"""Run one benchmark case: check that the first steps agree, time the candidates interleaved, then measure peak memory.
+
+Peak memory is measured in a separate step and shown beside the plan of `onecard fit`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from benchmarks.records import LIMIT, OURS, WHOLE, Case, Row
 from benchmarks.render import TRL, UNSHARED
 from benchmarks.train_step import dpo, phases, ppo
 from benchmarks.train_step.cases import Flops, StepCase, dpo_flops
-from benchmarks.train_step.dpo import SAME, DPOStepper, OnecardDPO, Task, TrlDPO, held_bytes
+from benchmarks.train_step.dpo import COMPARED_METRICS, DPOStepper, OnecardDPO, Task, TrlDPO, held_bytes
 from benchmarks.train_step.phases import PHASES, Peaks, PhaseTimer, highest, phase_peaks
 from benchmarks.train_step.synthetic import random_pairs, write_folder
 from onecard.commands.fit.phases import Lengths
@@ -30,14 +33,14 @@ from onecard.config import TrainConfig
 from onecard.utils.errors import OnecardError
 
 TRL_ANSWERS, TRL_LIGER, GEMMS = "TRL, head on answers alone", "TRL + Liger's layers", "bare GEMMs"
-STEPS = 8  # of different pairs, which then repeat
-GEMM_FLOPS = {"cpu": 2e10, "cuda": 2e13}  # of bare products: enough to be timed, and little beside a step
-TOO_MUCH = (torch.OutOfMemoryError, OnecardError)  # ours may not fit; any other error is a bug
-# By which loss, rewards and gradient norm of the first step may differ: (absolute, relative). In bf16, log-probs of
-# hundreds of tokens are added up, each with a rounding of its own, and a reward is a tenth of them.
-CLOSE = {torch.float32: (2e-3, 1e-3), torch.bfloat16: (0.25, 0.25)}
-MIXED = "lengths are drawn, and the plan is of the longest"
-# `onecard fit`'s phases by their names there
+STEPS = 8  # number of steps with different data; later steps use the same pairs again
+GEMM_FLOPS = {"cpu": 2e10, "cuda": 2e13}  # most FLOPs of the bare products in a round: enough to time them
+DOES_NOT_FIT = (torch.OutOfMemoryError, OnecardError)  # errors of onecard that are reported; any other error is a bug
+# Tolerances (absolute, relative) for loss, rewards and gradient norm of the first step. In bf16 a reward is beta (0.1)
+# times a sum of hundreds of rounded log-probs.
+FIRST_STEP_TOLERANCES = {torch.float32: (2e-3, 1e-3), torch.bfloat16: (0.25, 0.25)}
+WHY_UNPLANNED = "lengths are random, and the plan assumes the longest"
+# Phase name in `onecard fit` -> phase name in this benchmark
 PHASE_OF = {
     "rollout": phases.ROLLOUT,
     "reward pass": phases.REWARD,
@@ -47,30 +50,30 @@ PHASE_OF = {
     "train": phases.TRAIN,
     "optimizer step": phases.OPTIMIZER,
 }
-Tell = Callable[[str], None]
+Tell = Callable[[str], None]  # shows a line of progress
 Build = Callable[[Task], DPOStepper]
 
 
-# --- the limits: the rate of bare products, and a card's memory
+# --- limits: the FLOP rate of bare products, and a memory cap
 
 
 class BareProducts:
-    """Products of the feed-forward matrix's shape: the FLOP rate that this machine gives.
+    """Matrix products of the feed-forward layer's shape: their FLOP rate is the limit on this machine.
 
-    The operands are made in `ready` and freed by the call: under a memory cap they would take a step's memory.
+    `ready` makes the operands and the call frees them, so that they take no memory from a step under a memory cap.
     """
 
-    def __init__(self, case: StepCase, device: torch.device, dtype: torch.dtype, rows: int, step: float) -> None:
+    def __init__(self, case: StepCase, device: torch.device, dtype: torch.dtype, rows: int, step_flops: float) -> None:
         hidden, inner = case.model.hidden, case.model.intermediate
-        one = 2 * rows * hidden * inner
-        self.times = max(1, int(min(GEMM_FLOPS[device.type], step) / one))
-        self.flops = one * self.times
+        product_flops = 2 * rows * hidden * inner
+        self.times = max(1, int(min(GEMM_FLOPS[device.type], step_flops) / product_flops))
+        self.flops = product_flops * self.times
         self.make = partial(torch.randn, device=device, dtype=dtype)
         self.shapes = (rows, hidden), (inner, hidden)
         self.products: measure.Work | None = None
 
     def ready(self) -> None:
-        """Make the operands, and warm up."""
+        """Make the operands, and run one product as a warm-up."""
         left, right = (self.make(*shape) for shape in self.shapes)
         measure.gemm_work(left, right, 1)()
         self.products = measure.gemm_work(left, right, self.times)
@@ -83,31 +86,31 @@ class BareProducts:
 
 @contextmanager
 def capped(gib: float, device: torch.device) -> Iterator[None]:
-    """Inside, an allocation past `gib` fails. A big card with a cap is not a consumer card: it is as fast as before."""
+    """Inside, allocating more than `gib` GiB in total fails. The cap limits memory only, not speed."""
     if not gib or device.type != "cuda":
         yield
         return
-    whole = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / whole, device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total, device)
     try:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-# --- the memory plan beside what is measured
+# --- planned and measured memory
 
 
 def config_of(case: StepCase, dtype: torch.dtype) -> TrainConfig:
-    """The settings that the case trains with, of a folder that is not read."""
-    nowhere = Path("no-weights")
+    """The case's training config. Its model path is a placeholder, because no weights are loaded."""
+    placeholder = Path("no-weights")
     if case.kind == "ppo":
-        return ppo.config_of(case, nowhere, dtype)
-    return dpo.config_of(Task(case, nowhere, dtype))
+        return ppo.config_of(case, placeholder, dtype)
+    return dpo.config_of(Task(case, placeholder, dtype))
 
 
 @lru_cache
-def full_plan(case: StepCase, dtype: torch.dtype, device: torch.device) -> MemoryPlan:
+def cached_plan(case: StepCase, dtype: torch.dtype, device: torch.device) -> MemoryPlan:
     from transformers import AutoConfig
 
     model = AutoConfig.for_model(**case.model.settings)
@@ -115,13 +118,13 @@ def full_plan(case: StepCase, dtype: torch.dtype, device: torch.device) -> Memor
 
 
 def plan_of(case: StepCase, dtype: torch.dtype, device: torch.device) -> MemoryPlan:
-    """The plan of a case at its full lengths. Cases that differ in nothing that a plan depends on share one."""
+    """The memory plan of a case, for its longest sequences. Cases that differ only in these fields share a plan."""
     plain = replace(case, name="", memory_cap_gib=0.0, interleaved=True, mixed_lengths=False)
-    return full_plan(plain, dtype, torch.device(device.type))
+    return cached_plan(plain, dtype, torch.device(device.type))
 
 
-def too_large(case: StepCase, dtype: torch.dtype) -> str | None:
-    """Why a case cannot be expected to run under its cap, if so."""
+def why_too_large(case: StepCase, dtype: torch.dtype) -> str | None:
+    """Why the case is expected not to fit under its memory cap; None if it fits or has no cap."""
     if not case.memory_cap_gib:
         return None
     plan = plan_of(case, dtype, torch.device("cuda"))
@@ -131,10 +134,11 @@ def too_large(case: StepCase, dtype: torch.dtype) -> str | None:
     return f"the plan has {need}, expected at most the cap of {case.memory_cap_gib:g} GiB"
 
 
-def compared(task: Task, held: int | None = None, peaks: Peaks | None = None) -> list[dict[str, Any]]:
-    """Peaks in bytes of each watched phase and of the whole, as planned and as measured (None: not measured).
+def planned_and_measured(task: Task, held: int | None = None, peaks: Peaks | None = None) -> list[dict[str, Any]]:
+    """Planned and measured peak bytes of each timed phase and of the whole step. Empty for mixed lengths.
 
-    All at once, and above what stays between steps. `held`: bytes between steps, measured. Empty for mixed lengths.
+    Each peak is given as a total, and as the part above the bytes that stay allocated between steps. `held`: the
+    measured number of those bytes. Measured values are None if nothing was measured.
     """
     if task.case.mixed_lengths:
         return []
@@ -158,11 +162,11 @@ def compared(task: Task, held: int | None = None, peaks: Peaks | None = None) ->
     ]
 
 
-# --- a case
+# --- one case
 
 
-def blank(case: StepCase, dtype: torch.dtype) -> Case:
-    """The case without its rows."""
+def case_without_rows(case: StepCase, dtype: torch.dtype) -> Case:
+    """The case's record, with its model and settings. Rows are added when it has been measured."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -186,11 +190,14 @@ def blank(case: StepCase, dtype: torch.dtype) -> Case:
 def measure_case(
     case: StepCase, device: torch.device, dtype: torch.dtype, timing: Timing, tell: Tell, names: Sequence[str] = ()
 ) -> Case:
-    """All of a case, or of DPO these candidates. One whose plan is above its cap is refused before it begins."""
-    result = blank(case, dtype)
-    wrong = too_large(case, dtype)
-    if wrong:
-        return replace(result, refused=wrong)
+    """Measure a case. `names`: the DPO candidates to measure (empty: all).
+
+    A case whose plan is above its memory cap is refused before it begins.
+    """
+    result = case_without_rows(case, dtype)
+    reason = why_too_large(case, dtype)
+    if reason is not None:
+        return replace(result, refused=reason)
     with tempfile.TemporaryDirectory() as name, capped(case.memory_cap_gib, device):
         task = task_of(case, write_folder(case.model, Path(name)), device, dtype)
         try:
@@ -198,9 +205,9 @@ def measure_case(
                 rows, found = measure_dpo(task, names or list(candidates(device)), timing, tell)
             else:
                 rows, found = measure_ppo(task, timing, tell)
-            for pair in found["learned"]:
-                if not all(map(math.isfinite, pair)):  # nothing measured of such a run means anything
-                    raise Refused(f"loss and gradient norm of a step are {pair}")
+            for loss_and_norm in found["learned"]:
+                if not all(map(math.isfinite, loss_and_norm)):  # training diverged, so its times mean nothing
+                    raise Refused(f"loss and gradient norm of a step are {loss_and_norm}")
         except Refused as error:
             return replace(result, refused=str(error), found={"learned": []})
         finally:
@@ -208,13 +215,18 @@ def measure_case(
     return replace(result, rows=tuple(rows), found=found)
 
 
-def found_of(task: Task, memory: Sequence[Mapping[str, Any]] = (), side: Any = None) -> dict[str, Any]:
-    """What is reported beside the rows: the plan, also where nothing was measured, and what the steps learned."""
+def found_of(
+    task: Task, memory: Sequence[Mapping[str, Any]] = (), run: OnecardDPO | ppo.PPORun | None = None
+) -> dict[str, Any]:
+    """What is reported beside the rows: the memory plan, and what is known of onecard's run.
+
+    "learned": loss and gradient norm of each step. "shrunk": memory ran out, and micro-batches were made smaller.
+    """
     return {
-        "memory": list(memory) or compared(task),
-        "unplanned": MIXED if task.case.mixed_lengths else None,
-        "learned": [] if side is None else list(side.learned),
-        "shrunk": side is not None and side.cuts() != side.first_cuts,
+        "memory": list(memory) or planned_and_measured(task),
+        "unplanned": WHY_UNPLANNED if task.case.mixed_lengths else None,
+        "learned": [] if run is None else list(run.losses_and_grad_norms),
+        "shrunk": run is not None and run.micro_batch_sizes() != run.first_micro_batch_sizes,
     }
 
 
@@ -222,13 +234,13 @@ def found_of(task: Task, memory: Sequence[Mapping[str, Any]] = (), side: Any = N
 
 
 def candidates(device: torch.device) -> dict[str, tuple[str, Build]]:
-    """Each candidate's role, and what makes it."""
+    """Candidate -> its role ("ours" or "peer"), and the function that builds its stepper."""
     found: dict[str, tuple[str, Build]] = {
         OURS: ("ours", OnecardDPO),
         UNSHARED: ("ours", partial(OnecardDPO, share_prompts=False)),
         TRL: ("peer", TrlDPO),
     }
-    if device.type == "cpu":  # on a GPU it does that anyway
+    if device.type == "cpu":  # on a GPU, TRL's head runs on answers alone anyway
         found[TRL_ANSWERS] = ("peer", partial(TrlDPO, answers_alone=True))
     return {**found, TRL_LIGER: ("peer", partial(TrlDPO, liger=True))}
 
@@ -241,17 +253,17 @@ def task_of(case: StepCase, folder: Path, device: torch.device, dtype: torch.dty
 
 
 def check_first_steps(firsts: Mapping[str, Mapping[str, float]], dtype: torch.dtype) -> None:
-    """Raise Refused where a candidate's first step is not ours."""
-    absolute, relative = CLOSE[dtype]
-    mine = firsts.get(OURS, {})
+    """Raise Refused if a candidate's first-step metrics differ from onecard's."""
+    absolute, relative = FIRST_STEP_TOLERANCES[dtype]
+    ours = firsts.get(OURS, {})
     for other, theirs in firsts.items():
-        for name, value in mine.items():
+        for name, value in ours.items():
             if not math.isclose(value, theirs[name], rel_tol=relative, abs_tol=absolute):
                 raise Refused(f"{name} of the first step is {value:.6g}, and {theirs[name]:.6g} in {other}")
 
 
-def step_flops(task: Task, step: int) -> int:
-    """What a step cannot do without."""
+def dpo_step_flops(task: Task, step: int) -> int:
+    """FLOPs that every implementation of the step has to do."""
     sequences = [
         (len(pair.prompt) + len(answer), len(answer))
         for pair in (task.pairs[index] for index in task.indices(step))
@@ -261,13 +273,16 @@ def step_flops(task: Task, step: int) -> int:
 
 
 def measure_dpo(task: Task, names: Sequence[str], timing: Timing, tell: Tell) -> tuple[list[Row], dict[str, Any]]:
-    """Rows and findings of candidates, in turns, or one after the other where they cannot be held at once."""
+    """Rows of the candidates, and `found_of` onecard's run.
+
+    The candidates take turns or, if they do not fit in memory together, run one after the other.
+    """
     rows: list[Row] = []
     found = found_of(task)
     firsts: dict[str, dict[str, float]] = {}
     for group in [names] if task.case.interleaved else [[name] for name in names]:
-        more, ours = measure_together(task, group, firsts, timing, tell)
-        rows, found = rows + more, ours or found
+        group_rows, found_of_ours = measure_together(task, group, firsts, timing, tell)
+        rows, found = rows + group_rows, found_of_ours or found
         free_memory()
     return rows, found
 
@@ -275,47 +290,55 @@ def measure_dpo(task: Task, names: Sequence[str], timing: Timing, tell: Tell) ->
 def measure_together(
     task: Task, names: Sequence[str], firsts: dict[str, dict[str, float]], timing: Timing, tell: Tell
 ) -> tuple[list[Row], dict[str, Any] | None]:
-    """First step, rounds and memory of candidates that are in memory together. `firsts` gets their first steps."""
+    """First step, times and memory of candidates that are in memory together; their rows, and `found_of` onecard's run.
+
+    The metrics of their first steps are added to `firsts`, and must agree with those already there.
+    """
     case, device, known = task.case, task.device, candidates(task.device)
-    sides: dict[str, DPOStepper] = {}
-    reasons: dict[str, str] = {}
+    steppers: dict[str, DPOStepper] = {}
+    reasons: dict[str, str] = {}  # why a candidate did not run
     tell(f"{case.name}: first step")
     for name in names:
         role, build = known[name]
         try:
-            side = build(task)
-            measure.ready(side)
-            side()
-            sides[name], firsts[name] = side, {key: side.row[key] for key in SAME}
-        except Exception as error:  # a peer that cannot run stands in the table with the reason
-            if role == "ours" and not isinstance(error, TOO_MUCH):
+            stepper = build(task)
+            measure.ready(stepper)
+            stepper()
+            steppers[name], firsts[name] = stepper, {key: stepper.row[key] for key in COMPARED_METRICS}
+        except Exception as error:  # a peer that cannot run is in the table with the reason
+            if role == "ours" and not isinstance(error, DOES_NOT_FIT):
                 raise
             reasons[name] = one_line(error)
     check_first_steps(firsts, task.dtype)
     longest = max(pair.tokens for pair in task.pairs)
-    bare = BareProducts(case, device, task.dtype, longest, step_flops(task, 0))
-    works: dict[str, list[measure.Work]] = {**{name: [side] for name, side in sides.items()}, GEMMS: [bare]}
+    bare = BareProducts(case, device, task.dtype, longest, dpo_step_flops(task, 0))
+    works: dict[str, list[measure.Work]] = {name: [stepper] for name, stepper in steppers.items()}
+    works[GEMMS] = [bare]
     times = measure.interleave(works, device, timing, lambda name: tell(f"{case.name}: {name}"))
-    timed = range(1 + timing.warmup, 1 + timing.warmup + len(times[GEMMS]))
-    flops = tuple(step_flops(task, step) for step in timed)
+    first_timed = 1 + timing.warmup  # step 0 was the first step, above
+    timed = range(first_timed, first_timed + len(times[GEMMS]))
+    flops = tuple(dpo_step_flops(task, step) for step in timed)
     tokens = tuple(task.tokens(step) for step in timed)
     rows = [Row(name, known[name][0], reason) for name, reason in reasons.items()]
     found = None
-    for name, side in sides.items():
+    for name, stepper in steppers.items():
         tell(f"{case.name}: memory of {name}")
-        held = held_bytes(side.model, side.optimizer)
+        held = held_bytes(stepper.model, stepper.optimizer)
         if name == OURS:
-            assert isinstance(side, OnecardDPO)
-            peaks = phase_peaks(side.watched, device)
+            assert isinstance(stepper, OnecardDPO)
+            peaks = phase_peaks(stepper.timed_step, device)
             peak = peaks.above[WHOLE]
-            # Where others are in memory too, what is held is ours, added up.
-            own = held_bytes(side.model, side.optimizer, paged=device.type == "cpu")
-            between = peaks.held if len(sides) == 1 and peaks.held is not None else own
-            found = found_of(task, compared(task, between, peaks), side)
+            if len(steppers) == 1 and peaks.held is not None:
+                between_steps = peaks.held
+            else:
+                # If other candidates are in memory too, the allocator's number includes theirs: use the sum of
+                # onecard's own tensors.
+                between_steps = held_bytes(stepper.model, stepper.optimizer, paged=device.type == "cpu")
+            found = found_of(task, planned_and_measured(task, between_steps, peaks), stepper)
         else:
-            peak = measure.peak_bytes(side, device)
-        more: dict[str, Any] = dict(firsts[name])
-        rows.append(Row(name, known[name][0], None, tuple(times[name]), tokens, flops, peak, held, more=more))
+            peak = measure.peak_bytes(stepper, device)
+        metrics: dict[str, Any] = dict(firsts[name])
+        rows.append(Row(name, known[name][0], None, tuple(times[name]), tokens, flops, peak, held, more=metrics))
     rows.sort(key=lambda row: names.index(row.name))
     return [*rows, Row(GEMMS, LIMIT, seconds=tuple(times[GEMMS]), flops=(bare.flops,) * len(times[GEMMS]))], found
 
@@ -324,39 +347,40 @@ def measure_together(
 
 
 def measure_ppo(task: Task, timing: Timing, tell: Tell) -> tuple[list[Row], dict[str, Any]]:
-    """Rows and findings of whole iterations, watched by phase, in turns with bare products."""
+    """Rows of the phases of whole iterations, which take turns with bare products, and `found_of` the run."""
     case, device = task.case, task.device
     tell(f"{case.name}: loading")
-    iterations: ppo.PPORun | None = None
+    ppo_run: ppo.PPORun | None = None
     length = case.prompt + case.response
-    step = case.batch_size * Flops.of(case.model, length, case.response).forward
-    bare = BareProducts(case, device, task.dtype, case.micro_batch_size * length, step)
-    watches: list[PhaseTimer] = []
-    counts: list[dict[str, tuple[int, int]]] = []
+    step_flops = case.batch_size * Flops.of(case.model, length, case.response).forward
+    bare = BareProducts(case, device, task.dtype, case.micro_batch_size * length, step_flops)
+    timers: list[PhaseTimer] = []  # one for each iteration
+    counts: list[dict[str, tuple[int, int]]] = []  # of each iteration: (tokens, FLOPs) by phase
     try:
-        iterations = ppo.PPORun(case, task.folder, device, task.dtype)
+        ppo_run = ppo.PPORun(case, task.folder, device, task.dtype)
 
         def iterate() -> None:
-            watches.append(PhaseTimer(device, timing.clock))
-            iterations.run(watches[-1])
-            counts.append(iterations.counts())
+            timers.append(PhaseTimer(device, timing.clock))
+            ppo_run.run(timers[-1])
+            counts.append(ppo_run.counts())
 
-        # The warm-up makes the optimizer's states. An iteration of a large model takes a minute: one is enough.
+        # One warm-up iteration, which creates the optimizer states; and only one timed iteration is required, because
+        # it takes a minute with a large model.
         timing = replace(timing, warmup=1, least=1)
         works: dict[str, list[measure.Work]] = {WHOLE: [iterate], GEMMS: [bare]}
         times = measure.interleave(works, device, timing, lambda name: tell(f"{case.name}: {name}"))
         tell(f"{case.name}: memory")
-        del watches[0], counts[0]
-        held = held_bytes(iterations.roles, iterations.trainer.optimizer)
-        # A GPU's allocator has kept the peaks of the timed iterations, at no cost.
-        peaks = highest(watches) if device.type == "cuda" else phase_peaks(iterations.run, device)
-    except TOO_MUCH as error:
-        return [Row(WHOLE, "ours", one_line(error))], found_of(task, side=iterations)
+        del timers[0], counts[0]  # of the warm-up
+        held = held_bytes(ppo_run.roles, ppo_run.trainer.optimizer)
+        # On a GPU the timers have recorded the peaks of the timed iterations too.
+        peaks = highest(timers) if device.type == "cuda" else phase_peaks(ppo_run.run, device)
+    except DOES_NOT_FIT as error:
+        return [Row(WHOLE, "ours", one_line(error))], found_of(task, run=ppo_run)
     rows = [
         Row(
             name,
             "ours",
-            seconds=tuple(timer.seconds[name] for timer in watches),
+            seconds=tuple(timer.seconds[name] for timer in timers),
             tokens=tuple(count[name][0] for count in counts),
             flops=tuple(count[name][1] for count in counts),
             peak_bytes=peaks.above[name],
@@ -364,5 +388,5 @@ def measure_ppo(task: Task, timing: Timing, tell: Tell) -> tuple[list[Row], dict
         )
         for name in (*PHASES, WHOLE)
     ]
-    rows.append(Row(GEMMS, LIMIT, seconds=tuple(times[GEMMS]), flops=(bare.flops,) * len(watches)))
-    return rows, found_of(task, compared(task, peaks.held or held, peaks), iterations)
+    rows.append(Row(GEMMS, LIMIT, seconds=tuple(times[GEMMS]), flops=(bare.flops,) * len(timers)))
+    return rows, found_of(task, planned_and_measured(task, peaks.held or held, peaks), ppo_run)

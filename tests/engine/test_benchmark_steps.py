@@ -17,7 +17,7 @@ from benchmarks.render import MOST_OFF, TRL, UNSHARED, off
 from benchmarks.train_step import cases, phases, run, synthetic
 from benchmarks.train_step.__main__ import command as train_step
 from benchmarks.train_step.cases import LORA_RANK, TINY, Flops, StepCase, dpo_flops
-from benchmarks.train_step.dpo import SAME, OnecardDPO
+from benchmarks.train_step.dpo import COMPARED_METRICS, OnecardDPO
 from benchmarks.train_step.synthetic import random_model, write_folder
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def test_all_candidates_take_the_same_steps(folder):
             measure.ready(side)
             side()
         for each, side in sides.items():
-            for key in SAME:
+            for key in COMPARED_METRICS:
                 assert side.row[key] == pytest.approx(sides[OURS].row[key], rel=2e-4, abs=2e-5), (each, key)
     mine, theirs = (
         [parameter for parameter in sides[each].model.parameters() if parameter.requires_grad] for each in (OURS, TRL)
@@ -102,7 +102,7 @@ def test_a_wrong_first_step_is_not_timed(monkeypatch):
 @pytest.mark.parametrize("case", CAPPED, ids=lambda case: f"{case.kind} {case.name}")
 def test_every_case_with_a_cap_is_planned_to_fit_under_it(case):
     pytest.importorskip("bitsandbytes")
-    assert run.too_large(case, torch.bfloat16) is None
+    assert run.why_too_large(case, torch.bfloat16) is None
 
 
 def test_the_promised_caps_are_among_the_cases():

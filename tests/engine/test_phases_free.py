@@ -1,6 +1,7 @@
-"""Nothing of one phase is allocated in the next: weights, optimizer states and small records are all that stays.
+"""Memory that a phase allocates is freed before the next phase, except weights, optimizer states and small records.
 
-What is alive is counted in bytes of storages by a mode that sees each of them born, with weak references.
+A TorchDispatchMode keeps a weak reference to every storage that an operation returns. The tests sum the bytes of those
+that still exist.
 """
 
 from __future__ import annotations
@@ -34,45 +35,46 @@ from tests.grid import grid
 SEQUENCES, PROMPT, RESPONSE = 8, 40, 24
 
 
-class Alive(TorchDispatchMode):
-    """Bytes of the storages that operations inside gave and that are still there, the weights' own left out."""
+class StorageTracker(TorchDispatchMode):
+    """Counts the bytes of storages that were created inside this context and still exist, without the weights."""
 
     def __init__(self, roles) -> None:
         super().__init__()
         self.weights = [*roles.parameters(), *roles.buffers()]
-        self.born: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.created: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for each in tree_iter(out):
             if isinstance(each, torch.Tensor):
                 storage = each.untyped_storage()
-                self.born.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+                self.created.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
         return out
 
-    def storages(self, *kept: object) -> int:
-        """Bytes alive, without the storages of the tensors in `kept`."""
+    def nbytes(self, *excluded: object) -> int:
+        """Bytes of the storages that still exist, without the weights and the tensors in `excluded`."""
         gc.collect()
-        self.born = {key: found for key, found in self.born.items() if not found[0].expired()}
-        spared = {t.untyped_storage()._cdata for t in tree_iter((kept, self.weights)) if isinstance(t, torch.Tensor)}
-        return sum(nbytes for key, (_, nbytes) in self.born.items() if key not in spared)
+        self.created = {key: found for key, found in self.created.items() if not found[0].expired()}
+        tensors = [each for each in tree_iter((excluded, self.weights)) if isinstance(each, torch.Tensor)]
+        not_counted = {tensor.untyped_storage()._cdata for tensor in tensors}
+        return sum(nbytes for key, (_, nbytes) in self.created.items() if key not in not_counted)
 
 
 @contextmanager
 def running(config, job, roles):
-    """`(trainer, bar)` of a job."""
+    """A trainer of the job, and a progress bar."""
     trainer = Trainer(config, job, roles.train(), SimpleNamespace(folder=None, checkpoint=None))
     with progress("test", 1) as bar:
         yield trainer, bar
 
 
-def words(count: int, seed: int) -> tuple[int, ...]:
+def random_token_ids(count: int, seed: int) -> tuple[int, ...]:
     return tuple(torch.randint(3, 290, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
 
 
 SETTINGS = {
     "plain": {},
-    "all levers": {
+    "all memory options": {
         "dtype": "bfloat16", "gradient_checkpointing": True, "adapter_dtype": "bfloat16", "optim": "adamw_8bit",
         "micro_batch_tokens": 130, "head_chunk_tokens": 16,
     },
@@ -86,9 +88,10 @@ def ppo_job(model, reward, **settings):
         num_mini_batches=2, num_ppo_epochs=2, response_length=RESPONSE, **settings,
     )  # fmt: skip
     roles, tokenizer = load_ppo_roles(config), load_tokenizer(config)
-    prompts = [Prompt("the cat", words(PROMPT, i)) for i in range(SEQUENCES)]
-    never = Sampler(tokenizer, Sampling(RESPONSE), frozenset(), 64)  # nothing ends a response: all have RESPONSE tokens
-    return config, PPO(config, roles, never, load_scorer(config), prompts, prompts[:4], 9), roles
+    prompts = [Prompt("the cat", random_token_ids(PROMPT, i)) for i in range(SEQUENCES)]
+    no_stop_tokens = frozenset()  # so every response has RESPONSE tokens
+    sampler = Sampler(tokenizer, Sampling(RESPONSE), no_stop_tokens, 64)
+    return config, PPO(config, roles, sampler, load_scorer(config), prompts, prompts[:4], 9), roles
 
 
 @pytest.fixture(scope="module")
@@ -100,64 +103,66 @@ def reward(tiny_model, tmp_path_factory):
 
 
 def states_of(trainer) -> list:
-    """What the optimizer keeps."""
+    """The optimizer's states, and the fp32 copies of 16-bit weights if it has them."""
     return [list(trainer.optimizer.state.values()), getattr(trainer.optimizer, "masters", [])]
 
 
-@pytest.mark.parametrize("settings", grid(SETTINGS, ["all levers"]))
+@pytest.mark.parametrize("settings", grid(SETTINGS, ["all memory options"]))
 def test_after_each_ppo_phase_only_records_are_left(tiny_model, reward, settings):
-    """Rollout, judgement, passes, learning, evaluation, by themselves and then as iterations."""
+    """Rollout, rewards and forward passes one by one, then three whole iterations, then an evaluation's phases."""
     config, job, roles = ppo_job(tiny_model, reward, **SETTINGS[settings])
     prompts = list(job.prompts)
-    with running(config, job, roles) as (trainer, bar), Alive(roles) as alive:
+    with running(config, job, roles) as (trainer, bar), StorageTracker(roles) as tracker:
         sampled = job.sampler.sample(roles, prompts, bar)
-        number = 4 * SEQUENCES * RESPONSE  # bytes of one float32 for each response token
-        assert alive.storages() <= 2 * number  # the log-probs as they were sampled
-        judged = job.score(prompts, sampled.episodes)
-        assert alive.storages() <= 3 * number
-        passes = compute_model_outputs(roles, sampled.episodes, config)
-        assert len(passes.logprobs) == SEQUENCES
-        left = alive.storages()
-        assert left <= 8 * number  # policy's, reference's, critic's
-        del sampled, judged, passes
-        assert alive.storages() == 0
-        trained = sum(p.numel() * p.element_size() for p in roles.trained_parameters().values())
-        rows = []
+        fp32_per_token = 4 * SEQUENCES * RESPONSE  # bytes of one number for each response token
+        assert tracker.nbytes() <= 2 * fp32_per_token  # the log-probs of the sampled tokens
+        scores = job.score(prompts, sampled.episodes)
+        assert tracker.nbytes() <= 3 * fp32_per_token
+        outputs = compute_model_outputs(roles, sampled.episodes, config)
+        assert len(outputs.logprobs) == SEQUENCES
+        # log-probs of policy and reference, values of the critic, and what is left from above
+        assert tracker.nbytes() <= 8 * fp32_per_token
+        del sampled, scores, outputs
+        assert tracker.nbytes() == 0
+        trained_bytes = sum(p.numel() * p.element_size() for p in roles.trained_parameters().values())
+        left = []  # after each iteration: bytes with and without the optimizer states
         for step in range(3):
             trainer.step = step
             job.step(trainer, list(range(SEQUENCES)), bar)
             assert all(parameter.grad is None for parameter in roles.parameters())
-            rows.append((alive.storages(), alive.storages(states_of(trainer))))
-        assert rows[0][0] >= trained / 2  # the optimizer's states are among the storages that are seen
-        assert rows[1] == rows[2]
-        assert rows[2][1] <= 4096  # states apart: 8-bit AdamW's codes, the schedule's few numbers
+            left.append((tracker.nbytes(), tracker.nbytes(states_of(trainer))))
+        assert left[0][0] >= trained_bytes / 2  # the optimizer states are among the storages that are counted
+        assert left[1] == left[2]
+        assert left[2][1] <= 4096  # besides optimizer states: the quantization maps of 8-bit AdamW, scheduler scalars
         with torch.no_grad():
-            found = job.sampler.sample(roles, prompts[:2], bar)
-            job.score(prompts[:2], found.episodes)
-        del found
-        assert alive.storages(states_of(trainer)) == rows[2][1]
+            sampled = job.sampler.sample(roles, prompts[:2], bar)
+            job.score(prompts[:2], sampled.episodes)
+        del sampled
+        assert tracker.nbytes(states_of(trainer)) == left[2][1]
 
 
 @pytest.mark.parametrize("settings", grid(SETTINGS, ["NF4, padded"]))
 def test_after_a_dpo_step_nothing_is_left(tiny_model, settings):
-    """Gradients are gone, the metrics are numbers; the second step and its evaluation leave as much as the first."""
+    """Gradients are freed, and no later step or evaluation leaves more or fewer bytes than the first evaluation."""
     config = DPOConfig(model=str(tiny_model), per_device_train_batch_size=4, **SETTINGS[settings])
     roles = load_roles(config, trained="policy", reference=True)
     mask = (False,) * PROMPT + (True,) * RESPONSE
-    pairs = [
-        PreferencePair(*(TokenSequence(words(PROMPT, i) + words(RESPONSE, 2 * i + side), mask) for side in (0, 1)))
-        for i in range(SEQUENCES)
-    ]
+
+    def random_pair(i):
+        prompt, answers = random_token_ids(PROMPT, i), [random_token_ids(RESPONSE, seed) for seed in (2 * i, 2 * i + 1)]
+        return PreferencePair(*(TokenSequence(prompt + answer, mask) for answer in answers))
+
+    pairs = [random_pair(i) for i in range(SEQUENCES)]
     objective = Objective(pack_pairs, len, lambda batch, n: (preference_loss(roles, batch, {"beta": 0.1}, n),))
     job = Supervised(config, "dpo", objective, pairs, pairs[:2])
-    with running(config, job, roles) as (trainer, bar), Alive(roles) as alive:
-        rows = []
+    with running(config, job, roles) as (trainer, bar), StorageTracker(roles) as tracker:
+        left = []  # bytes besides the optimizer states, after each step and each evaluation
         for _ in range(3):
             job.step(trainer, list(range(SEQUENCES)), bar)
             assert all(parameter.grad is None for parameter in roles.parameters())
-            rows.append(alive.storages(states_of(trainer)))
+            left.append(tracker.nbytes(states_of(trainer)))
             with torch.no_grad():
                 job.evaluate(trainer, bar)
-            rows.append(alive.storages(states_of(trainer)))
-        assert len(set(rows[1:])) == 1
-        assert rows[-1] <= 4096
+            left.append(tracker.nbytes(states_of(trainer)))
+        assert len(set(left[1:])) == 1
+        assert left[-1] <= 4096

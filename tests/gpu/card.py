@@ -1,7 +1,7 @@
-"""Where the tests of this folder run: on a GPU at real sizes, or dry: the same lines at small sizes on the CPU.
+"""Sizes, devices and inputs of the tests of this folder. They run on a GPU at real sizes, else dry.
 
-A dry run shows that a test's own code works, and nothing about a GPU. What only a card has, such as the memory that it
-says it allocated, is skipped there with a reason.
+A dry run is the same code at small sizes on the CPU. It shows that a test's own code works, and nothing about a GPU.
+Checks that need a GPU, such as allocator statistics, are skipped in a dry run, with a reason.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Shape = tuple[int, int, int]  # tokens, hidden size, vocabulary
 
 
 def sized(real: T, dry: T) -> T:
-    """What a card gets, or its small stand-in: without a card, and under `python -m benchmarks.sanitize`."""
+    """`real` on a GPU; `dry` without one and under `python -m benchmarks.sanitize`."""
     return real if CARD and "ONECARD_SMALL_SIZES" not in os.environ else dry
 
 
@@ -36,31 +36,38 @@ def card_only(why: str) -> pytest.MarkDecorator:
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
-LOW = {"bf16": BF16, "fp16": torch.float16}
-DTYPES = {**LOW, "fp32": FP32}
+HALF = {"bf16": BF16, "fp16": torch.float16}
+DTYPES = {**HALF, "fp32": FP32}
 
-# A model that takes a GPU's time; of transformers' LlamaConfig
+# LlamaConfig arguments of a model large enough that the GPU dominates the time of a step
 LLAMA = {
     "vocab_size": 4096, "hidden_size": sized(1024, 64), "intermediate_size": sized(2816, 96),
     "num_hidden_layers": sized(12, 3), "num_attention_heads": sized(16, 4), "num_key_value_heads": sized(4, 2),
     "max_position_embeddings": 4096,
 }  # fmt: skip
 
-# Two chunks and a rest; the widest hidden states, and the largest vocabulary; odd rows of the head
 SHAPES: list[Shape] = sized(
-    [(1100, 896, 151936), (300, 4096, 128256), (256, 2304, 256000), (64, 768, 50257)],
-    [(9, 16, 131), (131, 72, 4099)] if CARD else [(9, 16, 131)],  # under the sanitizer several blocks each way too
+    [
+        (1100, 896, 151936),  # most tokens: two chunks and a remainder
+        (300, 4096, 128256),  # widest hidden states
+        (256, 2304, 256000),  # largest vocabulary
+        (64, 768, 50257),  # odd vocabulary, not a multiple of a block
+    ],
+    # under the sanitizer also a shape of several blocks of rows and columns
+    [(9, 16, 131), (131, 72, 4099)] if CARD else [(9, 16, 131)],
 )
-# bf16 at all of them; the other dtypes where tokens are many, and where the head is awkward to a block
-SIZES = [(shape, dtype) for shape in SHAPES for dtype in DTYPES if dtype == "bf16" or shape in (SHAPES[0], SHAPES[-1])]
-over_sizes = pytest.mark.parametrize(("shape", "dtype"), SIZES, ids=str)
+# bf16 at all shapes; fp16 and fp32 only at the first shape (most tokens) and the last (odd vocabulary)
+SHAPES_AND_DTYPES = [
+    (shape, dtype) for shape in SHAPES for dtype in DTYPES if dtype == "bf16" or shape in (SHAPES[0], SHAPES[-1])
+]
+over_sizes = pytest.mark.parametrize(("shape", "dtype"), SHAPES_AND_DTYPES, ids=str)
 
 IMPLEMENTATIONS = (tuning.CHUNKED, tuning.LOW_MEMORY)
 over_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def over_paths(test: Callable[..., None]) -> Callable[..., None]:
-    """Both backends in each implementation that forms gradients."""
+    """Run the test with both backends and each implementation that computes gradients."""
     return over_backends(pytest.mark.parametrize("implementation", IMPLEMENTATIONS)(test))
 
 
@@ -69,7 +76,7 @@ def normal(*shape: int) -> torch.Tensor:
 
 
 def inputs(n: int, d: int, v: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states and head whose logits have a standard deviation of 4; the last target is the last column."""
+    """Hidden states, head and targets: logits of standard deviation 4, and a last target in the last column."""
     targets = torch.randint(v, (n,), device=DEVICE)
     targets[-1] = v - 1
     return normal(n, d).to(dtype), (normal(v, d) * 4 / d**0.5).to(dtype), targets
@@ -82,7 +89,7 @@ def in_parts(n: int, rows: int = 128) -> Iterator[slice]:
 def truth(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities and the gradient by hidden in `dtype`, a few rows at a time."""
+    """Log-probabilities and the gradient of `hidden`, computed by the oracle in `dtype` for a few rows at a time."""
     head, values, grads = weight.detach().to(dtype), [], []
     for part in in_parts(hidden.shape[0]):
         leaf = hidden[part].detach().to(dtype).requires_grad_()

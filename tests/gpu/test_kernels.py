@@ -8,8 +8,8 @@ import torch
 from benchmarks.measure import peak_bytes
 from onecard_kernels import linear_logprobs, selective_log_softmax
 from onecard_kernels.logprob import matmul
-from tests.closeness import LOGPROB_BARS, assert_within, error
-from tests.gpu.card import BF16, DEVICE, DTYPES, FP32, LOW, Shape, inputs, normal, sized, truth
+from tests.closeness import LOGPROB_TOLERANCES, assert_within, error
+from tests.gpu.card import BF16, DEVICE, DTYPES, FP32, HALF, Shape, inputs, normal, sized, truth
 from tests.kernels import oracle
 
 
@@ -17,13 +17,13 @@ def chosen(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return oracle.selective_log_softmax(logits, targets).logprobs
 
 
-@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("dtype", HALF)
 def test_products_of_16_bits_come_out_in_fp32(dtype: str) -> None:
     """Log-probabilities within 1e-4 of fp64 of the same inputs; a product that rounds its result could not be."""
     n, d, v = sized((300, 4096, 128256), (20, 64, 300))
-    hidden, weight, targets = inputs(n, d, v, LOW[dtype])
+    hidden, weight, targets = inputs(n, d, v, HALF[dtype])
     operand = matmul.operand_dtype(hidden.dtype, weight.dtype, FP32, DEVICE)
-    assert operand == sized(LOW[dtype], FP32)
+    assert operand == sized(HALF[dtype], FP32)
     scratch = matmul.scratch_for(weight, operand, v)
     logits = torch.full((n, v), float("nan"), device=DEVICE)
     matmul.project(hidden.to(operand), weight, logits, scratch)
@@ -36,20 +36,20 @@ def test_products_of_16_bits_come_out_in_fp32(dtype: str) -> None:
     assert error(chosen(rounded.float(), targets), right) > 5e-4
 
 
-@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("dtype", HALF)
 def test_the_backward_s_products_of_16_bits_come_out_in_fp32(dtype: str) -> None:
     """Both, added to what is there: by hidden over all columns of the vocabulary, by the head over all tokens."""
     n, d, v = sized((300, 512, 128256), (20, 64, 300))
-    hidden, weight, _ = inputs(n, d, v, LOW[dtype])
+    hidden, weight, _ = inputs(n, d, v, HALF[dtype])
     operand = matmul.operand_dtype(hidden.dtype, weight.dtype, FP32, DEVICE)
     scratch = matmul.scratch_for(weight, operand, v)
     slopes = normal(n, v).to(operand)
     exact = slopes.double() @ weight.double()
-    bar = 2.0**-12 * float(exact.abs().max())  # of long sums on tensor cores, see above; bf16 rounds at 2^-9
+    tolerance = 2.0**-12 * float(exact.abs().max())  # of long sums on tensor cores, see above; bf16 rounds at 2^-9
     first = matmul.project_back(slopes, weight, None, FP32, scratch)
     assert first.dtype == FP32
-    assert_within(first, exact, bar)
-    assert_within(matmul.project_back(slopes, weight, first, FP32, scratch), 2 * exact, 2 * bar)
+    assert_within(first, exact, tolerance)
+    assert_within(matmul.project_back(slopes, weight, first, FP32, scratch), 2 * exact, 2 * tolerance)
     exact = slopes.double().T @ hidden.double()
     total = torch.ones(v, d, device=DEVICE)
     matmul.outer(slopes, hidden.to(operand), total)
@@ -74,7 +74,7 @@ def test_values_and_gradients_against_fp64(dtype: str, shape: Shape, trained: bo
         logp = chosen((h @ w.T).to(softmax_in), targets)
         found.append((logp.detach(), torch.autograd.grad(logp, [h, w][: len(leaves)], upstream.to(logp))))
     (right, true_gradients), (_, eager_gradients) = found
-    assert_within(got, right, LOGPROB_BARS[DTYPES[dtype], 4])
+    assert_within(got, right, LOGPROB_TOLERANCES[DTYPES[dtype], 4])
     for ours, eagers, true in zip(gradients, eager_gradients, true_gradients, strict=True):
         assert error(ours, true) <= 2 * error(eagers, true)
 
@@ -111,4 +111,4 @@ def test_more_logits_than_an_int32_counts() -> None:
         got = linear_logprobs(hidden, weight, targets).logprobs
     ends = torch.tensor([0, 1, n - 2, n - 1], device=DEVICE)
     right, _ = truth(hidden[ends], weight, targets[ends], torch.ones(4, device=DEVICE), torch.float64)
-    assert_within(got[ends], right, LOGPROB_BARS[BF16, 4])
+    assert_within(got[ends], right, LOGPROB_TOLERANCES[BF16, 4])

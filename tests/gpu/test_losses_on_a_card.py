@@ -14,17 +14,29 @@ import torch
 from onecard_kernels import linear_dpo_loss
 from onecard_kernels.dpo.dpo import dpo_loss
 from onecard_kernels.logprob import tuning
-from tests.closeness import LOGPROB_BARS, assert_like_eager, assert_within
-from tests.gpu.card import DEVICE, DTYPES, IMPLEMENTATIONS, SHAPES, SIZES, Shape, inputs, needs_triton, over_paths
+from tests.closeness import LOGPROB_TOLERANCES, assert_like_eager, assert_within
+from tests.gpu.card import (
+    DEVICE,
+    DTYPES,
+    IMPLEMENTATIONS,
+    SHAPES,
+    SHAPES_AND_DTYPES,
+    Shape,
+    inputs,
+    needs_triton,
+    over_paths,
+)
 from tests.kernels import oracle
-from tests.kernels.regression_material import LOSS_BAR, Case, H
+from tests.kernels.regression_material import LOSS_TOLERANCE, Case, H
 from tests.kernels.regression_running import compare
 
 LINEAR = ("linear_logprobs" + H, "linear_ppo_loss", "linear_ppo_loss" + H)
 OTHERS = ("linear_kl", "selective_log_softmax", "selective_log_softmax" + H, "logits_ppo_loss", "logits_ppo_loss" + H)
 # There are many cases, so the other dtypes have the smallest shape alone
 over_sizes = pytest.mark.parametrize(
-    ("shape", "dtype"), [(shape, dtype) for shape, dtype in SIZES if dtype == "bf16" or shape == SHAPES[-1]], ids=str
+    ("shape", "dtype"),
+    [(shape, dtype) for shape, dtype in SHAPES_AND_DTYPES if dtype == "bf16" or shape == SHAPES[-1]],
+    ids=str,
 )
 OF_16_BITS = ("hidden", "weight", "ref_hidden", "logits")  # what a model makes; the rest is fp32
 CASES = [Case(name, backend, way) for name, way, backend in product(LINEAR, IMPLEMENTATIONS, ("torch", "triton"))]
@@ -41,11 +53,11 @@ def test_values_and_gradients_at_real_sizes(case: Case, shape: Shape, dtype: str
         data = case.make((n,), d, v, mask=torch.arange(n) % 7 != 3)
     low = {name: x.to(DTYPES[dtype]) if name in OF_16_BITS else x for name, x in data.items()}
     with tuning.override(implementation=case.implementation):
-        compare(case, low, torch.randn(n, device=DEVICE), bar=bar_of(case, dtype))
+        compare(case, low, torch.randn(n, device=DEVICE), tolerance=tolerance_of(case, dtype))
 
 
-def bar_of(case: Case, dtype: str) -> float:
-    return LOGPROB_BARS[DTYPES[dtype], 4] if case.function.per_token else LOSS_BAR
+def tolerance_of(case: Case, dtype: str) -> float:
+    return LOGPROB_TOLERANCES[DTYPES[dtype], 4] if case.function.per_token else LOSS_TOLERANCE
 
 
 def eager_dpo(hidden: torch.Tensor, weight: torch.Tensor, **batch: Any) -> torch.Tensor:
@@ -78,5 +90,5 @@ def test_dpo_at_real_sizes(shape: Shape, dtype: str, implementation: str, backen
     found = [eager_dpo(other, weight.to(other.dtype), **batch) for other in others]
     true_grad, eager_grad = (torch.autograd.grad(*pair)[0] for pair in zip(found, others, strict=True))
     most = int((ids == 3).sum().maximum((ids == 0).sum()))
-    assert_within(first, found[0], 0.1 * 2 * most * LOGPROB_BARS[DTYPES[dtype], 4])
+    assert_within(first, found[0], 0.1 * 2 * most * LOGPROB_TOLERANCES[DTYPES[dtype], 4])
     assert_like_eager(grad, eager_grad, true_grad)

@@ -20,14 +20,14 @@ from onecard_kernels import (
 )
 from onecard_kernels import selective_log_softmax as selective
 from onecard_kernels.logprob import tuning
-from tests.closeness import LOGPROB_BARS, assert_like_eager, assert_within
+from tests.closeness import LOGPROB_TOLERANCES, assert_like_eager, assert_within
 from tests.gpu.card import (
     BF16,
     CARD,
     DEVICE,
     DTYPES,
     FP32,
-    LOW,
+    HALF,
     Shape,
     in_parts,
     inputs,
@@ -58,7 +58,7 @@ def test_each_implementation_at_real_sizes(shape: Shape, dtype: str, implementat
     with tuning.override(implementation=implementation):
         got = linear_logprobs(leaf, weight, targets, backend=backend).logprobs
         grad = torch.autograd.grad(got, leaf, upstream)[0]
-    assert_within(got, right, LOGPROB_BARS[DTYPES[dtype], 4])
+    assert_within(got, right, LOGPROB_TOLERANCES[DTYPES[dtype], 4])
     assert_like_eager(grad, eager_grad, right_grad)
 
 
@@ -69,23 +69,23 @@ def test_the_tensor_cores_of_the_tiled_forward(shape: Shape, dtype: str) -> None
     right, _ = truth(hidden, weight, targets, torch.ones(shape[0], device=DEVICE), torch.float64)
     with tuning.override(implementation="tiled"), torch.no_grad():
         out = linear_logprobs(hidden, weight, targets, return_entropy=True, return_log_sum_sq_probs=True)
-    assert_within(out.logprobs, right, LOGPROB_BARS[DTYPES[dtype], 4])
+    assert_within(out.logprobs, right, LOGPROB_TOLERANCES[DTYPES[dtype], 4])
     with tuning.override(implementation="chunked"), torch.no_grad():
         other = linear_logprobs(hidden, weight, targets, return_entropy=True, return_log_sum_sq_probs=True)
-    for mine, others, bar in zip(out[1:], other[1:], (1e-4, 2e-4), strict=True):
+    for mine, others, tolerance in zip(out[1:], other[1:], (1e-4, 2e-4), strict=True):
         assert mine is not None
         assert others is not None
-        assert_within(mine, others, bar)
+        assert_within(mine, others, tolerance)
 
 
 @over_backends
-@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("dtype", HALF)
 def test_confident_tokens_keep_the_true_class_gradient(dtype: str, backend: str) -> None:
     """1 - p_y down to 2e-5, relative to itself, through products of 16 bit. The loss is scaled: fp16 ends at 6e-8."""
     n, v = sized((256, 1024), (16, 64))
-    weight = (torch.linalg.qr(normal(v, v)).Q * 4).to(LOW[dtype])
+    weight = (torch.linalg.qr(normal(v, v)).Q * 4).to(HALF[dtype])
     targets = torch.arange(n, device=DEVICE)
-    hidden = (weight[targets].float() * torch.linspace(0.6, 1.1, n, device=DEVICE).unsqueeze(1)).to(LOW[dtype])
+    hidden = (weight[targets].float() * torch.linspace(0.6, 1.1, n, device=DEVICE).unsqueeze(1)).to(HALF[dtype])
     right, right_grad = truth(hidden, weight, targets, torch.full((n,), 1024.0, device=DEVICE), torch.float64)
     for implementation in ("chunked", "low_memory"):
         leaf = hidden.clone().requires_grad_()
@@ -107,13 +107,13 @@ def test_more_rows_than_a_grid_dimension_holds(backend: str) -> None:
         leaf = hidden.clone().requires_grad_()
         with tuning.override(implementation=implementation, rows=1 << 20, columns=40):
             got = linear_logprobs(leaf, weight, targets, backend=backend).logprobs
-        assert_within(got, right, LOGPROB_BARS[FP32, 4])
+        assert_within(got, right, LOGPROB_TOLERANCES[FP32, 4])
         assert_within(torch.autograd.grad(got, leaf, upstream)[0], right_grad, 1e-4)
     with tuning.override(implementation="tiled"), torch.no_grad():
-        assert_within(linear_logprobs(hidden, weight, targets).logprobs, right, LOGPROB_BARS[FP32, 4])
+        assert_within(linear_logprobs(hidden, weight, targets).logprobs, right, LOGPROB_TOLERANCES[FP32, 4])
     logits = (hidden @ weight.T).requires_grad_()
     got = selective(logits, targets, backend=backend).logprobs
-    assert_within(got, right, LOGPROB_BARS[FP32, 4])
+    assert_within(got, right, LOGPROB_TOLERANCES[FP32, 4])
     loss = logits_ppo_loss(logits, targets, right.float(), upstream, torch.ones(MANY, device=DEVICE), backend=backend)
     assert_within(torch.autograd.grad(loss.loss * MANY, logits)[0] @ weight, -right_grad, 2e-4)
     kl = linear_kl(hidden, hidden + 0.1, weight, backend=backend)
@@ -153,7 +153,7 @@ def test_chunks_beyond_two_to_the_31(implementation: str, backend: str) -> None:
     leaf = hidden.requires_grad_()
     with tuning.override(implementation=implementation, rows=n, columns=v - 7):
         got = linear_logprobs(leaf, weight, targets, backend=backend).logprobs
-    assert_within(got[ends], right, LOGPROB_BARS[BF16, 4])
+    assert_within(got[ends], right, LOGPROB_TOLERANCES[BF16, 4])
     grad = torch.autograd.grad(got.sum(), leaf)[0]
     assert_within(grad[ends], right_grad, 2.0**-6 * float(right_grad.abs().max()))
 
@@ -193,7 +193,7 @@ def test_two_runs_are_equal_to_the_last_bit(implementation: str, backend: str) -
 
 
 @over_paths
-@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("dtype", HALF)
 def test_autocast_rounds_operands_alone(dtype: str, implementation: str, backend: str) -> None:
     hidden, weight, targets = inputs(*sized((130, 256, 32000), FEW), FP32)
 
@@ -206,8 +206,8 @@ def test_autocast_rounds_operands_alone(dtype: str, implementation: str, backend
         return out.logprobs, out.entropy, *grads
 
     with tuning.override(implementation=implementation):
-        cast = run(LOW[dtype])
-        with torch.autocast(DEVICE.type, dtype=LOW[dtype]):
+        cast = run(HALF[dtype])
+        with torch.autocast(DEVICE.type, dtype=HALF[dtype]):
             inside = run(FP32)
     assert all(torch.equal(a, b) for a, b in zip(cast, inside, strict=True))
 

@@ -18,15 +18,15 @@ from torch import Tensor
 import onecard_kernels as library
 from onecard_kernels.logprob import tuning
 from onecard_kernels.logprob.tuning import TileConfig
-from tests.closeness import LOGPROB_BARS
+from tests.closeness import LOGPROB_TOLERANCES
 from tests.kernels import oracle
 
 Tensors = dict[str, Tensor]
 D, V = 8, 37
 SHAPE = (2, 3)  # few: a program of the interpreter takes tens of milliseconds
 EPS = torch.finfo(torch.float32).eps
-BAR = LOGPROB_BARS[torch.float32, 4]
-LOSS_BAR = 1e-4  # BAR on a log-probability, times a ratio below 2 and an advantage of 3 or so
+TOLERANCE = LOGPROB_TOLERANCES[torch.float32, 4]
+LOSS_TOLERANCE = 1e-4  # TOLERANCE on a log-probability, times a ratio below 2 and an advantage of 3 or so
 COEFFICIENT = 0.3  # of the entropy where it has one
 MASK = torch.tensor([[1, 1, 0], [0, 1, 1]]).bool()
 
@@ -58,8 +58,8 @@ class Case:
         return () if self.implementation == tuning.TILED else self.function.leaves
 
     @property
-    def bar(self) -> float:
-        return BAR if self.function.per_token else LOSS_BAR
+    def tolerance(self) -> float:
+        return TOLERANCE if self.function.per_token else LOSS_TOLERANCE
 
     def make(self, shape: tuple[int, ...] = SHAPE, d: int = D, v: int = V, mask: Tensor | None = None) -> Tensors:
         data = self.function.make(shape, d, v)

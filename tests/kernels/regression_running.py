@@ -1,4 +1,4 @@
-"""Which cases of regression_material.py there are, how they are run, and compared with their equation in fp64."""
+"""The cases of regression_material.py, and functions that run them and compare them with their equation in fp64."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def double(data: dict[str, Any]) -> dict[str, Any]:
     return {n: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in data.items()}
 
 
-def dirty(data: Tensors) -> Tensors:
-    """What masked tokens may hold: NaN, and targets of -100."""
+def poison_masked(data: Tensors) -> Tensors:
+    """A copy of the data in which masked tokens are NaN, or -100 in integer tensors such as targets."""
     if "mask" not in data:
         return data
     out, off = dict(data), ~data["mask"].bool()
@@ -75,7 +75,7 @@ def compare(
     data: Tensors,
     upstream: Tensor | None = None,
     *,
-    bar: float | None = None,
+    tolerance: float | None = None,
     leaves: tuple[str, ...] | None = None,
     slack: float = 0.0,
     **options: Any,
@@ -86,9 +86,9 @@ def compare(
     equation, given = case.function.equation, {**data, **options}
     truth, true_grads = evaluate(equation, double(given), leaves, upstream)
     _, eager_grads = evaluate(equation, given, leaves, upstream)
-    value, grads = evaluate(case.call, {**dirty(data), **options}, leaves, upstream)
+    value, grads = evaluate(case.call, {**poison_masked(data), **options}, leaves, upstream)
     assert value.dtype == torch.float32
-    assert_within(value, truth, case.bar if bar is None else bar)
+    assert_within(value, truth, case.tolerance if tolerance is None else tolerance)
     assert_gradients(grads, eager_grads, true_grads, data, slack)
     return value, grads
 

@@ -94,7 +94,7 @@ DEFINED = [
 ]
 
 
-def bar(loss_types: list[str], alpha_divergence: bool) -> float:
+def tolerance(loss_types: list[str], alpha_divergence: bool) -> float:
     """fp64 but for two places of TRL's that are fp32: exo_pair's epsilon, and alpha_divergence, all of it."""
     if not alpha_divergence:
         # log(epsilon) and log(1 - epsilon), half an ulp of fp32 each at up to 1.4
@@ -129,7 +129,7 @@ def test_value_gradient_and_metrics_equal_trl_s(
         sums[:B], sums[B:], ref[:B], ref[B:], chosen_lengths=lengths[:B], rejected_lengths=lengths[B:], **options
     )
     my_grad = torch.autograd.grad(mine.loss, logps)[0]
-    off = bar(loss_type, with_alpha)
+    off = tolerance(loss_type, with_alpha)
     assert mine.loss.dtype == logps.dtype
     torch.testing.assert_close(mine.loss, theirs, rtol=off, atol=off)
     torch.testing.assert_close(my_grad, their_grad, rtol=off, atol=off)

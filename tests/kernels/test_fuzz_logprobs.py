@@ -41,8 +41,8 @@ def assert_gradients(got: list[Tensor], eager: list[Tensor], truth: list[Tensor]
         inner = torch.float64 if mine.dtype == torch.float64 else torch.float32
         largest = float(true.abs().max()) if true.numel() else 0.0
         eager_off = 0.0 if inner == torch.float64 else error(other, true)
-        bar = 2.0 * eager_off + FLOOR_ULPS * torch.finfo(mine.dtype).eps * largest
-        assert_within(mine, true, bar + 16 * torch.finfo(inner).eps * terms, "gradient")
+        tolerance = 2.0 * eager_off + FLOOR_ULPS * torch.finfo(mine.dtype).eps * largest
+        assert_within(mine, true, tolerance + 16 * torch.finfo(inner).eps * terms, "gradient")
 
 
 def finite_sum(x: Tensor, by: Tensor) -> Tensor:
@@ -83,12 +83,12 @@ def test_linear_logprobs(backend: str) -> None:
         largest = float((hidden.double() @ weight.double().T).abs().max()) if hidden.numel() else 0.0
         eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
         # a few roundings of numbers as large as the largest logit; sums of up to 60 squares for the last
-        bar = 16 * eps * (1 + largest * abs(head["logit_scale"]) + 4) / min(1.0, head["temperature"])
+        tolerance = 16 * eps * (1 + largest * abs(head["logit_scale"]) + 4) / min(1.0, head["temperature"])
         for mine, true in zip(got, truth, strict=True):
             assert (mine is None) == (true is None)
             if true is not None:
                 assert mine.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-                assert_within(mine, true, bar)
+                assert_within(mine, true, tolerance)
         wide = max(1.0, largest) * max(
             1.0, float(weight.abs().max()), float(hidden.abs().max()) if hidden.numel() else 1.0
         )

@@ -66,10 +66,10 @@ def full(options: dict[str, Any], tokens: dict[str, Any]) -> dict[str, Any]:
 
 def near(got: Any, truth: Any, scale: float, eps: float) -> None:
     assert got.metrics.keys() == truth.metrics.keys()
-    bar = 64 * eps * scale
-    assert_within(got.loss, truth.loss, bar * max(1.0, abs(float(truth.loss.detach()))), "loss")
+    tolerance = 64 * eps * scale
+    assert_within(got.loss, truth.loss, tolerance * max(1.0, abs(float(truth.loss.detach()))), "loss")
     for name, value in truth.metrics.items():
-        assert_within(got.metrics[name], value, bar * max(1.0, abs(float(value))), name)
+        assert_within(got.metrics[name], value, tolerance * max(1.0, abs(float(value))), name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

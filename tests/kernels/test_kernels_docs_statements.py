@@ -1,4 +1,4 @@
-"""docs/kernels.md: what it says of tables, names, limits and products is so in the library."""
+"""What docs/kernels.md says of tuning, checkpointing and matrix products is true of the library."""
 
 from __future__ import annotations
 
@@ -18,16 +18,14 @@ from onecard_kernels.logprob import tuning
 from tests.kernels.kernels_docs import PAGE, tokens
 
 
-def test_the_table_of_plans_is_the_code_s() -> None:
-    for device, c in tuning.TABLE.items():
-        line = (
-            f"| {device} | {c.default} | {c.row_bytes >> 20} MiB of logits, {c.least_rows} to {c.most_rows} rows "
-            f"| {c.tile_rows} x {c.tile_columns} |"
-        )
+def test_tuning_table_matches_the_page() -> None:
+    for device, choice in tuning.TABLE.items():
+        rows = f"{choice.row_bytes >> 20} MiB of logits, {choice.least_rows} to {choice.most_rows} rows"
+        line = f"| {device} | {choice.default} | {rows} | {choice.tile_rows} x {choice.tile_columns} |"
         assert line in PAGE
 
 
-def test_blocks_of_numbers_are_the_renderer_s() -> None:
+def test_benchmark_blocks_of_the_page_can_be_rendered() -> None:
     from benchmarks.render import updated
     from benchmarks.suite import BENCHMARKS
 
@@ -36,16 +34,16 @@ def test_blocks_of_numbers_are_the_renderer_s() -> None:
     assert set(names) <= set(BENCHMARKS)
     filled = updated(PAGE, {name: f"numbers of {name}" for name in names})
     assert all(f"numbers of {name}\n<!-- /benchmark -->" in filled for name in names)
-    assert "```python" in updated(filled, {names[-1]: ""})
+    assert "```python" in updated(filled, {names[-1]: ""})  # code outside of the blocks stays
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_inside_a_checkpoint_it_is_right(reentrant: bool) -> None:
+def test_the_gradient_inside_a_checkpoint_is_the_same(reentrant: bool) -> None:
     names, _ = tokens(torch.float32)
-    hidden, rest = names["hidden"], (names["weight"].detach(), names["targets"])
+    hidden, weight, targets = names["hidden"], names["weight"].detach(), names["targets"]
 
     def loss(h: Tensor) -> Tensor:
-        return k.linear_logprobs(h, *rest).logprobs.square().sum()
+        return k.linear_logprobs(h, weight, targets).logprobs.square().sum()
 
     inside, outside = checkpoint(loss, hidden, use_reentrant=reentrant), loss(hidden)
     inside.backward()
@@ -53,26 +51,26 @@ def test_inside_a_checkpoint_it_is_right(reentrant: bool) -> None:
     assert torch.equal(hidden.grad, expected)
 
 
-class Products(TorchDispatchMode):
-    """Operations of all matrix products, inside of operators too."""
+class MatmulFlops(TorchDispatchMode):
+    """Counts the FLOPs of all matrix products, also those inside the library's custom operators."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = 0
+        self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        operator = OPDEFS.get(func._schema.name)
-        if operator is not None:
+        custom_operator = OPDEFS.get(func._schema.name)
+        if custom_operator is not None:
             with self:
-                return operator._init_fn(*args, **(kwargs or {}))
+                return custom_operator._init_fn(*args, **(kwargs or {}))
         if "mm" in func._schema.name:
             a, b = args[-2:]
-            self.operations += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+            self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
-    ("what", "trained", "expected"),
+    ("what", "trained_head", "products"),
     [
         ("logprobs", False, 2),
         ("logprobs", True, 4),
@@ -86,17 +84,16 @@ class Products(TorchDispatchMode):
         ("kl, no gradient", False, 2),
     ],
 )
-def test_the_table_of_products(what: str, trained: bool, expected: int) -> None:
+def test_number_of_matrix_products(what: str, trained_head: bool, products: int) -> None:
+    """Forward and backward together, each product of 2 N D V FLOPs."""
     n, d, v = 40, 24, 301
     hidden = torch.randn(n, d, requires_grad=True)
-    weight = torch.randn(v, d, requires_grad=trained)
+    weight = torch.randn(v, d, requires_grad=trained_head)
     targets, ones = torch.randint(v, (n,)), torch.ones(n)
+    sampled_logprobs = k.linear_logprobs(hidden.detach(), weight.detach(), targets).logprobs
 
-    def ppo(advantages: Tensor) -> Tensor:
-        old = k.linear_logprobs(hidden.detach(), weight.detach(), targets).logprobs if what == "ppo" else ones * -90
-        return k.linear_ppo_loss(
-            hidden, weight, targets, old, advantages, ones, entropy_coef=0.1 * (what == "ppo")
-        ).loss
+    def ppo(old_logprobs: Tensor, entropy_coef: float) -> Tensor:
+        return k.linear_ppo_loss(hidden, weight, targets, old_logprobs, ones, ones, entropy_coef=entropy_coef).loss
 
     def kl() -> Tensor:
         return k.linear_kl(hidden, hidden.detach() + 1, weight).sum()
@@ -106,15 +103,14 @@ def test_the_table_of_products(what: str, trained: bool, expected: int) -> None:
         "entropy": lambda: (
             sum(k.linear_logprobs(hidden, weight, targets, entropy_requires_grad=True)[:2]).sum().backward()
         ),
-        "ppo": lambda: ppo(ones).backward(),
-        "clipped ppo": lambda: ppo(ones).backward(),
+        "ppo": lambda: ppo(sampled_logprobs, entropy_coef=0.1).backward(),
+        "clipped ppo": lambda: ppo(ones * -90, entropy_coef=0.0).backward(),  # all tokens clipped: no gradient
         "kl": lambda: kl().backward(),
         "no gradient": lambda: k.linear_logprobs(
             hidden, weight, targets, return_entropy=True, return_log_sum_sq_probs=True
         ),
         "kl, no gradient": kl,
     }
-    with torch.set_grad_enabled("no gradient" not in what), Products() as found:
+    with torch.set_grad_enabled("no gradient" not in what), MatmulFlops() as counted:
         steps[what]()
-    extra = what == "ppo"  # for the old log-probabilities
-    assert found.operations / (2 * n * d * v) == expected + extra
+    assert counted.flops / (2 * n * d * v) == products

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from onecard_kernels import linear_logprobs
 from onecard_kernels.logprob import linear, tuning
-from tests.closeness import LOGPROB_BARS, assert_within
+from tests.closeness import LOGPROB_TOLERANCES, assert_within
 from tests.kernels import oracle
 
-BAR = LOGPROB_BARS[torch.float32, 4]
+TOLERANCE = LOGPROB_TOLERANCES[torch.float32, 4]
 B, T, D, V = 3, 5, 8, 131  # 131: prime, so no block or tile divides it
 
 
@@ -61,7 +61,7 @@ def test_masks(pattern: str, train: bool) -> None:
     grads = torch.autograd.grad((got.logprobs * grad + got.entropy).sum(), (dirty, weight) if train else (dirty,))
     assert torch.equal(got.logprobs[~valid], torch.zeros(int((~valid).sum())))
     assert torch.equal(grads[0][~valid], torch.zeros(int((~valid).sum()), D))
-    assert_within(got.logprobs, truth.logprobs, BAR)
+    assert_within(got.logprobs, truth.logprobs, TOLERANCE)
     for mine, true in zip(grads, true_grads, strict=True):
         assert_within(mine, true, 2e-5)
 

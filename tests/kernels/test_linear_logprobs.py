@@ -10,7 +10,7 @@ import torch
 
 from onecard_kernels import linear_logprobs
 from onecard_kernels.logprob import tuning
-from tests.closeness import LOGPROB_BARS, assert_like_eager, assert_within
+from tests.closeness import LOGPROB_TOLERANCES, assert_like_eager, assert_within
 from tests.kernels import oracle
 from tests.kernels.operator_material import head_options
 
@@ -62,12 +62,12 @@ def compare(shape: tuple[int, int, int], dtype: torch.dtype, kind: str, train: s
     truth, true_grads = gradients(oracle.linear_logprobs, hidden.double(), weight.double(), *args, **double(kw))
     _, eager_grads = gradients(oracle.linear_logprobs, hidden, weight, *args, **kw)
     got, grads = gradients(linear_logprobs, hidden, weight, *args, **kw)
-    bar = LOGPROB_BARS[dtype, std] / kw.get("temperature", 1.0)
+    tolerance = LOGPROB_TOLERANCES[dtype, std] / kw.get("temperature", 1.0)
     assert got.logprobs.dtype == torch.float32
-    assert_within(got.logprobs, truth.logprobs, bar, "logprobs")
+    assert_within(got.logprobs, truth.logprobs, tolerance, "logprobs")
     for name in ("entropy", "log_sum_sq_probs"):
         if getattr(truth, name) is not None:
-            assert_within(getattr(got, name), getattr(truth, name), bar, name)
+            assert_within(getattr(got, name), getattr(truth, name), tolerance, name)
     assert grads.keys() == true_grads.keys()
     for name, true_grad in true_grads.items():
         assert grads[name].dtype == eager_grads[name].dtype

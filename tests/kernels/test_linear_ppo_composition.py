@@ -110,5 +110,5 @@ def test_fp16_gradients_under_a_scaled_loss() -> None:
     for fn in (composed, fused):
         grads = torch.autograd.grad(fn(data).loss * 2.0**16, [data[name] for name in LEAVES])
         for mine, (name, true) in zip(grads, true_grads.items(), strict=True):
-            bar = 4 * torch.finfo(torch.float16).eps * float(true.abs().max()) * 2.0**16
-            assert_within(mine, true * 2.0**16, bar, f"{fn.__name__}, {name}")
+            tolerance = 4 * torch.finfo(torch.float16).eps * float(true.abs().max()) * 2.0**16
+            assert_within(mine, true * 2.0**16, tolerance, f"{fn.__name__}, {name}")

@@ -1,4 +1,4 @@
-"""The stated bars: log-probabilities against fp64, gradients against same-dtype eager, and what cutting may change.
+"""The stated tolerances: log-probabilities against fp64, gradients against eager of the same dtype, any chunk size.
 
 Vocabularies are realistic where torch runs; in Triton's interpreter a row of 515 logits, one above a power of two by 3,
 has whole tiles and a rest as well.
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.closeness import LOGPROB_BARS, assert_like_eager, assert_within, error
+from tests.closeness import LOGPROB_TOLERANCES, assert_like_eager, assert_within, error
 from tests.kernels.regression_material import EPS, Case, H
 from tests.kernels.regression_running import double, evaluate, over
 
@@ -60,16 +60,16 @@ def compare_gradients(case: Case, data: dict[str, Any], leaves: tuple[str, ...])
     return grads, truth
 
 
-@pytest.mark.parametrize(("dtype", "std"), LOGPROB_BARS, ids=str)
+@pytest.mark.parametrize(("dtype", "std"), LOGPROB_TOLERANCES, ids=str)
 @over([*LINEAR, TILED, *SELECTIVE])
-def test_logprobs_keep_the_bars(case: Case, dtype: torch.dtype, std: int) -> None:
+def test_logprobs_are_within_their_tolerances(case: Case, dtype: torch.dtype, std: int) -> None:
     data = make(case, dtype, std)
     truth, _ = evaluate(case.function.equation, double(data), ())
     with case.tiles(**TILES[case.backend]), torch.no_grad():
-        assert_within(case.call(**data), truth, LOGPROB_BARS[dtype, std])
+        assert_within(case.call(**data), truth, LOGPROB_TOLERANCES[dtype, std])
     if case.leaves:  # the pass that also forms directions
         with case.tiles(**TILES[case.backend]):
-            assert_within(evaluate(case.call, data, case.leaves)[0], truth, LOGPROB_BARS[dtype, std])
+            assert_within(evaluate(case.call, data, case.leaves)[0], truth, LOGPROB_TOLERANCES[dtype, std])
 
 
 @BOTH
@@ -118,7 +118,7 @@ def under_autocast(equation: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @over([*LINEAR, TILED])
-def test_autocast_keeps_its_bars(case: Case) -> None:
+def test_autocast_is_within_its_tolerance(case: Case) -> None:
     """1e-4 of the rounded operands' truth, as bf16 inputs; of the unrounded ones' no further than eager, and 5e-2."""
     data = make(case, torch.float32)
     leaves = ("hidden", "weight") if case.backend == "torch" and case.leaves else case.leaves
@@ -130,7 +130,7 @@ def test_autocast_keeps_its_bars(case: Case) -> None:
         held = {n: x.clone().requires_grad_() if n in leaves else x for n, x in data.items()}
         value = case.call(**held)
     grads = torch.autograd.grad(value.sum(), [held[n] for n in leaves]) if leaves else ()  # outside, as a trainer does
-    assert_within(value, of_rounded, LOGPROB_BARS[torch.bfloat16, 4])
+    assert_within(value, of_rounded, LOGPROB_TOLERANCES[torch.bfloat16, 4])
     assert_within(value, truth, min(5e-2, 1.1 * error(eager, truth)))
     for name, grad in zip(leaves, grads, strict=True):
         assert grad.dtype == torch.float32

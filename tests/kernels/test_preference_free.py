@@ -158,14 +158,16 @@ def test_orpo_equals_trl_s() -> None:
     assert_same(mine, theirs, their_metrics, [chosen, rejected], 8.5 * torch.finfo(torch.float32).eps)
 
 
-def assert_same(mine: Loss, theirs: torch.Tensor, their_metrics: dict, leaves: list[torch.Tensor], bar: float) -> None:
-    torch.testing.assert_close(mine.loss, theirs, rtol=bar, atol=bar)
+def assert_same(
+    mine: Loss, theirs: torch.Tensor, their_metrics: dict, leaves: list[torch.Tensor], tolerance: float
+) -> None:
+    torch.testing.assert_close(mine.loss, theirs, rtol=tolerance, atol=tolerance)
     grads = (torch.autograd.grad(x, leaves) for x in (mine.loss, theirs))
     for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=bar, atol=bar)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
     assert set(mine.metrics) >= REWARDS
     for name, value in mine.metrics.items():
-        assert value.item() == pytest.approx(float(their_metrics[name]), rel=max(bar, 1e-6)), name
+        assert value.item() == pytest.approx(float(their_metrics[name]), rel=max(tolerance, 1e-6)), name
 
 
 def test_orpo_equals_liger_s() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from onecard_kernels import linear_ppo_loss, logits_ppo_loss, ppo_loss, token_kl
-from tests.closeness import LOGPROB_BARS, assert_within
+from tests.closeness import LOGPROB_TOLERANCES, assert_within
 from tests.kernels.regression_material import EPS, SHAPE, Case, D, H, V
 from tests.kernels.regression_running import (
     EVERY,
@@ -23,10 +23,10 @@ from tests.kernels.regression_running import (
     assert_gradients,
     cases,
     compare,
-    dirty,
     double,
     evaluate,
     over,
+    poison_masked,
 )
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -80,7 +80,7 @@ def test_a_gradient_that_differs_between_tokens(case: Case) -> None:
             _, plain = evaluate(case.call, data, case.leaves)
         else:
             factors = factors.abs()
-            _, grads = compare(case, {**data, "weights": factors}, bar=1e-4 * float(factors.max()))
+            _, grads = compare(case, {**data, "weights": factors}, tolerance=1e-4 * float(factors.max()))
             _, plain = evaluate(case.call, {**data, "weights": torch.ones_like(factors)}, case.leaves)
     for name, grad in grads.items():
         expected = plain[name] * factors.view(*factors.shape, *(1,) * (grad.dim() - factors.dim()))
@@ -144,7 +144,7 @@ def test_all_logits_negative_in_a_vocabulary_of_odd_size(case: Case, v: int) -> 
         assert float(logits.max()) < -10
         # logits as large as those of standard deviation 30, rounded accordingly; a loss has ratios of e^4 in it
         factor, slack = (1.0, 0.0) if case.function.per_token else (100.0, EPS * float(logits.abs().max()))
-        compare(case, data, torch.randn(SHAPE), bar=factor * LOGPROB_BARS[torch.float32, 30], slack=slack)
+        compare(case, data, torch.randn(SHAPE), tolerance=factor * LOGPROB_TOLERANCES[torch.float32, 30], slack=slack)
 
 
 @over(WITH_TARGETS)
@@ -212,8 +212,8 @@ def test_forbidden_tokens_and_their_entropy(case: Case) -> None:
     truth, true_grads = evaluate(case.function.equation, double({**fewer, **cut}), case.leaves, upstream)
     _, eager_grads = evaluate(case.function.equation, {**fewer, **cut}, case.leaves, upstream)
     with case.tiles():
-        value, grads = evaluate(case.call, {**dirty(data), **options}, case.leaves, upstream)
-    assert_within(value, truth, case.bar * 10)  # ratios of up to e^3
+        value, grads = evaluate(case.call, {**poison_masked(data), **options}, case.leaves, upstream)
+    assert_within(value, truth, case.tolerance * 10)  # ratios of up to e^3
     if "logits" in grads:
         assert torch.equal(grads["logits"][..., forbidden], torch.zeros(*SHAPE, int(forbidden.sum())))
         grads["logits"] = grads["logits"][..., ~forbidden]

@@ -143,6 +143,6 @@ def test_more_rows_than_a_grid_dimension_holds_in_torch(case: Case) -> None:
     with tuning.override(implementation=case.implementation, rows=1 << 20, columns=2):
         value, grads = evaluate(case.call, data, case.leaves)
     truth, true_grads = evaluate(case.function.equation, double(data), case.leaves)
-    assert_within(value, truth, case.bar)
+    assert_within(value, truth, case.tolerance)
     for name, true in true_grads.items():
         assert_within(grads[name], true, 1e-5 * max(1e-3, float(true.abs().max())), name)

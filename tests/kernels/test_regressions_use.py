@@ -23,10 +23,10 @@ from tests.kernels.regression_running import (
     assert_gradients,
     cases,
     compare,
-    dirty,
     double,
     evaluate,
     over,
+    poison_masked,
 )
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -42,7 +42,7 @@ def test_inputs_of_any_strides(case: Case, layout: str) -> None:
         "columns apart": (lambda x: torch.stack([x, x], -1), lambda x: x[..., 0]),
         "reversed dimensions": (lambda x: x.movedim(-1, 0).contiguous(), lambda x: x.movedim(0, -1)),
     }[layout]
-    data = dirty(case.make())
+    data = poison_masked(case.make())
     upstream = torch.randn(SHAPE) if case.function.per_token else None
     with case.tiles():
         value, grads = evaluate(case.call, data, case.leaves, upstream)
@@ -63,7 +63,7 @@ def test_inputs_of_any_strides(case: Case, layout: str) -> None:
 @over([case for case in EVERY if case.name != "dpo_loss"])
 def test_no_valid_token(case: Case, shape: tuple[int, int]) -> None:
     """Zero, with a gradient of zeros: not 0 / 0, and not the NaN that masked tokens hold."""
-    data = dirty(case.make(shape, mask=torch.zeros(shape)))
+    data = poison_masked(case.make(shape, mask=torch.zeros(shape)))
     with case.tiles():
         value, grads = evaluate(case.call, data, case.leaves)
     assert torch.equal(value, torch.zeros_like(value))
@@ -129,19 +129,19 @@ def test_an_output_used_twice(case: Case) -> None:
     truth = evaluate(squared(case.function.equation), double(data), case.leaves)[1]
     eager = evaluate(squared(case.function.equation), data, case.leaves)[1]
     with case.tiles():
-        grads = evaluate(squared(case.call), dirty(data), case.leaves)[1]
-    # the factor 2 out + 3 is as wrong as the value is, which its own bar allows
-    loose = {n: 1 + 4 * case.bar * x.abs().max() for n, x in truth.items()}
+        grads = evaluate(squared(case.call), poison_masked(data), case.leaves)[1]
+    # the factor 2 out + 3 is as wrong as the value is, which its own tolerance allows
+    loose = {n: 1 + 4 * case.tolerance * x.abs().max() for n, x in truth.items()}
     for name, true in truth.items():
-        bar = 2 * float((eager[name] - true).abs().max()) + float(loose[name] - 1)
-        assert_within(grads[name], true, bar, name)
+        tolerance = 2 * float((eager[name] - true).abs().max()) + float(loose[name] - 1)
+        assert_within(grads[name], true, tolerance, name)
 
 
 @over(EVERY)
 def test_two_runs_are_equal(case: Case) -> None:
     data = case.make()
     with case.tiles():
-        first, second = (evaluate(case.call, dirty(data), case.leaves) for _ in range(2))
+        first, second = (evaluate(case.call, poison_masked(data), case.leaves) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(first[1][n], second[1][n]) for n in case.leaves)
 
@@ -174,7 +174,7 @@ def test_the_block_of_rows_does_not_matter(case: Case, monkeypatch: pytest.Monke
 @over(EVERY)
 def test_autocast_rounds_operands_alone(case: Case) -> None:
     """To the bit what hidden states and head in bf16 give; no bit of anything else changes."""
-    data = dirty(case.make())
+    data = poison_masked(case.make())
     rounded = {n: x.bfloat16() if n in ("hidden", "ref_hidden", "weight") else x for n, x in data.items()}
     with case.tiles():
         expected, grads = evaluate(case.call, rounded, case.leaves)
@@ -205,9 +205,9 @@ def test_mixed_dtypes(case: Case, low: str) -> None:
     eager_grads = evaluate(case.function.equation, as_fp32, case.leaves, upstream)[1]
     eager_grads = {name: grad.to(data[name].dtype) for name, grad in eager_grads.items()}
     with case.tiles():
-        value, grads = evaluate(case.call, dirty(data), case.leaves, upstream)
+        value, grads = evaluate(case.call, poison_masked(data), case.leaves, upstream)
     assert value.dtype == torch.float32
-    assert_within(value, truth, case.bar)
+    assert_within(value, truth, case.tolerance)
     assert_gradients(grads, eager_grads, true_grads, data)
 
 

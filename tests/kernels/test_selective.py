@@ -10,7 +10,7 @@ import torch
 
 import onecard_kernels
 from onecard_kernels.logprob import rows, selective
-from tests.closeness import LOGPROB_BARS, assert_like_eager, assert_within
+from tests.closeness import LOGPROB_TOLERANCES, assert_like_eager, assert_within
 from tests.kernels import oracle
 
 # Prime vocabularies, and one above the block of the fixture, so that blocks hold from one row to several.
@@ -57,9 +57,9 @@ def test_value_and_gradient(
     got, mine = run(selective_log_softmax, logits, targets, grad, **kw)
     assert got.logprobs.dtype == torch.float32
     assert mine.dtype == dtype
-    assert_within(got.logprobs, truth.logprobs, LOGPROB_BARS[torch.float32, 4])
+    assert_within(got.logprobs, truth.logprobs, LOGPROB_TOLERANCES[torch.float32, 4])
     if entropy:
-        assert_within(got.entropy, truth.entropy, LOGPROB_BARS[torch.float32, 4])
+        assert_within(got.entropy, truth.entropy, LOGPROB_TOLERANCES[torch.float32, 4])
     assert_like_eager(mine, eager_grad, true_grad)
 
 

@@ -75,7 +75,7 @@ def equation(z: torch.Tensor, y: torch.Tensor, head: Head) -> tuple[torch.Tensor
     return transformed.detach(), slope / head.factor
 
 
-def check(z: torch.Tensor, y: torch.Tensor, head: Head, state: torch.Tensor, bar: float) -> torch.Tensor:
+def check(z: torch.Tensor, y: torch.Tensor, head: Head, state: torch.Tensor, tolerance: float) -> torch.Tensor:
     """The state's statistics against fp64; returns the state in fp64."""
     true, slope = equation(z, y, head)
     s = state.double()
@@ -83,12 +83,12 @@ def check(z: torch.Tensor, y: torch.Tensor, head: Head, state: torch.Tensor, bar
     total = s[slots.OFF] + at_target.exp()
     at = y.unsqueeze(1)
     logp = true.log_softmax(1)
-    assert_within(at_target - total.log(), logp.gather(1, at).squeeze(1), bar, "logp")
+    assert_within(at_target - total.log(), logp.gather(1, at).squeeze(1), tolerance, "logp")
     p = logp.exp()
     entropy = total.log() - (s[slots.MOMENT] + at_target.exp() * at_target.clamp(min=-1e4)) / total
-    assert_within(entropy, -(p * logp.clamp(min=-1e4)).sum(1), bar, "entropy")
+    assert_within(entropy, -(p * logp.clamp(min=-1e4)).sum(1), tolerance, "entropy")
     lssp = (s[slots.SQUARE] + (2 * at_target).exp()).log() - 2 * total.log()
-    assert_within(lssp, torch.logsumexp(2 * logp, 1), 4 * bar, "log sum p^2")
+    assert_within(lssp, torch.logsumexp(2 * logp, 1), 4 * tolerance, "log sum p^2")
     # 1 - p_y, relative to itself: it is a sum of its own
     off = (p.scatter(1, at, 0.0)).sum(1)
     assert_within(s[slots.OFF] / total / off, torch.ones_like(off), 1e-5, "1 - p_y")

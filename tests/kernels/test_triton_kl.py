@@ -74,8 +74,8 @@ def test_functions_are_right_to_some_units_in_the_last_place(function: Any, trut
     out = torch.empty_like(x)
     _apply[(1,)](x, out, FUNCTION=function, SIZE=8192)
     # Series: 4 ulps. exp(-80): half an ulp of 80 in the exponent besides.
-    bar = torch.finfo(torch.float32).eps * (4 + high)
-    assert float((out / truth(x.double()) - 1).abs().max()) < bar
+    tolerance = torch.finfo(torch.float32).eps * (4 + high)
+    assert float((out / truth(x.double()) - 1).abs().max()) < tolerance
 
 
 # One row and one column; a block exactly, one more, and several with a part.

@@ -70,23 +70,23 @@ def as_fp64(rest: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(logits: torch.Tensor, rest: dict[str, Any]) -> None:
-    bar = 1e-4
+    tolerance = 1e-4
     truth, true_grad = run(composed, logits.double(), 1.7, **as_fp64(rest))
     _, eager_grad = run(composed, logits, 1.7, **rest)
     got, grad = run(fused, logits, 1.7, **rest)
     assert got.loss.dtype == torch.float32
     assert got.loss.shape == ()
-    assert_within(got.loss, truth.loss, bar, "loss")
+    assert_within(got.loss, truth.loss, tolerance, "loss")
     assert set(got.metrics) == set(truth.metrics)
     for name, value in truth.metrics.items():
         assert not got.metrics[name].requires_grad
-        assert_within(got.metrics[name], value, bar * max(1.0, float(value.abs())), name)
+        assert_within(got.metrics[name], value, tolerance * max(1.0, float(value.abs())), name)
     assert grad.dtype == logits.dtype
     mask = rest["mask"].bool()
     # A log-probability rounded in its last place moves the ratio, and with it the gradient, by as much.
     ulp = torch.finfo(torch.float32).eps * float(rest["old_logprobs"][mask].abs().max())
-    bar = 2 * error(eager_grad, true_grad) + floor(true_grad, grad.dtype) + ulp * float(true_grad.abs().max())
-    assert_within(grad, true_grad, bar, "gradient")
+    tolerance = 2 * error(eager_grad, true_grad) + floor(true_grad, grad.dtype) + ulp * float(true_grad.abs().max())
+    assert_within(grad, true_grad, tolerance, "gradient")
     assert torch.equal(grad[~mask], torch.zeros_like(grad[~mask]))
 
 

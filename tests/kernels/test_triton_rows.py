@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from onecard_kernels import selective_log_softmax
-from tests.closeness import LOGPROB_BARS, assert_like_eager, assert_within
+from tests.closeness import LOGPROB_TOLERANCES, assert_like_eager, assert_within
 from tests.kernels import oracle
 
 rows = pytest.importorskip("onecard_kernels.logprob.triton_rows", reason="triton is not installed")
@@ -30,14 +30,14 @@ def on_triton(logits: torch.Tensor, targets: torch.Tensor, **kw: Any) -> Any:
     return selective_log_softmax(logits, targets, **kw, backend="triton")
 
 
-def compare(logits: torch.Tensor, targets: torch.Tensor, bar: float, **kw: Any) -> None:
+def compare(logits: torch.Tensor, targets: torch.Tensor, tolerance: float, **kw: Any) -> None:
     grad = torch.randn(targets.shape)
     kw = {"entropy_requires_grad": True, **kw}
     truth, true_grad = run(oracle.selective_log_softmax, logits.double(), targets, grad, **kw)
     _, eager_grad = run(oracle.selective_log_softmax, logits, targets, grad, **kw)
     got, mine = run(on_triton, logits, targets, grad, **kw)
-    assert_within(got.logprobs, truth.logprobs, bar, "logp")
-    assert_within(got.entropy, truth.entropy, bar, "entropy")
+    assert_within(got.logprobs, truth.logprobs, tolerance, "logp")
+    assert_within(got.entropy, truth.entropy, tolerance, "entropy")
     assert mine.dtype == logits.dtype
     assert_like_eager(mine, eager_grad, true_grad)
 
@@ -47,7 +47,7 @@ def compare(logits: torch.Tensor, targets: torch.Tensor, bar: float, **kw: Any) 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_vocabularies(v: int, dtype: torch.dtype) -> None:
     logits = (torch.randn(4, v) * 4).to(dtype)
-    compare(logits, torch.tensor([0, v - 1, v // 2, v // 3]), LOGPROB_BARS[torch.float32, 4], temperature=0.8)
+    compare(logits, torch.tensor([0, v - 1, v // 2, v // 3]), LOGPROB_TOLERANCES[torch.float32, 4], temperature=0.8)
 
 
 def test_fp64_keeps_its_digits() -> None:

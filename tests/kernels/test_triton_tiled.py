@@ -12,7 +12,7 @@ import torch
 
 from onecard_kernels.logprob.tuning import TileConfig, config_for, tiles_per_program
 from onecard_kernels.records import Head
-from tests.closeness import LOGPROB_BARS, assert_within
+from tests.closeness import LOGPROB_TOLERANCES, assert_within
 from tests.kernels import oracle
 from tests.kernels.operator_material import HEAD_KINDS, head_options
 
@@ -57,11 +57,11 @@ def compare(
     hidden: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, head: Head, std: int = 4, **kw: Any
 ) -> tuple[torch.Tensor, ...]:
     got = tiled_statistics(hidden, weight, y, head, entropy=True, sum_sq=True, **kw)
-    bar = LOGPROB_BARS[hidden.dtype, std] / head.temperature
+    tolerance = LOGPROB_TOLERANCES[hidden.dtype, std] / head.temperature
     for value, truth, name in zip(got, truth_of(hidden, weight, y, head), ("logprobs", "H", "lssp"), strict=True):
         assert value is not None
         assert value.dtype == torch.float32
-        assert_within(value, truth, bar, name)
+        assert_within(value, truth, tolerance, name)
     return got
 
 

@@ -11,7 +11,7 @@ import onecard_kernels as k
 from onecard_kernels import launch, linear_logprobs, linear_ppo_loss
 from onecard_kernels.logprob import tuning
 from onecard_kernels.logprob.tuning import CHUNKED, LOW_MEMORY, TILED, TileSizes, choose, columns_of, override
-from tests.closeness import LOGPROB_BARS, assert_within
+from tests.closeness import LOGPROB_TOLERANCES, assert_within
 from tests.kernels import oracle
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -180,7 +180,7 @@ def run(backend: str, dtype: torch.dtype = torch.float32, grad: bool = False, tr
     with override(implementation="tiled", rows=2):
         out = linear_logprobs(hidden, weight, targets, backend=backend)
     truth = oracle.linear_logprobs(hidden.double(), weight.double(), targets)
-    assert_within(out.logprobs, truth.logprobs, LOGPROB_BARS[torch.float32, 4])
+    assert_within(out.logprobs, truth.logprobs, LOGPROB_TOLERANCES[torch.float32, 4])
     if grad or train:
         truth.logprobs.sum().backward()
         expected = [x.grad.clone() for x in (hidden, weight) if x.grad is not None]

@@ -103,7 +103,8 @@ def compare(
         assert got[name].dtype == eager[name].dtype, name
         assert got[name].shape == eager[name].shape, name
         if name in scales and math.isfinite(scales[name]):
-            bar = 2.0 * error(eager[name], expected) + FLOOR_ULPS * torch.finfo(got[name].dtype).eps * scales[name]
-            assert_within(got[name], expected, max(bar, floor(expected, got[name].dtype)), name)
+            rounding = FLOOR_ULPS * torch.finfo(got[name].dtype).eps * scales[name]
+            tolerance = 2.0 * error(eager[name], expected) + rounding
+            assert_within(got[name], expected, max(tolerance, floor(expected, got[name].dtype)), name)
         else:
             assert_like_eager(got[name], eager[name], expected, name)
