@@ -36,10 +36,10 @@ COMPACTION_SHARE = 1 / 8
 class Response:
     """The response to one prompt: k tokens, and their log-probabilities `logprobs` fp32 [k] (CPU).
 
-    The log-probs are those of the distribution that the tokens were sampled from: `log_softmax(logits / temperature)`
-    in fp32, after top-k and top-p if they are set; at temperature 0 the logits are not divided. `finished`: the last token ended
-    the response and is part of `tokens`; if false, the response was cut at `max_new_tokens`. `stop`: the stop string
-    that the last token completed, or empty.
+    The log-probs are those of the distribution that the tokens were sampled from: `log_softmax(logits /
+    temperature)` in fp32, after top-k and top-p if they are set; at temperature 0 the logits are not divided.
+    `finished`: the last token ended the response and is part of `tokens`; if false, the response was cut at
+    `max_new_tokens`. `stop`: the stop string that the last token completed, or empty.
     """
 
     tokens: tuple[int, ...]

@@ -300,7 +300,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     hidden, weight, bias = inputs[0], inputs[1], inputs[8]
     ctx.shape, ctx.needs, ctx.inputs = hidden.shape, inputs[13 + OPTIONS], len(inputs)
     ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
-    # The backward checks that ZeRO-3 has not emptied a parameter. A weight that is not a leaf is not kept for this check.
+    # The backward checks that ZeRO-3 has not emptied a parameter. Only a leaf is kept for this check.
     ctx.weight = weight if ctx.needs[1] and weight.is_leaf else None
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
