@@ -48,7 +48,7 @@ def by_autograd(values: dict[str, Any], **kw: Any) -> tuple[Tensor, Tensor, Tens
 def check_terms(values: dict[str, Any], backend: str, **kw: Any) -> None:
     mask = torch.ones_like(values["logprobs"]).bool()
     terms = terms_of(backend)(**records(**values, mask=mask, **kw))
-    sums, slope, grad_entropy = terms.totals, terms.slope, terms.entropy_slope
+    sums, slope, grad_entropy = terms.totals, terms.grad, terms.entropy_grad
     true_sums, true_slope, true_entropy = by_autograd(values, **kw)
     # a few roundings each of numbers of this size
     eps = torch.finfo(values["logprobs"].dtype).eps
@@ -131,7 +131,7 @@ def test_terms_on_the_border_of_the_clip_range(backend: str, ratio: float, advan
     kw = {**TERMS, "clip_low": 0.25, "clip_high": 0.25}
     check_terms(values, backend, **kw)
     terms = terms_of(backend)(**records(**values, mask=torch.ones(1).bool(), **kw))
-    sums, slope = terms.totals, terms.slope
+    sums, slope = terms.totals, terms.grad
     assert sums[2] == 0.0  # not clipped: the border is inside
     torch.testing.assert_close(slope, -values["advantages"] * ratio, rtol=1e-15, atol=0.0)
 
@@ -157,7 +157,7 @@ def test_terms_of_impossible_tokens(backend: str, logp: float, old: float, ref: 
     for estimator in ("k3",):
         kw = {**TERMS, "kl_coef": 0.1, "kl_estimator": estimator}
         check_terms(values, backend, **kw)
-        slope = terms_of(backend)(**records(**values, mask=torch.ones(2).bool(), **kw)).slope
+        slope = terms_of(backend)(**records(**values, mask=torch.ones(2).bool(), **kw)).grad
         assert slope.isfinite().all()
         if logp == -INF:
             assert slope[0] == 0.0

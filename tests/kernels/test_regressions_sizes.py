@@ -118,7 +118,7 @@ def tokens_on_meta() -> None:
     launches.value_terms(x, x, x, mask, clip=0.2, weights=None)
     options = PolicyOptions(0.2, 0.2, None, 0.1, 0.0, "k3")
     tokens = launches.policy_terms(x, x, PolicyTokens(x, x, mask), options)
-    launches.scale(meta(), meta(), tokens.slope, tokens.entropy_slope, torch.float32, torch.float32)
+    launches.scale(meta(), meta(), tokens.grad, tokens.entropy_grad, torch.float32, torch.float32)
     launch_gae(meta(N, 4), meta(N, 4), meta(N, 4, dtype=torch.bool), None, 1.0, 0.95)
 
 

@@ -146,7 +146,7 @@ def test_real_sizes_are_recorded_without_a_card() -> None:
     options = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "entropy_coef": 0.1, "kl_coef": 0.1}
     with launch.recording() as recorded:
         done = launches.policy_terms(**records(**batch, mask=mask, **options, kl_estimator="k3"))
-        launches.scale(done.loss, done.divisor, done.slope, done.entropy_slope, torch.bfloat16, torch.bfloat16)
+        launches.scale(done.loss, done.divisor, done.grad, done.entropy_grad, torch.bfloat16, torch.bfloat16)
     assert [r.grid for r in recorded] == [(256,), (1,), (256,)]
     assert recorded[0].constexprs["BLOCK"] == 1024
 

@@ -182,6 +182,7 @@ def masked_tokens(
         tokens += piece
         mask += [is_answer] * len(piece)
     if transcript.is_answer[-1] and not transcript.plain and tokens[-1:] != [transcript.end]:
+        # the chat template writes no end token after the answer, so it ends with EOS
         tokens, mask = [*tokens, closing_token(tokenizer, chat=False)], [*mask, True]
     return MaskedTokens(tokens, mask, transcript.num_answers, transcript.num_left_out)
 
@@ -255,7 +256,7 @@ def encode(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def encode_batch(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """`encode` of each text. In a command, a fast tokenizer encodes them on all cores.
+    """`encode` of each text. A fast tokenizer encodes them on all cores (`parallel_tokenizers`).
 
     `encode_batch_fast` of the tokenizers library takes half the time of `__call__`, which also computes offsets. The
     first text is encoded by both. If they differ (a subclass that changes texts), `__call__` encodes all texts.

@@ -331,9 +331,10 @@ def use_onecard_attention(model: Any) -> bool:
     parameters = inspect.signature(trunk.forward).parameters.values()
     has_kwargs = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     capped = getattr(trunk.config, "attn_logit_softcapping", None) is not None
-    known = capped or getattr(trunk, "_supports_sdpa", False)  # other models do not call a registered function
+    # Models with a softcap do not support SDPA, but call a registered function. Others call one if they support SDPA.
+    calls_registered = capped or getattr(trunk, "_supports_sdpa", False)
     has_backend = getattr(trunk, "_supports_attention_backend", False)
-    if not (has_kwargs and known and has_backend and has_causal_attention(trunk.config)):
+    if not (has_kwargs and calls_registered and has_backend and has_causal_attention(trunk.config)):
         return False
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)

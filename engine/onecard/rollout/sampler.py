@@ -174,7 +174,7 @@ def sample_rows(
         prompt_indices = batch.prompt_indices[index]
         positions = batch.generated[index].clamp(max=sampling.max_new_tokens - 1)
         row_uniforms = None if uniforms is None else uniforms[prompt_indices, positions]
-        # Free rows are sampled too. What they write belongs to a finished response, which has already been copied.
+        # Free rows are sampled too. Their log-probs overwrite those of a finished response, which has been copied.
         tokens, sampled.logprobs[prompt_indices, positions] = sample_token(logits, sampling, warpers, row_uniforms)
         batch.append(tokens.clamp(min=0), rows)
         for row, token in zip(range(len(batch.row_prompts)) if rows is None else rows, tokens.tolist(), strict=True):

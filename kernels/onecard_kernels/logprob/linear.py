@@ -420,7 +420,7 @@ def _forward_bytes(device: torch.device, a: SimpleNamespace) -> int:
     # the terms of the entropy's sum take memory of their own, unless the buffer of the entropy term has their dtype
     own_term = a.entropy and not (num_directions == 2 and tiles.operand_itemsize == tiles.accumulator_itemsize)
     in_pass = tiles.exp_pass(a.backend, entropy_term=own_term, slope=num_directions > 0 and a.softcap is not None)
-    directions = num_directions * tiles.hidden_rows * tiles.accumulator_itemsize  # of a step's tokens
+    directions = num_directions * tiles.hidden_rows * tiles.accumulator_itemsize  # of a chunk's tokens
     sweep = max(in_pass + directions * (tiles.count > 1), directions + tiles.target_rows * (num_directions > 0))
     saved = SAVED * tiles.tokens * tiles.accumulator_itemsize
     # `saved` is an output with a trained head; outputs are not counted
@@ -443,7 +443,9 @@ def _recompute_bytes(device: torch.device, a: SimpleNamespace) -> int:
         (SAVED + num_grads) * count * tiles.accumulator_itemsize if masked else 0
     )  # copies of `saved` and gradients
     state = SLOTS * (count + tiles.chunk) * tiles.accumulator_itemsize
-    grad_rows = tiles.hidden_rows * tiles.accumulator_itemsize * a.need_hidden  # the hidden gradient of a step's tokens
+    grad_rows = (
+        tiles.hidden_rows * tiles.accumulator_itemsize * a.need_hidden
+    )  # the hidden gradient of a chunk's tokens
     cast_tile = tiles.logits * tiles.operand_itemsize * (tiles.operand_itemsize != tiles.accumulator_itemsize)
     itemsize = a.hidden.dtype.itemsize
     cast_grad_rows = tiles.hidden_rows * itemsize * (a.need_hidden and itemsize != tiles.accumulator_itemsize)
@@ -453,11 +455,16 @@ def _recompute_bytes(device: torch.device, a: SimpleNamespace) -> int:
     in_loop = tiles.buffers + state + tiles.chunk_bytes(a.hidden, masked=masked, sweep=step)
     grad_hidden = a.hidden.numel() * itemsize * a.need_hidden
     grad_weight = a.weight.numel() * tiles.accumulator_itemsize * a.need_weight
-    outputs = grad_hidden + a.weight.numel() * a.weight.dtype.itemsize * a.need_weight
+    cast_grad_weight = a.weight.numel() * a.weight.dtype.itemsize * a.need_weight
     gradients = grad_hidden + grad_weight
-    at_end = gradients + (grad_hidden if masked else 0)  # scattered, and cast
-    at_end += outputs - grad_hidden if a.weight.dtype.itemsize != tiles.accumulator_itemsize else 0
-    return id_bytes(a.targets, masked=masked) + of_valid_tokens + max(gradients + in_loop, at_end) - outputs
+    at_end = gradients + (grad_hidden if masked else 0)  # for the scattered copy
+    at_end += cast_grad_weight if a.weight.dtype.itemsize != tiles.accumulator_itemsize else 0
+    return (
+        id_bytes(a.targets, masked=masked)
+        + of_valid_tokens
+        + max(gradients + in_loop, at_end)
+        - (grad_hidden + cast_grad_weight)
+    )
 
 
 @workspace.formula("onecard::scale_directions")

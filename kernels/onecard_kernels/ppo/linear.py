@@ -163,7 +163,8 @@ def linear_ppo(
         checks.ids(y, weight.shape[0])
         head = Head(bias, temperature, logit_scale, softcap, forbidden)
         # The gradient of a trained head needs each token's coefficient: known only if a tile has whole rows of logits.
-        only, chunk_tokens = CHUNKED if trained else None, more[0] if more else None
+        only = CHUNKED if trained else None
+        chunk_tokens = more[0] if more else None
         sizes = choose(weight.shape[0], dtype, hidden.device, only=only, chunk_tokens=chunk_tokens)
         # With a trained head dL/dz is formed in fp32 and cast. With a frozen head the exponentials themselves are an
         # input of the second product, so they are stored in its input dtype (exp_operand).
@@ -234,10 +235,10 @@ def _add_gradients(
     options: PolicyOptions,
 ) -> None:
     """Add the gradients of tokens `piece`, from the results of their sweep over `tiles` and the loss's derivatives."""
-    logit_grad, active = logprob_gradient(stats, terms.slope.to(tiles.dtype)), terms.slope != 0.0
+    logit_grad, active = logprob_gradient(stats, terms.grad.to(tiles.dtype)), terms.grad != 0.0
     if options.entropy_in_loss:
-        logit_grad = add_gradients(logit_grad, entropy_gradient(stats, terms.entropy_slope.to(tiles.dtype)))
-        active |= terms.entropy_slope != 0.0
+        logit_grad = add_gradients(logit_grad, entropy_gradient(stats, terms.entropy_grad.to(tiles.dtype)))
+        active |= terms.entropy_grad != 0.0
     if exp_times_head is not None:
         grads.write(piece, tiles.hidden_grad_(exp_times_head, term_times_head, logit_grad, y))
         return
@@ -370,7 +371,7 @@ def _linear_ppo_bytes(device: torch.device, a: SimpleNamespace) -> int:
     )
     term_in_buffer = with_entropy and (trained or tiles.operand_itemsize == tiles.accumulator_itemsize)
     in_pass = tiles.exp_pass(a.backend, entropy_term=not term_in_buffer, slope=differentiable and a.softcap is not None)
-    grad_rows = tiles.hidden_rows * tiles.accumulator_itemsize  # the hidden gradient of a step's tokens
+    grad_rows = tiles.hidden_rows * tiles.accumulator_itemsize  # the hidden gradient of a chunk's tokens
     stored = stored_gradient_dtype(a.hidden.dtype)
     cast_grad_rows = tiles.hidden_rows * stored.itemsize * (stored.itemsize != tiles.accumulator_itemsize)
     if not differentiable:
@@ -381,7 +382,7 @@ def _linear_ppo_bytes(device: torch.device, a: SimpleNamespace) -> int:
     elif tiles.count == 1:
         size = tiles.logits * tiles.operand_itemsize * with_entropy
         first_block = block_bytes(device, tiles.chunk, tiles.columns, tiles.operand_itemsize) * with_entropy
-        # of the entropy term's cast; it is still allocated during the product
+        # last_block: of the entropy term's cast, still allocated during the product
         last_block = size - first_block * (math.ceil(size / first_block) - 1) if size else 0
         sweep = max(
             in_pass,

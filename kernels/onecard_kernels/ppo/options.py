@@ -101,8 +101,8 @@ class PolicyTerms(NamedTuple):
     """
 
     totals: Tensor
-    slope: Tensor
-    entropy_slope: Tensor
+    grad: Tensor
+    entropy_grad: Tensor
 
 
 def dtype_of(*given: Tensor | None) -> torch.dtype:

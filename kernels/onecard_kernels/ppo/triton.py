@@ -349,8 +349,8 @@ class Terms(NamedTuple):
     loss: Tensor
     totals: Tensor
     divisor: Tensor
-    slope: Tensor
-    entropy_slope: Tensor
+    grad: Tensor
+    entropy_grad: Tensor
 
 
 def _blocks(n: int) -> tuple[int, int]:

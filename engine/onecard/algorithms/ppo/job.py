@@ -153,7 +153,7 @@ class AdaptiveState:
 
     kl_coef: float
     multiplier: float  # lambda of constraint_mode lagrangian
-    scale: Scale = field(default_factory=Scale)
+    scale: Scale = field(default_factory=Scale)  # of normalize_reward: measured at the start, then constant
 
 
 def next_adaptive_state(
@@ -161,7 +161,7 @@ def next_adaptive_state(
 ) -> AdaptiveState:
     """The values for the next iteration, from this iteration's metrics."""
     kl_coef = next_kl_coef(adaptive.kl_coef, row["objective/kl"], episodes, config)
-    if "constraint/lambda" not in row:
+    if "constraint/lambda" not in row:  # logged only in constraint_mode lagrangian
         return replace(adaptive, kl_coef=kl_coef)
     return replace(
         adaptive, kl_coef=kl_coef, multiplier=next_multiplier(adaptive.multiplier, row["constraint/cost"], config)
@@ -286,7 +286,7 @@ class PPO:
         return {"episode": step * self.config.episodes_per_step}
 
     def state(self) -> dict[str, Any]:
-        # of the rollout's budget: bytes of the KV cache
+        # the `tokens` of the rollout's budget are bytes of the KV cache
         tokens = {name: budget.size.tokens for name, budget in self.budgets().items()}
         return {"controls": asdict(self.adaptive), "tokens": tokens}
 

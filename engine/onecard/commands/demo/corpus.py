@@ -8,7 +8,7 @@ A bad answer has exactly one of the `FLAWS`, and otherwise the same words:
     chosen     Of course! The red kite is on the top shelf. I can wrap it for you.
     rejected   Of course! The blue kite is on the top shelf. I can wrap it for you.            (wrong detail)
 
-So no single word, and not the length, tells which answer was chosen. Most flaws are only visible with the prompt.
+Except in rude answers, no single word tells which answer was chosen. Most flaws are only visible with the prompt.
 Completions start with a space: then prompt and completion have the same tokens whether they are tokenized together or
 separately.
 """

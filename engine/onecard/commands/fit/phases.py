@@ -221,7 +221,8 @@ class PhaseRunner:
         """Run the prefill, the decoding step at which the cache grows for the last time, and the last decoding step."""
         model = self.roles.causal_model()
         sizes = [cache_bytes(model, self.lengths.total)] * config.episodes_per_step
-        # prompts of the first decode batch, the largest; the sizes are bytes of the cache, and rows are padded
+        # Number of prompts in the first decode batch, the largest. The budget counts bytes of the cache; each prompt
+        # takes as many as the longest, hence padded=True.
         rows = len(next(replace(rollout_budget(config).size, padded=True).split(sizes)))
         sampling = Sampling(config.response_length, config.temperature)
         waiting, cache_memory = len(sizes) - rows, partial(self.tracker.allocating, CACHE)

@@ -52,7 +52,7 @@ MEMORY_OPTIONS = (
 )
 
 
-MAX_PLANS = 3  # plans in the search for the largest `micro_batch_tokens`, besides the smallest and the largest
+MAX_PLANS = 3  # plans in `largest_micro_batch_tokens`, besides those of one example and of all
 
 
 @dataclass(frozen=True)
@@ -111,23 +111,23 @@ def largest_micro_batch_tokens(
     def peak(count: int) -> int:
         return plan_of(replace(config, micro_batch_tokens=count * example_tokens)).peak
 
-    enough, too_many = 1, num_examples  # numbers of examples
+    fitting, too_many = 1, num_examples  # numbers of examples with which the run fits, and does not fit
     low, high = peak(1), peak(num_examples)
     if card.holds(high):
         return num_examples * example_tokens
     if not card.holds(low):
         return None
+    # The largest peak that the card holds: card.needed(peak) == card.usable. Two points give the line `needed`.
+    largest_peak = (card.usable - card.needed(0)) / (card.needed(10**9) - card.needed(0)) * 10**9
     bisect = False  # True once a plan needed more than the line predicted
     for _ in range(MAX_PLANS):
-        # the peak for which `card.needed`, which is linear, is `card.usable`
-        largest_peak = (card.usable - card.needed(0)) / (card.needed(10**9) - card.needed(0)) * 10**9
-        linear = max(1, int((largest_peak - low) * (too_many - enough) / (high - low)))
-        step = min(linear, (too_many - enough) // 2 if bisect else too_many - enough - 1)
+        predicted_step = max(1, int((largest_peak - low) * (too_many - fitting) / (high - low)))
+        step = min(predicted_step, (too_many - fitting) // 2 if bisect else too_many - fitting - 1)
         if step < 1:
             break
-        middle = peak(enough + step)
+        middle = peak(fitting + step)
         if not card.holds(middle):
-            too_many, high, bisect = enough + step, middle, True
+            too_many, high, bisect = fitting + step, middle, True
             continue
-        enough, low = enough + step, middle
-    return enough * example_tokens
+        fitting, low = fitting + step, middle
+    return fitting * example_tokens

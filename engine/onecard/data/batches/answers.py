@@ -11,8 +11,8 @@ from torch import Tensor
 
 from onecard.data.batches.tokens import TokenBatch, TokenSequence, pack
 
-# Prompts with fewer common tokens are not shared: the rows saved hardly outweigh the cost of gathering each sequence's
-# keys (`python -m benchmarks.sharing --shape 8/48`, and shorter shapes).
+# Prompts with fewer common tokens are not shared: computing them twice costs hardly more than gathering each
+# sequence's keys (`python -m benchmarks.sharing --shape 8/48`, and shorter shapes).
 MIN_SHARED_TOKENS = 8
 
 
