@@ -174,7 +174,7 @@ def test_a_startup_check_recovers_too(onecard, tiny_model, material):
         result = onecard(*ppo(tiny_model, material, "run", "--max_steps", 1))
     assert result.code == 0, result.err
     assert "the startup check continues in micro-batches of at most" in result.err
-    assert "with a KV cache of at most" in result.err
+    assert "the KV cache of a batch of prompts takes at most" in result.err
     assert failed
 
 

@@ -96,7 +96,7 @@ def measured_phases(config: TrainConfig, roles: Roles) -> dict[str, int]:
     work = training_step(config, roles, LENGTHS)
     padded = roles.layout == "padded"
     cut = MicroBatchSize(config.per_device_train_batch_size, config.micro_batch_tokens, padded=padded)
-    examples = [work.example] * work.examples
+    examples = [work.example] * work.num_examples
     if padded:
         examples[-1] = training_step(config, roles, SHORTER).example
     take("train", lambda: accumulate(work.objective, examples, cut, roles.device))

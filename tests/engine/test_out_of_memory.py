@@ -351,7 +351,7 @@ def test_a_batch_of_prompts_is_drawn_again_from_where_it_began(monkeypatch, caps
     halves = policy.sample(sampling, prompts, stop_tokens=(), batch_size=3, seed=seed)
     assert [one.tokens for one in found.responses] == [one.tokens for one in halves.responses]
     assert torch.equal(torch.get_rng_state(), after)
-    assert "prompts are sampled together with a KV cache of at most" in capsys.readouterr().err
+    assert "the KV cache of a batch of prompts takes at most" in capsys.readouterr().err
 
 
 def test_answers_that_ended_before_the_error_are_drawn_again(monkeypatch, policy: LoadedPolicy):
