@@ -1,4 +1,6 @@
-"""Tokenize examples into ids and response masks, and decode ids. The only place that builds response masks.
+"""Tokenize examples into ids and response masks, and decode ids.
+
+Only this module builds the response masks of training rows.
 
 Four rules hold for text and for chat:
 
@@ -176,7 +178,7 @@ def masked_tokens(
         whole = with_leading_tokens(leading, ids[prefix]) if transcript.plain else ids[prefix]
         piece = continuation_ids(tokens, whole, prefix[len(text) :], tokenizer)
         if transcript.plain and is_answer:
-            start = 0 if tokens else len(leading)  # after the BOS, which may be the same id as the EOS
+            start = 0 if tokens else len(leading)  # `with_eos` would take a BOS with the EOS's id for an end
             piece = piece[:start] + with_eos(piece[start:], eos, tokenizer)
         text = prefix
         tokens += piece

@@ -1,7 +1,8 @@
 """Attention over packed sequences, registered in transformers as an attention implementation.
 
-The layout passes a `Segments` record to the trunk, and transformers passes it on to each layer. Each sequence then
-attends to its own rows and to those of a prompt that it shares. There is no mask over all pairs of tokens.
+A batch's layout (`models.layout`) passes a `Segments` record to the trunk, and transformers passes it on to each layer.
+Each sequence then attends to its own rows and to those of a prompt that it shares. There is no mask over all pairs of
+tokens.
 
 | where | what runs |
 |---|---|

@@ -197,8 +197,8 @@ class Trainer:
     def compute_gradients(self, objective: Objective[E, B], examples: Sequence[E]) -> dict[str, float]:
         """Compute the clipped gradients of the examples' loss. Returns the step's metrics.
 
-        The result does not depend on the micro-batch size. After an out-of-memory error the step is repeated with
-        smaller micro-batches.
+        The result does not depend on the micro-batch size, except with kto. After an out-of-memory error the step is
+        repeated with smaller micro-batches.
         """
         while True:
             try:

@@ -369,6 +369,7 @@ def _linear_ppo_bytes(device: torch.device, a: SimpleNamespace) -> int:
         entropy_term=with_entropy,
         only=CHUNKED if trained else None,
     )
+    # the terms of the entropy's sum take memory of their own, unless the buffer of the entropy term has their dtype
     term_in_buffer = with_entropy and (trained or tiles.operand_itemsize == tiles.accumulator_itemsize)
     in_pass = tiles.exp_pass(a.backend, entropy_term=not term_in_buffer, slope=differentiable and a.softcap is not None)
     grad_rows = tiles.hidden_rows * tiles.accumulator_itemsize  # the hidden gradient of a chunk's tokens
@@ -382,7 +383,7 @@ def _linear_ppo_bytes(device: torch.device, a: SimpleNamespace) -> int:
     elif tiles.count == 1:
         size = tiles.logits * tiles.operand_itemsize * with_entropy
         first_block = block_bytes(device, tiles.chunk, tiles.columns, tiles.operand_itemsize) * with_entropy
-        # last_block: of the entropy term's cast, still allocated during the product
+        # the last block's temporary in `_add_gradients` is still allocated during the product
         last_block = size - first_block * (math.ceil(size / first_block) - 1) if size else 0
         sweep = max(
             in_pass,

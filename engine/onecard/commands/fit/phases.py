@@ -139,7 +139,10 @@ def training_step(config: TrainConfig, roles: Roles, lengths: Lengths) -> Traini
 
 
 def largest_pass(config: TrainConfig, lengths: Lengths) -> tuple[int, int]:
-    """`(tokens that one example takes in a packed batch, largest number of examples in one forward pass)`."""
+    """`(tokens that one example takes in a packed batch, largest number of examples in one forward pass)`.
+
+    With a large `micro_batch_tokens`, one pass has all examples of a step.
+    """
     if isinstance(config, PPOConfig):
         return lengths.total, max(config.minibatch_size, config.episodes_per_step)
     recipe = recipe_of(config)
@@ -221,9 +224,7 @@ class PhaseRunner:
         """Run the prefill, the decoding step at which the cache grows for the last time, and the last decoding step."""
         model = self.roles.causal_model()
         sizes = [cache_bytes(model, self.lengths.total)] * config.episodes_per_step
-        # Number of prompts in the first decode batch, the largest. The budget counts bytes of the cache; each prompt
-        # takes as many as the longest, hence padded=True.
-        rows = len(next(replace(rollout_budget(config).size, padded=True).split(sizes)))
+        rows = len(next(rollout_budget(config).size.split(sizes)))  # prompts of the first decode batch, the largest
         sampling = Sampling(config.response_length, config.temperature)
         waiting, cache_memory = len(sizes) - rows, partial(self.tracker.allocating, CACHE)
         for decoding in decoding_modes(model):
