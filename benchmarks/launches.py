@@ -152,7 +152,7 @@ def tokens() -> Iterator[Configuration]:
     from onecard_kernels.ppo import triton as launches
 
     def gradient(of: launches.Terms, dtype: torch.dtype) -> None:
-        launches.scale(torch.empty_like(of.loss), of.divisor, of.slope, of.entropy_slope, dtype, dtype)
+        launches.scale(torch.empty_like(of.loss), of.divisor, of.grad, of.entropy_grad, dtype, dtype)
 
     def policy(shape: tuple[int, ...], dtype: torch.dtype, options: dict[str, Any], _: Capability) -> None:
         x, mask = meta(*shape, dtype=dtype), meta(*shape, dtype=options.get("mask", torch.bool))
