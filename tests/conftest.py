@@ -115,8 +115,3 @@ def onecard(capsys: pytest.CaptureFixture[str]):
         return Result(int(stop.value.code or 0), captured.out, captured.err)
 
     return run
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first: begun last, one of them would keep one worker busy long after the others are done."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
