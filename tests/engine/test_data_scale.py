@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -133,6 +134,22 @@ def test_a_bad_row_is_named_before_a_later_unreadable_one(monkeypatch: pytest.Mo
     for number, named in ((8, 5), (4, 4)):
         with pytest.raises(OnecardError, match=rf"^x\.jsonl:{named}: "):
             KINDS["pairs"](unreadable_at(number), built("<s> $A"), max_length=24, skip_bad_rows=False)
+
+
+def test_a_tokenizer_with_code_of_its_own_stays_in_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may not be thread-safe, or belong to a thread as an open database does."""
+    threads = set()
+
+    class Own(type(built())):  # type: ignore[misc]
+        def __call__(self, *texts: Any, **settings: Any) -> Any:
+            threads.add(threading.current_thread())
+            return super().__call__(*texts, **settings)
+
+    monkeypatch.setattr(tokenize_rows, "BATCH_ROWS", 3)
+    own = Own(tokenizer_object=built("<s> $A").backend_tokenizer, **built("<s> $A").special_tokens_map)
+    for kind in KINDS:
+        KINDS[kind](rows(*some(23)), own, max_length=24, skip_bad_rows=True)
+    assert threads == {threading.current_thread()}
 
 
 # --- arrays

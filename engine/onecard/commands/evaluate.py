@@ -80,7 +80,7 @@ def load_data(config: EvaluateConfig, tokenizer: Any) -> EvaluationData:
 def dataset_responses(
     rows: Sequence[Row], tokenizer: Any, max_length: int
 ) -> tuple[Sequence[TokenSequence], tuple[str, ...]]:
-    """Prompt + `completion`, or else `chosen`, of each row, tokenized as in training; and notes on skipped rows."""
+    """Prompt + `completion`, or else `chosen`, of each row that has one, tokenized as in training; and notes."""
     for name in ("completion", "chosen"):
         answered = [row for row in rows if has(row.values, name)]
         if not answered:

@@ -87,7 +87,7 @@ def settings_of(loss_type: str) -> set[str]:
     return used | {*REFERENCE_SETTINGS} if loss_type in LABELLED or loss_type not in UNSUMMABLE else used
 
 
-# Settings that some loss does not use
+# The settings that losses use; `settings_of` has those of one loss
 LOSS_SETTINGS = set.union(*map(settings_of, (*UNSUMMABLE, "sigmoid")))
 
 

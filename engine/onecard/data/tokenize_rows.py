@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -26,6 +27,7 @@ from onecard.data.tokens import (
     Transcript,
     encode,
     encode_transcripts,
+    is_transformers_fast,
     mask_transcripts,
 )
 from onecard.utils.errors import OnecardError
@@ -35,7 +37,7 @@ T = TypeVar("T")
 M = TypeVar("M")
 T_co = TypeVar("T_co", covariant=True)
 
-BATCH_ROWS = 256  # rows tokenized in one call; two such batches are in memory
+BATCH_ROWS = 256  # rows tokenized in one call; three such batches are in memory
 PROGRESS_ROWS = 5_000  # rows from which there is a progress bar
 
 
@@ -69,22 +71,20 @@ def tokenized_batches(
 ) -> Iterator[tuple[PendingBatch[T], list[MaskedTokens]]]:
     """Batches of rows, each with the ids and masks of its texts.
 
-    A thread encodes the next batch while the caller builds the examples of this one. If reading a row raises an error,
-    the batches before it are yielded first.
+    A thread encodes the next batch while the caller builds the examples of this one, with transformers' fast
+    tokenizers. Others may not be thread-safe. If reading a row raises an error, the batches before it come first.
     """
-    rows = iter(pending)
-    is_fast = getattr(tokenizer, "backend_tokenizer", None) is not None
-    # The first call removes a truncation that the tokenizer's file may set. That fails while another thread encodes.
+    rows, in_thread = iter(pending), is_transformers_fast(tokenizer)
+    # The first call removes a truncation that the tokenizer's file may set. Later it would wait for the thread's batch.
     encode("a", tokenizer)
     with ThreadPoolExecutor(max_workers=1) as pool:
 
-        def read() -> tuple[PendingBatch[T], list[Transcript], Future[dict[str, list[int]]]]:
+        def read() -> tuple[PendingBatch[T], list[Transcript], Callable[[], dict[str, list[int]]]]:
             batch = list(islice(rows, BATCH_ROWS))
             transcripts = [text for _, item in batch if isinstance(item, PendingExample) for text in item.transcripts]
-            encoded = pool.submit(encode_transcripts, transcripts, tokenizer)
-            if not is_fast:  # a tokenizer written in Python may not be thread-safe
-                wait([encoded])
-            return batch, transcripts, encoded
+            if in_thread:
+                return batch, transcripts, pool.submit(encode_transcripts, transcripts, tokenizer).result
+            return batch, transcripts, partial(encode_transcripts, transcripts, tokenizer)
 
         following = read()
         while following[0]:
@@ -93,7 +93,7 @@ def tokenized_batches(
                 following = read()
             except Exception as error:
                 failure = error
-            yield batch, mask_transcripts(transcripts, encoded.result(), tokenizer)
+            yield batch, mask_transcripts(transcripts, encoded(), tokenizer)
             if failure is not None:
                 raise failure
 

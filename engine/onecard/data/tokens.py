@@ -257,6 +257,12 @@ def encode(text: str, tokenizer: Tokenizer) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def is_transformers_fast(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer is one of transformers' own classes on the tokenizers library, without code of its own."""
+    own = type(tokenizer).__module__.startswith("transformers.")
+    return own and getattr(tokenizer, "backend_tokenizer", None) is not None
+
+
 def encode_batch(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
     """`encode` of each text. A fast tokenizer encodes them on all cores (`parallel_tokenizers`).
 

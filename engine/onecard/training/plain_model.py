@@ -21,7 +21,7 @@ from onecard.models.vocabulary import known_tokens
 SHORT_LENGTH = 24  # tokens of a short text
 SHARED_LENGTH = 12  # tokens of the prefix that two short texts share
 TAIL_LENGTH = 7  # tokens that are appended to a text to measure rounding
-MIN_LENGTH = 8  # tokens of the longest text: with fewer, the check is skipped
+MIN_LENGTH = 8  # tokens of the longest text: below it, an out-of-memory error ends the check
 LIMIT = 1e-3  # nat: largest difference of a token in float32
 LIMIT_16_BIT = 0.05  # nat: mean difference over a text in 16 bit, plus three times the plain model's own rounding
 ROUNDING_16_BIT = 0.1  # nat: mean rounding over a text in 16 bit, above which log-probs cannot be compared

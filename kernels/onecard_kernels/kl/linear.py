@@ -12,7 +12,7 @@ from .. import checks, dispatch, workspace
 from ..double_backward import no_double_backward, no_forward_ad
 from ..logprob import matmul
 from ..logprob.rows import Rows
-from ..logprob.tile_bytes import IDS, block_bytes, by_triton, even_step
+from ..logprob.tile_bytes import IDS, block_bytes, by_triton, even_chunk
 from ..logprob.tuning import CHUNKED, choose
 from ..records import Head, result_dtype
 
@@ -239,7 +239,7 @@ def _forward_bytes(device: torch.device, a: SimpleNamespace) -> int:
     scratch = upcast * width * operand.itemsize * (weight.dtype != operand)
     if not shared:
         scratch += upcast * ref_weight.shape[1] * ref_operand.itemsize * (ref_weight.dtype != ref_operand)
-    piece = even_step(count, step)
+    piece = even_chunk(count, step)
     rows = piece * width * operand.itemsize * (masked or hidden.dtype != operand)
     rows += piece * ref_hidden.shape[-1] * ref_operand.itemsize * (masked or ref_hidden.dtype != ref_operand)
     both = piece * 2 * width * operand.itemsize * shared

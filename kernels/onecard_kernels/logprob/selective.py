@@ -13,7 +13,7 @@ from .. import checks, dispatch, workspace
 from ..double_backward import no_double_backward, no_forward_ad
 from ..records import LogProbs, result_dtype
 from . import torch_rows
-from .tile_bytes import by_triton, even_step, id_bytes
+from .tile_bytes import by_triton, even_chunk, id_bytes
 from .torch_rows import STATS
 
 SECOND_BACKWARD = (
@@ -210,6 +210,6 @@ def _backward_bytes(device: torch.device, a: SimpleNamespace) -> int:
 def _block_bytes(logits: Tensor, blocks: int, *, masked: bool) -> int:
     """Bytes of `blocks` blocks of logits in the accumulation dtype, and of the gathered rows before the cast."""
     dtype, width, count = result_dtype(logits.dtype), logits.shape[-1], logits.shape[:-1].numel()
-    rows = even_step(count, min(count, max(1, torch_rows.BLOCK_BYTES // (width * dtype.itemsize))))
+    rows = even_chunk(count, min(count, max(1, torch_rows.BLOCK_BYTES // (width * dtype.itemsize))))
     gathered = rows * width * logits.dtype.itemsize if masked else 0
     return rows * width * dtype.itemsize * (blocks + (count > rows)) + gathered  # the previous block is still there

@@ -17,7 +17,7 @@ from .tiles import padded
 from .tuning import choose, columns_of
 
 IDS = 8  # bytes of an int64
-STATISTICS = SLOTS + 14  # numbers per token while the statistics of a step are computed
+STATISTICS = SLOTS + 14  # numbers per token while the statistics of a chunk are computed
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class TileBytes:
             dtype=dtype,
             tokens=tokens,
             width=width,
-            chunk=even_step(tokens, most),
+            chunk=even_chunk(tokens, most),
             columns=columns,
             count=math.ceil(vocabulary / columns),
             accumulator_itemsize=dtype.itemsize,
@@ -84,7 +84,7 @@ class TileBytes:
 
     @property
     def hidden_rows(self) -> int:
-        """Elements of a step's hidden states."""
+        """Elements of a chunk's hidden states."""
         return self.chunk * self.width
 
     @property
@@ -104,14 +104,14 @@ class TileBytes:
         return block_bytes(self.device, self.chunk, self.columns, self.accumulator_itemsize) * (entropy_term + slope)
 
     def chunk_bytes(self, hidden: Tensor, *, masked: bool, sweep: int) -> int:
-        """Bytes of a step: its copy of the hidden states (gathered, cast, or both), and `sweep`, allocated after it."""
+        """Bytes of a chunk: its copy of the hidden states (gathered, cast, or both), then `sweep`."""
         gathered, cast = masked or rows.flat_view(hidden) is None, hidden.dtype.itemsize != self.operand_itemsize
         copy = self.hidden_rows * self.operand_itemsize * (cast or gathered)
         return max(copy + self.hidden_rows * hidden.dtype.itemsize * (gathered and cast), copy + sweep)
 
 
-def even_step(tokens: int, most: int) -> int:
-    """Tokens of a step, if all tokens are split into the fewest equal steps of at most `most`."""
+def even_chunk(tokens: int, most: int) -> int:
+    """Tokens of a chunk, if all tokens are split into the fewest equal chunks of at most `most`."""
     return math.ceil(tokens / math.ceil(tokens / most)) if tokens else 0
 
 

@@ -98,7 +98,7 @@ def choose(
     """The tile sizes for logits of `dtype` on `device`.
 
     Args:
-        only: an implementation that overrides the default and the environment.
+        only: an implementation that overrides the default, `override` and the environment.
         chunk_tokens: rows of a tile; None: from the override, the environment or the table.
     """
     choice = TABLE.get(device.type, TABLE["cuda"])

@@ -70,7 +70,7 @@ def preference_loss(
 ) -> Loss:
     """`dpo_loss` of the policy against the reference on one batch of pairs. `use_weighting`: WPO's weights.
 
-    aot and aot_unpaired sort the whole batch, so their loss is the batch's mean.
+    aot and aot_unpaired sort the whole batch, so their loss is the batch's mean times its share of the normalizer.
     """
     reference = pair_ref_logps(roles, batch) if batch.ref_logps is None else batch.ref_logps
     targets = batch.sequences.targets

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from onecard.rollout import CachedBatch, DecodeBatch, Sampling, sample_token
-from onecard.rollout.cache_slots import GROWTH
 
 CacheMemory = Callable[[], AbstractContextManager[None]]  # in this context, new tensors count as KV cache
 
@@ -80,6 +79,7 @@ def padded_cache_sizes(batch: Any, columns: int) -> list[Callable[[CacheMemory],
 
 def slot_cache_sizes(batch: Any, columns: int) -> list[Callable[[CacheMemory], None]]:
     """Functions that resize the cache slots to their last growth and to the last decoding step, of `columns` tokens."""
+    from onecard.rollout.cache_slots import GROWTH  # imports transformers
 
     def resize_to_last_growth(cache_memory: CacheMemory) -> None:
         batch.layout.capacity = (columns - 1) // GROWTH * GROWTH
